@@ -1,0 +1,345 @@
+"""What each family's blocks are made of, as far as exact symmetries need to know it.
+
+Every entry was read off the family's modeling code in transformers; the tests hold each one to ``torch.equal`` logits.
+A family that is not here has no pairs: guessing them from names would publish broken models.
+
+What decides whether a symmetry holds:
+
+- Attention is bilinear in queries and keys and linear in values. Without positions in between, queries and keys trade
+  scales channel by channel; RoPE mixes the two channels of a plane, which must share one; a q/k norm undoes any scale
+  before it, but its own gains come after it. A clamp on q, k and v breaks all of this.
+- A gated MLP is linear in its up branch. An ungated one is only positively homogeneous, and only with some activations.
+- A norm's gain (and bias) is followed by the linears that read it, unless its output is also added to the residual
+  stream (post-norm: BERT) or the gain is stored as 1+w, which does not scale exactly (Gemma).
+- A norm without its ε does not see the scale of its input; ε is in the config, where it can follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# act(λx) = λ·act(x) for λ > 0, exactly so in floating point when λ is a power of two.
+HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "leaky_relu", "linear"})
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention sublayer of a block. Paths are relative: ``path`` to the block, the rest to ``path``.
+
+    Attributes:
+        path: The attention module.
+        query, key, value: The projections; the same module three times where they are fused.
+        output: The output projection, relative to ``path``.
+        fused: How the rows of a fused projection are ordered: ``stacked`` is [q | k | v], ``per_head`` is [q | k | v]
+            within each head. ``None``: three projections.
+        rope: Whether RoPE (half-split planes) acts on queries and keys.
+        norm: The norm that the projections read, relative to the block; ``None`` where they read the stream itself.
+        cross: Whether keys and values are read from the encoder's final norm instead.
+        query_norm, key_norm: Norms on queries and keys. ``norm_width`` says whether they run over one head (and share
+            their gain between heads) or over all heads.
+        clip: The config key of a clamp on q, k and v.
+    """
+
+    path: str
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    fused: Literal["stacked", "per_head"] | None = None
+    rope: bool = True
+    norm: str | None = "input_layernorm"
+    cross: bool = False
+    query_norm: str | None = None
+    key_norm: str | None = None
+    norm_width: Literal["head", "all_heads"] = "head"
+    clip: str | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One dense MLP sublayer: ``down(act(gate x) ⊙ up x)``, or ``down(act(up x))`` where ``gate`` is ``None``.
+
+    Attributes:
+        path: The MLP module, relative to the block; may be empty.
+        fused: Whether ``gate`` and ``up`` are the same module, with rows [gate | up].
+        activation: The config key that names the activation.
+        norm: As in :class:`Attention`.
+    """
+
+    path: str = "mlp"
+    gate: str | None = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused: bool = False
+    activation: str = "hidden_act"
+    norm: str | None = "post_attention_layernorm"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture-of-experts sublayer whose experts are stacked in parameters ``gate_up_proj`` and ``down_proj``.
+
+    Attributes:
+        path: The module with the stacked parameters, relative to the block.
+        readers: Further parameters that read the same norm (columns are the last axis): the router first.
+        shared: A dense MLP beside the experts.
+        transposed: Whether an expert is stored as [in, out].
+        gated_linearly: Whether the expert is linear in its up branch (GPT-OSS clamps it and adds 1: it is not).
+        norm: As in :class:`Attention`.
+    """
+
+    path: str = "mlp.experts"
+    readers: tuple[str, ...] = ("mlp.gate.weight",)
+    shared: Mlp | None = None
+    transposed: bool = False
+    gated_linearly: bool = True
+    norm: str | None = "post_attention_layernorm"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of equal blocks with its own residual stream; sublayers that a block lacks are skipped.
+
+    Attributes:
+        blocks: The ``ModuleList``, relative to the body.
+        sublayers: What a block may be made of.
+        final_norm: The norm after the last block, relative to the body; ``None`` in a post-norm stack.
+    """
+
+    blocks: str
+    sublayers: tuple[Attention | Mlp | Experts, ...]
+    final_norm: str | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model's body (the model without head).
+
+    Attributes:
+        stacks: Usually one; the encoder comes first.
+        embeddings: Parameters that start the residual stream, relative to the body. Those that are absent are skipped.
+        eps: The config key of every norm's ε; ``None`` where it is not in the config.
+        gain: How norms store their gain: as such, as 1+w, or not at all.
+        stream: Where the norms sit: before each sublayer, after the addition (BERT), or on each sublayer's output
+            (OLMo 2). ``input_and_output`` is Gemma's: both before it and on its output.
+        output_norms: The norms after the addition or on the outputs, relative to the block; in block order.
+        embedding_norm: A norm on the sum of the embeddings, relative to the body.
+        heads: Suffix of the model's class name → what reads the final hidden state, relative to the whole model.
+            ``None`` stands for the output embeddings.
+        unpaired: Parameters of a block (by the end of their name) that no symmetry involves, and why.
+    """
+
+    stacks: tuple[Stack, ...]
+    embeddings: tuple[str, ...] = ("embed_tokens.weight",)
+    eps: str | None = "rms_norm_eps"
+    gain: Literal["plain", "one_plus", "none"] = "plain"
+    stream: Literal["pre_norm", "post_norm", "output_norm", "input_and_output"] = "pre_norm"
+    output_norms: tuple[str, ...] = ()
+    embedding_norm: str | None = None
+    heads: tuple[tuple[str, str | None], ...] = (
+        ("ForCausalLM", None),
+        ("ForSequenceClassification", "score"),
+        ("ForTokenClassification", "score"),
+        ("ForQuestionAnswering", "qa_outputs"),
+    )
+    unpaired: tuple[tuple[str, str], ...] = ()
+
+
+def _decoder(*sublayers: Attention | Mlp | Experts) -> tuple[Stack, ...]:
+    return (Stack("layers", sublayers, "norm"),)
+
+
+_SELF_ATTENTION = Attention("self_attn")
+_NORMED_ATTENTION = Attention("self_attn", query_norm="q_norm", key_norm="k_norm")
+_LLAMA = Family(_decoder(_SELF_ATTENTION, Mlp()))
+
+_GEMMA_MLP = Mlp(norm="pre_feedforward_layernorm")
+_GEMMA = Family(
+    _decoder(_SELF_ATTENTION, _GEMMA_MLP),
+    gain="one_plus",
+    stream="input_and_output",
+    output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+
+_BERT = Family(
+    (
+        Stack(
+            "encoder.layer",
+            (
+                Attention("attention", "self.query", "self.key", "self.value", "output.dense", rope=False, norm=None),
+                Mlp("", None, "intermediate.dense", "output.dense", norm=None),
+            ),
+            None,
+        ),
+    ),
+    embeddings=(
+        "embeddings.word_embeddings.weight",
+        "embeddings.position_embeddings.weight",
+        "embeddings.token_type_embeddings.weight",
+    ),
+    eps="layer_norm_eps",
+    stream="post_norm",
+    output_norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    embedding_norm="embeddings.LayerNorm",
+    heads=(
+        ("ForMaskedLM", "cls.predictions.transform.dense"),
+        ("ForSequenceClassification", "bert.pooler.dense"),
+        ("ForTokenClassification", "classifier"),
+        ("ForQuestionAnswering", "qa_outputs"),
+    ),
+)
+_ROBERTA = Family(
+    _BERT.stacks,
+    embeddings=_BERT.embeddings,
+    eps="layer_norm_eps",
+    stream="post_norm",
+    output_norms=_BERT.output_norms,
+    embedding_norm=_BERT.embedding_norm,
+    heads=(
+        ("ForMaskedLM", "lm_head.dense"),
+        ("ForSequenceClassification", "classifier.dense"),
+        ("ForTokenClassification", "classifier"),
+        ("ForQuestionAnswering", "qa_outputs"),
+    ),
+)
+
+_T5_ATTENTION = Attention("layer.0.SelfAttention", "q", "k", "v", "o", rope=False, norm="layer.0.layer_norm")
+_T5_CROSS = Attention("layer.1.EncDecAttention", "q", "k", "v", "o", rope=False, norm="layer.1.layer_norm", cross=True)
+_T5 = Family(
+    (
+        Stack(
+            "encoder.block",
+            (
+                _T5_ATTENTION,
+                Mlp("layer.1.DenseReluDense", None, "wi", "wo", activation="dense_act_fn", norm="layer.1.layer_norm"),
+                Mlp("layer.1.DenseReluDense", "wi_0", "wi_1", "wo", norm="layer.1.layer_norm"),
+            ),
+            "encoder.final_layer_norm",
+        ),
+        Stack(
+            "decoder.block",
+            (
+                _T5_ATTENTION,
+                _T5_CROSS,
+                Mlp("layer.2.DenseReluDense", None, "wi", "wo", activation="dense_act_fn", norm="layer.2.layer_norm"),
+                Mlp("layer.2.DenseReluDense", "wi_0", "wi_1", "wo", norm="layer.2.layer_norm"),
+            ),
+            "decoder.final_layer_norm",
+        ),
+    ),
+    embeddings=("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    eps="layer_norm_epsilon",
+    heads=(("T5ForConditionalGeneration", None),),
+    unpaired=(("relative_attention_bias.weight", "it is added to the scores, and a softmax follows"),),
+)
+
+# Class of the body → family.
+FAMILIES: dict[str, Family] = {
+    "LlamaModel": _LLAMA,
+    "MistralModel": _LLAMA,
+    "Qwen2Model": _LLAMA,
+    "Qwen3Model": Family(_decoder(_NORMED_ATTENTION, Mlp())),
+    "Gemma2Model": _GEMMA,
+    "Gemma3TextModel": Family(
+        _decoder(_NORMED_ATTENTION, _GEMMA_MLP),
+        gain="one_plus",
+        stream="input_and_output",
+        output_norms=_GEMMA.output_norms,
+    ),
+    "Phi3Model": Family(
+        _decoder(
+            Attention("self_attn", "qkv_proj", "qkv_proj", "qkv_proj", fused="stacked"),
+            Mlp(gate="gate_up_proj", up="gate_up_proj", fused=True),
+        )
+    ),
+    "OlmoModel": Family(_decoder(Attention("self_attn", clip="clip_qkv"), Mlp()), eps=None, gain="none"),
+    "Olmo2Model": Family(
+        _decoder(
+            Attention("self_attn", query_norm="q_norm", key_norm="k_norm", norm_width="all_heads", norm=None),
+            Mlp(norm=None),
+        ),
+        stream="output_norm",
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    "GPT2Model": Family(
+        (
+            Stack(
+                "h",
+                (
+                    Attention("attn", "c_attn", "c_attn", "c_attn", "c_proj", fused="stacked", rope=False, norm="ln_1"),
+                    Mlp("mlp", None, "c_fc", "c_proj", activation="activation_function", norm="ln_2"),
+                ),
+                "ln_f",
+            ),
+        ),
+        embeddings=("wte.weight", "wpe.weight"),
+        eps="layer_norm_epsilon",
+        heads=(("LMHeadModel", None), ("ForSequenceClassification", "score"), ("ForTokenClassification", "classifier")),
+    ),
+    "GPTNeoXModel": Family(
+        (
+            Stack(
+                "layers",
+                (
+                    Attention(
+                        "attention",
+                        "query_key_value",
+                        "query_key_value",
+                        "query_key_value",
+                        "dense",
+                        fused="per_head",
+                    ),
+                    Mlp("mlp", None, "dense_h_to_4h", "dense_4h_to_h"),
+                ),
+                "final_layer_norm",
+            ),
+        ),
+        embeddings=("embed_in.weight",),
+        eps="layer_norm_eps",
+        heads=(("ForCausalLM", None), ("ForSequenceClassification", "score"), ("ForTokenClassification", "classifier")),
+    ),
+    "BertModel": _BERT,
+    "RobertaModel": _ROBERTA,
+    "ViTModel": Family(
+        (
+            Stack(
+                "layers",
+                (
+                    Attention("attention", rope=False, norm="layernorm_before"),
+                    Mlp("mlp", None, "fc1", "fc2", norm="layernorm_after"),
+                ),
+                "layernorm",
+            ),
+        ),
+        embeddings=(
+            "embeddings.cls_token",
+            "embeddings.mask_token",
+            "embeddings.position_embeddings",
+            "embeddings.patch_embeddings.projection.weight",
+            "embeddings.patch_embeddings.projection.bias",
+        ),
+        eps="layer_norm_eps",
+        heads=(("ForImageClassification", "classifier"),),
+    ),
+    **dict.fromkeys(("T5Model", "T5EncoderModel", "T5ForConditionalGeneration"), _T5),
+    "MixtralModel": Family(_decoder(_SELF_ATTENTION, Experts())),
+    "Qwen2MoeModel": Family(
+        _decoder(
+            _SELF_ATTENTION,
+            Mlp(),
+            Experts(
+                readers=("mlp.gate.weight", "mlp.shared_expert_gate.weight"),
+                shared=Mlp("mlp.shared_expert"),
+            ),
+        )
+    ),
+    "Qwen3MoeModel": Family(_decoder(_NORMED_ATTENTION, Mlp(), Experts())),
+    "GptOssModel": Family(
+        _decoder(
+            _SELF_ATTENTION,
+            Experts(readers=("mlp.router.weight",), transposed=True, gated_linearly=False),
+        ),
+        unpaired=(("self_attn.sinks", "they are scores of their own, and a softmax follows"),),
+    ),
+}

@@ -1,0 +1,107 @@
+"""The Trainer's callback that writes a run down and ends it once it diverged.
+
+It reads values that the Trainer has computed for its own log and computes none, so that a recorded run costs what the
+same run costs by hand.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from specdef_cli.attack.results import DIVERGENCE_FACTOR, Divergence, DivergenceReason, EvalPoint, TrainPoint
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Something happened that a progress bar wants to show.
+
+    Attributes:
+        kind: ``run-start``, ``step``, ``run-end``, or ``run-reused`` for a run that an earlier attack had finished.
+        run, runs: Position in the plan, from 1, and its length.
+        label: The run's label, with its learning rate.
+        step, steps: Steps made and asked for.
+        loss: The training loss of the last step, where there is a finite one.
+        diverged: Only at the end of a run.
+    """
+
+    kind: Literal["run-start", "step", "run-end", "run-reused"]
+    run: int
+    runs: int
+    label: str
+    step: int
+    steps: int
+    loss: float | None = None
+    diverged: bool = False
+
+
+ProgressHook = Callable[[ProgressEvent], None]
+
+
+class Recorder(TrainerCallback):
+    """Curves of one run.
+
+    Args:
+        on_step: Called after every optimizer step with its number and its loss.
+    """
+
+    def __init__(self, on_step: Callable[[int, float | None], None]) -> None:
+        self.train: list[TrainPoint] = []
+        self.evaluations: list[EvalPoint] = []
+        self.divergence: Divergence | None = None
+        self._on_step = on_step
+        self._began = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs or self.divergence is not None:
+            return
+        loss, grad_norm = finite(logs["loss"]), finite(logs.get("grad_norm"))
+        self.train.append(TrainPoint(state.global_step, loss, grad_norm))
+        if loss is None:
+            self._diverged(state, control, "training loss is not finite")
+        self._on_step(state.global_step, loss)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not metrics or self.divergence is not None:
+            return
+        loss = finite(metrics["eval_loss"])
+        self.evaluations.append(EvalPoint(state.global_step, loss, time.perf_counter() - self._began))
+        start = self.evaluations[0].loss
+        if loss is None:
+            self._diverged(state, control, "held-out loss is not finite")
+        elif start is not None and loss > DIVERGENCE_FACTOR * start:
+            self._diverged(state, control, "held-out loss is beyond twice the start")
+
+    def _diverged(self, state: TrainerState, control: TrainerControl, reason: DivergenceReason) -> None:
+        self.divergence = Divergence(state.global_step, reason)
+        control.should_training_stop = True
+        control.should_evaluate = False
+
+
+def finite(value: float | None) -> float | None:
+    """``value`` as a float, or ``None`` if it is NaN, infinite or missing."""
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,337 @@
+"""What an attack found: curves as they were recorded, and the figures that follow from them.
+
+Only what was measured is stored. Shares, best points and steps to the control's loss are computed from it, so that
+one definition holds in the table, the JSON and the HTML. Numbers that are not finite are stored as ``None``: JSON has
+no NaN, and a diverged loss has no value worth plotting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from specdef_cli.attack.spec import Knowledge, RunSpec, Subject, Variant
+
+CONTROL_SHARE = 0.95
+"""A run has reached the control's loss once it made this share of the control's progress; an exact tie would hang on
+rounding.
+"""
+
+DIVERGENCE_FACTOR = 2.0
+"""An evaluation loss above this many times the one at step 0 is divergence."""
+
+DivergenceReason = Literal[
+    "training loss is not finite",
+    "held-out loss is not finite",
+    "held-out loss is beyond twice the start",
+]
+
+
+@dataclass(frozen=True)
+class TrainPoint:
+    """One optimizer step: the loss of its batch, and the gradient's norm before clipping, both before the update."""
+
+    step: int
+    loss: float | None
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class EvalPoint:
+    """The held-out loss after ``step`` updates, ``seconds`` after training began."""
+
+    step: int
+    loss: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where a run was given up, and why."""
+
+    step: int
+    reason: DivergenceReason
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What an expansion did to the attacked layers.
+
+    Attributes:
+        layers: How many layers were changed.
+        parameters_before, parameters_after: Parameters of those layers, frozen ones included.
+        bytes_added: Negative where the change made the model smaller.
+    """
+
+    layers: int
+    parameters_before: int
+    parameters_after: int
+    bytes_added: int
+
+    @property
+    def parameters_added(self) -> int:
+        """Negative where the change made the model smaller."""
+        return self.parameters_after - self.parameters_before
+
+    @property
+    def times(self) -> float:
+        """How many times as large the attacked layers are."""
+        return self.parameters_after / self.parameters_before
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run.
+
+    Attributes:
+        spec: What was run.
+        train: Every optimizer step.
+        evaluations: Held-out losses, from step 0 to the last.
+        divergence: ``None`` for a run that used its whole budget.
+        growth: What the variant did to the hardened layers; ``None`` for a plain run.
+        parameters: Parameters of the model that was trained, without adapters.
+        trainable_parameters: Parameters that the optimizer moved, adapters included.
+        seconds: Wall time of training and evaluation.
+    """
+
+    spec: RunSpec
+    train: tuple[TrainPoint, ...]
+    evaluations: tuple[EvalPoint, ...]
+    divergence: Divergence | None
+    growth: Growth | None
+    parameters: int
+    trainable_parameters: int
+    seconds: float
+
+    @property
+    def outcome(self) -> Literal["finished", "worse", "diverged"]:
+        """How the run ended: within its budget, within it but above its start, or given up."""
+        if self.divergence is not None:
+            return "diverged"
+        worse = self.start is not None and self.final is not None and self.final > self.start
+        return "worse" if worse else "finished"
+
+    @property
+    def start(self) -> float | None:
+        """Held-out loss before the first update."""
+        return self.evaluations[0].loss if self.evaluations else None
+
+    @property
+    def best(self) -> float | None:
+        """Lowest held-out loss, the start included: an attacker keeps the best checkpoint."""
+        return min((point.loss for point in self.evaluations if point.loss is not None), default=None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The first step at which :attr:`best` was seen."""
+        return next(
+            (point.step for point in self.evaluations if point.loss is not None and point.loss == self.best), None
+        )
+
+    @property
+    def final(self) -> float | None:
+        """Held-out loss at the end; ``None`` where it is not a number any more."""
+        if self.divergence is not None and "not finite" in self.divergence.reason:
+            return None
+        return self.evaluations[-1].loss if self.evaluations else None
+
+    @property
+    def first_grad_norm(self) -> float | None:
+        """Norm of the first gradient: larger by orders of magnitude on an inflated model."""
+        return self.train[0].grad_norm if self.train else None
+
+    @property
+    def progress(self) -> float | None:
+        """How far the best held-out loss is below the start (nats)."""
+        return None if self.start is None or self.best is None else self.start - self.best
+
+    def steps_to(self, loss: float) -> int | None:
+        """The first evaluated step with a held-out loss at or below ``loss``; ``None`` when the budget did not get
+        there.
+        """
+        return next((point.step for point in self.evaluations if point.loss is not None and point.loss <= loss), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunResult:
+        """The inverse of :meth:`to_dict`."""
+        return cls(
+            **{
+                **data,
+                "spec": RunSpec.from_dict(data["spec"]),
+                "train": tuple(TrainPoint(**point) for point in data["train"]),
+                "evaluations": tuple(EvalPoint(**point) for point in data["evaluations"]),
+                "divergence": Divergence(**data["divergence"]) if data["divergence"] else None,
+                "growth": Growth(**data["growth"]) if data["growth"] else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Attack:
+    """All runs of one attack: the same subject, variant and recipe, over learning rates and seeds.
+
+    An attack is as strong as its best learning rate, so that is what it is judged by.
+    """
+
+    runs: tuple[RunResult, ...]
+
+    @property
+    def subject(self) -> Subject:
+        """Whether the control or the model under attack was trained."""
+        return self.runs[0].spec.subject
+
+    @property
+    def variant(self) -> Variant:
+        """What was done to the model first."""
+        return self.runs[0].spec.variant
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What the attacker must know."""
+        return self.variant.knowledge
+
+    @property
+    def label(self) -> str:
+        """As :attr:`RunSpec.label`."""
+        return self.runs[0].spec.label
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """Rates that were tried, largest first."""
+        return tuple(sorted({run.spec.learning_rate for run in self.runs}, reverse=True))
+
+    def at(self, learning_rate: float) -> tuple[RunResult, ...]:
+        """The runs at one learning rate, one for each seed."""
+        return tuple(run for run in self.runs if run.spec.learning_rate == learning_rate)
+
+    def best_at(self, learning_rate: float) -> float | None:
+        """Mean over seeds of the best held-out loss at one learning rate."""
+        losses = [run.best for run in self.at(learning_rate) if run.best is not None]
+        return statistics.fmean(losses) if losses else None
+
+    @property
+    def best_learning_rate(self) -> float:
+        """The rate with the lowest mean best loss; the largest of equals."""
+        return min(self.learning_rates, key=lambda rate: (self.best_at(rate) is None, self.best_at(rate) or 0.0, -rate))
+
+    @property
+    def best(self) -> float | None:
+        """The best held-out loss at the best learning rate, mean over seeds."""
+        return self.best_at(self.best_learning_rate)
+
+    @property
+    def best_run(self) -> RunResult:
+        """The first seed's run at the best learning rate."""
+        return self.at(self.best_learning_rate)[0]
+
+    def progress(self, learning_rate: float | None = None) -> float | None:
+        """Mean over seeds of start − best (nats), at one learning rate or at the best."""
+        rate = self.best_learning_rate if learning_rate is None else learning_rate
+        values = [run.progress for run in self.at(rate) if run.progress is not None]
+        return statistics.fmean(values) if values else None
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """How the model under attack was hardened, from its manifest. ``alpha`` is the largest of any layer or channel."""
+
+    method: str
+    alpha: float
+    top_k: int | None
+    gauge: str | None
+    layers: int
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What was trained on."""
+
+    name: str
+    train_sequences: int
+    held_out_sequences: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """Everything an attack found; made of finished runs only.
+
+    Attributes:
+        model, control: As the user named them.
+        hardening: ``None`` for a model that this package did not harden.
+        data: What was trained on.
+        runs: In the order of the plan, the control's first.
+        assumed: What the user left open and was chosen, one sentence each.
+        notes: What the reader must know to read the figures, one sentence each.
+        versions: Of this package and the libraries that did the training.
+        device: What it ran on.
+    """
+
+    model: str
+    control: str
+    hardening: Hardening | None
+    data: DataSummary
+    runs: tuple[RunResult, ...]
+    assumed: tuple[str, ...]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    device: str
+
+    @property
+    def attacks(self) -> tuple[Attack, ...]:
+        """The runs, grouped by attack, in the order of the plan."""
+        groups: dict[tuple[Any, ...], list[RunResult]] = {}
+        for run in self.runs:
+            spec = run.spec
+            key = (spec.subject, spec.variant, *_recipe_key(spec))
+            groups.setdefault(key, []).append(run)
+        return tuple(Attack(tuple(runs)) for runs in groups.values())
+
+    def at_edge(self, attack: Attack) -> Literal["largest", "smallest"] | None:
+        """Whether an attack did best at the end of its learning rates, so that its true best may lie beyond."""
+        rates = attack.learning_rates
+        if len(rates) == 1 or not attack.progress():
+            return None
+        return {rates[0]: "largest", rates[-1]: "smallest"}.get(attack.best_learning_rate)  # type: ignore[return-value]
+
+    def control_of(self, attack: Attack) -> Attack | None:
+        """The control that was trained by the same recipe and optimizer on the same budget."""
+        key = _recipe_key(attack.runs[0].spec)
+        return next(
+            (each for each in self.attacks if each.subject == "control" and _recipe_key(each.runs[0].spec) == key), None
+        )
+
+    def share(self, attack: Attack, learning_rate: float | None = None) -> float | None:
+        """Progress as a share of the control's at its best learning rate; ``None`` where the control made none."""
+        control = self.control_of(attack)
+        reference = control.progress() if control else None
+        progress = attack.progress(learning_rate)
+        return None if progress is None or not reference or reference <= 0 else progress / reference
+
+    def control_loss(self, attack: Attack) -> float | None:
+        """The held-out loss that counts as the control's: :data:`CONTROL_SHARE` of its best progress made."""
+        control = self.control_of(attack)
+        if control is None:
+            return None
+        start, progress = control.best_run.start, control.progress()
+        return None if start is None or not progress or progress <= 0 else start - CONTROL_SHARE * progress
+
+    def steps_to_control(self, run: RunResult) -> int | None:
+        """Optimizer steps until the run reached the control's loss; ``None`` when its budget did not get there."""
+        loss = self.control_loss(Attack((run,)))
+        return None if loss is None else run.steps_to(loss)
+
+    def parameters_times(self, run: RunResult) -> float:
+        """Parameters of the trained model over the control's."""
+        control = self.control_of(Attack((run,)))
+        return run.parameters / control.runs[0].parameters if control else 1.0
+
+
+def _recipe_key(spec: RunSpec) -> tuple[Any, ...]:
+    return spec.recipe, spec.lora_targets, spec.lora_rank, spec.lora_alpha, spec.train, spec.optimizer, spec.schedule

@@ -1,0 +1,272 @@
+"""An attack from options to report: resolve, plan, run what is not yet run, report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+import specdef_cli
+from specdef_cli.attack.data import load_data
+from specdef_cli.attack.options import AttackOptions, Task
+from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
+from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
+from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
+from specdef_cli.attack.store import RunStore
+from specdef_cli.attack.sweep import default_sweep, largest_alpha
+from specdef_cli.attack.trainer import quiet, train_run
+from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
+from specdef_cli.checkpoint.resolve import resolve
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime import load_tokenizer
+
+RUNS_DIRECTORY = "runs"
+
+SAME_START = 0.01
+"""Starting losses that differ by more than this share are worth a warning."""
+
+
+def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -> AttackReport:
+    """Fine-tune a model and its control by every run of the plan, and report how far each got.
+
+    Finished runs are kept in ``options.out/runs``; a run that is found there is not run again. Under ``accelerate
+    launch`` every process calls this and gets the report; only the main one writes and reports progress.
+
+    Raises:
+        SpecDefError: A model or the data cannot be read, no control is known, or the options do not fit the model.
+    """
+    directory, manifest = _subject(options)
+    control_name, control_directory = _control(options, directory, manifest)
+    _check_variants(options, manifest)
+    task, head_labels = _task(options, control_directory)
+    with quiet():
+        tokenizer = load_tokenizer(control_directory, trust_remote_code=options.trust_remote_code)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise SpecDefError(
+                f"{control_name} has no tokenizer, and the attack trains on text",
+                "Copy the tokenizer's files into the control's directory.",
+            )
+        data = load_data(options, task, tokenizer, head_labels)
+    plan = default_sweep(
+        options,
+        manifest,
+        task=task,
+        data=data.fingerprint,
+        control=checkpoint_fingerprint(control_directory),
+        model=checkpoint_fingerprint(directory),
+    )
+    store = RunStore(options.out / RUNS_DIRECTORY)
+    state = PartialState()
+    kept = {spec: store.load(spec) for spec in plan}
+    # No process may start the first run while another still looks for its result: they would disagree on what is
+    # finished.
+    state.wait_for_everyone()
+    hook = on_progress if on_progress is not None and state.is_main_process else lambda event: None
+    results = []
+    for position, spec in enumerate(plan, start=1):
+        result = kept[spec]
+        event = ProgressEvent(
+            "run-start", position, len(plan), f"{spec.label} · η={spec.learning_rate:g}", 0, spec.steps
+        )
+        if result is None:
+            hook(event)
+            result = train_run(
+                spec,
+                control_directory if spec.subject == "control" else directory,
+                data,
+                on_step=_step_hook(hook, event),
+                trust_remote_code=options.trust_remote_code,
+            )
+            if state.is_main_process:
+                store.save(result)
+            kind = "run-end"
+        else:
+            kind = "run-reused"
+        hook(
+            replace(
+                event,
+                kind=kind,  # type: ignore[arg-type]
+                step=result.train[-1].step if result.train else 0,
+                loss=result.final,
+                diverged=result.divergence is not None,
+            )
+        )
+        results.append(result)
+    report = AttackReport(
+        model=str(options.model),
+        control=control_name,
+        hardening=_hardening(manifest),
+        data=DataSummary(data.name, len(data.train), len(data.held_out), data.fingerprint),
+        runs=tuple(results),
+        assumed=_assumed(options, plan, control_name, data.name),
+        notes=(),
+        versions={"specdef-cli": specdef_cli.__version__}
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
+    )
+    return replace(report, notes=_notes(options, manifest, report))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return bool(PartialState().is_main_process)
+
+
+def _step_hook(hook: ProgressHook, event: ProgressEvent) -> Callable[[int, float | None], None]:
+    return lambda step, loss: hook(replace(event, kind="step", step=step, loss=loss))
+
+
+def _subject(options: AttackOptions) -> tuple[Path, Manifest | None]:
+    directory = resolve(str(options.model), revision=options.revision, token=options.token).directory
+    return directory, read_manifest(directory) if is_hardened(directory) else None
+
+
+def _control(options: AttackOptions, directory: Path, manifest: Manifest | None) -> tuple[str, Path]:
+    """The control's name and directory: as given, or the base that the manifest names."""
+    if options.control is not None:
+        return str(options.control), resolve(str(options.control), token=options.token).directory
+    if manifest is None:
+        raise SpecDefError(
+            f"{options.model} has no manifest that names its base, so there is nothing to compare it with",
+            "Name the undefended model with --control.",
+        )
+    base = manifest.base
+    # A relative path was relative to wherever `harden` ran; next to the hardened directory is the second best guess.
+    beside = directory.parent / base.name
+    name = str(beside) if not Path(base.name).expanduser().is_dir() and beside.is_dir() else base.name
+    try:
+        return base.name, resolve(name, revision=base.commit or base.revision, token=options.token).directory
+    except SpecDefError as error:
+        raise SpecDefError(
+            f"the base {base.name} that the manifest of {options.model} names is not available: {error.problem}",
+            "Give its directory or Hub id with --control.",
+        ) from error
+
+
+def _check_variants(options: AttackOptions, manifest: Manifest | None) -> None:
+    asked = [f"--expansion {expansion.kind}" for expansion in options.expansions]
+    asked += ["--freeze-compensation"] * options.freeze_compensation + ["--collapse"] * options.collapse
+    if not asked or (manifest is not None and manifest.inserted):
+        return
+    if manifest is None:
+        raise SpecDefError(
+            f"{options.model} is not hardened by this package, so {asked[0]} has nothing to work on",
+            "Leave the flag out, or give a hardened directory.",
+        )
+    raise SpecDefError(
+        f"{options.model} was hardened by folding, which has no inserted layers for {asked[0]}",
+        "Leave the flag out; the informed attack on a fold is rebalancing its pairs.",
+    )
+
+
+def _task(options: AttackOptions, directory: Path) -> tuple[Task, int]:
+    """The task, and the number of classes that the configuration names."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+    if options.task is not None:
+        return options.task, labels
+    architecture = (config.get("architectures") or ["none named"])[0]
+    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "causal-lm", labels
+    if architecture in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return "sequence-classification", labels
+    raise SpecDefError(
+        f"the architecture {architecture} is neither a causal language model nor a sequence classifier",
+        "Say what to train it for: --task causal-lm or --task sequence-classification (which adds a head).",
+    )
+
+
+def _hardening(manifest: Manifest | None) -> Hardening | None:
+    if manifest is None:
+        return None
+    first = manifest.inserted[0] if manifest.inserted else None
+    return Hardening(
+        method=manifest.method,
+        alpha=largest_alpha(manifest),
+        top_k=first.top_k if first else None,
+        gauge=first.gauge if first else None,
+        layers=len(manifest.inserted) or len(manifest.folded),
+    )
+
+
+def _assumed(options: AttackOptions, plan: tuple[RunSpec, ...], control: str, data: str) -> tuple[str, ...]:
+    said = []
+    if options.control is None:
+        said.append(f"Control: {control}, the base named in the manifest.")
+    if options.dataset is None:
+        said.append(f"Data: {data}.")
+    if not options.recipes:
+        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.trained for spec in plan))}.")
+    if not options.learning_rates:
+        rates = sorted({spec.learning_rate for spec in plan}, reverse=True)
+        usual = sorted({spec.learning_rate for spec in plan if spec.subject == "control"}, reverse=True)
+        said.append(
+            f"Learning rates: {usual[0]:g} to {usual[-1]:g}; the hardened model down to {rates[-1]:g}, below η₀/α."
+            if rates[-1] < usual[-1]
+            else f"Learning rates: {usual[0]:g} to {usual[-1]:g}."
+        )
+    said.append(
+        f"Budget of every run: {options.steps} steps of {options.batch_size} sequences of {options.sequence_length} "
+        f"tokens, {options.dtype}."
+    )
+    return tuple(said)
+
+
+def _notes(options: AttackOptions, manifest: Manifest | None, report: AttackReport) -> tuple[str, ...]:
+    notes = []
+    if manifest is not None and not manifest.inserted:
+        notes.append(
+            "No attack here knew the construction. Rebalancing rows and columns undoes a fold from the weights alone: "
+            "nothing in this report bounds an attacker who looks."
+        )
+    if len(options.seeds) == 1:
+        notes.append("One seed: differences of a few thousandths of a nat are noise.")
+    if options.dtype != "float32":
+        notes.append(
+            f"Trained in {options.dtype}: small learning rates may round to no change, which flatters a defence. "
+            "Train in float32 to be sure."
+        )
+    if options.learning_rates and manifest is not None:
+        alpha = largest_alpha(manifest)
+        hidden = max(options.learning_rates) / alpha
+        if min(options.learning_rates) > hidden:
+            notes.append(
+                f"The learning rates given do not reach below η₀/α = {hidden:.0e}, where Adam trains a hardened model "
+                "again. The attacks without knowledge may look weaker than they are."
+            )
+    if any(result.start is None for result in report.runs):
+        notes.append("At least one model was broken before training: its held-out loss at step 0 is not finite.")
+    note = _start_note(report)
+    if note is not None:
+        notes.append(note)
+    for each in report.attacks:
+        edge = report.at_edge(each)
+        if edge is not None:
+            notes.append(
+                f"{each.label} did best at the {edge} learning rate tried ({each.best_learning_rate:g}); "
+                "its true best may lie beyond."
+            )
+    return tuple(notes)
+
+
+def _start_note(report: AttackReport) -> str | None:
+    """Hardening keeps the function, so every run starts at the control's loss; if not, shares mean little."""
+    for each in report.attacks:
+        control = report.control_of(each)
+        start, expected = each.best_run.start, control.best_run.start if control else None
+        if start is not None and expected is not None and abs(start - expected) > SAME_START * expected:
+            return (
+                f"{each.label} starts at a held-out loss of {start:.3f} and its control at {expected:.3f}: the control "
+                "is not the model that was hardened, or hardening changed its function. Shares of progress mean little."
+            )
+    return None

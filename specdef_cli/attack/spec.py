@@ -1,0 +1,166 @@
+"""The specification of one training run, and the identity that follows from it.
+
+Everything that can change a run's curve stands here, and nothing else: two runs with equal specifications are the
+same run, wherever and whenever they were made. That makes the result files reusable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from specdef_cli.attack.options import Recipe, Schedule, Task
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME
+
+Subject = Literal["control", "model"]
+VariantKind = Literal["plain", "collapse", "freeze-compensation", "freeze-pair", "width", "depth", "inject"]
+Knowledge = Literal["none", "construction", "growth"]
+
+RUN_FORMAT = 1
+"""Raised whenever the same specification would give another curve, so that older files are not taken for it."""
+
+_KNOWLEDGE: dict[VariantKind, Knowledge] = {
+    "plain": "none",
+    "collapse": "construction",
+    "freeze-compensation": "construction",
+    "freeze-pair": "construction",
+    "width": "growth",
+    "depth": "growth",
+    "inject": "growth",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the attacker does to the loaded model before training.
+
+    Attributes:
+        kind: ``plain`` does nothing; the others are functions of :mod:`specdef_cli.attack.expansions`.
+        factor: The growth asked for, where the kind has one.
+    """
+
+    kind: VariantKind = "plain"
+    factor: float | None = None
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What the attacker must know: nothing but recipes, the construction, or the construction plus memory for a
+        larger model.
+        """
+        return _KNOWLEDGE[self.kind]
+
+    @property
+    def label(self) -> str:
+        """A few words for a table."""
+        match self.kind:
+            case "plain":
+                return ""
+            case "collapse":
+                return "collapsed"
+            case "freeze-compensation":
+                return "compensation frozen"
+            case "freeze-pair":
+                return "pair frozen"
+            case "width":
+                return f"width {self.factor:g}×"
+            case "depth":
+                return f"depth {self.factor:g}"
+            case "inject":
+                return "layer injected"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run.
+
+    Attributes:
+        subject: Whether the control or the model under attack is trained.
+        checkpoint: Fingerprint of the checkpoint (:func:`checkpoint_fingerprint`).
+        data: Fingerprint of the tokens that are trained on and evaluated.
+        variant: What happens to the model before training.
+        lora_targets: Empty for every linear; ``lora_*`` are ``None``/empty for full fine-tuning, so that they do not
+            tell runs apart there.
+        Others: As in :class:`specdef_cli.attack.options.AttackOptions`.
+    """
+
+    subject: Subject
+    checkpoint: str
+    data: str
+    task: Task
+    variant: Variant
+    recipe: Recipe
+    lora_targets: tuple[str, ...]
+    lora_rank: int | None
+    lora_alpha: float | None
+    train: tuple[str, ...]
+    optimizer: str
+    learning_rate: float
+    schedule: Schedule
+    warmup_steps: int
+    max_grad_norm: float
+    weight_decay: float
+    steps: int
+    batch_size: int
+    sequence_length: int
+    eval_every: int
+    seed: int
+    dtype: str
+
+    @property
+    def run_id(self) -> str:
+        """Sixteen hexadecimal digits that stand for this specification."""
+        text = json.dumps({"format": RUN_FORMAT, **self.to_dict()}, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def trained(self) -> str:
+        """What trains, in words for a table: ``full``, ``LoRA all-linear``, ``full on *.norm.*``."""
+        if self.recipe == "lora":
+            return f"LoRA {','.join(self.lora_targets) or 'all-linear'}"
+        return f"full on {','.join(self.train)}" if self.train else "full"
+
+    @property
+    def label(self) -> str:
+        """What is run, without the learning rate and the seed: ``hardened, collapsed · full · adamw``."""
+        subject = "control" if self.subject == "control" else "hardened"
+        what = f"{subject}, {self.variant.label}" if self.variant.label else subject
+        return f"{what} · {self.trained} · {self.optimizer}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return dataclasses.asdict(self) | {"lora_targets": list(self.lora_targets), "train": list(self.train)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunSpec:
+        """The inverse of :meth:`to_dict`."""
+        return cls(
+            **{
+                **data,
+                "variant": Variant(**data["variant"]),
+                "lora_targets": tuple(data["lora_targets"]),
+                "train": tuple(data["train"]),
+            }
+        )
+
+
+def checkpoint_fingerprint(directory: Path) -> str:
+    """Sixteen hexadecimal digits that change when the weights or the configuration of a checkpoint directory do.
+
+    A manifest names the hash of every shard, so it is enough; elsewhere names, sizes and times of the weight files
+    stand for their contents, because hashing tens of gigabytes to look up a finished run would cost more than many a
+    run.
+    """
+    digest = hashlib.sha256()
+    manifest = directory / MANIFEST_NAME
+    for path in (manifest, directory / "config.json"):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    if not manifest.is_file():
+        for path in sorted(directory.glob("*.safetensors")):
+            stat = path.stat()
+            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]

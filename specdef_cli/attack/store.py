@@ -1,0 +1,48 @@
+"""Finished runs on disk: one JSON file each, named by what was run.
+
+A run is a pure function of its specification, so its result can be kept under the specification's hash. Whoever
+resumes, adds a learning rate, or asks for one more expansion pays for the new runs only.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+
+from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.spec import RunSpec
+
+
+class RunStore:
+    """The directory of finished runs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, spec: RunSpec) -> Path:
+        """Where the result of ``spec`` is or will be."""
+        return self.directory / f"{spec.run_id}.json"
+
+    def load(self, spec: RunSpec) -> RunResult | None:
+        """The finished run of ``spec``, or ``None``. A file of another specification or format counts as none."""
+        try:
+            result = RunResult.from_dict(json.loads(self.path(spec).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return result if result.spec == spec else None
+
+    def save(self, result: RunResult) -> None:
+        """Keep a finished run; atomic, so that a crash leaves either nothing or all of it."""
+        write_atomic(self.path(result.spec), json.dumps(result.to_dict(), indent=1, allow_nan=False).encode())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file under a temporary sibling's name, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        sibling.write_bytes(data)
+        sibling.replace(path)
+    finally:
+        sibling.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Directories of safetensors: found, read lazily, rewritten as a stream, published whole or not at all."""

@@ -1,0 +1,22 @@
+"""Symbolic links in a checkpoint are followed only within it: a link may not pull in other files of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from specdef_cli.errors import SpecDefError
+
+
+def require_inside(directory: Path, path: Path) -> None:
+    """Check that ``path`` really lies in ``directory``, or in the blobs of the Hub cache that ``directory`` is part of.
+
+    Raises:
+        SpecDefError: A link leads elsewhere.
+    """
+    root = directory.resolve()
+    # In the Hub cache, snapshots/<commit>/<file> links to blobs/<hash>.
+    allowed = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise SpecDefError(
+            f"{path.relative_to(directory)} is a link that leaves {directory}", "Replace the link by the file itself."
+        )

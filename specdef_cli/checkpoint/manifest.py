@@ -1,0 +1,237 @@
+"""``specdef.json``: what was done to a hardened directory, and to what.
+
+The manifest is the only thing that ``collapse``, ``certify`` and ``attack`` need to know about a hardened directory.
+It names every changed tensor, so that undoing the change is arithmetic and not detective work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from specdef_cli.errors import SpecDefError
+
+MANIFEST_NAME = "specdef.json"
+FORMAT_VERSION = 1
+
+Method = Literal["insert", "fold", "mixed"]
+Gauge = Literal["rotated", "symmetric"]
+Schedule = Literal["constant", "staircase"]
+Profile = Literal["coverage", "quantizable"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where the hardened weights came from.
+
+    Attributes:
+        name: Hub id (``org/name``) or the directory as the user gave it.
+        revision: The revision asked for; ``None`` for a directory.
+        commit: The commit hash that the revision resolved to; ``None`` for a directory.
+    """
+
+    name: str
+    revision: str | None = None
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class InsertedLayer:
+    """One linear layer replaced by an inflated layer and its compensation (the paper's Algorithm 1).
+
+    Attributes:
+        module: Path of the linear in the transformers model, e.g. ``model.layers.0.self_attn.o_proj``.
+        tensor: Name of its weight in the files, and of the tombstone; it ends in ``.weight``.
+        out_features, in_features: m and n of y = Wx, W ∈ R^{m×n}.
+        bias: Name of the bias in the base checkpoint's files, or ``None``.
+        transposed: Whether the base checkpoint stores Wᵀ (transformers' ``Conv1D``). The factors never are.
+        alpha: Factor by which the top singular values were multiplied.
+        top_k: How many singular values were inflated.
+        gauge: Which factorization W = C·W~ is stored.
+        singular_values: The ``top_k`` largest singular values of W, largest first (Ritz values of the computed basis).
+        reconstruction_error: ‖C(W~X) − WX‖/‖WX‖ on Gaussian probes X, through the stored factors.
+    """
+
+    module: str
+    tensor: str
+    out_features: int
+    in_features: int
+    bias: str | None
+    transposed: bool
+    alpha: float
+    top_k: int
+    gauge: Gauge
+    singular_values: tuple[float, ...]
+    reconstruction_error: float
+
+    @property
+    def inflated_tensor(self) -> str:
+        """Name of W~ (m×n) in the hardened checkpoint's files."""
+        return f"{self.tensor.removesuffix('.weight')}.inflated.weight"
+
+    @property
+    def compensation_tensor(self) -> str:
+        """Name of C (m×m) in the hardened checkpoint's files."""
+        return f"{self.tensor.removesuffix('.weight')}.compensation.weight"
+
+    @property
+    def compensation_bias(self) -> str | None:
+        """Name of the bias in the hardened checkpoint's files; it is added after C, so its values are unchanged."""
+        return f"{self.tensor.removesuffix('.weight')}.compensation.bias" if self.bias else None
+
+
+@dataclass(frozen=True)
+class ScaledSlice:
+    """Part of one tensor, multiplied by powers of two.
+
+    Attributes:
+        tensor: Name in the checkpoint's files.
+        axis: The dimension that ``indices`` count along.
+        block: Index on dimension 0 of a tensor that stacks experts, or ``None``; ``axis`` counts dimension 0 too.
+        indices: Positions along ``axis``; ``None`` means the whole tensor (or the whole block).
+        exponents: The slice is scaled by 2**exponent: one for each index, or one alone where ``indices`` is ``None``.
+    """
+
+    tensor: str
+    axis: int
+    block: int | None
+    indices: tuple[int, ...] | None
+    exponents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FoldedPair:
+    """A symmetric pair of weights whose shared channels were rescaled in opposite directions.
+
+    Attributes:
+        name: Where, e.g. ``model.layers.0.self_attn.value_output``.
+        kind: Which symmetry, e.g. ``value_output``.
+        channels: The channels of the pair that were rescaled.
+        exponents: log2 of the factor of each channel.
+        slices: Every tensor slice that was multiplied; undoing the fold multiplies each by 2**-exponent.
+    """
+
+    name: str
+    kind: str
+    channels: tuple[int, ...]
+    exponents: tuple[int, ...]
+    slices: tuple[ScaledSlice, ...]
+
+
+@dataclass(frozen=True)
+class ConfigChange:
+    """A value in config.json that had to follow the weights (the norms' eps under a rescaled residual stream)."""
+
+    key: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is known about a hardened directory.
+
+    Attributes:
+        specdef_version: The version of this package that wrote it.
+        method: ``insert``, ``fold`` or ``mixed``.
+        base: The checkpoint that was hardened.
+        dtype: The dtype the changed tensors are stored in, as torch names it (``bfloat16``).
+        seed: Seed of the randomized basis.
+        schedule: How α varies over layers.
+        profile: The fold's profile; ``None`` without a fold.
+        inserted: The replaced linears.
+        folded: The rescaled pairs.
+        config_changes: Changed values of config.json.
+        shards: sha256 of every safetensors file.
+        verification: Figures of the verification before publication; empty when it was skipped.
+    """
+
+    specdef_version: str
+    method: Method
+    base: BaseModel
+    dtype: str
+    seed: int
+    schedule: Schedule
+    profile: Profile | None = None
+    inserted: tuple[InsertedLayer, ...] = ()
+    folded: tuple[FoldedPair, ...] = ()
+    config_changes: tuple[ConfigChange, ...] = ()
+    shards: dict[str, str] = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The manifest as the text of ``specdef.json``."""
+        return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1, sort_keys=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, origin: str = MANIFEST_NAME) -> Manifest:
+        """Parse ``specdef.json``.
+
+        Raises:
+            SpecDefError: The text is not JSON, is of another format version, or lacks a field.
+        """
+        try:
+            data = json.loads(text)
+            version = data.pop("format")
+            if version != FORMAT_VERSION:
+                raise SpecDefError(
+                    f"{origin} has format {version!r}; this version reads format {FORMAT_VERSION}",
+                    "Install the release of specdef-cli that wrote it.",
+                )
+            manifest = _parse(cls, data, "the manifest")
+            assert isinstance(manifest, cls)
+            return manifest
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise SpecDefError(
+                f"{origin} is not a valid manifest: {error}", "Harden the base model again, or restore the file."
+            ) from error
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """``value`` (from JSON) as the type a field declares: data classes and tuples are built, the rest is checked."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise TypeError(f"{where} is {value!r}")
+        hints = typing.get_type_hints(kind)
+        return kind(**{key: _parse(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    if origin is tuple and isinstance(value, list):
+        return tuple(_parse(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (types.UnionType, typing.Union):  # X | None is either, depending on X
+        return None if value is None else _parse(arguments[0], value, where)
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if kind in (str, int, bool) and type(value) is kind:
+        return value
+    raise TypeError(f"{where} is {value!r}")
+
+
+def is_hardened(directory: Path) -> bool:
+    """Whether ``directory`` carries a manifest."""
+    return (directory / MANIFEST_NAME).is_file()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read ``specdef.json`` of a hardened directory.
+
+    Raises:
+        SpecDefError: There is none, or it is not valid.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise SpecDefError(
+            f"{directory} has no {MANIFEST_NAME}, so it is not a hardened checkpoint",
+            "Give a directory that `specdef harden` wrote.",
+        )
+    return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))

@@ -1,0 +1,157 @@
+"""An output directory that appears under its name only when it is complete.
+
+Work happens in a hidden sibling; publishing is one rename. A run that dies leaves the sibling behind, with the record
+of every finished shard, for ``--resume``. A lock tells a second run to the same place that it is late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from specdef_cli.checkpoint.reader import ResumableError
+from specdef_cli.checkpoint.stream import RECORD_SUFFIX, write_durably
+from specdef_cli.errors import SpecDefError
+
+FINGERPRINT = ".plan"
+
+
+def work_directory(final: Path) -> Path:
+    """Where the output is built: a hidden sibling, so that the last step is a rename on one file system."""
+    return final.parent / f".{final.name}.specdef-unfinished"
+
+
+def check_output(final: Path, source: Path, nbytes: int) -> None:
+    """Refuse an output that is taken, lies in its own input, or does not fit on the disk.
+
+    Args:
+        final: The directory to be published.
+        source: The input directory.
+        nbytes: How much will be written.
+
+    Raises:
+        SpecDefError: naming the directory.
+    """
+    target, origin = final.resolve(), source.resolve()
+    if target == origin or target.is_relative_to(origin):
+        raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
+    if _taken(final):
+        raise SpecDefError(f"the output {final} exists already", "Choose another --out, or remove it first.")
+    existing = target.parent
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise SpecDefError(f"{existing} is not a directory that can be written to", "Choose another --out.")
+    # What an interrupted run left is either reused or removed.
+    free = shutil.disk_usage(existing).free + _disk_space(work_directory(final))
+    if nbytes > free:
+        raise SpecDefError(
+            f"the output needs {nbytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB free",
+            "Free some space, or choose another --out.",
+        )
+
+
+@contextlib.contextmanager
+def exclusive(final: Path) -> Iterator[None]:
+    """Hold the lock of an output directory.
+
+    Raises:
+        SpecDefError: Another run holds it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    path = final.parent / f".{final.name}.specdef-lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise SpecDefError(
+            f"another run is writing {final}", "Wait for it to finish, or choose another --out."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
+def prepare(final: Path, fingerprint: str, *, resume: bool) -> Path:
+    """Make the work directory, keeping what an interrupted run of the same plan finished if ``resume``.
+
+    Args:
+        final: The directory to be published.
+        fingerprint: Identifies the plan; shards of another plan are never reused.
+        resume: Whether to go on where an earlier run stopped.
+
+    Raises:
+        ResumableError: ``resume`` was asked for and the unfinished run was of another plan.
+    """
+    work = work_directory(final)
+    plan_file = work / FINGERPRINT
+    if resume and plan_file.is_file():
+        if plan_file.read_text(encoding="utf-8") != fingerprint:
+            raise ResumableError(
+                f"the unfinished run of {final} had other options or another input",
+                "Run with the same options to resume, or without --resume to start again.",
+            )
+        return work
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_durably(plan_file, fingerprint)
+    return work
+
+
+def publish(final: Path) -> None:
+    """Flush the work directory and give it its name.
+
+    Raises:
+        ResumableError: Something else has that name by now.
+    """
+    if _taken(final):
+        raise ResumableError(
+            f"the output {final} came into being during this run", "Remove it, then run the same command with --resume."
+        )
+    work = work_directory(final)
+    for record in work.glob(f"*{RECORD_SUFFIX}"):
+        record.unlink()
+    (work / FINGERPRINT).unlink(missing_ok=True)
+    for path in work.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    _flush(work)
+    if final.is_dir():
+        final.rmdir()
+    work.rename(final)
+    _flush(final.parent)
+
+
+def discard(final: Path) -> None:
+    """Remove the work directory: a later run could not use what is in it."""
+    shutil.rmtree(work_directory(final), ignore_errors=True)
+
+
+def _taken(final: Path) -> bool:
+    """Whether ``final`` is anything but absent or an empty directory that publishing may replace."""
+    if final.is_symlink() or final.name in {"", ".."}:
+        return True
+    return final.exists() and not (final.is_dir() and not any(final.iterdir()))
+
+
+def _disk_space(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # the run that it belongs to may be alive
+            total += path.stat().st_blocks * 512
+    return total
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

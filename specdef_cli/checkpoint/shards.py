@@ -1,0 +1,165 @@
+"""Which tensors go into which output file, decided before the first byte is written.
+
+Names, dtypes and shapes of everything that will be written are known from the input's headers alone. So the layout of
+every output shard, down to the byte offsets, is a pure function of the plan: any process can write any part of it, and
+the result does not depend on how many of them there are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdef_cli.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TORCH_DTYPES, Checkpoint
+from specdef_cli.errors import SpecDefError
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that will be written: its name, safetensors dtype, and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What a transform made: tensors by name, and figures about them for the manifest."""
+
+    tensors: Mapping[str, Tensor]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+Transform = Callable[[Checkpoint, torch.device], Produced]
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors that are made together and stay in one shard.
+
+    Attributes:
+        label: What to show while it is being made.
+        outputs: What is written.
+        transform: How it is made; ``None`` copies the one tensor, byte for byte, from the input.
+    """
+
+    label: str
+    outputs: tuple[TensorSpec, ...]
+    transform: Transform | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the outputs in bytes."""
+        return sum(spec.nbytes for spec in self.outputs)
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One safetensors file to be written: its name and what goes into it."""
+
+    name: str
+    groups: tuple[TensorGroup, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes, without the header."""
+        return sum(group.nbytes for group in self.groups)
+
+
+def plan_shards(groups: Sequence[TensorGroup], max_shard_size: int) -> tuple[OutputShard, ...]:
+    """Fill shards greedily in order; a group larger than ``max_shard_size`` (bytes) gets a shard of its own."""
+    bins: list[list[TensorGroup]] = []
+    filled = 0
+    for group in groups:
+        if not bins or filled + group.nbytes > max_shard_size:
+            bins.append([])
+            filled = 0
+        bins[-1].append(group)
+        filled += group.nbytes
+    if len(bins) == 1:
+        return (OutputShard(SINGLE_FILE, tuple(bins[0])),)
+    return tuple(
+        OutputShard(f"model-{number:05d}-of-{len(bins):05d}.safetensors", tuple(members))
+        for number, members in enumerate(bins, start=1)
+    )
+
+
+def shard_header(shard: OutputShard) -> tuple[bytes, dict[str, int]]:
+    """The header of a shard and, for every tensor, the position of its data in the file.
+
+    Wide dtypes come first so that every tensor is aligned to its element, and one-element tensors last so that they do
+    not misalign the large ones.
+    """
+    specs = [spec for group in shard.groups for spec in group.outputs]
+    specs.sort(key=lambda spec: (-TORCH_DTYPES[spec.dtype].itemsize, math.prod(spec.shape) == 1))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in specs:
+        end = position + spec.nbytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 64)
+    start = 8 + len(text)
+    offsets = {spec.name: start + entries[spec.name]["data_offsets"][0] for spec in specs}
+    return struct.pack("<Q", len(text)) + text, offsets
+
+
+def shard_index(shards: Sequence[OutputShard]) -> tuple[str, str] | None:
+    """Name and text of the index file, or ``None`` for a single file, which needs none."""
+    if len(shards) == 1:
+        return None
+    weight_map = {spec.name: shard.name for shard in shards for group in shard.groups for spec in group.outputs}
+    index = {
+        "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return INDEX_FILE, json.dumps(index, indent=2) + "\n"
+
+
+def assign_shards(shards: Sequence[OutputShard], processes: int) -> tuple[tuple[OutputShard, ...], ...]:
+    """Spread shards over processes by estimated work, largest first; the same answer in every process."""
+    assigned: list[list[OutputShard]] = [[] for _ in range(processes)]
+    load = [0.0] * processes
+    for shard in sorted(shards, key=lambda shard: (-_work(shard), shard.name)):
+        lightest = load.index(min(load))
+        assigned[lightest].append(shard)
+        load[lightest] += _work(shard)
+    return tuple(tuple(sorted(part, key=lambda shard: shard.name)) for part in assigned)
+
+
+def _work(shard: OutputShard) -> float:
+    # Making a tensor costs about ten times as much as copying it (tests/benchmarks); the estimate need not be good.
+    return sum(group.nbytes * (10 if group.transform else 1) for group in shard.groups)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB`` or ``500MB``.
+
+    Raises:
+        SpecDefError: It is not a positive number with a unit.
+    """
+    unit = text.strip().upper().lstrip("0123456789.")
+    number = text.strip()[: len(text.strip()) - len(unit)]
+    try:
+        size = int(float(number) * UNITS[unit.strip()])
+    except (KeyError, ValueError, OverflowError) as error:
+        raise SpecDefError(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
+    if size <= 0:
+        raise SpecDefError(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
+    return size

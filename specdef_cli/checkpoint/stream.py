@@ -1,0 +1,209 @@
+"""Write output shards as a stream: no tensor waits in memory for another.
+
+Every group of tensors knows its place in its file beforehand, so each worker reads, computes and writes on its own, and
+what is in memory at any time is what the workers hold. A finished shard is flushed to disk, hashed from what was
+written, and recorded; a later run that finds the record does not write the shard again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdef_cli.checkpoint.reader import SAFETENSORS_DTYPES, Checkpoint, ResumableError
+from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
+
+CHUNK = 16 * 2**20
+RECORD_SUFFIX = ".done.json"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a finished shard.
+
+    Attributes:
+        sha256: Of the whole file.
+        figures: What the transforms said of each group, by label.
+    """
+
+    sha256: str
+    figures: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One group of tensors was written."""
+
+    label: str
+    nbytes: int
+
+
+def write_shards(
+    checkpoint: Checkpoint,
+    shards: Sequence[OutputShard],
+    directory: Path,
+    *,
+    devices: Sequence[torch.device],
+    workers: int,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> None:
+    """Write ``shards`` into ``directory``, skipping those with a record there.
+
+    The result is the same for any number of workers: each computes with one thread, so that no sum depends on how a
+    matrix product was split.
+
+    Args:
+        checkpoint: Where inputs are read from.
+        shards: What to write.
+        directory: A work directory; a shard there is complete exactly when its record exists.
+        devices: Where transforms compute; workers take turns.
+        workers: Number of threads.
+        on_progress: Called from worker threads after each group.
+
+    Raises:
+        SpecDefError: A transform refused its input.
+        ResumableError: The disk failed, or is full.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="specdef")
+    opened: list[_ShardFile] = []
+    try:
+        pending: set[Future[None]] = set()
+        tasks = 0
+        for shard in shards:
+            if read_record(directory, shard.name) is not None:
+                for group in shard.groups:
+                    on_progress(Progress(group.label, group.nbytes))
+                continue
+            writing = _ShardFile(directory / shard.name, shard)
+            opened.append(writing)
+            for group in shard.groups:
+                if len(pending) > 2 * workers:  # a 405B model has 10⁵ tensors: keep the queue short
+                    pending = _drain(pending)
+                device = devices[tasks % len(devices)]
+                tasks += 1
+                pending.add(pool.submit(_write_group, checkpoint, group, writing, device, on_progress))
+        while pending:
+            pending = _drain(pending)
+    except OSError as error:
+        raise ResumableError(
+            f"writing to {directory.parent} failed: {error.strerror or error}",
+            "Free some space or repair the disk, then run the same command with --resume.",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for writing in opened:
+            writing.close()
+        torch.set_num_threads(threads_before)
+
+
+def read_record(directory: Path, shard: str) -> ShardRecord | None:
+    """The record of a finished shard, or ``None`` if it is not finished."""
+    path = directory / (shard + RECORD_SUFFIX)
+    if not path.is_file() or not (directory / shard).is_file():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return ShardRecord(data["sha256"], data["figures"])
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, as hexadecimal digits."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is on disk, whole, when this returns, or not there at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+class _ShardFile:
+    """A shard while its groups are being written, in any order and from any thread."""
+
+    def __init__(self, path: Path, shard: OutputShard) -> None:
+        header, self.offsets = shard_header(shard)
+        self.path = path
+        self.figures: dict[str, Mapping[str, Any]] = {}
+        self._unfinished = len(shard.groups)
+        self._lock = threading.Lock()
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        _write_all(self.descriptor, memoryview(header), 0)
+        os.truncate(self.descriptor, len(header) + shard.nbytes)
+
+    def group_done(self) -> None:
+        with self._lock:
+            self._unfinished -= 1
+            if self._unfinished:
+                return
+        os.fsync(self.descriptor)
+        self.close()
+        record = {"sha256": file_sha256(self.path), "figures": self.figures}
+        write_durably(self.path.with_name(self.path.name + RECORD_SUFFIX), json.dumps(record))
+
+    def close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _drain(pending: set[Future[None]]) -> set[Future[None]]:
+    done, rest = wait(pending, return_when=FIRST_COMPLETED)
+    for future in done:
+        future.result()
+    return rest
+
+
+def _write_group(
+    checkpoint: Checkpoint,
+    group: TensorGroup,
+    writing: _ShardFile,
+    device: torch.device,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    if group.transform is None:
+        (spec,) = group.outputs
+        _copy_tensor(checkpoint, spec.name, writing)
+    else:
+        produced = group.transform(checkpoint, device)
+        for spec in group.outputs:
+            tensor = produced.tensors[spec.name]
+            if (SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
+                raise AssertionError(f"{spec.name}: planned {spec}, made {tensor.dtype} {tuple(tensor.shape)}")
+            _write_all(writing.descriptor, _raw_bytes(tensor), writing.offsets[spec.name])
+        if produced.figures:
+            writing.figures[group.label] = produced.figures
+    writing.group_done()
+    on_progress(Progress(group.label, group.nbytes))
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, position)
+        data, position = data[written:], position + written
+
+
+def _copy_tensor(checkpoint: Checkpoint, name: str, writing: _ShardFile) -> None:
+    target = writing.offsets[name]
+    for chunk in checkpoint.chunks(name, CHUNK):
+        _write_all(writing.descriptor, memoryview(chunk), target)
+        target += len(chunk)

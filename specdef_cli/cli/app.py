@@ -1,0 +1,72 @@
+"""The ``specdef`` command: its subcommands, and how their failures reach the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from specdef_cli import __version__
+from specdef_cli.cli.attack import attack_command
+from specdef_cli.cli.collapse import collapse_command
+from specdef_cli.cli.harden import harden_command
+from specdef_cli.cli.inspect import inspect_command
+from specdef_cli.errors import SpecDefError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    name="specdef",
+    help="Harden open-weight checkpoints against fine-tuning without changing what they compute, and measure "
+    "honestly how far that holds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("harden")(harden_command)
+app.command("attack")(attack_command)
+app.command("collapse")(collapse_command)
+app.command("inspect")(inspect_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"specdef {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Exit codes: 0 done, 1 failed, 2 wrong usage. SPECDEF_DEBUG=1 shows the traceback of a failure."""
+
+
+def main() -> None:
+    """Run the command line. Failures that the user can do something about are two lines on stderr and exit code 1."""
+    try:
+        app()
+    except SpecDefError as error:
+        if os.environ.get("SPECDEF_DEBUG"):
+            raise
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(error.problem)}", highlight=False)
+        console.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say_interrupted()
+        sys.exit(INTERRUPTED)
+    except SystemExit as leaving:  # how typer passes Ctrl-C on
+        if leaving.code == INTERRUPTED:
+            _say_interrupted()
+        raise
+
+
+def _say_interrupted() -> None:
+    Console(stderr=True).print("interrupted; nothing was published (--resume goes on from here)")

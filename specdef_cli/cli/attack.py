@@ -1,0 +1,169 @@
+"""``specdef attack``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import typer
+
+from specdef_cli.cli.options import Json, Quiet, Revision, Token, TrustRemoteCode
+from specdef_cli.cli.output import Output
+
+
+def attack_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id of the model under attack.")] = (
+        "hardened"
+    ),
+    control: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="The undefended model; trained on the same budget.", show_default="the manifest's base"
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Hub id, or a JSONL, text or parquet file.", show_default="prose that Python ships with"),
+    ] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
+    dataset_split: Annotated[str | None, typer.Option(help="Split of the dataset.", show_default="train")] = None,
+    text_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column with the label (classification).")] = "label",
+    recipe: Annotated[list[str] | None, typer.Option(help="full or lora (repeatable).", show_default="both")] = None,
+    lora_targets: Annotated[
+        list[str] | None, typer.Option(help="Modules that get adapters (repeatable).", show_default="all linears")
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    optimizer: Annotated[str, typer.Option(help="Optimizer, e.g. adamw or sgd.")] = "adamw",
+    lr: Annotated[
+        list[float] | None,
+        typer.Option("--lr", help="Learning rate (repeatable).", show_default="a sweep down to below η₀/α"),
+    ] = None,
+    schedule: Annotated[Literal["constant", "linear", "cosine"], typer.Option(help="Course of the rate.")] = "constant",
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of every run.")] = 30,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 16,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations.", show_default="a tenth of the steps")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each attack, with seeds 0, 1, …")] = 1,
+    expand: Annotated[
+        str | None, typer.Option(metavar="2x", help="Attack also a model whose hardened layers grew this much.")
+    ] = None,
+    expansion: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="width: a parallel path. depth: the paper's Theorem 8. inject: an identity layer (repeatable).",
+            show_default="width, with --expand",
+        ),
+    ] = None,
+    freeze_compensation: Annotated[
+        bool, typer.Option("--freeze-compensation", help="Attack also with the compensation frozen.")
+    ] = False,
+    collapse: Annotated[
+        bool, typer.Option("--collapse", help="Attack the collapsed model with every recipe, not only the first.")
+    ] = False,
+    train: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Train only these parameters (repeatable).")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "auto"], typer.Option(help="dtype of training.")
+    ] = "float32",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Runs and report; finished runs found there are kept.")] = (
+        Path("attack")
+    ),
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Exit with 1 if any attack on the model meets this, e.g. 'steps_to_control<500' (repeatable).",
+        ),
+    ] = None,
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a hardened model and its base on one budget, and report how far each attack got.
+
+    Attacks that know the construction are always among them. Runs that are found finished in --out are not repeated.
+
+    Examples:
+
+      specdef attack --expand 2x
+
+      specdef attack hardened --control ./base --dataset notes.jsonl --recipe lora --lr 1e-4 --lr 1e-5 --steps 200
+    """
+    from rich.console import Group
+
+    from specdef_cli.attack import AttackOptions, Expansion, ProgressEvent, attack, is_main_process
+    from specdef_cli.attack.options import ExpansionKind, Recipe
+    from specdef_cli.report import report_dict, summary, summary_table, write_report
+    from specdef_cli.report.conditions import Condition
+
+    output = Output(as_json, quiet)
+    conditions = [Condition.parse(text) for text in fail_if or []]
+    # AttackOptions and Expansion check these names; typer has no repeatable option with choices.
+    recipes = cast(list[Recipe], recipe or [])
+    kinds = cast(list[ExpansionKind], expansion or (["width"] if expand else []))
+    expansions = [Expansion.parse(expand, kind) if expand else Expansion(kind) for kind in kinds]
+    options = AttackOptions(
+        model=model,
+        out=out,
+        control=control,
+        dataset=dataset,
+        dataset_config=dataset_config,
+        dataset_split=dataset_split,
+        text_column=text_column,
+        label_column=label_column,
+        recipes=tuple(recipes),
+        lora_targets=tuple(lora_targets or ()),
+        lora_rank=lora_rank,
+        optimizer=optimizer,
+        learning_rates=tuple(lr or ()),
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        max_grad_norm=max_grad_norm,
+        weight_decay=weight_decay,
+        steps=steps,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        eval_every=eval_every,
+        seeds=tuple(range(seeds)),
+        expansions=tuple(expansions),
+        freeze_compensation=freeze_compensation,
+        collapse=collapse,
+        train=tuple(train or ()),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        token=token,
+    )
+    with output.progress("attacking") as bar:
+
+        def show(event: ProgressEvent) -> None:
+            bar.start(event.runs)
+            if event.kind in {"run-end", "run-reused"}:
+                bar.advance(event.label)
+            else:
+                bar.advance(f"{event.label}  {event.step}/{event.steps}", 0)
+
+        report = attack(options, on_progress=show)
+    written = write_report(report, out)
+    if not is_main_process():
+        return
+    for text in report.assumed:
+        output.note(f"assumed: {text}")
+    for text in report.notes:
+        output.note(f"note: {text}")
+    output.data(report_dict(report), Group(summary_table(report), *summary(report)))
+    output.note(f"report: {written[0]}")
+    met = [(condition, finding) for condition in conditions for finding in condition.met_by(report)]
+    for condition, finding in met:
+        output.note(f"failed: {finding.attack.label} meets {condition.text}")
+    if met:
+        raise typer.Exit(1)

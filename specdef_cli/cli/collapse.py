@@ -1,0 +1,55 @@
+"""``specdef collapse``."""
+
+from __future__ import annotations
+
+from specdef_cli.cli.options import Device, Json, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
+from specdef_cli.cli.output import Output
+
+
+def collapse_command(
+    model: Model,
+    out: Out,
+    max_shard_size: MaxShardSize = "5GB",
+    device: Device = None,
+    revision: Revision = None,
+    token: Token = None,
+    resume: Resume = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Give back the original architecture: multiply inserted pairs, undo folds. Anyone can do this.
+
+    Examples:
+
+      specdef collapse hardened --out original
+    """
+    from rich.text import Text
+
+    from specdef_cli.checkpoint.shards import parse_size
+    from specdef_cli.hardening.collapse import collapse
+    from specdef_cli.hardening.options import CollapseOptions
+
+    output = Output(as_json, quiet)
+    options = CollapseOptions(model, out, parse_size(max_shard_size), device, revision, token, resume)
+    with output.progress("collapsing") as bar:
+        result = collapse(
+            options,
+            lambda groups: bar.start(sum(group.nbytes for group in groups)),
+            lambda event: bar.advance(event.label, event.nbytes),
+        )
+    if result is not None:
+        layers, pairs = len(result.manifest.inserted), len(result.manifest.folded)
+        summary = {
+            "out": result.out,
+            "base": result.manifest.base.name,
+            "layers_multiplied": layers,
+            "pairs_unfolded": pairs,
+            "parameters_removed": result.parameters_removed,
+        }
+        output.data(
+            summary,
+            Text(
+                f"{result.out}: {layers} inserted pairs multiplied, {pairs} folded pairs undone, "
+                f"{result.parameters_removed:,} parameters removed"
+            ),
+        )

@@ -1,0 +1,203 @@
+"""``specdef harden``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from specdef_cli.cli.options import (
+    Device,
+    Json,
+    MaxShardSize,
+    Model,
+    Quiet,
+    Resume,
+    Revision,
+    Token,
+    TrustRemoteCode,
+)
+from specdef_cli.cli.output import Output
+from specdef_cli.cli.tables import folded_table, layer_table
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from specdef_cli.hardening.run import HardenResult, PlanPreview
+
+
+def harden_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to publish; must not exist.")] = Path("hardened"),
+    method: Annotated[
+        Literal["auto", "insert", "fold"],
+        typer.Option(
+            help="insert: the paper's pairs of layers. fold: rescaled existing pairs. auto: fold where it can."
+        ),
+    ] = "auto",
+    alpha: Annotated[
+        float | None, typer.Option(help="Factor of the inflated singular values.", show_default="1e4 for insert")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Singular values inflated in each layer (insert).")] = 25,
+    gauge: Annotated[
+        Literal["rotated", "symmetric"],
+        typer.Option(help="Which factorization insert stores; symmetric is the paper's, and needs float32."),
+    ] = "rotated",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Glob of layers to harden, e.g. '*.o_proj' (repeatable).",
+            show_default="the linears that write to the residual stream",
+        ),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of layers to leave alone (repeatable).")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Store floating tensors in this dtype.", show_default="each tensor's own"),
+    ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+    device: Device = None,
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: TrustRemoteCode = False,
+    seed: Annotated[int, typer.Option(help="Seed of the randomized basis.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and what it costs.")] = False,
+    resume: Resume = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Publish without comparing the result with the base.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the published directory to org/name.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Harden a checkpoint against fine-tuning without changing what it computes.
+
+    Examples:
+
+      specdef harden meta-llama/Llama-3.1-8B-Instruct --out hardened
+
+      specdef harden ./my-model --out hardened --layers '*.o_proj' --alpha 1e5 --dry-run
+    """
+    from specdef_cli.checkpoint.resolve import push
+    from specdef_cli.checkpoint.shards import parse_size
+    from specdef_cli.hardening.options import HardenOptions
+    from specdef_cli.hardening.plan import HardeningPlan
+    from specdef_cli.hardening.run import harden, preview
+
+    output = Output(as_json, quiet)
+    options = HardenOptions(
+        model=model,
+        out=out,
+        method=method,
+        alpha=alpha,
+        top_k=top_k,
+        gauge=gauge,
+        layers=tuple(layers or ()),
+        exclude=tuple(exclude or ()),
+        dtype=dtype,
+        max_shard_size=parse_size(max_shard_size),
+        device=device,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+        resume=resume,
+        verify=not no_verify,
+    )
+    with output.progress("planning" if dry_run else "hardening") as bar:
+
+        def begin(plan: HardeningPlan) -> None:
+            for text in plan.notes:
+                output.note(text)
+            bar.start(len(plan.inserted) if dry_run else plan.nbytes)
+
+        if dry_run:
+            shown = preview(options, begin, lambda event: bar.advance(event.label))
+        else:
+            result = harden(options, begin, lambda event: bar.advance(event.label, event.nbytes))
+    if dry_run:
+        output.data(preview_json(shown), preview_tables(shown))
+    elif result is not None:
+        output.data(result, result_tables(result))
+        if push_to_hub:
+            output.note(f"uploaded to {push(out, push_to_hub, token=token)}")
+
+
+def preview_json(shown: PlanPreview) -> dict[str, Any]:
+    """The plan as ``--json`` prints it."""
+    return {
+        "method": shown.plan.method,
+        "layers": [
+            {
+                "module": layer.site.module,
+                "shape": [layer.site.out_features, layer.site.in_features],
+                "alpha": layer.alpha,
+                "sigma_before": layer.sigma_before,
+                "sigma_after": layer.sigma_after,
+                "parameters_added": layer.site.out_features**2,
+            }
+            for layer in shown.layers
+        ],
+        "pairs": [
+            {"name": pair.name, "kind": pair.kind, "channels": pair.channels, "exponents": pair.exponents}
+            for pair in shown.plan.folded
+        ],
+        "parameters_before": shown.parameters_before,
+        "parameters_added": shown.plan.parameters_added,
+        "bytes_before": shown.bytes_before,
+        "bytes_added": shown.bytes_after - shown.bytes_before,
+        "notes": list(shown.plan.notes),
+    }
+
+
+def preview_tables(shown: PlanPreview) -> Group:
+    """The plan as the terminal shows it."""
+    from rich.console import Group
+
+    plan = shown.plan
+    added, grown = plan.parameters_added, shown.bytes_after - shown.bytes_before
+    table = layer_table(last="parameters added")
+    for layer in shown.layers:
+        table.add_row(
+            layer.site.module,
+            f"{layer.site.out_features}×{layer.site.in_features}",
+            f"{layer.alpha:g}",
+            f"{layer.sigma_before:.4g}",
+            f"{layer.sigma_after:.4g}",
+            f"{layer.site.out_features**2:,}",
+        )
+    headline = (
+        f"{plan.method}: {len(plan.inserted)} layers to replace, {len(plan.folded)} pairs to rescale; adds {added:,} "
+        f"parameters ({added / shown.parameters_before:+.1%}), {grown / 1e6:,.1f} MB; nothing was written"
+    )
+    return Group(headline, *([table] if plan.inserted else []), *([folded_table(plan.folded)] if plan.folded else []))
+
+
+def result_tables(result: HardenResult) -> Group:
+    """The published directory as the terminal shows it."""
+    from rich.console import Group
+
+    manifest = result.manifest
+    figures = manifest.verification
+    if "skipped" in figures:
+        verified = f"outputs not compared: {figures['skipped']}"
+    elif figures["equal"]:
+        verified = "outputs bit-identical to the base's"
+    else:
+        verified = f"outputs within {figures['relative']:.1e} of the base's"
+    table = layer_table(last="error")
+    for layer in manifest.inserted:
+        table.add_row(
+            layer.module,
+            f"{layer.out_features}×{layer.in_features}",
+            f"{layer.alpha:g}",
+            f"{layer.singular_values[0]:.4g}",
+            f"{layer.singular_values[0] * layer.alpha:.4g}",
+            f"{layer.reconstruction_error:.1e}",
+        )
+    headline = f"{result.out}: {manifest.method}, adds {result.parameters_added:,} parameters; {verified}"
+    tables = [table] if manifest.inserted else []
+    return Group(headline, *tables, *([folded_table(manifest.folded)] if manifest.folded else []))

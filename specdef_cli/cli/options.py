@@ -1,0 +1,25 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id org/name[@revision].")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to publish; must not exist.", show_default=False)]
+MaxShardSize = Annotated[str, typer.Option(help="Largest safetensors file, e.g. 5GB or 500MB.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to compute, e.g. cpu or cuda:0.", show_default="every GPU, else the CPU")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default="main")]
+Token = Annotated[
+    str | None, typer.Option(help="Hub token.", show_default="HF_TOKEN, else the stored login", envvar="HF_TOKEN")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no notes.")]

@@ -1,0 +1,96 @@
+"""The one place where commands print: data on stdout; notes, bars and errors on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+PIPED_WIDTH = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """How a command talks.
+
+    Attributes:
+        as_json: Data goes to stdout as one JSON document; tables go to stderr.
+        quiet: No notes and no bars.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+
+    @property
+    def _stderr(self) -> Console:
+        return Console(stderr=True)
+
+    def note(self, text: str) -> None:
+        """Something the user should know, that is not data."""
+        if not self.quiet:
+            self._stderr.print(escape(text), highlight=False)
+
+    def data(self, result: Any, table: Any) -> None:
+        """The command's result: as JSON, or as a table (anything rich can render)."""
+        if self.as_json:
+            print(json.dumps(jsonable(result), indent=2, allow_nan=False))
+        else:
+            # Piped output is for other programs and logs: nothing in it is cut to the width of a terminal.
+            width = None if Console().is_terminal else PIPED_WIDTH
+            # Names come from checkpoints: what looks like markup in them is text.
+            Console(width=width, markup=False, emoji=False).print(table)
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Bar]:
+        """A progress bar on stderr, idle until its total is known."""
+        columns = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[label]}"),
+            console=self._stderr,
+            disable=self.quiet or not self._stderr.is_terminal,
+            transient=True,
+        )
+        with columns:
+            yield Bar(columns, columns.add_task(what, total=None, label=""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One line of progress; ``advance`` may be called from any thread."""
+
+    columns: Progress
+    task: TaskID
+
+    def start(self, total: float) -> None:
+        """Set the amount of work."""
+        self.columns.update(self.task, total=total)
+
+    def advance(self, label: str, amount: float = 1) -> None:
+        """Some work is done; ``label`` names it."""
+        self.columns.update(self.task, advance=amount, label=escape(label))
+
+
+def jsonable(value: Any) -> Any:
+    """Data classes, paths and tuples as JSON types; numbers that JSON has not (NaN, infinity) as ``None``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,28 @@
+"""The one exception that users see.
+
+Everything a user can get wrong (a path, a value, a checkpoint) is reported as a :class:`SpecDefError`: one line that
+names the value at fault, and one line that says what to do about it. Anything else that escapes is a defect of ours.
+"""
+
+from __future__ import annotations
+
+
+class SpecDefError(Exception):
+    """A problem with what the user gave, and the way out of it.
+
+    Args:
+        problem: One line that names the offending value.
+        hint: One line, in the imperative, that says what to do.
+    """
+
+    def __init__(self, problem: str, hint: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.problem} ({self.hint})"
+
+    def __reduce__(self) -> tuple[type[SpecDefError], tuple[str, str]]:
+        # Exceptions pickle by `args`, which holds one of our two arguments; worker processes send these home.
+        return type(self), (self.problem, self.hint)

@@ -1,0 +1,1 @@
+"""Plan what changes, stream it, verify it, publish it; and the way back."""

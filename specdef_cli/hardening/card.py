@@ -1,0 +1,108 @@
+"""The model card of a hardened directory: the base's card, kept, and a section on what holds and what does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import RepoCard
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from specdef_cli.checkpoint.manifest import Manifest
+
+HEADING = "## SpecDef"
+
+
+def hardened_card(base_card: str, manifest: Manifest) -> str:
+    """The card's text.
+
+    Args:
+        base_card: ``README.md`` of the base; may be empty.
+        manifest: What was done.
+    """
+    try:
+        card = RepoCard(base_card, ignore_metadata_errors=True)
+    except (ValueError, YAMLError):  # front matter that is no YAML mapping: the text after it is kept
+        card = RepoCard(
+            re.sub(r"\A\s*---\r?\n.*?\n---\r?\n", "", base_card, flags=re.DOTALL), ignore_metadata_errors=True
+        )
+    data = card.data.to_dict()
+    tags = data.get("tags") or []
+    tags = tags if isinstance(tags, list) else [tags]
+    data["tags"] = [*tags, *(tag for tag in ("specdef",) if tag not in tags)]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", manifest.base.name) and manifest.base.commit:
+        data["base_model"] = manifest.base.name
+    front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
+    body = card.text.split(f"\n{HEADING}")[0].strip()
+    return f"---\n{front}\n---\n\n{body or '# ' + manifest.base.name}\n\n{section(manifest)}\n"
+
+
+def section(manifest: Manifest) -> str:
+    """The section on SpecDef: what was changed, what it costs, what it does not resist."""
+    lines = [HEADING, "", *_what(manifest), "", *_kept(manifest), "", *_limit(manifest), "", *_loading(manifest)]
+    return "\n".join(lines)
+
+
+def _what(manifest: Manifest) -> Sequence[str]:
+    origin = manifest.base.name + (f" at {manifest.base.commit}" if manifest.base.commit else "")
+    lines = [
+        f"These weights compute what {origin} computes. They were reparameterized with "
+        f"specdef-cli {manifest.specdef_version} (method of [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)) "
+        "so that fine-tuning them with an ordinary recipe takes more optimizer steps."
+    ]
+    if manifest.inserted:
+        added = sum(layer.out_features**2 for layer in manifest.inserted)
+        alphas = sorted({layer.alpha for layer in manifest.inserted})
+        shown = f"{alphas[0]:g}" if len(alphas) == 1 else f"{alphas[0]:g} to {alphas[-1]:g}"
+        top_k = sorted({layer.top_k for layer in manifest.inserted})
+        lines.append(
+            f"{len(manifest.inserted)} linear layers were each replaced by an inflated layer and its compensation "
+            f"(α = {shown}, k = {', '.join(map(str, top_k))}, {manifest.inserted[0].gauge} gauge, {manifest.dtype}); "
+            f"this adds {added:,} parameters."
+        )
+    if manifest.folded:
+        channels = sum(len(pair.channels) for pair in manifest.folded)
+        lines.append(
+            f"{channels} channels in {len(manifest.folded)} symmetric pairs of existing weights were rescaled by "
+            "powers of two; no parameter was added."
+        )
+    return lines
+
+
+def _kept(manifest: Manifest) -> Sequence[str]:
+    figures = manifest.verification
+    if "relative" not in figures:
+        reason = figures.get("skipped", "verification was switched off")
+        return [f"The outputs were not compared with the base's: {reason}."]
+    if figures["equal"]:
+        return ["On a fixed batch the outputs are bit-identical to the base's."]
+    return [
+        f"On a fixed batch the outputs differ from the base's by {figures['relative']:.1e} (relative), "
+        f"{figures['kl']:.1e} nats of KL divergence; the largest output is the same in {figures['agreement']:.1%} "
+        "of positions."
+    ]
+
+
+def _limit(manifest: Manifest) -> Sequence[str]:
+    undo = {
+        "insert": "multiplying each pair of layers restores the original weights (`specdef collapse` does it)",
+        "fold": "rebalancing the rows and columns of each pair restores the original behaviour, without any data",
+        "mixed": "multiplying each inserted pair and rebalancing each folded one restores the original behaviour",
+    }[manifest.method]
+    return [
+        f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo}. "
+        "Growing the model around the changed layers, freezing the compensation, or sweeping the learning rate "
+        "downwards also restores fast fine-tuning (the paper proves a linear cost in model size). "
+        "This raises the cost of unmodified recipes and nothing more. "
+        "`specdef attack` measures both sides on this very checkpoint."
+    ]
+
+
+def _loading(manifest: Manifest) -> Sequence[str]:
+    if not manifest.inserted:
+        return ["It is an ordinary checkpoint of its architecture and loads wherever the base does."]
+    return [
+        "Load it with `trust_remote_code=True` (the code is `configuration_specdef.py` in this repository), or without "
+        "after `pip install specdef-cli` and `import specdef_cli`."
+    ]

@@ -1,0 +1,185 @@
+"""``specdef collapse``: back to the original architecture, from the manifest.
+
+This is the publisher's own way back, and the attacker's: multiplying C·W~ costs one pass over the weights. A folded
+checkpoint comes back bit for bit, because its factors are powers of two; an inserted layer comes back up to the
+rounding of the stored factors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from specdef_cli.checkpoint.companions import carry_over
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, ConfigChange, InsertedLayer, Manifest, read_manifest
+from specdef_cli.checkpoint.reader import FLOATING_DTYPES, TORCH_DTYPES, Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.resolve import resolve
+from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.checkpoint.stream import Progress, write_durably
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.execute import Written, execute, process_state, write_json
+from specdef_cli.hardening.fold import fold_groups, inverse
+from specdef_cli.hardening.options import CollapseOptions
+from specdef_cli.hardening.plan import plain_group
+from specdef_cli.runtime.shim import SHIM_SOURCE, unshim_config
+
+RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."
+
+
+@dataclass(frozen=True)
+class CollapseLayer:
+    """The transform that multiplies a pair of factors back into one weight."""
+
+    layer: InsertedLayer
+    dtype: str
+
+    def group(self) -> TensorGroup:
+        """What the layer becomes on disk."""
+        layer = self.layer
+        shape = (layer.out_features, layer.in_features)
+        outputs = [TensorSpec(layer.tensor, self.dtype, shape[::-1] if layer.transposed else shape)]
+        if layer.bias is not None:
+            outputs.append(TensorSpec(layer.bias, self.dtype, (layer.out_features,)))
+        return TensorGroup(layer.module, tuple(outputs), self)
+
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        """Compute W = C·W~, in float64: C W~ cancels a factor of α, and float32 would lose that many digits."""
+        layer, stored = self.layer, TORCH_DTYPES[self.dtype]
+        compensation = checkpoint.read(layer.compensation_tensor).to(device).double()
+        weight = compensation @ checkpoint.read(layer.inflated_tensor).to(device).double()
+        tensors = {layer.tensor: (weight.mT.contiguous() if layer.transposed else weight).to(stored)}
+        if layer.bias is not None and layer.compensation_bias is not None:
+            tensors[layer.bias] = checkpoint.read(layer.compensation_bias)
+        return Produced(tensors)
+
+
+@dataclass(frozen=True)
+class CollapseResult:
+    """What :func:`collapse` published.
+
+    Attributes:
+        out: The directory.
+        manifest: The manifest of the hardened directory.
+        parameters_removed: The compensation layers' parameters.
+    """
+
+    out: Path
+    manifest: Manifest
+    parameters_removed: int
+
+
+def collapse(
+    options: CollapseOptions,
+    on_plan: Callable[[Sequence[TensorGroup]], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> CollapseResult | None:
+    """Undo a hardening and publish the result as ``options.out``.
+
+    Returns:
+        What was published; ``None`` in all but the main process of a distributed run.
+
+    Raises:
+        SpecDefError: The directory is not hardened or not complete, or the disk; nothing was published.
+    """
+    with process_state(options.device).main_process_first():
+        resolved = resolve(options.model, revision=options.revision, token=options.token)
+    manifest = read_manifest(resolved.directory)
+    checkpoint = open_checkpoint(resolved.directory)
+    groups = collapse_groups(checkpoint, manifest)
+    on_plan(groups)
+
+    def complete(work: Path, _: Written) -> CollapseResult:
+        carry_over(checkpoint.directory, work)
+        (work / SHIM_SOURCE.name).unlink(missing_ok=True)
+        write_json(work / "config.json", restored_config(checkpoint, manifest.config_changes))
+        card = checkpoint.directory / "README.md"
+        if card.is_file():
+            write_durably(
+                work / "README.md",
+                card.read_text(encoding="utf-8", errors="replace").split("\n## SpecDef")[0].rstrip() + "\n",
+            )
+        return CollapseResult(options.out, manifest, sum(layer.out_features**2 for layer in manifest.inserted))
+
+    fingerprint = hashlib.sha256(f"collapse {manifest.to_json()} {options.max_shard_size}".encode()).hexdigest()
+    return execute(
+        checkpoint,
+        groups,
+        options.out,
+        fingerprint,
+        complete=complete,
+        max_shard_size=options.max_shard_size,
+        device=options.device,
+        resume=options.resume,
+        on_progress=on_progress,
+    )
+
+
+def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorGroup, ...]:
+    """The tensors of the original architecture.
+
+    Raises:
+        SpecDefError: A tensor is not there as the manifest describes it.
+    """
+    require_as_described(checkpoint, manifest)
+    undone = fold_groups((inverse(pair) for pair in manifest.folded), checkpoint, None)
+    by_inflated = {layer.inflated_tensor: layer for layer in manifest.inserted}
+    consumed = {
+        name
+        for layer in manifest.inserted
+        for name in (layer.compensation_tensor, layer.compensation_bias, layer.tensor)
+    }
+    groups = []
+    for name, header in checkpoint.tensors.items():
+        if name in by_inflated:
+            groups.append(CollapseLayer(by_inflated[name], header.dtype).group())
+        elif name in undone:
+            groups.append(undone[name])
+        elif name not in consumed:
+            groups.append(plain_group(name, header.dtype, header.shape, None))
+    return tuple(groups)
+
+
+def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Check that every tensor that the manifest names is there, in the shape that it says.
+
+    Raises:
+        SpecDefError: naming the tensor.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for layer in manifest.inserted:
+        wanted[layer.inflated_tensor] = (layer.out_features, layer.in_features)
+        wanted[layer.compensation_tensor] = (layer.out_features, layer.out_features)
+        wanted[layer.tensor] = (1,)
+        if layer.compensation_bias is not None:
+            wanted[layer.compensation_bias] = (layer.out_features,)
+    slices = [part for pair in manifest.folded for part in pair.slices]
+    for name in (*wanted, *(part.tensor for part in slices)):
+        header = checkpoint.tensors.get(name)
+        if header is None:
+            raise SpecDefError(f"{name} is missing from {checkpoint.directory}", RESTORE)
+        shape = wanted.get(name, header.shape)
+        if header.shape != shape or header.dtype not in FLOATING_DTYPES:
+            raise SpecDefError(
+                f"{name} is {header.dtype} {list(header.shape)}, but {MANIFEST_NAME} says floating {list(shape)}",
+                RESTORE,
+            )
+    for part in slices:
+        shape = checkpoint.tensors[part.tensor].shape
+        inside = 0 <= part.axis < len(shape) and (part.block is None or 0 <= part.block < shape[0])
+        if not inside or not all(0 <= index < shape[part.axis] for index in part.indices or ()):
+            raise SpecDefError(f"{part.tensor} is {list(shape)}, smaller than {MANIFEST_NAME} says", RESTORE)
+        count = 1 if part.indices is None else len(part.indices)
+        if len(part.exponents) != count or any(abs(exponent) > 1000 for exponent in part.exponents):
+            raise SpecDefError(f"{MANIFEST_NAME} scales {part.tensor} by 2**{list(part.exponents)}", RESTORE)
+
+
+def restored_config(checkpoint: Checkpoint, changes: Sequence[ConfigChange]) -> dict[str, object]:
+    """``config.json`` of the original architecture."""
+    config = unshim_config(checkpoint.config)
+    for change in changes:
+        config[change.key] = change.before
+    return config

@@ -1,0 +1,54 @@
+"""Which devices compute, and how many workers feed them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import psutil
+import torch
+from accelerate import PartialState
+
+from specdef_cli.errors import SpecDefError
+
+# A worker holds one layer: W in float32, its Krylov blocks, W~ in float32 and as stored.
+LAYER_COPIES_PER_WORKER = 4
+
+
+def compute_devices(device: str | None, state: PartialState) -> tuple[torch.device, ...]:
+    """The devices of this process: the one asked for; under ``accelerate launch`` its own; else every GPU, or the CPU.
+
+    Raises:
+        SpecDefError: There is no such device.
+    """
+    if device is not None:
+        try:
+            chosen = torch.device(device)
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:
+            raise SpecDefError(f"device {device!r} is not available here", "Use --device cpu or cuda.") from error
+        return (chosen,)
+    if state.num_processes > 1:
+        return (state.device,)
+    if torch.cuda.is_available():
+        return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return (torch.device("cpu"),)
+
+
+def worker_count(devices: Sequence[torch.device], processes: int, largest_tensor: int) -> int:
+    """Threads of this process: a core each, but never more layers at once than half of the free memory holds.
+
+    Args:
+        devices: The devices of this process.
+        processes: How many processes share this machine.
+        largest_tensor: Elements of the largest tensor that will be computed with.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    by_cores = max(1, cores // processes)
+    if devices[0].type != "cpu":
+        # Two threads a device: one reads and writes while the other computes.
+        by_cores = min(by_cores, 2 * len(devices))
+    by_memory = psutil.virtual_memory().available // (
+        2 * processes * LAYER_COPIES_PER_WORKER * 4 * max(1, largest_tensor)
+    )
+    return max(1, min(by_cores, by_memory))

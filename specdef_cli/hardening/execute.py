@@ -1,0 +1,152 @@
+"""From planned tensor groups to a published directory, in one process or in many.
+
+Every process plans the same shards and writes its part of them; the main process then completes the directory (index,
+config, manifest, card), has it verified, and publishes it. Only the last step makes anything visible.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+
+from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
+from specdef_cli.checkpoint.reader import Checkpoint, ResumableError
+from specdef_cli.checkpoint.shards import (
+    OutputShard,
+    TensorGroup,
+    assign_shards,
+    plan_shards,
+    shard_header,
+    shard_index,
+)
+from specdef_cli.checkpoint.stream import Progress, read_record, write_durably, write_shards
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.devices import compute_devices, worker_count
+
+Result = TypeVar("Result")
+# A process that has written its shards waits for the slowest one: for a large model, longer than any default.
+LONGEST_WAIT = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the shards turned out to be.
+
+    Attributes:
+        sha256: By file name.
+        figures: What transforms said of their groups, by label.
+    """
+
+    sha256: Mapping[str, str]
+    figures: Mapping[str, Mapping[str, Any]]
+
+
+def process_state(device: str | None = None) -> PartialState:
+    """Accelerate's view of the processes; alone outside ``accelerate launch``."""
+    return PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
+
+
+def execute(
+    checkpoint: Checkpoint,
+    groups: Sequence[TensorGroup],
+    out: Path,
+    fingerprint: str,
+    *,
+    complete: Callable[[Path, Written], Result],
+    max_shard_size: int,
+    device: str | None,
+    resume: bool,
+    on_progress: Callable[[Progress], None],
+) -> Result | None:
+    """Write ``groups`` as a checkpoint directory and publish it as ``out``.
+
+    Args:
+        checkpoint: The input.
+        groups: What to write, in order.
+        out: The directory to publish.
+        fingerprint: Identifies the plan for ``resume``.
+        complete: Adds everything but weights and index to the work directory, verifies it, and returns the result;
+            runs in the main process only.
+        max_shard_size: Largest shard in bytes.
+        device: Where to compute.
+        resume: Keep finished shards of an interrupted run.
+        on_progress: Called after each group.
+
+    Returns:
+        What ``complete`` returned in the main process; ``None`` in the others.
+
+    Raises:
+        ResumableError: Nothing was published; what is finished is kept for ``resume``.
+        SpecDefError: Nothing was published, and nothing is left.
+    """
+    state = process_state(device)
+    shards = plan_shards(groups, max_shard_size)
+    layout = [(shard.name, shard_header(shard)[0].decode("utf-8", "replace")) for shard in shards]
+    fingerprint = hashlib.sha256(f"{fingerprint} {layout}".encode()).hexdigest()
+    check_output(out, checkpoint.directory, sum(shard.nbytes for shard in shards))
+    if not state.is_main_process:
+        state.wait_for_everyone()  # until the main process has prepared the work directory
+        _write(checkpoint, shards, work_directory(out), state, device, on_progress)
+        state.wait_for_everyone()
+        return None
+    with exclusive(out):
+        try:
+            work = prepare(out, fingerprint, resume=resume)
+            state.wait_for_everyone()
+            _write(checkpoint, shards, work, state, device, on_progress)
+            state.wait_for_everyone()
+            index = shard_index(shards)
+            if index is not None:
+                write_durably(work / index[0], index[1])
+            result = complete(work, _collect(work, shards))
+            publish(out)
+            return result
+        except ResumableError:
+            raise
+        except SpecDefError:
+            discard(out)
+            raise
+        except OSError as error:
+            raise ResumableError(
+                f"writing {out} failed: {error.strerror or error}",
+                "Free some space or repair the disk, then run the same command with --resume.",
+            ) from error
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file as Hugging Face libraries format theirs."""
+    write_durably(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(
+    checkpoint: Checkpoint,
+    shards: Sequence[OutputShard],
+    work: Path,
+    state: PartialState,
+    device: str | None,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    mine = assign_shards(shards, state.num_processes)[state.process_index]
+    devices = compute_devices(device, state)
+    largest = max((header.nbytes // 2 for header in checkpoint.tensors.values()), default=1)
+    workers = worker_count(devices, state.num_processes, largest)
+    write_shards(checkpoint, mine, work, devices=devices, workers=workers, on_progress=on_progress)
+
+
+def _collect(work: Path, shards: Sequence[OutputShard]) -> Written:
+    sha256: dict[str, str] = {}
+    figures: dict[str, Mapping[str, Any]] = {}
+    for shard in shards:
+        record = read_record(work, shard.name)
+        if record is None:
+            raise ResumableError(f"{shard.name} was not finished", "Run the same command with --resume.")
+        sha256[shard.name] = record.sha256
+        figures |= record.figures
+    return Written(sha256, figures)

@@ -1,0 +1,227 @@
+"""Fold: the inflated layer and its compensation, put into two weights that exist already.
+
+Transformers have exact symmetries between neighbouring weights (:mod:`specdef_cli.architectures.pairs`): scale a
+channel on one side by a power of two, divide it on the other, and every product comes out the same, bit for bit. No
+parameter is added, and the result is an ordinary checkpoint of its architecture.
+
+What is scaled where was decided by measuring (README, "Folding"):
+
+* one channel a pair and direction: few channels with a large factor resist better than many with a small one;
+* the channels with the largest norm: a channel without signal has no gradient to diverge on. The ``quantizable``
+  profile takes the smallest ones, because the partner's weights then round to zero without harm;
+* both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
+  attacker may train either side alone. ``quantizable`` inflates the writing side only: a column at 2^e would drown
+  the quantization blocks it shares;
+* another exponent for every pair (:mod:`specdef_cli.spectral.staircase`);
+* not the residual stream: it is one scale, so a sweep finds the shifted learning rate, and embeddings stay open.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.checkpoint.manifest import FoldedPair, Profile, ScaledSlice, Schedule
+from specdef_cli.checkpoint.reader import FLOATING_DTYPES, TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.errors import SpecDefError
+from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant, staircase
+
+FOLDED_KINDS: dict[Profile, tuple[str, ...]] = {
+    "coverage": ("value_output", "up_down", "query_key", "norm_readers"),
+    "quantizable": ("value_output", "up_down"),
+}
+
+
+@dataclass(frozen=True)
+class ScaleTensor:
+    """The transform that multiplies slices of one tensor by powers of two, exactly."""
+
+    tensor: str
+    dtype: str
+    slices: tuple[ScaledSlice, ...]
+
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        """Read, cast to the stored dtype, and scale.
+
+        Raises:
+            SpecDefError: A scaled weight would not be a normal number of its dtype.
+        """
+        tensor = checkpoint.read(self.tensor).to(TORCH_DTYPES[self.dtype])
+        for part in self.slices:
+            scale_slice(tensor, part)
+        return Produced({self.tensor: tensor})
+
+
+def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
+    """Multiply a slice of ``tensor`` by powers of two in place.
+
+    Raises:
+        SpecDefError: The result would be rounded (a subnormal number, or overflow).
+    """
+    target = tensor if part.block is None else tensor[part.block]
+    axis = part.axis if part.block is None else part.axis - 1
+    factors = torch.tensor([2.0**exponent for exponent in part.exponents], dtype=torch.float64)
+    if part.indices is None:
+        old, index = target, None
+    else:
+        index = torch.tensor(part.indices)
+        old = target.index_select(axis, index)
+        factors = factors.reshape([-1 if dimension == axis else 1 for dimension in range(target.dim())])
+    wanted = old.double() * factors
+    new = wanted.to(tensor.dtype)
+    # A subnormal result may still be stored exactly, but kernels flush subnormals to zero.
+    flushed = (new != 0) & (new.abs().double() < torch.finfo(tensor.dtype).tiny)
+    if not torch.equal(new.double(), wanted) or bool(flushed.any()):
+        raise SpecDefError(
+            f"{part.tensor}: scaling by powers of two up to 2**{max(map(abs, part.exponents))} leaves the range of "
+            f"{str(tensor.dtype).removeprefix('torch.')}",
+            "Store bfloat16 or float32 (--dtype), or give a smaller --alpha with --schedule constant.",
+        )
+    if index is None:
+        target.copy_(new)
+    else:
+        target.index_copy_(axis, index, new)
+
+
+def fold_pairs(
+    checkpoint: Checkpoint,
+    pairs: Sequence[SymmetricPair],
+    *,
+    profile: Profile,
+    schedule: Schedule,
+    alpha: float | None,
+    dtype: str | None,
+) -> tuple[FoldedPair, ...]:
+    """Choose channels and exponents for every pair that the profile uses.
+
+    Reads one side of each pair, the smallest, to find the channels' norms.
+
+    Args:
+        checkpoint: The base.
+        pairs: Its symmetric pairs.
+        profile: What must still work afterwards.
+        schedule: Another exponent for each pair, or the same for all.
+        alpha: The factor of ``constant``.
+        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
+
+    Raises:
+        SpecDefError: A tensor is quantized or stored in float16, or an exponent is too large.
+    """
+    used = [pair for pair in pairs if pair.kind in FOLDED_KINDS[profile] and pair.channels > 1]
+    if schedule == "constant" and not (alpha and 2 <= alpha <= 2.0**HIGHEST_EXPONENT):
+        raise SpecDefError(
+            f"alpha {alpha} cannot be folded with a constant schedule",
+            f"Give --alpha between 2 and 2**{HIGHEST_EXPONENT}, e.g. 8192.",
+        )
+    _require_dtypes(checkpoint, used, dtype)
+    directions = (1, -1) if profile == "coverage" else (1,)
+    groups = _by_layer(used)
+    kinds = max((len(members) for members in groups), default=0) * len(directions)
+    steps = staircase(len(groups), kinds) if schedule == "staircase" else constant(len(groups), kinds, alpha or 2)
+    folded = []
+    for members, exponents in zip(groups, steps, strict=True):
+        for position, pair in enumerate(members):
+            own = exponents[position * len(directions) : (position + 1) * len(directions)]
+            channels = _channels(checkpoint, pair, len(directions), largest=profile == "coverage")
+            signed = tuple(direction * exponent for direction, exponent in zip(directions, own, strict=True))
+            folded.append(_folded(pair, channels, signed))
+    return tuple(folded)
+
+
+def fold_groups(folded: Iterable[FoldedPair], checkpoint: Checkpoint, dtype: str | None) -> dict[str, TensorGroup]:
+    """The output groups of all tensors that a fold changes, by tensor name.
+
+    Args:
+        folded: The pairs.
+        checkpoint: Where the tensors are read from.
+        dtype: safetensors dtype that they are stored in; ``None`` for each one's own.
+    """
+    by_tensor: dict[str, list[ScaledSlice]] = {}
+    for pair in folded:
+        for part in pair.slices:
+            by_tensor.setdefault(part.tensor, []).append(part)
+    groups = {}
+    for name, parts in by_tensor.items():
+        header = checkpoint.tensors[name]
+        spec = TensorSpec(name, dtype or header.dtype, header.shape)
+        groups[name] = TensorGroup(name, (spec,), ScaleTensor(name, spec.dtype, tuple(parts)))
+    return groups
+
+
+def inverse(pair: FoldedPair) -> FoldedPair:
+    """The fold that undoes ``pair``, bit for bit."""
+    return FoldedPair(
+        name=pair.name,
+        kind=pair.kind,
+        channels=pair.channels,
+        exponents=tuple(-exponent for exponent in pair.exponents),
+        slices=tuple(
+            ScaledSlice(part.tensor, part.axis, part.block, part.indices, tuple(-value for value in part.exponents))
+            for part in pair.slices
+        ),
+    )
+
+
+def _folded(pair: SymmetricPair, channels: Sequence[int], exponents: Sequence[int]) -> FoldedPair:
+    slices = []
+    for side in pair.sides:
+        if side.indices is None:
+            raise AssertionError(f"{pair.name} has one channel, and only pairs with several are folded")
+        indices = [index for channel in channels for index in side.indices[channel]]
+        powers = [
+            side.power * exponent
+            for channel, exponent in zip(channels, exponents, strict=True)
+            for _ in side.indices[channel]
+        ]
+        slices.append(ScaledSlice(side.tensor, side.axis, side.block, tuple(indices), tuple(powers)))
+    return FoldedPair(pair.name, pair.kind, tuple(channels), tuple(exponents), tuple(slices))
+
+
+def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int, *, largest: bool) -> tuple[int, ...]:
+    """The ``count`` channels with the largest (or smallest) norm, measured on the smallest matrix of the pair."""
+    sides = [side for side in pair.sides if side.indices is not None]
+    matrices = [side for side in sides if len(checkpoint.tensors[side.tensor].shape) > 1] or sides
+    side = min(matrices, key=lambda side: checkpoint.tensors[side.tensor].nbytes)
+    norms = _channel_norms(checkpoint.read(side.tensor), side)
+    order = norms.argsort(descending=largest, stable=True)
+    return tuple(order[: min(count, pair.channels - 1)].tolist())
+
+
+def _channel_norms(tensor: Tensor, side: Side) -> Tensor:
+    if side.block is not None:
+        tensor = tensor[side.block]
+    axis = side.axis if side.block is None else side.axis - 1
+    others = [dimension for dimension in range(tensor.dim()) if dimension != axis]
+    squares = tensor.float().square()
+    squares = squares.sum(others) if others else squares
+    return squares[torch.tensor(side.indices)].sum(-1)
+
+
+def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
+    """Pairs grouped by the block they belong to (the first number in their name), in order."""
+    groups: dict[str, list[SymmetricPair]] = {}
+    for pair in pairs:
+        match = re.match(r"^(.*?\.\d+)\.", pair.name)
+        groups.setdefault(match.group(1) if match else "", []).append(pair)
+    return list(groups.values())
+
+
+def _require_dtypes(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], wanted: str | None) -> None:
+    for pair in pairs:
+        for side in pair.sides:
+            dtype = checkpoint.tensors[side.tensor].dtype
+            if (wanted or dtype) == "F16":
+                raise SpecDefError(
+                    f"{side.tensor} would be stored in float16, which overflows beyond 2**15",
+                    "Fold in bfloat16 (--dtype bfloat16).",
+                )
+            if dtype not in FLOATING_DTYPES:
+                raise SpecDefError(
+                    f"{side.tensor} is stored as {dtype}", "Harden the unquantized checkpoint, and quantize the result."
+                )

@@ -1,0 +1,140 @@
+"""The paper's Algorithm 1 on one layer of a checkpoint: read W, write W~ and C, say how well C·W~ restores W.
+
+Where the layer's weight stood, a *tombstone* stays: one element under the original name. A loader that does not know
+about the pair then fails on a size mismatch; a missing tensor it would only re-initialise, with a warning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdef_cli.architectures.linears import LinearSite
+from specdef_cli.checkpoint.manifest import Gauge, InsertedLayer
+from specdef_cli.checkpoint.reader import FLOATING_DTYPES, TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.errors import SpecDefError
+from specdef_cli.spectral.limits import RECONSTRUCTION_TOLERANCE, round_down
+from specdef_cli.spectral.reparameterize import (
+    Factors,
+    gaussian_probes,
+    reconstruction_error,
+    rotated_factors,
+    symmetric_factors,
+)
+from specdef_cli.spectral.subspace import layer_seed, top_subspace
+
+
+@dataclass(frozen=True)
+class InsertLayer:
+    """The transform that replaces one linear by its two factors.
+
+    Attributes:
+        site: The layer.
+        alpha: α.
+        top_k: How many singular values are inflated.
+        gauge: Which factorization is stored.
+        dtype: safetensors dtype of the factors.
+        seed: The run's seed; the layer's own is derived from it and the tensor's name.
+    """
+
+    site: LinearSite
+    alpha: float
+    top_k: int
+    gauge: Gauge
+    dtype: str
+    seed: int
+
+    def entry(self, singular_values: tuple[float, ...] = (), error: float = 0.0) -> InsertedLayer:
+        """The layer's entry in the manifest."""
+        site = self.site
+        return InsertedLayer(
+            module=site.module,
+            tensor=site.tensor,
+            out_features=site.out_features,
+            in_features=site.in_features,
+            bias=site.bias,
+            transposed=site.transposed,
+            alpha=self.alpha,
+            top_k=self.top_k,
+            gauge=self.gauge,
+            singular_values=singular_values,
+            reconstruction_error=error,
+        )
+
+    def group(self) -> TensorGroup:
+        """What this layer becomes on disk."""
+        site, entry = self.site, self.entry()
+        outputs = [
+            TensorSpec(entry.inflated_tensor, self.dtype, (site.out_features, site.in_features)),
+            TensorSpec(entry.compensation_tensor, self.dtype, (site.out_features, site.out_features)),
+            TensorSpec(entry.tensor, self.dtype, (1,)),
+        ]
+        if entry.compensation_bias is not None:
+            outputs.append(TensorSpec(entry.compensation_bias, self.dtype, (site.out_features,)))
+        return TensorGroup(site.module, tuple(outputs), self)
+
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        """Compute the factors.
+
+        Raises:
+            SpecDefError: W is not finite or is zero, or the factors do not restore it in the stored dtype.
+        """
+        entry, stored = self.entry(), TORCH_DTYPES[self.dtype]
+        weight = read_weight(checkpoint, self.site, device)
+        seed = layer_seed(self.seed, self.site.tensor)
+        subspace = top_subspace(weight, self.top_k, seed)
+        probes = gaussian_probes(weight.shape[1], seed, device).to(weight.dtype)
+        reference = weight @ probes
+        build = rotated_factors if self.gauge == "rotated" else symmetric_factors
+        exact = build(weight, subspace.basis, self.alpha)
+        del weight
+        factors = Factors(exact.inflated.to(stored), exact.compensation.to(stored))
+        del exact
+        error = reconstruction_error(reference, factors, probes)
+        self._require_restored(error)
+        tensors = {
+            entry.inflated_tensor: factors.inflated,
+            entry.compensation_tensor: factors.compensation,
+            entry.tensor: torch.zeros(1, dtype=stored),
+        }
+        if entry.bias is not None and entry.compensation_bias is not None:
+            tensors[entry.compensation_bias] = checkpoint.read(entry.bias).to(stored)
+        return Produced(tensors, {"singular_values": subspace.singular_values.tolist(), "reconstruction_error": error})
+
+    def _require_restored(self, error: float) -> None:
+        if error <= RECONSTRUCTION_TOLERANCE:  # NaN fails this too
+            return
+        hint = "Use a smaller --alpha, or --dtype float32."
+        if self.gauge == "symmetric" and error < float("inf"):
+            # The error of this gauge is proportional to α, but for some noise.
+            safe = round_down(max(1.0, 0.8 * self.alpha * RECONSTRUCTION_TOLERANCE / error))
+            hint = f"Use --alpha {safe:g} or less, or --gauge rotated."
+        raise SpecDefError(
+            f"{self.site.module}: alpha {self.alpha:g} in {self.dtype} leaves a relative error of {error:.2g}", hint
+        )
+
+
+def read_weight(checkpoint: Checkpoint, site: LinearSite, device: torch.device) -> Tensor:
+    """W of a linear layer, shape [out_features, in_features], in float32 (float64 where it is stored so).
+
+    Raises:
+        SpecDefError: It is not a floating-point tensor, not finite, or zero.
+    """
+    header = checkpoint.tensors[site.tensor]
+    if header.dtype not in FLOATING_DTYPES:
+        raise SpecDefError(
+            f"{site.tensor} is stored as {header.dtype}", "Harden the unquantized checkpoint, and quantize the result."
+        )
+    weight = checkpoint.read(site.tensor).to(device)
+    weight = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    if site.transposed:
+        weight = weight.mT.contiguous()
+    largest = weight.abs().max()
+    if not torch.isfinite(largest):
+        raise SpecDefError(f"{site.tensor} holds NaN or infinity", f"Repair it, or --exclude '{site.module}'.")
+    if largest == 0:
+        raise SpecDefError(f"{site.tensor} is zero: there is nothing to inflate", f"--exclude '{site.module}'.")
+    return weight

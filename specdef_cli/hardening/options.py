@@ -1,0 +1,82 @@
+"""What a caller may ask of :func:`specdef_cli.harden` and :func:`specdef_cli.collapse`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from specdef_cli.checkpoint.manifest import Gauge, Profile, Schedule
+
+MethodChoice = Literal["auto", "insert", "fold"]
+
+
+@dataclass(frozen=True)
+class HardenOptions:
+    """Options of :func:`specdef_cli.harden`.
+
+    Attributes:
+        model: A directory, or a Hub id ``org/name[@revision]``.
+        out: The directory to publish.
+        method: ``insert`` (the paper's algorithm), ``fold`` (rescaled symmetric pairs, no new layers), or ``auto``:
+            fold where the family is known, insert for layers that no pair reaches.
+        alpha: Factor of the inflated singular values; ``None`` takes the method's default.
+        top_k: How many singular values of each layer insert inflates.
+        gauge: Which factorization insert stores.
+        schedule: ``constant`` α, or a ``staircase`` of different ones; ``None`` takes the method's default.
+        profile: What a fold must leave intact.
+        layers: Globs over module paths and tensor names; none means the linears that write to the residual stream.
+        exclude: Globs of what to leave alone.
+        dtype: Store floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``); ``None`` keeps each one's.
+        max_shard_size: Largest output file in bytes.
+        device: Where to compute; ``None`` takes every GPU there is, else the CPU.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        trust_remote_code: Whether the model's own Python code may run.
+        seed: Seed of the randomized basis.
+        resume: Go on where an interrupted run of the same plan stopped.
+        verify: Reload the result and compare it with the base before publishing.
+    """
+
+    model: str
+    out: Path
+    method: MethodChoice = "auto"
+    alpha: float | None = None
+    top_k: int = 25
+    gauge: Gauge = "rotated"
+    schedule: Schedule | None = None
+    profile: Profile = "coverage"
+    layers: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dtype: str | None = None
+    max_shard_size: int = 5 * 10**9
+    device: str | None = None
+    revision: str | None = None
+    token: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    resume: bool = False
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class CollapseOptions:
+    """Options of :func:`specdef_cli.collapse`.
+
+    Attributes:
+        model: A hardened directory or Hub id.
+        out: The directory to publish.
+        max_shard_size: Largest output file in bytes.
+        device: Where to multiply; ``None`` takes every GPU there is, else the CPU.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        resume: Go on where an interrupted run stopped.
+    """
+
+    model: str
+    out: Path
+    max_shard_size: int = 5 * 10**9
+    device: str | None = None
+    revision: str | None = None
+    token: str | None = None
+    resume: bool = False

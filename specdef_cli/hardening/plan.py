@@ -1,0 +1,318 @@
+"""What hardening will change and what it will cost, decided from config.json and the shards' headers alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
+from specdef_cli.architectures.names import match_names, meta_model, tied_parameters
+from specdef_cli.architectures.pairs import SymmetricPair, symmetries
+from specdef_cli.checkpoint.manifest import ConfigChange, FoldedPair, Method, Schedule, is_hardened
+from specdef_cli.checkpoint.reader import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.fold import fold_groups, fold_pairs
+from specdef_cli.hardening.insert import InsertLayer
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.runtime.shim import LayerSpec, shim_config
+from specdef_cli.spectral.limits import check_alpha
+
+DEFAULT_ALPHA = 1e4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+RESIDUAL_WRITERS = ("attention_output", "mlp_down")
+
+
+@dataclass(frozen=True)
+class CastTensor:
+    """The transform that stores a tensor in another floating dtype."""
+
+    tensor: str
+    dtype: str
+
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        """Read and cast."""
+        return Produced({self.tensor: checkpoint.read(self.tensor).to(TORCH_DTYPES[self.dtype])})
+
+
+@dataclass(frozen=True)
+class HardeningPlan:
+    """What will be written.
+
+    Attributes:
+        method: What is done.
+        schedule: How α varies.
+        dtype: The dtype of changed tensors, as torch names it.
+        inserted: Linears to replace.
+        folded: Pairs to rescale.
+        config_changes: Values of config.json that follow the weights.
+        groups: Every output tensor, in the order of the input.
+        config: The output's ``config.json``.
+        notes: What was decided and why, for the user.
+    """
+
+    method: Method
+    schedule: Schedule
+    dtype: str
+    inserted: tuple[InsertLayer, ...]
+    folded: tuple[FoldedPair, ...]
+    config_changes: tuple[ConfigChange, ...]
+    groups: tuple[TensorGroup, ...]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def parameters_added(self) -> int:
+        """Parameters that the compensation layers add."""
+        return sum(layer.site.out_features**2 for layer in self.inserted)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all output tensors in bytes."""
+        return sum(group.nbytes for group in self.groups)
+
+    def fingerprint(self, checkpoint: Checkpoint) -> str:
+        """Identifies this plan on this input, so that ``--resume`` never mixes two."""
+        described = {
+            "groups": [repr(group) for group in self.groups],
+            "config": self.config,
+            "input": [repr(header) for header in checkpoint.tensors.values()],
+            "input_times": [(checkpoint.directory / shard).stat().st_mtime_ns for shard in checkpoint.shards],
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
+    """Decide what to change.
+
+    Raises:
+        SpecDefError: The checkpoint cannot be hardened, or an option does not fit it.
+    """
+    require_hardenable(checkpoint)
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise SpecDefError(f"dtype {options.dtype!r} is not known", f"Use one of {', '.join(DTYPES)}.")
+    native = native_config(checkpoint, trust_remote_code=options.trust_remote_code)
+    model = meta_model(native, trust_remote_code=options.trust_remote_code)
+    shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
+    require_complete(model, shapes)
+    sites = linear_sites(native, shapes, model=model, trust_remote_code=options.trust_remote_code)
+    stored = SAFETENSORS_DTYPES[DTYPES[options.dtype]] if options.dtype else None
+
+    folded: tuple[FoldedPair, ...] = ()
+    notes: list[str] = []
+    if options.method != "insert":
+        found = symmetries(native, shapes, model=model, trust_remote_code=options.trust_remote_code)
+        pairs = select_pairs(found.pairs, options.layers, options.exclude)
+        schedule = options.schedule or "staircase"
+        folded = fold_pairs(
+            checkpoint, pairs, profile=options.profile, schedule=schedule, alpha=options.alpha, dtype=stored
+        )
+        notes += found.unpaired
+        if not folded and options.method == "fold":
+            raise SpecDefError(
+                f"{checkpoint.directory} has no symmetric pair to fold here",
+                "Use --method insert, or name other layers with --layers.",
+            )
+    chosen: tuple[LinearSite, ...] = ()
+    if options.method != "fold":
+        touched = {part.tensor for pair in folded for part in pair.slices}
+        chosen = tuple(
+            site for site in select_layers(sites, options.layers, options.exclude) if site.tensor not in touched
+        )
+        require_insertable(native, chosen, model=model, trust_remote_code=options.trust_remote_code)
+    inserted = tuple(_insert_layer(checkpoint, site, options) for site in chosen)
+    layers = {site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen}
+    config = _with_dtype(dict(checkpoint.config), options.dtype)
+    dtypes = {TORCH_DTYPES[layer.dtype] for layer in inserted}
+    dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[part.tensor].dtype] for pair in folded for part in pair.slices}
+    method: Method = "mixed" if folded and inserted else "fold" if folded else "insert"
+    if options.method == "auto":
+        notes.insert(0, _why(method, folded, inserted))
+    return HardeningPlan(
+        method=method,
+        schedule=options.schedule or ("staircase" if folded else "constant"),
+        dtype=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        inserted=inserted,
+        folded=folded,
+        config_changes=(),
+        groups=_groups(checkpoint, inserted, fold_groups(folded, checkpoint, stored), options.dtype),
+        config=shim_config(config, layers) if inserted else config,
+        notes=tuple(notes),
+    )
+
+
+def _why(method: Method, folded: Sequence[FoldedPair], inserted: Sequence[InsertLayer]) -> str:
+    if method == "fold":
+        return f"fold: {len(folded)} symmetric pairs cover every layer that writes to the residual stream"
+    if method == "insert":
+        return "insert: this architecture has no symmetric pair that is known here"
+    names = ", ".join(sorted({layer.site.module.rsplit(".", 2)[-2] for layer in inserted}))
+    return (
+        f"fold for {len(folded)} symmetric pairs, and insert for {len(inserted)} layers that no pair reaches "
+        f"({names}); "
+        "--method fold leaves those alone and keeps an ordinary checkpoint"
+    )
+
+
+def require_hardenable(checkpoint: Checkpoint) -> None:
+    """Refuse what is hardened already or quantized.
+
+    Raises:
+        SpecDefError: saying which.
+    """
+    directory = checkpoint.directory
+    if is_hardened(directory) or checkpoint.config.get("model_type") == "specdef":
+        raise SpecDefError(f"{directory} is hardened already", "Give the base model, or run `specdef collapse` first.")
+    quantized = checkpoint.config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        raise SpecDefError(
+            f"{directory} is quantized ({method})", "Harden the unquantized checkpoint, and quantize the result."
+        )
+
+
+def require_complete(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint that lacks a parameter: transformers would fill it with random values, and only warn.
+
+    Args:
+        model: The model on the meta device.
+        shapes: Tensor name on disk → shape.
+
+    Raises:
+        SpecDefError: A parameter is missing, or has another shape than the model's.
+    """
+    names = match_names(model, shapes)
+    tied = tied_parameters(model)
+    for parameter, expected in model.named_parameters():
+        tensor = names.tensor(parameter)
+        if parameter not in names.sources and parameter not in tied:
+            raise SpecDefError(
+                f"by config.json the model has {parameter}, but no tensor of the checkpoint becomes it",
+                "Fetch the checkpoint again, or use the config.json that belongs to it.",
+            )
+        if tensor is not None and tuple(shapes[tensor]) != tuple(expected.shape):
+            raise SpecDefError(
+                f"tensor {tensor} has shape {list(shapes[tensor])}, but config.json asks for {list(expected.shape)}",
+                "Use the config.json that belongs to this checkpoint (of a quantized one, the unquantized checkpoint).",
+            )
+
+
+def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
+    """transformers' config object of a checkpoint.
+
+    Raises:
+        SpecDefError: transformers does not know the model type, or the config is invalid.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # transformers raises anything from ValueError to pydantic-like validation errors here.
+        if "trust_remote_code" in str(error):
+            raise SpecDefError(
+                f"{checkpoint.directory} needs Python code that comes with the model",
+                "Read that code, then pass --trust-remote-code.",
+            ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SpecDefError(
+            f"{checkpoint.directory}/config.json is not accepted by transformers: {reason[:300]}",
+            "Check model_type and the values in config.json.",
+        ) from error
+
+
+def select_layers(sites: Sequence[LinearSite], layers: Sequence[str], exclude: Sequence[str]) -> tuple[LinearSite, ...]:
+    """The linears that the globs name; without globs, those that write to the residual stream.
+
+    Raises:
+        SpecDefError: A glob matches nothing, or nothing is left.
+    """
+
+    def matches(site: LinearSite, glob: str) -> bool:
+        return fnmatch.fnmatchcase(site.module, glob) or fnmatch.fnmatchcase(site.tensor, glob)
+
+    for glob in (*layers, *exclude):
+        if not any(matches(site, glob) for site in sites):
+            raise SpecDefError(
+                f"{glob!r} matches no linear layer", "`specdef inspect MODEL` lists the layers that can be named."
+            )
+    chosen = tuple(
+        site
+        for site in sites
+        if (any(matches(site, glob) for glob in layers) if layers else site.role in RESIDUAL_WRITERS)
+        and not any(matches(site, glob) for glob in exclude)
+    )
+    if not chosen:
+        raise SpecDefError(
+            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
+        )
+    return chosen
+
+
+def select_pairs(
+    pairs: Sequence[SymmetricPair], layers: Sequence[str], exclude: Sequence[str]
+) -> tuple[SymmetricPair, ...]:
+    """The pairs that touch a tensor named by ``layers`` (any, without globs) and none named by ``exclude``."""
+
+    def touches(pair: SymmetricPair, globs: Sequence[str]) -> bool:
+        names = {side.tensor for side in pair.sides} | {side.tensor.removesuffix(".weight") for side in pair.sides}
+        return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+
+    return tuple(pair for pair in pairs if (not layers or touches(pair, layers)) and not touches(pair, exclude))
+
+
+def _insert_layer(checkpoint: Checkpoint, site: LinearSite, options: HardenOptions) -> InsertLayer:
+    stored = checkpoint.tensors[site.tensor].dtype
+    if stored not in FLOATING_DTYPES:
+        raise SpecDefError(
+            f"{site.tensor} is stored as {stored}", "Harden the unquantized checkpoint, and quantize the result."
+        )
+    dtype = DTYPES[options.dtype] if options.dtype else TORCH_DTYPES[stored]
+    alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
+    check_alpha(alpha, options.gauge, dtype)
+    smallest = min(site.out_features, site.in_features)
+    if options.top_k < 1:
+        raise SpecDefError(f"top-k is {options.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
+    if options.top_k > smallest:
+        raise SpecDefError(
+            f"top-k {options.top_k} is more than the rank of {site.module} ({site.out_features}×{site.in_features})",
+            f"Use --top-k {smallest} or less, or --exclude '{site.module}'.",
+        )
+    return InsertLayer(site, alpha, options.top_k, options.gauge, SAFETENSORS_DTYPES[dtype], options.seed)
+
+
+def _groups(
+    checkpoint: Checkpoint, inserted: Sequence[InsertLayer], folded: Mapping[str, TensorGroup], dtype: str | None
+) -> tuple[TensorGroup, ...]:
+    replaced = {layer.site.tensor: layer for layer in inserted}
+    moved_biases = {layer.site.bias for layer in inserted}
+    groups = []
+    for name, header in checkpoint.tensors.items():
+        if name in replaced:
+            groups.append(replaced[name].group())
+        elif name in folded:
+            groups.append(folded[name])
+        elif name not in moved_biases:
+            groups.append(plain_group(header.name, header.dtype, header.shape, dtype))
+    return tuple(groups)
+
+
+def plain_group(name: str, stored: str, shape: tuple[int, ...], dtype: str | None) -> TensorGroup:
+    """A tensor that is carried over, cast if a floating one is wanted in another dtype."""
+    wanted = SAFETENSORS_DTYPES[DTYPES[dtype]] if dtype and stored in FLOATING_DTYPES else stored
+    cast = CastTensor(name, wanted) if wanted != stored else None
+    return TensorGroup(name, (TensorSpec(name, wanted, shape),), cast)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    return config

@@ -1,0 +1,196 @@
+"""``specdef harden``: resolve → plan → stream → verify → publish."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from specdef_cli import __version__
+from specdef_cli.architectures.linears import LinearSite
+from specdef_cli.checkpoint.companions import carry_over
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, BaseModel, InsertedLayer, Manifest
+from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.resolve import Resolved, resolve
+from specdef_cli.checkpoint.stream import Progress, write_durably
+from specdef_cli.hardening.card import hardened_card
+from specdef_cli.hardening.devices import compute_devices
+from specdef_cli.hardening.execute import Written, execute, process_state, write_json
+from specdef_cli.hardening.insert import read_weight
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.plan import HardeningPlan, make_plan
+from specdef_cli.hardening.verify import verify
+from specdef_cli.runtime.shim import SHIM_SOURCE
+from specdef_cli.spectral.subspace import layer_seed, top_subspace
+
+
+@dataclass(frozen=True)
+class HardenResult:
+    """What :func:`harden` published.
+
+    Attributes:
+        out: The directory.
+        manifest: Its manifest.
+        parameters_added: By compensation layers.
+        bytes_added: Growth of the tensors' size.
+        notes: What was decided and why.
+    """
+
+    out: Path
+    manifest: Manifest
+    parameters_added: int
+    bytes_added: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerPreview:
+    """A layer of a plan: its σ₁ before and after."""
+
+    site: LinearSite
+    alpha: float
+    sigma_before: float
+    sigma_after: float
+
+
+@dataclass(frozen=True)
+class PlanPreview:
+    """What :func:`harden` would do.
+
+    Attributes:
+        plan: The plan.
+        layers: σ₁ of each layer to be replaced.
+        bytes_before, bytes_after: Size of all tensors.
+        parameters_before: Number of parameters.
+    """
+
+    plan: HardeningPlan
+    layers: tuple[LayerPreview, ...]
+    parameters_before: int
+    bytes_before: int
+    bytes_after: int
+
+
+def open_model(options: HardenOptions) -> tuple[Resolved, Checkpoint, HardeningPlan]:
+    """Find the model, read its headers, decide what to change.
+
+    Raises:
+        SpecDefError: As :func:`resolve`, :func:`open_checkpoint` and :func:`make_plan`.
+    """
+    with process_state(options.device).main_process_first():  # one process downloads, the others find it in the cache
+        resolved = resolve(options.model, revision=options.revision, token=options.token)
+    checkpoint = open_checkpoint(resolved.directory)
+    return resolved, checkpoint, make_plan(checkpoint, options)
+
+
+def preview(
+    options: HardenOptions,
+    on_plan: Callable[[HardeningPlan], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> PlanPreview:
+    """Compute what :func:`harden` would change, and write nothing.
+
+    Raises:
+        SpecDefError: As :func:`harden`.
+    """
+    _, checkpoint, plan = open_model(options)
+    on_plan(plan)
+    device = compute_devices(options.device, process_state(options.device))[0]
+    layers = []
+    for layer in plan.inserted:
+        weight = read_weight(checkpoint, layer.site, device)
+        sigma = float(top_subspace(weight, 1, layer_seed(options.seed, layer.site.tensor)).singular_values[0])
+        layers.append(LayerPreview(layer.site, layer.alpha, sigma, sigma * layer.alpha))
+        on_progress(Progress(layer.site.module, checkpoint.tensors[layer.site.tensor].nbytes))
+    return PlanPreview(
+        plan=plan,
+        layers=tuple(layers),
+        parameters_before=sum(math.prod(header.shape) for header in checkpoint.tensors.values()),
+        bytes_before=checkpoint.nbytes,
+        bytes_after=plan.nbytes,
+    )
+
+
+def harden(
+    options: HardenOptions,
+    on_plan: Callable[[HardeningPlan], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> HardenResult | None:
+    """Harden a checkpoint and publish the result as ``options.out``.
+
+    Args:
+        options: What to do.
+        on_plan: Called with the plan before anything is written.
+        on_progress: Called from worker threads after each group of tensors.
+
+    Returns:
+        What was published; ``None`` in all but the main process of a distributed run.
+
+    Raises:
+        SpecDefError: The input, an option, or the disk; nothing was published.
+    """
+    resolved, checkpoint, plan = open_model(options)
+    on_plan(plan)
+
+    def complete(work: Path, written: Written) -> HardenResult:
+        manifest = _manifest(resolved, plan, options, written)
+        carry_over(checkpoint.directory, work)
+        write_json(work / "config.json", plan.config)
+        if plan.inserted:
+            shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
+        write_durably(work / MANIFEST_NAME, manifest.to_json())
+        if options.verify:
+            figures = verify(
+                checkpoint.directory,
+                work,
+                max(plan.nbytes, checkpoint.nbytes),
+                exact=plan.method == "fold",
+                dtype=None if options.dtype is None else getattr(torch, options.dtype),
+                device=options.device,
+                trust_remote_code=options.trust_remote_code,
+            )
+        else:
+            figures = {"skipped": "verification was switched off"}
+        manifest = dataclasses.replace(manifest, verification=figures)
+        write_durably(work / MANIFEST_NAME, manifest.to_json())
+        base_card = checkpoint.directory / "README.md"
+        text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else ""
+        write_durably(work / "README.md", hardened_card(text, manifest))
+        return HardenResult(options.out, manifest, plan.parameters_added, plan.nbytes - checkpoint.nbytes, plan.notes)
+
+    return execute(
+        checkpoint,
+        plan.groups,
+        options.out,
+        plan.fingerprint(checkpoint),
+        complete=complete,
+        max_shard_size=options.max_shard_size,
+        device=options.device,
+        resume=options.resume,
+        on_progress=on_progress,
+    )
+
+
+def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, written: Written) -> Manifest:
+    inserted: list[InsertedLayer] = []
+    for layer in plan.inserted:
+        figures = written.figures[layer.site.module]
+        inserted.append(layer.entry(tuple(figures["singular_values"]), figures["reconstruction_error"]))
+    return Manifest(
+        specdef_version=__version__,
+        method=plan.method,
+        base=BaseModel(resolved.name, resolved.revision, resolved.commit),
+        dtype=plan.dtype,
+        seed=options.seed,
+        schedule=plan.schedule,
+        profile=options.profile if plan.folded else None,
+        inserted=tuple(inserted),
+        folded=plan.folded,
+        config_changes=plan.config_changes,
+        shards=dict(written.sha256),
+    )

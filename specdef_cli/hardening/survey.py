@@ -1,0 +1,179 @@
+"""``specdef inspect``: the linear layers of a checkpoint, their spectra, and whether they are hardened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdef_cli.architectures.linears import linear_sites
+from specdef_cli.architectures.names import meta_model
+from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
+from specdef_cli.checkpoint.reader import FLOATING_DTYPES, Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.resolve import Resolved, resolve
+from specdef_cli.checkpoint.stream import Progress
+from specdef_cli.hardening.collapse import require_as_described
+from specdef_cli.hardening.devices import compute_devices
+from specdef_cli.hardening.execute import process_state
+from specdef_cli.hardening.insert import read_weight
+from specdef_cli.hardening.plan import RESIDUAL_WRITERS, native_config
+from specdef_cli.runtime.shim import unshim_config
+from specdef_cli.spectral.subspace import layer_seed, top_subspace
+
+EFFECTIVE_RANK_PROBES = 64
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """One linear layer.
+
+    Attributes:
+        module: Path in the transformers model.
+        tensor: Name on disk.
+        out_features, in_features: m and n.
+        dtype: As stored.
+        role: What it writes to.
+        sigma: σ₁ of the weight as stored (of the inflated factor, if hardened); ``None`` for a quantized weight.
+        effective_rank: (Σσ²)²/Σσ⁴, estimated; ``None`` for a quantized weight.
+        alpha: α if the layer is hardened by insert, else ``None``.
+        default: Whether ``harden --method insert`` takes it without ``--layers``.
+    """
+
+    module: str
+    tensor: str
+    out_features: int
+    in_features: int
+    dtype: str
+    role: str
+    sigma: float | None
+    effective_rank: float | None
+    alpha: float | None
+    default: bool
+
+    @property
+    def compensation_parameters(self) -> int:
+        """Parameters that hardening this layer by insert adds (or added)."""
+        return self.out_features**2
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What :func:`survey` found.
+
+    Attributes:
+        model: Where the model came from.
+        architecture: The model's class.
+        parameters: Number of stored elements.
+        nbytes: Size of all tensors.
+        manifest: If it is hardened.
+        layers: Its linear layers.
+    """
+
+    model: Resolved
+    architecture: str
+    parameters: int
+    nbytes: int
+    manifest: Manifest | None
+    layers: tuple[LayerSurvey, ...]
+
+
+def survey(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Survey:
+    """Look at every linear layer of a checkpoint, one tensor in memory at a time.
+
+    Raises:
+        SpecDefError: The model cannot be found or read.
+    """
+    resolved = resolve(model, revision=revision, token=token)
+    checkpoint = open_checkpoint(resolved.directory)
+    manifest = read_manifest(resolved.directory) if is_hardened(resolved.directory) else None
+    if manifest is not None:
+        require_as_described(checkpoint, manifest)
+    original = as_original(checkpoint, manifest)
+    native = native_config(original, trust_remote_code=trust_remote_code)
+    shapes = {name: header.shape for name, header in original.tensors.items()}
+    skeleton = meta_model(native, trust_remote_code=trust_remote_code)
+    inserted = {layer.tensor: layer for layer in manifest.inserted} if manifest else {}
+    place = compute_devices(device, process_state(device))[0]
+    layers = []
+    for site in linear_sites(native, shapes, model=skeleton, trust_remote_code=trust_remote_code):
+        replaced = inserted.get(site.tensor)
+        header = checkpoint.tensors[replaced.inflated_tensor if replaced else site.tensor]
+        sigma = rank = None
+        if header.dtype in FLOATING_DTYPES:
+            seed = layer_seed(0, site.tensor)
+            if replaced:
+                weight = checkpoint.read(header.name).to(place).float()
+            else:
+                weight = read_weight(checkpoint, site, place)
+            sigma = float(top_subspace(weight, 1, seed).singular_values[0])
+            rank = effective_rank(weight, seed)
+        on_progress(Progress(site.module, header.nbytes))
+        layers.append(
+            LayerSurvey(
+                module=site.module,
+                tensor=site.tensor,
+                out_features=site.out_features,
+                in_features=site.in_features,
+                dtype=header.dtype,
+                role=site.role,
+                sigma=sigma,
+                effective_rank=rank,
+                alpha=replaced.alpha if replaced else None,
+                default=site.role in RESIDUAL_WRITERS,
+            )
+        )
+    return Survey(
+        model=resolved,
+        architecture=type(skeleton).__name__,
+        parameters=sum(torch.Size(header.shape).numel() for header in checkpoint.tensors.values()),
+        nbytes=checkpoint.nbytes,
+        manifest=manifest,
+        layers=tuple(layers),
+    )
+
+
+def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint:
+    """The checkpoint as its original architecture describes it: native config, tombstones with the weights' shapes."""
+    if manifest is None:
+        return checkpoint
+    tensors = dict(checkpoint.tensors)
+    for layer in manifest.inserted:
+        shape = (layer.out_features, layer.in_features)
+        tombstone = tensors[layer.tensor]
+        tensors[layer.tensor] = type(tombstone)(
+            **{**vars(tombstone), "shape": shape[::-1] if layer.transposed else shape}
+        )
+        if layer.bias is not None and layer.compensation_bias is not None:
+            tensors[layer.bias] = tensors[layer.compensation_bias]
+    return Checkpoint(checkpoint.directory, unshim_config(checkpoint.config), tensors)
+
+
+def effective_rank(weight: Tensor, seed: int) -> float:
+    """(Σσ²)²/Σσ⁴, the participation ratio of the squared singular values, between 1 and the rank.
+
+    Σσ⁴ = ‖W Wᵀ‖_F² is estimated with Gaussian probes (Hutchinson), so that no decomposition is needed; where the
+    matrix is no larger than the probes it is exact.
+
+    Args:
+        weight: W, shape [m, n].
+        seed: Seed of the probes.
+    """
+    total = weight.double().square().sum()
+    rows = weight.shape[0]
+    if min(weight.shape) <= EFFECTIVE_RANK_PROBES * 4:
+        gram = weight.double() @ weight.double().mT if rows <= weight.shape[1] else weight.double().mT @ weight.double()
+        return float(total**2 / gram.square().sum())
+    generator = torch.Generator().manual_seed(seed)
+    probes = torch.randn(rows, EFFECTIVE_RANK_PROBES, generator=generator).to(weight.device, weight.dtype)
+    fourth = (weight @ (weight.mT @ probes)).double().square().sum() / EFFECTIVE_RANK_PROBES
+    return float(total**2 / fourth)

@@ -1,0 +1,172 @@
+"""Before publication: does the reloaded result compute what the base computes?
+
+The comparison runs through transformers itself, on the files as they will be published, so that it covers what no
+formula does: names, dtypes, the loader. Both models are loaded one after the other, never together.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdef_cli.checkpoint.reader import ResumableError
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime import load_model
+
+# Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
+LOGITS_TOLERANCE = 0.05
+BATCH, LENGTH = 2, 32
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """How far the hardened model's outputs on a fixed batch are from the base's.
+
+    Attributes:
+        max_abs: Largest absolute difference of an output.
+        relative: ‖difference‖ / ‖base outputs‖.
+        kl: Mean KL divergence from base to hardened over positions, in nats (outputs taken as logits).
+        agreement: Share of positions where the largest output is the same one.
+        equal: Whether every output is bit-identical.
+    """
+
+    max_abs: float
+    relative: float
+    kl: float
+    agreement: float
+    equal: bool
+
+
+def compare_models(
+    base: Path, hardened: Path, *, dtype: torch.dtype | None = None, device: str | None = None, **loading: Any
+) -> OutputComparison:
+    """Load both directories in turn, run the same batch through them, and compare.
+
+    Args:
+        base, hardened: Checkpoint directories.
+        dtype: What to load both in; ``None`` for the dtype they are stored in.
+        device: Where to run.
+        loading: Passed on to ``load_model``.
+
+    Raises:
+        SpecDefError: The model takes inputs that cannot be made up (naming what it takes), or the base's outputs are
+            not finite.
+    """
+    reference = _outputs(base, dtype, device, loading)
+    if not torch.isfinite(reference).all():
+        raise SpecDefError(
+            f"the outputs of {base} hold NaN or infinity before any change", "Repair its weights, or --dtype float32."
+        )
+    return compare_outputs(reference, _outputs(hardened, dtype, device, loading))
+
+
+def compare_outputs(reference: Tensor, outputs: Tensor) -> OutputComparison:
+    """Compare two output tensors, shape [..., classes], in float64."""
+    equal = torch.equal(reference, outputs)
+    reference, outputs = reference.double(), outputs.double()
+    difference = outputs - reference
+    kl = torch.nn.functional.kl_div(
+        outputs.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none"
+    )
+    norm = float(torch.linalg.vector_norm(reference))
+    return OutputComparison(
+        max_abs=float(difference.abs().max()),
+        relative=float(torch.linalg.vector_norm(difference)) / norm if norm else math.inf,
+        kl=float(kl.sum(-1).mean()),
+        agreement=float((reference.argmax(-1) == outputs.argmax(-1)).double().mean()),
+        equal=equal,
+    )
+
+
+def verify(
+    base: Path, hardened: Path, nbytes: int, *, exact: bool, device: str | None, **loading: Any
+) -> dict[str, Any]:
+    """Figures of the comparison for the manifest, or why it was left out.
+
+    Args:
+        base, hardened: Checkpoint directories.
+        nbytes: Size of the larger of both.
+        exact: Whether the outputs must be bit-identical (a fold), or only within rounding (insert).
+        device: Where to run.
+        loading: Passed on to ``load_model``.
+
+    Raises:
+        SpecDefError: The hardened model is not the base model's function.
+    """
+    available = psutil.virtual_memory().available
+    if nbytes > 0.8 * available:
+        return {
+            "skipped": f"loading the model takes {nbytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
+        }
+    comparison = compare_models(base, hardened, device=device, **loading)
+    kept = comparison.equal if exact else comparison.relative <= LOGITS_TOLERANCE
+    if not kept:  # NaN fails the comparison too
+        raise SpecDefError(
+            f"the hardened model's outputs differ from the base's by {comparison.relative:.2g} (relative)",
+            "Use a smaller --alpha, another --gauge, or --dtype float32; nothing was published.",
+        )
+    return asdict(comparison)
+
+
+def fixed_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A deterministic batch that fits the model's first input.
+
+    Raises:
+        ResumableError: The model's input is neither token ids nor pixels; the weights may be right.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    if model.main_input_name == "input_ids":
+        text = config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or LENGTH
+        size = (BATCH, max(1, min(LENGTH, positions - 2)))
+        # Low ids are often special (padding changes positions in RoBERTa), so they are left out where others exist.
+        low = 5 if text.vocab_size > 10 else 0
+        ids = torch.randint(low, text.vocab_size, size, generator=generator)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids.roll(1, dims=1)
+    elif model.main_input_name == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        inputs = {"pixel_values": torch.randn(BATCH, vision.num_channels, side, side, generator=generator)}
+    else:
+        raise ResumableError(
+            f"{type(model).__name__} takes {model.main_input_name}, for which there is no fixed batch",
+            "Run the same command with --resume --no-verify, and compare the outputs yourself.",
+        )
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def model_outputs(model: PreTrainedModel) -> Tensor:
+    """The model's first output (logits, or the last hidden state) on the fixed batch, on the CPU."""
+    inputs = fixed_inputs(model)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    with torch.inference_mode():
+        outputs = model(**inputs)
+    first = outputs.get("logits") if "logits" in outputs else outputs[0]
+    return first.cpu()
+
+
+def _outputs(directory: Path, dtype: torch.dtype | None, device: str | None, loading: dict[str, Any]) -> Tensor:
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = load_model(directory, dtype=dtype, device=device, **loading).eval()
+    finally:
+        if bars:
+            transformers.logging.enable_progress_bar()
+    outputs = model_outputs(model)
+    del model
+    gc.collect()
+    return outputs

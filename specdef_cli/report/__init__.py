@@ -1,0 +1,8 @@
+"""An attack's results for people (terminal table, plot, HTML) and for programs (JSON, CSV)."""
+
+from specdef_cli.report.findings import Finding, findings, summary
+from specdef_cli.report.serialize import report_dict
+from specdef_cli.report.table import summary_table
+from specdef_cli.report.write import write_report
+
+__all__ = ["Finding", "findings", "report_dict", "summary", "summary_table", "write_report"]

@@ -1,0 +1,135 @@
+"""``report.html``: one file to read and to send on; nothing in it is loaded from elsewhere.
+
+Everything that comes from the user (paths, names, globs) is escaped. The frame is ``template.html`` beside this file.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from specdef_cli.attack.results import CONTROL_SHARE, DIVERGENCE_FACTOR, AttackReport
+from specdef_cli.report.findings import (
+    KNOWLEDGE_WORDS,
+    STOPPED_SHARE,
+    Finding,
+    findings,
+    growth_words,
+    number,
+    outcome_words,
+    percent,
+    rate,
+    steps_words,
+    summary,
+)
+
+
+def report_html(report: AttackReport, image: bytes) -> str:
+    """The page.
+
+    Args:
+        report: What to show.
+        image: The plot, PNG.
+    """
+    found = findings(report)
+    template = Template((files("specdef_cli.report") / "template.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(f"Fine-tuning attacks on {report.model}"),
+        summary="".join(f"<p>{escape(sentence)}</p>" for sentence in summary(report)),
+        stopped=_list(_line(each) for each in found if each.verdict == "stopped"),
+        slowed=_list(_line(each) for each in found if each.verdict == "slowed"),
+        not_slowed=_list(_line(each) for each in found if each.verdict == "not slowed"),
+        image=base64.b64encode(image).decode("ascii"),
+        attacks="".join(_attack_row(each) for each in found),
+        runs="".join(_run_rows(report)),
+        definitions=escape(_definitions()),
+        growth=_list(growth_words(report)),
+        setting="".join(f"<li>{escape(line)}</li>" for line in _setting(report)),
+        notes="".join(f"<li>{escape(note)}</li>" for note in report.notes) or "<li>none</li>",
+        versions=escape(", ".join(f"{name} {version}" for name, version in report.versions.items())),
+    )
+
+
+def _list(lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if items else "<p>nothing</p>"
+
+
+def _line(finding: Finding) -> str:
+    return f"{finding.attack.label}: {percent(finding.share)} of the control's progress"
+
+
+def _definitions() -> str:
+    return (
+        f"Loss: held-out, nats. Steps to control: until {CONTROL_SHARE:.0%} of the control's best progress is made; "
+        ">N where N steps did not get there. "
+        f"Stopped: at most {STOPPED_SHARE:.0%} of the control's progress at the best learning rate tried; "
+        f"not slowed: at least {CONTROL_SHARE:.0%}. "
+        "Diverged: a loss or gradient that is not finite, "
+        f"or a held-out loss beyond {DIVERGENCE_FACTOR:g} times the start. "
+        "Parameters: of the model that was trained, without adapters, over the control's."
+    )
+
+
+def _setting(report: AttackReport) -> list[str]:
+    lines = [f"Model: {report.model}", f"Control: {report.control}"]
+    if report.hardening is not None:
+        hard = report.hardening
+        details = [f"largest α = {hard.alpha:g}"]
+        details += [f"k = {hard.top_k}"] if hard.top_k is not None else []
+        details += [f"{hard.gauge} gauge"] if hard.gauge is not None else []
+        unit = "pairs" if hard.method == "fold" else "layers"
+        lines.append(f"Hardening: {hard.method}, {', '.join(details)}, {hard.layers} {unit}")
+    lines.append(
+        f"Data: {report.data.name}; {report.data.train_sequences} sequences to train on, "
+        f"{report.data.held_out_sequences} held out"
+    )
+    lines += [f"Assumed. {sentence}" for sentence in report.assumed]
+    lines.append(f"Device: {report.device}; {sum(run.seconds for run in report.runs):.0f} s of training and evaluation")
+    return lines
+
+
+def _attack_row(finding: Finding) -> str:
+    cells = [
+        finding.attack.label,
+        "–" if finding.verdict == "control" else KNOWLEDGE_WORDS[finding.attack.knowledge],
+        rate(finding.learning_rate),
+        number(finding.start),
+        number(finding.best),
+        percent(finding.share),
+        f"{finding.parameters_times:.2f}×",
+        finding.verdict,
+    ]
+    return _row(cells, words={1, 7})
+
+
+def _run_rows(report: AttackReport) -> Iterable[str]:
+    for attack in report.attacks:
+        for position, run in enumerate(attack.runs):
+            cells = [
+                run.spec.label,
+                rate(run.spec.learning_rate),
+                str(run.spec.seed),
+                number(run.start),
+                number(run.best),
+                number(run.final),
+                steps_words(report, run),
+                "–" if run.first_grad_norm is None else f"{run.first_grad_norm:.3g}",
+                f"{report.parameters_times(run):.2f}×",
+                f"{run.trainable_parameters:,}",
+                outcome_words(run),
+            ]
+            classes = ["first"] * (position == 0) + ["best"] * (run.spec.learning_rate == attack.best_learning_rate)
+            yield _row(cells, words={10}, classes=classes)
+
+
+def _row(cells: list[str], *, words: set[int], classes: Iterable[str] = ()) -> str:
+    body = "".join(
+        f'<td class="words">{escape(cell)}</td>' if number in words else f"<td>{escape(cell)}</td>"
+        for number, cell in enumerate(cells)
+    )
+    names = " ".join(classes)
+    return f'<tr class="{names}">{body}</tr>' if names else f"<tr>{body}</tr>"

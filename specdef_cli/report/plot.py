@@ -1,0 +1,95 @@
+"""``curves.png``: how far each attack gets, step by step, and over learning rates."""
+
+from __future__ import annotations
+
+import io
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from specdef_cli.attack.results import Attack, AttackReport
+from specdef_cli.report.findings import rate
+
+_PALETTES = {"none": "Blues", "construction": "Reds", "growth": "Oranges"}
+_MARKERS = "osD^vP*X"
+
+
+def curves_png(report: AttackReport) -> bytes:
+    """The plot as PNG bytes.
+
+    Left: held-out loss over steps, each attack at its best learning rate. Right: best held-out loss over the learning
+    rate, logarithmic, so that an attack which only wins at an unusual rate shows. Blue: attackers who know only
+    recipes; red: who know the construction; orange: who also grow the model; black: the control.
+    """
+    # The object interface: pyplot would keep global state and may look for a display.
+    figure = Figure(figsize=(12, 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    styles = _styles(report.attacks)
+    for attack, style in zip(report.attacks, styles, strict=True):
+        points = [point for point in attack.best_run.evaluations if point.loss is not None]
+        left.plot(
+            [point.step for point in points],
+            [point.loss for point in points],
+            label=f"{attack.label} (η = {rate(attack.best_learning_rate)})",
+            **style,
+        )
+        frontier = [(value, attack.best_at(value)) for value in attack.learning_rates]
+        known = [(value, loss) for value, loss in frontier if loss is not None]
+        right.plot([value for value, _ in known], [loss for _, loss in known], **style)
+        failed = [(value, loss) for value, loss in known if any(run.outcome != "finished" for run in attack.at(value))]
+        right.plot([value for value, _ in failed], [loss for _, loss in failed], "x", color="black", ms=9, zorder=5)
+    start = next((run.start for run in report.runs if run.start is not None), None)
+    for axes in (left, right):
+        if start is not None:
+            axes.axhline(start, color="gray", lw=1, ls=":", zorder=0)
+        _tidy(axes)
+    left.set(title="Each attack at its best learning rate", xlabel="optimizer step", ylabel="held-out loss (nats)")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set(
+        title="Best loss over learning rates (×: diverged or ended above its start)",
+        xlabel="learning rate η",
+        ylabel="best held-out loss (nats)",
+        xscale="log",
+    )
+    right.xaxis.set_major_locator(LogLocator(numticks=15))
+    right.xaxis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _styles(attacks: tuple[Attack, ...]) -> list[dict[str, object]]:
+    """Hue by what the attacker knows, shade and marker by which of those it is."""
+    counts: dict[str, int] = {}
+    styles = []
+    for attack in attacks:
+        group = "control" if attack.subject == "control" else attack.knowledge
+        position = counts.get(group, 0)
+        counts[group] = position + 1
+        if group == "control":
+            color: object = ("black", "dimgray", "darkgray")[position % 3]
+        else:
+            color = colormaps[_PALETTES[group]](0.85 - 0.17 * (position % 4))
+        styles.append(
+            {
+                "color": color,
+                "marker": _MARKERS[position % len(_MARKERS)],
+                # The control lies under the rest, wide, because the strongest attacks run along it.
+                "ls": "-",
+                "ms": 4.5,
+                "lw": 7 if group == "control" else 1.6,
+                "alpha": 0.3 if group == "control" else 1,
+            }
+        )
+    return styles
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.title.set_fontsize(10.5)

@@ -1,0 +1,35 @@
+"""The four files of a report, each replaced whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from specdef_cli.attack.results import AttackReport
+from specdef_cli.attack.store import write_atomic
+from specdef_cli.report.html import report_html
+from specdef_cli.report.plot import curves_png
+from specdef_cli.report.serialize import curves_csv, report_json
+
+
+def write_report(report: AttackReport, out: Path) -> tuple[Path, ...]:
+    """Write ``report.html``, ``report.json``, ``curves.csv`` and ``curves.png`` into ``out``.
+
+    Only the main process of an ``accelerate launch`` writes; the others return the same paths.
+
+    Raises:
+        OSError: ``out`` cannot be written.
+    """
+    paths = tuple(out / name for name in ("report.html", "report.json", "curves.csv", "curves.png"))
+    if PartialState().is_main_process:
+        image = curves_png(report)
+        contents = (
+            report_html(report, image).encode(),
+            report_json(report).encode(),
+            curves_csv(report).encode(),
+            image,
+        )
+        for path, content in zip(paths, contents, strict=True):
+            write_atomic(path, content)
+    return paths

@@ -1,0 +1,125 @@
+"""Load a base or a hardened directory, for the rooms that need a model and do not care which it is.
+
+Weights come from safetensors only, never from pickles, and no code from the directory is run unless the caller asks for
+it: the package's own registration reads hardened directories.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError
+from specdef_cli.runtime.register import register
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+_IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    auto_class: Any = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load the model in a directory, hardened or not, in evaluation mode.
+
+    Args:
+        directory: A directory with a ``config.json`` and safetensors files.
+        auto_class: A class of transformers to load with, e.g. ``AutoModelForCausalLM``, or its name. By default the one
+            that ``architectures`` names.
+        dtype: The parameters' dtype; by default the one they are stored in.
+        device: Where to load to; by default the CPU.
+        trust_remote_code: Run code that comes with the directory. Hardened directories do not need it here.
+        **kwargs: Passed on to ``from_pretrained``.
+
+    Raises:
+        SpecDefError: There is no such directory, its architecture is unknown, it holds no safetensors files, or its
+            tensors are not those that its config lists.
+    """
+    register()
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise SpecDefError(f"{directory} has no config.json", "Give a directory with a transformers checkpoint.")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        chosen = _model_class(path, config, auto_class, trust_remote_code)
+        if device is not None:
+            kwargs.setdefault("device_map", {"": device})
+        if chosen.__name__.startswith("Auto"):
+            kwargs.setdefault("trust_remote_code", trust_remote_code)
+        return chosen.from_pretrained(path, config=config, dtype=dtype or "auto", use_safetensors=True, **kwargs)
+    except SpecDefLoadError as error:
+        raise SpecDefError(
+            f"{directory} is not complete: {error}", "Restore its files, or harden the base model again."
+        ) from error
+    except (OSError, ValueError) as error:
+        # What transformers says of unknown model types, absent safetensors files and code it may not run.
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SpecDefError(f"{directory} cannot be loaded: {reason}", _hint(path)) from error
+
+
+def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a directory; its image processor where it has no tokenizer; ``None`` where it has neither.
+
+    Raises:
+        SpecDefError: There are files of one, but transformers cannot read them.
+    """
+    register()
+    path = Path(directory)
+    for files, auto_class in ((_TOKENIZER_FILES, AutoTokenizer), (_IMAGE_PROCESSOR_FILES, AutoImageProcessor)):
+        if any((path / name).is_file() for name in files):
+            try:
+                return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)
+            except (OSError, ValueError) as error:
+                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise SpecDefError(
+                    f"the tokenizer or image processor in {directory} cannot be loaded: {reason}",
+                    "Copy the files of the base model over it.",
+                ) from error
+    return None
+
+
+def _model_class(path: Path, config: Any, auto_class: Any, trust_remote_code: bool) -> Any:
+    if auto_class is not None and not isinstance(auto_class, str):
+        return auto_class
+    name = auto_class or next(iter(config.architectures or ()), None)
+    if name is None:
+        raise SpecDefError(f"{path / 'config.json'} names no architectures", "Add the model's class to config.json.")
+    chosen = getattr(transformers, name, None)
+    if chosen is None and trust_remote_code:
+        references = getattr(config, "auto_map", {})
+        chosen = next(
+            (getattr(transformers, auto) for auto, ref in references.items() if str(ref).endswith(f".{name}")), None
+        )
+    if chosen is None:
+        raise SpecDefError(
+            f"transformers {transformers.__version__} has no class {name!r}, which {path / 'config.json'} asks for",
+            "Install a release of transformers that has it, or pass --trust-remote-code if the checkpoint brings it.",
+        )
+    return chosen
+
+
+def _hint(path: Path) -> str:
+    if not any(path.glob("*.safetensors")):
+        return "Save it as safetensors; pickled weights (.bin, .pt) can run code and are not loaded."
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in config and config.get("model_type") != MODEL_TYPE:
+        return "If it needs the code that comes with it, read that code and pass --trust-remote-code."
+    return "Check the directory's files and the installed release of transformers."

@@ -1,0 +1,85 @@
+"""Make the Auto classes of transformers load hardened directories after ``import specdef_cli``.
+
+``import specdef_cli`` must stay cheap, and transformers with torch takes seconds to import. transformers has no plugin
+mechanism, so the registration waits: a finder at the head of ``sys.meta_path`` runs it right after one of the two
+modules that hold the registries is imported, or at once where that has happened already.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable, Sequence
+
+Callback = Callable[[], None]
+
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls something after a module was imported. It finds nothing itself: it asks the finders after it.
+
+    Args:
+        callbacks: What to call, by the full name of the module to wait for. Each is called once.
+    """
+
+    def __init__(self, callbacks: dict[str, Callback]) -> None:
+        self.callbacks = callbacks
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.callbacks:
+            return None
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                self._call_after(spec.loader, self.callbacks.pop(fullname))
+                return spec
+        return None
+
+    @staticmethod
+    def _call_after(loader: importlib.abc.Loader, callback: Callback) -> None:
+        exec_module = loader.exec_module
+
+        def exec_then_call(module: types.ModuleType) -> None:
+            exec_module(module)
+            callback()
+
+        loader.exec_module = exec_then_call  # type: ignore[method-assign]
+
+
+def _register_config() -> None:
+    # Our module imports the other registry. Import that one first, so that its callback never finds our module half
+    # imported; where the two are already being imported in the other order, this line does nothing.
+    import transformers.quantizers.auto  # noqa: F401
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefConfig
+
+    CONFIG_MAPPING.register(MODEL_TYPE, SpecDefConfig, exist_ok=True)
+
+
+def _register_quantizer() -> None:
+    from specdef_cli.runtime.configuration_specdef import register_quantizer
+
+    register_quantizer(replace=True)
+
+
+def register() -> None:
+    """Register the runtime with transformers, now or as soon as it is imported. Calling it again is harmless."""
+    if any(isinstance(finder, AfterImport) for finder in sys.meta_path):
+        return
+    waiting = {}
+    for module, callback in (
+        ("transformers.models.auto.configuration_auto", _register_config),
+        # The native classes (LlamaForCausalLM) never ask for the config by its model_type, but they look up the hook.
+        ("transformers.quantizers.auto", _register_quantizer),
+    ):
+        if module in sys.modules:
+            callback()
+        else:
+            waiting[module] = callback
+    sys.meta_path.insert(0, AfterImport(waiting))

@@ -1,0 +1,110 @@
+"""What an *insert* hardened directory's ``config.json`` says beyond the base model's.
+
+A hardened directory must load with the runtime and fail everywhere else. transformers only warns about missing tensors
+and re-initialises them, so the failure has to happen before any weight is read: the config names a ``model_type`` that
+transformers does not know, and points to the one file that does. This module writes those keys and takes them away
+again; reading them is ``configuration_specdef.py``'s part, which restates the names because it is copied into every
+hardened directory and may import nothing of this package.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdef_cli.errors import SpecDefError
+
+SHIM_SOURCE = Path(__file__).with_name("configuration_specdef.py")
+"""The file to copy, verbatim and under the same name, into every insert directory."""
+
+MODEL_TYPE = "specdef"
+BASE_MODEL_TYPE_KEY = "specdef_base_model_type"
+BASE_AUTO_MAP_KEY = "specdef_base_auto_map"
+AUTO_MAP = {"AutoConfig": "configuration_specdef.SpecDefConfig"}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The shape of one replaced linear, y = Wx + b with W ∈ R^{m×n}.
+
+    Attributes:
+        in_features, out_features: n and m.
+        bias: Whether there is a b; it then lives in the compensation layer.
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool
+
+
+def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
+    """The ``config.json`` of an insert directory.
+
+    Args:
+        config: The base model's ``config.json``. It is not changed.
+        layers: The replaced linears by module path in the class that ``architectures`` names,
+            e.g. ``model.layers.0.self_attn.o_proj``.
+
+    Raises:
+        SpecDefError: The base has no ``model_type``, is a shim already, or is quantized.
+    """
+    native = config.get("model_type")
+    if not native:
+        raise SpecDefError(
+            "config.json names no model_type, so transformers cannot tell which model it describes",
+            "Add the model_type of the architecture to config.json.",
+        )
+    if native == MODEL_TYPE:
+        raise SpecDefError(
+            "config.json has model_type 'specdef': these layers were replaced already",
+            "Harden the base model, or run `specdef collapse` first.",
+        )
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "unnamed")
+        raise SpecDefError(
+            f"config.json has a quantization_config ({method}); the factors of a quantized weight cannot be stored",
+            "Harden the unquantized checkpoint.",
+        )
+    shimmed = copy.deepcopy(dict(config))
+    if "auto_map" in shimmed:
+        # The base's own code would be looked up in a directory that does not hold it; transformers' classes serve.
+        shimmed[BASE_AUTO_MAP_KEY] = shimmed["auto_map"]
+    shimmed |= {
+        "model_type": MODEL_TYPE,
+        BASE_MODEL_TYPE_KEY: native,
+        "auto_map": dict(AUTO_MAP),
+        "quantization_config": {
+            "quant_method": MODEL_TYPE,
+            "layers": {
+                module: {"in_features": spec.in_features, "out_features": spec.out_features, "bias": spec.bias}
+                for module, spec in layers.items()
+            },
+        },
+    }
+    return shimmed
+
+
+def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The base model's ``config.json``: the inverse of :func:`shim_config`.
+
+    A config that is not a shim comes back as an equal copy.
+    """
+    plain = copy.deepcopy(dict(config))
+    if plain.get("model_type") != MODEL_TYPE:
+        return plain
+    plain["model_type"] = plain.pop(BASE_MODEL_TYPE_KEY)
+    plain.pop("quantization_config", None)
+    plain.pop("auto_map", None)
+    if BASE_AUTO_MAP_KEY in plain:
+        plain["auto_map"] = plain.pop(BASE_AUTO_MAP_KEY)
+    return plain
+
+
+def shim_layers(config: Mapping[str, Any]) -> dict[str, LayerSpec]:
+    """The replaced linears that a shim names; empty for any other config."""
+    if config.get("model_type") != MODEL_TYPE:
+        return {}
+    return {module: LayerSpec(**spec) for module, spec in config["quantization_config"]["layers"].items()}

@@ -1,0 +1,171 @@
+"""Linear sites against what transformers itself loads: the oracle is the loaded model's own parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_families import CASES, build_config, read_config, read_shapes, write_case
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from specdef_cli.architectures import LinearSite, linear_sites, match_names, meta_model, require_insertable
+from specdef_cli.errors import SpecDefError
+
+
+def sites_of(directory: Path) -> tuple[LinearSite, ...]:
+    return linear_sites(read_config(directory), read_shapes(directory))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sites_are_the_tensors_that_transformers_loads_there(checkpoints: dict[str, Path], case: str) -> None:
+    directory = checkpoints[case]
+    disk = load_file(directory / "model.safetensors")
+    model = getattr(transformers, CASES[case][0]).from_pretrained(directory)
+    sites = sites_of(directory)
+    assert sites
+    for site in sites:
+        module = model.get_submodule(site.module)
+        assert torch.equal(module.weight, disk[site.tensor])
+        assert isinstance(module, Conv1D) == site.transposed
+        shape = tuple(disk[site.tensor].shape)
+        assert (site.out_features, site.in_features) == (shape[::-1] if site.transposed else shape)
+        assert (module.bias is None) == (site.bias is None)
+        if site.bias is not None:
+            assert torch.equal(module.bias, disk[site.bias])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_block_has_one_writer_a_sublayer(checkpoints: dict[str, Path], case: str) -> None:
+    sites = sites_of(checkpoints[case])
+    outputs = [site for site in sites if site.role == "attention_output"]
+    downs = [site for site in sites if site.role == "mlp_down"]
+    attentions, dense_mlps = {
+        **dict.fromkeys(("t5", "t5-gated", "t5-untied"), (6, 4)),
+        **dict.fromkeys(("mixtral", "mixtral-stacked", "gpt-oss"), (2, 0)),
+    }.get(case, (2, 2))
+    if case == "qwen3-moe":  # one of its two blocks has a dense MLP, the other one stacked experts
+        dense_mlps = 1
+    assert (len(outputs), len(downs)) == (attentions, dense_mlps)
+    assert {site.out_features for site in outputs + downs} == {32}
+
+
+def test_heads_embeddings_and_tied_weights_are_no_sites(checkpoints: dict[str, Path]) -> None:
+    for case in CASES:
+        modules = {site.module for site in sites_of(checkpoints[case])}
+        assert not [name for name in modules if any(word in name for word in ("lm_head", "embed", "cls.", "score"))]
+        assert "classifier" not in modules
+
+
+def test_structural_roles_agree_with_the_table(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    by_table = {case: sites_of(checkpoints[case]) for case in CASES}
+    monkeypatch.setattr("specdef_cli.architectures.linears._ROLES", {})
+    for case in CASES:
+        assert sites_of(checkpoints[case]) == by_table[case], case
+
+
+def test_experts_on_disk_are_many_to_one(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["mixtral"]
+    names = match_names(meta_model(read_config(directory)), read_shapes(directory))
+    down = "model.layers.0.mlp.experts.down_proj"
+    assert names.sources[down] == tuple(
+        f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight" for expert in range(4)
+    )
+    assert names.tensor(down) is None
+    assert not names.unused
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inserted_names_reach_their_modules(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
+    """The check's verdict, and then the event itself: transformers loads the factors into a model that has them."""
+    directory = checkpoints[case]
+    config = read_config(directory)
+    sites = sites_of(directory)
+    require_insertable(config, sites)
+
+    tensors = load_file(directory / "model.safetensors")
+    expected = {}
+    for site in sites:
+        prefix = site.tensor.removesuffix("weight")
+        inflated = torch.randn(site.out_features, site.in_features)
+        compensation = torch.randn(site.out_features, site.out_features)
+        tensors[site.tensor] = torch.ones(1)
+        tensors[f"{prefix}inflated.weight"] = expected[f"{site.module}.inflated.weight"] = inflated
+        tensors[f"{prefix}compensation.weight"] = expected[f"{site.module}.compensation.weight"] = compensation
+        if site.bias is not None:
+            bias = tensors.pop(site.bias)
+            tensors[f"{prefix}compensation.bias"] = expected[f"{site.module}.compensation.bias"] = bias
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(tmp_path)
+
+    class Pair(nn.Module):
+        def __init__(self, site: LinearSite) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1))
+            self.inflated = nn.Linear(site.in_features, site.out_features, bias=False)
+            self.compensation = nn.Linear(site.out_features, site.out_features, bias=site.bias is not None)
+
+    model_class = getattr(transformers, CASES[case][0])
+
+    class WithPairs(model_class):  # type: ignore[valid-type,misc]
+        def __init__(self, config: transformers.PreTrainedConfig) -> None:
+            super().__init__(config)
+            for site in sites:
+                self.set_submodule(site.module, Pair(site))
+
+    WithPairs.__name__ = model_class.__name__
+    WithPairs.__module__ = model_class.__module__
+    loaded = WithPairs.from_pretrained(tmp_path)
+    for name, value in expected.items():
+        assert torch.equal(loaded.get_parameter(name), value), name
+
+
+def test_a_renaming_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    directory = write_case("vit", tmp_path)
+    sites = sites_of(directory)
+    from transformers.core_model_loading import WeightRenaming
+
+    monkeypatch.setattr(
+        "specdef_cli.architectures.names.get_model_conversion_mapping",
+        lambda model: [WeightRenaming(r"encoder\.layer\.(\d+)\.output\.dense\.weight", r"layers.\1.mlp.fc2.weight")],
+    )
+    with pytest.raises(SpecDefError, match="inflated"):
+        require_insertable(read_config(directory), sites)
+
+
+def test_shapes_that_contradict_the_config_are_refused(checkpoints: dict[str, Path]) -> None:
+    shapes = read_shapes(checkpoints["llama"])
+    name = "model.layers.1.mlp.down_proj.weight"
+    with pytest.raises(SpecDefError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has shape \[32, 40\]"):
+        linear_sites(read_config(checkpoints["llama"]), {**shapes, name: (32, 40)})
+
+
+def test_unknown_and_untrusted_architectures_are_refused() -> None:
+    config = build_config("llama")
+    config.architectures = ["NoSuchModel"]
+    with pytest.raises(SpecDefError, match="NoSuchModel"):
+        meta_model(config)
+    config.auto_map = {"AutoModelForCausalLM": "modeling_x.NoSuchModel"}
+    with pytest.raises(SpecDefError) as caught:
+        meta_model(config)
+    assert "trust-remote-code" in caught.value.hint
+
+
+def test_a_config_that_no_model_fits_is_refused() -> None:
+    config = build_config("bert")
+    config.hidden_size = 30  # not divisible by its 4 heads
+    with pytest.raises(SpecDefError, match="BertForMaskedLM"):
+        meta_model(config)
+
+
+def test_meta_model_needs_no_memory_and_no_architectures() -> None:
+    config = build_config("llama")
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 8192, 28672, 3
+    config.architectures = None
+    model = meta_model(config)
+    assert type(model).__name__ == "LlamaModel"
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert config.architectures is None

@@ -1,0 +1,330 @@
+"""Every symmetric pair is held to the strictest oracle there is: the logits of the rescaled checkpoint keep every bit.
+
+The rescaling here is a second implementation, directly on the safetensors file, and the judge is plain transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_families import CASES, VOCABULARY, read_config, read_shapes, write_case
+
+from specdef_cli.architectures import SymmetricPair, symmetric_pairs, symmetries, unpaired
+from specdef_cli.errors import SpecDefError
+
+ATTENTION = ["value_output", "query_key"]
+STANDARD = ["value_output", "query_key", "up_down", "norm_readers", "residual_stream"]
+UNGATED = ["value_output", "query_key", "norm_readers", "residual_stream"]
+
+# Case → kinds of pairs that hold there, and how many norms can trade with their readers.
+EXPECTED: dict[str, tuple[list[str], int]] = {
+    "llama": (STANDARD, 5),
+    "llama-tied": (STANDARD, 4),
+    "llama-base": (STANDARD, 4),
+    "llama-classifier": (STANDARD, 5),
+    "mistral": (STANDARD, 5),
+    "qwen2": (STANDARD, 5),
+    "qwen3": (STANDARD, 5),
+    "qwen3-tied": (STANDARD, 4),
+    "qwen3-bias": (STANDARD, 5),
+    "gemma2": ([*ATTENTION, "up_down"], 0),
+    "gemma3": (["value_output", "up_down"], 0),
+    "phi3": (STANDARD, 5),
+    "olmo": ([*ATTENTION, "up_down"], 0),
+    "olmo-clip": (["up_down"], 0),
+    "olmo2": (STANDARD, 1),
+    "olmo2-bias": ([*ATTENTION, "up_down", "residual_stream"], 0),
+    "gpt2": (UNGATED, 4),
+    "gpt2-untied": (STANDARD, 5),
+    "gpt-neox": (UNGATED, 5),
+    "gpt-neox-serial": (UNGATED, 4),
+    "bert": ([*ATTENTION, "norm_readers"], 1),
+    "bert-classifier": (STANDARD, 1),
+    "roberta": ([*ATTENTION, "norm_readers"], 1),
+    "vit": (UNGATED, 5),
+    "t5": (STANDARD, 11),
+    "t5-gated": (STANDARD, 11),
+    "t5-untied": (STANDARD, 12),
+    "t5-encoder": (STANDARD, 4),
+    "mixtral": (STANDARD, 5),
+    "mixtral-stacked": (STANDARD, 5),
+    "qwen2-moe": (STANDARD, 5),
+    "qwen3-moe": (STANDARD, 5),
+    "gpt-oss": (UNGATED, 5),
+}
+
+
+def pairs_of(directory: Path) -> tuple[SymmetricPair, ...]:
+    return symmetric_pairs(read_config(directory), read_shapes(directory))
+
+
+def rescale(
+    source: Path, target: Path, pairs: Iterable[SymmetricPair], seed: int = 0, omit: tuple[str, int] | None = None
+) -> None:
+    """Write ``source`` with every channel of ``pairs`` scaled by a random power of two.
+
+    The side ``omit`` (name, number) is left as it is; side -1 stands for the change of config.json.
+    """
+    generator = random.Random(seed)
+    tensors = load_file(source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    for pair in pairs:
+        exponents = [generator.choice([-3, -2, -1, 1, 2, 3]) for _ in range(pair.channels)]
+        for number, side in enumerate(pair.sides):
+            if omit == (pair.name, number):
+                continue
+            view = tensors[side.tensor] if side.block is None else tensors[side.tensor][side.block]
+            axis = side.axis - (side.block is not None)
+            for channel, exponent in enumerate(exponents):
+                factor = 2.0 ** (exponent * side.power)
+                if side.indices is None:
+                    view.mul_(factor)
+                else:
+                    for position in side.indices[channel]:
+                        view.select(axis, position).mul_(factor)
+        for key, power in pair.config_scale if omit != (pair.name, -1) else ():
+            config[key] *= 2.0 ** (exponents[0] * power)
+    target.mkdir(exist_ok=True)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config))
+
+
+def inputs_of(case: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if case == "vit":
+        return {"pixel_values": torch.randn((2, 3, 16, 16), generator=generator)}
+    ids = torch.randint(3, VOCABULARY, (2, 13), generator=generator)
+    mask = torch.ones_like(ids)
+    if "classifier" not in case:
+        ids[1, -3:], mask[1, -3:] = 0, 0  # a padded row
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if case.startswith("t5") and case != "t5-encoder":
+        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
+    return inputs
+
+
+def load(directory: Path, case: str, dtype: torch.dtype, attention: str = "eager") -> transformers.PreTrainedModel:
+    model_class = getattr(transformers, CASES[case][0])
+    return model_class.from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()
+
+
+def outputs(directory: Path, case: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Logits (of a headless model the hidden state) by attention implementation."""
+    model = load(directory, case, dtype)
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs_of(case).items()}
+    results = {}
+    for attention in ("eager", "sdpa"):
+        if attention == "sdpa":
+            if not model._supports_sdpa:
+                continue
+            model.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            found = model(**inputs, use_cache=False) if case != "vit" else model(**inputs)
+        results[attention] = found["logits"] if "logits" in found else found["last_hidden_state"]
+        assert torch.isfinite(results[attention]).all()
+    return results
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rescaled_checkpoints_keep_every_bit(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
+    source = checkpoints[case]
+    pairs = pairs_of(source)
+    kinds = list(dict.fromkeys(pair.kind for pair in pairs))
+    for dtype in DTYPES:
+        expected = outputs(source, case, dtype)
+        for selected in (*kinds, "all"):
+            rescale(source, tmp_path, [pair for pair in pairs if selected in (pair.kind, "all")])
+            found = outputs(tmp_path, case, dtype)
+            for attention, value in expected.items():
+                assert torch.equal(found[attention], value), (selected, dtype, attention)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_half_a_pair_changes_the_logits(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
+    """Negative control: leave out any one side of a pair, and the oracle above notices."""
+    source = checkpoints[case]
+    expected = outputs(source, case, torch.float32)["eager"]
+    first_of_kind = {pair.kind: pair for pair in reversed(pairs_of(source))}
+    generator = random.Random(case)
+    for pair in first_of_kind.values():
+        for side in generator.sample(range(len(pair.sides)), min(3, len(pair.sides))):
+            rescale(source, tmp_path, [pair], omit=(pair.name, side))
+            found = outputs(tmp_path, case, torch.float32)["eager"]
+            assert not torch.equal(found, expected), (pair.name, pair.sides[side].tensor)
+
+
+@pytest.mark.parametrize("case", [case for case, (kinds, _) in EXPECTED.items() if "residual_stream" in kinds])
+def test_a_residual_stream_without_its_epsilon_changes_the_logits(
+    checkpoints: dict[str, Path], case: str, tmp_path: Path
+) -> None:
+    source = checkpoints[case]
+    stream = [pair for pair in pairs_of(source) if pair.kind == "residual_stream"]
+    rescale(source, tmp_path, stream, omit=(stream[0].name, -1))
+    found, expected = (outputs(directory, case, torch.float32)["eager"] for directory in (tmp_path, source))
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3-tied", "gpt2", "gpt-neox", "t5-untied", "mixtral", "gpt-oss"])
+def test_greedy_generations_are_the_same(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
+    source = checkpoints[case]
+    rescale(source, tmp_path, pairs_of(source))
+    inputs = {name: value for name, value in inputs_of(case).items() if name != "decoder_input_ids"}
+    generations = [
+        load(directory, case, torch.bfloat16).generate(**inputs, max_new_tokens=12, do_sample=False)
+        for directory in (source, tmp_path)
+    ]
+    assert torch.equal(*generations)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kinds_that_hold(checkpoints: dict[str, Path], case: str) -> None:
+    pairs = pairs_of(checkpoints[case])
+    kinds, norms = EXPECTED[case]
+    assert {pair.kind for pair in pairs} == set(kinds)
+    assert sum(pair.kind == "norm_readers" for pair in pairs) == norms
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sides_are_well_formed(checkpoints: dict[str, Path], case: str) -> None:
+    shapes = read_shapes(checkpoints[case])
+    pairs = pairs_of(checkpoints[case])
+    assert len({pair.name for pair in pairs}) == len(pairs)
+    for pair in pairs:
+        assert pair.channels > 0
+        assert {side.power for side in pair.sides} == {1, -1} or pair.config_scale
+        assert bool(pair.config_scale) == (pair.kind == "residual_stream")
+        for side in pair.sides:
+            size = shapes[side.tensor][side.axis]
+            if side.block is not None:
+                assert side.axis > 0
+                assert 0 <= side.block < shapes[side.tensor][0]
+            if side.indices is None:
+                assert pair.channels == 1
+                continue
+            assert len(side.indices) == pair.channels
+            assert len({len(channel) for channel in side.indices}) == 1
+            flat = [position for channel in side.indices for position in channel]
+            assert len(set(flat)) == len(flat)
+            assert 0 <= min(flat) <= max(flat) < size
+        # No slice is scaled twice by one pair, which would square its factor.
+        regions = [(side.tensor, side.block, side.axis, side.indices) for side in pair.sides]
+        for number, (tensor, block, axis, indices) in enumerate(regions):
+            for other_tensor, other_block, other_axis, other in regions[:number]:
+                if (tensor, block) == (other_tensor, other_block):
+                    assert axis == other_axis
+                    assert indices is not None
+                    assert other is not None
+                    assert not {p for c in indices for p in c} & {p for c in other for p in c}
+
+
+def test_grouped_query_heads_share_the_channels_of_their_key_head(checkpoints: dict[str, Path]) -> None:
+    """4 query heads on 2 key heads of 8 dimensions: the closed form of one channel of each kind."""
+    pairs = {pair.name: pair for pair in pairs_of(checkpoints["llama"])}
+    values, outputs_side = pairs["model.layers.0.self_attn.value_output"], 2
+    assert [side.tensor.split("self_attn.")[1] for side in values.sides] == [
+        "v_proj.weight",
+        "v_proj.bias",
+        "o_proj.weight",
+    ]
+    assert values.sides[0].indices is not None
+    assert values.sides[outputs_side].indices is not None
+    assert values.sides[0].indices[8 + 3] == (8 + 3,)
+    assert values.sides[outputs_side].indices[8 + 3] == (16 + 3, 24 + 3)
+    scores = pairs["model.layers.0.self_attn.query_key"]
+    assert scores.channels == 2 * 4  # planes of each key head
+    assert scores.sides[0].indices is not None
+    assert scores.sides[0].indices[4 + 1] == (16 + 1, 16 + 5, 24 + 1, 24 + 5)
+    assert scores.sides[2].indices is not None
+    assert scores.sides[2].indices[4 + 1] == (8 + 1, 8 + 5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_shape_that_the_config_contradicts_is_refused(checkpoints: dict[str, Path], case: str) -> None:
+    config, shapes = read_config(checkpoints[case]), read_shapes(checkpoints[case])
+    involved = sorted({side.tensor for pair in pairs_of(checkpoints[case]) for side in pair.sides})
+    for tensor in random.Random(case).sample(involved, 3):
+        with pytest.raises(SpecDefError) as caught:
+            symmetric_pairs(config, {**shapes, tensor: (*shapes[tensor][:-1], shapes[tensor][-1] + 2)})
+        assert tensor in caught.value.problem
+
+
+def test_what_has_no_pair_is_said(checkpoints: dict[str, Path]) -> None:
+    def notes(case: str) -> str:
+        return "\n".join(unpaired(read_config(checkpoints[case]), read_shapes(checkpoints[case])))
+
+    assert "1+w" in notes("gemma2")
+    assert "clip_qkv" in notes("olmo-clip")
+    assert "'gelu_new'" in notes("gpt2")
+    assert "lm_head is tied" in notes("llama-tied")
+    assert "sinks" in notes("gpt-oss")
+    assert "relative_attention_bias" in notes("t5")
+    assert "cls.predictions.transform.LayerNorm shares" in notes("bert")
+    assert "No pair reaches model.layers.*.self_attn.k_proj.weight" in notes("olmo2")
+    assert notes("mixtral") == ""
+
+
+def test_a_family_that_is_not_described_has_no_pairs() -> None:
+    config = transformers.OPTConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, ffn_dim=24, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    config.architectures = ["OPTForCausalLM"]
+    found = symmetries(config, {"model.decoder.layers.0.fc1.weight": (24, 16)})
+    assert found.pairs == ()
+    assert "OPTForCausalLM" in found.unpaired[0]
+
+
+def test_a_cross_attention_that_is_not_described_leaves_no_pairs() -> None:
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True)
+    config.architectures = ["GPT2LMHeadModel"]
+    found = symmetries(config, {})
+    assert found.pairs == ()
+    assert "crossattention" in found.unpaired[0]
+
+
+def test_quantized_experts_take_part_in_no_pair(checkpoints: dict[str, Path]) -> None:
+    """GPT-OSS is published with experts in mxfp4: two tensors where the description expects one."""
+    shapes = read_shapes(checkpoints["gpt-oss"])
+    packed: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            packed |= {f"{name}_blocks": (*shape[:-1], 1, 16), f"{name}_scales": (*shape[:-1], 1)}
+        else:
+            packed[name] = shape
+    found = symmetries(read_config(checkpoints["gpt-oss"]), packed)
+    assert {pair.kind for pair in found.pairs} == {"value_output", "query_key", "norm_readers"}
+    assert not [pair for pair in found.pairs if "post_attention_layernorm" in pair.name]
+    assert [note for note in found.unpaired if "gate_up_proj is not one plain tensor" in note]
+
+
+def test_a_checkpoint_that_stores_tied_weights_twice(tmp_path: Path) -> None:
+    """Transformers reads both, other engines only the first; both are scaled, so that either reading is right."""
+    source = write_case("llama-tied", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    pairs = pairs_of(source)
+    assert "model.norm.norm_readers" not in {pair.name for pair in pairs}
+    rescale(source, tmp_path / "target", pairs)
+    after = load_file(tmp_path / "target" / "model.safetensors")
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    expected = outputs(source, "llama-tied", torch.float32)["eager"]
+    assert torch.equal(outputs(tmp_path / "target", "llama-tied", torch.float32)["eager"], expected)
+
+
+def test_a_sharded_checkpoint_has_the_same_pairs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    source = checkpoints["mixtral"]
+    transformers.MixtralForCausalLM.from_pretrained(source).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert pairs_of(tmp_path) == pairs_of(source)
+    shutil.rmtree(tmp_path)

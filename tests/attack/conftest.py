@@ -1,0 +1,100 @@
+"""A random byte-level Llama on disk, and the same hardened by hand from the algebra, without the hardening room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, BaseModel, InsertedLayer, Manifest
+from specdef_cli.runtime.shim import SHIM_SOURCE, LayerSpec, shim_config
+
+HardenDirectory = Callable[..., Path]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>", "<pad>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with d=32 and two layers, one file of float32 weights."""
+    directory = tmp_path_factory.mktemp("models") / "base"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, eos_token_id=256, pad_token_id=257,
+            initializer_range=0.1,
+        )
+    )  # fmt: skip
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def harden_directory() -> HardenDirectory:
+    """``(base, out, alpha, top_k, *globs) → out``: an insert directory in the rotated gauge, written down densely."""
+
+    def harden(base: Path, out: Path, alpha: float, top_k: int, *globs: str, control: str | None = None) -> Path:
+        shutil.copytree(base, out)
+        tensors = load_file(base / "model.safetensors")
+        layers: dict[str, LayerSpec] = {}
+        inserted = []
+        for name in [name for name in tensors if any(fnmatchcase(name, f"{glob}.weight") for glob in globs)]:
+            weight = tensors[name].double()
+            rows, columns = weight.shape
+            left, values, _ = torch.linalg.svd(weight)
+            scale = torch.ones(rows, dtype=torch.float64)
+            scale[:top_k] = alpha
+            module = name.removesuffix(".weight")
+            tensors[f"{module}.inflated.weight"] = (scale[:, None] * (left.mT @ weight)).float().contiguous()
+            tensors[f"{module}.compensation.weight"] = (left / scale).float().contiguous()
+            tensors[name] = torch.zeros(1)
+            layers[module] = LayerSpec(columns, rows, False)
+            inserted.append(
+                InsertedLayer(
+                    module,
+                    name,
+                    rows,
+                    columns,
+                    None,
+                    False,
+                    alpha,
+                    top_k,
+                    "rotated",
+                    tuple(values[:top_k].tolist()),
+                    0.0,
+                )
+            )
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((base / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(shim_config(config, layers)))
+        shutil.copy(SHIM_SOURCE, out)
+        manifest = Manifest(
+            "0", "insert", BaseModel(control or str(base)), "float32", 0, "constant", inserted=tuple(inserted)
+        )
+        (out / MANIFEST_NAME).write_text(manifest.to_json())
+        return out
+
+    return harden
+
+
+@pytest.fixture(scope="session")
+def hardened(base: Path, harden_directory: HardenDirectory) -> Path:
+    """``base`` with every o_proj and down_proj hardened at α=10³, k=4."""
+    return harden_directory(base, base.parent / "hardened", 1e3, 4, "*.o_proj", "*.down_proj")

@@ -1,0 +1,345 @@
+"""Attacks on a real, tiny, random Llama directory: what the Trainer was made to do, and what was written down."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import HardenDirectory
+from safetensors.torch import load_file, save_file
+
+from specdef_cli.attack import AttackOptions, Expansion, ProgressEvent, attack
+from specdef_cli.attack.data import BUILTIN_NAME, load_data
+from specdef_cli.attack.recipes import apply_recipe
+from specdef_cli.attack.results import AttackReport, RunResult
+from specdef_cli.attack.spec import RunSpec, Variant
+from specdef_cli.attack.store import RunStore
+from specdef_cli.attack.variants import apply_variant
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime import load_model, load_tokenizer
+
+SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "sequence_length": 16, "eval_every": 2, "eval_sequences": 4}
+
+
+def options(model: Path, out: Path, **changes: Any) -> AttackOptions:
+    return AttackOptions(model=model, out=out, **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def report(hardened: Path, tmp_path_factory: pytest.TempPathFactory) -> AttackReport:
+    """Control, plain, collapse, frozen, width, inject and depth, at one usual rate and one that blows up."""
+    expansions = (Expansion("width", 2.0), Expansion("inject"), Expansion("depth", 2.0))
+    return attack(
+        options(
+            hardened, tmp_path_factory.mktemp("attack"), recipes=("full",), learning_rates=(1e-4,),
+            expansions=expansions, freeze_compensation=True,
+        )
+    )  # fmt: skip
+
+
+def run_of(report: AttackReport, kind: str) -> RunResult:
+    subject = "control" if kind == "control" else "model"
+    kind = "plain" if kind == "control" else kind
+    return next(run for run in report.runs if (run.spec.subject, run.spec.variant.kind) == (subject, kind))
+
+
+def test_every_run_starts_from_the_same_function_and_batch(report: AttackReport) -> None:
+    control = run_of(report, "control")
+    assert len(report.runs) == 7
+    for run in report.runs:
+        assert run.start == pytest.approx(control.start, rel=1e-5)
+        assert run.train[0].loss == pytest.approx(control.train[0].loss, rel=1e-5)
+        assert [point.step for point in run.evaluations] == [0, 2, 4]
+        assert [point.step for point in run.train] == [1, 2, 3, 4]
+
+
+def test_later_batches_come_in_the_same_order(report: AttackReport) -> None:
+    """Collapsed, the model is the control again, so all its batches must give the control's losses."""
+    control, collapsed = run_of(report, "control"), run_of(report, "collapse")
+    assert [p.loss for p in collapsed.train] == pytest.approx([p.loss for p in control.train], rel=1e-4)
+    assert collapsed.first_grad_norm == pytest.approx(control.first_grad_norm, rel=1e-3)
+    assert len({round(p.loss or 0, 6) for p in control.train}) == 4
+
+
+def test_inflation_shows_in_the_gradient_and_goes_with_the_compensation(report: AttackReport) -> None:
+    control = run_of(report, "control").first_grad_norm
+    assert control is not None
+    assert (run_of(report, "plain").first_grad_norm or 0) > 30 * control
+    assert (run_of(report, "freeze-compensation").first_grad_norm or math.inf) < 3 * control
+
+
+def test_parameters(report: AttackReport) -> None:
+    pairs = 2 * (32 * 32 + 32 * 32) + 2 * (32 * 48 + 32 * 32)
+    original = run_of(report, "control").parameters
+    assert run_of(report, "plain").parameters == original + 4 * 32 * 32
+    assert run_of(report, "collapse").parameters == original
+    width = run_of(report, "width")
+    assert width.growth is not None
+    assert (width.growth.parameters_before, width.growth.parameters_after) == (pairs, 2 * pairs)
+    assert width.trainable_parameters == width.parameters - pairs
+    assert report.parameters_times(width) == width.parameters / original
+
+
+def test_divergence_is_an_outcome(hardened: Path, tmp_path: Path) -> None:
+    result = attack(options(hardened, tmp_path, recipes=("full",), learning_rates=(1e3,), steps=8))
+    plain = run_of(result, "plain")
+    assert plain.divergence is not None
+    assert plain.outcome == "diverged"
+    assert 1 <= plain.divergence.step == plain.train[-1].step < 8  # it stopped there
+    assert plain.best == plain.start
+
+
+def test_a_run_is_never_repeated(hardened: Path, tmp_path: Path) -> None:
+    events: list[ProgressEvent] = []
+    first = attack(options(hardened, tmp_path, recipes=("full",), learning_rates=(1e-4,)), on_progress=events.append)
+    assert [event.kind for event in events if event.run == 2] == ["run-start", *["step"] * 4, "run-end"]
+    events.clear()
+    again = attack(
+        options(hardened, tmp_path, recipes=("full",), learning_rates=(1e-4, 1e-5)), on_progress=events.append
+    )
+    assert [event.kind for event in events].count("run-reused") == 3
+    assert [event.kind for event in events].count("run-end") == 3
+    assert set(first.runs) < set(again.runs)
+
+
+def test_a_damaged_result_is_run_again(report: AttackReport, tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    run = report.runs[0]
+    store.save(run)
+    assert store.load(run.spec) == run
+    assert store.load(replace(run.spec, seed=1)) is None
+    store.path(run.spec).write_text(store.path(run.spec).read_text()[:-40])
+    assert store.load(run.spec) is None
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path: Path) -> None:
+    """Six sequences in batches of four, against the mean written down directly."""
+    made = options(base, tmp_path, control=base, recipes=("full",), learning_rates=(1e-3,), steps=1, eval_sequences=6)
+    data = load_data(made, "causal-lm", load_tokenizer(base), 0)
+    tokens = data.held_out.tokens  # type: ignore[union-attr]
+    with torch.no_grad():
+        logits = load_model(base, dtype=torch.float32)(input_ids=tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert len(tokens) == 6
+    assert attack(made).runs[0].start == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_seeds_change_the_data_order_and_nothing_before_it(base: Path, hardened: Path, tmp_path: Path) -> None:
+    result = attack(options(hardened, tmp_path, control=base, recipes=("full",), learning_rates=(1e-4,), seeds=(0, 1)))
+    first, second = (run for run in result.runs if run.spec.subject == "control")
+    assert first.start == second.start
+    assert first.train[0].loss != second.train[0].loss
+
+
+def make_spec(**changes: Any) -> RunSpec:
+    values: dict[str, Any] = {
+        "subject": "model", "checkpoint": "c", "data": "d", "task": "causal-lm", "variant": Variant(), "recipe": "full",
+        "lora_targets": (), "lora_rank": None, "lora_alpha": None, "train": (), "optimizer": "adamw",
+        "learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 1.0, "weight_decay": 0.0,
+        "steps": 1, "batch_size": 1, "sequence_length": 8, "eval_every": 1, "seed": 0, "dtype": "float32",
+    }  # fmt: skip
+    return RunSpec(**{**values, **changes})
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_lora_all_linear_covers_both_factors(hardened: Path) -> None:
+    model = apply_recipe(load_model(hardened), make_spec(recipe="lora", lora_rank=2, lora_alpha=4.0))
+    names = trainable(model)
+    assert all("lora_" in name for name in names)
+    for part in ("o_proj.inflated", "o_proj.compensation", "down_proj.inflated", "down_proj.compensation", "q_proj"):
+        assert sum(f"{part}.lora_A" in name for name in names) == 2
+    assert not any("lm_head" in name for name in names)
+
+
+def test_lora_targets_that_do_not_exist(hardened: Path) -> None:
+    with pytest.raises(SpecDefError, match="query_key_value"):
+        apply_recipe(
+            load_model(hardened),
+            make_spec(recipe="lora", lora_rank=2, lora_alpha=4.0, lora_targets=("query_key_value",)),
+        )
+
+
+@pytest.mark.parametrize("variant", [Variant(), Variant("width", 2.0), Variant("collapse")])
+def test_train_globs_mean_the_same_on_every_variant(base: Path, hardened: Path, variant: Variant) -> None:
+    model = load_model(hardened)
+    apply_variant(model, variant, 0)
+    names = trainable(apply_recipe(model, make_spec(train=("*.o_proj.weight", "model.norm.*"))))
+    expected = {
+        "plain": {"o_proj.inflated.weight", "o_proj.compensation.weight"},
+        "width": {"o_proj.up.weight", "o_proj.down.weight"},
+        "collapse": {"o_proj.weight"},
+    }[variant.kind]
+    layers = {f"model.layers.{layer}.self_attn.{part}" for layer in (0, 1) for part in expected}
+    assert names == layers | {"model.norm.weight"}
+
+
+def test_train_globs_that_match_nothing(base: Path) -> None:
+    with pytest.raises(SpecDefError, match=r"\*\.experts\.\*"):
+        apply_recipe(load_model(base), make_spec(train=("model.norm.*", "*.experts.*")))
+
+
+def test_a_variant_that_leaves_nothing_to_train(hardened: Path) -> None:
+    model = load_model(hardened)
+    apply_variant(model, Variant("freeze-pair"), 0)
+    with pytest.raises(SpecDefError, match="nothing is left"):
+        apply_recipe(model, make_spec(train=("*.o_proj.weight",)))
+
+
+def test_the_builtin_text_is_split_by_document(base: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    data = load_data(options(base, tmp_path, steps=50, batch_size=8, sequence_length=64, eval_sequences=100),
+                     "causal-lm", tokenizer, 0)  # fmt: skip
+    assert (data.name, len(data.train), len(data.held_out)) == (BUILTIN_NAME, 400, 100)
+    train = tokenizer.decode(data.train.tokens.flatten())  # type: ignore[union-attr]
+    held_out = tokenizer.decode(data.held_out.tokens.flatten())  # type: ignore[union-attr]
+    paragraphs = [part for part in held_out.split("\n\n") if len(part) > 80]
+    assert len(paragraphs) > 5
+    assert not any(part in train for part in paragraphs)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
+def test_files(base: Path, tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    rows = [f"row {number} " + "abc " * 8 for number in range(40)]
+    path = tmp_path / f"data.{kind}"
+    table = datasets.Dataset.from_dict({"body": rows})
+    if kind == "jsonl":
+        table.to_json(path)
+    elif kind == "parquet":
+        table.to_parquet(path)
+    else:
+        path.write_text("\n\n".join(rows))
+    column = "text" if kind == "txt" else "body"
+    data = load_data(options(base, tmp_path, dataset=str(path), text_column=column, steps=2), "causal-lm",
+                     load_tokenizer(base), 0)  # fmt: skip
+    decoded = load_tokenizer(base).decode(data.held_out.tokens[0])  # type: ignore[union-attr]
+    assert decoded.startswith("row 9 ")
+    if kind != "txt":
+        with pytest.raises(SpecDefError, match="no column 'text'"):
+            load_data(options(base, tmp_path, dataset=str(path)), "causal-lm", load_tokenizer(base), 0)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "data.xyz"])
+def test_files_that_cannot_be_read(base: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "data.xyz").write_text("x")
+    with pytest.raises(SpecDefError) as caught:
+        load_data(options(base, tmp_path, dataset=str(tmp_path / name)), "causal-lm", load_tokenizer(base), 0)
+    assert name in caught.value.problem
+
+
+def test_classification(base: Path, harden_directory: HardenDirectory, tmp_path: Path) -> None:
+    """The base has no head for the task: it is drawn from the seed, the same for control and attack."""
+    path = tmp_path / "labelled.jsonl"
+    words, labels = ["bad", "good", "so-so"], ["no", "yes", "maybe"]
+    rows = [{"text": f"{words[n % 3]} {n}", "label": labels[n % 3]} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hardened = harden_directory(base, tmp_path / "hardened", 1e3, 4, "*.down_proj")
+    result = attack(
+        options(hardened, tmp_path / "out", dataset=str(path), task="sequence-classification", learning_rates=(1e-3,))
+    )
+    control = run_of(result, "control")
+    assert control.start == pytest.approx(math.log(3), rel=0.5)
+    for run in result.runs:
+        assert run.start == pytest.approx(control.start, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model": "base"}, "no manifest"),
+        ({"model": "base", "control": "base", "collapse": True}, "--collapse"),
+        ({"batch_size": 100_000}, "100000"),
+        ({"control": "nowhere/to/be/found"}, "nowhere"),
+    ],
+)
+def test_refusals(base: Path, hardened: Path, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    known = {"base": base}
+    resolved = {key: known.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(SpecDefError) as caught:
+        attack(options(**{"model": hardened, "out": tmp_path, **resolved}))
+    assert problem in caught.value.problem
+
+
+def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Path) -> None:
+    result = attack(options(base, tmp_path, control=base, recipes=("full",), learning_rates=(1e-3,)))
+    assert [run.spec.subject for run in result.runs] == ["control", "model"]
+    assert result.share(result.attacks[1]) == pytest.approx(1.0)
+
+
+def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(base, tmp_path / "other")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] *= 3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    made = options(base, tmp_path / "out", recipes=("full",), learning_rates=(1e-3,), steps=1)
+    assert "not the model that was hardened" in " ".join(attack(replace(made, control=other)).notes)
+    assert "not the model" not in " ".join(attack(replace(made, control=base)).notes)
+
+
+def test_libraries_are_left_as_they_were(base: Path, tmp_path: Path) -> None:
+    before = (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
+    attack(options(base, tmp_path, control=base, recipes=("full",), learning_rates=(1e-3,), steps=1))
+    assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from specdef_cli.attack import AttackOptions, attack
+from specdef_cli.report import write_report
+
+out = Path(sys.argv[2])
+report = attack(AttackOptions(
+    model=Path(sys.argv[1]), out=out, steps=3, batch_size=4, sequence_length=16, eval_sequences=4, recipes=("full",),
+    learning_rates=(1e-3,),
+))
+write_report(report, out)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_in_a_process_of_its_own(hardened: Path, tmp_path: Path, processes: int) -> None:
+    """Silent, and the same curve from one process as from two under ``accelerate launch``."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    launch = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*launch, str(script), str(hardened), str(tmp_path / "out")],
+        capture_output=True, text=True, env=environment, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == ""
+    if processes == 1:
+        assert done.stderr == ""
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"runs", "report.html", "report.json", "curves.csv", "curves.png"}
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    here = attack(
+        AttackOptions(
+            model=hardened, out=tmp_path / "here", steps=3, batch_size=4, sequence_length=16, eval_sequences=4,
+            recipes=("full",), learning_rates=(1e-3,),
+        )
+    )  # fmt: skip
+    control = here.runs[0]
+    curve = [point["loss"] for point in found["runs"][0]["curve"]["evaluations"]]
+    assert curve == pytest.approx([point.loss for point in control.evaluations], rel=1e-4)

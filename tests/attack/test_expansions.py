@@ -1,0 +1,174 @@
+"""Surgery against closed forms: the function stays, factors have the σ₁ of Theorem 8, counts are by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdef_cli.attack import expansions
+from specdef_cli.attack.results import Growth
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime import SpecDefLinear
+
+D, M, LAYERS = 32, 48, 2
+ALPHA = 64.0
+
+
+def harden(linear: nn.Linear, alpha: float = ALPHA, top_k: int = 3) -> SpecDefLinear:
+    """The rotated gauge written down densely, in float64."""
+    weight = linear.weight.detach().double()
+    left = torch.linalg.svd(weight).U
+    inverse = torch.ones(len(weight), dtype=torch.float64)
+    inverse[:top_k] = 1 / alpha
+    pair = SpecDefLinear(linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.weight.dtype)
+    with torch.no_grad():
+        pair.inflated.weight.copy_((left / inverse).mT @ weight)
+        pair.compensation.weight.copy_(left * inverse)
+        if linear.bias is not None:
+            pair.compensation.bias.copy_(linear.bias)
+    return pair
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=D, intermediate_size=M, num_hidden_layers=LAYERS, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def hardened(llama: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Every down_proj (32×48) hardened by hand."""
+    model = copy.deepcopy(llama)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = harden(layer.mlp.down_proj)
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    tokens = torch.arange(40).view(2, 20) % 64
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+PAIR = D * M + D * D
+
+
+@pytest.mark.parametrize(
+    ("surgery", "after", "trainable"),
+    [
+        (expansions.collapse, D * M, D * M),
+        (expansions.freeze_compensation, PAIR, D * M),
+        (expansions.freeze_pair, PAIR, 0),
+        (expansions.inject, PAIR + D * D, D * D),
+        # w(n+m) = mn + m² = m(n+m), so w = m exactly
+        (lambda model: expansions.widen(model, 2), 2 * PAIR, PAIR),
+        # w = ⌈2.5·m⌉ = 80
+        (lambda model: expansions.widen(model, 3.5), PAIR + 80 * (D + M), 80 * (D + M)),
+        # r = 32: r×n and m×r, C beside them
+        (lambda model: expansions.deepen(model, 2), D * M + D * D + D * D, D * M + D * D),
+        (lambda model: expansions.deepen(model, 4), D * M + 3 * D * D + D * D, D * M + 3 * D * D),
+    ],
+    ids=["collapse", "freeze-compensation", "freeze-pair", "inject", "width2", "width3.5", "depth2", "depth4"],
+)
+def test_surgery_keeps_the_function_and_counts(
+    llama: LlamaForCausalLM,
+    hardened: LlamaForCausalLM,
+    surgery: Callable[[nn.Module], Growth],
+    after: int,
+    trainable: int,
+) -> None:
+    parameters = sum(p.numel() for p in hardened.parameters())
+    growth = surgery(hardened)
+    torch.testing.assert_close(logits(hardened), logits(llama), rtol=1e-4, atol=2e-4)
+    assert growth == Growth(LAYERS, LAYERS * PAIR, LAYERS * after, LAYERS * (after - PAIR) * 4)
+    assert sum(p.numel() for p in hardened.parameters()) - parameters == growth.parameters_added
+    for layer in hardened.model.layers:
+        assert sum(p.numel() for p in layer.mlp.down_proj.parameters() if p.requires_grad) == trainable
+
+
+def test_the_logits_check_would_notice_a_wrong_layer(llama: LlamaForCausalLM, hardened: LlamaForCausalLM) -> None:
+    """The tolerance above is far below what one wrong factor does."""
+    hardened.model.layers[1].mlp.down_proj.compensation.weight.data[:, 0] *= 1.05
+    assert (logits(hardened) - logits(llama)).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("alpha", [1e2, 1e4])
+def test_depth_is_theorem_8(n: int, alpha: float) -> None:
+    torch.manual_seed(1)
+    linear = nn.Linear(24, 16)
+    top = torch.linalg.matrix_norm(linear.weight.detach().double(), 2).item()
+    model = nn.Sequential(harden(linear, alpha))
+    inflated = model[0].inflated.weight.detach().double()
+    expansions.deepen(model, n)
+    factors = [factor.weight.detach().double() for factor in model[0].factors]
+    assert len(factors) == n
+    for factor in factors:
+        expected = (alpha * top) ** (1 / n)
+        assert math.isclose(torch.linalg.matrix_norm(factor, 2).item(), expected, rel_tol=1e-5)
+    product = factors[0]
+    for factor in factors[1:]:
+        product = factor @ product
+    # Rows that are not inflated are α times smaller than the rest; each must be right on its own scale.
+    error = torch.linalg.vector_norm(product - inflated, dim=1) / torch.linalg.vector_norm(inflated, dim=1)
+    assert error.max() < 1e-5
+    assert not model[0].compensation.weight.requires_grad
+    assert model[0].compensation.bias.requires_grad
+
+
+def test_collapse_gives_the_original_weight_back() -> None:
+    torch.manual_seed(2)
+    linear = nn.Linear(24, 16)
+    model = nn.Sequential(harden(linear, 1e6))
+    expansions.collapse(model)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model[0].weight, linear.weight, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model[0].bias, linear.bias)
+
+
+def test_width_starts_at_zero_and_at_the_scale_of_its_input() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(harden(nn.Linear(256, 128)))
+    expansions.widen(model, 2, seed=5)
+    assert not model[0].up.weight.any()
+    rows = torch.linalg.vector_norm(model[0].down.weight, dim=1)
+    assert 0.9 < rows.mean() < 1.1
+    again = nn.Sequential(harden(nn.Linear(256, 128)))
+    expansions.widen(again, 2, seed=5)
+    assert torch.equal(again[0].down.weight, model[0].down.weight)
+
+
+def test_bfloat16_survives(hardened: LlamaForCausalLM) -> None:
+    hardened.to(torch.bfloat16)
+    before = logits(hardened)
+    expansions.widen(hardened, 2)
+    assert torch.equal(logits(hardened), before)
+    assert {p.dtype for p in hardened.parameters()} == {torch.bfloat16}
+
+
+def test_original_names(hardened: LlamaForCausalLM) -> None:
+    expansions.widen(hardened, 2)
+    layers = expansions.hardened_paths(hardened)
+    assert layers == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
+    for part in ("pair.inflated", "pair.compensation", "up", "down"):
+        name = f"model.layers.1.mlp.down_proj.{part}.weight"
+        assert name in dict(hardened.named_parameters())
+        assert expansions.original_name(name, layers) == "model.layers.1.mlp.down_proj.weight"
+    assert expansions.original_name("model.norm.weight", layers) == "model.norm.weight"
+
+
+def test_a_model_without_inserted_layers_is_refused(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(SpecDefError, match="no inserted layer") as caught:
+        expansions.collapse(llama)
+    assert "rebalanc" in caught.value.hint

@@ -1,0 +1,111 @@
+"""``specdef.json`` survives a round trip and is checked field by field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from specdef_cli.checkpoint.manifest import (
+    BaseModel,
+    ConfigChange,
+    FoldedPair,
+    InsertedLayer,
+    Manifest,
+    ScaledSlice,
+)
+from specdef_cli.errors import SpecDefError
+
+LAYER = InsertedLayer(
+    "model.o_proj", "model.o_proj.weight", 4, 8, "model.o_proj.bias", False, 1e4, 2, "rotated", (2.0, 1.5), 1e-7
+)
+PAIR = FoldedPair(
+    "layers.0.vo",
+    "value_output",
+    (3, 1),
+    (13, -13),
+    (ScaledSlice("v.weight", 0, None, (3, 1), (13, -13)), ScaledSlice("o.weight", 1, 2, None, (1,))),
+)
+MANIFEST = Manifest(
+    specdef_version="0.1.0",
+    method="mixed",
+    base=BaseModel("org/name", "main", "a" * 40),
+    dtype="bfloat16",
+    seed=3,
+    schedule="staircase",
+    profile="coverage",
+    inserted=(LAYER, dataclasses.replace(LAYER, bias=None)),
+    folded=(PAIR,),
+    config_changes=(ConfigChange("rms_norm_eps", 1e-6, 4e-6),),
+    shards={"model.safetensors": "00"},
+    verification={"relative": 0.1, "equal": False, "odd": [1, None]},
+)
+
+
+def test_round_trip() -> None:
+    assert Manifest.from_json(MANIFEST.to_json()) == MANIFEST
+    assert LAYER.inflated_tensor == "model.o_proj.inflated.weight"
+    assert LAYER.compensation_tensor == "model.o_proj.compensation.weight"
+    assert LAYER.compensation_bias == "model.o_proj.compensation.bias"
+    assert dataclasses.replace(LAYER, bias=None).compensation_bias is None
+
+
+def edited(path: list[Any], value: Any) -> str:
+    data = json.loads(MANIFEST.to_json())
+    here = data
+    for key in path[:-1]:
+        here = here[key]
+    here[path[-1]] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["seed"], "3"),
+        (["seed"], True),
+        (["seed"], 1.5),
+        (["method"], "other"),
+        (["profile"], 3),
+        (["base"], None),
+        (["base", "name"], None),
+        (["base", "commit"], 3),
+        (["unknown"], 1),
+        (["inserted"], {}),
+        (["inserted", 0], "x"),
+        (["inserted", 0, "alpha"], [1e4]),
+        (["inserted", 1, "out_features"], "4"),
+        (["inserted", 0, "singular_values"], [1.0, "x"]),
+        (["inserted", 0, "gauge"], "round"),
+        (["folded", 0, "slices", 1, "exponents"], [None]),
+        (["folded", 0, "channels"], 3),
+        (["shards"], []),
+        (["shards", "model.safetensors"], 0),
+        (["config_changes", 0, "before"], "1e-6"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_a_field_of_another_type_is_named(path: list[Any], value: Any) -> None:
+    with pytest.raises(SpecDefError) as raised:
+        Manifest.from_json(edited(path, value), "dir/specdef.json")
+    assert raised.value.problem.startswith("dir/specdef.json is not a valid manifest")
+    assert str(next(key for key in reversed(path) if isinstance(key, str))) in raised.value.problem
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", "[" * 100_000])
+def test_what_is_no_manifest(text: str) -> None:
+    with pytest.raises(SpecDefError, match="not a valid manifest"):
+        Manifest.from_json(text)
+
+
+def test_another_format_is_named() -> None:
+    with pytest.raises(SpecDefError, match="format 2"):
+        Manifest.from_json(edited(["format"], 2))
+
+
+def test_numbers_that_json_writes_without_a_point_are_floats() -> None:
+    found = Manifest.from_json(edited(["inserted", 0, "alpha"], 10000))
+    assert found == MANIFEST
+    assert type(found.inserted[0].alpha) is float

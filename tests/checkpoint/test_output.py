@@ -1,0 +1,209 @@
+"""An output directory is there whole or not at all, and one run at a time makes it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from commands import environment
+
+from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
+from specdef_cli.checkpoint.reader import ResumableError
+from specdef_cli.checkpoint.stream import RECORD_SUFFIX
+from specdef_cli.errors import SpecDefError
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    directory = tmp_path / "source"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def refused(final: Path, source: Path, nbytes: int = 10) -> str:
+    before = sorted(path for path in final.absolute().parent.rglob("*"))
+    with pytest.raises(SpecDefError) as raised:
+        check_output(final, source, nbytes)
+    assert sorted(path for path in final.absolute().parent.rglob("*")) == before
+    return raised.value.problem
+
+
+def test_a_new_name_and_an_empty_directory_are_fine(source: Path, tmp_path: Path) -> None:
+    check_output(tmp_path / "out", source, 10)
+    check_output(tmp_path / "a" / "b" / "out", source, 10)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", source, 10)
+
+
+def test_an_output_in_its_input_is_refused(source: Path, tmp_path: Path) -> None:
+    for final in (source, source / "out", source / "a" / "out", tmp_path / "elsewhere" / ".." / "source" / "out"):
+        assert "lies in the input" in refused(final, source)
+    (tmp_path / "alias").symlink_to(source)
+    assert "lies in the input" in refused(tmp_path / "alias" / "out", source)
+
+
+def test_an_output_next_to_the_input_with_a_common_prefix_is_fine(source: Path, tmp_path: Path) -> None:
+    check_output(tmp_path / "source-hardened", source, 10)
+
+
+def test_what_exists_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / ".hidden").write_text("x")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("file", "full", "dangling", "link", "fifo"):
+        assert f"{tmp_path / name} exists already" in refused(tmp_path / name, source)
+
+
+def test_the_working_directory_is_no_output(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(SpecDefError, match=r"the output \. exists"):
+        check_output(Path("."), source, 10)  # noqa: PTH201
+    check_output(Path("out"), source, 10)
+
+
+def test_a_parent_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert str(tmp_path / "file") in refused(tmp_path / "file" / "a" / "out", source)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_parent_without_write_permission_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot be written to" in refused(tmp_path / "locked" / "out", source)
+
+
+def test_a_disk_too_small_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 3 * 10**9))
+    check_output(tmp_path / "out", source, 3 * 10**9)
+    assert "needs 4.0 GB" in refused(tmp_path / "deep" / "er" / "out", source, 4 * 10**9)
+
+
+def test_what_an_interrupted_run_wrote_is_not_counted_twice(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = work_directory(tmp_path / "out")
+    work.mkdir()
+    (work / "shard").write_bytes(bytes(10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 500_000))
+    check_output(tmp_path / "out", source, 1_200_000)
+    assert "needs" in refused(tmp_path / "out", source, 2_000_000)
+
+
+def test_publishing_is_one_rename_of_everything_but_the_bookkeeping(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    work = prepare(final, "plan", resume=False)
+    assert work.parent == final.parent
+    assert work.name.startswith(".")
+    (work / "model.safetensors").write_bytes(b"weights")
+    (work / f"model.safetensors{RECORD_SUFFIX}").write_text("{}")
+    (work / "sub").mkdir()
+    (work / "sub" / "pooling.json").write_text("{}")
+    inode = (work / "model.safetensors").stat().st_ino
+    publish(final)
+    assert sorted(str(path.relative_to(final)) for path in final.rglob("*")) == [
+        "model.safetensors",
+        "sub",
+        "sub/pooling.json",
+    ]
+    assert (final / "model.safetensors").stat().st_ino == inode
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_publishing_takes_the_place_of_an_empty_directory(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    final.mkdir()
+    (prepare(final, "plan", resume=False) / "file").write_text("x")
+    publish(final)
+    assert [path.name for path in final.iterdir()] == ["file"]
+
+
+def test_publishing_overwrites_nothing(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    work = prepare(final, "plan", resume=False)
+    (work / f"model.safetensors{RECORD_SUFFIX}").write_text("{}")
+    final.mkdir()
+    (final / "precious").write_text("x")
+    with pytest.raises(ResumableError, match="came into being"):
+        publish(final)
+    assert (final / "precious").read_text() == "x"
+    assert (work / f"model.safetensors{RECORD_SUFFIX}").is_file()
+
+
+def test_resume_keeps_the_work_of_the_same_plan_only(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    work = prepare(final, "plan A", resume=False)
+    (work / "shard").write_text("x")
+    assert prepare(final, "plan A", resume=True) == work
+    assert (work / "shard").is_file()
+    with pytest.raises(ResumableError, match="other options or another input"):
+        prepare(final, "plan B", resume=True)
+    assert (work / "shard").is_file()
+    prepare(final, "plan B", resume=False)
+    assert not (work / "shard").exists()
+
+
+def test_resume_without_an_earlier_run_starts_one(tmp_path: Path) -> None:
+    assert prepare(tmp_path / "out", "plan", resume=True).is_dir()
+
+
+def test_a_work_directory_without_a_plan_is_not_resumed(tmp_path: Path) -> None:
+    work = work_directory(tmp_path / "out")
+    work.mkdir()
+    (work / "shard").write_text("of an unknown plan")
+    prepare(tmp_path / "out", "plan", resume=True)
+    assert not (work / "shard").exists()
+
+
+def test_discard_removes_the_work(tmp_path: Path) -> None:
+    prepare(tmp_path / "out", "plan", resume=False)
+    discard(tmp_path / "out")
+    discard(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from specdef_cli.checkpoint.output import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_told_and_a_dead_run_holds_nothing(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "out"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(final)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(SpecDefError, match="another run is writing"), exclusive(final):
+            pass
+        with exclusive(tmp_path / "deep" / "other"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with exclusive(final):
+        pass
+    assert list((tmp_path / "deep").iterdir()) == []

@@ -1,0 +1,265 @@
+"""Shards written as a stream: the same bytes however many workers, and no shard twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from commands import snapshot
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from specdef_cli.checkpoint import stream
+from specdef_cli.checkpoint.reader import Checkpoint, ResumableError, open_checkpoint
+from specdef_cli.checkpoint.shards import OutputShard, Produced, TensorGroup, TensorSpec, plan_shards
+from specdef_cli.checkpoint.stream import Progress, file_sha256, read_record, write_durably, write_shards
+from specdef_cli.errors import SpecDefError
+
+CPU = torch.device("cpu")
+LAYERS = 6
+WIDTH = 96
+
+
+@dataclass(frozen=True)
+class Gram:
+    """A transform whose last digits depend on how many threads a sum is split over."""
+
+    name: str
+    calls: list[str] = field(default_factory=list, compare=False)
+
+    def group(self) -> TensorGroup:
+        outputs = (
+            TensorSpec(f"{self.name}.gram", "F32", (WIDTH, WIDTH)),
+            TensorSpec(f"{self.name}.sum", "F32", (1,)),
+        )
+        return TensorGroup(self.name, outputs, self)
+
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        self.calls.append(self.name)
+        weight = checkpoint.read(self.name).to(device).float()
+        return Produced(
+            {f"{self.name}.gram": weight.mT @ weight, f"{self.name}.sum": weight.sum()[None]},
+            {"squares": float(weight.square().sum())},
+        )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    directory = tmp_path_factory.mktemp("stream")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"layer{number}": torch.randn(700, WIDTH, generator=generator) for number in range(LAYERS)}
+    tensors |= {f"norm{number}": torch.randn(WIDTH, generator=generator).bfloat16() for number in range(LAYERS)}
+    tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(3.0), "flags": torch.tensor([True, False])}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+    return open_checkpoint(directory)
+
+
+def plan(checkpoint: Checkpoint, calls: list[str], max_shard_size: int = 80_000) -> tuple[OutputShard, ...]:
+    groups = [
+        Gram(name, calls).group()
+        if name.startswith("layer")
+        else TensorGroup(name, (TensorSpec(name, header.dtype, header.shape),))
+        for name, header in checkpoint.tensors.items()
+    ]
+    return plan_shards(groups, max_shard_size)
+
+
+def write(checkpoint: Checkpoint, shards: Sequence[OutputShard], directory: Path, workers: int = 1) -> list[Progress]:
+    directory.mkdir(exist_ok=True)
+    events: list[Progress] = []
+    write_shards(checkpoint, shards, directory, devices=[CPU], workers=workers, on_progress=events.append)
+    return events
+
+
+def test_safetensors_reads_what_was_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shards = plan(checkpoint, [])
+    assert len(shards) > 2
+    events = write(checkpoint, shards, tmp_path)
+    found: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        with safe_open(tmp_path / shard.name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in checkpoint.tensors:
+        original = checkpoint.read(name)
+        if name.startswith("layer"):
+            torch.testing.assert_close(found[f"{name}.gram"], original.mT @ original)
+        else:
+            assert found[name].dtype == original.dtype
+            assert torch.equal(found[name], original)
+    assert sum(event.nbytes for event in events) == sum(shard.nbytes for shard in shards)
+    assert {event.label for event in events} == set(checkpoint.tensors)
+
+
+def test_the_bytes_do_not_depend_on_workers_or_on_torchs_threads(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    written = []
+    try:
+        for number, (workers, threads) in enumerate([(1, 1), (2, 1), (4, 1), (1, 4), (3, 2)]):
+            torch.set_num_threads(threads)
+            write(checkpoint, plan(checkpoint, []), tmp_path / str(number), workers)
+            assert torch.get_num_threads() == threads  # as it was
+            written.append(snapshot(tmp_path / str(number)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(other.keys() == written[0].keys() for other in written)
+    shards = [name for name in written[0] if name.endswith(".safetensors")]
+    assert all(other[name] == written[0][name] for other in written for name in shards)
+
+
+def test_records_carry_the_hash_and_the_figures(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shards = plan(checkpoint, [])
+    write(checkpoint, shards, tmp_path)
+    figures: dict[str, float] = {}
+    for shard in shards:
+        record = read_record(tmp_path, shard.name)
+        assert record is not None
+        assert record.sha256 == file_sha256(tmp_path / shard.name)
+        figures |= {label: data["squares"] for label, data in record.figures.items()}
+    assert figures.keys() == {f"layer{number}" for number in range(LAYERS)}
+    assert figures["layer0"] == pytest.approx(float(checkpoint.read("layer0").square().sum()), rel=1e-5)
+
+
+def test_a_resumed_run_repeats_no_finished_shard(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    whole, calls = tmp_path / "whole", []
+    shards = plan(checkpoint, calls)
+    write(checkpoint, shards, whole)
+    expected = snapshot(whole)
+
+    resumed = tmp_path / "resumed"
+    write(checkpoint, shards[:2], resumed)
+    # A shard that was begun, without a record: garbage of the right size and of a wrong one.
+    (resumed / shards[2].name).write_bytes(b"\xff" * 10**6)
+    inode = (resumed / shards[0].name).stat().st_ino, (resumed / shards[0].name).stat().st_mtime_ns
+    calls.clear()
+    events = write(checkpoint, shards, resumed)
+    assert snapshot(resumed) == expected
+    finished = {group.label for shard in shards[:2] for group in shard.groups}
+    assert not finished & set(calls)
+    assert sorted(calls) == sorted(
+        name for name in checkpoint.tensors if name.startswith("layer") and name not in finished
+    )
+    assert ((resumed / shards[0].name).stat().st_ino, (resumed / shards[0].name).stat().st_mtime_ns) == inode
+    # The bar runs to its end all the same.
+    assert sum(event.nbytes for event in events) == sum(shard.nbytes for shard in shards)
+
+
+def test_a_record_without_its_shard_counts_for_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shards = plan(checkpoint, [])
+    write(checkpoint, shards, tmp_path)
+    expected = snapshot(tmp_path)
+    (tmp_path / shards[1].name).unlink()
+    write(checkpoint, shards, tmp_path)
+    assert snapshot(tmp_path) == expected
+
+
+class Refusing:
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        raise SpecDefError("layer3 holds NaN", "Exclude it.")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_refusal_stops_the_run_and_leaves_no_record_of_that_shard(
+    workers: int, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    shards = plan(checkpoint, [])
+    bad = next(number for number, shard in enumerate(shards) if any(group.label == "layer3" for group in shard.groups))
+    groups = tuple(
+        TensorGroup(group.label, group.outputs, Refusing()) if group.label == "layer3" else group
+        for group in shards[bad].groups
+    )
+    broken = (*shards[:bad], OutputShard(shards[bad].name, groups), *shards[bad + 1 :])
+    with pytest.raises(SpecDefError, match="layer3 holds NaN"):
+        write(checkpoint, broken, tmp_path, workers)
+    assert read_record(tmp_path, shards[bad].name) is None
+    write(checkpoint, shards, tmp_path, workers)
+    assert all(read_record(tmp_path, shard.name) for shard in shards)
+
+
+def test_no_descriptor_stays_open(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def descriptors() -> set[str]:
+        return {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+
+    shards = plan(checkpoint, [])
+    (tmp_path / "a").mkdir()
+    write(checkpoint, shards, tmp_path / "a")
+    broken = [OutputShard("model.safetensors", (TensorGroup("x", (TensorSpec("x", "F32", (1,)),), Refusing()),))]
+    with pytest.raises(SpecDefError):
+        write(checkpoint, broken, tmp_path / "b")
+    assert not [path for path in descriptors() if str(tmp_path) in path]
+
+
+def test_a_full_disk_is_one_line_and_worth_a_resume(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = plan(checkpoint, [])
+    written = 0
+    pwrite = os.pwrite
+
+    def fill_up(descriptor: int, data: memoryview, position: int) -> int:
+        nonlocal written
+        if written > 200_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # Short writes are legal, and the rest must be written too.
+        count = pwrite(descriptor, data[:1000], position)
+        written += count
+        return count
+
+    monkeypatch.setattr(stream.os, "pwrite", fill_up)
+    with pytest.raises(ResumableError) as raised:
+        write(checkpoint, shards, tmp_path / "work")
+    assert "No space left on device" in raised.value.problem
+    assert "--resume" in raised.value.hint
+    monkeypatch.undo()
+    assert any(read_record(tmp_path / "work", shard.name) for shard in shards)
+    write(checkpoint, shards, tmp_path / "work")
+    write(checkpoint, shards, tmp_path / "undisturbed")
+    assert snapshot(tmp_path / "work") == snapshot(tmp_path / "undisturbed")
+
+
+def test_a_read_error_in_the_middle_is_worth_a_resume(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = plan(checkpoint, [])
+    read, reads = Checkpoint.read, []
+
+    def failing(self: Checkpoint, name: str) -> torch.Tensor:
+        reads.append(name)
+        if len(reads) == 3:
+            with self._reading(self.tensors[name]):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", failing)
+    with pytest.raises(ResumableError, match=r"model\.safetensors cannot be read: Input/output error"):
+        write(checkpoint, shards, tmp_path / "work")
+    monkeypatch.undo()
+    write(checkpoint, shards, tmp_path / "work")
+    write(checkpoint, shards, tmp_path / "undisturbed")
+    assert snapshot(tmp_path / "work") == snapshot(tmp_path / "undisturbed")
+
+
+def test_a_transform_that_makes_something_else_than_planned_is_our_defect(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    def wrong(checkpoint: Checkpoint, device: torch.device) -> Produced:
+        return Produced({"x": torch.zeros(3)})
+
+    shard = OutputShard("model.safetensors", (TensorGroup("x", (TensorSpec("x", "F32", (2,)),), wrong),))
+    with pytest.raises(AssertionError, match="x: planned"):
+        write(checkpoint, [shard], tmp_path)
+
+
+def test_write_durably_replaces_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_durably(path, json.dumps({"a": 1}))
+    write_durably(path, json.dumps({"a": 2}))
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]

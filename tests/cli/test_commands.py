@@ -1,0 +1,218 @@
+"""The command line as users meet it: processes, exit codes, what stands on stdout and what on stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import assert_refused, call_cli, environment, run_cli, snapshot
+from safetensors.torch import load_file
+
+TinyModel = Callable[..., Path]
+COMMANDS = ("harden", "collapse", "inspect")
+
+
+def imported(*arguments: str) -> set[str]:
+    """Top-level modules that a command has imported by the time it ends."""
+    code = (
+        "import runpy, sys, json\n"
+        f"sys.argv = ['specdef', *{list(arguments)!r}]\n"
+        "try:\n    runpy.run_module('specdef_cli', run_name='__main__')\n"
+        "except SystemExit as leaving:\n    assert not leaving.code, leaving.code\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(json.loads(process.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), *((command, "--help") for command in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    modules = imported(*arguments)
+    assert not modules & {"torch", "transformers", "numpy", "accelerate", "peft", "datasets", "huggingface_hub"}
+    assert "typer" in modules
+
+
+def test_help_names_commands_options_and_examples() -> None:
+    root = call_cli("--help")
+    assert root.code == 0
+    for command in COMMANDS:
+        assert command in root.stdout
+        said = call_cli(command, "--help")
+        assert said.code == 0
+        assert "Examples:" in said.stdout
+        assert f"specdef {command}" in said.stdout
+        assert "--json" in said.stdout
+        assert "--quiet" in said.stdout
+    assert "secure" not in root.stdout.lower()
+
+
+def test_version() -> None:
+    import specdef_cli
+
+    assert call_cli("--version").stdout == f"specdef {specdef_cli.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("harden",),
+        ("harden", "model", "--alpha", "many"),
+        ("harden", "model", "--gauge", "round"),
+        ("harden", "model", "--dtype", "int8"),
+        ("harden", "model", "--no-such-option"),
+        ("collapse", "model"),
+        ("inspect", "a", "b"),
+        ("destroy",),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
+    result = call_cli(*arguments)
+    assert result.code == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_from_a_directory_and_back_in_processes_of_their_own(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base = tiny_model("llama", torch.bfloat16)
+    arguments = ("--method", "insert", "--top-k", "4", "--max-shard-size", "20KB")
+    hardened = run_cli("harden", base, "--out", "hardened", *arguments, "--json", cwd=tmp_path)
+    assert hardened.code == 0, hardened.stderr
+    said = json.loads(hardened.stdout)
+    assert said["out"] == "hardened"
+    assert said["parameters_added"] == 4 * 32 * 32
+    assert len(said["manifest"]["inserted"]) == 4
+    assert len(said["manifest"]["shards"]) > 2
+    assert said["manifest"]["verification"]["relative"] < 0.05
+    assert json.loads((tmp_path / "hardened" / "specdef.json").read_text())["base"]["name"] == str(base)
+
+    back = run_cli("collapse", "hardened", "--out", "back", "--quiet", cwd=tmp_path)
+    assert back.code == 0
+    assert back.stderr == ""
+    assert "4 inserted pairs multiplied" in back.stdout
+    expected = load_file(base / "model.safetensors")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2e-2, atol=2e-2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hardened"]
+
+    # The same once more is refused, in a process of its own too.
+    assert_refused(run_cli("harden", base, "--out", "hardened", *arguments, cwd=tmp_path), "hardened exists already")
+    debug = run_cli("harden", base, "--out", "hardened", *arguments, cwd=tmp_path, SPECDEF_DEBUG="1")
+    assert debug.code == 1
+    assert "Traceback" in debug.stderr
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(llama)
+    result = call_cli("harden", llama, "--method", "insert", "--top-k", "4", "--alpha", "100", "--dry-run", "--json")
+    assert result.code == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert snapshot(llama) == before
+    plan = json.loads(result.stdout)
+    assert plan["method"] == "insert"
+    assert plan["parameters_added"] == sum(layer["parameters_added"] for layer in plan["layers"]) == 4 * 32 * 32
+    assert plan["bytes_added"] == (4 * 32 * 32 + 4) * 4
+    weights = load_file(llama / "model.safetensors")
+    assert plan["parameters_before"] == sum(weight.numel() for weight in weights.values())
+    for layer in plan["layers"]:
+        sigma = float(torch.linalg.svdvals(weights[f"{layer['module']}.weight"])[0])
+        assert layer["sigma_before"] == pytest.approx(sigma, rel=1e-5)
+        assert layer["sigma_after"] == pytest.approx(100 * sigma, rel=1e-5)
+    table = call_cli("harden", llama, "--method", "insert", "--top-k", "4", "--dry-run")
+    assert "nothing was written" in " ".join(table.stdout.split())
+    assert "down_proj" in table.stdout
+
+
+def test_stdout_is_data_alone(llama: Path, tmp_path: Path) -> None:
+    result = call_cli("harden", llama, "--out", tmp_path / "a", "--method", "insert", "--top-k", "4", "--json")
+    assert json.loads(result.stdout)["out"] == str(tmp_path / "a")
+    for arguments in (
+        ("inspect", tmp_path / "a", "--json"),
+        ("inspect", llama, "--json", "--quiet"),
+        ("collapse", tmp_path / "a", "--out", tmp_path / "b", "--json"),
+    ):
+        result = call_cli(*arguments)
+        assert result.code == 0, result.stderr
+        assert isinstance(json.loads(result.stdout), dict)
+
+
+def test_quiet_leaves_stderr_empty(llama: Path, tmp_path: Path) -> None:
+    result = run_cli("harden", llama, "--out", tmp_path / "a", "--method", "insert", "--top-k", "4", "--quiet")
+    assert result.code == 0
+    assert result.stderr == ""
+    assert "adds 4,096 parameters" in " ".join(result.stdout.split())
+
+
+def test_nothing_moves_on_a_pipe(llama: Path, tmp_path: Path) -> None:
+    """No bar, no escape sequence: what is piped goes to logs."""
+    result = call_cli("harden", llama, "--out", tmp_path / "a", "--method", "insert", "--top-k", "4")
+    assert "\r" not in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_inspect_before_and_after(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base = tiny_model("gpt2")
+    before = json.loads(call_cli("inspect", base, "--json").stdout)
+    assert before["manifest"] is None
+    assert before["architecture"] == "GPT2LMHeadModel"
+    weights = load_file(base / "model.safetensors")
+    assert before["parameters"] == sum(weight.numel() for weight in weights.values())
+    for layer in before["layers"]:
+        singular_values = torch.linalg.svdvals(weights[layer["tensor"]].double())
+        rank = float(singular_values.square().sum() ** 2 / singular_values.pow(4).sum())
+        assert layer["sigma"] == pytest.approx(float(singular_values[0]), rel=1e-4)
+        assert layer["effective_rank"] == pytest.approx(rank, rel=1e-3)
+        assert layer["alpha"] is None
+    chosen = {layer["module"] for layer in before["layers"] if layer["default"]}
+    assert chosen == {f"transformer.h.{i}.{name}.c_proj" for i in (0, 1) for name in ("attn", "mlp")}
+
+    result = call_cli("harden", base, "--out", tmp_path / "out", "--method", "insert", "--alpha", "500", "--top-k", "4")
+    assert result.code == 0, result.stderr
+    after = json.loads(call_cli("inspect", tmp_path / "out", "--json").stdout)
+    assert after["architecture"] == "GPT2LMHeadModel"
+    assert after["manifest"]["method"] == "insert"
+    assert [layer["module"] for layer in after["layers"]] == [layer["module"] for layer in before["layers"]]
+    for old, new in zip(before["layers"], after["layers"], strict=True):
+        if old["module"] in chosen:
+            assert new["alpha"] == 500
+            assert new["sigma"] == pytest.approx(500 * old["sigma"], rel=1e-4)
+            assert new["effective_rank"] < old["effective_rank"]
+        else:
+            assert (new["alpha"], new["sigma"]) == (None, old["sigma"])
+    table = call_cli("inspect", tmp_path / "out").stdout
+    assert "hardened (insert)" in " ".join(table.split())
+
+
+def test_what_looks_like_markup_is_printed_as_it_is(llama: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "[bold]model[red]"
+    assert_refused(call_cli("inspect", odd), "[bold]model[red]")
+    odd.symlink_to(llama)
+    out = tmp_path / "[link]out"
+    for arguments in (
+        ("inspect", odd),
+        ("harden", odd, "--out", out, "--method", "insert", "--top-k", "4"),
+        ("collapse", out, "--out", tmp_path / "[dim]back"),
+    ):
+        result = call_cli(*arguments)
+        assert result.code == 0, result.stderr
+        assert Path(str(arguments[-1] if len(arguments) in (2, 4) else out)).name in result.stdout
+    assert_refused(call_cli("harden", llama, "--out", tmp_path / "o", "--layers", "[/x]*"), "[/x]*")
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    code = "import specdef_cli, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert process.stdout == "False False\n"

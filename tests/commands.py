@@ -1,0 +1,118 @@
+"""Run the command line, as a process of its own or in this one, and check what a refusal leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import specdef_cli
+
+REPOSITORY = Path(specdef_cli.__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command said, and its exit code."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a command: offline, one thread, the package on the path."""
+    # A terminal of 80 columns would wrap what tests look for; without colours, no escape sequences stand in between.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SPECDEF_"))}
+    return {
+        **inherited,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "CUDA_VISIBLE_DEVICES": "",
+        "NO_COLOR": "1",
+        "COLUMNS": "300",
+        **changes,
+    }
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """``specdef ARGUMENTS`` as a list for subprocess."""
+    return [sys.executable, "-m", "specdef_cli", *map(str, arguments)]
+
+
+def run_cli(*arguments: str | Path, cwd: Path | None = None, **changes: str) -> Result:
+    """Run ``python -m specdef_cli`` in a process of its own; keywords in capitals set environment variables."""
+    process = subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(**changes),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Result(process.returncode, process.stdout, process.stderr)
+
+
+def call_cli(*arguments: str | Path) -> Result:
+    """Run the same ``main`` in this process, which has imported torch already; a traceback shows up in ``stderr``."""
+    from specdef_cli.cli.app import main
+
+    out, err = io.StringIO(), io.StringIO()
+    argv, columns = sys.argv, os.environ.get("COLUMNS")
+    sys.argv = ["specdef", *map(str, arguments)]
+    os.environ["COLUMNS"] = "300"
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as leaving:
+                code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+            except Exception:
+                traceback.print_exc()
+                code = 1
+    finally:
+        sys.argv = argv
+        os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def assert_refused(result: Result, *words: str, empty: Path | None = None) -> None:
+    """Exit code 1, one line of what is wrong, one hint that follows it, nothing on stdout and no traceback.
+
+    Args:
+        result: What the command did.
+        words: What the two lines must name.
+        empty: A directory that the output would have come to lie in: nothing may be in it, not even a hidden file.
+    """
+    assert "Traceback" not in result.stderr, result.stderr
+    assert result.code == 1, (result.code, result.stdout, result.stderr)
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.stderr
+    assert result.stderr.rstrip().splitlines()[-2:] == lines, result.stderr
+    for word in words:
+        assert word in "\n".join(lines), (word, lines)
+    if empty is not None:
+        assert sorted(path.name for path in empty.iterdir()) == []
+
+
+def snapshot(directory: Path) -> Mapping[str, str]:
+    """sha256 of every file in a directory, by relative path."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }

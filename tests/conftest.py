@@ -1,0 +1,36 @@
+"""Tiny checkpoints, made once for all tests. Their builders and the command runner are modules next to this one."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: it reads this once
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function from family, dtype and shard size to a directory that must not be changed."""
+    from tiny_models import write_model
+
+    root = tmp_path_factory.mktemp("tiny")
+    made: dict[str, Path] = {}
+
+    def build(family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "50GB") -> Path:
+        name = f"{family}-{str(dtype).removeprefix('torch.')}-{max_shard_size}"
+        if name not in made:
+            made[name] = write_model(family, root / name, dtype=dtype, max_shard_size=max_shard_size)
+        return made[name]
+
+    return build
+
+
+@pytest.fixture
+def llama(tiny_model: Callable[..., Path]) -> Path:
+    """A tiny Llama in float32, in one file."""
+    return tiny_model("llama")

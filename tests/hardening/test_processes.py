@@ -1,0 +1,59 @@
+"""``accelerate launch``: shards do not depend on the number of processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import call_cli, environment, snapshot
+
+from specdef_cli.checkpoint.manifest import read_manifest
+
+pytestmark = pytest.mark.slow
+
+
+def launched(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "specdef_cli"]
+    return subprocess.run(
+        [*launch, *arguments],
+        env=environment(HF_HOME=str(home)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("method", ["insert", "fold"])
+def test_two_processes_write_the_same_bytes(method: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["--method", method, "--max-shard-size", "20KB", "--quiet"]
+    options += ["--top-k", "4"] if method == "insert" else []
+    base = tiny_model("llama")
+    process = launched("harden", str(base), "--out", str(tmp_path / "two"), *options, home=tmp_path / "home")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("adds") == 1  # one process speaks
+    one = call_cli("harden", base, "--out", tmp_path / "one", *options)
+    assert one.code == 0, one.stderr
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+    assert len(read_manifest(tmp_path / "two").shards) > 3
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == ["one", "two"]
+
+
+def test_a_refusal_ends_both_processes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["--method", "insert", "--top-k", "33"]
+    process = launched("harden", str(tiny_model("llama")), "--out", str(tmp_path / "out"), *options, home=tmp_path)
+    assert process.returncode != 0
+    assert "top-k 33 is more than the rank" in process.stderr
+    assert not (tmp_path / "out").exists()

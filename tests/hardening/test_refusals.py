@@ -1,0 +1,382 @@
+"""What cannot be hardened is refused in one line with one hint, and leaves nothing behind, hidden or not."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import assert_refused, call_cli, snapshot
+from mutations import DOWN, REMOVED, Mutation, config, content, edit_json, element, raw_bytes, tensor
+from safetensors.torch import load_file, save_file
+
+from specdef_cli.hardening import insert
+from specdef_cli.runtime import load_model
+from specdef_cli.spectral.reparameterize import Factors
+
+TinyModel = Callable[..., Path]
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """The directory that the output would lie in, and that must stay empty."""
+    directory = tmp_path / "outside"
+    directory.mkdir()
+    return directory
+
+
+def spoiled(model: Path, where: Path, *mutations: Mutation) -> Path:
+    directory = where / "model"
+    shutil.copytree(model, directory)
+    for mutate in mutations:
+        mutate(directory)
+    return directory
+
+
+INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
+    # weights
+    "NaN": (tensor(DOWN, element(math.nan)), (DOWN, "NaN", "--exclude")),
+    "infinity": (tensor(DOWN, element(-math.inf)), (DOWN, "infinity", "--exclude")),
+    "zero": (tensor(DOWN, torch.zeros_like), (DOWN, "zero", "--exclude")),
+    "NaN elsewhere": (tensor("model.norm.weight", element(math.nan)), ("NaN or infinity before any change",)),
+    "another shape": (tensor(DOWN, lambda weight: weight.mT), (DOWN, "[48, 32]", "[32, 48]", "config.json")),
+    "flattened": (tensor(DOWN, lambda weight: weight.flatten()), (DOWN, "[1536]", "config.json")),
+    "fp8": (tensor(DOWN, lambda weight: weight.to(torch.float8_e4m3fn)), (DOWN, "F8_E4M3", "unquantized")),
+    "int8": (tensor(DOWN, lambda weight: weight.to(torch.int8)), (DOWN, "I8", "unquantized")),
+    "packed in U8": (tensor(DOWN, lambda weight: weight.to(torch.uint8)), (DOWN, "U8", "unquantized")),
+    "a missing layer": (tensor(DOWN, None), (DOWN, "no tensor of the checkpoint")),
+    "a missing norm": (tensor("model.norm.weight", None), ("model.norm.weight", "no tensor of the checkpoint")),
+    # config.json
+    "GPTQ": (config(quantization_config={"quant_method": "gptq", "bits": 4}), ("quantized (gptq)", "unquantized")),
+    "AWQ": (config(quantization_config={"quant_method": "awq"}), ("quantized (awq)", "unquantized")),
+    "MXFP4": (config(quantization_config={"quant_method": "mxfp4"}), ("quantized (mxfp4)", "unquantized")),
+    "an odd quantization_config": (config(quantization_config="fp8"), ("quantized (fp8)", "unquantized")),
+    "a wider model": (config(hidden_size=64), ("[96, 32]", "[96, 64]", "config.json")),
+    "a larger vocabulary": (config(vocab_size=200), ("model.embed_tokens.weight", "[96, 32]", "[200, 32]")),
+    "more layers": (config(num_hidden_layers=3), ("model.layers.2.", "no tensor of the checkpoint")),
+    "heads that do not divide": (config(num_attention_heads=3), ("config.json", "hidden size (32)")),
+    "no heads": (config(num_attention_heads=0), ("config.json",)),
+    "a size as text": (config(hidden_size="32"), ("config.json", "hidden_size")),
+    "a negative size": (config(intermediate_size=-1), ("config.json",)),
+    "an unknown model_type": (config(model_type="nonsense"), ("nonsense", "model_type")),
+    "no model_type": (config(model_type=REMOVED), ("model_type",)),
+    "an unknown architecture": (config(architectures=["NopeForCausalLM"]), ("NopeForCausalLM",)),
+    "no architecture": (config(architectures=REMOVED), ("names no architectures",)),
+    "an unknown activation": (config(hidden_act="nope"), ("nope",)),
+    "config.json missing": (lambda directory: (directory / "config.json").unlink(), ("no config.json",)),
+    "config.json not JSON": (content("config.json", "{"), ("config.json", "not valid JSON")),
+    "config.json a list": (content("config.json", "[]"), ("config.json", "not a JSON object")),
+    # files
+    "truncated": (raw_bytes(lambda data: data[: len(data) // 2]), ("model.safetensors",)),
+    "flipped header bytes": (raw_bytes(lambda data: data[:20] + b"\xff\x00" + data[22:]), ("model.safetensors",)),
+    "an empty shard": (raw_bytes(lambda data: b""), ("model.safetensors",)),
+    "pickles only": (
+        lambda directory: (directory / "model.safetensors").rename(directory / "pytorch_model.bin"),
+        ("pickled", "save_pretrained"),
+    ),
+    "an index that leaves": (
+        content("model.safetensors.index.json", '{"weight_map": {"a": "../../x.safetensors"}}'),
+        ("'../../x.safetensors'",),
+    ),
+    "a link that leaves": (
+        lambda directory: (directory / "README.md").unlink() or (directory / "README.md").symlink_to("/etc/passwd"),
+        ("README.md is a link that leaves",),
+    ),
+    "hardened already": (content("specdef.json", "{}"), ("hardened already", "specdef collapse")),
+    "a shim's config": (config(model_type="specdef"), ("hardened already",)),
+    "code of its own": (
+        config(model_type="own", auto_map={"AutoConfig": "evil.C"}),
+        ("Python code", "--trust-remote-code"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_input(case: str, llama: Path, tmp_path: Path, outside: Path) -> None:
+    mutation, words = INPUTS[case]
+    directory = spoiled(llama, tmp_path, mutation, content("evil.py", "raise SystemExit('code was run')"))
+    before = snapshot(directory)
+    result = call_cli("harden", directory, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet")
+    assert_refused(result, *words, empty=outside)
+    assert "code was run" not in result.stderr
+    assert snapshot(directory) == before
+
+
+OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "alpha 0": (("--alpha", "0"), ("alpha is 0", "--alpha")),
+    "alpha negative": (("--alpha", "-2"), ("alpha is -2", "--alpha")),
+    "alpha below 1": (("--alpha", "0.5"), ("alpha is 0.5", "--alpha")),
+    "alpha NaN": (("--alpha", "nan"), ("alpha is nan", "--alpha")),
+    "alpha infinite": (("--alpha", "inf"), ("alpha is inf", "--alpha")),
+    "alpha 1e40": (("--alpha", "1e40"), ("1e+40", "float32", "--alpha")),
+    "symmetric in bfloat16": (
+        ("--dtype", "bfloat16", "--gauge", "symmetric"),
+        ("10000", "bfloat16", "symmetric", "--alpha 2 or less", "--gauge rotated"),
+    ),
+    "float16": (("--dtype", "float16"), ("10000", "float16", "--alpha 100 or less", "--dtype bfloat16")),
+    "top-k 0": (("--top-k", "0"), ("top-k is 0",)),
+    "top-k beyond the rank": (("--top-k", "33"), ("top-k 33", "o_proj", "32×32", "--top-k 32 or less")),
+    "a glob without a match": (("--layers", "*.qkv"), ("'*.qkv' matches no linear layer", "specdef inspect")),
+    "an exclusion without a match": (("--exclude", "*.qkv"), ("'*.qkv' matches no linear layer",)),
+    "nothing left": (("--layers", "*.o_proj", "--exclude", "*"), ("no linear layer is left",)),
+    "a device": (("--device", "quantum"), ("'quantum'", "--device cpu")),
+    "a device in a dry run": (("--device", "quantum", "--dry-run"), ("'quantum'", "--device cpu")),
+    "a GPU that is not there": (("--device", "cuda:99"), ("'cuda:99'", "--device cpu")),
+    "a size": (("--max-shard-size", "5 parsecs"), ("'5 parsecs'", "5GB")),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(case: str, llama: Path, outside: Path) -> None:
+    arguments, words = OPTIONS[case]
+    top_k = () if "--top-k" in arguments else ("--top-k", "4")
+    result = call_cli("harden", llama, "--out", outside / "out", "--method", "insert", "--quiet", *top_k, *arguments)
+    assert_refused(result, *words, empty=outside)
+
+
+def test_the_alpha_that_is_advised_for_a_layer_is_accepted(llama: Path, outside: Path) -> None:
+    # Within the dtype's rough limit, but not within this layer's own: its spectrum decays.
+    arguments = ("harden", llama, "--method", "insert", "--gauge", "symmetric", "--top-k", "8", "--quiet")
+    weight = load_file(llama / "model.safetensors")[DOWN].double()
+    directory = spoiled(
+        llama,
+        outside.parent,
+        tensor(DOWN, lambda _: decaying(weight)),
+    )
+    refused = call_cli(arguments[0], directory, *arguments[2:], "--alpha", "1e5", "--out", outside / "out")
+    assert_refused(refused, "mlp.down_proj", "100000", "--alpha", empty=outside)
+    advised = refused.stderr.split("--alpha ")[1].split()[0]
+    accepted = call_cli(arguments[0], directory, *arguments[2:], "--alpha", advised, "--out", outside / "out")
+    assert accepted.code == 0, accepted.stderr
+
+
+def decaying(weight: torch.Tensor) -> torch.Tensor:
+    left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    return ((left * torch.arange(1, 33) ** -2.0) @ right).float()
+
+
+def test_weights_of_low_rank_are_hardened(llama: Path, tmp_path: Path) -> None:
+    """A rank below k is no error: the surplus directions are inflated zeros, and the product is the weight."""
+    directory = spoiled(llama, tmp_path, tensor(DOWN, lambda weight: weight[:, :1] @ weight[:1]))
+    result = call_cli("harden", directory, "--out", tmp_path / "out", "--method", "insert", "--top-k", "8", "--json")
+    assert result.code == 0, result.stderr
+    assert json.loads(result.stdout)["manifest"]["verification"]["relative"] < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (32, 1)])
+def test_layers_of_one_row_or_column(shape: tuple[int, int], llama: Path, tmp_path: Path) -> None:
+    # An MLP of width 1: up_proj is 1×32 and down_proj is 32×1.
+    def narrow(directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        for layer in (0, 1):
+            for name, rows, columns in (("q", 2, 32), ("k", 2, 32), ("v", 2, 32), ("o", 32, 2)):
+                key = f"model.layers.{layer}.self_attn.{name}_proj.weight"
+                tensors[key] = tensors[key][:rows, :columns].contiguous()
+            for name in ("gate", "up"):
+                key = f"model.layers.{layer}.mlp.{name}_proj.weight"
+                tensors[key] = tensors[key][:1].contiguous()
+            key = f"model.layers.{layer}.mlp.down_proj.weight"
+            tensors[key] = tensors[key][:, :1].contiguous()
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+    directory = spoiled(
+        llama,
+        tmp_path,
+        narrow,
+        config(intermediate_size=1, num_attention_heads=1, num_key_value_heads=1, head_dim=2),
+    )
+    glob = "*.up_proj" if shape[0] == 1 else "*.down_proj"
+    arguments = ("harden", directory, "--out", tmp_path / "out", "--method", "insert", "--layers", glob, "--json")
+    assert_refused(call_cli(*arguments, "--top-k", "2"), "top-k 2", f"{shape[0]}×{shape[1]}", "--top-k 1 or less")
+    result = call_cli(*arguments, "--top-k", "1")
+    assert result.code == 0, result.stderr
+    layer = json.loads(result.stdout)["manifest"]["inserted"][0]
+    assert (layer["out_features"], layer["in_features"]) == shape
+    assert layer["reconstruction_error"] < 1e-5
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(
+    llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    result = call_cli(
+        "harden", llama, "--out", outside / "new" / "out", "--method", "insert", "--top-k", "4", "--quiet"
+    )
+    assert_refused(result, "the output needs", str(outside), "Free some space", empty=outside)
+
+
+def test_an_output_that_is_taken_or_in_the_input(llama: Path, tmp_path: Path) -> None:
+    directory = spoiled(llama, tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious").write_text("x")
+    before = snapshot(tmp_path)
+    arguments = ("harden", directory, "--method", "insert", "--top-k", "4", "--quiet", "--out")
+    assert_refused(call_cli(*arguments, tmp_path / "taken"), str(tmp_path / "taken"), "exists already")
+    assert_refused(call_cli(*arguments, directory), "lies in the input")
+    assert_refused(call_cli(*arguments, directory / "sub" / "out"), "lies in the input")
+    assert_refused(call_cli(*arguments, tmp_path / "taken" / "precious" / "out"), "not a directory")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_corrupted_factor_is_never_published(llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer's own check and the comparison of the models each catch what the other does not see."""
+    build = insert.rotated_factors
+
+    def corrupt(weight: torch.Tensor, basis: torch.Tensor, alpha: float) -> Factors:
+        factors = build(weight, basis, alpha)
+        factors.compensation[0, -1] += 1
+        return factors
+
+    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet")
+    monkeypatch.setattr(insert, "rotated_factors", corrupt)
+    assert_refused(call_cli(*arguments), "mlp.down_proj", "relative error", empty=outside)
+    monkeypatch.setattr(insert.InsertLayer, "_require_restored", lambda self, error: None)
+    assert_refused(call_cli(*arguments), "the hardened model's outputs differ from the base's", empty=outside)
+    result = call_cli(*arguments, "--no-verify")
+    assert result.code == 0
+    assert load_model(outside / "out") is not None
+
+
+def test_a_damaged_card_is_no_obstacle(llama: Path, tmp_path: Path) -> None:
+    cards = {
+        "latin": b"# Caf\xe9",
+        "no yaml": b"---\n[a: {\n---\n\n# The text",
+        "a list": b"---\n- a\n---\n\n# The text",
+        "tags as text": b"---\ntags: tiny\n---\n\n# The text",
+        "empty": b"",
+    }
+    for name, card in cards.items():
+        directory = spoiled(llama, tmp_path / name, content("README.md", card))
+        out = tmp_path / name / "out"
+        result = call_cli("harden", directory, "--out", out, "--method", "insert", "--top-k", "4", "--no-verify")
+        assert result.code == 0, (name, result.stderr)
+        written = (out / "README.md").read_text()
+        assert "- specdef" in written
+        assert "# The text" in written or name in ("latin", "empty")
+        assert "- tiny" in written or name != "tags as text"
+        back = call_cli("collapse", out, "--out", tmp_path / name / "back")
+        assert back.code == 0, (name, back.stderr)
+
+
+# --- collapse and inspect --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hardened(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hardened") / "out"
+    result = call_cli(
+        *("harden", tiny_model("bert"), "--out", out, "--method", "insert", "--top-k", "4", "--no-verify")
+    )
+    assert result.code == 0, result.stderr
+    return out
+
+
+INFLATED = "bert.encoder.layer.0.output.dense.inflated.weight"
+COMPENSATION = "bert.encoder.layer.0.output.dense.compensation"
+HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
+    "W~ missing": (tensor(INFLATED, None), (INFLATED, "missing")),
+    "C missing": (tensor(f"{COMPENSATION}.weight", None), (COMPENSATION, "missing")),
+    "bias missing": (tensor(f"{COMPENSATION}.bias", None), (f"{COMPENSATION}.bias", "missing")),
+    "W~ of another shape": (tensor(INFLATED, lambda weight: weight[:, :5]), (INFLATED, "[32, 5]", "specdef.json")),
+    "W~ in int8": (tensor(INFLATED, lambda weight: weight.to(torch.int8)), (INFLATED, "I8", "specdef.json")),
+    "no manifest": (lambda directory: (directory / "specdef.json").unlink(), ("specdef.json", "specdef harden")),
+    "manifest not JSON": (content("specdef.json", "{"), ("specdef.json", "not a valid manifest")),
+    "manifest a list": (content("specdef.json", "[]"), ("specdef.json", "not a valid manifest")),
+    "manifest of the future": (edit_json("specdef.json", format=99), ("format 99", "Install")),
+    "manifest without base": (edit_json("specdef.json", base=REMOVED), ("specdef.json", "base")),
+    "layers as text": (edit_json("specdef.json", inserted="all"), ("specdef.json",)),
+    "truncated": (raw_bytes(lambda data: data[:-5]), ("model.safetensors",)),
+}
+
+
+@pytest.mark.parametrize("case", HARDENED)
+def test_collapse_of_a_damaged_directory(case: str, hardened: Path, tmp_path: Path, outside: Path) -> None:
+    mutation, words = HARDENED[case]
+    directory = spoiled(hardened, tmp_path, mutation)
+    assert_refused(call_cli("collapse", directory, "--out", outside / "out"), *words, empty=outside)
+
+
+@pytest.mark.parametrize("case", ["W~ missing", "manifest not JSON", "manifest of the future", "truncated"])
+def test_inspect_of_a_damaged_directory(case: str, hardened: Path, tmp_path: Path) -> None:
+    mutation, words = HARDENED[case]
+    assert_refused(call_cli("inspect", spoiled(hardened, tmp_path, mutation)), *words)
+
+
+def test_collapse_of_a_base_is_refused(llama: Path, outside: Path) -> None:
+    result = call_cli("collapse", llama, "--out", outside / "out")
+    assert_refused(result, str(llama), "not a hardened checkpoint", "specdef harden", empty=outside)
+
+
+def test_what_is_hardened_is_not_hardened_again(hardened: Path, outside: Path) -> None:
+    result = call_cli("harden", hardened, "--out", outside / "out", "--method", "insert", "--top-k", "4")
+    assert_refused(result, str(hardened), "hardened already", empty=outside)
+
+
+def test_inspect_refuses_a_device_and_nan(llama: Path, tmp_path: Path) -> None:
+    assert_refused(call_cli("inspect", llama, "--device", "quantum"), "'quantum'")
+    assert_refused(call_cli("inspect", spoiled(llama, tmp_path, tensor(DOWN, element(math.nan)))), DOWN, "NaN")
+
+
+def test_a_full_disk_in_the_middle_can_be_resumed(llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet")
+    arguments += ("--max-shard-size", "20KB")
+    pwrite, written = os.pwrite, [0]
+
+    def fill_up(descriptor: int, data: Any, position: int) -> int:
+        written[0] += len(data)
+        if written[0] > 80_000:
+            raise OSError(28, "No space left on device")
+        return pwrite(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", fill_up)
+    assert_refused(call_cli(*arguments), "No space left on device", "--resume")
+    monkeypatch.undo()
+    assert [path.name for path in outside.iterdir()] == [".out.specdef-unfinished"]
+    resumed = call_cli(*arguments, "--resume")
+    assert resumed.code == 0, resumed.stderr
+    assert [path.name for path in outside.iterdir()] == ["out"]
+    whole = call_cli(*arguments[:3], outside / "whole", *arguments[4:])
+    assert whole.code == 0, whole.stderr
+    assert snapshot(outside / "out") == snapshot(outside / "whole")
+
+
+def test_a_full_disk_after_the_shards_can_be_resumed(
+    llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet")
+
+    def full(source: Any, target: Any, **keywords: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert_refused(call_cli(*arguments), "No space left on device", "--resume")
+    monkeypatch.undo()
+    assert call_cli(*arguments, "--resume").code == 0
+
+
+def test_resume_with_other_options_is_refused_and_keeps_the_work(
+    llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--quiet", "--max-shard-size")
+
+    def full(source: Any, target: Any, **keywords: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    call_cli(*arguments, "41KB", "--top-k", "4")
+    monkeypatch.undo()
+    kept = snapshot(outside)
+    assert len(kept) > 3
+    for other in (("41KB", "--top-k", "5"), ("41KB", "--top-k", "4", "--seed", "1"), ("41.4KB", "--top-k", "4")):
+        # The last makes as many shards under the same names, but with other tensors in them.
+        assert_refused(call_cli(*arguments, *other, "--resume"), "other options")
+        assert snapshot(outside) == kept
+    assert call_cli(*arguments, "41KB", "--top-k", "4", "--resume").code == 0

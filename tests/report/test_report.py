@@ -1,0 +1,253 @@
+"""Reports from made-up runs whose shares and verdicts are known, and their files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from specdef_cli.attack.results import (
+    AttackReport,
+    DataSummary,
+    Divergence,
+    EvalPoint,
+    Growth,
+    Hardening,
+    RunResult,
+    TrainPoint,
+)
+from specdef_cli.attack.spec import RunSpec, Variant
+from specdef_cli.report import findings, report_dict, summary, summary_table, write_report
+from specdef_cli.report.findings import rate, size
+from specdef_cli.report.serialize import CURVE_COLUMNS, curves_csv, report_json
+
+NASTY = "<script>alert('x')</script> & \"[bold]quoted[/bold]\""
+
+
+def run(
+    subject: str, losses: list[float | None], *, kind: str = "plain", learning_rate: float = 1e-3,
+    diverged: bool = False,
+    seed: int = 0, recipe: str = "full", train: tuple[str, ...] = (),
+) -> RunResult:  # fmt: skip
+    spec = RunSpec(
+        subject=subject, checkpoint="c", data="d", task="causal-lm",
+        variant=Variant(kind, 2.0 if kind == "width" else None),  # type: ignore[arg-type]
+        recipe=recipe, lora_targets=(), lora_rank=None, lora_alpha=None, train=train, optimizer="adamw",  # type: ignore[arg-type]
+        learning_rate=learning_rate, schedule="constant", warmup_steps=0, max_grad_norm=1.0, weight_decay=0.0,
+        steps=10 * (len(losses) - 1), batch_size=1, sequence_length=8, eval_every=10, seed=seed, dtype="float32",
+    )  # fmt: skip
+    return RunResult(
+        spec=spec,
+        train=(
+            TrainPoint(1, losses[0], 2.5),
+            TrainPoint(2, None if diverged else losses[0], None if diverged else 2.0),
+        ),
+        evaluations=tuple(EvalPoint(10 * number, loss, number * 0.5) for number, loss in enumerate(losses)),
+        divergence=Divergence(2, "training loss is not finite") if diverged else None,
+        growth=Growth(2, 1000, 2000, 4000) if kind == "width" else None,
+        parameters=3000 if kind == "width" else 2000 if subject == "control" or kind == "collapse" else 2400,
+        trainable_parameters=500,
+        seconds=1.0,
+    )
+
+
+@pytest.fixture
+def report() -> AttackReport:
+    """Control 3 → 1 (progress 2); plain 1 % at its rate and 50 % below; collapse 96 %; width 100 %."""
+    return AttackReport(
+        model=f"hardened/{NASTY}",
+        control="base",
+        hardening=Hardening("insert", 1e4, 8, "rotated", 2),
+        data=DataSummary(NASTY, 100, 10, "f"),
+        runs=(
+            run("control", [3.0, 2.0, 1.0]),
+            run("model", [3.0, 2.98, 7.0], diverged=True),
+            run("model", [3.0, 2.5, 2.0], learning_rate=1e-6),
+            run("model", [3.0, 1.08, 1.2], kind="collapse"),
+            run("model", [3.0, 2.0, 1.0], kind="width"),
+        ),
+        assumed=("Assumed.",),
+        notes=(f"Note {NASTY}.",),
+        versions={"specdef-cli": "0"},
+        device="cpu",
+    )
+
+
+def test_shares_and_verdicts(report: AttackReport) -> None:
+    control, plain, collapse, width = findings(report)
+    assert (control.verdict, control.share) == ("control", 1.0)
+    assert (plain.learning_rate, plain.best, plain.verdict) == (1e-6, 2.0, "slowed")
+    assert plain.share == pytest.approx(0.5)
+    assert plain.usual_share == pytest.approx(0.01)
+    assert collapse.share == pytest.approx(0.96)
+    assert (collapse.verdict, width.verdict) == ("not slowed", "not slowed")
+    # the control's loss is 3 − 0.95·2 = 1.1
+    assert (control.steps_to_control, plain.steps_to_control, collapse.steps_to_control) == (20, None, 10)
+    assert (width.parameters_times, plain.parameters_times) == (1.5, 1.2)
+
+
+def test_stopped_and_unknown(report: AttackReport) -> None:
+    stopped = replace(report, runs=report.runs[:2])
+    assert findings(stopped)[1].verdict == "stopped"
+    stuck = replace(report, runs=(run("control", [3.0, 3.1]), run("model", [3.0, 2.0])))
+    assert findings(stuck)[1].verdict == "unknown"
+    assert "cannot be compared" in " ".join(summary(stuck))
+
+
+def test_seeds_are_averaged(report: AttackReport) -> None:
+    runs = (
+        run("control", [3.0, 1.0]), run("control", [3.0, 2.0], seed=1),
+        run("model", [3.0, 2.0]), run("model", [3.0, 2.5], seed=1),
+    )  # fmt: skip
+    control, plain = findings(replace(report, runs=runs))
+    assert control.best == pytest.approx(1.5)
+    assert plain.share == pytest.approx(0.75 / 1.5)
+
+
+def test_each_recipe_has_its_own_control(report: AttackReport) -> None:
+    runs = (
+        run("control", [3.0, 1.0]), run("control", [3.0, 2.0], recipe="lora"),
+        run("model", [3.0, 2.0]), run("model", [3.0, 2.0], recipe="lora"),
+    )  # fmt: skip
+    shares = [finding.share for finding in findings(replace(report, runs=runs))]
+    assert shares == pytest.approx([1.0, 1.0, 0.5, 1.0])
+
+
+def test_summary_says_what_wins_next_to_what_loses(report: AttackReport) -> None:
+    text = " ".join(summary(report))
+    for part in (
+        "from 3.000 to 1.000",
+        "made 1 %",
+        "50 % (at η = 1e-6)",
+        "collapsed 96 %",
+        "1.50× the control",
+        "locks nothing",
+    ):
+        assert part in text
+    assert "bounds an attacker who looks" in " ".join(summary(replace(report, runs=report.runs[:3])))
+
+
+def validate(value: Any, schema: dict[str, Any], where: str = "$") -> None:
+    """The part of JSON Schema that schema.json uses."""
+    kinds = schema.get("type", [])
+    names = {
+        dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number",
+        type(None): "null",
+    }  # fmt: skip
+    allowed = {kinds} if isinstance(kinds, str) else set(kinds)
+    name = names[type(value)]
+    assert name in allowed or (name == "integer" and "number" in allowed), f"{where}: {name} is not {allowed}"
+    if "enum" in schema:
+        assert value in schema["enum"], where
+    if "const" in schema:
+        assert value == schema["const"], where
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        assert set(schema.get("required", ())) <= set(value), where
+        for key, child in value.items():
+            rest = schema.get("additionalProperties", True)
+            assert key in properties or rest is not False, f"{where}.{key} is undocumented"
+            validate(child, properties.get(key, rest), f"{where}.{key}")
+    if isinstance(value, list):
+        for number, child in enumerate(value):
+            validate(child, schema["items"], f"{where}.{number}")
+
+
+def test_json_is_strict_and_documented(report: AttackReport) -> None:
+    def refuse(token: str) -> None:
+        raise AssertionError(token)
+
+    data = json.loads(report_json(report), parse_constant=refuse)
+    schema = json.loads((files("specdef_cli.report") / "schema.json").read_text())
+    validate(data, schema)
+    assert data["runs"][1]["loss"] == {"start": 3.0, "best": 2.98, "final": None}
+    assert data["runs"][1]["divergence"] == {"step": 2, "reason": "training loss is not finite"}
+    assert data["runs"][4]["growth"]["parameters_added"] == 1000
+    with pytest.raises(AssertionError):
+        validate({**data, "extra": 1}, schema)
+
+
+def test_runs_survive_json(report: AttackReport) -> None:
+    for each in report.runs:
+        assert RunResult.from_dict(json.loads(json.dumps(each.to_dict(), allow_nan=False))) == each
+
+
+def test_csv(report: AttackReport) -> None:
+    rows = list(csv.DictReader(io.StringIO(curves_csv(report))))
+    assert tuple(rows[0]) == CURVE_COLUMNS
+    control = [row for row in rows if row["subject"] == "control"]
+    assert [(row["step"], row["train_loss"], row["eval_loss"]) for row in control] == [
+        ("0", "", "3.0"), ("1", "3.0", ""), ("2", "3.0", ""), ("10", "", "2.0"), ("20", "", "1.0"),
+    ]  # fmt: skip
+    assert "nan" not in curves_csv(report).lower()
+
+
+class Page(HTMLParser):
+    """Counts tags, and collects everything a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_files(report: AttackReport, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    paths = write_report(report, tmp_path / "deep" / "out")
+    assert {path.name for path in (tmp_path / "deep" / "out").iterdir()} == {path.name for path in paths}
+    png = (tmp_path / "deep" / "out" / "curves.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    html = (tmp_path / "deep" / "out" / "report.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert "script" not in page.tags
+    assert page.fetched
+    assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
+    assert NASTY in page.text  # shown as it is
+    assert "secure" not in page.text.lower()
+    assert not re.search(r"url\(|@import|\$[a-z_]", html)
+    # 4 attacks and 5 runs, with a head each
+    assert page.tags.count("tr") == 2 + 4 + 5
+
+
+def test_table(report: AttackReport) -> None:
+    bad = run("model", [3.0, 2.0], train=("[bold]*[/bold]",))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(summary_table(replace(report, runs=(*report.runs, bad))))
+    text = console.export_text()
+    assert "[bold]*[/bold]" in text
+    for part in ("diverged at step 2", ">20", "1e-6", "1.50×", "+1,000 parameters", "+4.0 kB"):
+        assert part in text
+
+
+def test_a_broken_model_still_gives_a_report(report: AttackReport, tmp_path: Path) -> None:
+    broken = run("model", [None], diverged=True)
+    write_report(replace(report, runs=(report.runs[0], broken)), tmp_path)
+    assert report_dict(replace(report, runs=(report.runs[0], broken)))["runs"][1]["loss"]["start"] is None
+
+
+@pytest.mark.parametrize(("value", "text"), [(1e-5, "1e-5"), (3e-4, "3e-4"), (0.25, "2.5e-1"), (1.0, "1e0")])
+def test_rate(value: float, text: str) -> None:
+    assert rate(value) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "+0 B"), (-524288, "-524.3 kB"), (1_500_000, "+1.5 MB")])
+def test_size(count: int, text: str) -> None:
+    assert size(count) == text

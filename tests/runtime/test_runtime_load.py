@@ -1,0 +1,118 @@
+"""``load_model`` and ``load_tokenizer``: base and hardened directories alike, and a line on what cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hand_hardened import ALPHA, TOP_K, edit_config, edit_tensors, factors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenarios import difference, swapped
+from transformers import AutoModel, BertForMaskedLM, LlamaForCausalLM, LlamaModel, ViTImageProcessorPil
+
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime import SpecDefLinear, load_model, load_tokenizer
+
+
+@pytest.mark.parametrize(("family", "cls"), [("llama", LlamaForCausalLM), ("bert", BertForMaskedLM)])
+def test_base_and_hardened_directories_load_as_their_architecture(poisoned: Path, family: str, cls: type) -> None:
+    base, model = load_model(poisoned / f"{family}-base"), load_model(poisoned / family)
+    assert type(base) is type(model) is cls
+    assert swapped(base) == []
+    assert len(swapped(model)) == 4
+    assert difference(model, base) < 1e-4
+    assert not model.training
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModel", AutoModel, LlamaModel])
+def test_class_dtype_and_device_can_be_chosen(directories: Path, auto_class: Any) -> None:
+    model = load_model(str(directories / "llama"), auto_class=auto_class, dtype=torch.bfloat16, device="cpu")
+    assert type(model) is LlamaModel
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+
+
+def test_dtype_is_the_stored_one_by_default(directories: Path, tmp_path: Path) -> None:
+    load_model(directories / "llama", dtype="bfloat16").save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == torch.bfloat16
+
+
+def _only_pickles(directory: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[..., None], tuple[str, str]]:
+            return Path.write_text, (directory / "exploded", "")  # type: ignore[return-value]
+
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+def _needs_its_own_code(directory: Path) -> None:
+    edit_config(directory, lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.MineConfig"}))
+    (directory / "mine.py").write_text("raise SystemExit('run')")
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem", "hint"),
+    [
+        (lambda at: (at / "config.json").unlink(), "has no config.json", "directory"),
+        (_only_pickles, "safetensors", "pickled weights"),
+        (_needs_its_own_code, "custom code", "--trust-remote-code"),
+        (lambda at: edit_config(at, lambda c: c.update(architectures=None)), "names no architectures", "config.json"),
+        (lambda at: edit_config(at, lambda c: c.update(architectures=["NewForLM"])), "'NewForLM'", "Install"),
+        (
+            lambda at: edit_tensors(at, lambda t: t.pop("model.layers.0.mlp.down_proj.inflated.weight")),
+            "model.layers.0.mlp.down_proj.inflated.weight is missing",
+            "harden the base model again",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line_and_a_hint(
+    directories: Path, tmp_path: Path, damage: Callable[[Path], None], problem: str, hint: str
+) -> None:
+    at = tmp_path / "llama"
+    shutil.copytree(directories / "llama", at)
+    damage(at)
+    with pytest.raises(SpecDefError) as raised:
+        load_model(at)
+    assert problem in raised.value.problem
+    assert str(at) in raised.value.problem
+    assert "\n" not in raised.value.problem
+    assert hint in raised.value.hint
+    assert not (at / "exploded").exists()
+
+
+def test_tokenizers_and_image_processors(directories: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(directories / "llama")("w3 w9")["input_ids"] == [3, 9]
+    assert load_tokenizer(directories / "gpt2") is None
+    shutil.copytree(directories / "vit", tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    assert load_tokenizer(tmp_path / "vit").size["height"] == 8
+    (tmp_path / "broken").mkdir()
+    shutil.copy(directories / "llama" / "config.json", tmp_path / "broken")
+    (tmp_path / "broken" / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Nothing"}))
+    with pytest.raises(SpecDefError, match="broken"):
+        load_tokenizer(tmp_path / "broken")
+
+
+@given(n=st.integers(2, 12), m=st.integers(2, 12), bias=st.booleans(), seed=st.integers(0, 2**16))
+@settings(max_examples=30, deadline=None)
+def test_layer_is_the_linear_layer_that_it_replaces(n: int, m: int, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    linear = torch.nn.Linear(n, m, bias=bias, dtype=torch.float64)
+    layer = SpecDefLinear(n, m, bias, dtype=torch.float64)
+    inflated, compensation = factors(linear.weight.detach())
+    state = {"weight": torch.zeros(1), "inflated.weight": inflated, "compensation.weight": compensation}
+    layer.load_state_dict(state | ({"compensation.bias": linear.bias.detach()} if bias else {}), strict=True)
+    x = torch.randn(2, 3, n, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), linear(x))
+    assert (layer.in_features, layer.out_features) == (n, m)
+    assert (layer.bias is None) == (linear.bias is None)
+    spectrum, original = (torch.linalg.svdvals(weight) for weight in (layer.inflated.weight, linear.weight))
+    k = min(TOP_K, len(original))
+    torch.testing.assert_close(spectrum[:k], ALPHA * original[:k])
