@@ -38,7 +38,9 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 INFORMED = ("collapse", "rebalance")
 
 
-def measure(base: Path, hardened: Path, group: str, out: Path, steps: int, optimizer: str, rates: str | None) -> AttackReport:
+def measure(
+    base: Path, hardened: Path, group: str, out: Path, steps: int, optimizer: str, rates: str | None
+) -> AttackReport:
     """All learning rates of one group, on the control and on the hardened model."""
     first, last = map(int, rates.split(":")) if rates else (0, 1)
     return attack(
