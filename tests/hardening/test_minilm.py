@@ -46,6 +46,11 @@ def embeddings(directory: Path, dtype: torch.dtype | None = None) -> torch.Tenso
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
+def cosines(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """One for each sentence."""
+    return (left * right).sum(-1)
+
+
 @pytest.fixture(scope="module")
 def base_embeddings(minilm: Path) -> Callable[[torch.dtype], torch.Tensor]:
     made: dict[torch.dtype, torch.Tensor] = {}
@@ -71,19 +76,22 @@ def test_sentence_embeddings_are_kept(
     result = harden(HardenOptions(str(minilm), tmp_path / "out", method="insert", alpha=alpha, dtype=dtype))
     assert result is not None
     assert len(result.manifest.inserted) == 12
-    found = embeddings(tmp_path / "out")
-    same_dtype = base_embeddings(getattr(torch, dtype or "float32"))
     in_float32 = base_embeddings(torch.float32)
-    cosine, to_float32, rounding = (
-        float((left * right).sum(-1).min())
-        for left, right in ((found, same_dtype), (found, in_float32), (same_dtype, in_float32))
+    stored = cosines(embeddings(tmp_path / "out", torch.float32), in_float32)
+    computed = cosines(embeddings(tmp_path / "out"), in_float32)
+    rounding = cosines(base_embeddings(getattr(torch, dtype or "float32")), in_float32)
+    figures = (
+        f"cosine to the base, least {float(stored.min()):.6f}, mean {float(stored.mean()):.6f}; computed in the stored "
+        f"dtype {float(computed.min()):.6f}, {float(computed.mean()):.6f} (the base itself in that dtype: "
+        f"{float(rounding.min()):.6f}, {float(rounding.mean()):.6f})"
     )
-    figures = f"least cosine to the base in its dtype {cosine:.7f}, in float32 {to_float32:.7f} (base: {rounding:.7f})"
     record_property(f"{dtype or 'float32'} alpha {alpha:g}", figures)
     print(f"{dtype or 'float32'} alpha {alpha:g}: {figures}")
-    assert cosine >= 0.9999
-    # What is not preserved is no more than what storing the base in that dtype costs anyway, twice over.
-    assert 1 - to_float32 <= 3 * (1 - rounding) + 1e-6
+    assert float(stored.min()) >= 0.9999
+    # bfloat16 activations alone cost single sentences up to 1e-4, on the base too and more on some processors than on
+    # others; so here it is the mean that must hold, and no sentence may lose much more than rounding took from the base.
+    assert float(computed.mean()) >= 0.9999
+    assert 1 - float(computed.min()) <= 3 * (1 - float(rounding.min())) + 1e-6
 
 
 def test_collapse_gives_the_trained_weights_back(minilm: Path, tmp_path: Path) -> None:
@@ -91,5 +99,4 @@ def test_collapse_gives_the_trained_weights_back(minilm: Path, tmp_path: Path) -
     assert collapse(CollapseOptions(str(tmp_path / "out"), tmp_path / "back")) is not None
     for name in ("tokenizer.json", "1_Pooling/config.json", "modules.json", "sentence_bert_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (minilm / name).read_bytes()
-    cosine = (embeddings(tmp_path / "back") * embeddings(minilm)).sum(-1)
-    assert float(cosine.min()) >= 1 - 1e-9
+    assert float(cosines(embeddings(tmp_path / "back"), embeddings(minilm)).min()) >= 1 - 1e-9
