@@ -89,7 +89,7 @@ def test_sentence_embeddings_are_kept(
     print(f"{dtype or 'float32'} alpha {alpha:g}: {figures}")
     assert float(stored.min()) >= 0.9999
     # bfloat16 activations alone cost single sentences up to 1e-4, on the base too and more on some processors than on
-    # others; so here it is the mean that must hold, and no sentence may lose much more than rounding took from the base.
+    # others; so here the mean must hold, and no sentence may lose much more than rounding took from the base.
     assert float(computed.mean()) >= 0.9999
     assert 1 - float(computed.min()) <= 3 * (1 - float(rounding.min())) + 1e-6
 
