@@ -216,3 +216,18 @@ def test_the_package_is_imported_without_torch() -> None:
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     )
     assert process.stdout == "False False\n"
+
+
+def test_every_public_name_is_there_and_imported_on_its_first_use_only() -> None:
+    lines = [
+        "import sys, specdef_cli",
+        "assert not {'torch', 'transformers'} & set(sys.modules)",
+        "missing = [name for name in specdef_cli.__all__ if getattr(specdef_cli, name, None) is None]",
+        "assert not missing, missing",
+        "print(specdef_cli.harden.__module__, set(specdef_cli.__all__) <= set(dir(specdef_cli)))",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["specdef_cli.hardening.run", "True"]
