@@ -87,6 +87,7 @@ class AttackOptions:
         expansions: Ways to grow the model first; each is attacked next to the plain ones.
         freeze_compensation: Attack also with every compensation layer frozen.
         collapse: Attack the collapsed model with every recipe, and not only the first.
+        rebalance: The same for the rebalanced model (a fold).
         train: Globs of parameter names; where given, only these train. Hardened layers answer to their original names
             too.
         dtype: The dtype of training. float32 unless memory forbids: in bfloat16, small rates round to nothing, which
@@ -123,6 +124,7 @@ class AttackOptions:
     expansions: tuple[Expansion, ...] = ()
     freeze_compensation: bool = False
     collapse: bool = False
+    rebalance: bool = False
     train: tuple[str, ...] = ()
     dtype: Dtype = "float32"
     trust_remote_code: bool = False

@@ -154,19 +154,25 @@ def _control(options: AttackOptions, directory: Path, manifest: Manifest | None)
 
 
 def _check_variants(options: AttackOptions, manifest: Manifest | None) -> None:
-    asked = [f"--expansion {expansion.kind}" for expansion in options.expansions]
-    asked += ["--freeze-compensation"] * options.freeze_compensation + ["--collapse"] * options.collapse
-    if not asked or (manifest is not None and manifest.inserted):
-        return
-    if manifest is None:
+    grown = [f"--expansion {expansion.kind}" for expansion in options.expansions]
+    grown += ["--freeze-compensation"] * options.freeze_compensation + ["--collapse"] * options.collapse
+    asked = grown + ["--rebalance"] * options.rebalance
+    if manifest is None and asked:
         raise SpecDefError(
             f"{options.model} is not hardened by this package, so {asked[0]} has nothing to work on",
             "Leave the flag out, or give a hardened directory.",
         )
-    raise SpecDefError(
-        f"{options.model} was hardened by folding, which has no inserted layers for {asked[0]}",
-        "Leave the flag out; the informed attack on a fold is rebalancing its pairs.",
-    )
+    if manifest is not None and grown and not manifest.inserted:
+        raise SpecDefError(
+            f"{options.model} was hardened by folding, which has no inserted layers for {grown[0]}",
+            "Leave the flag out; the informed attack on a fold is --rebalance, which is always among the attacks.",
+        )
+    if manifest is not None and options.rebalance and not manifest.folded:
+        raise SpecDefError(
+            f"{options.model} has no folded pair for --rebalance",
+            "Leave the flag out; the informed attack on inserted layers is --collapse, which is always among the "
+            "attacks.",
+        )
 
 
 def _task(options: AttackOptions, directory: Path) -> tuple[Task, int]:
@@ -224,11 +230,6 @@ def _assumed(options: AttackOptions, plan: tuple[RunSpec, ...], control: str, da
 
 def _notes(options: AttackOptions, manifest: Manifest | None, report: AttackReport) -> tuple[str, ...]:
     notes = []
-    if manifest is not None and not manifest.inserted:
-        notes.append(
-            "No attack here knew the construction. Rebalancing rows and columns undoes a fold from the weights alone: "
-            "nothing in this report bounds an attacker who looks."
-        )
     if len(options.seeds) == 1:
         notes.append("One seed: differences of a few thousandths of a nat are noise.")
     if options.dtype != "float32":

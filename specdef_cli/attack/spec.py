@@ -17,7 +17,9 @@ from specdef_cli.attack.options import Recipe, Schedule, Task
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 
 Subject = Literal["control", "model"]
-VariantKind = Literal["plain", "collapse", "freeze-compensation", "freeze-pair", "width", "depth", "inject"]
+VariantKind = Literal[
+    "plain", "collapse", "rebalance", "freeze-compensation", "freeze-pair", "width", "depth", "inject"
+]
 Knowledge = Literal["none", "construction", "growth"]
 
 RUN_FORMAT = 1
@@ -26,6 +28,7 @@ RUN_FORMAT = 1
 _KNOWLEDGE: dict[VariantKind, Knowledge] = {
     "plain": "none",
     "collapse": "construction",
+    "rebalance": "construction",
     "freeze-compensation": "construction",
     "freeze-pair": "construction",
     "width": "growth",
@@ -61,6 +64,8 @@ class Variant:
                 return ""
             case "collapse":
                 return "collapsed"
+            case "rebalance":
+                return "rebalanced"
             case "freeze-compensation":
                 return "compensation frozen"
             case "freeze-pair":

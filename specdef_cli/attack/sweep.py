@@ -103,7 +103,7 @@ def default_sweep(
     for recipe in recipes:
         plan += runs("model", plain, recipe, swept)
     for variant in informed_variants(manifest):
-        for recipe in recipes if options.collapse else recipes[:1]:
+        for recipe in recipes if options.collapse or options.rebalance else recipes[:1]:
             plan += runs("model", variant, recipe, usual)
     if options.freeze_compensation:
         # It is the compensation, which reads α-fold activations, that needs small rates. Without it the usual ones do.

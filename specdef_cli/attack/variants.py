@@ -1,26 +1,27 @@
 """From the name of an attack variant to the surgery that it means.
 
 A new informed attack takes three lines: a kind in :data:`specdef_cli.attack.spec.VariantKind` (with its knowledge and
-label), a row in the table here, and its place in :func:`informed_variants`. Rebalancing, which undoes a fold, belongs
-here and is not written yet.
+label), a row in the table here, and its place in :func:`informed_variants`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from specdef_cli.attack import expansions
+from specdef_cli.attack.rebalance import rebalance
 from specdef_cli.attack.results import Growth
 from specdef_cli.attack.spec import Variant, VariantKind
 from specdef_cli.checkpoint.manifest import Manifest
 
-Surgery = Callable[[nn.Module, Variant, int], Growth]
+Surgery = Callable[[PreTrainedModel, Variant, int], Growth]
 """(model, variant, seed) → what it cost; the model is changed in place."""
 
 SURGERY: Mapping[VariantKind, Surgery] = {
     "collapse": lambda model, _variant, _seed: expansions.collapse(model),
+    "rebalance": lambda model, _variant, _seed: rebalance(model),
     "freeze-compensation": lambda model, _variant, _seed: expansions.freeze_compensation(model),
     "freeze-pair": lambda model, _variant, _seed: expansions.freeze_pair(model),
     "width": lambda model, variant, seed: expansions.widen(model, variant.factor or 2.0, seed=seed),
@@ -29,7 +30,7 @@ SURGERY: Mapping[VariantKind, Surgery] = {
 }
 
 
-def apply_variant(model: nn.Module, variant: Variant, seed: int) -> Growth | None:
+def apply_variant(model: PreTrainedModel, variant: Variant, seed: int) -> Growth | None:
     """Change ``model`` in place as ``variant`` says; ``None`` for the plain one.
 
     Raises:
@@ -40,6 +41,7 @@ def apply_variant(model: nn.Module, variant: Variant, seed: int) -> Growth | Non
 
 def informed_variants(manifest: Manifest | None) -> tuple[Variant, ...]:
     """The attacks by whoever knows the construction that belong in every report on a model hardened like this."""
-    if manifest is not None and manifest.inserted:
-        return (Variant("collapse"),)
-    return ()
+    if manifest is None:
+        return ()
+    # Rebalancing collapses inserted layers first, so that it is the stronger one where a model has both.
+    return (Variant("rebalance" if manifest.folded else "collapse"),)

@@ -66,6 +66,9 @@ def attack_command(
     collapse: Annotated[
         bool, typer.Option("--collapse", help="Attack the collapsed model with every recipe, not only the first.")
     ] = False,
+    rebalance: Annotated[
+        bool, typer.Option("--rebalance", help="The same for the rebalanced model: what undoes a fold.")
+    ] = False,
     train: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Train only these parameters (repeatable).")
     ] = None,
@@ -137,6 +140,7 @@ def attack_command(
         expansions=tuple(expansions),
         freeze_compensation=freeze_compensation,
         collapse=collapse,
+        rebalance=rebalance,
         train=tuple(train or ()),
         dtype=dtype,
         trust_remote_code=trust_remote_code,

@@ -66,11 +66,11 @@ def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
     """
     target = tensor if part.block is None else tensor[part.block]
     axis = part.axis if part.block is None else part.axis - 1
-    factors = torch.tensor([2.0**exponent for exponent in part.exponents], dtype=torch.float64)
+    factors = torch.tensor([2.0**exponent for exponent in part.exponents], dtype=torch.float64, device=tensor.device)
     if part.indices is None:
         old, index = target, None
     else:
-        index = torch.tensor(part.indices)
+        index = torch.tensor(part.indices, device=tensor.device)
         old = target.index_select(axis, index)
         factors = factors.reshape([-1 if dimension == axis else 1 for dimension in range(target.dim())])
     wanted = old.double() * factors

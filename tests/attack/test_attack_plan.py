@@ -86,9 +86,9 @@ def test_rates_given_hold_for_all() -> None:
     assert all(group == {(1e-4, 0), (1e-4, 1), (3e-6, 0), (3e-6, 1)} for group in groups.values())
 
 
-def test_a_fold_is_swept_by_its_exponents_and_has_nothing_to_collapse() -> None:
+def test_a_fold_is_swept_by_its_exponents_and_always_rebalanced() -> None:
     runs = plan(FOLD)
-    assert {run.variant.kind for run in runs} == {"plain"}
+    assert {run.variant.kind for run in runs} == {"plain", "rebalance"}
     assert min(run.learning_rate for run in runs) < 1e-2 / 2**20
 
 
