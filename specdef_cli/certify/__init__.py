@@ -1,0 +1,1 @@
+"""Checks of a hardened checkpoint against its base: what was promised, measured."""

@@ -1,0 +1,350 @@
+"""Lower bounds of σ₁: never above the measured value, the closed forms, and how each grows with α."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdef_cli.attack.expansions import deepen
+from specdef_cli.certify.bound import compensation_bounds, exclusive_parameters, path_bound
+from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainable
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.run import harden
+from specdef_cli.runtime import SpecDefLinear, load_model
+from specdef_cli.spectral.bound import SingularSubspace, product_bound
+
+REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
+
+
+@pytest.fixture(scope="module")
+def setting() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPRODUCE))
+        return importlib.import_module("setting")
+
+
+def mlp(widths: list[int], seed: int, examples: int = 5) -> tuple[nn.Sequential, Loss]:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for index in range(len(widths) - 1):
+        layers += [nn.Linear(widths[index], widths[index + 1]), nn.Tanh()]
+    model = nn.Sequential(*layers[:-1]).double()
+    inputs = torch.randn(examples, widths[0], dtype=torch.float64)
+    targets = torch.randn(examples, widths[-1], dtype=torch.float64)
+    return model, lambda: nn.functional.mse_loss(model(inputs), targets)
+
+
+def llama() -> tuple[LlamaForCausalLM, Loss]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    tokens = torch.randint(0, 12, (2, 6))
+    return model, model_loss(model, {"input_ids": tokens, "labels": tokens})
+
+
+def subspaces(left: Tensor, right: Tensor) -> tuple[SingularSubspace, SingularSubspace]:
+    """All singular pairs of dense A [p, m] and C [n, q], one position."""
+    _, values_left, vectors_left = torch.linalg.svd(left, full_matrices=False)
+    vectors_right, values_right, _ = torch.linalg.svd(right, full_matrices=False)
+    return SingularSubspace(values_left, vectors_left[:, None]), SingularSubspace(
+        values_right, vectors_right.mT[:, None]
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.tuples(*[st.integers(1, 6)] * 4), seed=st.integers(0, 10**6), alpha=st.floats(1, 1e6))
+def test_the_product_never_exceeds_what_it_bounds(sizes: tuple[int, int, int, int], seed: int, alpha: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    outer, m, n, inner = sizes
+    left, weight, right = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((outer, m), (m, n), (n, inner))
+    )
+    weight[0] *= alpha
+    bound = product_bound(*_around(weight, left, right))
+    truth = float(torch.linalg.matrix_norm(left @ weight @ right, 2))
+    assert 0 < bound.value <= truth * (1 + 1e-9)
+    assert bound.value == pytest.approx(
+        bound.sigma_left * bound.sigma_weight * bound.alignment * bound.sigma_right, rel=1e-9
+    )
+    # The module's third step, which is what makes angles sufficient.
+    second = float(torch.linalg.svdvals(weight)[1]) if min(m, n) > 1 else 0.0
+    sines = math.sqrt(max(0.0, 1 - bound.cosine_left**2)) * math.sqrt(max(0.0, 1 - bound.cosine_right**2))
+    promised = bound.cosine_left * bound.cosine_right - second / bound.sigma_weight * sines
+    assert bound.alignment >= promised - 1e-9
+
+
+def _around(weight: Tensor, left: Tensor, right: Tensor) -> tuple[SingularSubspace, Tensor, SingularSubspace]:
+    before, after = subspaces(left, right)
+    return before, weight, after
+
+
+def test_the_product_is_attained_where_the_singular_vectors_meet() -> None:
+    left, weight, right = (torch.diag(torch.tensor(v, dtype=torch.float64)) for v in ([5.0, 1], [7.0, 2], [3.0, 1]))
+    bound = product_bound(*_around(weight, left, right))
+    assert bound.value == pytest.approx(105)
+    assert (bound.rank_left, bound.rank_right) == (1, 1)
+    assert (bound.alignment, bound.cosine_left, bound.cosine_right) == pytest.approx((1, 1, 1))
+
+
+def test_a_higher_rank_wins_where_the_leading_vectors_miss() -> None:
+    # A's leading right vector is orthogonal to what B sends; its second is not.
+    left = torch.diag(torch.tensor([5.0, 2.0], dtype=torch.float64))
+    weight = torch.diag(torch.tensor([0.0, 7.0], dtype=torch.float64))
+    bound = product_bound(*_around(weight, left, torch.eye(2, dtype=torch.float64)))
+    assert bound.value == pytest.approx(14)
+    assert (bound.rank_left, bound.sigma_left) == (2, pytest.approx(2))
+
+
+def test_cosines_alone_do_not_bound() -> None:
+    epsilon = 0.1
+    half = math.sqrt(0.5)
+    left = torch.tensor([[half, half]], dtype=torch.float64)
+    right = torch.tensor([[half], [-half]], dtype=torch.float64)
+    bound = product_bound(*_around(torch.diag(torch.tensor([1, 1 - epsilon], dtype=torch.float64)), left, right))
+    assert bound.literal == pytest.approx(0.5)
+    assert bound.value == pytest.approx(epsilon / 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    widths=st.lists(st.integers(2, 6), min_size=3, max_size=5),
+    seed=st.integers(0, 10**6),
+    exponent=st.floats(0, 6),
+    top_k=st.integers(1, 3),
+    gauge=st.sampled_from(("rotated", "symmetric")),
+    data=st.data(),
+)
+def test_bounds_of_random_mlps_hold(
+    setting: ModuleType,
+    widths: list[int],
+    seed: int,
+    exponent: float,
+    top_k: int,
+    gauge: str,
+    data: st.DataObject,
+) -> None:
+    model, loss = mlp(widths, seed)
+    layer = str(2 * data.draw(st.integers(0, len(widths) - 2)))
+    setting.insert(model, (layer,), 10**exponent, top_k, gauge)
+    measured = hessian_top(loss, list(model.parameters()), tolerance=1e-6, max_products=300)
+    compensation = compensation_bounds(model, loss)[layer]
+    assert 0 < compensation.value <= measured.value * (1 + 1e-5)
+    path = path_bound(model, loss, layer)
+    assert (path is None) == (layer == "0")
+    if path is not None:
+        assert 0 < path.value <= measured.value * (1 + 1e-5)
+        assert path.product.value <= path.value * (1 + 1e-3)
+
+
+def test_compensation_bound_by_hand(setting: ModuleType) -> None:
+    # y = αw·x, z = c·y, loss = mean over examples of (z − t)²: ∂²loss/∂c² = 2·mean(y²), and the bound is all of it.
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    inputs = torch.tensor([[1.0], [2.0], [-3.0]], dtype=torch.float64)
+    setting.insert(model, ("0",), 100.0, 1)
+    with torch.no_grad():
+        model[0].inflated.weight.fill_(50.0)
+    bound = compensation_bounds(model, lambda: model(inputs).square().mean())["0"]
+    assert bound.value == pytest.approx(2 * 50.0**2 * 14 / 3)
+    assert bound.sigma_inflated == pytest.approx(50)
+    assert bound.context == pytest.approx(2 * 14 / 3)
+
+
+def test_compensation_bound_is_the_dense_block_s_own_rayleigh_quotient(setting: ModuleType) -> None:
+    model, _ = llama()
+    pair = next(iter(setting.insert(model, ("model.layers.0.mlp.down_proj",), 30.0, 1).values()))
+    weight = pair.compensation.weight
+
+    def of_compensation(value: Tensor) -> Tensor:
+        output = torch.func.functional_call(
+            model, {"model.layers.0.mlp.down_proj.compensation.weight": value}, kwargs=batch
+        )
+        return output.loss
+
+    tokens = torch.randint(0, 12, (2, 6), generator=torch.Generator().manual_seed(5))
+    batch = {"input_ids": tokens, "labels": tokens}
+    dense = torch.autograd.functional.hessian(of_compensation, weight.detach())  # [m, m, m, m]
+    direction = torch.linalg.svd(pair.inflated.weight.detach())[0][:, 0]
+    compressed = torch.einsum("aibj,i,j->ab", dense, direction, direction)
+    expected = float(torch.linalg.eigvalsh(compressed).abs().max())
+    found = compensation_bounds(model, model_loss(model, batch))["model.layers.0.mlp.down_proj"]
+    assert found.value == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_path_block_factors_exactly(setting: ModuleType) -> None:
+    """uᵀABC'v at the bound's vectors cannot exceed the dense block's σ₁, and with full rank it comes close."""
+    model, loss = mlp([3, 4, 3], seed=3, examples=2)
+    setting.insert(model, ("2",), 20.0, 1)
+    names = list(trainable(model))
+    parameters = list(trainable(model).values())
+    gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
+    by_compensation = gradients[names.index("2.compensation.weight")].flatten()
+    before = [parameter for name, parameter in trainable(model).items() if name.startswith("0.")]
+    rows = [torch.autograd.grad(entry, before, retain_graph=True) for entry in by_compensation]
+    block = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    truth = float(torch.linalg.matrix_norm(block, 2))
+    bound = path_bound(model, loss, "2")
+    assert bound is not None
+    assert bound.before == ("0.weight", "0.bias")
+    assert 0.2 * truth < bound.value <= truth * (1 + 1e-9)
+
+
+def test_what_reaches_a_transformer_layer_only(setting: ModuleType) -> None:
+    model, loss = llama()
+    setting.insert(model, ("*.o_proj", "*.down_proj", "*.q_proj"), 10.0, 1)
+    layer = "model.layers.1"
+    assert set(exclusive_parameters(model, loss, f"{layer}.mlp.down_proj")) == {
+        f"{layer}.mlp.gate_proj.weight",
+        f"{layer}.mlp.up_proj.weight",
+        f"{layer}.post_attention_layernorm.weight",
+    }
+    assert set(exclusive_parameters(model, loss, f"{layer}.self_attn.o_proj")) == {
+        f"{layer}.self_attn.q_proj.inflated.weight",
+        f"{layer}.self_attn.q_proj.compensation.weight",
+        f"{layer}.self_attn.k_proj.weight",
+        f"{layer}.self_attn.v_proj.weight",
+        f"{layer}.input_layernorm.weight",
+    }
+    assert path_bound(model, loss, f"{layer}.self_attn.q_proj") is None
+
+
+def test_how_everything_grows_with_alpha(setting: ModuleType) -> None:
+    """σ₁ and the compensation's bound as α², Theorem 3's block as α, and nothing once the compensations are frozen."""
+    alphas = (1e3, 1e4, 1e5)
+    measured, compensation, path, frozen, contexts = [], [], [], [], []
+    for alpha in alphas:
+        model, loss = llama()
+        pairs = setting.insert(model, ("*.o_proj", "*.down_proj"), alpha, 1)
+        measured.append(hessian_top(loss, list(model.parameters())).value)
+        bounds = compensation_bounds(model, loss)
+        assert set(bounds) == set(pairs)
+        best = max(bounds.values(), key=lambda bound: bound.value)
+        compensation.append(best.value)
+        contexts.append(best.context)
+        bound = path_bound(model, loss, best.layer)
+        assert bound is not None
+        path.append(bound.value)
+        for pair in pairs.values():
+            pair.compensation.weight.requires_grad_(False)
+        assert compensation_bounds(model, loss) == {}
+        assert path_bound(model, loss, best.layer) is None
+        frozen.append(hessian_top(loss, list(trainable(model).values())).value)
+        assert best.value <= measured[-1]
+        assert path[-1] <= measured[-1]
+    slope = setting.slope
+    assert slope(alphas, measured) == pytest.approx(2, abs=0.01)
+    assert slope(alphas, compensation) == pytest.approx(2, abs=0.01)
+    assert slope(alphas, path) == pytest.approx(1, abs=0.05)
+    assert slope(alphas, frozen) == pytest.approx(0, abs=0.01)
+    assert max(contexts) / min(contexts) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("factors", [2, 3])
+def test_deepening_grows_with_the_number_of_factors(setting: ModuleType, factors: int) -> None:
+    """Theorem 8 lowers each factor's σ₁ to α^{1/N}; the last factor's block of the Hessian sees the product of the
+    others, α^{2(N−1)/N}, because the frozen compensation lets some directions of its change through unshrunk.
+    """
+    alphas, measured = (1e4, 1e5, 1e6), []
+    for alpha in alphas:
+        model, loss = llama()
+        setting.insert(model, ("*.o_proj", "*.down_proj"), alpha, 1)
+        deepen(model, factors)
+        measured.append(hessian_top(loss, list(trainable(model).values())).value)
+    assert setting.slope(alphas, measured) == pytest.approx(2 * (factors - 1) / factors, abs=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
+def test_a_directory_that_was_hardened(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Stored and loaded in float32, as `specdef certify` meets it, against the same in float64."""
+    alpha = 1e3
+    harden(HardenOptions(str(tiny_model(family)), tmp_path / "hardened", method="insert", alpha=alpha, top_k=1))
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        model = load_model(tmp_path / "hardened", dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, 96, (2, 8), generator=generator)
+        pixels = torch.randn(2, 3, 16, 16, generator=generator)
+        batch = (
+            {"pixel_values": pixels.to(dtype), "labels": torch.tensor([1, 3])}
+            if family == "vit"
+            else {"input_ids": tokens, "labels": tokens}
+        )
+        loss = model_loss(model, batch)
+        measured = hessian_top(loss, list(model.parameters()))
+        bounds = compensation_bounds(model, loss)
+        path = path_bound(model, loss, max(bounds), rank=2)
+        assert measured.converged
+        assert len(bounds) == 4
+        assert all(bound.value <= measured.value * 1.001 for bound in bounds.values())
+        assert path is not None
+        assert 0 < path.value <= measured.value
+        found[dtype] = (measured.value, max(bound.value for bound in bounds.values()))
+    assert found[torch.float32] == pytest.approx(found[torch.float64], rel=1e-3)
+    # α² shows: the bound is most of what is measured, and both are far above the base model's.
+    base = load_model(tiny_model(family), dtype=torch.float64)
+    original = hessian_top(model_loss(base, batch), list(base.parameters())).value
+    assert found[torch.float64][1] > 1e3 * original
+    assert found[torch.float64][1] > 0.05 * found[torch.float64][0]
+
+
+def test_a_layer_that_does_not_run_bounds_nothing_and_one_that_runs_twice_is_refused(setting: ModuleType) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.idle = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+            self.times = 1
+
+        def forward(self, value: Tensor) -> Tensor:
+            for _ in range(self.times):
+                value = self.shared(value)
+            return value
+
+    model = Twice()
+    setting.insert(model, ("*",), 10.0, 1)
+    inputs = torch.ones(3, 2, dtype=torch.float64)
+    bounds = compensation_bounds(model, lambda: model(inputs).square().mean())
+    assert bounds["idle"].value == 0
+    assert bounds["shared"].value > 0
+    model.times = 2
+    with pytest.raises(SpecDefError, match="shared runs 2 times"):
+        compensation_bounds(model, lambda: model(inputs).square().mean())
+
+
+def test_hooks_are_gone_afterwards(setting: ModuleType) -> None:
+    model, loss = mlp([3, 4, 2], seed=0)
+    setting.insert(model, ("2",), 10.0, 1)
+    before = loss().item()
+    compensation_bounds(model, loss)
+    path_bound(model, loss, "2")
+    pairs = [module for module in model.modules() if isinstance(module, SpecDefLinear)]
+    assert not any(
+        hooks
+        for pair in pairs
+        for module in (pair, pair.inflated, pair.compensation)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    )
+    assert loss().item() == before
+
+
+def test_a_layer_that_is_not_hardened_is_refused(setting: ModuleType) -> None:
+    model, loss = mlp([3, 4, 2], seed=0)
+    with pytest.raises(SpecDefError):
+        compensation_bounds(model, loss)
+    setting.insert(model, ("2",), 10.0, 1)
+    with pytest.raises(SpecDefError, match="0 is not a hardened layer") as raised:
+        path_bound(model, loss, "0")
+    assert "2" in raised.value.hint
