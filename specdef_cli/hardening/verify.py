@@ -14,13 +14,12 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import load_model
+from specdef_cli.runtime import load_model, without_progress_bars
 
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
 LOGITS_TOLERANCE = 0.05
@@ -159,13 +158,8 @@ def model_outputs(model: PreTrainedModel) -> Tensor:
 
 
 def _outputs(directory: Path, dtype: torch.dtype | None, device: str | None, loading: dict[str, Any]) -> Tensor:
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
-    try:
+    with without_progress_bars():
         model = load_model(directory, dtype=dtype, device=device, **loading).eval()
-    finally:
-        if bars:
-            transformers.logging.enable_progress_bar()
     outputs = model_outputs(model)
     del model
     gc.collect()

@@ -7,6 +7,8 @@ it: the package's own registration reads hardened directories.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,18 @@ def load_model(
         # What transformers says of unknown model types, absent safetensors files and code it may not run.
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SpecDefError(f"{directory} cannot be loaded: {reason}", _hint(path)) from error
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every model that is loaded."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:

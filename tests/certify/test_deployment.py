@@ -1,0 +1,266 @@
+"""Deployment figures: a copy keeps everything, a fold loses what it must, and adapters carry over exactly."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from tiny_families import write_case
+from transformers import PreTrainedModel
+
+from specdef_cli.certify import formats
+from specdef_cli.certify.adapters import attach_adapter, block_linears
+from specdef_cli.certify.deployment import DeploymentFigure, judge, measure_deployment, token_batch
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.run import harden
+from specdef_cli.runtime import SpecDefLinear, load_model
+
+TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model"
+LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "nf4-double": "bitsandbytes"} | dict.fromkeys(
+    ("q8_0", "q4_0", "q4_k"), "gguf"
+)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    text = Path(textwrap.__file__).read_text(encoding="utf-8")
+    return token_batch(TINY_LLAMA, text, sequences=2, length=128)
+
+
+@pytest.fixture(scope="module")
+def fold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fold") / "hardened"
+    harden(HardenOptions(str(TINY_LLAMA), out, method="fold", profile="coverage", verify=False))
+    return out
+
+
+@pytest.fixture(scope="module")
+def insert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("insert") / "hardened"
+    harden(HardenOptions(str(TINY_LLAMA), out, method="insert", alpha=1e4, top_k=25, verify=False))
+    return out
+
+
+def one(base: Path, hardened: Path, tokens: torch.Tensor | None, name: str) -> DeploymentFigure:
+    return measure_deployment(base, hardened, tokens, [name])[0]
+
+
+def copied(directory: Path, out: Path) -> Path:
+    shutil.copytree(directory, out)
+    return out
+
+
+def test_an_unhardened_copy_keeps_everything_to_the_last_bit(tmp_path: Path, tokens: torch.Tensor) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("gguf")
+    seen: list[DeploymentFigure] = []
+    figures = measure_deployment(TINY_LLAMA, copied(TINY_LLAMA, tmp_path / "copy"), tokens, on_figure=seen.append)
+    assert [figure.format for figure in figures] == list(formats.DEFAULT_FORMATS)
+    assert list(figures) == seen
+    for figure in figures:
+        assert figure.status == "kept", figure
+        assert figure.base == figure.hardened, figure
+    by_name = {figure.format: figure.base for figure in figures}
+    # No format left the model as it was.
+    for name in set(by_name) - {"float32"}:
+        assert by_name[name] != by_name["float32"], name
+
+
+def test_the_loss_is_that_of_transformers(tokens: torch.Tensor) -> None:
+    figure = one(TINY_LLAMA, TINY_LLAMA, tokens, "float32")
+    with torch.inference_mode():
+        expected = load_model(TINY_LLAMA)(input_ids=tokens, labels=tokens).loss
+    assert figure.measure == "loss"
+    assert figure.base == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_fold_is_exact_until_its_exponents_leave_the_format(fold: Path, tokens: torch.Tensor) -> None:
+    names = ["float32", "bfloat16", "float16", "kv-float16", "float8-tensor", "lora-merged"]
+    figures = {figure.format: figure for figure in measure_deployment(TINY_LLAMA, fold, tokens, names)}
+    assert figures["float32"].base == figures["float32"].hardened
+    assert figures["bfloat16"].base == figures["bfloat16"].hardened
+    for name in ("float16", "kv-float16"):
+        assert figures[name].base is not None
+        assert (figures[name].hardened, figures[name].status) == (None, "broken")
+    assert figures["float8-tensor"].status == "broken"
+    assert figures["lora-merged"].status == "kept"
+
+
+def test_an_adapter_of_the_base_is_lost(fold: Path, insert: Path, tokens: torch.Tensor) -> None:
+    assert one(TINY_LLAMA, fold, tokens, "lora-of-base").status == "broken"
+    refused = one(TINY_LLAMA, insert, tokens, "lora-of-base")
+    assert (refused.hardened, refused.status) == (None, "broken")
+    assert "SpecDefLinear" in refused.note
+
+
+def test_inserted_layers_keep_their_function_but_not_in_int8(insert: Path, tokens: torch.Tensor) -> None:
+    pytest.importorskip("bitsandbytes")
+    for name, expected in {"kv-float16": "kept", "lora-merged": "kept", "int8": "broken"}.items():
+        assert one(TINY_LLAMA, insert, tokens, name).status == expected, name
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+# Separate and fused tensors, grouped queries, biases; Conv1D, whose weights are transposed; per-head fused.
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [("llama", "fold"), ("phi3", "fold"), ("gpt2-untied", "fold"), ("gpt-neox", "fold"), ("llama", "insert"),
+     ("gpt2", "insert")],
+)  # fmt: skip
+def test_a_carried_adapter_is_the_same_function(case: str, method: str, tmp_path: Path) -> None:
+    base = write_case(case, tmp_path / "base")
+    chosen = {"alpha": 1e3, "top_k": 4} if method == "insert" else {"profile": "coverage"}
+    harden(HardenOptions(str(base), tmp_path / "hardened", method=method, verify=False, **chosen))
+    plain = logits(load_model(base))
+    expected = logits(attach_adapter(load_model(base), base, carried=False))
+    hardened = tmp_path / "hardened"
+    adapted = attach_adapter(load_model(hardened), hardened, carried=True)
+    scale = float((expected - plain).abs().max())
+    assert scale > 0.05
+    torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=2e-3 * scale)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, rtol=0, atol=2e-3 * scale)
+
+
+def test_the_adapter_of_the_base_is_another_function_on_a_fold(tmp_path: Path) -> None:
+    base = write_case("llama", tmp_path / "base")
+    harden(HardenOptions(str(base), tmp_path / "fold", method="fold", profile="coverage", verify=False))
+    expected = logits(attach_adapter(load_model(base), base, carried=False))
+    unchanged = logits(attach_adapter(load_model(tmp_path / "fold"), tmp_path / "fold", carried=False))
+    assert not torch.allclose(unchanged, expected, rtol=0.1, atol=0.1)
+
+
+def test_quantization_reaches_both_factors_and_spares_the_head(insert: Path) -> None:
+    model = load_model(insert)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    formats.quantize_linears(formats.Subject(insert, model), lambda weight: weight + 1)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    layers = dict(block_linears(model))
+    expected = set()
+    for path, layer in layers.items():
+        parts = (".inflated", ".compensation") if isinstance(layer, SpecDefLinear) else ("",)
+        expected |= {f"{path}{part}.weight" for part in parts}
+    assert changed == expected
+    assert len(layers) == 28  # q, k, v, o, gate, up, down in four blocks
+    assert any(isinstance(layer, SpecDefLinear) for layer in layers.values())
+
+
+def test_a_conv1d_is_quantized_along_its_inputs(tmp_path: Path) -> None:
+    base = write_case("gpt2", tmp_path / "base")
+    model = load_model(base)
+    shapes: list[tuple[int, ...]] = []
+
+    def record(weight: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(weight.shape))
+        return weight
+
+    before = logits(model)
+    formats.quantize_linears(formats.Subject(base, model), record)
+    assert shapes[:4] == [(96, 32), (32, 32), (128, 32), (32, 128)]  # [m, n] of qkv, out, fc, proj
+    assert torch.equal(logits(model), before)
+
+
+def cached_logits(model: PreTrainedModel, ids: torch.Tensor, round_states: Callable) -> torch.Tensor:
+    cache = formats.RoundingCache(round_states, model.config)
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=True, past_key_values=cache).logits
+
+
+def test_attention_reads_what_the_cache_holds() -> None:
+    model = load_model(TINY_LLAMA)
+    ids = torch.arange(40).reshape(1, 40)
+    with torch.inference_mode():
+        plain = model(input_ids=ids).logits
+    torch.testing.assert_close(cached_logits(model, ids, lambda states: states), plain, rtol=0, atol=1e-4)
+    # Without values attention adds nothing: what follows a position hangs on its own token alone.
+    silent = cached_logits(model, ids, torch.zeros_like)
+    assert (silent - plain).abs().max() > 1
+    changed = ids.clone()
+    changed[0, 0] = 200
+    torch.testing.assert_close(cached_logits(model, changed, torch.zeros_like)[:, 1:], silent[:, 1:])
+
+
+def test_what_is_no_language_model_is_measured_by_its_outputs(tmp_path: Path) -> None:
+    base = write_case("vit", tmp_path / "base")
+    harden(HardenOptions(str(base), tmp_path / "insert", method="insert", alpha=1e3, top_k=4, verify=False))
+    names = ["float32", "bfloat16", "float8-row", "kv-float16", "lora-merged"]
+    figures = {figure.format: figure for figure in measure_deployment(base, tmp_path / "insert", None, names)}
+    assert {figure.measure for figure in figures.values()} == {"relative error"}
+    assert figures["float32"].base == 0
+    assert figures["float32"].hardened == pytest.approx(0, abs=1e-3)
+    assert figures["float32"].status == figures["lora-merged"].status == "kept"
+    assert 1e-4 < figures["bfloat16"].base < 0.05
+    assert figures["kv-float16"].status == "skipped"
+    assert "cache" in figures["kv-float16"].note
+
+
+def test_a_lost_adapter_would_be_seen(tmp_path: Path) -> None:
+    base = write_case("llama", tmp_path / "base")
+    plain = logits(load_model(base))
+    adapted = logits(attach_adapter(load_model(base), base, carried=False))
+    assert float((adapted - plain).norm() / adapted.norm()) > 0.05
+
+
+def test_what_cannot_be_measured_is_skipped_with_a_reason(
+    tmp_path: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = write_case("mixtral", tmp_path / "experts")
+    stacked = one(experts, experts, None, "float8-row")
+    assert (stacked.status, stacked.base, stacked.hardened) == ("skipped", None, None)
+    assert "stacks experts" in stacked.note
+    monkeypatch.setitem(sys.modules, "gguf.quants", None)
+    missing = one(TINY_LLAMA, TINY_LLAMA, tokens, "q8_0")
+    assert (missing.status, missing.note) == ("skipped", "install specdef-cli[deploy]")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    assert "of memory are free" in one(TINY_LLAMA, TINY_LLAMA, tokens, "float32").note
+    monkeypatch.setattr(formats.shutil, "which", lambda _: None)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    assert "compiler" in one(TINY_LLAMA, TINY_LLAMA, tokens, "compile").note
+
+
+def test_a_base_that_breaks_by_itself_says_nothing_of_the_hardening(
+    fold: Path, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    # The fold stands for a base with such outliers.
+    figure = one(fold, copied(fold, tmp_path / "copy"), tokens, "float16")
+    assert (figure.status, figure.base, figure.hardened) == ("skipped", None, None)
+    assert "base itself" in figure.note
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [(0.0, "kept"), (0.009, "kept"), (-0.009, "kept"), (0.02, "degraded"), (-0.02, "degraded"), (0.68, "degraded"),
+     (0.70, "broken"), (None, "broken")],
+)  # fmt: skip
+def test_the_limits_of_a_loss(difference: float | None, expected: str) -> None:
+    assert judge("loss", 2.0, None if difference is None else 2.0 + difference) == expected
+
+
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecDefError, match="'int7'"):
+        measure_deployment(TINY_LLAMA, TINY_LLAMA, None, ["int7"])
+    with pytest.raises(SpecDefError, match="5 tokens"):
+        token_batch(TINY_LLAMA, "short", length=128)
+    bare = write_case("llama", tmp_path / "bare")
+    with pytest.raises(SpecDefError, match="no tokenizer"):
+        token_batch(bare, "text")
+
+
+@pytest.mark.slow
+def test_a_compiled_fold_keeps_its_loss(fold: Path, tokens: torch.Tensor) -> None:
+    figure = one(TINY_LLAMA, fold, tokens, "compile")
+    if figure.status == "skipped":
+        pytest.skip(figure.note)
+    assert figure.status == "kept"
+    assert figure.hardened == pytest.approx(one(TINY_LLAMA, fold, tokens, "float32").base, abs=1e-4)
