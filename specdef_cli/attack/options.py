@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from specdef_cli.attack.optimizers import optimizer_choice
+from specdef_cli.attack.spec import Dtype, Schedule, Task, Variant
+from specdef_cli.attack.suite import AttackTable, RatePolicy, Suite
+from specdef_cli.attack.training import Training, adapters
 from specdef_cli.errors import SpecDefError
 
-Task = Literal["causal-lm", "sequence-classification"]
-Recipe = Literal["full", "lora"]
-Schedule = Literal["constant", "linear", "cosine"]
+Recipe = Literal["full", "lora", "dora", "ia3", "prompt"]
 ExpansionKind = Literal["width", "depth", "inject"]
-Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Expansion:
                 f"--expansion depth cannot make {self.factor:g} factors", "Give a whole number of factors, e.g. 2x."
             )
 
+    @property
+    def variant(self) -> Variant:
+        """The variant of a run that grows the model like this."""
+        return Variant(self.kind, None if self.kind == "inject" else self.factor)
+
     @classmethod
     def parse(cls, text: str, kind: ExpansionKind = "width") -> Expansion:
         """Read a growth factor as users write it: ``2x``, ``1.5x``, ``3``.
@@ -63,18 +68,29 @@ class AttackOptions:
     Attributes:
         model: The directory under attack (or a Hub id).
         out: Where finished runs and the report are kept.
+        runs: Where finished runs are kept instead, to share the control's between reports.
         control: The undefended model, a directory or a Hub id; ``None`` is the base that the model's manifest names.
         dataset: A Hub id, or a JSONL, JSON, CSV, text or parquet file; ``None`` is English prose that every Python
             installation has.
         dataset_config, dataset_split: Which part of a Hub dataset; the split defaults to ``train``.
-        text_column, label_column: Columns of the dataset; the label only matters for classification.
+        text_column, label_column, image_column: Columns of the dataset; the label only matters for classification.
+        retained: Text, as ``dataset``, that the attacker wants to keep the model's ability on; ``None`` is the source
+            of Python's standard library, and ``none`` leaves that measurement out.
         task: ``None`` is what the control's architecture says.
-        recipes: What is trained: all parameters (``full``) or adapters (``lora``). Empty means both.
+        suite: Which attacks to run. It takes the place of the fields from ``recipes`` to ``train``.
+        recipes: What is trained: all parameters (``full``) or adapters. Empty means full and LoRA.
         lora_targets: Module names as PEFT takes them; empty means every linear (``all-linear``).
         lora_rank, lora_alpha: As PEFT takes them; α defaults to twice the rank.
-        optimizer: A name of :data:`specdef_cli.attack.optimizers.OPTIMIZERS`.
-        learning_rates: Rates that every attack and the control run at. Empty means the default sweep, which goes on
-            below η₀/α for the hardened model.
+        optimizers: Names of :data:`specdef_cli.attack.optimizers.OPTIMIZERS`.
+        learning_rates: Rates that every attack and the control run at. Empty means decades that go on below η₀/α for
+            the hardened model.
+        search: Search the best learning rate of every attack, from those decades on, until it is bracketed.
+        expansions: Ways to grow the model first; each is attacked next to the plain ones.
+        freeze_compensation: Attack also with every compensation layer frozen.
+        collapse: Attack the collapsed model with every recipe, and not only the first.
+        rebalance: The same for the rebalanced model (a fold).
+        train: Globs of parameter names; where given, only these train. Hardened layers answer to their original names
+            too.
         schedule, warmup_steps: The learning rate's course.
         max_grad_norm: Gradient clipping, as the Trainer does it; 0 turns it off.
         weight_decay: As the optimizer takes it.
@@ -84,33 +100,38 @@ class AttackOptions:
         eval_every: Steps between evaluations; ``None`` is a tenth of the steps.
         eval_sequences: Held-out sequences that are evaluated, at most.
         seeds: One run each for adapters' and paths' initial values, dropout and data order.
-        expansions: Ways to grow the model first; each is attacked next to the plain ones.
-        freeze_compensation: Attack also with every compensation layer frozen.
-        collapse: Attack the collapsed model with every recipe, and not only the first.
-        rebalance: The same for the rebalanced model (a fold).
-        train: Globs of parameter names; where given, only these train. Hardened layers answer to their original names
-            too.
+        jobs: Runs at a time, each in a process of its own and, where there are several GPUs, on one of its own.
         dtype: The dtype of training. float32 unless memory forbids: in bfloat16, small rates round to nothing, which
-            flatters a defence.
+            flatters a defence. ``mixed`` keeps float32 parameters and computes in bfloat16.
         trust_remote_code: Passed on to transformers for models that carry their own code.
         revision, token: Passed on to the Hub.
     """
 
     model: str | Path
     out: Path
+    runs: Path | None = None
     control: str | Path | None = None
     dataset: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
     text_column: str = "text"
     label_column: str = "label"
+    image_column: str = "image"
+    retained: str | None = None
     task: Task | None = None
+    suite: Suite | None = None
     recipes: tuple[Recipe, ...] = ()
     lora_targets: tuple[str, ...] = ()
     lora_rank: int = 16
     lora_alpha: float | None = None
-    optimizer: str = "adamw"
+    optimizers: tuple[str, ...] = ("adamw",)
     learning_rates: tuple[float, ...] = ()
+    search: bool = False
+    expansions: tuple[Expansion, ...] = ()
+    freeze_compensation: bool = False
+    collapse: bool = False
+    rebalance: bool = False
+    train: tuple[str, ...] = ()
     schedule: Schedule = "constant"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
@@ -121,25 +142,22 @@ class AttackOptions:
     eval_every: int | None = None
     eval_sequences: int = 64
     seeds: tuple[int, ...] = (0,)
-    expansions: tuple[Expansion, ...] = ()
-    freeze_compensation: bool = False
-    collapse: bool = False
-    rebalance: bool = False
-    train: tuple[str, ...] = ()
+    jobs: int = 1
     dtype: Dtype = "float32"
     trust_remote_code: bool = False
     revision: str | None = None
     token: str | None = None
 
     def __post_init__(self) -> None:
-        optimizer_choice(self.optimizer)
+        for optimizer in self.optimizers:
+            optimizer_choice(optimizer)
         for recipe in self.recipes:
             _choice("recipe", recipe, get_args(Recipe))
         _choice("schedule", self.schedule, get_args(Schedule))
         _choice("dtype", self.dtype, get_args(Dtype))
         if self.task is not None:
             _choice("task", self.task, get_args(Task))
-        for name in ("steps", "batch_size", "eval_sequences", "lora_rank", "sequence_length"):
+        for name in ("steps", "batch_size", "eval_sequences", "lora_rank", "sequence_length", "jobs"):
             _positive(name, getattr(self, name))
         if self.sequence_length < 2:
             raise SpecDefError(
@@ -155,11 +173,55 @@ class AttackOptions:
                 raise SpecDefError(f"{_flag(name)} {getattr(self, name)} is negative", "Give 0 or more.")
         if not self.seeds:
             raise SpecDefError("no seed is given", "Give at least one seed.")
-        if self.train and "lora" in self.recipes:
+        if self.learning_rates and self.search:
             raise SpecDefError(
-                f"--train {self.train[0]} selects among the model's own parameters, and LoRA trains none of them",
+                f"--lr {self.learning_rates[0]:g} and --lr-sweep contradict each other", "Give one of them."
+            )
+        adapted = [recipe for recipe in self.recipes if recipe != "full"]
+        if self.train and adapted:
+            raise SpecDefError(
+                f"--train {self.train[0]} selects among the model's own parameters, and {adapted[0]} trains none of "
+                "them",
                 "Use --recipe full with --train, or choose adapters with --lora-targets.",
             )
+        if self.suite is not None:
+            self._refuse_beside_suite()
+
+    def _refuse_beside_suite(self) -> None:
+        for name in (
+            "recipes", "lora_targets", "learning_rates", "search", "expansions", "freeze_compensation", "collapse",
+            "rebalance", "train",
+        ):  # fmt: skip
+            if getattr(self, name):
+                raise SpecDefError(
+                    f"{_flag(name)} stands beside the suite {self.suite.name if self.suite else ''}, which decides it",
+                    "Leave the flag out, or copy the suite's file and edit it.",
+                )
+
+    @property
+    def tables(self) -> tuple[AttackTable, ...]:
+        """Which attacks to run: the suite's, or what the other fields come to."""
+        if self.suite is not None:
+            return self.suite.attacks
+        recipes: tuple[Recipe, ...] = self.recipes or (("full",) if self.train else ("full", "lora"))
+        trainings = tuple(self._training(recipe) for recipe in recipes)
+        rates: tuple[float, ...] | RatePolicy = self.learning_rates or ("search" if self.search else "grid")
+        informed = trainings if self.collapse or self.rebalance else trainings[:1]
+        tables = [
+            AttackTable(trainings, self.optimizers, learning_rates=rates),
+            AttackTable(informed, self.optimizers, ("informed",), rates),
+        ]
+        grown = tuple(expansion.variant for expansion in self.expansions)
+        if self.freeze_compensation:
+            grown = (Variant("freeze-compensation"), *grown)
+        if grown:
+            tables.append(AttackTable(trainings[:1], self.optimizers, grown, rates))
+        return tuple(tables)
+
+    def _training(self, recipe: Recipe) -> Training:
+        if recipe == "full":
+            return Training("full", parameters=self.train)
+        return adapters(recipe, self.lora_rank, self.lora_alpha, targets=self.lora_targets)
 
     @property
     def eval_interval(self) -> int:
@@ -167,8 +229,11 @@ class AttackOptions:
         return self.eval_every or max(1, self.steps // 10)
 
 
+_FLAGS = {"recipes": "--recipe", "learning_rates": "--lr", "search": "--lr-sweep", "expansions": "--expand"}
+
+
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
 def _positive(name: str, value: int) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from specdef_cli.attack.results import DIVERGENCE_FACTOR, Divergence, DivergenceReason, EvalPoint, TrainPoint
+
+ATTACK, RETAINED = "attack", "retained"
+"""What the data sets that are evaluated are called in the Trainer's metrics."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class ProgressEvent:
 
     Attributes:
         kind: ``run-start``, ``step``, ``run-end``, or ``run-reused`` for a run that an earlier attack had finished.
-        run, runs: Position in the plan, from 1, and its length.
+        done, runs: Runs that are finished, and runs known of so far; a search adds to them.
         label: The run's label, with its learning rate.
         step, steps: Steps made and asked for.
         loss: The training loss of the last step, where there is a finite one.
@@ -31,7 +34,7 @@ class ProgressEvent:
     """
 
     kind: Literal["run-start", "step", "run-end", "run-reused"]
-    run: int
+    done: int
     runs: int
     label: str
     step: int
@@ -86,9 +89,16 @@ class Recorder(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not metrics or self.divergence is not None:
+        if not metrics:
             return
-        loss = finite(metrics["eval_loss"])
+        if f"eval_{RETAINED}_loss" in metrics:
+            # The Trainer evaluates the data sets one after the other, the attack's first.
+            retained = finite(metrics[f"eval_{RETAINED}_loss"])
+            self.evaluations[-1] = replace(self.evaluations[-1], retained=retained)
+            return
+        if self.divergence is not None:
+            return
+        loss = finite(metrics[f"eval_{ATTACK}_loss"])
         self.evaluations.append(EvalPoint(state.global_step, loss, time.perf_counter() - self._began))
         start = self.evaluations[0].loss
         if loss is None:

@@ -5,30 +5,35 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 import specdef_cli
-from specdef_cli.attack.data import load_data
-from specdef_cli.attack.options import AttackOptions, Task
-from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
-from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
-from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
+from specdef_cli.architectures.names import meta_model
+from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.plan import Target, largest_alpha, make_plan
+from specdef_cli.attack.recipes import parameter_groups
+from specdef_cli.attack.recorder import ProgressHook
+from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, RunResult
+from specdef_cli.attack.retained import retained_sequences
+from specdef_cli.attack.schedule import run_all
+from specdef_cli.attack.spec import RunSpec, Task, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
-from specdef_cli.attack.sweep import default_sweep, largest_alpha
 from specdef_cli.attack.trainer import quiet, train_run
+from specdef_cli.attack.training import Training
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import load_tokenizer
 
 RUNS_DIRECTORY = "runs"
 
@@ -50,71 +55,68 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
     _check_variants(options, manifest)
     task, head_labels = _task(options, control_directory)
     with quiet():
-        tokenizer = load_tokenizer(control_directory, trust_remote_code=options.trust_remote_code)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise SpecDefError(
-                f"{control_name} has no tokenizer, and the attack trains on text",
-                "Copy the tokenizer's files into the control's directory.",
-            )
-        data = load_data(options, task, tokenizer, head_labels)
-    plan = default_sweep(
+        preprocessor = load_preprocessor(task, control_directory, trust_remote_code=options.trust_remote_code)
+        data = load_data(options, task, preprocessor, head_labels)
+        if task == "causal-lm" and isinstance(preprocessor, PreTrainedTokenizerBase):
+            data = replace(data, retained=retained_sequences(options, preprocessor))
+    plan = make_plan(
         options,
-        manifest,
-        task=task,
-        data=data.fingerprint,
-        control=checkpoint_fingerprint(control_directory),
-        model=checkpoint_fingerprint(directory),
+        Target(
+            manifest=manifest,
+            task=task,
+            data=data.fingerprint,
+            control=checkpoint_fingerprint(control_directory),
+            model=checkpoint_fingerprint(directory),
+            groups=_groups(options, control_directory),
+        ),
     )
-    store = RunStore(options.out / RUNS_DIRECTORY)
+    store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
     state = PartialState()
-    kept = {spec: store.load(spec) for spec in plan}
+    if options.jobs > 1 and state.num_processes > 1:
+        raise SpecDefError(
+            f"--jobs {options.jobs} starts processes of its own, and this is one of {state.num_processes} already",
+            "Use either --jobs or `accelerate launch`.",
+        )
     # No process may start the first run while another still looks for its result: they would disagree on what is
     # finished.
     state.wait_for_everyone()
-    hook = on_progress if on_progress is not None and state.is_main_process else lambda event: None
-    results = []
-    for position, spec in enumerate(plan, start=1):
-        result = kept[spec]
-        event = ProgressEvent(
-            "run-start", position, len(plan), f"{spec.label} · η={spec.learning_rate:g}", 0, spec.steps
-        )
-        if result is None:
-            hook(event)
-            result = train_run(
-                spec,
-                control_directory if spec.subject == "control" else directory,
-                data,
-                on_step=_step_hook(hook, event),
-                trust_remote_code=options.trust_remote_code,
-            )
-            if state.is_main_process:
-                store.save(result)
-            kind = "run-end"
-        else:
-            kind = "run-reused"
-        hook(
-            replace(
-                event,
-                kind=kind,  # type: ignore[arg-type]
-                step=result.train[-1].step if result.train else 0,
-                loss=result.final,
-                diverged=result.divergence is not None,
-            )
-        )
-        results.append(result)
+    outcome = run_all(
+        plan,
+        TrainRun(control_directory, directory, data, options.trust_remote_code),
+        load=store.load,
+        save=store.save if state.is_main_process else lambda result: None,
+        jobs=options.jobs,
+        on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
+    )
     report = AttackReport(
         model=str(options.model),
         control=control_name,
         hardening=_hardening(manifest),
         data=DataSummary(data.name, len(data.train), len(data.held_out), data.fingerprint),
-        runs=tuple(results),
-        assumed=_assumed(options, plan, control_name, data.name),
+        runs=outcome.runs,
+        assumed=_assumed(options, outcome.runs, control_name, data.name),
         notes=(),
         versions={"specdef-cli": specdef_cli.__version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
     )
-    return replace(report, notes=_notes(options, manifest, report))
+    left_out = tuple(f"Left out, {label}: {reason}." for label, reason in outcome.left_out)
+    return replace(report, notes=(*_notes(options, manifest, report), *left_out))
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """Trains the checkpoint that a specification is of. Picklable, for runs in processes of their own."""
+
+    control: Path
+    model: Path
+    data: AttackData
+    trust_remote_code: bool
+
+    def __call__(self, spec: RunSpec, on_step: Callable[[int, float | None], None]) -> RunResult:
+        """Run ``spec``."""
+        directory = self.control if spec.subject == "control" else self.model
+        return train_run(spec, directory, self.data, on_step=on_step, trust_remote_code=self.trust_remote_code)
 
 
 def is_main_process() -> bool:
@@ -122,8 +124,11 @@ def is_main_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def _step_hook(hook: ProgressHook, event: ProgressEvent) -> Callable[[int, float | None], None]:
-    return lambda step, loss: hook(replace(event, kind="step", step=step, loss=loss))
+def _groups(options: AttackOptions, control: Path) -> tuple[Training, ...]:
+    if not any("groups" in table.training for table in options.tables):
+        return ()
+    config = AutoConfig.from_pretrained(control, trust_remote_code=options.trust_remote_code)
+    return parameter_groups(meta_model(config, trust_remote_code=options.trust_remote_code))
 
 
 def _subject(options: AttackOptions) -> tuple[Path, Manifest | None]:
@@ -186,10 +191,18 @@ def _task(options: AttackOptions, directory: Path) -> tuple[Task, int]:
         return "causal-lm", labels
     if architecture in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         return "sequence-classification", labels
+    if architecture in _image_classifiers():
+        return "image-classification", labels
     raise SpecDefError(
-        f"the architecture {architecture} is neither a causal language model nor a sequence classifier",
-        "Say what to train it for: --task causal-lm or --task sequence-classification (which adds a head).",
+        f"the architecture {architecture} is neither a causal language model nor a classifier of text or images",
+        "Say what to train it for: --task causal-lm, sequence-classification or image-classification (which add a "
+        "head).",
     )
+
+
+def _image_classifiers() -> set[str]:
+    names = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    return {name for entry in names for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
 def _hardening(manifest: Manifest | None) -> Hardening | None:
@@ -205,17 +218,20 @@ def _hardening(manifest: Manifest | None) -> Hardening | None:
     )
 
 
-def _assumed(options: AttackOptions, plan: tuple[RunSpec, ...], control: str, data: str) -> tuple[str, ...]:
+def _assumed(options: AttackOptions, runs: tuple[RunResult, ...], control: str, data: str) -> tuple[str, ...]:
     said = []
     if options.control is None:
         said.append(f"Control: {control}, the base named in the manifest.")
     if options.dataset is None:
         said.append(f"Data: {data}.")
-    if not options.recipes:
-        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.trained for spec in plan))}.")
+    specs = [run.spec for run in runs]
+    if options.suite is not None:
+        said.append(f"Attacks: the suite {options.suite.name}.")
+    elif not options.recipes:
+        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in specs))}.")
     if not options.learning_rates:
-        rates = sorted({spec.learning_rate for spec in plan}, reverse=True)
-        usual = sorted({spec.learning_rate for spec in plan if spec.subject == "control"}, reverse=True)
+        rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
+        usual = sorted({spec.learning_rate for spec in specs if spec.subject == "control"}, reverse=True)
         said.append(
             f"Learning rates: {usual[0]:g} to {usual[-1]:g}; the hardened model down to {rates[-1]:g}, below η₀/α."
             if rates[-1] < usual[-1]

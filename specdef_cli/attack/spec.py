@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from specdef_cli.attack.options import Recipe, Schedule, Task
+from specdef_cli.attack.training import Training
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
+from specdef_cli.errors import SpecDefError
 
+Task = Literal["causal-lm", "sequence-classification", "image-classification"]
+Schedule = Literal["constant", "linear", "cosine"]
+Dtype = Literal["float32", "bfloat16", "float16", "mixed", "auto"]
 Subject = Literal["control", "model"]
 VariantKind = Literal[
     "plain", "collapse", "rebalance", "freeze-compensation", "freeze-pair", "width", "depth", "inject"
 ]
 Knowledge = Literal["none", "construction", "growth"]
 
-RUN_FORMAT = 1
+RUN_FORMAT = 2
 """Raised whenever the same specification would give another curve, so that older files are not taken for it."""
 
 _KNOWLEDGE: dict[VariantKind, Knowledge] = {
@@ -48,6 +52,23 @@ class Variant:
 
     kind: VariantKind = "plain"
     factor: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """Read a variant as suites name it: ``collapse``, ``width:2``.
+
+        Raises:
+            SpecDefError: There is no such variant.
+        """
+        kind, _, factor = text.partition(":")
+        try:
+            if kind not in _KNOWLEDGE or bool(factor) != (kind in ("width", "depth")):
+                raise ValueError
+            return cls(kind, float(factor) if factor else None)
+        except ValueError:
+            raise SpecDefError(
+                f"variant {text!r} is unknown", f"Choose one of: {', '.join(_KNOWLEDGE)}, as width:2 and depth:3."
+            ) from None
 
     @property
     def knowledge(self) -> Knowledge:
@@ -87,8 +108,7 @@ class RunSpec:
         checkpoint: Fingerprint of the checkpoint (:func:`checkpoint_fingerprint`).
         data: Fingerprint of the tokens that are trained on and evaluated.
         variant: What happens to the model before training.
-        lora_targets: Empty for every linear; ``lora_*`` are ``None``/empty for full fine-tuning, so that they do not
-            tell runs apart there.
+        training: What is trained.
         Others: As in :class:`specdef_cli.attack.options.AttackOptions`.
     """
 
@@ -97,11 +117,7 @@ class RunSpec:
     data: str
     task: Task
     variant: Variant
-    recipe: Recipe
-    lora_targets: tuple[str, ...]
-    lora_rank: int | None
-    lora_alpha: float | None
-    train: tuple[str, ...]
+    training: Training
     optimizer: str
     learning_rate: float
     schedule: Schedule
@@ -113,43 +129,40 @@ class RunSpec:
     sequence_length: int
     eval_every: int
     seed: int
-    dtype: str
+    dtype: Dtype
 
     @property
     def run_id(self) -> str:
         """Sixteen hexadecimal digits that stand for this specification."""
-        text = json.dumps({"format": RUN_FORMAT, **self.to_dict()}, sort_keys=True, allow_nan=False)
+        described = self.to_dict()
+        del described["training"]["name"]
+        text = json.dumps({"format": RUN_FORMAT, **described}, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
-    def trained(self) -> str:
-        """What trains, in words for a table: ``full``, ``LoRA all-linear``, ``full on *.norm.*``."""
-        if self.recipe == "lora":
-            return f"LoRA {','.join(self.lora_targets) or 'all-linear'}"
-        return f"full on {','.join(self.train)}" if self.train else "full"
+    def attack(self) -> RunSpec:
+        """What all runs of an attack share: everything but the learning rate and the seed."""
+        return dataclasses.replace(self, learning_rate=0.0, seed=0)
+
+    def control(self, checkpoint: str) -> RunSpec:
+        """The same run on the undefended model, whose fingerprint is ``checkpoint``."""
+        return dataclasses.replace(self, subject="control", checkpoint=checkpoint, variant=Variant())
 
     @property
     def label(self) -> str:
         """What is run, without the learning rate and the seed: ``hardened, collapsed · full · adamw``."""
         subject = "control" if self.subject == "control" else "hardened"
         what = f"{subject}, {self.variant.label}" if self.variant.label else subject
-        return f"{what} · {self.trained} · {self.optimizer}"
+        return f"{what} · {self.training.label} · {self.optimizer}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data."""
-        return dataclasses.asdict(self) | {"lora_targets": list(self.lora_targets), "train": list(self.train)}
+        return dataclasses.asdict(self) | {"training": self.training.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunSpec:
         """The inverse of :meth:`to_dict`."""
-        return cls(
-            **{
-                **data,
-                "variant": Variant(**data["variant"]),
-                "lora_targets": tuple(data["lora_targets"]),
-                "train": tuple(data["train"]),
-            }
-        )
+        return cls(**{**data, "variant": Variant(**data["variant"]), "training": Training.from_dict(data["training"])})
 
 
 def checkpoint_fingerprint(directory: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from dataclasses import replace
 from pathlib import Path
 
 from specdef_cli.attack.results import RunResult
@@ -30,7 +31,8 @@ class RunStore:
             result = RunResult.from_dict(json.loads(self.path(spec).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return result if result.spec == spec else None
+        # The names of trainings do not tell runs apart, so what was asked for may be called otherwise.
+        return replace(result, spec=spec) if result.spec == spec else None
 
     def save(self, result: RunResult) -> None:
         """Keep a finished run; atomic, so that a crash leaves either nothing or all of it."""

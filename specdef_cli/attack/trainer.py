@@ -11,7 +11,7 @@ import gc
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from specdef_cli.attack.data import AttackData
-from specdef_cli.attack.optimizers import optimizer_choice
+from specdef_cli.attack.optimizer_groups import build_optimizer
+from specdef_cli.attack.optimizers import OPTIMIZERS, OptimizerChoice, optimizer_choice
 from specdef_cli.attack.recipes import apply_recipe
-from specdef_cli.attack.recorder import Recorder
+from specdef_cli.attack.recorder import ATTACK, RETAINED, Recorder
 from specdef_cli.attack.results import RunResult
-from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.spec import RunSpec, Task
 from specdef_cli.attack.variants import apply_variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime.load import load_model
@@ -53,15 +55,11 @@ def train_run(
         trust_remote_code: Passed on to transformers.
 
     Raises:
-        SpecDefError: The model cannot be loaded, the recipe matches nothing, or the batch does not split over the
-            processes.
+        SpecDefError: The model cannot be loaded, the recipe matches nothing, or the batch or the optimizer does not
+            split over the processes.
     """
     state = PartialState()
-    if spec.batch_size % state.num_processes:
-        raise SpecDefError(
-            f"--batch-size {spec.batch_size} does not split over {state.num_processes} processes",
-            f"Give a multiple of {state.num_processes}.",
-        )
+    _check_processes(spec, state)
     with quiet(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
         # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same for
         # the control.
@@ -71,7 +69,7 @@ def train_run(
         model.to(state.device)
         growth = apply_variant(model, spec.variant, spec.seed)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        model = apply_recipe(model, spec)
+        model = apply_recipe(model, spec.training, spec.task)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         recorder = Recorder(on_step)
         trainer = make_trainer(spec, model, data, recorder, scratch)
@@ -98,26 +96,57 @@ def train_run(
     return result
 
 
+def _check_processes(spec: RunSpec, state: PartialState) -> None:
+    """Refuse what several processes cannot do together."""
+    choice = optimizer_choice(spec.optimizer)
+    if spec.batch_size % state.num_processes:
+        raise SpecDefError(
+            f"--batch-size {spec.batch_size} does not split over {state.num_processes} processes",
+            f"Give a multiple of {state.num_processes}.",
+        )
+    if choice.second_order and state.num_processes > 1:
+        raise SpecDefError(
+            f"--optimizer {spec.optimizer} differentiates the gradient, which is not possible over "
+            f"{state.num_processes} processes",
+            "Run it without `accelerate launch`, or choose a first-order optimizer.",
+        )
+    if not choice.elementwise and state.distributed_type == DistributedType.FSDP:
+        raise SpecDefError(
+            f"--optimizer {spec.optimizer} has to see whole tensors, and FSDP shards them",
+            "Launch without FSDP, or choose one of: "
+            f"{', '.join(name for name, each in OPTIMIZERS.items() if each.elementwise and not each.second_order)}.",
+        )
+
+
 def load_for_training(spec: RunSpec, directory: Path, data: AttackData, trust_remote_code: bool) -> nn.Module:
     """Load a checkpoint afresh, with the task's head, in the dtype of training."""
     arguments: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     loader: Any = transformers.AutoModelForCausalLM
-    if spec.task == "sequence-classification":
-        loader = _AutoClassifier(data.labels, data.padding)
+    if spec.task != "causal-lm":
+        loader = _AutoClassifier(_CLASSIFIERS[spec.task], data.labels, data.padding)
         arguments["ignore_mismatched_sizes"] = data.resize_head
-    dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    if optimizer_choice(spec.optimizer).second_order:
+        arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
+    dtype: Any = {"auto": "auto", "mixed": torch.float32}.get(spec.dtype) or getattr(torch, spec.dtype)
     return load_model(directory, auto_class=loader, dtype=dtype, **arguments)
 
 
+_CLASSIFIERS: Mapping[Task, Any] = {
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "image-classification": transformers.AutoModelForImageClassification,
+}
+
+
 class _AutoClassifier:
-    """``AutoModelForSequenceClassification`` with the data's number of classes and padding.
+    """An ``AutoModelFor…Classification`` with the data's number of classes and padding.
 
     They belong to the config, which ``load_model`` makes and hands to whatever class it was given.
     """
 
     __name__ = "AutoClassifier"
 
-    def __init__(self, labels: int, padding: int | None) -> None:
+    def __init__(self, auto_class: Any, labels: int, padding: int | None) -> None:
+        self.auto_class = auto_class
         self.labels = labels
         self.padding = padding
 
@@ -125,9 +154,55 @@ class _AutoClassifier:
         if config.num_labels != self.labels:
             config.num_labels = self.labels
         # Decoders find the token to classify by looking for the padding.
-        if getattr(config, "pad_token_id", None) is None:
+        if self.padding is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self.padding
-        return transformers.AutoModelForSequenceClassification.from_pretrained(path, config=config, **arguments)
+        return self.auto_class.from_pretrained(path, config=config, **arguments)
+
+
+class AttackTrainer(Trainer):
+    """transformers' Trainer with an optimizer of the table.
+
+    Optimizers that evaluate at other weights than they train at (schedule-free ones) are switched by the Trainer
+    itself, which calls their ``train`` and ``eval``.
+
+    Args:
+        choice: The optimizer.
+        arguments: As the Trainer takes them.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, choice: OptimizerChoice, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._choice = choice
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Called after sharding, with the sharded model, where there is any."""
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            self.optimizer = build_optimizer(
+                self._choice,
+                trained,
+                self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                decayed=self.get_decay_parameter_names(trained),
+            )
+        return self.optimizer
+
+
+class SecondOrderTrainer(AttackTrainer):
+    """Leaves the gradient's graph for the optimizer to differentiate. One process, no gradient accumulation."""
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass that can be differentiated once more."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss, create_graph=True)
+        return loss.detach()
 
 
 def make_trainer(spec: RunSpec, model: nn.Module, data: AttackData, recorder: Recorder, scratch: str) -> Trainer:
@@ -142,7 +217,9 @@ def make_trainer(spec: RunSpec, model: nn.Module, data: AttackData, recorder: Re
         lr_scheduler_type=spec.schedule,
         warmup_steps=spec.warmup_steps,
         weight_decay=spec.weight_decay,
-        max_grad_norm=spec.max_grad_norm,
+        max_grad_norm=0.0 if choice.second_order else spec.max_grad_norm,
+        bf16=spec.dtype == "mixed",
+        use_cpu=spec.dtype == "mixed" and not torch.cuda.is_available(),  # bf16 is refused unless this is said
         seed=spec.seed,
         # The sampler's own seed: whatever surgery and adapters drew before, the data comes in the same order.
         data_seed=spec.seed,
@@ -166,14 +243,14 @@ def make_trainer(spec: RunSpec, model: nn.Module, data: AttackData, recorder: Re
     # Outside `accelerate launch` the Trainer would spread a batch over all GPUs by DataParallel, which changes its
     # size.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    trainer = Trainer(
+    trainer = (SecondOrderTrainer if choice.second_order else AttackTrainer)(
+        choice,
         model=model,
         args=arguments,
         train_dataset=data.train,
-        eval_dataset=data.held_out,
+        eval_dataset={ATTACK: data.held_out} | ({RETAINED: data.retained} if data.retained is not None else {}),
         data_collator=data.collate,
         callbacks=[recorder],
-        optimizer_cls_and_kwargs=(choice.load(), {"lr": spec.learning_rate, **choice.arguments}),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -39,6 +39,15 @@ def apply_variant(model: PreTrainedModel, variant: Variant, seed: int) -> Growth
     return None if variant.kind == "plain" else SURGERY[variant.kind](model, variant, seed)
 
 
+def applicable(variant: Variant, manifest: Manifest | None) -> bool:
+    """Whether a model hardened like this has what ``variant`` works on."""
+    if variant.kind == "plain":
+        return True
+    if manifest is None:
+        return False
+    return bool(manifest.folded if variant.kind == "rebalance" else manifest.inserted)
+
+
 def informed_variants(manifest: Manifest | None) -> tuple[Variant, ...]:
     """The attacks by whoever knows the construction that belong in every report on a model hardened like this."""
     if manifest is None:

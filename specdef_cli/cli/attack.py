@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -29,27 +29,52 @@ def attack_command(
     dataset_split: Annotated[str | None, typer.Option(help="Split of the dataset.", show_default="train")] = None,
     text_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column with the label (classification).")] = "label",
-    recipe: Annotated[list[str] | None, typer.Option(help="full or lora (repeatable).", show_default="both")] = None,
+    image_column: Annotated[str, typer.Option(help="Column with the image.")] = "image",
+    retained: Annotated[
+        str | None,
+        typer.Option(
+            help="Text on which the model's ability is watched, as --dataset; none leaves it out.",
+            show_default="Python's standard library",
+        ),
+    ] = None,
+    task: Annotated[
+        Literal["causal-lm", "sequence-classification", "image-classification"] | None,
+        typer.Option(help="What to train for.", show_default="what the control's architecture says"),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A set of attacks: quick, standard, full, or a TOML file like theirs.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="full, lora, dora, ia3 or prompt (repeatable).", show_default="full and lora"),
+    ] = None,
     lora_targets: Annotated[
         list[str] | None, typer.Option(help="Modules that get adapters (repeatable).", show_default="all linears")
     ] = None,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
-    optimizer: Annotated[str, typer.Option(help="Optimizer, e.g. adamw or sgd.")] = "adamw",
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help="Optimizer, e.g. adamw or sgd (repeatable).", show_default="adamw")
+    ] = None,
     lr: Annotated[
         list[float] | None,
-        typer.Option("--lr", help="Learning rate (repeatable).", show_default="a sweep down to below η₀/α"),
+        typer.Option("--lr", help="Learning rate (repeatable).", show_default="decades down to below η₀/α"),
     ] = None,
+    lr_sweep: Annotated[
+        bool, typer.Option("--lr-sweep", help="Search every attack's best learning rate until it is bracketed.")
+    ] = False,
     schedule: Annotated[Literal["constant", "linear", "cosine"], typer.Option(help="Course of the rate.")] = "constant",
     warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of every run.")] = 30,
-    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 16,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of every run.", show_default="30")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.", show_default="16")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="128")] = None,
     eval_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations.", show_default="a tenth of the steps")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each attack, with seeds 0, 1, …")] = 1,
+    eval_sequences: Annotated[int | None, typer.Option(help="Held-out sequences.", show_default="64")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of each attack, with seeds 0, 1, …", show_default="1")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time, each on a GPU of its own.")] = 1,
     expand: Annotated[
         str | None, typer.Option(metavar="2x", help="Attack also a model whose hardened layers grew this much.")
     ] = None,
@@ -73,11 +98,15 @@ def attack_command(
         list[str] | None, typer.Option(metavar="GLOB", help="Train only these parameters (repeatable).")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "auto"], typer.Option(help="dtype of training.")
+        Literal["float32", "bfloat16", "float16", "mixed", "auto"], typer.Option(help="dtype of training.")
     ] = "float32",
     out: Annotated[Path, typer.Option("--out", "-o", help="Runs and report; finished runs found there are kept.")] = (
         Path("attack")
     ),
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Keep finished runs here, to share the control's between reports.", show_default="OUT/runs"),
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,12 +128,15 @@ def attack_command(
 
       specdef attack --expand 2x
 
+      specdef attack hardened --suite standard --jobs 4
+
       specdef attack hardened --control ./base --dataset notes.jsonl --recipe lora --lr 1e-4 --lr 1e-5 --steps 200
     """
     from rich.console import Group
 
     from specdef_cli.attack import AttackOptions, Expansion, ProgressEvent, attack, is_main_process
     from specdef_cli.attack.options import ExpansionKind, Recipe
+    from specdef_cli.attack.suite import load_suite
     from specdef_cli.report import report_dict, summary, summary_table, write_report
     from specdef_cli.report.conditions import Condition
 
@@ -114,29 +146,39 @@ def attack_command(
     recipes = cast(list[Recipe], recipe or [])
     kinds = cast(list[ExpansionKind], expansion or (["width"] if expand else []))
     expansions = [Expansion.parse(expand, kind) if expand else Expansion(kind) for kind in kinds]
+    chosen = load_suite(suite) if suite is not None else None
+    given = {
+        "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "eval_every": eval_every,
+        "eval_sequences": eval_sequences, "seeds": seeds,
+    }  # fmt: skip
+    budget: dict[str, Any] = {**(chosen.budget if chosen else {}), **{k: v for k, v in given.items() if v is not None}}
+    if "seeds" in budget:
+        budget["seeds"] = tuple(range(budget["seeds"]))
     options = AttackOptions(
         model=model,
         out=out,
+        runs=runs,
         control=control,
         dataset=dataset,
         dataset_config=dataset_config,
         dataset_split=dataset_split,
         text_column=text_column,
         label_column=label_column,
+        image_column=image_column,
+        retained=retained,
+        task=task,
+        suite=chosen,
         recipes=tuple(recipes),
         lora_targets=tuple(lora_targets or ()),
         lora_rank=lora_rank,
-        optimizer=optimizer,
+        optimizers=tuple(optimizer or ("adamw",)),
         learning_rates=tuple(lr or ()),
+        search=lr_sweep,
         schedule=schedule,
         warmup_steps=warmup_steps,
         max_grad_norm=max_grad_norm,
         weight_decay=weight_decay,
-        steps=steps,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        eval_every=eval_every,
-        seeds=tuple(range(seeds)),
+        jobs=jobs,
         expansions=tuple(expansions),
         freeze_compensation=freeze_compensation,
         collapse=collapse,
@@ -146,6 +188,7 @@ def attack_command(
         trust_remote_code=trust_remote_code,
         revision=revision,
         token=token,
+        **budget,
     )
     with output.progress("attacking") as bar:
 

@@ -11,7 +11,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from specdef_cli.attack.results import CONTROL_SHARE, DIVERGENCE_FACTOR, AttackReport
+from specdef_cli.attack.results import CONTROL_SHARE, DIVERGENCE_FACTOR, UTILITY_LIMIT, AttackReport
 from specdef_cli.report.findings import (
     KNOWLEDGE_WORDS,
     STOPPED_SHARE,
@@ -25,6 +25,8 @@ from specdef_cli.report.findings import (
     steps_words,
     summary,
 )
+from specdef_cli.report.matrix import CoverageMatrix, coverage_matrix
+from specdef_cli.report.plot import growth_png
 
 
 def report_html(report: AttackReport, image: bytes) -> str:
@@ -42,7 +44,9 @@ def report_html(report: AttackReport, image: bytes) -> str:
         stopped=_list(_line(each) for each in found if each.verdict == "stopped"),
         slowed=_list(_line(each) for each in found if each.verdict == "slowed"),
         not_slowed=_list(_line(each) for each in found if each.verdict == "not slowed"),
-        image=base64.b64encode(image).decode("ascii"),
+        curves=_figure("Held-out loss over steps and over learning rates", image),
+        matrix=_matrix(coverage_matrix(found)),
+        growth_figure=_figure("Progress over the size of the attacked model", growth_png(found)),
         attacks="".join(_attack_row(each) for each in found),
         runs="".join(_run_rows(report)),
         definitions=escape(_definitions()),
@@ -50,6 +54,38 @@ def report_html(report: AttackReport, image: bytes) -> str:
         setting="".join(f"<li>{escape(line)}</li>" for line in _setting(report)),
         notes="".join(f"<li>{escape(note)}</li>" for note in report.notes) or "<li>none</li>",
         versions=escape(", ".join(f"{name} {version}" for name, version in report.versions.items())),
+    )
+
+
+def _figure(alternative: str, image: bytes | None) -> str:
+    if image is None:
+        return ""
+    return f'<img alt="{alternative}" src="data:image/png;base64,{base64.b64encode(image).decode("ascii")}">'
+
+
+def _matrix(matrix: CoverageMatrix | None) -> str:
+    """The heat map as a table: what does not yield is white, what yields all is red."""
+    if matrix is None:
+        return ""
+    head = "".join(f"<th>{escape(column)}</th>" for column in matrix.columns)
+    rows = []
+    for row in matrix.rows:
+        cells = []
+        for column in matrix.columns:
+            finding = matrix.cells.get((row, column))
+            share = finding.share if finding else None
+            if finding is None or share is None:
+                cells.append("<td>–</td>")
+                continue
+            heat = f"rgba(200, 40, 30, {0.75 * min(max(share, 0.0), 1.0):.2f})"
+            where = f"<small>η = {rate(finding.learning_rate)}</small>"
+            cells.append(f'<td style="background: {heat}">{percent(share)}<br>{where}</td>')
+        rows.append(f"<tr><td>{escape(row)}</td>{''.join(cells)}</tr>")
+    return (
+        "<h2>Coverage: what is trained × optimizer</h2>"
+        "<p>Attackers who know only recipes; share of the control's progress at the best learning rate.</p>"
+        f'<div class="wide"><table class="matrix"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -70,7 +106,9 @@ def _definitions() -> str:
         f"not slowed: at least {CONTROL_SHARE:.0%}. "
         "Diverged: a loss or gradient that is not finite, "
         f"or a held-out loss beyond {DIVERGENCE_FACTOR:g} times the start. "
-        "Parameters: of the model that was trained, without adapters, over the control's."
+        f"Utility kept: perplexity on retained text at most {UTILITY_LIMIT:.0%} above the start's. "
+        "Parameters: of the model that was trained, without adapters, over the control's. Operations: of one optimizer "
+        "step, estimated from the parameters. In brackets: the worst and the best seed."
     )
 
 
@@ -99,11 +137,22 @@ def _attack_row(finding: Finding) -> str:
         rate(finding.learning_rate),
         number(finding.start),
         number(finding.best),
-        percent(finding.share),
+        _share(finding),
+        percent(finding.useful_share),
+        "–" if finding.divergent_rate is None else f"≥ {rate(finding.divergent_rate)}",
+        "–" if finding.seconds_to_control is None else f"{finding.seconds_to_control:.1f} s",
         f"{finding.parameters_times:.2f}×",
+        f"{finding.flops_times:.2f}×",
         finding.verdict,
     ]
-    return _row(cells, words={1, 7})
+    return _row(cells, words={1, 11})
+
+
+def _share(finding: Finding) -> str:
+    if finding.share_range is None or finding.share_range[0] == finding.share_range[1]:
+        return percent(finding.share)
+    least, most = finding.share_range
+    return f"{percent(finding.share)} ({100 * least:.0f} to {100 * most:.0f})"
 
 
 def _run_rows(report: AttackReport) -> Iterable[str]:

@@ -1,8 +1,9 @@
-"""``curves.png``: how far each attack gets, step by step, and over learning rates."""
+"""How far attacks get, drawn: over steps and over learning rates (``curves.png``), and against the model's growth."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -11,10 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from specdef_cli.attack.results import Attack, AttackReport
-from specdef_cli.report.findings import rate
+from specdef_cli.report.findings import Finding, rate
 
 _PALETTES = {"none": "Blues", "construction": "Reds", "growth": "Oranges"}
 _MARKERS = "osD^vP*X"
+
+MOST_CURVES = 4
+"""Attacks of one kind (control, and by knowledge) that are drawn: the strongest. More could not be told apart."""
 
 
 def curves_png(report: AttackReport) -> bytes:
@@ -28,8 +32,8 @@ def curves_png(report: AttackReport) -> bytes:
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    styles = _styles(report.attacks)
-    for attack, style in zip(report.attacks, styles, strict=True):
+    drawn = _strongest(report)
+    for attack, style in zip(drawn, _styles(drawn), strict=True):
         points = [point for point in attack.best_run.evaluations if point.loss is not None]
         left.plot(
             [point.step for point in points],
@@ -61,6 +65,60 @@ def curves_png(report: AttackReport) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
+
+
+def growth_png(found: Sequence[Finding]) -> bytes | None:
+    """Progress of informed attacks over how many times as many parameters the attacked model has, as PNG bytes;
+    ``None`` where no attack grew the model.
+
+    The paper proves that a linear increase of the model's size is enough (arXiv 2602.18868, Theorem 8).
+    """
+    grown = [each for each in found if each.attack.knowledge == "growth" and each.share is not None]
+    if not grown:
+        return None
+    informed = [each for each in found if each.attack.knowledge == "construction" and each.share is not None]
+    plain = [each for each in found if each.verdict not in ("control", "unknown") and each.attack.knowledge == "none"]
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for attacks, color, what in (
+        (plain[:1], "tab:blue", "knows only recipes"),
+        (informed, "tab:red", "knows the construction"),
+        (grown, "tab:orange", "and grows the model"),
+    ):
+        axes.scatter(
+            [each.parameters_times for each in attacks], [each.share or 0 for each in attacks], color=color, label=what
+        )
+        for each in attacks:
+            axes.annotate(
+                each.attack.variant.label or "as published",
+                (each.parameters_times, each.share or 0),
+                xytext=(5, -11),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.axhline(1, color="gray", lw=1, ls=":")
+    axes.set(xlabel="parameters of the attacked model, times the control's", ylabel="share of the control's progress")
+    axes.set_ylim(-0.05, 1.15)
+    axes.margins(x=0.15)
+    axes.legend(frameon=False, fontsize=8.5)
+    _tidy(axes)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _strongest(report: AttackReport) -> tuple[Attack, ...]:
+    """Of each kind the attacks that got furthest, in the order of the report."""
+    kinds: dict[str, list[Attack]] = {}
+    for attack in report.attacks:
+        kinds.setdefault("control" if attack.subject == "control" else attack.knowledge, []).append(attack)
+    kept = [
+        attack
+        for attacks in kinds.values()
+        for attack in sorted(attacks, key=lambda each: -(each.progress() or 0))[:MOST_CURVES]
+    ]
+    return tuple(attack for attack in report.attacks if attack in kept)
 
 
 def _styles(attacks: tuple[Attack, ...]) -> list[dict[str, object]]:

@@ -12,14 +12,14 @@ import io
 import json
 from typing import Any
 
-from specdef_cli.attack.results import CONTROL_SHARE, DIVERGENCE_FACTOR, AttackReport, RunResult
+from specdef_cli.attack.results import CONTROL_SHARE, DIVERGENCE_FACTOR, UTILITY_LIMIT, AttackReport, RunResult
 from specdef_cli.report.findings import STOPPED_SHARE, Finding, findings, summary
 
 SCHEMA_NAME = "specdef-attack-report/1"
 
 CURVE_COLUMNS = (
     "run", "label", "subject", "variant", "trained", "optimizer", "learning_rate", "seed",
-    "step", "train_loss", "grad_norm", "eval_loss", "seconds",
+    "step", "train_loss", "grad_norm", "eval_loss", "retained_loss", "seconds",
 )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def report_dict(report: AttackReport) -> dict[str, Any]:
             "control_share": CONTROL_SHARE,
             "divergence_factor": DIVERGENCE_FACTOR,
             "stopped_share": STOPPED_SHARE,
+            "utility_limit": UTILITY_LIMIT,
         },
         "versions": report.versions,
         "device": report.device,
@@ -69,9 +70,10 @@ def curves_csv(report: AttackReport) -> str:
             trained, evaluated = train.get(step), evaluations.get(step)
             writer.writerow(
                 [
-                    spec.run_id, spec.label, spec.subject, variant, spec.trained, spec.optimizer, spec.learning_rate,
-                    spec.seed, step, trained and trained.loss, trained and trained.grad_norm,
-                    evaluated and evaluated.loss, evaluated and round(evaluated.seconds, 3),
+                    spec.run_id, spec.label, spec.subject, variant, spec.training.label, spec.optimizer,
+                    spec.learning_rate, spec.seed, step, trained and trained.loss, trained and trained.grad_norm,
+                    evaluated and evaluated.loss, evaluated and evaluated.retained,
+                    evaluated and round(evaluated.seconds, 3),
                 ]
             )  # fmt: skip
     return text.getvalue()
@@ -84,15 +86,20 @@ def _attack(finding: Finding) -> dict[str, Any]:
         "subject": spec.subject,
         "variant": dataclasses.asdict(spec.variant),
         "knowledge": finding.attack.knowledge,
-        "trained": spec.trained,
+        "trained": spec.training.label,
         "optimizer": spec.optimizer,
         "learning_rates": list(finding.attack.learning_rates),
         "best": {"learning_rate": finding.learning_rate, "loss": finding.best},
         "start": finding.start,
         "share_of_control": finding.share,
+        "share_of_control_over_seeds": finding.share_range and list(finding.share_range),
         "share_of_control_at_its_rates": finding.usual_share,
+        "share_of_control_with_utility_kept": finding.useful_share,
+        "divergent_learning_rate": finding.divergent_rate,
         "steps_to_control": finding.steps_to_control,
+        "seconds_to_control": finding.seconds_to_control,
         "parameters_times": finding.parameters_times,
+        "flops_times": finding.flops_times,
         "verdict": finding.verdict,
         "runs": [run.spec.run_id for run in finding.attack.runs],
     }
@@ -100,13 +107,14 @@ def _attack(finding: Finding) -> dict[str, Any]:
 
 def _run(report: AttackReport, run: RunResult) -> dict[str, Any]:
     growth = run.growth
+    reached = report.reached_control(run)
     return {
         "id": run.spec.run_id,
         "label": run.spec.label,
         "spec": run.spec.to_dict(),
         "loss": {"start": run.start, "best": run.best, "final": run.final},
         "best_step": run.best_step,
-        "steps_to_control": report.steps_to_control(run),
+        "steps_to_control": reached and reached.step,
         "first_grad_norm": run.first_grad_norm,
         "parameters": {
             "total": run.parameters,
@@ -119,6 +127,7 @@ def _run(report: AttackReport, run: RunResult) -> dict[str, Any]:
             "parameters_added": growth.parameters_added,
             "layers_times": growth.times,
         },
+        "flops_per_step": run.flops_per_step,
         "outcome": run.outcome,
         "divergence": run.divergence and dataclasses.asdict(run.divergence),
         "seconds": run.seconds,

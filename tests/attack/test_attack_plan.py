@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdef_cli.attack import AttackOptions, Expansion
+from specdef_cli.attack.plan import Series, Target, default_learning_rates, make_plan
 from specdef_cli.attack.spec import RunSpec, Variant, checkpoint_fingerprint
-from specdef_cli.attack.sweep import default_learning_rates, default_sweep
+from specdef_cli.attack.suite import load_suite, suite_names
+from specdef_cli.attack.training import Training
 from specdef_cli.checkpoint.manifest import BaseModel, FoldedPair, InsertedLayer, Manifest, ScaledSlice
 from specdef_cli.errors import SpecDefError
 
@@ -24,9 +26,20 @@ FOLD = Manifest(
 )  # fmt: skip
 
 
-def plan(manifest: Manifest | None = INSERT, **options: Any) -> tuple[RunSpec, ...]:
+GROUPS = (
+    Training(parameters=("*.q_proj.*",), name="q_proj alone"),
+    Training(parameters=("*norm*",), name="norms alone"),
+)
+
+
+def series(manifest: Manifest | None = INSERT, **options: Any) -> tuple[Series, ...]:
     made = AttackOptions(model="m", out=Path("o"), **options)
-    return default_sweep(made, manifest, task="causal-lm", data="d", control="c", model="m")
+    return make_plan(made, Target(manifest, "causal-lm", "d", "c", "m", GROUPS))
+
+
+def plan(manifest: Manifest | None = INSERT, **options: Any) -> tuple[RunSpec, ...]:
+    """The runs that are certain from the beginning."""
+    return tuple(run for each in series(manifest, **options) for run in each.runs(each.grid, each.seeds))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +70,7 @@ def test_every_sweep_is_short_and_reaches_below(alpha: float, optimizer: str) ->
 
 def test_default_plan() -> None:
     runs = plan(expansions=(Expansion.parse("2x"),))
-    kinds = [(run.subject, run.variant.kind, run.recipe) for run in runs]
+    kinds = [(run.subject, run.variant.kind, run.training.method) for run in runs]
     assert list(dict.fromkeys(kinds)) == [
         ("control", "plain", "full"),
         ("control", "plain", "lora"),
@@ -81,7 +94,7 @@ def test_rates_given_hold_for_all() -> None:
     runs = plan(learning_rates=(1e-4, 3e-6), seeds=(0, 1), expansions=(Expansion("depth", 3),), collapse=True)
     groups: dict[Any, set[Any]] = {}
     for run in runs:
-        groups.setdefault((run.subject, run.variant, run.recipe), set()).add((run.learning_rate, run.seed))
+        groups.setdefault((run.subject, run.variant, run.training.method), set()).add((run.learning_rate, run.seed))
     assert len(groups) == 7
     assert all(group == {(1e-4, 0), (1e-4, 1), (3e-6, 0), (3e-6, 1)} for group in groups.values())
 
@@ -90,6 +103,35 @@ def test_a_fold_is_swept_by_its_exponents_and_always_rebalanced() -> None:
     runs = plan(FOLD)
     assert {run.variant.kind for run in runs} == {"plain", "rebalance"}
     assert min(run.learning_rate for run in runs) < 1e-2 / 2**20
+
+
+def test_every_attack_of_a_suite_has_a_control_on_the_same_budget() -> None:
+    for name in suite_names():
+        found = series(suite=load_suite(name), steps=7)
+        controls = {each.first.attack for each in found if each.first.subject == "control"}
+        attacks = [each for each in found if each.first.subject == "model"]
+        assert {each.first.control("c").attack for each in attacks} == controls
+        assert len({each.first.attack for each in found}) == len(found)
+        assert all(each.search and each.optional and each.first.steps == 7 for each in found)
+        assert "collapse" in {each.first.variant.kind for each in attacks}
+
+
+def test_keywords_are_spelled_out_for_the_model() -> None:
+    found = series(suite=load_suite("full"))
+    trained = {each.first.training for each in found}
+    assert set(GROUPS) < trained
+    (inflated,) = {training for training in trained if training.placement == "inflated"}
+    assert inflated.targets == ("a",)
+    folded = {each.first.training.placement for each in series(FOLD, suite=load_suite("full"))}
+    assert folded == {"linears"}
+    kinds = {each.first.variant.kind for each in series(FOLD, suite=load_suite("full"))}
+    assert kinds == {"plain", "rebalance"}
+
+
+def test_a_name_does_not_make_another_run() -> None:
+    first = plan()[0]
+    renamed = dataclasses.replace(first, training=dataclasses.replace(first.training, name="everything"))
+    assert (renamed, renamed.run_id) == (first, first.run_id)
 
 
 def test_identity() -> None:
@@ -127,12 +169,15 @@ def test_expand_is_read(text: str, factor: float) -> None:
         ({"learning_rates": (float("nan"),)}, "nan"),
         ({"steps": 0}, "--steps 0"),
         ({"sequence_length": 1}, "--sequence-length 1"),
-        ({"optimizer": "magic"}, "'magic'"),
+        ({"optimizers": ("magic",)}, "'magic'"),
+        ({"learning_rates": (1e-3,), "search": True}, "--lr-sweep"),
+        ({"suite": load_suite("quick"), "train": ("*.norm.*",)}, "quick"),
         ({"recipes": ("qlora",)}, "'qlora'"),
         ({"schedule": "step"}, "'step'"),
         ({"task": "vision"}, "'vision'"),
         ({"seeds": ()}, "seed"),
         ({"train": ("*.norm.*",), "recipes": ("lora",)}, "*.norm.*"),
+        ({"jobs": 0}, "--jobs 0"),
     ],
 )
 def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, Expansion, ProgressEvent, attack
 from specdef_cli.attack.data import BUILTIN_NAME, load_data
-from specdef_cli.attack.recipes import apply_recipe
+from specdef_cli.attack.recipes import apply_recipe, parameter_groups
 from specdef_cli.attack.results import AttackReport, RunResult
-from specdef_cli.attack.spec import RunSpec, Variant
+from specdef_cli.attack.spec import Variant
 from specdef_cli.attack.store import RunStore
+from specdef_cli.attack.training import Training, adapters
 from specdef_cli.attack.variants import apply_variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import load_model, load_tokenizer
@@ -103,7 +104,8 @@ def test_divergence_is_an_outcome(hardened: Path, tmp_path: Path) -> None:
 def test_a_run_is_never_repeated(hardened: Path, tmp_path: Path) -> None:
     events: list[ProgressEvent] = []
     first = attack(options(hardened, tmp_path, recipes=("full",), learning_rates=(1e-4,)), on_progress=events.append)
-    assert [event.kind for event in events if event.run == 2] == ["run-start", *["step"] * 4, "run-end"]
+    assert [event.kind for event in events][:6] == ["run-start", *["step"] * 4, "run-end"]
+    assert [(event.done, event.runs) for event in events if event.kind == "run-end"] == [(1, 3), (2, 3), (3, 3)]
     events.clear()
     again = attack(
         options(hardened, tmp_path, recipes=("full",), learning_rates=(1e-4, 1e-5)), on_progress=events.append
@@ -143,22 +145,12 @@ def test_seeds_change_the_data_order_and_nothing_before_it(base: Path, hardened:
     assert first.train[0].loss != second.train[0].loss
 
 
-def make_spec(**changes: Any) -> RunSpec:
-    values: dict[str, Any] = {
-        "subject": "model", "checkpoint": "c", "data": "d", "task": "causal-lm", "variant": Variant(), "recipe": "full",
-        "lora_targets": (), "lora_rank": None, "lora_alpha": None, "train": (), "optimizer": "adamw",
-        "learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 1.0, "weight_decay": 0.0,
-        "steps": 1, "batch_size": 1, "sequence_length": 8, "eval_every": 1, "seed": 0, "dtype": "float32",
-    }  # fmt: skip
-    return RunSpec(**{**values, **changes})
-
-
 def trainable(model: torch.nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_lora_all_linear_covers_both_factors(hardened: Path) -> None:
-    model = apply_recipe(load_model(hardened), make_spec(recipe="lora", lora_rank=2, lora_alpha=4.0))
+    model = apply_recipe(load_model(hardened), adapters("lora", 2), "causal-lm")
     names = trainable(model)
     assert all("lora_" in name for name in names)
     for part in ("o_proj.inflated", "o_proj.compensation", "down_proj.inflated", "down_proj.compensation", "q_proj"):
@@ -166,19 +158,79 @@ def test_lora_all_linear_covers_both_factors(hardened: Path) -> None:
     assert not any("lm_head" in name for name in names)
 
 
+PLACES = {
+    "inflated": {f"model.layers.{layer}.self_attn.o_proj.inflated" for layer in (0, 1)},
+    "compensation": {f"model.layers.{layer}.self_attn.o_proj.compensation" for layer in (0, 1)},
+    "around": {f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)},
+}
+
+
+@pytest.mark.parametrize("placement", PLACES)
+def test_adapters_on_part_of_a_pair_and_around_it(base: Path, hardened: Path, placement: Any) -> None:
+    targets = tuple(f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1))
+    training = adapters("lora", 2, targets=targets, placement=placement)
+    tokens = torch.arange(12)[None]
+    for directory, expected in ((hardened, PLACES[placement]), (base, set(targets))):
+        plain = load_model(directory)
+        before = plain(input_ids=tokens).logits
+        model = apply_recipe(plain, training, "causal-lm")
+        adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trainable(model)}
+        assert adapted == expected
+        torch.testing.assert_close(model(input_ids=tokens).logits, before)
+        # An adapter that is trained takes part in the forward pass.
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+        assert not torch.allclose(model(input_ids=tokens).logits, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "prompt"])
+def test_other_adapters_train_little_and_something(hardened: Path, tmp_path: Path, method: Any) -> None:
+    result = attack(options(hardened, tmp_path, recipes=(method,), lora_rank=2, learning_rates=(1e-2,)))
+    control = run_of(result, "control")
+    assert 0 < control.trainable_parameters < 0.3 * control.parameters
+    assert control.progress is not None
+    assert control.progress > 0
+
+
+def test_parameter_groups_cover_every_parameter_once(base: Path, hardened: Path) -> None:
+    model = load_model(base)
+    groups = parameter_groups(model)
+    names = [group.name for group in groups]
+    assert names == [f"{kind} alone" for kind in (
+        "embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norms", "head"
+    )]  # fmt: skip
+    found = [name for group in groups for name in trainable(apply_recipe(load_model(base), group, "causal-lm"))]
+    assert sorted(found) == sorted(name for name, _ in model.named_parameters())
+    down = groups[names.index("down_proj alone")]
+    assert {name.split(".mlp.")[1] for name in trainable(apply_recipe(load_model(hardened), down, "causal-lm"))} == {
+        "down_proj.inflated.weight", "down_proj.compensation.weight"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", [("o_proj",), ("q_proj", "down_proj")])
+def test_lora_by_name_goes_on_both_factors(hardened: Path, targets: tuple[str, ...]) -> None:
+    model = apply_recipe(load_model(hardened), adapters("lora", 2, targets=targets), "causal-lm")
+    adapted = {name.split(".lora_")[0].rsplit(".", 2)[-2:][-1] for name in trainable(model)}
+    assert adapted == ({"q_proj"} if "q_proj" in targets else set()) | {"inflated", "compensation"}
+
+
+def test_lora_where_peft_puts_it(hardened: Path) -> None:
+    model = apply_recipe(load_model(hardened), adapters("lora", 2, peft_default=True), "causal-lm")
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trainable(model)} == {"q_proj", "v_proj"}
+
+
 def test_lora_targets_that_do_not_exist(hardened: Path) -> None:
     with pytest.raises(SpecDefError, match="query_key_value"):
-        apply_recipe(
-            load_model(hardened),
-            make_spec(recipe="lora", lora_rank=2, lora_alpha=4.0, lora_targets=("query_key_value",)),
-        )
+        apply_recipe(load_model(hardened), adapters("lora", 2, targets=("query_key_value",)), "causal-lm")
 
 
 @pytest.mark.parametrize("variant", [Variant(), Variant("width", 2.0), Variant("collapse")])
 def test_train_globs_mean_the_same_on_every_variant(base: Path, hardened: Path, variant: Variant) -> None:
     model = load_model(hardened)
     apply_variant(model, variant, 0)
-    names = trainable(apply_recipe(model, make_spec(train=("*.o_proj.weight", "model.norm.*"))))
+    names = trainable(apply_recipe(model, Training(parameters=("*.o_proj.weight", "model.norm.*")), "causal-lm"))
     expected = {
         "plain": {"o_proj.inflated.weight", "o_proj.compensation.weight"},
         "width": {"o_proj.up.weight", "o_proj.down.weight"},
@@ -190,14 +242,14 @@ def test_train_globs_mean_the_same_on_every_variant(base: Path, hardened: Path, 
 
 def test_train_globs_that_match_nothing(base: Path) -> None:
     with pytest.raises(SpecDefError, match=r"\*\.experts\.\*"):
-        apply_recipe(load_model(base), make_spec(train=("model.norm.*", "*.experts.*")))
+        apply_recipe(load_model(base), Training(parameters=("model.norm.*", "*.experts.*")), "causal-lm")
 
 
 def test_a_variant_that_leaves_nothing_to_train(hardened: Path) -> None:
     model = load_model(hardened)
     apply_variant(model, Variant("freeze-pair"), 0)
     with pytest.raises(SpecDefError, match="nothing is left"):
-        apply_recipe(model, make_spec(train=("*.o_proj.weight",)))
+        apply_recipe(model, Training(parameters=("*.o_proj.weight",)), "causal-lm")
 
 
 def test_the_builtin_text_is_split_by_document(base: Path, tmp_path: Path) -> None:
@@ -241,6 +293,43 @@ def test_files_that_cannot_be_read(base: Path, tmp_path: Path, name: str) -> Non
     with pytest.raises(SpecDefError) as caught:
         load_data(options(base, tmp_path, dataset=str(tmp_path / name)), "causal-lm", load_tokenizer(base), 0)
     assert name in caught.value.problem
+
+
+def test_utility_is_measured_on_retained_text(report: AttackReport, hardened: Path, tmp_path: Path) -> None:
+    """At a rate that breaks the model, what is learned without harm is less than what is learned."""
+    assert all(point.retained is not None for run in report.runs for point in run.evaluations)
+    control = run_of(report, "control")
+    assert control.evaluations[0].retained != control.evaluations[0].loss
+    text = tmp_path / "retained.txt"
+    text.write_text("\n\n".join("zzz " * 30 for _ in range(20)))
+    harmful = attack(
+        options(hardened, tmp_path / "out", recipes=("full",), learning_rates=(3e-2,), steps=8, retained=str(text))
+    )
+    run = run_of(harmful, "control")
+    assert run.useful_progress is not None
+    assert run.progress is not None
+    assert run.useful_progress <= run.progress
+    unmeasured = attack(
+        options(hardened, tmp_path / "none", recipes=("full",), learning_rates=(1e-3,), retained="none")
+    )
+    assert run_of(unmeasured, "control").useful_progress is None
+
+
+def test_two_at_a_time_find_the_same(report: AttackReport, hardened: Path, tmp_path: Path) -> None:
+    two = attack(options(hardened, tmp_path, jobs=2, recipes=("full",), learning_rates=(1e-4,)))
+    assert [run.spec for run in two.runs] == [run.spec for run in report.runs[:3]]
+    for here, there in zip(report.runs, two.runs, strict=False):
+        assert there.best == pytest.approx(here.best, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_search_brackets_the_best_rate(hardened: Path, tmp_path: Path) -> None:
+    found = attack(options(hardened, tmp_path, recipes=("full",), search=True, steps=2))
+    for each in found.attacks:
+        best, rates = each.best_learning_rate, each.learning_rates
+        position = rates.index(best)
+        assert 0 < position < len(rates) - 1
+        assert max(rates[position - 1] / best, best / rates[position + 1]) <= 3.5
 
 
 def test_classification(base: Path, harden_directory: HardenDirectory, tmp_path: Path) -> None:
@@ -330,7 +419,8 @@ def test_in_a_process_of_its_own(hardened: Path, tmp_path: Path, processes: int)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == ""
     if processes == 1:
-        assert done.stderr == ""
+        # An installed bitsandbytes has something to say when PEFT imports it.
+        assert [line for line in done.stderr.splitlines() if "kernels" not in line] == []
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"runs", "report.html", "report.json", "curves.csv", "curves.png"}
     found = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -26,8 +26,10 @@ from specdef_cli.attack.results import (
     TrainPoint,
 )
 from specdef_cli.attack.spec import RunSpec, Variant
+from specdef_cli.attack.training import Training
 from specdef_cli.report import findings, report_dict, summary, summary_table, write_report
 from specdef_cli.report.findings import rate, size
+from specdef_cli.report.matrix import coverage_matrix
 from specdef_cli.report.serialize import CURVE_COLUMNS, curves_csv, report_json
 
 NASTY = "<script>alert('x')</script> & \"[bold]quoted[/bold]\""
@@ -36,12 +38,13 @@ NASTY = "<script>alert('x')</script> & \"[bold]quoted[/bold]\""
 def run(
     subject: str, losses: list[float | None], *, kind: str = "plain", learning_rate: float = 1e-3,
     diverged: bool = False,
-    seed: int = 0, recipe: str = "full", train: tuple[str, ...] = (),
+    seed: int = 0, recipe: str = "full", train: tuple[str, ...] = (), optimizer: str = "adamw",
+    retained: list[float] | None = None,
 ) -> RunResult:  # fmt: skip
     spec = RunSpec(
         subject=subject, checkpoint="c", data="d", task="causal-lm",
         variant=Variant(kind, 2.0 if kind == "width" else None),  # type: ignore[arg-type]
-        recipe=recipe, lora_targets=(), lora_rank=None, lora_alpha=None, train=train, optimizer="adamw",  # type: ignore[arg-type]
+        training=Training(recipe, parameters=train), optimizer=optimizer,  # type: ignore[arg-type]
         learning_rate=learning_rate, schedule="constant", warmup_steps=0, max_grad_norm=1.0, weight_decay=0.0,
         steps=10 * (len(losses) - 1), batch_size=1, sequence_length=8, eval_every=10, seed=seed, dtype="float32",
     )  # fmt: skip
@@ -51,7 +54,10 @@ def run(
             TrainPoint(1, losses[0], 2.5),
             TrainPoint(2, None if diverged else losses[0], None if diverged else 2.0),
         ),
-        evaluations=tuple(EvalPoint(10 * number, loss, number * 0.5) for number, loss in enumerate(losses)),
+        evaluations=tuple(
+            EvalPoint(10 * number, loss, number * 0.5, retained and retained[number])
+            for number, loss in enumerate(losses)
+        ),
         divergence=Divergence(2, "training loss is not finite") if diverged else None,
         growth=Growth(2, 1000, 2000, 4000) if kind == "width" else None,
         parameters=3000 if kind == "width" else 2000 if subject == "control" or kind == "collapse" else 2400,
@@ -120,6 +126,65 @@ def test_each_recipe_has_its_own_control(report: AttackReport) -> None:
     )  # fmt: skip
     shares = [finding.share for finding in findings(replace(report, runs=runs))]
     assert shares == pytest.approx([1.0, 1.0, 0.5, 1.0])
+
+
+def test_utility_bounds_what_counts(report: AttackReport) -> None:
+    """ln 1.1 ≈ 0.095: the second evaluation keeps the utility, the third does not."""
+    runs = (
+        run("control", [3.0, 2.0, 1.0], retained=[1.0, 1.0, 1.0]),
+        run("model", [3.0, 2.4, 1.5], retained=[1.0, 1.09, 1.2]),
+    )
+    _, plain = findings(replace(report, runs=runs))
+    assert plain.share == pytest.approx(0.75)
+    assert plain.useful_share == pytest.approx(0.3)
+    assert "made 30 % of the control's progress" in " ".join(summary(replace(report, runs=runs)))
+    assert findings(report)[1].useful_share is None
+
+
+def test_cost_of_an_attack(report: AttackReport) -> None:
+    """2·tokens·(2·parameters + trainable): the width attack has 3000 and 500, the control 2000 and 500."""
+    control, plain, _, width = findings(report)
+    assert report.runs[0].flops_per_step == 2 * 8 * (2 * 2000 + 500)
+    assert width.flops_times == pytest.approx(6500 / 4500)
+    assert (control.seconds_to_control, width.seconds_to_control) == (1.0, 1.0)
+    assert (plain.divergent_rate, control.divergent_rate) == (1e-3, None)
+
+
+def test_the_best_rate_is_one_that_all_seeds_ran_at(report: AttackReport) -> None:
+    """A lucky single seed at another rate does not count; the spread over seeds is told."""
+    runs = (
+        run("control", [3.0, 1.0]),
+        run("model", [3.0, 1.9], learning_rate=1e-4),
+        run("model", [3.0, 2.0]), run("model", [3.0, 2.5], seed=1),
+    )  # fmt: skip
+    plain = findings(replace(report, runs=runs))[1]
+    assert (plain.learning_rate, plain.share) == (1e-3, pytest.approx(0.375))
+    assert plain.share_range == pytest.approx((0.25, 0.5))
+
+
+def test_matrix(report: AttackReport) -> None:
+    assert coverage_matrix(findings(report)) is None
+    runs = tuple(
+        run(subject, [3.0, loss], train=train, optimizer=optimizer)
+        for optimizer in ("adamw", "sgd") for train in ((), ("*norm*",))
+        for subject, loss in (("control", 1.0), ("model", 2.0 if train else 2.9))
+        if (optimizer, train) != ("sgd", ("*norm*",))
+    )  # fmt: skip
+    matrix = coverage_matrix(findings(replace(report, runs=runs)))
+    assert matrix is not None
+    assert (matrix.rows, matrix.columns) == (("full", "full on *norm*"), ("adamw", "sgd"))
+    shares = {key: round(cell.share or 0, 2) for key, cell in matrix.cells.items()}
+    assert shares == {("full", "adamw"): 0.05, ("full on *norm*", "adamw"): 0.5, ("full", "sgd"): 0.05}
+
+
+def test_many_attacks_are_counted_and_the_strongest_named(report: AttackReport) -> None:
+    losses = {"adamw": 2.99, "sgd": 2.98, "lion": 2.0, "muon": 1.0, "soap": 2.97, "madam": 2.96}
+    runs = [run("control", [3.0, 1.0], optimizer=name) for name in losses]
+    runs += [run("model", [3.0, loss], optimizer=name) for name, loss in losses.items()]
+    text = " ".join(summary(replace(report, runs=tuple(runs))))
+    assert "Of 6 attacks" in text
+    assert "4 stopped, 1 slowed, 1 not slowed" in text
+    assert "100 % by full, muon, at 1e-3; 50 % by full, lion" in text
 
 
 def test_summary_says_what_wins_next_to_what_loses(report: AttackReport) -> None:
@@ -223,8 +288,9 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     assert NASTY in page.text  # shown as it is
     assert "secure" not in page.text.lower()
     assert not re.search(r"url\(|@import|\$[a-z_]", html)
-    # 4 attacks and 5 runs, with a head each
+    # 4 attacks and 5 runs, with a head each; the curves and the growth
     assert page.tags.count("tr") == 2 + 4 + 5
+    assert page.tags.count("img") == 2
 
 
 def test_table(report: AttackReport) -> None:

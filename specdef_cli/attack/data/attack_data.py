@@ -1,0 +1,75 @@
+"""The two halves of an attack's data, and the rules by which rows are divided between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.errors import SpecDefError
+
+HELD_OUT_EVERY = 10
+"""Every tenth row is held out; of fewer rows, the last tenth of the tokens."""
+
+_Items = TypeVar("_Items", torch.Tensor, list[dict[str, Any]])
+
+
+class Examples(Protocol):
+    """A map-style data set that knows its size."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class AttackData:
+    """What the Trainer is given.
+
+    Attributes:
+        name: What the data is called in the report.
+        train, held_out: Map-style data sets.
+        collate: Makes a batch of their items.
+        fingerprint: Sixteen hexadecimal digits of the tokens or images and labels themselves.
+        labels: Number of classes; 0 for language modelling.
+        resize_head: Whether the checkpoint's own head has another number of classes.
+        padding: The id that fills short sequences up.
+        retained: Text on which a language model's ability is measured as it is attacked.
+    """
+
+    name: str
+    train: Examples
+    held_out: Examples
+    collate: Callable[[list[Any]], dict[str, Any]]
+    fingerprint: str
+    labels: int = 0
+    resize_head: bool = False
+    padding: int | None = None
+    retained: Examples | None = None
+
+
+def is_held_out(row: int) -> bool:
+    """Whether the row of this number, counted from 0, is evaluated and not trained on."""
+    return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def whole_batches(items: _Items, batch_size: int) -> _Items:
+    """Every step trains on a full batch. (The Trainer's own ``drop_last`` would drop held-out items as well.)"""
+    return items[: len(items) // batch_size * batch_size]
+
+
+def check_size(name: str, what: str, train: int, held_out: int, options: AttackOptions) -> None:
+    """Refuse data that is too small for one batch and one evaluation.
+
+    Args:
+        what: What is counted: sequences, texts, images.
+    """
+    if train < options.batch_size or held_out < 1:
+        shorter = " or --sequence-length" if what == "sequences" else ""
+        raise SpecDefError(
+            f"{name} gives {train} {what} to train on and {held_out} to evaluate; a batch has {options.batch_size}",
+            f"Give more data, or a smaller --batch-size{shorter}.",
+        )

@@ -1,0 +1,118 @@
+"""Images with classes: kept as they are stored, decoded when a batch needs them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.nn import functional
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, default_data_collator
+
+from specdef_cli.attack.data.attack_data import AttackData
+from specdef_cli.attack.data.labelled import Example, Examples, labelled_halves
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.errors import SpecDefError
+
+_DEFAULT_SIZE = 224
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class PixelTransform:
+    """From an image to a model's input.
+
+    Attributes:
+        channels: 1 or 3.
+        height, width: Of the input, in pixels; of no effect where there is a processor.
+        processor: The checkpoint's own, where it has one.
+    """
+
+    channels: int
+    height: int
+    width: int
+    processor: BaseImageProcessor | None = None
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Resize, and bring pixels to [−1, 1]; or whatever the processor does.
+
+        Returns:
+            float32, shape [channels, height, width].
+        """
+        image = image.convert(_MODES[self.channels])
+        if self.processor is not None:
+            return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        stored = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = stored.view(1, image.height, image.width, self.channels).permute(0, 3, 1, 2).float()
+        resized = functional.interpolate(pixels, (self.height, self.width), mode="bilinear", antialias=True)
+        return resized[0] / 127.5 - 1.0
+
+
+def load_pixel_transform(directory: Path, *, trust_remote_code: bool = False) -> PixelTransform:
+    """The transform of a checkpoint: its image processor's, else one that fits its configuration.
+
+    Raises:
+        SpecDefError: Its configuration or image processor cannot be read, or it takes images of neither one nor three
+            channels.
+    """
+    processor = None
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if (directory / "preprocessor_config.json").is_file():
+            processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise SpecDefError(
+            f"how {directory} reads images cannot be found out: {str(error).strip().splitlines()[0]}",
+            "Give a directory with an image classifier's config.json and, where it has one, its image processor.",
+        ) from error
+    channels = int(getattr(config, "num_channels", 3))
+    if channels not in _MODES:
+        raise SpecDefError(
+            f"{directory} takes images of {channels} channels", "Give a model of grey (1) or colour (3) images."
+        )
+    size: Any = getattr(config, "image_size", None) or _DEFAULT_SIZE
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return PixelTransform(channels, height, width, processor)
+
+
+def image_data(options: AttackOptions, transform: PixelTransform, head_labels: int) -> AttackData:
+    """Images of the named data set: a directory of a folder for each class, a parquet file, a Hub id."""
+    encode = partial(_stored, options=options)
+    halves = labelled_halves(options, "images", options.image_column, encode, head_labels)
+    prepare = partial(_prepare, transform=transform)
+    return AttackData(
+        name=str(options.dataset),
+        train=Examples(halves.train, prepare),
+        held_out=Examples(halves.held_out, prepare),
+        collate=default_data_collator,
+        fingerprint=halves.fingerprint,
+        labels=halves.labels,
+        resize_head=halves.resize_head,
+    )
+
+
+def _stored(value: Any, options: AttackOptions) -> Example:
+    """The file of an image, as `datasets` hands it out undecoded: its bytes, or where they are."""
+    stored = value if isinstance(value, dict) else {}
+    content = stored.get("bytes")
+    try:
+        if content is None and stored.get("path"):
+            content = Path(stored["path"]).read_bytes()
+        if content is None:
+            raise UnidentifiedImageError
+        Image.open(io.BytesIO(content)).verify()
+    except (OSError, SyntaxError) as error:  # what Pillow says of broken files; UnidentifiedImageError is an OSError
+        raise SpecDefError(
+            f"column {options.image_column!r} of {options.dataset} does not hold images that can be read",
+            "Name a column of images (PNG, JPEG, …) with --image-column.",
+        ) from error
+    return {"image": content}
+
+
+def _prepare(example: Example, transform: PixelTransform) -> Example:
+    image = Image.open(io.BytesIO(example["image"]))
+    return {"pixel_values": transform(image), "labels": example["label"]}

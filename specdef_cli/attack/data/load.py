@@ -1,0 +1,56 @@
+"""From a task to its data, and to what turns rows into tensors for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from specdef_cli.attack.data.attack_data import AttackData
+from specdef_cli.attack.data.images import PixelTransform, image_data, load_pixel_transform
+from specdef_cli.attack.data.text import language_data
+from specdef_cli.attack.data.text_classification import text_classification_data
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.spec import Task
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime import load_tokenizer
+
+Preprocessor: TypeAlias = PreTrainedTokenizerBase | PixelTransform
+"""Makes tensors of a row: a tokenizer for text, a transform for images."""
+
+
+def load_preprocessor(task: Task, directory: Path, *, trust_remote_code: bool = False) -> Preprocessor:
+    """What a checkpoint reads its inputs with.
+
+    Raises:
+        SpecDefError: The task needs a tokenizer and the directory has none.
+    """
+    if task == "image-classification":
+        return load_pixel_transform(directory, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise SpecDefError(
+            f"{directory} has no tokenizer, and the attack trains on text",
+            "Copy the tokenizer's files into the control's directory.",
+        )
+    return tokenizer
+
+
+def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, head_labels: int) -> AttackData:
+    """Read, prepare and split what the options name.
+
+    Args:
+        options: Which data, and how much of it a run needs.
+        task: What it is made into.
+        preprocessor: The control's, from :func:`load_preprocessor`.
+        head_labels: Classes that the checkpoint's configuration has.
+
+    Raises:
+        SpecDefError: The data cannot be read, lacks a column, or is too small for one batch and an evaluation.
+    """
+    if isinstance(preprocessor, PixelTransform):
+        return image_data(options, preprocessor, head_labels)
+    if task == "causal-lm":
+        return language_data(options, preprocessor)
+    return text_classification_data(options, preprocessor, head_labels)

@@ -1,0 +1,192 @@
+"""Which runs an attack is made of: every attack of the tables, its control, and the learning rates to begin with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from specdef_cli.attack.optimizers import optimizer_choice
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.spec import RunSpec, Task, Variant
+from specdef_cli.attack.suite import AttackTable, Keyword
+from specdef_cli.attack.training import Training, adapters
+from specdef_cli.attack.variants import applicable, informed_variants
+from specdef_cli.checkpoint.manifest import Manifest
+
+MOST_RATES = 12
+"""More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
+
+_TRAINS_INFLATED = ("plain", "depth")
+"""Variants that train an inflated factor, or what it is made of: their best rate may lie far below the usual ones."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is attacked.
+
+    Attributes:
+        manifest: ``None`` for a model that this package did not harden.
+        task: What it is trained for.
+        data, control, model: Fingerprints.
+        groups: Each kind of parameter of the control, for the keyword ``groups``.
+    """
+
+    manifest: Manifest | None
+    task: Task
+    data: str
+    control: str
+    model: str
+    groups: tuple[Training, ...] = ()
+
+
+@dataclass(frozen=True)
+class Series:
+    """The runs of one attack, which differ in learning rate and seed alone.
+
+    Attributes:
+        first: The run at the first rate and seed.
+        grid: The rates to begin with, largest first.
+        search: Whether further rates are tried until the best one is bracketed.
+        seeds: Without a search every rate is run with every seed; with it, all but the first only at the best rate.
+        optional: Whether it may be left out where the model has nothing that it could train.
+    """
+
+    first: RunSpec
+    grid: tuple[float, ...]
+    search: bool
+    seeds: tuple[int, ...]
+    optional: bool
+
+    def runs(self, rates: Iterable[float], seeds: Iterable[int]) -> tuple[RunSpec, ...]:
+        """The runs at some rates with some seeds."""
+        seeds = tuple(seeds)
+        return tuple(replace(self.first, learning_rate=rate, seed=seed) for rate in rates for seed in seeds)
+
+
+def largest_alpha(manifest: Manifest | None) -> float:
+    """The largest factor by which any layer or channel was inflated; 1 for an ordinary model."""
+    if manifest is None:
+        return 1.0
+    alphas = [layer.alpha for layer in manifest.inserted]
+    alphas += [2.0 ** abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
+    return max(alphas, default=1.0)
+
+
+def default_learning_rates(optimizer: str, alpha: float) -> tuple[float, ...]:
+    """Decades from the optimizer's largest usual rate η₀ to one below η₀/α**p (its smallest usual rate at least),
+    largest first.
+
+    Args:
+        optimizer: A name of the table.
+        alpha: The largest inflation, 1 for an ordinary model.
+    """
+    choice = optimizer_choice(optimizer)
+    top = round(math.log10(max(choice.learning_rates)))
+    bottom = round(math.log10(min(choice.learning_rates)))
+    if alpha > 1:
+        bottom = min(bottom, top - choice.alpha_power * math.ceil(math.log10(alpha) - 1e-9) - 1)
+    stride = math.ceil((top - bottom + 1) / MOST_RATES)
+    exponents = [*range(top, bottom, -stride), bottom]
+    return tuple(float(f"1e{exponent}") for exponent in exponents)
+
+
+def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
+    """Every attack, the controls first: one for each training and optimizer, on the same budget and data.
+
+    Without rates of the user's, the control and attacks on what is, or has again become, an ordinary model begin with
+    the optimizer's usual rates; where an inflated factor is in the way, the decades go on below η₀/α.
+    """
+    controls: list[Series] = []
+    attacks: list[Series] = []
+    for table in options.tables:
+        for training, optimizer in _combinations(table, target):
+            for variant in _variants(table, target.manifest):
+                series = _series(options, table, target, training, optimizer, variant)
+                attacks.append(series)
+                grid = series.grid if _fixed(table) else optimizer_choice(optimizer).learning_rates
+                first = replace(series.first.control(target.control), learning_rate=grid[0])
+                controls.append(replace(series, first=first, grid=grid))
+    return tuple(_once(controls) + _once(attacks))
+
+
+def _series(
+    options: AttackOptions, table: AttackTable, target: Target, training: Training, optimizer: str, variant: Variant
+) -> Series:
+    alpha = largest_alpha(target.manifest) if variant.kind in _TRAINS_INFLATED else 1.0
+    grid: tuple[float, ...] = optimizer_choice(optimizer).learning_rates
+    if _fixed(table):
+        grid = tuple(sorted(table.learning_rates, reverse=True))  # type: ignore[arg-type]
+    elif alpha > 1:
+        grid = default_learning_rates(optimizer, alpha)
+    first = RunSpec(
+        subject="model",
+        checkpoint=target.model,
+        data=target.data,
+        task=target.task,
+        variant=variant,
+        training=training,
+        optimizer=optimizer,
+        learning_rate=grid[0],
+        schedule=options.schedule,
+        warmup_steps=options.warmup_steps,
+        max_grad_norm=options.max_grad_norm,
+        weight_decay=options.weight_decay,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        eval_every=options.eval_interval,
+        seed=options.seeds[0],
+        dtype=options.dtype,
+    )
+    return Series(first, grid, table.learning_rates == "search", options.seeds, options.suite is not None)
+
+
+def _fixed(table: AttackTable) -> bool:
+    return not isinstance(table.learning_rates, str)
+
+
+def _variants(table: AttackTable, manifest: Manifest | None) -> list[Variant]:
+    """A table's variants that mean something for a model hardened like this."""
+    found: list[Variant] = []
+    for variant in table.variants:
+        if isinstance(variant, Variant):
+            found += [variant] if applicable(variant, manifest) else []
+        else:
+            found += informed_variants(manifest)
+    return list(dict.fromkeys(found))
+
+
+def _combinations(table: AttackTable, target: Target) -> list[tuple[Training, str]]:
+    return [
+        (training, optimizer)
+        for entry in table.training
+        for training in ([entry] if isinstance(entry, Training) else _spelled_out(entry, target))
+        for optimizer in table.optimizers
+    ]
+
+
+def _spelled_out(keyword: Keyword, target: Target) -> Sequence[Training]:
+    """What a keyword stands for on this model; nothing where it needs hardened layers and there are none."""
+    match keyword:
+        case "groups":
+            return target.groups
+        case "full":
+            return [Training()]
+        case "bitfit":
+            return [Training(parameters=("*bias",), name="BitFit (biases)")]
+        case "lora-default":
+            return [adapters("lora", peft_default=True)]
+        case "lora-inflated" | "lora-compensation" | "lora-around":
+            layers = tuple(layer.module for layer in target.manifest.inserted) if target.manifest else ()
+            return [adapters("lora", targets=layers, placement=keyword.removeprefix("lora-"))] if layers else []
+        case _:
+            return [adapters(keyword)]
+
+
+def _once(series: list[Series]) -> list[Series]:
+    """Each attack once: tables may overlap."""
+    found: dict[RunSpec, Series] = {}
+    for each in series:
+        found.setdefault(each.first.attack, each)
+    return list(found.values())

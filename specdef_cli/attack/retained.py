@@ -1,0 +1,61 @@
+"""Text that the attacker does not want the model to forget: an attack that wrecks the model has not won.
+
+By default the source of Python's standard library, which every Python installation has and most language models know.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from specdef_cli.attack.data import Sequences, load_data
+from specdef_cli.attack.options import AttackOptions
+
+BUILTIN_NAME = "the source of Python's standard library"
+NONE = "none"
+
+SEQUENCES_OF_A_FILE = 2
+"""So that the text is of many files, however few sequences are evaluated."""
+
+
+def retained_sequences(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Sequences | None:
+    """Sequences on which a language model's ability is measured as it is attacked; ``None`` where it is not wanted.
+
+    Half as many as held-out ones: it costs time at every evaluation.
+
+    Raises:
+        SpecDefError: The data set that the options name cannot be read.
+    """
+    count = max(1, options.eval_sequences // 2)
+    if options.retained == NONE:
+        return None
+    if options.retained is not None:
+        named = replace(
+            options, dataset=options.retained, dataset_config=None, dataset_split=None, eval_sequences=count, steps=1
+        )
+        data = load_data(named, "causal-lm", tokenizer, 0)
+        assert isinstance(data.held_out, Sequences)
+        return data.held_out
+    length = options.sequence_length
+    sequences: list[list[int]] = []
+    for text in standard_library():
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        sequences += [
+            tokens[start : start + length]
+            for start in range(0, min(len(tokens) - length + 1, SEQUENCES_OF_A_FILE * length), length)
+        ]
+        if len(sequences) >= count:
+            break
+    return Sequences(torch.tensor(sequences[:count], dtype=torch.int64)) if sequences else None
+
+
+def standard_library() -> Iterator[str]:
+    """The files of Python's standard library, one after the other."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.glob("*.py")):
+        yield path.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,205 @@
+"""Runs series after series, or several runs at a time, each in a process of its own.
+
+A series decides by its results which learning rate comes next (:mod:`specdef_cli.attack.search`), so there is always a
+queue of what may run now, and a finished run may add to it. What is found finished in the store is never run again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from specdef_cli.attack.plan import Series
+from specdef_cli.attack.recipes import NothingToTrain
+from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
+from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.search import best_rate, next_rates
+from specdef_cli.attack.spec import RunSpec
+
+Execute = Callable[[RunSpec, Callable[[int, float | None], None]], RunResult]
+"""(what to run, a hook for each step) → the result. Picklable, where runs get processes of their own."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a plan.
+
+    Attributes:
+        runs: Every run, by series in the order of the plan, largest learning rate first.
+        left_out: Series that have nothing to train on this model: the label, and why.
+    """
+
+    runs: tuple[RunResult, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class _Progress:
+    """One series while it is under way."""
+
+    series: Series
+    results: dict[RunSpec, RunResult] = field(default_factory=dict)
+    outstanding: set[RunSpec] = field(default_factory=set)
+    left_out: str | None = None
+
+    def ready(self) -> tuple[RunSpec, ...]:
+        """Runs that can be started now, given what is finished and what is under way."""
+        if self.outstanding or self.left_out is not None:
+            return ()
+        series = self.series
+        first, *others = series.seeds
+        if not series.search:
+            specs = series.runs(series.grid, series.seeds)
+        else:
+            found = {spec.learning_rate: run for spec, run in self.results.items() if spec.seed == first}
+            rates = next_rates(series.grid, found)
+            specs = series.runs(rates, [first]) if rates else series.runs([best_rate(found)], others)
+        wanted = tuple(spec for spec in specs if spec not in self.results)
+        self.outstanding |= set(wanted)
+        return wanted
+
+    def finish(self, spec: RunSpec, result: RunResult) -> None:
+        self.outstanding.discard(spec)
+        self.results[spec] = result
+
+    def ordered(self) -> list[RunResult]:
+        return sorted(self.results.values(), key=lambda run: (-run.spec.learning_rate, run.spec.seed))
+
+
+def run_all(
+    plan: Sequence[Series],
+    execute: Execute,
+    *,
+    load: Callable[[RunSpec], RunResult | None],
+    save: Callable[[RunResult], None],
+    jobs: int = 1,
+    on_progress: ProgressHook = lambda event: None,
+) -> Outcome:
+    """Run a plan to its end.
+
+    Args:
+        plan: The series.
+        execute: Runs one.
+        load, save: The store.
+        jobs: Runs at a time.
+        on_progress: Called as runs start, step and end; in this process.
+
+    Raises:
+        SpecDefError: A run cannot be made; those that are finished are in the store.
+    """
+    under_way = [_Progress(series) for series in plan]
+    finished = 0
+
+    def total() -> int:
+        return finished + len(queue) + len(running)
+
+    def event(kind: str, spec: RunSpec, result: RunResult | None = None, **changes: object) -> ProgressEvent:
+        label = f"{spec.label} · η={spec.learning_rate:g}"
+        made = ProgressEvent(kind, finished, total(), label, 0, spec.steps)  # type: ignore[arg-type]
+        if result is not None:
+            steps = result.train[-1].step if result.train else 0
+            made = replace(made, step=steps, loss=result.final, diverged=result.divergence is not None)
+        return replace(made, **changes)  # type: ignore[arg-type]
+
+    def enqueue(progress: _Progress) -> None:
+        """All that this series can run now; what is in the store counts as finished at once."""
+        nonlocal finished
+        while specs := progress.ready():
+            for spec in specs:
+                kept = load(spec)
+                if kept is None:
+                    queue.append((progress, spec))
+                else:
+                    progress.finish(spec, kept)
+                    finished += 1
+                    on_progress(event("run-reused", spec, kept))
+
+    queue: list[tuple[_Progress, RunSpec]] = []
+    running: dict[Future[RunResult], tuple[_Progress, RunSpec]] = {}
+    for progress in under_way:
+        enqueue(progress)
+    with _executor(execute, jobs, on_progress, event) as submit:
+        while queue or running:
+            while queue and len(running) < jobs:
+                progress, spec = queue.pop(0)
+                if progress.left_out is not None:
+                    progress.outstanding.discard(spec)
+                    continue
+                running[submit(spec)] = (progress, spec)
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                progress, spec = running.pop(future)
+                try:
+                    result = future.result()
+                except NothingToTrain as error:
+                    if not progress.series.optional:
+                        raise
+                    progress.left_out = error.problem
+                    progress.outstanding.discard(spec)
+                    continue
+                save(result)
+                progress.finish(spec, result)
+                finished += 1
+                on_progress(event("run-end", spec, result))
+                enqueue(progress)
+    return Outcome(
+        runs=tuple(run for progress in under_way for run in progress.ordered()),
+        left_out=tuple(
+            (progress.series.first.label, progress.left_out) for progress in under_way if progress.left_out is not None
+        ),
+    )
+
+
+@contextmanager
+def _executor(
+    execute: Execute, jobs: int, on_progress: ProgressHook, event: Callable[..., ProgressEvent]
+) -> Iterator[Callable[[RunSpec], Future[RunResult]]]:
+    """A way to start a run: here and now for one job (also under ``accelerate launch``), else in a pool."""
+    if jobs == 1:
+
+        def run_here(spec: RunSpec) -> Future[RunResult]:
+            on_progress(event("run-start", spec))
+            future: Future[RunResult] = Future()
+            try:
+                future.set_result(
+                    execute(spec, lambda step, loss: on_progress(event("step", spec, step=step, loss=loss)))
+                )
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
+        yield run_here
+        return
+    context = multiprocessing.get_context("spawn")
+    places = context.SimpleQueue()
+    for place in range(jobs):
+        places.put(place)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_settle, initargs=(places, jobs))
+
+    def run_there(spec: RunSpec) -> Future[RunResult]:
+        on_progress(event("run-start", spec))
+        return pool.submit(execute, spec, _no_step)
+
+    try:
+        yield run_there
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _settle(places: multiprocessing.SimpleQueue[int], jobs: int) -> None:
+    """Give a worker its share of the machine: a GPU of its own where there are several, and its part of the cores."""
+    place = places.get()
+    import torch
+
+    devices = torch.cuda.device_count()
+    if devices > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % devices)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else 1))
+
+
+def _no_step(step: int, loss: float | None) -> None:
+    """Steps of a run in another process are not shown."""

@@ -1,0 +1,72 @@
+"""The learning-rate frontier: which rates to try next, until the best one is bracketed.
+
+An attack is as strong as its best learning rate, and hardening moves that rate by orders of magnitude (with Adam, α
+acts as a hidden factor of it). So a search starts from a grid of decades that reaches below η₀/α, goes on upwards until
+runs diverge and downwards until nothing moves any more, and then halves the steps around the best rate. Everything
+here is a pure function of the runs so far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from specdef_cli.attack.results import RunResult
+
+FINEST_STEP = 3.5
+"""Neighbours of the best rate end within this factor of it: half a decade, in one-digit numbers."""
+
+MOVED = 2e-3
+"""A held-out loss that fell by less than this share of the start has not moved."""
+
+LARGEST_RATE, SMALLEST_RATE = 1e9, 1e-30
+
+
+def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
+    """The rates to run next; empty once the best rate is bracketed.
+
+    Args:
+        grid: The rates to begin with.
+        runs: What is finished, by learning rate.
+    """
+    missing = tuple(rate for rate in grid if rate not in runs)
+    if missing:
+        return missing
+    tried = sorted(runs, reverse=True)
+    best = best_rate(runs)
+    learned = _progress(runs[best]) > MOVED
+    largest, smallest = tried[0], tried[-1]
+    # Where nothing was learned, the model stood still at the largest rate, or was disturbed even at the smallest: this
+    # parameter's scale is far off, so the steps are larger.
+    stride = 10 if learned else 100
+    if largest < LARGEST_RATE and (best == largest if learned else not _disturbed(runs[largest])):
+        return (_neat(largest * stride),)
+    if smallest > SMALLEST_RATE and (best == smallest if learned else _disturbed(runs[smallest])):
+        return (_neat(smallest / stride),)
+    if not learned:
+        return ()
+    position = tried.index(best)
+    neighbours = [*tried[max(0, position - 1) : position], *tried[position + 1 : position + 2]]
+    between = (_neat(math.sqrt(best * other)) for other in neighbours if max(best / other, other / best) > FINEST_STEP)
+    return tuple(rate for rate in between if rate not in runs)
+
+
+def best_rate(runs: Mapping[float, RunResult]) -> float:
+    """The rate with the lowest held-out loss; the largest of equals."""
+    return min(runs, key=lambda rate: (runs[rate].best is None, runs[rate].best or 0.0, -rate))
+
+
+def _progress(run: RunResult) -> float:
+    """By how much of its start the held-out loss fell."""
+    return run.progress / run.start if run.progress is not None and run.start else 0.0
+
+
+def _disturbed(run: RunResult) -> bool:
+    """Whether the rate was large enough to change the model for the worse."""
+    if run.divergence is not None or run.start is None or run.final is None:
+        return True
+    return abs(run.final - run.start) > MOVED * abs(run.start)
+
+
+def _neat(rate: float) -> float:
+    return float(f"{rate:.0e}")

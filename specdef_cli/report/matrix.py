@@ -1,0 +1,37 @@
+"""The coverage matrix: what is trained × with which optimizer, by attackers who know only recipes.
+
+A defence is as good as its worst cell. Each cell is the best over learning rates, as a share of what the same training
+with the same optimizer reached on the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from specdef_cli.report.findings import Finding
+
+
+@dataclass(frozen=True)
+class CoverageMatrix:
+    """Findings by what is trained and by optimizer.
+
+    Attributes:
+        rows: Labels of what is trained, in the order of the report.
+        columns: Names of optimizers, likewise.
+        cells: By (row, column); combinations that were not attacked are absent.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: Mapping[tuple[str, str], Finding]
+
+
+def coverage_matrix(found: Sequence[Finding]) -> CoverageMatrix | None:
+    """The matrix of a report's findings; ``None`` where there is one cell or none."""
+    plain = [each for each in found if each.attack.subject == "model" and each.attack.knowledge == "none"]
+    cells = {(each.attack.training.label, each.attack.optimizer): each for each in plain}
+    if len(cells) < 2:
+        return None
+    rows, columns = (tuple(dict.fromkeys(key[axis] for key in cells)) for axis in (0, 1))
+    return CoverageMatrix(rows, columns, cells)

@@ -1,0 +1,235 @@
+"""The table of optimizers: each one trains through the Trainer, and does what its name says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+    set_seed,
+)
+
+from specdef_cli.attack.data import AttackData, Sequences
+from specdef_cli.attack.madam import Madam
+from specdef_cli.attack.optimizer_groups import build_optimizer, hidden_matrices
+from specdef_cli.attack.optimizers import OPTIMIZERS, optimizer_choice
+from specdef_cli.attack.recorder import Recorder
+from specdef_cli.attack.spec import RunSpec, Variant
+from specdef_cli.attack.trainer import AttackTrainer, _check_processes, load_for_training, make_trainer, train_run
+from specdef_cli.attack.training import Training
+from specdef_cli.errors import SpecDefError
+
+SECOND_ORDER = [name for name, choice in OPTIMIZERS.items() if choice.second_order]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def memorizable() -> AttackData:
+    """One batch of random bytes, again and again, and evaluated on itself."""
+    tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
+    return AttackData("bytes", Sequences(tokens.repeat(STEPS, 1)), Sequences(tokens), default_data_collator, "0")
+
+
+def spec(optimizer: str, **changes: Any) -> RunSpec:
+    fields: dict[str, Any] = {
+        "subject": "control", "checkpoint": "", "data": "", "task": "causal-lm", "variant": Variant(),
+        "training": Training(), "optimizer": optimizer, "learning_rate": optimizer_choice(optimizer).learning_rates[1],
+        "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 1.0, "weight_decay": 0.0, "steps": STEPS,
+        "batch_size": 4, "sequence_length": 16, "eval_every": 1, "seed": 0, "dtype": "float32",
+    }  # fmt: skip
+    return RunSpec(**{**fields, **changes})
+
+
+def trained(run: RunSpec, base: Path, data: AttackData, scratch: Path, *callbacks: TrainerCallback) -> AttackTrainer:
+    set_seed(run.seed)
+    model = load_for_training(run, base, data, False)
+    trainer = make_trainer(run, model, data, Recorder(lambda step, loss: None), str(scratch))
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    assert isinstance(trainer, AttackTrainer)
+    return trainer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_learns_a_batch_by_heart(name: str, base: Path, memorizable: AttackData) -> None:
+    # The initial loss is about log 258, and random bytes have nothing to generalize from: it falls by memory alone.
+    run = train_run(spec(name, eval_every=STEPS), base, memorizable)
+    assert run.start is not None
+    assert run.best is not None
+    assert run.best < run.start - 0.02
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_runs_in_low_precision(name: str, dtype: Any, base: Path, memorizable: AttackData, tmp_path: Path) -> None:
+    trainer = trained(spec(name, dtype=dtype, steps=2), base, memorizable, tmp_path)
+    parameters = dict(trainer.model.named_parameters())
+    assert {parameter.dtype for parameter in parameters.values()} == {
+        torch.float32 if dtype == "mixed" else torch.bfloat16
+    }
+    assert all(bool(parameter.isfinite().all()) for parameter in parameters.values())
+    before = load_for_training(spec(name, dtype=dtype), base, memorizable, False).state_dict()
+    assert any(not torch.equal(before[key], parameter) for key, parameter in parameters.items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rates_fall(name: str) -> None:
+    rates = optimizer_choice(name).learning_rates
+    assert list(rates) == sorted(set(rates), reverse=True)
+    assert len(rates) >= 3
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_probes_are_plus_or_minus_one(name: str) -> None:
+    """With z² = 1, z ⊙ Hz is a diagonal H's diagonal from a single probe, exactly; with no other z is it."""
+    diagonal = torch.linspace(-3, 5, 64)
+    model = nn.Linear(64, 1, bias=False)
+    optimizer = build_optimizer(optimizer_choice(name), model, 1e-3)
+    (0.5 * (diagonal * model.weight.square()).sum()).backward(create_graph=True)
+    optimizer.step()
+    assert torch.equal(optimizer.state[model.weight]["hessian"], diagonal[None])
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_second_order_takes_eager_attention(name: str, base: Path, memorizable: AttackData) -> None:
+    assert load_for_training(spec(name), base, memorizable, False).config._attn_implementation == "eager"
+    assert load_for_training(spec("adamw"), base, memorizable, False).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("name", "clipped"), [("adahessian", False), ("sgd", True)])
+def test_only_first_order_gradients_are_clipped(
+    name: str, clipped: bool, base: Path, memorizable: AttackData, tmp_path: Path
+) -> None:
+    def weights(max_grad_norm: float) -> torch.Tensor:
+        run = spec(name, max_grad_norm=max_grad_norm, steps=1)
+        return torch.cat([each.flatten() for each in trained(run, base, memorizable, tmp_path).model.parameters()])
+
+    assert torch.equal(weights(0.0), weights(1e-2)) != clipped
+
+
+def names_of(model: nn.Module, parameters: frozenset[nn.Parameter]) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter in parameters}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_takes_the_hidden_matrices_alone(tied: bool) -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=tied, attention_bias=True,
+        )
+    )  # fmt: skip
+    linears = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    linears += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert names_of(model, hidden_matrices(model)) == {f"model.layers.0.{name}.weight" for name in linears}
+    optimizer = build_optimizer(optimizer_choice("muon"), model, 1e-3, weight_decay=0.1, decayed={"lm_head.weight"})
+    groups = {(group["use_muon"], group["weight_decay"]): len(group["params"]) for group in optimizer.param_groups}
+    rest = len(list(model.parameters())) - len(linears)
+    assert groups == (
+        {(True, 0): 7, (False, 0): rest} if tied else {(True, 0): 7, (False, 0): rest - 1, (False, 0.1): 1}
+    )
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+
+
+def test_muon_takes_adapters_and_leaves_heads_and_patches(base: Path) -> None:
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], r=2))
+    adapters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(adapters) == 4
+    assert adapters <= names_of(model, hidden_matrices(model))
+    vit = ViTForImageClassification(
+        ViTConfig(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=4,
+                  patch_size=2)
+    )  # fmt: skip
+    taken = names_of(vit, hidden_matrices(vit))
+    assert len(taken) == 6
+    assert all(name.startswith("vit.") and "embeddings" not in name for name in taken)
+
+
+class Snapshots(TrainerCallback):
+    """The head's weight at every evaluation, and the iterate that schedule-free methods keep beside it."""
+
+    def __init__(self) -> None:
+        self.evaluated: list[torch.Tensor] = []
+        self.iterates: list[torch.Tensor] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            head = kwargs["model"].lm_head.weight
+            self.evaluated.append(head.detach().clone())
+            self.iterates.append(kwargs["optimizer"].state[head]["z"].clone())
+
+
+def test_schedule_free_is_evaluated_at_the_average(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
+    seen = Snapshots()
+    trained(spec("schedule-free", learning_rate=1e-2), base, memorizable, tmp_path, seen)
+    assert len(seen.evaluated) == STEPS
+    for step in range(STEPS):
+        average = torch.stack(seen.iterates[: step + 1]).mean(0)
+        torch.testing.assert_close(seen.evaluated[step], average, atol=1e-5, rtol=0)
+    assert float((seen.evaluated[-1] - seen.iterates[-1]).abs().max()) > 1e-3
+
+
+def test_madam_by_hand() -> None:
+    start = torch.tensor([2.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+    weight = nn.Parameter(start.clone())
+    optimizer = Madam([weight], lr=0.1, beta=0.75, bound=1.2)
+    weight.grad = torch.tensor([3.0, 3.0, -0.01, 1.0], dtype=torch.float64)
+    optimizer.step()  # the first normalized gradient is the sign
+    expected = start * torch.exp(-0.1 * torch.tensor([1.0, -1.0, -1.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0)
+    weight.grad = torch.tensor([4.0, 0.0, -1.0, 1.0], dtype=torch.float64)
+    optimizer.step()
+    # Mean squares: (0.75 · 0.25 · 9 + 0.25 · 16) / (1 − 0.75²) and so on; the third is far beyond the bound.
+    first = 4 / math.sqrt((0.75 * 0.25 * 9 + 0.25 * 16) / (1 - 0.75**2))
+    expected *= torch.exp(-0.1 * torch.tensor([first, 0.0, -1.2, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_madam_commutes_with_scaling() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 7, generator=generator)
+    scale = 2.0 ** torch.arange(-20, 15, dtype=torch.float32).view(5, 7)
+    plain, scaled = nn.Parameter(start.clone()), nn.Parameter(start * scale)
+    optimizers = [Madam([weight], lr=0.03, weight_decay=0.1) for weight in (plain, scaled)]
+    for _ in range(4):
+        gradient = torch.randn(5, 7, generator=generator)
+        plain.grad, scaled.grad = gradient, gradient / scale
+        for optimizer in optimizers:
+            optimizer.step()
+    assert not torch.equal(plain.detach(), start)
+    torch.testing.assert_close(scaled.detach() / scale, plain.detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "refused"),
+    [
+        ("adahessian", DistributedType.MULTI_GPU, True),
+        ("sophia", DistributedType.FSDP, True),
+        ("muon", DistributedType.FSDP, True),
+        ("muon", DistributedType.MULTI_GPU, False),
+        ("adamw", DistributedType.FSDP, False),
+        ("schedule-free", DistributedType.FSDP, False),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(optimizer: str, kind: DistributedType, refused: bool) -> None:
+    state: Any = SimpleNamespace(num_processes=2, distributed_type=kind)
+    if not refused:
+        _check_processes(spec(optimizer), state)
+        return
+    with pytest.raises(SpecDefError) as caught:
+        _check_processes(spec(optimizer), state)
+    assert f"--optimizer {optimizer}" in caught.value.problem

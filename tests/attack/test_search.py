@@ -1,0 +1,145 @@
+"""The learning-rate search on made-up landscapes whose best rate is known, and the schedule that it drives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specdef_cli.attack.plan import Series
+from specdef_cli.attack.recipes import NothingToTrain
+from specdef_cli.attack.results import Divergence, EvalPoint, RunResult
+from specdef_cli.attack.schedule import run_all
+from specdef_cli.attack.search import best_rate, next_rates
+from specdef_cli.attack.spec import RunSpec, Variant
+from specdef_cli.attack.training import Training
+from specdef_cli.errors import SpecDefError
+
+SPEC = RunSpec(
+    subject="model", checkpoint="c", data="d", task="causal-lm", variant=Variant(), training=Training(),
+    optimizer="adamw", learning_rate=1e-2, schedule="constant", warmup_steps=0, max_grad_norm=1.0, weight_decay=0.0,
+    steps=10, batch_size=1, sequence_length=8, eval_every=10, seed=0, dtype="float32",
+)  # fmt: skip
+GRID = (1e-2, 1e-3, 1e-4, 1e-5)
+
+
+def result(spec: RunSpec, best_at: float, width: float = 1.0, edge: float = math.inf) -> RunResult:
+    """A loss of 3 that falls by at most 1, a parabola in log η around ``best_at``; diverges above ``edge``."""
+    away = math.log10(spec.learning_rate / best_at) / width
+    gain = max(0.0, 1 - away**2 / 4)
+    diverged = spec.learning_rate > edge
+    # Far above its best rate a run ends above its start, far below it stands still.
+    final = 3 - gain if gain or away < 0 else 3.5
+    return RunResult(
+        spec=spec,
+        train=(),
+        evaluations=(EvalPoint(0, 3.0, 0.0), EvalPoint(10, 9.0 if diverged else final, 1.0)),
+        divergence=Divergence(3, "held-out loss is beyond twice the start") if diverged else None,
+        growth=None, parameters=1, trainable_parameters=1, seconds=1.0,
+    )  # fmt: skip
+
+
+def search(landscape: Callable[[RunSpec], RunResult], grid: tuple[float, ...] = GRID) -> dict[float, RunResult]:
+    runs: dict[float, RunResult] = {}
+    for _ in range(60):
+        rates = next_rates(grid, runs)
+        if not rates:
+            return runs
+        assert not set(rates) & set(runs)
+        runs |= {rate: landscape(replace(SPEC, learning_rate=rate)) for rate in rates}
+    raise AssertionError("the search does not end")
+
+
+@given(st.floats(-18, 4), st.floats(0.3, 2.0))
+def test_the_best_rate_is_bracketed_within_half_a_decade(exponent: float, width: float) -> None:
+    """Wherever the optimum lies within reach of a grid that goes down to 1e-12, however narrow it is."""
+    best = 10**exponent
+    grid = tuple(float(f"1e{exponent}") for exponent in range(-2, -13, -1))
+    runs = search(lambda spec: result(spec, best, width), grid)
+    if -12 <= exponent <= -2 and width > 0.5:
+        assert max(best_rate(runs) / best, best / best_rate(runs)) < 2.5
+    rates = sorted(runs)
+    found = best_rate(runs)
+    if runs[found].progress:
+        assert rates[0] < found < rates[-1]
+
+
+def test_it_goes_up_until_a_run_diverges_and_down_until_it_gets_worse() -> None:
+    upwards = search(lambda spec: result(spec, 3e-1, edge=1.0))
+    assert max(upwards) == 1.0
+    assert best_rate(upwards) == 0.3
+    downwards = search(lambda spec: result(spec, 3e-8))
+    assert min(downwards) < 3e-8
+    assert best_rate(downwards) == 3e-8
+
+
+def test_a_scale_far_above_is_found_where_nothing_moves() -> None:
+    """Embeddings scaled by 2^40 stand still at every usual rate: an honest search goes on upwards."""
+    runs = search(lambda spec: result(spec, 1e7))
+    assert best_rate(runs) == pytest.approx(1e7, rel=3)
+
+
+def test_it_gives_up_where_the_smallest_stands_still_and_the_largest_breaks() -> None:
+    def landscape(spec: RunSpec) -> RunResult:
+        run = result(spec, 1e-3, edge=1e-3)
+        return replace(run, evaluations=(EvalPoint(0, 3.0, 0.0), EvalPoint(10, 9.0 if run.divergence else 3.0, 1.0)))
+
+    assert set(search(landscape)) == set(GRID)
+
+
+def make_series(label: str, *, search: bool = True, seeds: tuple[int, ...] = (0,), optional: bool = False) -> Series:
+    return Series(replace(SPEC, training=Training(name=label, targets=(label,))), GRID, search, seeds, optional)
+
+
+def run_plan(plan: list[Series], execute: Any, **options: Any) -> tuple[Any, dict[RunSpec, RunResult]]:
+    kept: dict[RunSpec, RunResult] = options.pop("kept", {})
+    outcome = run_all(plan, execute, load=kept.get, save=lambda run: kept.update({run.spec: run}), **options)
+    return outcome, kept
+
+
+def test_seeds_beyond_the_first_run_at_the_best_rate_only() -> None:
+    outcome, _ = run_plan([make_series("a", seeds=(0, 1, 2))], lambda spec, _: result(spec, 1e-4))
+    rates: dict[int, set[float]] = {}
+    for run in outcome.runs:
+        rates.setdefault(run.spec.seed, set()).add(run.spec.learning_rate)
+    assert rates[1] == rates[2] == {1e-4}
+    assert len(rates[0]) == 6
+    fixed, _ = run_plan([make_series("a", search=False, seeds=(0, 1))], lambda spec, _: result(spec, 1e-4))
+    assert len(fixed.runs) == 8
+
+
+def test_what_is_kept_is_not_run_again_and_the_order_is_the_plans() -> None:
+    calls: list[RunSpec] = []
+
+    def execute(spec: RunSpec, _: Any) -> RunResult:
+        calls.append(spec)
+        return result(spec, 1e-4)
+
+    plan = [make_series("b"), make_series("a")]
+    events: list[Any] = []
+    outcome, kept = run_plan(plan, execute)
+    count = len(calls)
+    again, _ = run_plan(plan, execute, kept=kept, on_progress=events.append)
+    assert len(calls) == count
+    assert again == outcome
+    assert {event.kind for event in events} == {"run-reused"}
+    labels = [run.spec.training.name for run in outcome.runs]
+    assert labels == sorted(labels, reverse=True)
+
+
+def test_a_series_without_anything_to_train_is_left_out_if_it_may_be() -> None:
+    def execute(spec: RunSpec, _: Any) -> RunResult:
+        if spec.training.name == "biases":
+            raise NothingToTrain("there are no biases", "Train something else.")
+        return result(spec, 1e-4)
+
+    outcome, _ = run_plan([make_series("biases", optional=True), make_series("a")], execute)
+    assert {run.spec.training.name for run in outcome.runs} == {"a"}
+    assert outcome.left_out == (("hardened · biases · adamw", "there are no biases"),)
+    with pytest.raises(SpecDefError):
+        run_plan([make_series("biases"), make_series("a")], execute)
