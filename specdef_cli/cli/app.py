@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from specdef_cli import __version__
 from specdef_cli.cli.attack import attack_command
+from specdef_cli.cli.certify import certify_command
 from specdef_cli.cli.collapse import collapse_command
 from specdef_cli.cli.harden import harden_command
 from specdef_cli.cli.inspect import inspect_command
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("harden")(harden_command)
 app.command("attack")(attack_command)
+app.command("certify")(certify_command)
 app.command("collapse")(collapse_command)
 app.command("inspect")(inspect_command)
 

@@ -1,0 +1,211 @@
+"""The certificate: claims with their figures, and the exact words for them.
+
+A claim either holds or fails, by a criterion that is stated in its sentence. What is measured but not claimed (which
+attacks got through, which formats keep the function) stands beside the claims, whatever it says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from specdef_cli.certify.curvature_change import CurvatureFigures
+from specdef_cli.certify.deployment import DeploymentFigure
+from specdef_cli.certify.function import FunctionFigures
+from specdef_cli.certify.resistance import Resistance
+from specdef_cli.certify.spectrum import TOLERANCE, SpectrumFigures
+from specdef_cli.checkpoint.manifest import Manifest
+from specdef_cli.hardening.verify import LOGITS_TOLERANCE
+
+FORMAT_VERSION = 1
+CERTIFICATE_NAME = "certificate.json"
+LOSS_TOLERANCE = 0.01
+"""Nats by which the loss of an inserted model may differ from the base's: 1 % of perplexity."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that was put to the test.
+
+    Attributes:
+        name: ``function``, ``spectrum`` or ``curvature``.
+        holds: ``None`` where it could not be tested.
+        sentence: What was found, with its criterion.
+    """
+
+    name: str
+    holds: bool | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Everything that was measured of a hardened checkpoint.
+
+    Attributes:
+        specdef_version: The version of this package that measured.
+        model, base: As the user named them.
+        manifest_sha256: Of the manifest, which names the hash of every shard.
+        claims: What was put to the test.
+        function, spectrum, deployment, resistance: The figures.
+        curvature: Before and after; ``None`` where it was not measured.
+    """
+
+    specdef_version: str
+    model: str
+    base: str
+    manifest_sha256: str
+    claims: tuple[Claim, ...]
+    function: FunctionFigures
+    spectrum: SpectrumFigures
+    curvature: tuple[CurvatureFigures, CurvatureFigures] | None
+    deployment: tuple[DeploymentFigure, ...]
+    resistance: Resistance
+
+    @property
+    def holds(self) -> bool:
+        """Whether no claim failed."""
+        return all(claim.holds is not False for claim in self.claims)
+
+    def to_json(self) -> str:
+        """The text of ``certificate.json``; numbers that are not finite are null."""
+        data = {"format": FORMAT_VERSION, "holds": self.holds, **dataclasses.asdict(self)}
+        return json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def function_claim(figures: FunctionFigures, manifest: Manifest) -> Claim:
+    """That the files are those of the manifest and compute what the base computes."""
+    exact = manifest.method == "fold"
+    outputs = figures.outputs
+    kept = outputs.equal if exact else outputs.relative <= LOGITS_TOLERANCE
+    if figures.base_loss is not None and figures.hardened_loss is not None:
+        allowed = 0.0 if exact else LOSS_TOLERANCE
+        kept = kept and abs(figures.hardened_loss - figures.base_loss) <= allowed
+    parts = [
+        "its outputs are bit-identical to the base's"
+        if outputs.equal
+        else f"its outputs differ from the base's by {outputs.relative:.1e} (relative), {outputs.kl:.1e} nats of KL"
+    ]
+    if figures.base_loss is not None and figures.hardened_loss is not None:
+        parts.append(f"its loss on text is {figures.hardened_loss:.4f} against {figures.base_loss:.4f} nats")
+    if figures.greedy_agreement is not None:
+        parts.append(f"{figures.greedy_agreement:.1%} of greedily generated tokens are the same")
+    parts.append(
+        "a fresh process computes the same outputs"
+        if figures.fresh_process_equal
+        else f"a fresh process does not compute the same outputs ({figures.fresh_process_error or 'they differ'})"
+    )
+    if figures.changed_files:
+        parts.append(f"{', '.join(figures.changed_files)} is not the file that was written")
+    else:
+        parts.append("every weight file has the hash that the manifest names")
+    criterion = "bit-identical" if exact else f"at most {LOGITS_TOLERANCE:g} and {LOSS_TOLERANCE:g} nats of loss"
+    holds = bool(kept and figures.fresh_process_equal and not figures.changed_files)
+    return Claim("function", holds, f"In its stored dtype, {'; '.join(parts)}. Criterion: {criterion}.")
+
+
+def spectrum_claim(figures: SpectrumFigures) -> Claim:
+    """That the stored weights are inflated as the manifest says."""
+    parts = []
+    if figures.layers:
+        worst = max(layer.worst for layer in figures.layers)
+        parts.append(
+            f"the top singular values of {len(figures.layers)} inflated layers are α times the original's within "
+            f"{worst:.1e} (criterion: {TOLERANCE:g})"
+        )
+    if figures.folded_tensors:
+        exact = figures.folded_tensors - len(figures.deviating)
+        parts.append(
+            f"{exact} of {figures.folded_tensors} rescaled tensors are the base's times the manifest's powers of two, "
+            f"bit for bit, up to 2^{figures.largest_exponent} (criterion: all)"
+        )
+    return Claim("spectrum", figures.as_planned, f"Of the stored weights, {'; '.join(parts)}.")
+
+
+def curvature_claim(figures: tuple[CurvatureFigures, CurvatureFigures] | None, reason: str) -> Claim:
+    """That σ₁ of the loss Hessian grew, and is no smaller than the bound says."""
+    if figures is None:
+        return Claim("curvature", None, f"The Hessian was not measured: {reason}.")
+    before, after = figures
+    where = "" if after.block is None else f" (largest block: {after.block})"
+    parts = [
+        f"σ₁ of the loss Hessian is {after.top.value:.3g}, {after.top.value / before.top.value:.3g} times the base's "
+        f"{before.top.value:.3g}{where}"
+    ]
+    if not (before.top.converged and after.top.converged):
+        parts.append(f"residuals {before.top.residual:.1e} and {after.top.residual:.1e}, not converged")
+    bounded = True
+    if after.bound is not None:
+        bounded = after.bound <= after.top.value * (1 + after.top.residual) * (1 + 1e-6)
+        parts.append(f"the bound from the inflated weights alone is {after.bound:.3g}")
+    parts.append(f"gradient descent may take steps of η < {after.largest_stable_rate:.2g} (2/σ₁)")
+    if after.observed is not None:
+        parts.append(f"and was seen to diverge from η = {after.observed.divergent:.2g} on")
+    holds = after.top.value > before.top.value and bounded
+    return Claim(
+        "curvature",
+        holds,
+        f"On a small batch of text, {'; '.join(parts)}. Criterion: it grew, and the bound is below it.",
+    )
+
+
+def certificate_section(certificate: Certificate) -> str:
+    """The certificate as a section of the model card, in Markdown."""
+    lines = [
+        "### Certificate",
+        "",
+        f"Measured with specdef-cli {certificate.specdef_version}, on these very files.",
+        "",
+    ]
+    words = {True: "holds", False: "**fails**", None: "not measured"}
+    lines += [f"- {claim.name}: {words[claim.holds]}. {claim.sentence}" for claim in certificate.claims]
+    resistance = certificate.resistance
+    lines += [
+        "",
+        f"Attacks tried ({resistance.budget}; {resistance.data}), each at the best of the learning rates tried:",
+        "",
+        "| attack | the attacker knows | best η | of the control's progress | |",
+        "|---|---|---|---|---|",
+    ]
+    for attack in resistance.attacks:
+        share = "–" if attack.share is None else f"{attack.share:.0%}"
+        lines.append(f"| {attack.label} | {attack.knowledge} | {attack.learning_rate:g} | {share} | {attack.verdict} |")
+    lines += ["", *got_through(resistance)]
+    if certificate.deployment:
+        lines += ["", "What users may do to the weights, against the same done to the base:", ""]
+        lines += ["| format | base | hardened | |", "|---|---|---|---|"]
+        lines += [
+            f"| {figure.format} | {_number(figure.base)} | {_number(figure.hardened)} | {figure.status} |"
+            for figure in certificate.deployment
+        ]
+    return "\n".join(lines)
+
+
+def with_certificate(card: str, section: str) -> str:
+    """A hardened directory's card with this certificate in the place of an earlier one, at its end."""
+    heading = section.splitlines()[0]
+    return f"{card.split(chr(10) + heading)[0].rstrip()}\n\n{section}\n"
+
+
+def got_through(resistance: Resistance) -> list[str]:
+    """What was not held up, said in full."""
+    names = "; ".join(attack.label for attack in resistance.got_through)
+    through = (
+        f"Got through (at least 95 % of the control's progress): {names}." if names else "None of them got through."
+    )
+    return [f"{through} Nothing is claimed of attacks, budgets and data that are not listed here."]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

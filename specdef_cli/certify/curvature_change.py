@@ -1,0 +1,102 @@
+"""How hardening changed the curvature of a checkpoint's loss: σ₁ of the Hessian before and after, and what follows."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from specdef_cli.certify.bound import compensation_bounds
+from specdef_cli.certify.curvature import (
+    Curvature,
+    DivergenceRate,
+    groups_by_layer,
+    hessian_top,
+    hessian_top_by_group,
+    largest_stable_rate,
+    model_loss,
+    observed_divergence_rate,
+    trainable,
+)
+from specdef_cli.runtime import SpecDefLinear, load_model, without_progress_bars
+
+MOST_FOR_DOUBLE = 5_000_000
+"""Parameters up to which float64 is used, and gradient descent is run to see where it diverges."""
+
+MOST_FOR_WHOLE = 100_000_000
+"""Parameters up to which the whole Hessian is taken; beyond, its diagonal blocks, one for each layer."""
+
+MEMORY_PER_PARAMETER = 4 * 30
+"""Bytes: Lanczos keeps some 26 vectors, and the graph of the gradient comes on top."""
+
+DESCENT_STEPS = 30
+
+
+@dataclass(frozen=True)
+class CurvatureFigures:
+    """The curvature of one checkpoint's loss on a small batch.
+
+    Attributes:
+        top: Of the whole Hessian, or the largest of its diagonal blocks.
+        block: Which block that is; ``None`` for the whole.
+        bound: The largest compensation bound (:mod:`specdef_cli.certify.bound`); ``None`` without inserted layers.
+        largest_stable_rate: 2/σ₁.
+        observed: Where gradient descent was seen to diverge; ``None`` where that was not tried.
+    """
+
+    top: Curvature
+    block: str | None
+    bound: float | None
+    largest_stable_rate: float
+    observed: DivergenceRate | None
+
+
+def measure_curvature(directory: Path, tokens: Tensor, *, trust_remote_code: bool = False) -> CurvatureFigures | str:
+    """Measure one causal language model on the CPU.
+
+    Args:
+        directory: A base or a hardened checkpoint.
+        tokens: int64, shape [sequences, length]: the batch.
+        trust_remote_code: Whether code that comes with it may run.
+
+    Returns:
+        The figures, or why they were not measured.
+
+    Raises:
+        SpecDefError: The directory cannot be loaded, or its loss is not finite.
+    """
+    with without_progress_bars():
+        model = load_model(directory, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    try:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        available = psutil.virtual_memory().available
+        if count * MEMORY_PER_PARAMETER > available and count <= MOST_FOR_WHOLE:
+            needed = count * MEMORY_PER_PARAMETER
+            return f"it takes about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
+        return _figures(model.double() if count <= MOST_FOR_DOUBLE else model, tokens, count)
+    finally:
+        del model
+        gc.collect()
+
+
+def _figures(model: nn.Module, tokens: Tensor, count: int) -> CurvatureFigures:
+    loss = model_loss(model, {"input_ids": tokens, "labels": tokens})
+    parameters = list(trainable(model).values())
+    block = None
+    if count <= MOST_FOR_WHOLE:
+        top = hessian_top(loss, parameters)
+    else:
+        blocks = hessian_top_by_group(loss, groups_by_layer(model))
+        block, top = max(blocks.items(), key=lambda item: item[1].value)
+    bound = None
+    if any(isinstance(module, SpecDefLinear) for module in model.modules()):
+        bound = max(each.value for each in compensation_bounds(model, loss).values())
+    stable = largest_stable_rate(top)
+    observed = None
+    if count <= MOST_FOR_DOUBLE:
+        observed = observed_divergence_rate(loss, parameters, around=stable, steps=DESCENT_STEPS)
+    return CurvatureFigures(top, block, bound, stable, observed)

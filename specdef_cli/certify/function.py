@@ -1,0 +1,169 @@
+"""Does the hardened checkpoint still compute what the base computes, as it lies on disk, for whoever loads it?
+
+More than the check before publication (:mod:`specdef_cli.hardening.verify`): the files are hashed, loss and greedy text
+are compared too, and the outputs are taken once more in a fresh process that only imports transformers.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdef_cli.checkpoint.manifest import Manifest
+from specdef_cli.checkpoint.stream import file_sha256
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.verify import OutputComparison, compare_outputs, fixed_inputs, model_outputs
+from specdef_cli.runtime import load_model, without_progress_bars
+
+PROMPT, CONTINUATION = 16, 32
+"""Tokens that greedy text starts from, and that are then generated."""
+
+GENERATED_SEQUENCES = 4
+
+# What a user of the files runs: no import of this package, and the files' own code where they bring some.
+_FRESH = """
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+directory, inputs, outputs = sys.argv[1:]
+config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
+model = getattr(transformers, config.architectures[0]).from_pretrained(directory, config=config, dtype="auto").eval()
+assert "specdef_cli" not in sys.modules
+with torch.inference_mode():
+    found = model(**load_file(inputs))
+save_file({"outputs": (found["logits"] if "logits" in found else found[0]).contiguous()}, outputs)
+"""
+
+
+@dataclass(frozen=True)
+class FunctionFigures:
+    """How the hardened checkpoint's function compares with the base's, both in their stored dtype.
+
+    Attributes:
+        outputs: Outputs on a fixed batch of random inputs.
+        base_loss, hardened_loss: Mean next-token cross-entropy (nats) on text; ``None`` for other models than causal
+            language models.
+        greedy_agreement: Share of greedily generated tokens that are the same; ``None`` likewise.
+        changed_files: Weight files whose sha256 is not the manifest's.
+        fresh_process_equal: Whether a process that imports transformers alone computes the same outputs, bit for bit.
+        fresh_process_error: What that process said if it failed.
+    """
+
+    outputs: OutputComparison
+    base_loss: float | None
+    hardened_loss: float | None
+    greedy_agreement: float | None
+    changed_files: tuple[str, ...]
+    fresh_process_equal: bool
+    fresh_process_error: str = ""
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What one model does."""
+
+    inputs: dict[str, Tensor]
+    outputs: Tensor
+    loss: float | None
+    generated: Tensor | None
+
+
+def measure_function(
+    base: Path, hardened: Path, manifest: Manifest, tokens: Tensor | None, *, trust_remote_code: bool = False
+) -> FunctionFigures:
+    """Compare two checkpoints on the CPU, one in memory at a time.
+
+    Args:
+        base, hardened: Directories.
+        manifest: Of the hardened one.
+        tokens: int64, shape [sequences, length], for a causal language model; ``None`` for others.
+        trust_remote_code: Whether code that comes with the base may run.
+
+    Raises:
+        SpecDefError: A directory cannot be loaded, or the base's outputs are not finite.
+    """
+    before = _observe(base, tokens, trust_remote_code)
+    if not torch.isfinite(before.outputs).all():
+        raise SpecDefError(f"the outputs of {base} hold NaN or infinity", "Repair its weights.")
+    after = _observe(hardened, tokens, trust_remote_code)
+    agreement = None
+    if before.generated is not None and after.generated is not None:
+        agreement = float((before.generated == after.generated).double().mean())
+    equal, error = _fresh_process(hardened, after)
+    return FunctionFigures(
+        outputs=compare_outputs(before.outputs, after.outputs),
+        base_loss=before.loss,
+        hardened_loss=after.loss,
+        greedy_agreement=agreement,
+        changed_files=tuple(
+            name
+            for name, digest in manifest.shards.items()
+            if not (hardened / name).is_file() or file_sha256(hardened / name) != digest
+        ),
+        fresh_process_equal=equal,
+        fresh_process_error=error,
+    )
+
+
+def _observe(directory: Path, tokens: Tensor | None, trust_remote_code: bool) -> _Observed:
+    with without_progress_bars():
+        model = load_model(directory, trust_remote_code=trust_remote_code).eval()
+    observed = _Observed(
+        inputs=fixed_inputs(model),
+        outputs=model_outputs(model),
+        loss=None if tokens is None else mean_loss(model, tokens),
+        generated=None if tokens is None else _greedy(model, tokens),
+    )
+    del model
+    gc.collect()
+    return observed
+
+
+def mean_loss(model: PreTrainedModel, tokens: Tensor) -> float:
+    """Mean next-token cross-entropy in nats over sequences, shape [sequences, length], one at a time."""
+    losses = []
+    with torch.inference_mode():
+        for sequence in tokens.split(1):
+            logits = model(input_ids=sequence).logits[0, :-1].double()  # [length − 1, vocabulary]
+            losses.append(float(torch.nn.functional.cross_entropy(logits, sequence[0, 1:])))
+    return math.fsum(losses) / len(losses)
+
+
+def _greedy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Greedy continuations, shape [sequences, at most CONTINUATION]; padded to that length with −1."""
+    prompt = tokens[:GENERATED_SEQUENCES, :PROMPT]
+    with torch.inference_mode():
+        generated = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=CONTINUATION,
+            do_sample=False,
+            pad_token_id=model.config.get_text_config().pad_token_id or 0,
+        )[:, prompt.shape[1] :]
+    return torch.nn.functional.pad(generated, (0, CONTINUATION - generated.shape[1]), value=-1)
+
+
+def _fresh_process(directory: Path, expected: _Observed) -> tuple[bool, str]:
+    with tempfile.TemporaryDirectory(prefix="specdef-certify-") as scratch:
+        inputs, outputs = Path(scratch) / "inputs.safetensors", Path(scratch) / "outputs.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in expected.inputs.items()}, inputs)
+        process = subprocess.run(
+            [sys.executable, "-c", _FRESH, str(directory.resolve()), str(inputs), str(outputs)],
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if process.returncode:
+            return False, (process.stderr.strip().splitlines() or ["it died"])[-1]
+        found = load_file(outputs)["outputs"]
+    return torch.equal(found, expected.outputs), ""

@@ -1,0 +1,110 @@
+"""What attacks got through, as a certificate tells it: read from an attack report, or measured by the quick suite."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdef_cli.attack.results import AttackReport
+from specdef_cli.errors import SpecDefError
+from specdef_cli.report import report_dict
+from specdef_cli.report.serialize import SCHEMA_NAME
+
+
+@dataclass(frozen=True)
+class AttackFigure:
+    """One attack at its best learning rate.
+
+    Attributes:
+        label: What was run.
+        knowledge: ``none``, ``construction`` or ``growth``.
+        learning_rate: The best of those tried.
+        share: Of the control's progress; ``None`` where the control made none.
+        verdict: ``stopped``, ``slowed``, ``not slowed`` or ``unknown``.
+    """
+
+    label: str
+    knowledge: str
+    learning_rate: float
+    share: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Resistance:
+    """What was tried, at which budget, and what got through.
+
+    Attributes:
+        model: The model that was attacked, as the report names it.
+        data: What was trained on.
+        budget: In words.
+        attacks: Those on the hardened model.
+    """
+
+    model: str
+    data: str
+    budget: str
+    attacks: tuple[AttackFigure, ...]
+
+    @property
+    def got_through(self) -> tuple[AttackFigure, ...]:
+        """Attacks that were not slowed."""
+        return tuple(attack for attack in self.attacks if attack.verdict == "not slowed")
+
+
+def read_resistance(path: Path, checkpoint: str) -> Resistance:
+    """The figures of a ``report.json``.
+
+    Args:
+        path: The file that ``specdef attack`` wrote.
+        checkpoint: Fingerprint of the model that is certified.
+
+    Raises:
+        SpecDefError: It is not a report, or not of this model.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA_NAME:
+            raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA_NAME!r}")
+        attacked = {run["spec"]["checkpoint"] for run in data["runs"] if run["spec"]["subject"] == "model"}
+        resistance = _resistance(data)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecDefError(
+            f"{path} is not an attack report: {error}", "Give the report.json that `specdef attack` wrote."
+        ) from error
+    if attacked != {checkpoint}:
+        raise SpecDefError(
+            f"{path} is a report on {resistance.model}, whose weights are not the ones to be certified",
+            "Attack this very directory, or leave --attacks out.",
+        )
+    return resistance
+
+
+def resistance_of(report: AttackReport) -> Resistance:
+    """The figures of a report in memory."""
+    return _resistance(report_dict(report))
+
+
+def _resistance(data: dict[str, Any]) -> Resistance:
+    spec = data["runs"][0]["spec"]
+    return Resistance(
+        model=data["model"]["name"],
+        data=data["data"]["name"],
+        budget=(
+            f"{spec['steps']} steps of {spec['batch_size']} sequences of {spec['sequence_length']} tokens, "
+            f"{spec['dtype']}"
+        ),
+        attacks=tuple(
+            AttackFigure(
+                label=attack["label"],
+                knowledge=attack["knowledge"],
+                learning_rate=attack["best"]["learning_rate"],
+                share=attack["share_of_control"],
+                verdict=attack["verdict"],
+            )
+            for attack in data["attacks"]
+            if attack["subject"] == "model"
+        ),
+    )

@@ -1,0 +1,205 @@
+"""``specdef certify``: measure, judge, write the certificate and its section of the model card."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from specdef_cli import __version__
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.recorder import ProgressEvent
+from specdef_cli.attack.retained import standard_library
+from specdef_cli.attack.run import attack
+from specdef_cli.attack.spec import checkpoint_fingerprint
+from specdef_cli.attack.suite import load_suite
+from specdef_cli.certify.certificate import (
+    CERTIFICATE_NAME,
+    Certificate,
+    certificate_section,
+    curvature_claim,
+    function_claim,
+    spectrum_claim,
+    with_certificate,
+)
+from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curvature
+from specdef_cli.certify.deployment import DeploymentFigure, measure_deployment, token_batch
+from specdef_cli.certify.formats import DEFAULT_FORMATS
+from specdef_cli.certify.function import measure_function
+from specdef_cli.certify.resistance import Resistance, read_resistance, resistance_of
+from specdef_cli.certify.spectrum import measure_spectrum
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.resolve import resolve
+from specdef_cli.checkpoint.stream import write_durably
+from specdef_cli.errors import SpecDefError
+from specdef_cli.report import write_report
+
+SEQUENCES, LENGTH = 32, 128
+CURVATURE_SEQUENCES, CURVATURE_LENGTH = 4, 64
+
+
+@dataclass(frozen=True)
+class CertifyOptions:
+    """Options of :func:`certify`.
+
+    Attributes:
+        model: The hardened directory (or a Hub id).
+        out: Where the certificate is written, and the attack report where one is made.
+        base: What it was made from; ``None`` takes the base that the manifest names.
+        attacks: A ``report.json`` on this model; ``None`` runs the quick suite.
+        text: A text file to measure loss on; ``None`` is the source of Python's standard library.
+        formats: Deployment formats; empty leaves that part out.
+        curvature: Whether the Hessian is measured.
+        card: Whether a local model's card and directory get the certificate too.
+        jobs: Attack runs at a time.
+        trust_remote_code: Whether the base's own Python code may run.
+        revision, token: Passed on to the Hub.
+    """
+
+    model: str
+    out: Path
+    base: str | None = None
+    attacks: Path | None = None
+    text: Path | None = None
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    curvature: bool = True
+    card: bool = True
+    jobs: int = 1
+    trust_remote_code: bool = False
+    revision: str | None = None
+    token: str | None = None
+
+
+def certify(
+    options: CertifyOptions,
+    on_progress: Callable[[str], None] = lambda _: None,
+    on_attack: Callable[[ProgressEvent], None] = lambda _: None,
+) -> Certificate:
+    """Measure a hardened checkpoint against its base.
+
+    Args:
+        options: What to measure.
+        on_progress: Called with a few words as each part begins.
+        on_attack: Progress of the quick suite.
+
+    Raises:
+        SpecDefError: A model cannot be read, the base is not known, or an option does not fit.
+    """
+    directory = resolve(options.model, revision=options.revision, token=options.token).directory
+    manifest = read_manifest(directory)
+    base_name = options.base or manifest.base.name
+    revision = None if options.base else manifest.base.commit or manifest.base.revision
+    base_directory = resolve(base_name, revision=revision, token=options.token).directory
+    base, hardened = open_checkpoint(base_directory), open_checkpoint(directory)
+    tokens = _tokens(base, options)
+    resistance = None
+    if options.attacks is not None:  # refused, if at all, before anything is measured
+        resistance = read_resistance(options.attacks, checkpoint_fingerprint(directory))
+
+    on_progress("function")
+    trust = options.trust_remote_code
+    function = measure_function(base_directory, directory, manifest, tokens, trust_remote_code=trust)
+    on_progress("spectrum")
+    spectrum = measure_spectrum(base, hardened, manifest)
+    on_progress("curvature")
+    curvature, reason = _curvature(base_directory, directory, tokens, options)
+    deployment: tuple[DeploymentFigure, ...] = ()
+    if options.formats:
+        deployment = measure_deployment(
+            base_directory, directory, tokens, options.formats, trust_remote_code=trust,
+            on_figure=lambda figure: on_progress(f"deployment: {figure.format}"),
+        )  # fmt: skip
+    if resistance is None:
+        on_progress("attacks: the quick suite")
+        resistance = _attack(options, base_directory, on_attack)
+    certificate = Certificate(
+        specdef_version=__version__,
+        model=options.model,
+        base=base_name,
+        manifest_sha256=hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest(),
+        claims=(
+            function_claim(function, manifest),
+            spectrum_claim(spectrum),
+            curvature_claim(curvature, reason),
+        ),
+        function=function,
+        spectrum=spectrum,
+        curvature=curvature,
+        deployment=deployment,
+        resistance=resistance,
+    )
+    _write(certificate, options, directory)
+    return certificate
+
+
+def _tokens(base: Checkpoint, options: CertifyOptions) -> Tensor | None:
+    """Text for a causal language model; ``None`` for any other model."""
+    architecture = (base.config.get("architectures") or [""])[0]
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return None
+    if options.text is None:
+        text = "\n".join(standard_library())
+    else:
+        try:
+            text = options.text.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise SpecDefError(f"{options.text} cannot be read: {error.strerror}", "Give a text file.") from error
+    trust = options.trust_remote_code
+    return token_batch(base.directory, text, sequences=SEQUENCES, length=LENGTH, trust_remote_code=trust)
+
+
+def _curvature(
+    base: Path, hardened: Path, tokens: Tensor | None, options: CertifyOptions
+) -> tuple[tuple[CurvatureFigures, CurvatureFigures] | None, str]:
+    if not options.curvature:
+        return None, "it was left out"
+    if tokens is None:
+        return None, "only causal language models are measured on text"
+    batch = tokens[:CURVATURE_SEQUENCES, :CURVATURE_LENGTH]
+    figures = []
+    for directory in (base, hardened):
+        found = measure_curvature(directory, batch, trust_remote_code=options.trust_remote_code)
+        if isinstance(found, str):
+            return None, found
+        figures.append(found)
+    return (figures[0], figures[1]), ""
+
+
+def _attack(options: CertifyOptions, base: Path, on_attack: Callable[[ProgressEvent], None]) -> Resistance:
+    suite = load_suite("quick")
+    out = options.out / "attack"
+    budget = {key: value for key, value in suite.budget.items() if key != "seeds"}
+    report = attack(
+        AttackOptions(
+            model=options.model,
+            out=out,
+            control=base,
+            suite=suite,
+            jobs=options.jobs,
+            trust_remote_code=options.trust_remote_code,
+            revision=options.revision,
+            token=options.token,
+            **budget,  # type: ignore[arg-type]
+        ),
+        on_progress=on_attack,
+    )
+    write_report(report, out)
+    return resistance_of(report)
+
+
+def _write(certificate: Certificate, options: CertifyOptions, directory: Path) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = certificate.to_json()
+    write_durably(options.out / CERTIFICATE_NAME, text)
+    if not options.card or not Path(options.model).expanduser().is_dir():
+        return
+    write_durably(directory / CERTIFICATE_NAME, text)
+    card = directory / "README.md"
+    if card.is_file():
+        old = card.read_text(encoding="utf-8", errors="replace")
+        write_durably(card, with_certificate(old, certificate_section(certificate)))

@@ -1,0 +1,106 @@
+"""Are the stored weights what the manifest says was done? Read from the files, not from the record of writing them.
+
+Of an inserted layer the largest singular values of the stored W~ must be α times those of W that the manifest lists. Of
+a fold every changed tensor must be the base's, multiplied by the manifest's powers of two, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, ScaledSlice
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.collapse import require_as_described
+from specdef_cli.hardening.fold import scale_slice
+from specdef_cli.spectral.subspace import layer_seed, top_subspace
+
+TOLERANCE = 0.02
+"""Relative error of a singular value: bfloat16 storage alone costs some 1e-3."""
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """The top of one inflated layer's spectrum.
+
+    Attributes:
+        module: Path of the layer.
+        planned: α times the k largest singular values of W, largest first.
+        measured: The k largest singular values of the stored W~.
+    """
+
+    module: str
+    planned: tuple[float, ...]
+    measured: tuple[float, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative difference between the two."""
+        return max(abs(found / wanted - 1) for found, wanted in zip(self.measured, self.planned, strict=True))
+
+
+@dataclass(frozen=True)
+class SpectrumFigures:
+    """What the stored weights turned out to be.
+
+    Attributes:
+        layers: The inserted layers.
+        folded_tensors: How many tensors a fold changed.
+        deviating: Names of those that are not the base's times the manifest's powers of two.
+        largest_exponent: Of the fold; 0 without one.
+    """
+
+    layers: tuple[LayerSpectrum, ...]
+    folded_tensors: int
+    deviating: tuple[str, ...]
+    largest_exponent: int
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether everything is as the manifest says."""
+        return not self.deviating and all(layer.worst <= TOLERANCE for layer in self.layers)
+
+
+def measure_spectrum(
+    base: Checkpoint, hardened: Checkpoint, manifest: Manifest, on_tensor: Callable[[str], None] = lambda _: None
+) -> SpectrumFigures:
+    """Check every changed tensor, one in memory at a time.
+
+    Raises:
+        SpecDefError: A tensor is missing, or has another shape.
+    """
+    require_as_described(hardened, manifest)
+    layers = []
+    for layer in manifest.inserted:
+        layers.append(_layer(hardened, layer))
+        on_tensor(layer.module)
+    slices: dict[str, list[ScaledSlice]] = {}
+    for pair in manifest.folded:
+        for part in pair.slices:
+            slices.setdefault(part.tensor, []).append(part)
+    deviating = []
+    for name, parts in slices.items():
+        if name not in base.tensors:
+            raise SpecDefError(f"the base has no {name}, which {hardened.directory} was made from", "Give its base.")
+        expected = base.read(name).to(TORCH_DTYPES[hardened.tensors[name].dtype])
+        for part in parts:
+            scale_slice(expected, part)
+        if not torch.equal(expected, hardened.read(name)):
+            deviating.append(name)
+        on_tensor(name)
+    return SpectrumFigures(
+        layers=tuple(layers),
+        folded_tensors=len(slices),
+        deviating=tuple(deviating),
+        largest_exponent=max((abs(value) for pair in manifest.folded for value in pair.exponents), default=0),
+    )
+
+
+def _layer(hardened: Checkpoint, layer: InsertedLayer) -> LayerSpectrum:
+    weight = hardened.read(layer.inflated_tensor).float()
+    found = top_subspace(weight, layer.top_k, layer_seed(1, layer.tensor)).singular_values
+    planned = tuple(layer.alpha * value for value in layer.singular_values)
+    return LayerSpectrum(layer.module, planned, tuple(found.tolist()))

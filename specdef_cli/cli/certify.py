@@ -1,0 +1,121 @@
+"""``specdef certify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specdef_cli.cli.options import Json, Quiet, Revision, Token, TrustRemoteCode
+from specdef_cli.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from specdef_cli.certify.certificate import Certificate
+
+
+def certify_command(
+    model: Annotated[
+        str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
+    ] = ("hardened"),
+    base: Annotated[
+        str | None, typer.Option(help="What it was made from.", show_default="the base that the manifest names")
+    ] = None,
+    attacks: Annotated[
+        Path | None,
+        typer.Option(metavar="REPORT", help="report.json of an attack on it.", show_default="the quick suite is run"),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to measure loss on.", show_default="Python's standard library")
+    ] = None,
+    deployment: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Deployment format to try (repeatable).", show_default="all but compile"),
+    ] = None,
+    no_deployment: Annotated[bool, typer.Option("--no-deployment", help="Try no deployment formats.")] = False,
+    no_curvature: Annotated[bool, typer.Option("--no-curvature", help="Do not measure the Hessian.")] = False,
+    no_card: Annotated[
+        bool, typer.Option("--no-card", help="Leave the model's directory and its card as they are.")
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Attack runs at a time.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the certificate and the attack report go.")] = (
+        Path("certificate")
+    ),
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a hardened checkpoint: function kept, spectrum as planned, curvature, attacks, formats.
+
+    Exits with 1 if a claim fails. The certificate names what was tried and what got through; it promises nothing else.
+
+    Examples:
+
+      specdef certify hardened --base ./my-model
+
+      specdef certify hardened --attacks attack/report.json --json
+    """
+    from specdef_cli.attack.recorder import ProgressEvent
+    from specdef_cli.certify.formats import DEFAULT_FORMATS
+    from specdef_cli.certify.run import CertifyOptions, certify
+
+    output = Output(as_json, quiet)
+    formats = () if no_deployment else tuple(deployment or DEFAULT_FORMATS)
+    options = CertifyOptions(
+        model=model,
+        out=out,
+        base=base,
+        attacks=attacks,
+        text=text,
+        formats=formats,
+        curvature=not no_curvature,
+        card=not no_card,
+        jobs=jobs,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        token=token,
+    )
+    with output.progress("certifying") as bar:
+
+        def show(event: ProgressEvent) -> None:
+            bar.start(event.runs)
+            bar.advance(event.label, event.kind in {"run-end", "run-reused"})
+
+        certificate = certify(options, lambda part: bar.advance(part, 0), show)
+    output.data(certificate, certificate_tables(certificate))
+    output.note(f"certificate: {out / 'certificate.json'}")
+    if not certificate.holds:
+        raise typer.Exit(1)
+
+
+def certificate_tables(certificate: Certificate) -> Group:
+    """The certificate as the terminal shows it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from specdef_cli.certify.certificate import got_through
+
+    words = {True: "holds", False: "FAILS", None: "not measured"}
+    claims = Table("claim", "", "what was found", title=f"{certificate.model} against {certificate.base}")
+    for claim in certificate.claims:
+        claims.add_row(claim.name, words[claim.holds], Text(claim.sentence))
+    attacks = Table(
+        "attack", "the attacker knows", "best η", "of the control", "",
+        title=f"Attacks tried: {certificate.resistance.budget}", title_justify="left",
+    )  # fmt: skip
+    for attack in certificate.resistance.attacks:
+        share = "–" if attack.share is None else f"{attack.share:.0%}"
+        attacks.add_row(Text(attack.label), attack.knowledge, f"{attack.learning_rate:.3g}", share, attack.verdict)
+    parts: list[object] = [claims, attacks, Text("\n".join(got_through(certificate.resistance)))]
+    if certificate.deployment:
+        formats = Table("format", "base", "hardened", "", "note", title="Deployment", title_justify="left")
+        for figure in certificate.deployment:
+            values = ("–" if value is None else f"{value:.4f}" for value in (figure.base, figure.hardened))
+            formats.add_row(figure.format, *values, figure.status, Text(figure.note))
+        parts.append(formats)
+    return Group(*parts)  # type: ignore[arg-type]

@@ -1,0 +1,183 @@
+"""The certificate of a sound checkpoint, and of ones that were tampered with: every claim must be able to fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import assert_refused, call_cli
+from safetensors.torch import load_file, save_file
+
+from specdef_cli.attack import AttackOptions, attack
+from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.stream import file_sha256
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.run import harden
+from specdef_cli.report import write_report
+
+TEXT = " ".join(f"w{number % 90 + 3}" for number in range(3000))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module", params=["insert", pytest.param("fold", marks=pytest.mark.slow)])
+def attacked(
+    request: pytest.FixtureRequest,
+    tiny_model: Callable[..., Path],
+    text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path, Path]:
+    """(base, hardened, report.json), by each method."""
+    base, root = tiny_model("llama"), tmp_path_factory.mktemp(request.param)
+    top_k = 4 if request.param == "insert" else None
+    arguments: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
+    assert harden(HardenOptions(str(base), root / "hardened", method=request.param, **arguments))
+    report = attack(
+        AttackOptions(
+            model=root / "hardened", out=root / "attack", control=base, dataset=str(text), recipes=("full",), steps=2,
+            learning_rates=(1e-2,), batch_size=2, sequence_length=8, eval_sequences=2, retained="none",
+        )
+    )  # fmt: skip
+    write_report(report, root / "attack")
+    return base, root / "hardened", root / "attack" / "report.json"
+
+
+def certify(
+    attacked: tuple[Path, Path, Path], text: Path, out: Path, *options: str, model: Path | None = None
+) -> tuple[int, dict[str, Any]]:
+    base, hardened, report = attacked
+    result = call_cli(
+        "certify",
+        model or hardened,
+        "--base",
+        base,
+        "--attacks",
+        report,
+        "--text",
+        text,
+        "--out",
+        out,
+        "--json",
+        *options,
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.code, json.loads(result.stdout)
+
+
+def verdicts(certificate: dict[str, Any]) -> dict[str, bool | None]:
+    return {claim["name"]: claim["holds"] for claim in certificate["claims"]}
+
+
+def test_a_sound_checkpoint(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
+    hardened = shutil.copytree(attacked[1], tmp_path / "hardened")
+    code, certificate = certify(attacked, text, tmp_path / "out", "--format", "bfloat16", model=hardened)
+    assert verdicts(certificate) == {"function": True, "spectrum": True, "curvature": True}
+    assert code == 0
+    function = certificate["function"]
+    assert function["fresh_process_equal"]
+    assert function["hardened_loss"] == pytest.approx(function["base_loss"], abs=1e-3)
+    assert function["greedy_agreement"] == 1.0
+    before, after = certificate["curvature"]
+    # Of either sign: the model is no minimum.
+    assert abs(after["top"]["eigenvalue"]) > 1e3 * abs(before["top"]["eigenvalue"])
+    if read_manifest(hardened).inserted:
+        assert 0 < after["bound"] <= abs(after["top"]["eigenvalue"])
+    assert [figure["format"] for figure in certificate["deployment"]] == ["bfloat16"]
+    written = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert written == {"format": 1, "holds": True, **certificate}
+    assert json.loads((hardened / "certificate.json").read_text()) == written
+
+    # The card tells what got through; a second certificate takes the place of the first, and collapse takes it away.
+    card = (hardened / "README.md").read_text()
+    informed = next(each for each in certificate["resistance"]["attacks"] if each["knowledge"] == "construction")
+    assert informed["label"] in card
+    assert "secure" not in card.lower()
+    certify(attacked, text, tmp_path / "again", "--no-deployment", "--no-curvature", model=hardened)
+    card = (hardened / "README.md").read_text()
+    assert card.count("### Certificate") == card.count("## SpecDef") == 1
+    assert "not measured" in card
+    assert call_cli("collapse", hardened, "--out", tmp_path / "back").code == 0
+    assert "Certificate" not in (tmp_path / "back" / "README.md").read_text()
+    assert not (tmp_path / "back" / "certificate.json").exists()
+
+
+def test_changed_weights_fail(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
+    """One matrix that hardening did not touch is another one: the function and the hash say so."""
+    hardened = tamper(attacked[1], tmp_path / "hardened", "model.layers.1.self_attn.q_proj.weight", 1.5)
+    skip = ("--no-deployment", "--no-curvature", "--no-card")
+    result = call_cli("certify", hardened, "--base", attacked[0], "--attacks", attacked[2], "--text", text, *skip)
+    # The report names the manifest, and the manifest is unchanged.
+    assert result.code == 1
+    _, certificate = certify(attacked, text, tmp_path / "out", *skip, model=hardened)
+    assert verdicts(certificate)["function"] is False
+    assert certificate["function"]["changed_files"] == ["model.safetensors"]
+    assert not certificate["function"]["outputs"]["equal"]
+    assert not (hardened / "certificate.json").exists()
+
+
+def test_weights_that_are_not_as_planned_fail(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
+    """The function is kept, but a changed tensor is not what the manifest says: half as inflated, or not the base's."""
+    manifest = read_manifest(attacked[1])
+    hardened = shutil.copytree(attacked[1], tmp_path / "hardened")
+    weights = load_file(hardened / "model.safetensors")
+    if manifest.inserted:
+        layer = manifest.inserted[0]
+        weights[layer.inflated_tensor] /= 2
+        weights[layer.compensation_tensor] *= 2
+    else:
+        for name in ("up_proj", "down_proj"):  # an even factor on a pair, which no output sees
+            weights[f"model.layers.0.mlp.{name}.weight"] *= 2 if name == "up_proj" else 0.5
+    save_file(weights, hardened / "model.safetensors", {"format": "pt"})
+    rewrite_hash(hardened)
+    skip = ("--no-deployment", "--no-curvature", "--no-card")
+    report = json.loads(attacked[2].read_text())
+    relabelled = tmp_path / "report.json"
+    from specdef_cli.attack.spec import checkpoint_fingerprint
+
+    relabelled.write_text(
+        json.dumps(report).replace(checkpoint_fingerprint(attacked[1]), checkpoint_fingerprint(hardened))
+    )
+    code, certificate = certify((attacked[0], hardened, relabelled), text, tmp_path / "out", *skip)
+    assert code == 1
+    assert verdicts(certificate) == {"function": True, "spectrum": False, "curvature": None}
+
+
+def tamper(source: Path, target: Path, tensor: str, factor: float) -> Path:
+    shutil.copytree(source, target)
+    weights = load_file(target / "model.safetensors")
+    weights[tensor] = weights[tensor] * factor
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def rewrite_hash(directory: Path) -> None:
+    manifest = json.loads((directory / "specdef.json").read_text())
+    manifest["shards"] = {"model.safetensors": file_sha256(directory / "model.safetensors")}
+    (directory / "specdef.json").write_text(json.dumps(manifest))
+
+
+def test_refusals(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
+    base, hardened, report = attacked
+    other = shutil.copytree(hardened, tmp_path / "other")
+    rewritten = json.loads((other / "specdef.json").read_text())
+    rewritten["seed"] = 7
+    (other / "specdef.json").write_text(json.dumps(rewritten))
+    out = tmp_path / "out"
+    common = ("--out", out, "--text", text)
+    assert_refused(call_cli("certify", other, "--base", base, "--attacks", report, *common), "report.json")
+    assert_refused(call_cli("certify", base, "--base", base, *common), "specdef.json")
+    assert_refused(call_cli("certify", hardened, "--base", base, "--attacks", text, *common), "text.txt")
+    assert_refused(
+        call_cli("certify", hardened, "--base", base, "--attacks", report, "--out", out, "--text", tmp_path / "no.txt"),
+        "no.txt",
+    )
+    assert not out.exists()
