@@ -6,8 +6,11 @@ queue of what may run now, and a finished run may add to it. What is found finis
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -178,6 +181,7 @@ def _executor(
     places = context.SimpleQueue()
     for place in range(jobs):
         places.put(place)
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_settle, initargs=(places, jobs))
 
     def run_there(spec: RunSpec) -> Future[RunResult]:
@@ -186,19 +190,39 @@ def _executor(
 
     try:
         yield run_there
+    except BaseException:
+        # Whoever presses Ctrl-C does not want to wait for runs that may take hours.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _settle(places: multiprocessing.SimpleQueue[int], jobs: int) -> None:
     """Give a worker its share of the machine: a GPU of its own where there are several, and its part of the cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     place = places.get()
     import torch
 
+    from specdef_cli.attack import trainer  # noqa: F401 (all that a run imports)
+
+    # What is imported stays: the collector, called after every run, need not look through it again.
+    gc.collect()
+    gc.freeze()
     devices = torch.cuda.device_count()
     if devices > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(place % devices)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else 1))
+
+
+def _end_with_parent() -> None:
+    """A pool's worker waits for work forever; where its parent was killed, it would keep its memory and its GPU."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _no_step(step: int, loss: float | None) -> None:

@@ -6,7 +6,7 @@ Everything that comes from the user (paths, names, globs) is escaped. The frame 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -16,6 +16,7 @@ from specdef_cli.report.findings import (
     KNOWLEDGE_WORDS,
     STOPPED_SHARE,
     Finding,
+    Verdict,
     findings,
     growth_words,
     number,
@@ -27,6 +28,9 @@ from specdef_cli.report.findings import (
 )
 from specdef_cli.report.matrix import CoverageMatrix, coverage_matrix
 from specdef_cli.report.plot import growth_png
+
+MOST_LISTED = 12
+"""Attacks that are listed under a verdict at the head of the page; the tables below have them all."""
 
 
 def report_html(report: AttackReport, image: bytes) -> str:
@@ -41,9 +45,9 @@ def report_html(report: AttackReport, image: bytes) -> str:
     return template.substitute(
         title=escape(f"Fine-tuning attacks on {report.model}"),
         summary="".join(f"<p>{escape(sentence)}</p>" for sentence in summary(report)),
-        stopped=_list(_line(each) for each in found if each.verdict == "stopped"),
-        slowed=_list(_line(each) for each in found if each.verdict == "slowed"),
-        not_slowed=_list(_line(each) for each in found if each.verdict == "not slowed"),
+        stopped=_list(_lines(found, "stopped")),
+        slowed=_list(_lines(found, "slowed")),
+        not_slowed=_list(_lines(found, "not slowed")),
         curves=_figure("Held-out loss over steps and over learning rates", image),
         matrix=_matrix(coverage_matrix(found)),
         growth_figure=_figure("Progress over the size of the attacked model", growth_png(found)),
@@ -94,8 +98,16 @@ def _list(lines: Iterable[str]) -> str:
     return f"<ul>{items}</ul>" if items else "<p>nothing</p>"
 
 
-def _line(finding: Finding) -> str:
-    return f"{finding.attack.label}: {percent(finding.share)} of the control's progress"
+def _lines(found: Sequence[Finding], verdict: Verdict) -> list[str]:
+    """The attacks of one verdict, the strongest first, each with its share of the control's progress."""
+    attacks = sorted((each for each in found if each.verdict == verdict), key=lambda each: -(each.share or 0))
+    lines = []
+    for each in attacks[:MOST_LISTED]:
+        attack = each.attack
+        what = ", ".join(part for part in (attack.variant.label, attack.training.label, attack.optimizer) if part)
+        lines.append(f"{percent(each.share)}: {what}")
+    more = len(attacks) - len(lines)
+    return [*lines, *([f"and {more} more, below"] if more > 0 else [])]
 
 
 def _definitions() -> str:

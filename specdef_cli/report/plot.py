@@ -54,7 +54,7 @@ def curves_png(report: AttackReport) -> bytes:
     left.set(title="Each attack at its best learning rate", xlabel="optimizer step", ylabel="held-out loss (nats)")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(
-        title="Best loss over learning rates (×: diverged or ended above its start)",
+        title="Best loss over learning rates (×: diverged or got worse)",
         xlabel="learning rate η",
         ylabel="best held-out loss (nats)",
         xscale="log",
