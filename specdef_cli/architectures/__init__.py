@@ -6,7 +6,15 @@ never builds the model with its weights.
 
 from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
 from specdef_cli.architectures.names import TensorNames, match_names, meta_model
-from specdef_cli.architectures.pairs import Side, SymmetricPair, Symmetries, symmetric_pairs, symmetries, unpaired
+from specdef_cli.architectures.pairs import (
+    Side,
+    SymmetricPair,
+    Symmetries,
+    Unpaired,
+    symmetric_pairs,
+    symmetries,
+    unpaired,
+)
 
 __all__ = [
     "LinearSite",
@@ -14,6 +22,7 @@ __all__ = [
     "SymmetricPair",
     "Symmetries",
     "TensorNames",
+    "Unpaired",
     "linear_sites",
     "match_names",
     "meta_model",

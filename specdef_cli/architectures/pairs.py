@@ -10,7 +10,7 @@ Folding puts the paper's inflated layer and its compensation (arXiv 2602.18868, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -75,16 +75,29 @@ class SymmetricPair:
 
 
 @dataclass(frozen=True)
+class Unpaired:
+    """Why pairs are missing.
+
+    Attributes:
+        kind: Which symmetry does not hold; ``None`` for parameters that none could involve.
+        reason: A sentence that names the parameters.
+    """
+
+    kind: PairKind | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Symmetries:
-    """All symmetric pairs of a checkpoint, and what has none.
+    """All symmetric pairs of a checkpoint, and why there are no more.
 
     Attributes:
         pairs: In the order of the model.
-        unpaired: One sentence for each group of parameters that no pair reaches, or for a whole kind that is missing.
+        unpaired: What has no pair, once for all blocks.
     """
 
     pairs: tuple[SymmetricPair, ...]
-    unpaired: tuple[str, ...]
+    unpaired: tuple[Unpaired, ...]
 
 
 def symmetries(
@@ -108,10 +121,11 @@ def symmetries(
     model = meta_model(config, trust_remote_code=trust_remote_code) if model is None else model
     names = match_names(model, tensors)
     pairs: list[SymmetricPair] = []
-    notes: list[str] = []
+    notes: list[Unpaired] = []
     bodies = list(_bodies(model))
     if not bodies:
-        notes.append(f"{type(model).__name__}: this family is not described, so no symmetric pairs are known in it.")
+        reason = f"{type(model).__name__}: this family is not described, so no symmetric pairs are known in it."
+        notes.append(Unpaired(None, reason))
     for path, body, family in bodies:
         found = _Body(model, path, body, family, names, tensors)
         found.collect()
@@ -127,7 +141,7 @@ def symmetric_pairs(config: PreTrainedConfig, tensors: Mapping[str, tuple[int, .
 
 def unpaired(config: PreTrainedConfig, tensors: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """The sentences alone of :func:`symmetries`."""
-    return symmetries(config, tensors).unpaired
+    return tuple(each.reason for each in symmetries(config, tensors).unpaired)
 
 
 def _bodies(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel, Family]]:
@@ -205,7 +219,7 @@ class _Body:
         self.modules = dict(model.named_modules())
         self.tied = tied_parameters(model)
         self.pairs: list[SymmetricPair] = []
-        self.notes: list[str] = []
+        self.notes: list[Unpaired] = []
 
     def _is_tied(self, head: str) -> bool:
         """Whether the head's weight is, or may be, the embeddings'.
@@ -295,40 +309,40 @@ class _Body:
     def collect(self) -> None:
         unknown = self._undescribed()
         if unknown:
-            self.notes.append(
-                f"{type(self.body).__name__}: {', '.join(unknown)} are not described, so no symmetric pairs are known."
-            )
+            body = type(self.body).__name__
+            self._note(None, f"{body}: {', '.join(unknown)} are not described, so no symmetric pairs are known.")
             return
         for stack in self.family.stacks:
             for block in self._blocks(stack):
                 for layer in self._sublayers(stack, block):
                     if isinstance(layer, Attention):
-                        self._attempt(self._value_output, block, layer)
-                        self._attempt(self._query_key, block, layer)
+                        self._attempt("value_output", self._value_output, block, layer)
+                        self._attempt("query_key", self._query_key, block, layer)
                     elif isinstance(layer, Mlp):
-                        self._attempt(self._up_down, block, layer)
+                        self._attempt("up_down", self._up_down, block, layer)
                     else:
-                        self._attempt(self._experts_up_down, block, layer)
+                        self._attempt("up_down", self._experts_up_down, block, layer)
                         if layer.shared is not None:
-                            self._attempt(self._up_down, block, layer.shared)
+                            self._attempt("up_down", self._up_down, block, layer.shared)
                 for norm in self._norms(stack, block):
-                    self._attempt(self._norm_readers, stack, block, norm)
+                    self._attempt("norm_readers", self._norm_readers, stack, block, norm)
         for stack in self.family.stacks:
-            self._attempt(self._final_norm, stack)
-        self._attempt(self._head_norm)
-        self._attempt(self._residual_stream)
+            self._attempt("norm_readers", self._final_norm, stack)
+        self._attempt("norm_readers", self._head_norm)
+        self._attempt("residual_stream", self._residual_stream)
         self._general_notes()
 
-    def _attempt(self, step: object, *arguments: object) -> None:
+    def _attempt(self, kind: PairKind, step: Callable[..., None], *arguments: object) -> None:
         before = len(self.pairs)
         try:
-            step(*arguments)  # type: ignore[operator]
+            step(*arguments)
         except _NotOnDisk as missing:
             del self.pairs[before:]
-            kind = getattr(step, "__name__", "").strip("_")
-            self.notes.append(
-                f"{self._generic(str(missing))} is not one plain tensor on disk, so it takes part in no pair ({kind})."
-            )
+            parameter = self._generic(str(missing))
+            self._note(kind, f"{kind} does not hold where {parameter} is not one plain tensor on disk.")
+
+    def _note(self, kind: PairKind | None, reason: str) -> None:
+        self.notes.append(Unpaired(kind, reason))
 
     @staticmethod
     def _generic(path: str) -> str:
@@ -396,10 +410,8 @@ class _Body:
     def _clips(self, layer: Attention) -> bool:
         if layer.clip is None or getattr(self.config, layer.clip, None) is None:
             return False
-        self.notes.append(
-            f"value_output and query_key do not hold: {layer.clip} = {getattr(self.config, layer.clip)} clamps "
-            "queries, keys and values."
-        )
+        clamp = f"{layer.clip} = {getattr(self.config, layer.clip)}"
+        self._note("value_output", f"value_output and query_key do not hold: {clamp} clamps queries, keys and values.")
         return True
 
     def _value_output(self, block: str, layer: Attention) -> None:
@@ -422,11 +434,13 @@ class _Body:
         module = _join(block, layer.path)
         if layer.query_norm is not None:
             if self.family.gain == "one_plus":
-                self.notes.append("query_key does not hold: the q/k norms' gain is stored as 1+w, which rounds.")
+                reason = "query_key does not hold: the q/k norms' gain is stored as 1+w, which rounds."
+                self._note("query_key", reason)
                 return
-            self.notes.append(
+            self._note(
+                "query_key",
                 "query_key reaches the gains of the q/k norms only: q_proj and k_proj stand before those norms, which "
-                "undo any scale."
+                "undo any scale.",
             )
         if layer.clip is not None and getattr(self.config, layer.clip, None) is not None:
             return
@@ -470,9 +484,8 @@ class _Body:
         if layer.gate is None:
             activation = getattr(self.config, layer.activation)
             if activation not in HOMOGENEOUS_ACTIVATIONS:
-                self.notes.append(
-                    f"up_down does not hold: the activation {activation!r} stands between {layer.up} and {layer.down}."
-                )
+                between = f"the activation {activation!r} stands between {layer.up} and {layer.down}"
+                self._note("up_down", f"up_down does not hold: {between}.")
                 return
         width = self._in_features(down)
         rows = _singles(width, width) if layer.fused else _singles(width)
@@ -483,9 +496,8 @@ class _Body:
         """The same for each expert of a mixture."""
         module = _join(block, layer.path)
         if not layer.gated_linearly:
-            self.notes.append(
-                f"up_down does not hold in {layer.path}: the up branch is clamped and 1 is added to it before the gate."
-            )
+            reason = "the up branch is clamped and 1 is added to it before the gate"
+            self._note("up_down", f"up_down does not hold in {layer.path}: {reason}.")
             return
         ups, downs = self._expert_tensors(module, "up"), self._expert_tensors(module, "down")
         experts, _, width = self.parameters[f"{module}.down_proj"].shape
@@ -520,10 +532,11 @@ class _Body:
     def _gain_width(self, norm: str) -> int | None:
         """The norm's width, if its gain can be scaled exactly."""
         if self.family.gain == "one_plus":
-            self.notes.append("norm_readers does not hold: norms store their gain as 1+w, and scaling that rounds.")
+            reason = "norm_readers does not hold: norms store their gain as 1+w, and scaling that rounds."
+            self._note("norm_readers", reason)
             return None
         if self.family.gain == "none":
-            self.notes.append("norm_readers does not exist: the norms have no gain.")
+            self._note("norm_readers", "norm_readers does not exist: the norms have no gain.")
             return None
         return int(self.parameters[f"{norm}.weight"].shape[0])
 
@@ -561,12 +574,12 @@ class _Body:
         path, norm = self._last_norm(stack)
         if norm is None:
             return
-        readers = self._final_readers(stack)
-        if isinstance(readers, str):
-            self.notes.append(f"{path} has no pair: {readers}.")
-            return
         width = self._gain_width(path)
         if width is None:
+            return
+        readers = self._final_readers(stack)
+        if isinstance(readers, str):
+            self._note("norm_readers", f"{path} has no pair: {readers}.")
             return
         sides = self._rows(path, _singles(width), 1)
         for reader in readers:
@@ -627,7 +640,7 @@ class _Body:
         if len(norms) != 1 or not type(self.model).__name__.endswith("ForMaskedLM"):
             return
         if self._is_tied(path):
-            self.notes.append(f"{norms[0]} has no pair: {path} is tied to the embeddings.")
+            self._note("norm_readers", f"{norms[0]} has no pair: {path} is tied to the embeddings.")
             return
         width = self._in_features(path)
         sides = [*self._rows(norms[0], _singles(width), 1), *self._columns(path, _singles(width), -1)]
@@ -639,7 +652,7 @@ class _Body:
         """Embeddings and all that is added to the stream × s, with the norms' ε × s²: no norm sees the difference."""
         obstacle = self._stream_obstacle()
         if obstacle is not None:
-            self.notes.append(f"residual_stream does not hold: {obstacle}; no pair reaches the embeddings.")
+            self._note("residual_stream", f"residual_stream does not hold: {obstacle}.")
             return
         sides = self._embedding_sides()
         for stack in self.family.stacks:
@@ -766,17 +779,9 @@ class _Body:
     def _general_notes(self) -> None:
         for suffix, reason in self.family.unpaired:
             if any(name.endswith(f".{suffix}") for name in self.parameters):
-                self.notes.append(f"{suffix.removesuffix('.weight')} has no pair: {reason}.")
+                self._note(None, f"{suffix.removesuffix('.weight')} has no pair: {reason}.")
         if self.family.stream == "post_norm":
-            self.notes.append(
-                "Norms inside the blocks have no readers' pair: their output is also added to the residual stream."
+            self._note(
+                "norm_readers",
+                "Norms inside the blocks have no readers' pair: their output is also added to the residual stream.",
             )
-        reached = {side.tensor for pair in self.pairs for side in pair.sides}
-        inside = f"{self.path}." if self.path else ""
-        left = {
-            self._generic(tensor)
-            for tensor, parameter in self.names.parameters.items()
-            if parameter in self.parameters and parameter.startswith(inside) and tensor not in reached
-        }
-        if left:
-            self.notes.append(f"No pair reaches {', '.join(sorted(left))}.")

@@ -37,18 +37,40 @@ def harden_command(
         ),
     ] = "auto",
     alpha: Annotated[
-        float | None, typer.Option(help="Factor of the inflated singular values.", show_default="1e4 for insert")
+        float | None,
+        typer.Option(
+            help="Factor of the inflated singular values (insert) or of the rescaled channels (constant fold).",
+            show_default="1e4",
+        ),
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Singular values inflated in each layer (insert).")] = 25,
+    top_k: Annotated[
+        int | None, typer.Option(help="Singular values inflated in each layer (insert).", show_default="25")
+    ] = None,
     gauge: Annotated[
-        Literal["rotated", "symmetric"],
-        typer.Option(help="Which factorization insert stores; symmetric is the paper's, and needs float32."),
-    ] = "rotated",
+        Literal["rotated", "symmetric"] | None,
+        typer.Option(
+            help="Which factorization insert stores; symmetric is the paper's, and needs float32.",
+            show_default="rotated",
+        ),
+    ] = None,
+    schedule: Annotated[
+        Literal["constant", "staircase"] | None,
+        typer.Option(
+            help="Factors of a fold: alpha in every pair, or another power of two in each.", show_default="staircase"
+        ),
+    ] = None,
+    profile: Annotated[
+        Literal["coverage", "quantizable"] | None,
+        typer.Option(
+            help="What a fold reaches: every pair, or only what later block quantization survives.",
+            show_default="coverage",
+        ),
+    ] = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(
             help="Glob of layers to harden, e.g. '*.o_proj' (repeatable).",
-            show_default="the linears that write to the residual stream",
+            show_default="the linears that write to the residual stream; every pair of a fold",
         ),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of layers to leave alone (repeatable).")] = None,
@@ -61,7 +83,7 @@ def harden_command(
     revision: Revision = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
-    seed: Annotated[int, typer.Option(help="Seed of the randomized basis.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the randomized basis (insert).")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and what it costs.")] = False,
     resume: Resume = False,
     no_verify: Annotated[
@@ -79,7 +101,9 @@ def harden_command(
 
       specdef harden meta-llama/Llama-3.1-8B-Instruct --out hardened
 
-      specdef harden ./my-model --out hardened --layers '*.o_proj' --alpha 1e5 --dry-run
+      specdef harden ./my-model --out hardened --method insert --layers '*.o_proj' --alpha 1e5 --dry-run
+
+      specdef harden ./my-model --out hardened --method fold --profile quantizable
     """
     from specdef_cli.checkpoint.resolve import push
     from specdef_cli.checkpoint.shards import parse_size
@@ -95,6 +119,8 @@ def harden_command(
         alpha=alpha,
         top_k=top_k,
         gauge=gauge,
+        schedule=schedule,
+        profile=profile,
         layers=tuple(layers or ()),
         exclude=tuple(exclude or ()),
         dtype=dtype,

@@ -53,21 +53,25 @@ def _what(manifest: Manifest) -> Sequence[str]:
     ]
     if manifest.inserted:
         added = sum(layer.out_features**2 for layer in manifest.inserted)
-        alphas = sorted({layer.alpha for layer in manifest.inserted})
-        shown = f"{alphas[0]:g}" if len(alphas) == 1 else f"{alphas[0]:g} to {alphas[-1]:g}"
+        alphas = sorted(layer.alpha for layer in manifest.inserted)
         top_k = sorted({layer.top_k for layer in manifest.inserted})
         lines.append(
             f"{len(manifest.inserted)} linear layers were each replaced by an inflated layer and its compensation "
-            f"(α = {shown}, k = {', '.join(map(str, top_k))}, {manifest.inserted[0].gauge} gauge, {manifest.dtype}); "
-            f"this adds {added:,} parameters."
+            f"(α = {_range(alphas)}, k = {', '.join(map(str, top_k))}, {manifest.inserted[0].gauge} gauge, "
+            f"{manifest.dtype}); this adds {added:,} parameters."
         )
     if manifest.folded:
-        channels = sum(len(pair.channels) for pair in manifest.folded)
+        exponents = sorted(abs(exponent) for pair in manifest.folded for exponent in pair.exponents)
         lines.append(
-            f"{channels} channels in {len(manifest.folded)} symmetric pairs of existing weights were rescaled by "
-            "powers of two; no parameter was added."
+            f"{len(exponents)} channels in {len(manifest.folded)} symmetric pairs of existing weights were rescaled by "
+            f"powers of two ({_range(exponents, '2^')}, {manifest.profile} profile); no parameter was added."
         )
     return lines
+
+
+def _range(ordered: Sequence[float], before: str = "") -> str:
+    lowest, highest = (f"{before}{value:g}" for value in (ordered[0], ordered[-1]))
+    return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
 def _kept(manifest: Manifest) -> Sequence[str]:
@@ -94,6 +98,7 @@ def _limit(manifest: Manifest) -> Sequence[str]:
         f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo}. "
         "Growing the model around the changed layers, freezing the compensation, or sweeping the learning rate "
         "downwards also restores fast fine-tuning (the paper proves a linear cost in model size). "
+        "Weights that no change touches, the embeddings first, train alone as fast as before. "
         "This raises the cost of unmodified recipes and nothing more. "
         "`specdef attack` measures both sides on this very checkpoint."
     ]
@@ -101,7 +106,11 @@ def _limit(manifest: Manifest) -> Sequence[str]:
 
 def _loading(manifest: Manifest) -> Sequence[str]:
     if not manifest.inserted:
-        return ["It is an ordinary checkpoint of its architecture and loads wherever the base does."]
+        quantized = "" if manifest.profile == "quantizable" else "; quantizing its weights in blocks degrades it"
+        return [
+            "It is an ordinary checkpoint of its architecture and loads wherever the base does. Run it in float32 or "
+            f"bfloat16: float16 may overflow{quantized}."
+        ]
     return [
         "Load it with `trust_remote_code=True` (the code is `configuration_specdef.py` in this repository), or without "
         "after `pip install specdef-cli` and `import specdef_cli`."

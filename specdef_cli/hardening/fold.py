@@ -12,15 +12,19 @@ What is scaled where was decided by measuring (README, "Folding"):
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
   attacker may train either side alone. ``quantizable`` inflates the writing side only: a column at 2^e would drown
   the quantization blocks it shares;
-* another exponent for every pair (:mod:`specdef_cli.spectral.staircase`);
+* another exponent for every pair (:mod:`specdef_cli.spectral.staircase`). ``quantizable`` stays below what later
+  formats hold (``make reproduce``): a float16 key/value cache overflows from about 2^16 on, a 4-bit block whose scale
+  is float16 beyond 2^20;
 * not the residual stream: it is one scale, so a sweep finds the shifted learning rate, and embeddings stay open.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,10 +36,16 @@ from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant, staircase
 
+# How many rows of a tensor are read to compare its columns: 128 entries tell a squared norm to about an eighth. A large
+# model has thousands of pairs, and one side of each is half of the checkpoint.
+SAMPLE_ROWS = 128
+
 FOLDED_KINDS: dict[Profile, tuple[str, ...]] = {
     "coverage": ("value_output", "up_down", "query_key", "norm_readers"),
     "quantizable": ("value_output", "up_down"),
 }
+QUANTIZABLE_EXPONENTS = {"value_output": (10, 13), "up_down": (14, 20)}
+"""Lowest and highest exponent of each kind of pair."""
 
 
 @dataclass(frozen=True)
@@ -95,43 +105,62 @@ def fold_pairs(
     *,
     profile: Profile,
     schedule: Schedule,
-    alpha: float | None,
+    alpha: float,
     dtype: str | None,
 ) -> tuple[FoldedPair, ...]:
     """Choose channels and exponents for every pair that the profile uses.
 
-    Reads one side of each pair, the smallest, to find the channels' norms.
+    Reads a sample of one side of each pair, to find the channels' norms. A pair whose channels are all zeros there is
+    left out: no factor changes them.
 
     Args:
         checkpoint: The base.
         pairs: Its symmetric pairs.
         profile: What must still work afterwards.
         schedule: Another exponent for each pair, or the same for all.
-        alpha: The factor of ``constant``.
+        alpha: The factor of ``constant``; a staircase has its own.
         dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
 
     Raises:
         SpecDefError: A tensor is quantized or stored in float16, or an exponent is too large.
     """
     used = [pair for pair in pairs if pair.kind in FOLDED_KINDS[profile] and pair.channels > 1]
-    if schedule == "constant" and not (alpha and 2 <= alpha <= 2.0**HIGHEST_EXPONENT):
+    if schedule == "constant" and not 2 <= alpha <= 2.0**HIGHEST_EXPONENT:
         raise SpecDefError(
-            f"alpha {alpha} cannot be folded with a constant schedule",
+            f"alpha {alpha:g} cannot be folded: as a power of two it is below 2 or above 2**{HIGHEST_EXPONENT}",
             f"Give --alpha between 2 and 2**{HIGHEST_EXPONENT}, e.g. 8192.",
         )
     _require_dtypes(checkpoint, used, dtype)
     directions = (1, -1) if profile == "coverage" else (1,)
-    groups = _by_layer(used)
-    kinds = max((len(members) for members in groups), default=0) * len(directions)
-    steps = staircase(len(groups), kinds) if schedule == "staircase" else constant(len(groups), kinds, alpha or 2)
+    if schedule == "constant":
+        exponents = _spread(used, len(directions), partial(constant, alpha=alpha))
+    elif profile == "coverage":
+        exponents = _spread(used, len(directions), staircase)
+    else:
+        exponents = {}
+        for kind, (lowest, highest) in QUANTIZABLE_EXPONENTS.items():
+            alike = [pair for pair in used if pair.kind == kind]
+            exponents |= _spread(alike, len(directions), partial(staircase, lowest=lowest, highest=highest))
     folded = []
-    for members, exponents in zip(groups, steps, strict=True):
-        for position, pair in enumerate(members):
-            own = exponents[position * len(directions) : (position + 1) * len(directions)]
-            channels = _channels(checkpoint, pair, len(directions), largest=profile == "coverage")
-            signed = tuple(direction * exponent for direction, exponent in zip(directions, own, strict=True))
-            folded.append(_folded(pair, channels, signed))
+    for pair in used:
+        channels = _channels(checkpoint, pair, len(directions), largest=profile == "coverage")
+        signed = [direction * exponent for direction, exponent in zip(directions, exponents[pair.name], strict=True)]
+        if channels:
+            folded.append(_folded(pair, channels, signed[: len(channels)]))
     return tuple(folded)
+
+
+def _spread(
+    pairs: Sequence[SymmetricPair], directions: int, schedule: Callable[[int, int], tuple[tuple[int, ...], ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Exponents by the name of the pair, one for each direction, from a schedule over layers and kinds."""
+    groups = _by_layer(pairs)
+    steps = schedule(len(groups), directions * max((len(members) for members in groups), default=0))
+    return {
+        pair.name: exponents[position * directions : (position + 1) * directions]
+        for members, exponents in zip(groups, steps, strict=True)
+        for position, pair in enumerate(members)
+    }
 
 
 def fold_groups(folded: Iterable[FoldedPair], checkpoint: Checkpoint, dtype: str | None) -> dict[str, TensorGroup]:
@@ -184,23 +213,44 @@ def _folded(pair: SymmetricPair, channels: Sequence[int], exponents: Sequence[in
 
 
 def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int, *, largest: bool) -> tuple[int, ...]:
-    """The ``count`` channels with the largest (or smallest) norm, measured on the smallest matrix of the pair."""
+    """The ``count`` channels with the largest (or smallest) norm; never one of zeros, which no factor changes."""
     sides = [side for side in pair.sides if side.indices is not None]
     matrices = [side for side in sides if len(checkpoint.tensors[side.tensor].shape) > 1] or sides
-    side = min(matrices, key=lambda side: checkpoint.tensors[side.tensor].nbytes)
-    norms = _channel_norms(checkpoint.read(side.tensor), side)
+    side = min(matrices, key=lambda side: _bytes_to_measure(checkpoint, side))
+    norms = _channel_norms(checkpoint, side)
     order = norms.argsort(descending=largest, stable=True)
-    return tuple(order[: min(count, pair.channels - 1)].tolist())
+    return tuple(order[norms[order] > 0][: min(count, pair.channels - 1)].tolist())
 
 
-def _channel_norms(tensor: Tensor, side: Side) -> Tensor:
+def _rows(checkpoint: Checkpoint, side: Side) -> range:
+    """The rows of a side's tensor, or of its block, that tell the norms of the channels.
+
+    Where channels are columns, a few rows hold a sample of every channel; where they are rows, it takes all of them.
+    """
+    header = checkpoint.tensors[side.tensor]
+    count = math.prod(header.shape[:-1])
     if side.block is not None:
-        tensor = tensor[side.block]
-    axis = side.axis if side.block is None else side.axis - 1
-    others = [dimension for dimension in range(tensor.dim()) if dimension != axis]
-    squares = tensor.float().square()
-    squares = squares.sum(others) if others else squares
-    return squares[torch.tensor(side.indices)].sum(-1)
+        count //= header.shape[0]
+    start = count * (side.block or 0)
+    if side.axis == len(header.shape) - 1:
+        count = min(count, SAMPLE_ROWS)
+    return range(start, start + count)
+
+
+def _bytes_to_measure(checkpoint: Checkpoint, side: Side) -> int:
+    header = checkpoint.tensors[side.tensor]
+    return len(_rows(checkpoint, side)) * header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
+
+
+def _channel_norms(checkpoint: Checkpoint, side: Side) -> Tensor:
+    """Squared norm of each channel on one side, shape [channels]; estimated on the rows of :func:`_rows`."""
+    shape = checkpoint.tensors[side.tensor].shape
+    squares = checkpoint.read_rows(side.tensor, _rows(checkpoint, side)).float().square()  # [rows, columns]
+    if side.axis < len(shape) - 1:
+        inner = shape if side.block is None else shape[1:]
+        axis = side.axis if side.block is None else side.axis - 1
+        squares = squares.view(inner).movedim(axis, -1).flatten(0, -2)  # [entries, positions]
+    return squares.sum(0)[torch.tensor(side.indices)].sum(-1)
 
 
 def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:

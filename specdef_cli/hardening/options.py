@@ -13,27 +13,30 @@ MethodChoice = Literal["auto", "insert", "fold"]
 
 @dataclass(frozen=True)
 class HardenOptions:
-    """Options of :func:`specdef_cli.harden`.
+    """Options of :func:`specdef_cli.harden`. One that nothing in the plan would use is refused, not ignored.
 
     Attributes:
         model: A directory, or a Hub id ``org/name[@revision]``.
         out: The directory to publish.
         method: ``insert`` (the paper's algorithm), ``fold`` (rescaled symmetric pairs, no new layers), or ``auto``:
             fold where the family is known, insert for layers that no pair reaches.
-        alpha: Factor of the inflated singular values; ``None`` takes the method's default.
-        top_k: How many singular values of each layer insert inflates.
-        gauge: Which factorization insert stores.
-        schedule: ``constant`` α, or a ``staircase`` of different ones; ``None`` takes the method's default.
-        profile: What a fold must leave intact.
-        layers: Globs over module paths and tensor names; none means the linears that write to the residual stream.
-        exclude: Globs of what to leave alone.
+        alpha: Factor of the singular values that insert inflates, and of a ``constant`` fold (which takes the nearest
+            power of two); ``None`` takes 10⁴.
+        top_k: How many singular values of each layer insert inflates; ``None`` takes 25.
+        gauge: Which factorization insert stores; ``None`` takes ``rotated``.
+        schedule: A fold's factors: the same α in every pair (``constant``), or another power of two in each
+            (``staircase``); ``None`` takes the staircase. Insert knows constant α only.
+        profile: What a fold must leave intact; ``None`` takes ``coverage``.
+        layers: Globs over module paths and tensor names; none means the linears that write to the residual stream
+            (insert) and every pair (fold).
+        exclude: Globs of what to leave alone; a fold leaves every pair alone that one of these tensors is part of.
         dtype: Store floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``); ``None`` keeps each one's.
         max_shard_size: Largest output file in bytes.
         device: Where to compute; ``None`` takes every GPU there is, else the CPU.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         trust_remote_code: Whether the model's own Python code may run.
-        seed: Seed of the randomized basis.
+        seed: Seed of the randomized basis of insert; a fold has nothing random.
         resume: Go on where an interrupted run of the same plan stopped.
         verify: Reload the result and compare it with the base before publishing.
     """
@@ -42,10 +45,10 @@ class HardenOptions:
     out: Path
     method: MethodChoice = "auto"
     alpha: float | None = None
-    top_k: int = 25
-    gauge: Gauge = "rotated"
+    top_k: int | None = None
+    gauge: Gauge | None = None
     schedule: Schedule | None = None
-    profile: Profile = "coverage"
+    profile: Profile | None = None
     layers: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     dtype: str | None = None

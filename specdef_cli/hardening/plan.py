@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +14,20 @@ import torch
 from transformers import PreTrainedModel
 
 from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
-from specdef_cli.architectures.names import match_names, meta_model, tied_parameters
-from specdef_cli.architectures.pairs import SymmetricPair, symmetries
-from specdef_cli.checkpoint.manifest import ConfigChange, FoldedPair, Method, Schedule, is_hardened
+from specdef_cli.architectures.names import TensorNames, match_names, meta_model, tied_parameters
+from specdef_cli.architectures.pairs import SymmetricPair, Symmetries, symmetries
+from specdef_cli.checkpoint.manifest import ConfigChange, FoldedPair, Method, Profile, Schedule, is_hardened
 from specdef_cli.checkpoint.reader import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import fold_groups, fold_pairs
+from specdef_cli.hardening.fold import FOLDED_KINDS, fold_groups, fold_pairs
 from specdef_cli.hardening.insert import InsertLayer
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.runtime.shim import LayerSpec, shim_config
 from specdef_cli.spectral.limits import check_alpha
 
 DEFAULT_ALPHA = 1e4
+DEFAULT_TOP_K = 25
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 RESIDUAL_WRITERS = ("attention_output", "mlp_down")
 
@@ -49,6 +51,7 @@ class HardeningPlan:
     Attributes:
         method: What is done.
         schedule: How α varies.
+        profile: What the fold leaves intact; ``None`` without a fold.
         dtype: The dtype of changed tensors, as torch names it.
         inserted: Linears to replace.
         folded: Pairs to rescale.
@@ -60,6 +63,7 @@ class HardeningPlan:
 
     method: Method
     schedule: Schedule
+    profile: Profile | None
     dtype: str
     inserted: tuple[InsertLayer, ...]
     folded: tuple[FoldedPair, ...]
@@ -101,43 +105,58 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     native = native_config(checkpoint, trust_remote_code=options.trust_remote_code)
     model = meta_model(native, trust_remote_code=options.trust_remote_code)
     shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
-    require_complete(model, shapes)
+    names = match_names(model, shapes)
+    require_complete(model, names, shapes)
     sites = linear_sites(native, shapes, model=model, trust_remote_code=options.trust_remote_code)
     stored = SAFETENSORS_DTYPES[DTYPES[options.dtype]] if options.dtype else None
-
-    folded: tuple[FoldedPair, ...] = ()
-    notes: list[str] = []
+    found = Symmetries((), ())
     if options.method != "insert":
         found = symmetries(native, shapes, model=model, trust_remote_code=options.trust_remote_code)
-        pairs = select_pairs(found.pairs, options.layers, options.exclude)
-        schedule = options.schedule or "staircase"
-        folded = fold_pairs(
-            checkpoint, pairs, profile=options.profile, schedule=schedule, alpha=options.alpha, dtype=stored
+    require_named(options, sites if options.method != "fold" else (), found.pairs, names)
+
+    profile = options.profile or "coverage"
+    folded = fold_pairs(
+        checkpoint,
+        select_pairs(found.pairs, names, options.layers, options.exclude),
+        profile=profile,
+        schedule=options.schedule or "staircase",
+        alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
+        dtype=stored,
+    )
+    reasons = [each.reason for each in found.unpaired if each.kind is None or each.kind in FOLDED_KINDS[profile]]
+    if not folded and options.method == "fold":
+        raise SpecDefError(
+            f"{checkpoint.directory} has no symmetric pair to fold" + "".join(f"; {reason}" for reason in reasons[:1]),
+            "Use --method insert" + (", or other --layers and --exclude." if found.pairs else "."),
         )
-        notes += found.unpaired
-        if not folded and options.method == "fold":
-            raise SpecDefError(
-                f"{checkpoint.directory} has no symmetric pair to fold here",
-                "Use --method insert, or name other layers with --layers.",
-            )
+    changed = {part.tensor for pair in folded for part in pair.slices}
     chosen: tuple[LinearSite, ...] = ()
     if options.method != "fold":
-        touched = {part.tensor for pair in folded for part in pair.slices}
         chosen = tuple(
-            site for site in select_layers(sites, options.layers, options.exclude) if site.tensor not in touched
+            site for site in select_layers(sites, options.layers, options.exclude) if site.tensor not in changed
         )
         require_insertable(native, chosen, model=model, trust_remote_code=options.trust_remote_code)
+    if not chosen and not folded:
+        raise SpecDefError(
+            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
+        )
+    require_used(options, folded=bool(folded), inserted=bool(chosen))
     inserted = tuple(_insert_layer(checkpoint, site, options) for site in chosen)
     layers = {site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen}
     config = _with_dtype(dict(checkpoint.config), options.dtype)
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in inserted}
-    dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[part.tensor].dtype] for pair in folded for part in pair.slices}
+    dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in changed}
     method: Method = "mixed" if folded and inserted else "fold" if folded else "insert"
-    if options.method == "auto":
-        notes.insert(0, _why(method, folded, inserted))
+    notes = [_why(method, folded, inserted)] if options.method == "auto" else []
+    notes += reasons
+    if options.schedule == "constant" and folded:
+        notes.append(f"every rescaled channel gets 2**{abs(folded[0].exponents[0])}, the power of two nearest to alpha")
+    if folded:
+        notes += _left_alone(model, names, changed | {site.tensor for site in chosen})
     return HardeningPlan(
         method=method,
         schedule=options.schedule or ("staircase" if folded else "constant"),
+        profile=profile if folded else None,
         dtype=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
         inserted=inserted,
         folded=folded,
@@ -148,17 +167,58 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     )
 
 
+def require_used(options: HardenOptions, *, folded: bool, inserted: bool) -> None:
+    """Refuse an option that nothing in the plan would use: who gives it expects it to matter.
+
+    Raises:
+        SpecDefError: naming the option.
+    """
+    of_insert = {"top-k": options.top_k, "gauge": options.gauge}
+    of_folds = {"profile": options.profile, "schedule": options.schedule}
+    for flag, value in of_insert.items():
+        if value is not None and not inserted:
+            raise SpecDefError(
+                f"--{flag} {value} would change nothing: it concerns inserted layers, and this plan only folds",
+                f"Leave --{flag} out, or use --method insert.",
+            )
+    if options.alpha is not None and not inserted and options.schedule != "constant":
+        raise SpecDefError(
+            f"--alpha {options.alpha:g} would change nothing: a staircase takes another power of two for each pair",
+            "Leave --alpha out, fold with --schedule constant, or use --method insert.",
+        )
+    for flag, choice in of_folds.items():
+        if choice not in (None, "constant") and not folded:  # insert's α is constant anyway
+            raise SpecDefError(
+                f"--{flag} {choice} would change nothing: it concerns folded pairs, and this plan only inserts layers",
+                f"Leave --{flag} out, or use --method fold.",
+            )
+
+
 def _why(method: Method, folded: Sequence[FoldedPair], inserted: Sequence[InsertLayer]) -> str:
     if method == "fold":
-        return f"fold: {len(folded)} symmetric pairs cover every layer that writes to the residual stream"
+        return f"fold: {len(folded)} symmetric pairs are rescaled, and no layer is added"
     if method == "insert":
-        return "insert: this architecture has no symmetric pair that is known here"
+        return f"insert: no symmetric pair is known for these {len(inserted)} layers"
     names = ", ".join(sorted({layer.site.module.rsplit(".", 2)[-2] for layer in inserted}))
     return (
         f"fold for {len(folded)} symmetric pairs, and insert for {len(inserted)} layers that no pair reaches "
         f"({names}); "
         "--method fold leaves those alone and keeps an ordinary checkpoint"
     )
+
+
+def _left_alone(model: PreTrainedModel, names: TensorNames, changed: set[str]) -> list[str]:
+    """The note on parameters that the plan does not change, the same name once for all blocks."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    left = dict.fromkeys(
+        re.sub(r"^.*\.\d+\.", "", tensor).removesuffix(".weight")
+        for tensor, parameter in names.parameters.items()
+        if parameter in parameters and tensor not in changed
+    )
+    shown = [name for name in left if name.removesuffix(".bias") == name or name.removesuffix(".bias") not in left]
+    if not shown:
+        return []
+    return [f"Left as they are, and trained alone not slowed: {', '.join(shown)}."]
 
 
 def require_hardenable(checkpoint: Checkpoint) -> None:
@@ -178,17 +238,17 @@ def require_hardenable(checkpoint: Checkpoint) -> None:
         )
 
 
-def require_complete(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def require_complete(model: PreTrainedModel, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a checkpoint that lacks a parameter: transformers would fill it with random values, and only warn.
 
     Args:
         model: The model on the meta device.
+        names: Which tensor becomes which of its parameters.
         shapes: Tensor name on disk → shape.
 
     Raises:
         SpecDefError: A parameter is missing, or has another shape than the model's.
     """
-    names = match_names(model, shapes)
     tied = tied_parameters(model)
     for parameter, expected in model.named_parameters():
         tensor = names.tensor(parameter)
@@ -228,44 +288,53 @@ def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def select_layers(sites: Sequence[LinearSite], layers: Sequence[str], exclude: Sequence[str]) -> tuple[LinearSite, ...]:
-    """The linears that the globs name; without globs, those that write to the residual stream.
+def require_named(
+    options: HardenOptions, sites: Sequence[LinearSite], pairs: Sequence[SymmetricPair], names: TensorNames
+) -> None:
+    """Refuse a glob that names nothing which the method could change: it is misspelt.
 
     Raises:
-        SpecDefError: A glob matches nothing, or nothing is left.
+        SpecDefError: naming the glob.
     """
+    known = {name for site in sites for name in (site.module, site.tensor)}
+    known |= {name for pair in pairs for name in _names(pair, names)}
+    for glob in (*options.layers, *options.exclude):
+        if not fnmatch.filter(known, glob):
+            what = "linear layer" if sites or not pairs else "tensor of a symmetric pair"
+            raise SpecDefError(
+                f"{glob!r} matches no {what}", "`specdef inspect MODEL` lists the layers that can be named."
+            )
+
+
+def select_layers(sites: Sequence[LinearSite], layers: Sequence[str], exclude: Sequence[str]) -> tuple[LinearSite, ...]:
+    """The linears that the globs name; without globs, those that write to the residual stream."""
 
     def matches(site: LinearSite, glob: str) -> bool:
         return fnmatch.fnmatchcase(site.module, glob) or fnmatch.fnmatchcase(site.tensor, glob)
 
-    for glob in (*layers, *exclude):
-        if not any(matches(site, glob) for site in sites):
-            raise SpecDefError(
-                f"{glob!r} matches no linear layer", "`specdef inspect MODEL` lists the layers that can be named."
-            )
-    chosen = tuple(
+    return tuple(
         site
         for site in sites
         if (any(matches(site, glob) for glob in layers) if layers else site.role in RESIDUAL_WRITERS)
         and not any(matches(site, glob) for glob in exclude)
     )
-    if not chosen:
-        raise SpecDefError(
-            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
-        )
-    return chosen
 
 
 def select_pairs(
-    pairs: Sequence[SymmetricPair], layers: Sequence[str], exclude: Sequence[str]
+    pairs: Sequence[SymmetricPair], names: TensorNames, layers: Sequence[str], exclude: Sequence[str]
 ) -> tuple[SymmetricPair, ...]:
     """The pairs that touch a tensor named by ``layers`` (any, without globs) and none named by ``exclude``."""
 
     def touches(pair: SymmetricPair, globs: Sequence[str]) -> bool:
-        names = {side.tensor for side in pair.sides} | {side.tensor.removesuffix(".weight") for side in pair.sides}
-        return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+        return any(fnmatch.filter(_names(pair, names), glob) for glob in globs)
 
     return tuple(pair for pair in pairs if (not layers or touches(pair, layers)) and not touches(pair, exclude))
+
+
+def _names(pair: SymmetricPair, names: TensorNames) -> set[str]:
+    """What a user may call the tensors of a pair: as on disk or as in the model, with or without ``.weight``."""
+    found = {name for side in pair.sides for name in (side.tensor, names.parameters[side.tensor])}
+    return found | {name.removesuffix(".weight") for name in found}
 
 
 def _insert_layer(checkpoint: Checkpoint, site: LinearSite, options: HardenOptions) -> InsertLayer:
@@ -276,16 +345,18 @@ def _insert_layer(checkpoint: Checkpoint, site: LinearSite, options: HardenOptio
         )
     dtype = DTYPES[options.dtype] if options.dtype else TORCH_DTYPES[stored]
     alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
-    check_alpha(alpha, options.gauge, dtype)
+    gauge = options.gauge or "rotated"
+    check_alpha(alpha, gauge, dtype)
+    top_k = DEFAULT_TOP_K if options.top_k is None else options.top_k
     smallest = min(site.out_features, site.in_features)
-    if options.top_k < 1:
-        raise SpecDefError(f"top-k is {options.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
-    if options.top_k > smallest:
+    if top_k < 1:
+        raise SpecDefError(f"top-k is {top_k}; it must be at least 1", "Give e.g. --top-k 25.")
+    if top_k > smallest:
         raise SpecDefError(
-            f"top-k {options.top_k} is more than the rank of {site.module} ({site.out_features}×{site.in_features})",
+            f"top-k {top_k} is more than the rank of {site.module} ({site.out_features}×{site.in_features})",
             f"Use --top-k {smallest} or less, or --exclude '{site.module}'.",
         )
-    return InsertLayer(site, alpha, options.top_k, options.gauge, SAFETENSORS_DTYPES[dtype], options.seed)
+    return InsertLayer(site, alpha, top_k, gauge, SAFETENSORS_DTYPES[dtype], options.seed)
 
 
 def _groups(

@@ -21,24 +21,22 @@ LOWEST_EXPONENT = 13
 HIGHEST_EXPONENT = 28
 
 
-def staircase(layers: int, kinds: int) -> tuple[tuple[int, ...], ...]:
-    """Exponents for ``kinds`` pairs in each of ``layers`` layers, indexed [layer][kind].
+def staircase(
+    layers: int, kinds: int, lowest: int = LOWEST_EXPONENT, highest: int = HIGHEST_EXPONENT
+) -> tuple[tuple[int, ...], ...]:
+    """Exponents for ``kinds`` pairs in each of ``layers`` layers, indexed [layer][kind], from lowest to highest.
 
     >>> staircase(2, 2)
     ((13, 18), (23, 28))
     """
-    return _spread(layers, kinds, LOWEST_EXPONENT, HIGHEST_EXPONENT)
+    steps = max(1, layers * kinds - 1)
+    return tuple(
+        tuple(lowest + (highest - lowest) * (layer * kinds + kind) // steps for kind in range(kinds))
+        for layer in range(layers)
+    )
 
 
 def constant(layers: int, kinds: int, alpha: float) -> tuple[tuple[int, ...], ...]:
     """The power of two nearest to ``alpha``, for every pair."""
     exponent = round(math.log2(alpha))
     return tuple((exponent,) * kinds for _ in range(layers))
-
-
-def _spread(layers: int, kinds: int, lowest: int, highest: int) -> tuple[tuple[int, ...], ...]:
-    steps = max(1, layers * kinds - 1)
-    return tuple(
-        tuple(lowest + (highest - lowest) * (layer * kinds + kind) // steps for kind in range(kinds))
-        for layer in range(layers)
-    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_families import build_config, randomize, write_case
+from tiny_families import CASES, build_config, randomize, write_case
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.attack.rebalance import channel_exponents, rebalance
@@ -16,14 +16,18 @@ from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 
-# Separate, fused and stacked tensors; Conv1D; grouped queries; biases; experts.
-CASES = ["llama", "phi3", "gpt2-untied", "gpt-neox", "mixtral", "gpt-oss"]
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
+def logits(model: transformers.PreTrainedModel) -> torch.Tensor:
+    """Logits, or the last hidden state of a model without head."""
+    inputs = {"input_ids": TOKENS}
+    if model.main_input_name == "pixel_values":
+        inputs = {"pixel_values": torch.randn((2, 3, 16, 16), generator=torch.Generator().manual_seed(1))}
+    elif model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = TOKENS[:, :7]
     with torch.inference_mode():
-        return model(input_ids=TOKENS).logits
+        return model(**inputs)[0]
 
 
 def octaves(left: torch.nn.Module, right: torch.nn.Module) -> float:

@@ -1,0 +1,275 @@
+"""What a fold does to weights and gradients, which channels it takes, and which requests it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from commands import assert_refused, call_cli
+from safetensors.torch import load_file, save_file
+from tiny_families import write_case
+from transformers import AutoModelForCausalLM
+
+from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.checkpoint.manifest import ScaledSlice, read_manifest
+from specdef_cli.checkpoint.reader import open_checkpoint
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.fold import SAMPLE_ROWS, fold_pairs, inverse, scale_slice
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.plan import make_plan
+from specdef_cli.hardening.run import harden
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradients(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    tokens = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+    assert torch.isfinite(norm)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-30)
+    optimizer.step()
+    for state in optimizer.state.values():
+        assert torch.isfinite(state["exp_avg_sq"]).all()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("schedule", ["staircase", "constant"])
+def test_gradients_are_those_of_the_base_by_the_inverse_factors(
+    dtype: torch.dtype, schedule: str, tmp_path: Path
+) -> None:
+    """∂L/∂(2^e·θ) = 2^-e·∂L/∂θ, bit for bit: nothing over- or underflows, not even where every exponent is the highest.
+
+    Adam's squares and the norm that clipping computes stay finite too, so that what keeps an attacker from training is
+    the factors and not an overflow that one line repairs.
+    """
+    base = write_case("llama", tmp_path / "base")
+    alpha = 2.0**28 if schedule == "constant" else None
+    options = HardenOptions(
+        str(base),
+        tmp_path / "out",
+        method="fold",
+        schedule=schedule,
+        alpha=alpha,
+        verify=False,  # type: ignore[arg-type]
+    )
+    result = harden(options)
+    assert result is not None
+    expected, found = gradients(base, dtype), gradients(tmp_path / "out", dtype)
+    assert expected.keys() == found.keys()
+    for pair in result.manifest.folded:
+        for part in pair.slices:
+            scale_slice(found[part.tensor], part)  # the fold's own factors take the inverse ones out
+    for name, gradient in expected.items():
+        assert gradient.any()
+        assert torch.equal(found[name], gradient), name
+
+
+# --- channels --------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_of(directory: Path, **tensors: torch.Tensor) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def folded_channels(directory: Path, pair: SymmetricPair, profile: str = "coverage") -> tuple[int, ...]:
+    (found,) = fold_pairs(
+        open_checkpoint(directory),
+        [pair],
+        profile=profile,  # type: ignore[arg-type]
+        schedule="staircase",
+        alpha=2,
+        dtype=None,
+    )
+    return found.channels
+
+
+def singles(count: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((channel,) for channel in range(count))
+
+
+def test_coverage_takes_the_largest_channels_and_quantizable_the_smallest_that_is_not_zero(tmp_path: Path) -> None:
+    down = torch.ones(4, 6) * torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0])
+    directory = checkpoint_of(tmp_path / "m", up=torch.ones(6, 5), down=down)  # the smaller side is measured
+    pair = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
+    assert folded_channels(directory, pair) == (2, 4)
+    assert folded_channels(directory, pair, "quantizable") == (3,)
+
+
+def test_channels_of_a_group_of_heads_count_together(tmp_path: Path) -> None:
+    output = torch.ones(4, 4) * torch.tensor([1.0, 9.0, 8.0, 4.0])
+    directory = checkpoint_of(tmp_path / "m", value=torch.ones(2, 9), output=output)
+    sides = (Side("value", 0, singles(2), 1), Side("output", 1, ((0, 2), (1, 3)), -1))
+    assert folded_channels(directory, SymmetricPair("a", "value_output", 2, sides)) == (1,)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_stacked_experts_are_measured_in_their_own_block(block: int, axis: int, tmp_path: Path) -> None:
+    stacked = torch.ones(3, 5, 5)
+    for expert in range(3):
+        stacked[expert].select(axis - 1, expert + 1).mul_(7)
+    # The other side is larger, so that this one is measured.
+    directory = checkpoint_of(tmp_path / "m", stacked=stacked, other=torch.ones(5, 50))
+    sides = (Side("stacked", axis, singles(5), 1, block), Side("other", 0, singles(5), -1))
+    assert folded_channels(directory, SymmetricPair("e", "up_down", 5, sides))[0] == block + 1
+
+
+def test_planning_reads_a_sample_of_a_large_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns: the first rows tell. What comes after them is never read, however large the matrix is."""
+    down = torch.ones(5 * SAMPLE_ROWS, 6)
+    down[:, 4] = 2
+    down[SAMPLE_ROWS:, 1] = 1000
+    directory = checkpoint_of(tmp_path / "m", up=torch.ones(6, 5 * SAMPLE_ROWS), down=down)
+    pair = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
+    assert folded_channels(directory, pair)[0] == 4
+
+
+def test_a_pair_of_zeros_is_left_out(tmp_path: Path) -> None:
+    directory = checkpoint_of(tmp_path / "m", up=torch.zeros(6, 4), down=torch.zeros(4, 6))
+    pair = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
+    checkpoint = open_checkpoint(directory)
+    assert fold_pairs(checkpoint, [pair], profile="coverage", schedule="staircase", alpha=2, dtype=None) == ()
+
+
+# --- scaling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_would_be_rounded_or_flushed_is_refused_and_left_as_it_was(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    for value, exponent in ((1.0, 128), (tiny, -1), (2 * tiny, -2), (torch.finfo(dtype).max, 1)):
+        tensor = torch.tensor([[1.0, value]], dtype=dtype)
+        before = tensor.clone()
+        with pytest.raises(SpecDefError, match="range of"):
+            scale_slice(tensor, ScaledSlice("w", 1, None, (1,), (exponent,)))
+        assert torch.equal(tensor, before)
+    fits = torch.tensor([[1.0, tiny]], dtype=dtype)
+    scale_slice(fits, ScaledSlice("w", 1, None, (1,), (3,)))
+    assert fits[0, 1] == 8 * tiny
+
+
+def test_a_fold_and_its_inverse_leave_every_bit(tmp_path: Path) -> None:
+    base = write_case("mixtral", tmp_path / "base")
+    plan = make_plan(open_checkpoint(base), HardenOptions(str(base), tmp_path / "x", method="fold"))
+    tensors = load_file(base / "model.safetensors")
+    for pair in (*plan.folded, *map(inverse, plan.folded)):
+        for part in pair.slices:
+            scale_slice(tensors[part.tensor], part)
+    for name, tensor in load_file(base / "model.safetensors").items():
+        assert torch.equal(tensors[name].view(torch.int32), tensor.view(torch.int32)), name
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_a_constant_fold_takes_alpha_in_every_pair(llama: Path, tmp_path: Path) -> None:
+    for alpha, exponent in ((("--alpha", "1000"), 10), ((), 13)):
+        out = tmp_path / f"out{exponent}"
+        result = call_cli("harden", llama, "--out", out, "--method", "fold", "--schedule", "constant", *alpha, "--json")
+        assert result.code == 0, result.stderr
+        said = json.loads(result.stdout)
+        assert f"every rescaled channel gets 2**{exponent}" in "\n".join(said["notes"])
+        manifest = read_manifest(out)
+        assert manifest.schedule == "constant"
+        assert {abs(value) for pair in manifest.folded for value in pair.exponents} == {exponent}
+        assert f"powers of two (2^{exponent}, coverage profile)" in (out / "README.md").read_text()
+
+
+def test_a_staircase_is_the_default_and_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call_cli("harden", llama, "--out", out, "--profile", "quantizable", "--schedule", "staircase").code == 0
+    manifest = read_manifest(out)
+    assert (manifest.method, manifest.schedule, manifest.profile) == ("fold", "staircase", "quantizable")
+    exponents = [pair.exponents for pair in manifest.folded]
+    assert len(set(exponents)) == len(exponents) == 4
+    card = (out / "README.md").read_text()
+    assert "outputs are bit-identical" in card
+    assert "rebalancing" in card
+    assert "secure" not in card.lower()
+
+
+OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "alpha of a staircase": (("--alpha", "100"), ("--alpha 100", "2**13", "2**28", "--schedule constant")),
+    "alpha of an automatic staircase": (("--method", "auto", "--alpha", "100"), ("--alpha 100", "--method insert")),
+    "top-k": (("--top-k", "4"), ("--top-k 4", "inserted layers", "--method insert")),
+    "gauge": (("--gauge", "rotated"), ("--gauge rotated", "inserted layers")),
+    "profile of insert": (("--method", "insert", "--profile", "coverage", "--top-k", "4"), ("--profile", "folded")),
+    "staircase of insert": (
+        ("--method", "insert", "--schedule", "staircase", "--top-k", "4"),
+        ("--schedule", "folded"),
+    ),
+    "alpha below 2": (("--schedule", "constant", "--alpha", "1.5"), ("alpha 1.5", "8192")),
+    "alpha above the range": (("--schedule", "constant", "--alpha", "1e9"), ("alpha 1e+09", "2**28")),
+    "alpha not a number": (("--schedule", "constant", "--alpha", "nan"), ("alpha nan", "8192")),
+    "float16": (("--dtype", "float16"), ("float16", "--dtype bfloat16")),
+    "a glob without a match": (("--layers", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
+    "an exclusion without a match": (("--exclude", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
+    "nothing left": (("--exclude", "*"), ("no symmetric pair to fold", "--exclude")),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_option_that_cannot_be_honoured_is_refused(case: str, llama: Path, tmp_path: Path) -> None:
+    arguments, words = OPTIONS[case]
+    method = () if "--method" in arguments else ("--method", "fold")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    result = call_cli("harden", llama, "--out", outside / "out", "--quiet", *method, *arguments)
+    assert_refused(result, *words, empty=outside)
+
+
+def test_globs_choose_pairs(llama: Path, tmp_path: Path) -> None:
+    def kinds(*arguments: str) -> set[str]:
+        result = call_cli(
+            "harden", llama, "--out", tmp_path / "x", "--method", "fold", "--dry-run", "--json", *arguments
+        )
+        assert result.code == 0, result.stderr
+        return {pair["kind"] for pair in json.loads(result.stdout)["pairs"]}
+
+    assert kinds("--layers", "*.o_proj") == {"value_output"}
+    assert kinds("--layers", "*.down_proj.weight") == {"up_down"}
+    assert kinds("--exclude", "*norm*") == {"value_output", "query_key", "up_down"}
+    # v_proj is in two pairs: with its output, and with the norm that it reads.
+    assert kinds("--layers", "*.v_proj") == {"value_output", "norm_readers"}
+
+
+def test_names_of_the_model_are_known_too(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A ViT's files call vit.encoder.layer.0.layernorm_before what the model calls layers.0.layernorm_before."""
+    arguments = ("--method", "fold", "--dry-run", "--json", "--layers", "*layers.0.layernorm_before")
+    result = call_cli("harden", tiny_model("vit"), "--out", tmp_path / "x", *arguments)
+    assert result.code == 0, result.stderr
+    assert [pair["kind"] for pair in json.loads(result.stdout)["pairs"]] == ["norm_readers"]
+
+
+def test_a_family_that_is_not_described_is_refused_with_the_reason(tmp_path: Path) -> None:
+    config = transformers.OPTConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, ffn_dim=24, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    result = call_cli("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "fold", "--quiet")
+    assert_refused(result, "no symmetric pair to fold", "OPTForCausalLM", "not described", "--method insert")
+
+
+def test_a_weight_that_would_leave_the_range_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(llama, directory)
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    plan = make_plan(open_checkpoint(directory), HardenOptions(str(directory), tmp_path / "x", method="fold"))
+    column = next(pair.channels[0] for pair in plan.folded if pair.name == "model.layers.0.mlp.up_down")
+    tensors[name][0, column] = 1e-37
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    result = call_cli("harden", directory, "--out", tmp_path / "out", "--method", "fold", "--quiet")
+    assert_refused(result, name, "float32", "--schedule constant")
+    assert not (tmp_path / "out").exists()

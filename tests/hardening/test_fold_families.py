@@ -1,0 +1,240 @@
+"""harden --method fold → plain transformers computes every bit of the base; collapse → every byte is back.
+
+The judge of the function is a process to which this package does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import call_cli, environment
+from safetensors.torch import load_file
+from tiny_families import CASES, write_case
+
+from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.hardening.collapse import collapse
+from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.run import harden
+from specdef_cli.runtime import SpecDefLinear, load_model
+from specdef_cli.runtime.shim import SHIM_SOURCE
+
+# Case → kinds that a fold uses there. up_down is absent where an activation stands between the two weights,
+# norm_readers where gains are stored as 1+w or do not exist, query_key and value_output where a clamp follows.
+ATTENTION = {"value_output", "query_key"}
+EVERY = ATTENTION | {"up_down", "norm_readers"}
+KINDS = {
+    **dict.fromkeys(CASES, EVERY),
+    **dict.fromkeys(("gpt2", "gpt-neox", "gpt-neox-serial", "bert", "roberta", "vit", "gpt-oss"), EVERY - {"up_down"}),
+    **dict.fromkeys(("gemma2", "olmo", "olmo2-bias"), EVERY - {"norm_readers"}),
+    "gemma3": {"value_output", "up_down"},
+    "olmo-clip": {"up_down"},
+}
+# Where a layer that writes to the residual stream is in no pair: insert takes it, and the plan is mixed.
+MIXED = ("olmo-clip", "gpt2", "gpt-neox", "gpt-neox-serial", "bert", "roberta", "vit")
+# What loads each folded directory: the dtype, and how the directory was made.
+VARIANTS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "sharded": {"max_shard_size": 12_000},
+    "quantizable": {"profile": "quantizable"},
+}
+Fold = Callable[[str, str], Path]
+PROGRAM = Path(__file__).with_name("plain_transformers.py")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("bases")
+    made: dict[str, Path] = {}
+
+    def build(case: str) -> Path:
+        if case not in made:
+            made[case] = write_case(case, root / case)
+        return made[case]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def folded(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Fold:
+    root = tmp_path_factory.mktemp("folds")
+    made: set[tuple[str, str]] = set()
+
+    def build(case: str, variant: str) -> Path:
+        out = root / f"{case}-{variant}"
+        if (case, variant) not in made:
+            options: dict[str, Any] = VARIANTS[variant]
+            harden(HardenOptions(str(base(case)), out, method="fold", verify=False, **options))
+            made.add((case, variant))
+        return out
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def judged(base: Callable[[str], Path], folded: Fold) -> dict[str, dict[str, list[str]]]:
+    """What the other process found, by ``case variant``."""
+    jobs = [
+        {
+            "name": f"{case} {variant}",
+            "base": str(base(case)),
+            "folded": str(folded(case, variant)),
+            "dtype": "bfloat16" if variant == "bfloat16" else "float32",
+        }
+        for case in CASES
+        for variant in VARIANTS
+        if not (variant == "quantizable" and not KINDS[case] & {"value_output", "up_down"})
+    ]
+    process = subprocess.run(
+        [sys.executable, PROGRAM],
+        input=json.dumps(jobs),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    found: dict[str, dict[str, list[str]]] = json.loads(process.stdout)
+    assert len(found) == len(jobs)
+    return found
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        found |= load_file(shard)
+    return found
+
+
+def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        # As bytes: -0.0 is not 0.0 here.
+        left, right = (each.contiguous().reshape(-1).view(torch.uint8) for each in (found[name], tensor))
+        assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_transformers_computes_every_bit_of_the_base(case: str, judged: dict[str, Any], folded: Fold) -> None:
+    mine = {name: result for name, result in judged.items() if name.split()[0] == case}
+    assert len(mine) == len(VARIANTS)
+    for name, result in mine.items():
+        assert result["different"] == [], name
+        assert "eager" in result["compared"]
+        if not case.startswith(("bert", "roberta", "vit", "t5-encoder", "llama-base", "llama-classifier")):
+            assert "generation" in result["compared"]
+        if case not in ("gpt-oss", "gemma2") and not case.startswith("t5"):  # those have no SDPA in transformers
+            assert "sdpa" in result["compared"]
+    assert not (folded(case, "float32") / SHIM_SOURCE.name).exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_pair_of_the_family_is_folded_far(case: str, base: Callable[[str], Path], folded: Fold) -> None:
+    """The counterpart to unchanged outputs: the weights did change, in both directions, and only in range."""
+    manifest = read_manifest(folded(case, "float32"))
+    assert {pair.kind for pair in manifest.folded} == KINDS[case]
+    assert manifest.method == "fold"
+    assert manifest.profile == "coverage"
+    for pair in manifest.folded:
+        assert len(pair.channels) == len(set(pair.channels)) == 2, pair.name
+        up, down = pair.exponents
+        assert 13 <= up <= 28
+        assert -28 <= down <= -13
+    before, after = tensors(base(case)), tensors(folded(case, "float32"))
+    touched = {part.tensor for pair in manifest.folded for part in pair.slices}
+    for name, tensor in after.items():
+        assert torch.isfinite(tensor).all()
+        assert torch.equal(tensor, before[name]) == (name not in touched), name
+    assert len(list(folded(case, "sharded").glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_quantizable_profile_only_inflates_what_writes(case: str, folded: Fold) -> None:
+    manifest = read_manifest(folded(case, "quantizable"))
+    assert {pair.kind for pair in manifest.folded} == KINDS[case] & {"value_output", "up_down"}
+    for pair in manifest.folded:
+        assert len(pair.exponents) == 1
+        assert pair.exponents[0] >= 13
+        assert {part.exponents[0] > 0 for part in pair.slices} == {True, False}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("variant", ["float32", "bfloat16", "sharded"])
+def test_collapse_gives_every_byte_back(
+    case: str, variant: str, base: Callable[[str], Path], folded: Fold, tmp_path: Path
+) -> None:
+    result = collapse(CollapseOptions(str(folded(case, variant)), tmp_path / "back"))
+    assert result is not None
+    assert result.parameters_removed == 0
+    expected = tensors(base(case))
+    if variant == "bfloat16":
+        expected = {name: tensor.bfloat16() for name, tensor in expected.items()}
+    assert_same_bytes(tensors(tmp_path / "back"), expected)
+    config, original = (json.loads((where / "config.json").read_text()) for where in (tmp_path / "back", base(case)))
+    if variant == "bfloat16":
+        original["dtype"] = "bfloat16"
+    assert config == original
+
+
+def test_the_two_tensors_of_a_pair_may_lie_in_different_shards(folded: Fold, base: Callable[[str], Path]) -> None:
+    directory = folded("llama", "sharded")
+    where = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    apart = [
+        pair.name for pair in read_manifest(directory).folded if len({where[part.tensor] for part in pair.slices}) > 1
+    ]
+    assert len(apart) > 3
+    assert_same_bytes(tensors(directory), tensors(folded("llama", "float32")))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_auto_folds_what_it_can_and_inserts_the_rest(
+    case: str, base: Callable[[str], Path], folded: Fold, tmp_path: Path
+) -> None:
+    options = {"top_k": 4} if case in MIXED else {}
+    result = harden(HardenOptions(str(base(case)), tmp_path / "out", **options))
+    assert result is not None
+    manifest = result.manifest
+    assert manifest.method == ("mixed" if case in MIXED else "fold")
+    assert manifest.folded == read_manifest(folded(case, "float32")).folded
+    assert manifest.verification["equal"] == (case not in MIXED)
+    assert manifest.verification["relative"] < 1e-5
+    assert len(result.notes) == len(set(result.notes))
+    assert all(len(note) < 400 for note in result.notes)
+    if case in MIXED:
+        swapped = [module for module in load_model(tmp_path / "out").modules() if isinstance(module, SpecDefLinear)]
+        assert len(swapped) == len(manifest.inserted) == 2
+        back = collapse(CollapseOptions(str(tmp_path / "out"), tmp_path / "back"))
+        assert back is not None
+        found, expected = tensors(tmp_path / "back"), tensors(base(case))
+        products = {layer.tensor for layer in manifest.inserted}
+        assert_same_bytes(
+            {name: tensor for name, tensor in found.items() if name not in products},
+            {name: tensor for name, tensor in expected.items() if name not in products},
+        )
+        for name in products:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_the_notes_name_what_is_left_and_why(base: Callable[[str], Path], tmp_path: Path) -> None:
+    def notes(case: str, *arguments: str) -> str:
+        result = call_cli("harden", base(case), "--out", tmp_path / "x", "--dry-run", "--json", *arguments)
+        assert result.code == 0, result.stderr
+        return "\n".join(json.loads(result.stdout)["notes"])
+
+    assert "alone not slowed: model.embed_tokens, model.norm." in notes("llama-tied")
+    assert "mlp.experts.down_proj," in notes("gpt-oss")
+    assert "insert for 2 layers" in notes("gpt2", "--top-k", "4")
+    # A kind that the profile does not use needs no excuse.
+    assert "1+w" in notes("gemma2")
+    assert "1+w" not in notes("gemma2", "--profile", "quantizable")
+    assert "self_attn.q_proj" in notes("llama", "--profile", "quantizable")
+    assert "residual_stream" not in notes("gemma2") + notes("olmo")
