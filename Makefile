@@ -7,9 +7,12 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 TINY := examples/tiny_llama/model
 DEMO := demo
+SUITE := $(DEMO)/suite
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo attack-demo fold-table test test-all lint format types bench train-example clean
+.PHONY: help install demo attack-demo attack-suite certify-demo reproduce test test-all faults lint format bench \
+  train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,15 +28,39 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install  ## harden the shipped model, attack it, say where the report is
-	rm -rf $(DEMO)
+	rm -rf $(DEMO)/hardened $(DEMO)/attack
 	$(BIN)/specdef harden $(TINY) --method insert --alpha 1e4 --top-k 25 --out $(DEMO)/hardened
-	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --expand 2x --out $(DEMO)/attack
+	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --expand 2x --jobs $(JOBS) --out $(DEMO)/attack
 
-attack-demo: install  ## the demo's attack at full length: every informed attack and a sweep below the hidden learning rate
-	test -d $(DEMO)/hardened || $(BIN)/specdef harden $(TINY) --method insert --alpha 1e4 --out $(DEMO)/hardened
-	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --steps 30 --expand 2x --expand depth:2x --expand inject \
-	  --freeze-compensation --collapse --lr 1e-2 --lr 3e-3 --lr 1e-3 --lr 1e-4 --lr 1e-5 --lr 1e-6 --lr 1e-7 \
-	  --out $(DEMO)/attack-full
+attack-demo: $(DEMO)/hardened  ## the demo's attack at full length: every informed attack, every rate searched
+	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --lr-sweep --jobs $(JOBS) --freeze-compensation --collapse \
+	  --expand 2x --expansion width --expansion depth --expansion inject --out $(DEMO)/attack-full
+
+certify-demo: $(DEMO)/hardened  ## the certificate of the demo's model
+	$(BIN)/specdef certify $(DEMO)/hardened --base $(TINY) --jobs $(JOBS) --out $(DEMO)/certificate
+
+$(DEMO)/hardened: | install
+	$(BIN)/specdef harden $(TINY) --method insert --alpha 1e4 --top-k 25 --out $@
+
+# The models that the README compares.
+HARDENED := insert-1e4-k25 insert-1e9-k1 fold fold-quantizable
+$(SUITE)/insert-1e4-k25: OPTIONS = --method insert --alpha 1e4 --top-k 25
+$(SUITE)/insert-1e9-k1: OPTIONS = --method insert --alpha 1e9 --top-k 1
+$(SUITE)/fold: OPTIONS = --method fold
+$(SUITE)/fold-quantizable: OPTIONS = --method fold --profile quantizable
+$(HARDENED:%=$(SUITE)/%): | install
+	$(BIN)/specdef harden $(TINY) $(OPTIONS) --out $@
+
+attack-suite: $(HARDENED:%=$(SUITE)/%)  ## the README's coverage table: places to train, optimizers, informed attacks
+	for model in $(HARDENED); do \
+	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite examples/reproduce/suite.toml --jobs $(JOBS) \
+	    --runs $(SUITE)/runs --out $(SUITE)/$$model-attack --quiet || exit 1; done
+	$(BIN)/python examples/reproduce/coverage.py $(HARDENED:%=$(SUITE)/%-attack/report.json) | tee $(SUITE)/coverage.md
+
+reproduce: $(HARDENED:%=$(SUITE)/%)  ## the README's other figures: curvature, bounds, divergence, injection, deployment
+	for name in curvature bound divergence injection; do \
+	  $(BIN)/python examples/reproduce/$$name.py --out $(DEMO)/reproduce | tee $(DEMO)/reproduce/$$name.md || exit 1; done
+	$(BIN)/python examples/reproduce/deployment.py $(TINY) $(HARDENED:%=$(SUITE)/%) | tee $(DEMO)/reproduce/deployment.md
 
 test: install  ## the test suite (about ten minutes on two cores)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile

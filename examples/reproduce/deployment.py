@@ -1,9 +1,9 @@
-"""What of the tiny Llama's life after release still works after hardening, for three ways of hardening it.
+"""What of the tiny Llama's life after release still works after hardening, for several ways of hardening it.
 
-Hardens the model, puts base and hardened checkpoints through every format, and prints the losses (nats a byte, on the
-held-out half of the base text) as one Markdown table. Takes some minutes on one core.
+Puts base and hardened checkpoints through every format, and prints the losses (nats a byte, on the held-out half of the
+base text) as one Markdown table. Takes some minutes on one core.
 
-    python examples/reproduce/deployment.py [--formats NAME …] [--sequences 16]
+    python examples/reproduce/deployment.py BASE HARDENED [HARDENED …] [--formats NAME …] [--sequences 16]
 """
 
 from __future__ import annotations
@@ -11,25 +11,12 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
-import tempfile
 from pathlib import Path
 
 from specdef_cli.certify.deployment import DeploymentFigure, measure_deployment, token_batch
 from specdef_cli.certify.formats import FORMATS
-from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.hardening.run import harden
 
 TINY_LLAMA = Path(__file__).parents[1] / "tiny_llama"
-BASE = TINY_LLAMA / "model"
-
-
-def hardenings(root: Path) -> tuple[HardenOptions, ...]:
-    """The ways of hardening, each with its directory under ``root``; the directory's name is the column's title."""
-    return (
-        HardenOptions(str(BASE), root / "fold", method="fold", profile="coverage"),
-        HardenOptions(str(BASE), root / "fold, quantizable", method="fold", profile="quantizable"),
-        HardenOptions(str(BASE), root / "insert, α=1e4, k=25", method="insert", alpha=1e4, top_k=25),
-    )
 
 
 def cell(figure: DeploymentFigure) -> str:
@@ -42,16 +29,17 @@ def cell(figure: DeploymentFigure) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("hardened", type=Path, nargs="+", help="hardened directories; a column each")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--sequences", type=int, default=16)
     arguments = parser.parse_args()
     _, held_out = runpy.run_path(str(TINY_LLAMA / "texts.py"))["base_text"]()
-    tokens = token_batch(BASE, held_out, sequences=arguments.sequences, length=256)
-    with tempfile.TemporaryDirectory() as root:
-        columns = {}
-        for options in hardenings(Path(root)):
-            harden(options)
-            columns[options.out.name] = measure_deployment(BASE, options.out, tokens, arguments.formats)
+    tokens = token_batch(arguments.base, held_out, sequences=arguments.sequences, length=256)
+    columns = {
+        directory.name: measure_deployment(arguments.base, directory, tokens, arguments.formats)
+        for directory in arguments.hardened
+    }
     print(f"| format | base | {' | '.join(columns)} | note |")
     print("|---|---|" + "---|" * (len(columns) + 1))
     for row in zip(*columns.values(), strict=True):

@@ -76,6 +76,8 @@ class AttackOptions:
         text_column, label_column, image_column: Columns of the dataset; the label only matters for classification.
         retained: Text, as ``dataset``, that the attacker wants to keep the model's ability on; ``None`` is the source
             of Python's standard library, and ``none`` leaves that measurement out.
+        eval_tasks: Tasks of lm-eval on which accuracy is measured after every run (``specdef-cli[eval]``).
+        eval_task_path: A directory with tasks of the user's own, as lm-eval's ``--include_path``.
         task: ``None`` is what the control's architecture says.
         suite: Which attacks to run. It takes the place of the fields from ``recipes`` to ``train``.
         recipes: What is trained: all parameters (``full``) or adapters. Empty means full and LoRA.
@@ -118,6 +120,8 @@ class AttackOptions:
     label_column: str = "label"
     image_column: str = "image"
     retained: str | None = None
+    eval_tasks: tuple[str, ...] = ()
+    eval_task_path: Path | None = None
     task: Task | None = None
     suite: Suite | None = None
     recipes: tuple[Recipe, ...] = ()

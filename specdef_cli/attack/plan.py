@@ -138,6 +138,7 @@ def _series(
         eval_every=options.eval_interval,
         seed=options.seeds[0],
         dtype=options.dtype,
+        eval_tasks=options.eval_tasks,
     )
     return Series(first, grid, table.learning_rates == "search", options.seeds, options.suite is not None)
 

@@ -100,6 +100,7 @@ class RunResult:
         parameters: Parameters of the model that was trained, without adapters.
         trainable_parameters: Parameters that the optimizer moved, adapters included.
         seconds: Wall time of training and evaluation.
+        accuracy: On tasks of lm-eval, after the last step.
     """
 
     spec: RunSpec
@@ -110,6 +111,7 @@ class RunResult:
     parameters: int
     trainable_parameters: int
     seconds: float
+    accuracy: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def outcome(self) -> Literal["finished", "worse", "diverged"]:

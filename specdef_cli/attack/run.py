@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 import specdef_cli
 from specdef_cli.architectures.names import meta_model
+from specdef_cli.attack.accuracy import require_harness
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Target, largest_alpha, make_plan
@@ -32,8 +33,12 @@ from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.trainer import quiet, train_run
 from specdef_cli.attack.training import Training
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
+from specdef_cli.checkpoint.output import exclusive, require_outside, writable_ancestor
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.soundness import require_sound
+from specdef_cli.runtime.processes import process_state
+from specdef_cli.runtime.vocabulary import require_in_vocabulary
 
 RUNS_DIRECTORY = "runs"
 
@@ -52,13 +57,22 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
     """
     directory, manifest = _subject(options)
     control_name, control_directory = _control(options, directory, manifest)
+    for each in (directory, control_directory):
+        require_sound(each, trust_remote_code=options.trust_remote_code)
+        require_outside(options.out, each)
+    writable_ancestor(options.out)
     _check_variants(options, manifest)
     task, head_labels = _task(options, control_directory)
+    if options.eval_tasks:
+        require_harness()
     with quiet():
         preprocessor = load_preprocessor(task, control_directory, trust_remote_code=options.trust_remote_code)
         data = load_data(options, task, preprocessor, head_labels)
         if task == "causal-lm" and isinstance(preprocessor, PreTrainedTokenizerBase):
             data = replace(data, retained=retained_sequences(options, preprocessor))
+    if task != "image-classification":
+        tokens = (half[index]["input_ids"] for half in data.halves for index in range(len(half)))
+        require_in_vocabulary(tokens, control_directory, trust_remote_code=options.trust_remote_code)
     plan = make_plan(
         options,
         Target(
@@ -71,7 +85,7 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
         ),
     )
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
-    state = PartialState()
+    state = process_state()
     if options.jobs > 1 and state.num_processes > 1:
         raise SpecDefError(
             f"--jobs {options.jobs} starts processes of its own, and this is one of {state.num_processes} already",
@@ -80,14 +94,15 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
     # No process may start the first run while another still looks for its result: they would disagree on what is
     # finished.
     state.wait_for_everyone()
-    outcome = run_all(
-        plan,
-        TrainRun(control_directory, directory, data, options.trust_remote_code),
-        load=store.load,
-        save=store.save if state.is_main_process else lambda result: None,
-        jobs=options.jobs,
-        on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
-    )
+    with exclusive(options.out) if state.is_main_process else nullcontext():
+        outcome = run_all(
+            plan,
+            TrainRun(control_directory, directory, data, options.trust_remote_code, options.eval_task_path),
+            load=store.load,
+            save=store.save if state.is_main_process else lambda result: None,
+            jobs=options.jobs,
+            on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
+        )
     report = AttackReport(
         model=str(options.model),
         control=control_name,
@@ -112,16 +127,42 @@ class TrainRun:
     model: Path
     data: AttackData
     trust_remote_code: bool
+    eval_task_path: Path | None
 
     def __call__(self, spec: RunSpec, on_step: Callable[[int, float | None], None]) -> RunResult:
-        """Run ``spec``."""
+        """Run ``spec``.
+
+        Raises:
+            SpecDefError: As :func:`train_run`, a sequence is longer than a table of positions in the model, or the
+                control is broken: there is nothing to compare with.
+        """
         directory = self.control if spec.subject == "control" else self.model
-        return train_run(spec, directory, self.data, on_step=on_step, trust_remote_code=self.trust_remote_code)
+        try:
+            result = train_run(
+                spec,
+                directory,
+                self.data,
+                on_step=on_step,
+                trust_remote_code=self.trust_remote_code,
+                eval_task_path=self.eval_task_path,
+            )
+        except IndexError as error:
+            # The tokens themselves are known to be in the vocabulary.
+            raise SpecDefError(
+                f"{directory} cannot be trained on sequences of {spec.sequence_length} tokens: {error}",
+                "Give a smaller --sequence-length.",
+            ) from error
+        if spec.subject == "control" and result.start is None:
+            raise SpecDefError(
+                f"the held-out loss of the control {directory} is not finite before any training",
+                "Repair its weights if they hold NaN or infinity, or train with --dtype float32.",
+            )
+        return result
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
-    return bool(PartialState().is_main_process)
+    return bool(process_state().is_main_process)
 
 
 def _groups(options: AttackOptions, control: Path) -> tuple[Training, ...]:

@@ -130,6 +130,7 @@ class RunSpec:
     eval_every: int
     seed: int
     dtype: Dtype
+    eval_tasks: tuple[str, ...] = ()
 
     @property
     def run_id(self) -> str:
@@ -157,12 +158,17 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data."""
-        return dataclasses.asdict(self) | {"training": self.training.to_dict()}
+        return dataclasses.asdict(self) | {"training": self.training.to_dict(), "eval_tasks": list(self.eval_tasks)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunSpec:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{**data, "variant": Variant(**data["variant"]), "training": Training.from_dict(data["training"])})
+        nested = {
+            "variant": Variant(**data["variant"]),
+            "training": Training.from_dict(data["training"]),
+            "eval_tasks": tuple(data["eval_tasks"]),
+        }
+        return cls(**{**data, **nested})
 
 
 def checkpoint_fingerprint(directory: Path) -> str:

@@ -19,10 +19,10 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from specdef_cli.attack.accuracy import task_accuracy
 from specdef_cli.attack.data import AttackData
 from specdef_cli.attack.optimizer_groups import build_optimizer
 from specdef_cli.attack.optimizers import OPTIMIZERS, OptimizerChoice, optimizer_choice
@@ -32,7 +32,8 @@ from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.spec import RunSpec, Task
 from specdef_cli.attack.variants import apply_variant
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.load import load_model
+from specdef_cli.runtime.load import load_model, load_tokenizer
+from specdef_cli.runtime.processes import process_state
 
 
 def train_run(
@@ -42,6 +43,7 @@ def train_run(
     *,
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     trust_remote_code: bool = False,
+    eval_task_path: Path | None = None,
 ) -> RunResult:
     """Train ``directory`` as ``spec`` says and write down what happened.
 
@@ -53,12 +55,13 @@ def train_run(
         data: The tokens; the same object for the control and the attack.
         on_step: Called after each optimizer step.
         trust_remote_code: Passed on to transformers.
+        eval_task_path: Where the user's own tasks of lm-eval are.
 
     Raises:
         SpecDefError: The model cannot be loaded, the recipe matches nothing, or the batch or the optimizer does not
             split over the processes.
     """
-    state = PartialState()
+    state = process_state()
     _check_processes(spec, state)
     with quiet(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
         # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same for
@@ -76,6 +79,10 @@ def train_run(
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
+        accuracy = {}
+        if spec.eval_tasks:
+            tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+            accuracy = task_accuracy(model, tokenizer, spec.eval_tasks, task_directory=eval_task_path)
     result = RunResult(
         spec=spec,
         train=tuple(recorder.train),
@@ -85,6 +92,7 @@ def train_run(
         parameters=parameters,
         trainable_parameters=trainable,
         seconds=seconds,
+        accuracy=accuracy,
     )
     # The Trainer and its model refer to each other; without this two models would be in memory at the next run's
     # loading.
@@ -109,12 +117,6 @@ def _check_processes(spec: RunSpec, state: PartialState) -> None:
             f"--optimizer {spec.optimizer} differentiates the gradient, which is not possible over "
             f"{state.num_processes} processes",
             "Run it without `accelerate launch`, or choose a first-order optimizer.",
-        )
-    if not choice.elementwise and state.distributed_type == DistributedType.FSDP:
-        raise SpecDefError(
-            f"--optimizer {spec.optimizer} has to see whole tensors, and FSDP shards them",
-            "Launch without FSDP, or choose one of: "
-            f"{', '.join(name for name, each in OPTIMIZERS.items() if each.elementwise and not each.second_order)}.",
         )
 
 
@@ -177,7 +179,17 @@ class AttackTrainer(Trainer):
         self._choice = choice
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Called after sharding, with the sharded model, where there is any."""
+        """Called after sharding, with the sharded model, where there is any.
+
+        Raises:
+            SpecDefError: The optimizer cannot work on shards.
+        """
+        if self.is_fsdp_enabled and not self._choice.elementwise:
+            others = (name for name, each in OPTIMIZERS.items() if each.elementwise and not each.second_order)
+            raise SpecDefError(
+                f"{self._choice.name} has to see whole tensors, and FSDP shards them",
+                f"Launch without FSDP, or choose --optimizer {', '.join(others)}.",
+            )
         if self.optimizer is None:
             trained = self.model if model is None else model
             self.optimizer = build_optimizer(
@@ -211,7 +223,7 @@ def make_trainer(spec: RunSpec, model: nn.Module, data: AttackData, recorder: Re
     arguments = TrainingArguments(
         output_dir=scratch,
         max_steps=spec.steps,
-        per_device_train_batch_size=spec.batch_size // PartialState().num_processes,
+        per_device_train_batch_size=spec.batch_size // process_state().num_processes,
         per_device_eval_batch_size=spec.batch_size,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.schedule,

@@ -20,10 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli.checkpoint.manifest import Manifest
+from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs, fixed_inputs, model_outputs
 from specdef_cli.runtime import load_model, without_progress_bars
+from specdef_cli.runtime.shim import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
 
 PROMPT, CONTINUATION = 16, 32
 """Tokens that greedy text starts from, and that are then generated."""
@@ -34,8 +36,8 @@ GENERATED_SEQUENCES = 4
 _FRESH = """
 import sys, torch, transformers
 from safetensors.torch import load_file, save_file
-directory, inputs, outputs = sys.argv[1:]
-config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
+directory, inputs, outputs, code = sys.argv[1:]
+config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=code == "trusted")
 model = getattr(transformers, config.architectures[0]).from_pretrained(directory, config=config, dtype="auto").eval()
 assert "specdef_cli" not in sys.modules
 with torch.inference_mode():
@@ -89,8 +91,10 @@ def measure_function(
         trust_remote_code: Whether code that comes with the base may run.
 
     Raises:
-        SpecDefError: A directory cannot be loaded, or the base's outputs are not finite.
+        SpecDefError: A directory cannot be loaded, the hardened one brings code of its own that is not trusted, or the
+            base's outputs are not finite.
     """
+    run_code = _may_run_code(hardened, trust_remote_code)
     before = _observe(base, tokens, trust_remote_code)
     if not torch.isfinite(before.outputs).all():
         raise SpecDefError(f"the outputs of {base} hold NaN or infinity", "Repair its weights.")
@@ -98,7 +102,7 @@ def measure_function(
     agreement = None
     if before.generated is not None and after.generated is not None:
         agreement = float((before.generated == after.generated).double().mean())
-    equal, error = _fresh_process(hardened, after)
+    equal, error = _fresh_process(hardened, after, run_code)
     return FunctionFigures(
         outputs=compare_outputs(before.outputs, after.outputs),
         base_loss=before.loss,
@@ -152,12 +156,31 @@ def _greedy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return torch.nn.functional.pad(generated, (0, CONTINUATION - generated.shape[1]), value=-1)
 
 
-def _fresh_process(directory: Path, expected: _Observed) -> tuple[bool, str]:
+def _may_run_code(directory: Path, trust_remote_code: bool) -> bool:
+    """Whether a process may run the code in a hardened directory: asked for, or ours to the last byte.
+
+    Raises:
+        SpecDefError: It needs its code, and that is somebody else's.
+    """
+    config = open_checkpoint(directory).config
+    if trust_remote_code or config.get("model_type") != MODEL_TYPE:
+        return trust_remote_code
+    shim = directory / SHIM_SOURCE.name
+    if config.get("auto_map") != AUTO_MAP or not shim.is_file() or shim.read_bytes() != SHIM_SOURCE.read_bytes():
+        raise SpecDefError(
+            f"{directory} brings code of its own: its {shim.name} is not the one that this release writes",
+            "Read that code, then pass --trust-remote-code; or harden the base again.",
+        )
+    return True
+
+
+def _fresh_process(directory: Path, expected: _Observed, run_code: bool) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory(prefix="specdef-certify-") as scratch:
         inputs, outputs = Path(scratch) / "inputs.safetensors", Path(scratch) / "outputs.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in expected.inputs.items()}, inputs)
+        code = "trusted" if run_code else "not trusted"
         process = subprocess.run(
-            [sys.executable, "-c", _FRESH, str(directory.resolve()), str(inputs), str(outputs)],
+            [sys.executable, "-c", _FRESH, str(directory.resolve()), str(inputs), str(outputs), code],
             cwd=scratch,
             capture_output=True,
             text=True,

@@ -70,7 +70,7 @@ def read_resistance(path: Path, checkpoint: str) -> Resistance:
             raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA_NAME!r}")
         attacked = {run["spec"]["checkpoint"] for run in data["runs"] if run["spec"]["subject"] == "model"}
         resistance = _resistance(data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SpecDefError(
             f"{path} is not an attack report: {error}", "Give the report.json that `specdef attack` wrote."
         ) from error
@@ -100,8 +100,8 @@ def _resistance(data: dict[str, Any]) -> Resistance:
             AttackFigure(
                 label=attack["label"],
                 knowledge=attack["knowledge"],
-                learning_rate=attack["best"]["learning_rate"],
-                share=attack["share_of_control"],
+                learning_rate=float(attack["best"]["learning_rate"]),
+                share=None if attack["share_of_control"] is None else float(attack["share_of_control"]),
                 verdict=attack["verdict"],
             )
             for attack in data["attacks"]

@@ -33,11 +33,14 @@ from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.resistance import Resistance, read_resistance, resistance_of
 from specdef_cli.certify.spectrum import measure_spectrum
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from specdef_cli.checkpoint.output import require_outside, writable_ancestor
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import write_durably
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.report import write_report
+from specdef_cli.runtime.vocabulary import require_in_vocabulary
 
 SEQUENCES, LENGTH = 32, 128
 CURVATURE_SEQUENCES, CURVATURE_LENGTH = 4, 64
@@ -95,6 +98,10 @@ def certify(
     base_name = options.base or manifest.base.name
     revision = None if options.base else manifest.base.commit or manifest.base.revision
     base_directory = resolve(base_name, revision=revision, token=options.token).directory
+    for each in (base_directory, directory):
+        require_sound(each, trust_remote_code=options.trust_remote_code)
+        require_outside(options.out, each)
+    writable_ancestor(options.out)
     base, hardened = open_checkpoint(base_directory), open_checkpoint(directory)
     tokens = _tokens(base, options)
     resistance = None
@@ -150,7 +157,9 @@ def _tokens(base: Checkpoint, options: CertifyOptions) -> Tensor | None:
         except OSError as error:
             raise SpecDefError(f"{options.text} cannot be read: {error.strerror}", "Give a text file.") from error
     trust = options.trust_remote_code
-    return token_batch(base.directory, text, sequences=SEQUENCES, length=LENGTH, trust_remote_code=trust)
+    tokens = token_batch(base.directory, text, sequences=SEQUENCES, length=LENGTH, trust_remote_code=trust)
+    require_in_vocabulary(tokens, base.directory, trust_remote_code=trust)
+    return tokens
 
 
 def _curvature(

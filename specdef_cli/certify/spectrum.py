@@ -6,6 +6,7 @@ a fold every changed tensor must be the base's, multiplied by the manifest's pow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from specdef_cli.spectral.subspace import layer_seed, top_subspace
 TOLERANCE = 0.02
 """Relative error of a singular value: bfloat16 storage alone costs some 1e-3."""
 
+SMALLEST = 1e-3
+"""Values below this share of the largest one count as that much: of a weight of rank below k they are rounding."""
+
 
 @dataclass(frozen=True)
 class LayerSpectrum:
@@ -29,7 +33,7 @@ class LayerSpectrum:
     Attributes:
         module: Path of the layer.
         planned: α times the k largest singular values of W, largest first.
-        measured: The k largest singular values of the stored W~.
+        measured: The k largest singular values of the stored W~; infinite where it holds NaN or infinity.
     """
 
     module: str
@@ -39,7 +43,9 @@ class LayerSpectrum:
     @property
     def worst(self) -> float:
         """The largest relative difference between the two."""
-        return max(abs(found / wanted - 1) for found, wanted in zip(self.measured, self.planned, strict=True))
+        smallest = SMALLEST * max(self.planned)
+        pairs = zip(self.measured, self.planned, strict=True)
+        return max(abs(found - wanted) / max(wanted, smallest) for found, wanted in pairs)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ def measure_spectrum(
 
 def _layer(hardened: Checkpoint, layer: InsertedLayer) -> LayerSpectrum:
     weight = hardened.read(layer.inflated_tensor).float()
-    found = top_subspace(weight, layer.top_k, layer_seed(1, layer.tensor)).singular_values
     planned = tuple(layer.alpha * value for value in layer.singular_values)
+    if not torch.isfinite(weight).all():
+        return LayerSpectrum(layer.module, planned, (math.inf,) * len(planned))
+    found = top_subspace(weight, layer.top_k, layer_seed(1, layer.tensor)).singular_values
     return LayerSpectrum(layer.module, planned, tuple(found.tolist()))

@@ -11,9 +11,7 @@ WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".mlmodel", ".npz"}
 )
 # Written anew for every output.
-REWRITTEN = frozenset(
-    {"config.json", "README.md", "specdef.json", "certificate.json", "model.safetensors.index.json"}
-)
+REWRITTEN = frozenset({"config.json", "README.md", "specdef.json", "certificate.json", "model.safetensors.index.json"})
 
 
 def companion_files(directory: Path) -> tuple[Path, ...]:

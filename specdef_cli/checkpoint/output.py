@@ -37,16 +37,10 @@ def check_output(final: Path, source: Path, nbytes: int) -> None:
     Raises:
         SpecDefError: naming the directory.
     """
-    target, origin = final.resolve(), source.resolve()
-    if target == origin or target.is_relative_to(origin):
-        raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
+    require_outside(final, source)
     if _taken(final):
         raise SpecDefError(f"the output {final} exists already", "Choose another --out, or remove it first.")
-    existing = target.parent
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise SpecDefError(f"{existing} is not a directory that can be written to", "Choose another --out.")
+    existing = writable_ancestor(final.resolve().parent)
     # What an interrupted run left is either reused or removed.
     free = shutil.disk_usage(existing).free + _disk_space(work_directory(final))
     if nbytes > free:
@@ -54,6 +48,30 @@ def check_output(final: Path, source: Path, nbytes: int) -> None:
             f"the output needs {nbytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB free",
             "Free some space, or choose another --out.",
         )
+
+
+def require_outside(final: Path, source: Path) -> None:
+    """Refuse an output that lies in its own input.
+
+    Raises:
+        SpecDefError: naming both.
+    """
+    if final.resolve().is_relative_to(source.resolve()):
+        raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
+
+
+def writable_ancestor(directory: Path) -> Path:
+    """The directory itself, or the nearest one above it that exists.
+
+    Raises:
+        SpecDefError: It is a file, or cannot be written to.
+    """
+    existing = directory.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise SpecDefError(f"{existing} is not a directory that can be written to", "Choose another --out.")
+    return existing
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -52,14 +53,17 @@ def _root(
 
 def main() -> None:
     """Run the command line. Failures that the user can do something about are two lines on stderr and exit code 1."""
+    # PEFT imports bitsandbytes where it is installed, and that warns of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
-    except SpecDefError as error:
+    except (SpecDefError, OSError) as error:
         if os.environ.get("SPECDEF_DEBUG"):
             raise
+        failure = error if isinstance(error, SpecDefError) else _system_failure(error)
         console = Console(stderr=True, soft_wrap=True)
-        console.print(f"[bold red]error:[/] {escape(error.problem)}", highlight=False)
-        console.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False)
+        console.print(f"[bold red]error:[/] {escape(failure.problem)}", highlight=False)
+        console.print(f"[bold]hint:[/] {escape(failure.hint)}", highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         _say_interrupted()
@@ -70,5 +74,17 @@ def main() -> None:
         raise
 
 
+def _system_failure(error: OSError) -> SpecDefError:
+    """A full disk or a missing permission, wherever it struck."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return SpecDefError(
+        reason if error.filename is None else f"{error.filename}: {reason}",
+        "Check the disk, its free space and the permissions, then run the same command again.",
+    )
+
+
 def _say_interrupted() -> None:
-    Console(stderr=True).print("interrupted; nothing was published (--resume goes on from here)")
+    Console(stderr=True, soft_wrap=True).print(
+        "interrupted; nothing half-made was published (harden and collapse go on from here with --resume, attack and "
+        "certify with the same command)"
+    )

@@ -37,6 +37,11 @@ def attack_command(
             show_default="Python's standard library",
         ),
     ] = None,
+    eval_task: Annotated[
+        list[str] | None,
+        typer.Option(help="Task of lm-eval to measure accuracy on after every run (repeatable; needs the extra eval)."),
+    ] = None,
+    eval_task_path: Annotated[Path | None, typer.Option(help="Directory with lm-eval tasks of your own.")] = None,
     task: Annotated[
         Literal["causal-lm", "sequence-classification", "image-classification"] | None,
         typer.Option(help="What to train for.", show_default="what the control's architecture says"),
@@ -166,6 +171,8 @@ def attack_command(
         label_column=label_column,
         image_column=image_column,
         retained=retained,
+        eval_tasks=tuple(eval_task or ()),
+        eval_task_path=eval_task_path,
         task=task,
         suite=chosen,
         recipes=tuple(recipes),

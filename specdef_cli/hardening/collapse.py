@@ -21,10 +21,11 @@ from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import Progress, write_durably
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.execute import Written, execute, process_state, write_json
+from specdef_cli.hardening.execute import Written, execute, write_json
 from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
+from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE, unshim_config
 
 RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."

@@ -20,11 +20,12 @@ from specdef_cli.checkpoint.resolve import Resolved, resolve
 from specdef_cli.checkpoint.stream import Progress, write_durably
 from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.devices import compute_devices
-from specdef_cli.hardening.execute import Written, execute, process_state, write_json
+from specdef_cli.hardening.execute import Written, execute, write_json
 from specdef_cli.hardening.insert import read_weight
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.verify import verify
+from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
@@ -188,7 +189,7 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         dtype=plan.dtype,
         seed=options.seed,
         schedule=plan.schedule,
-        profile=options.profile if plan.folded else None,
+        profile=plan.profile,
         inserted=tuple(inserted),
         folded=plan.folded,
         config_changes=plan.config_changes,

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from specdef_cli.architectures.linears import linear_sites
-from specdef_cli.architectures.names import meta_model
+from specdef_cli.architectures.names import match_names, meta_model
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import FLOATING_DTYPES, Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, resolve
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.devices import compute_devices
-from specdef_cli.hardening.execute import process_state
 from specdef_cli.hardening.insert import read_weight
-from specdef_cli.hardening.plan import RESIDUAL_WRITERS, native_config
+from specdef_cli.hardening.plan import RESIDUAL_WRITERS, native_config, require_complete
+from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import unshim_config
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
@@ -102,6 +102,8 @@ def survey(
     native = native_config(original, trust_remote_code=trust_remote_code)
     shapes = {name: header.shape for name, header in original.tensors.items()}
     skeleton = meta_model(native, trust_remote_code=trust_remote_code)
+    if "quantization_config" not in original.config:  # packed weights have shapes of their own
+        require_complete(skeleton, match_names(skeleton, shapes), shapes)
     inserted = {layer.tensor: layer for layer in manifest.inserted} if manifest else {}
     place = compute_devices(device, process_state(device))[0]
     layers = []

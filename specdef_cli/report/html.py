@@ -54,6 +54,7 @@ def report_html(report: AttackReport, image: bytes) -> str:
         attacks="".join(_attack_row(each) for each in found),
         runs="".join(_run_rows(report)),
         definitions=escape(_definitions()),
+        accuracy=_accuracy(found),
         growth=_list(growth_words(report)),
         setting="".join(f"<li>{escape(line)}</li>" for line in _setting(report)),
         notes="".join(f"<li>{escape(note)}</li>" for note in report.notes) or "<li>none</li>",
@@ -90,6 +91,22 @@ def _matrix(matrix: CoverageMatrix | None) -> str:
         "<p>Attackers who know only recipes; share of the control's progress at the best learning rate.</p>"
         f'<div class="wide"><table class="matrix"><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _accuracy(found: Sequence[Finding]) -> str:
+    """Accuracy on tasks, of each attack's run at its best learning rate; nothing where none was measured."""
+    tasks = sorted({task for each in found for task in each.attack.best_run.accuracy})
+    if not tasks:
+        return ""
+    head = "".join(f"<th>{escape(task)}</th>" for task in tasks)
+    rows = "".join(
+        _row([each.attack.label, *(number(each.attack.best_run.accuracy.get(task)) for task in tasks)], words=set())
+        for each in found
+    )
+    return (
+        "<h2>Accuracy after the last step</h2>"
+        f'<div class="wide"><table><thead><tr><th>attack</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 

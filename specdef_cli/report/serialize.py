@@ -128,6 +128,7 @@ def _run(report: AttackReport, run: RunResult) -> dict[str, Any]:
             "layers_times": growth.times,
         },
         "flops_per_step": run.flops_per_step,
+        "accuracy": run.accuracy,
         "outcome": run.outcome,
         "divergence": run.divergence and dataclasses.asdict(run.divergence),
         "seconds": run.seconds,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 from specdef_cli.attack.results import AttackReport
 from specdef_cli.attack.store import write_atomic
 from specdef_cli.report.html import report_html
 from specdef_cli.report.plot import curves_png
 from specdef_cli.report.serialize import curves_csv, report_json
+from specdef_cli.runtime.processes import process_state
 
 
 def write_report(report: AttackReport, out: Path) -> tuple[Path, ...]:
@@ -22,7 +21,7 @@ def write_report(report: AttackReport, out: Path) -> tuple[Path, ...]:
         OSError: ``out`` cannot be written.
     """
     paths = tuple(out / name for name in ("report.html", "report.json", "curves.csv", "curves.png"))
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         image = curves_png(report)
         contents = (
             report_html(report, image).encode(),

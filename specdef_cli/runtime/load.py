@@ -71,8 +71,11 @@ def load_model(
         raise SpecDefError(
             f"{directory} is not complete: {error}", "Restore its files, or harden the base model again."
         ) from error
-    except (OSError, ValueError) as error:
-        # What transformers says of unknown model types, absent safetensors files and code it may not run.
+    except SpecDefError:
+        raise
+    except Exception as error:
+        # Unknown model types, damaged files, tensors of another shape, code that may not run: transformers raises
+        # anything from OSError to what its libraries raise.
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SpecDefError(f"{directory} cannot be loaded: {reason}", _hint(path)) from error
 
@@ -101,7 +104,7 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
         if any((path / name).is_file() for name in files):
             try:
                 return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # tokenizers raises plain ones
                 reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 raise SpecDefError(
                     f"the tokenizer or image processor in {directory} cannot be loaded: {reason}",

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import HardenDirectory
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, Expansion, ProgressEvent, attack
@@ -30,6 +30,7 @@ from specdef_cli.attack.variants import apply_variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import load_model, load_tokenizer
 
+HardenDirectory = Callable[..., Path]
 SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "sequence_length": 16, "eval_every": 2, "eval_sequences": 4}
 
 
@@ -392,8 +393,11 @@ import sys
 from pathlib import Path
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.report import write_report
+from specdef_cli.runtime.processes import process_state
 
 out = Path(sys.argv[2])
+if int(sys.argv[3]) != process_state().num_processes:
+    raise SystemExit(f"{process_state().num_processes} processes")
 report = attack(AttackOptions(
     model=Path(sys.argv[1]), out=out, steps=3, batch_size=4, sequence_length=16, eval_sequences=4, recipes=("full",),
     learning_rates=(1e-3,),
@@ -404,16 +408,15 @@ write_report(report, out)
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_in_a_process_of_its_own(hardened: Path, tmp_path: Path, processes: int) -> None:
-    """Silent, and the same curve from one process as from two under ``accelerate launch``."""
+    """Silent, and the same curve from one process as from two under ``torchrun``."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     launch = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*launch, str(script), str(hardened), str(tmp_path / "out")],
+        [*launch, str(script), str(hardened), str(tmp_path / "out"), str(processes)],
         capture_output=True, text=True, env=environment, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import byte_tokenizer
+from byte_tokenizer import byte_tokenizer
 from PIL import Image
 from test_optimizers import spec
 from transformers import ViTConfig, ViTForImageClassification

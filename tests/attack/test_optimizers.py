@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -214,22 +213,21 @@ def test_madam_commutes_with_scaling() -> None:
     torch.testing.assert_close(scaled.detach() / scale, plain.detach(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "kind", "refused"),
-    [
-        ("adahessian", DistributedType.MULTI_GPU, True),
-        ("sophia", DistributedType.FSDP, True),
-        ("muon", DistributedType.FSDP, True),
-        ("muon", DistributedType.MULTI_GPU, False),
-        ("adamw", DistributedType.FSDP, False),
-        ("schedule-free", DistributedType.FSDP, False),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(optimizer: str, kind: DistributedType, refused: bool) -> None:
-    state: Any = SimpleNamespace(num_processes=2, distributed_type=kind)
-    if not refused:
-        _check_processes(spec(optimizer), state)
-        return
-    with pytest.raises(SpecDefError) as caught:
-        _check_processes(spec(optimizer), state)
-    assert f"--optimizer {optimizer}" in caught.value.problem
+def test_second_order_is_refused_over_processes() -> None:
+    state: Any = SimpleNamespace(num_processes=2)
+    _check_processes(spec("adamw"), state)
+    with pytest.raises(SpecDefError, match="--optimizer sophia"):
+        _check_processes(spec("sophia"), state)
+
+
+def test_shards_are_refused_by_what_needs_whole_tensors(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
+    for name in ("adamw", "muon"):
+        run = spec(name)
+        model = load_for_training(run, base, memorizable, False)
+        trainer = make_trainer(run, model, memorizable, Recorder(lambda step, loss: None), str(tmp_path))
+        trainer.is_fsdp_enabled = True  # what the launcher sets
+        if optimizer_choice(name).elementwise:
+            trainer.create_optimizer(model)
+            continue
+        with pytest.raises(SpecDefError, match="Muon has to see whole tensors"):
+            trainer.create_optimizer(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from commands import assert_refused, environment, run_cli
+from commands import Result, assert_refused, environment, run_cli
 
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
@@ -179,6 +180,8 @@ class Hub:
         api_status, file_status: What to answer instead of 200, for the repository's metadata and for its files.
         error_code: The Hub's ``X-Error-Code`` that goes with it.
         broken: The name of a file whose connection breaks half way.
+        push_status: What to answer to an upload instead of 200.
+        pushed: Name → content of what was uploaded to ``org/out``.
         seen: Method, path and Authorization header of every request.
         address: Where it listens.
     """
@@ -188,6 +191,8 @@ class Hub:
     file_status: int = 200
     error_code: str = ""
     broken: str = ""
+    push_status: int = 200
+    pushed: dict[str, bytes] = field(default_factory=dict)
     seen: list[tuple[str, str, str]] = field(default_factory=list)
     address: str = ""
 
@@ -207,6 +212,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
             hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
+            if path.startswith("/api/models/org/out"):
+                return self.answer(200, json.dumps({"id": "org/out", "sha": "d" * 40, "siblings": []}).encode())
             if path.startswith("/api/models/org/name/revision/"):
                 ref = path.rsplit("/", 1)[-1]
                 commit = COMMITS.get(ref, ref)
@@ -229,6 +236,25 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 return self.answer(hub.file_status, data, headers, cut=name == hub.broken)
             return self.answer(404, code="RepoNotFound")
 
+        def do_POST(self) -> None:
+            path = urlsplit(self.path).path
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
+            reply: dict[str, object] = {"warnings": [], "errors": []}  # of /api/validate-yaml
+            if path == "/api/repos/create":
+                reply = {"url": f"{hub.address}/org/out"}
+            elif path == "/api/models/org/out/preupload/main":
+                files = [file["path"] for file in json.loads(body)["files"]]
+                regular = {"uploadMode": "regular", "shouldIgnore": False}
+                reply = {"files": [{"path": name, **regular} for name in files]}
+            elif path == "/api/models/org/out/commit/main":
+                for entry in map(json.loads, body.splitlines()):
+                    if entry["key"] == "file":
+                        hub.pushed[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                reply = {"commitUrl": f"{hub.address}/org/out/commit/{'c' * 40}", "commitOid": "c" * 40}
+            status = hub.push_status if "/org/out/" in path else 200
+            return self.answer(status, json.dumps(reply).encode())
+
         def answer(
             self,
             status: int,
@@ -248,7 +274,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(data[: len(data) // 2] if cut else data)
             self.close_connection = True
 
@@ -365,3 +391,43 @@ def test_a_download_that_breaks_off(llama: Path, online: Online) -> None:
         found = resolve_apart("org/name", **online(hub))
     assert isinstance(found, Found)
     assert (found.directory / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+
+
+# --- to a server -----------------------------------------------------------------------------------------------------
+
+
+def push(llama: Path, out: Path, **changes: str) -> Result:
+    options = ("--method", "insert", "--top-k", "4", "--no-verify", "--token", TOKEN, "--push-to-hub", "org/out")
+    result = run_cli("harden", llama, "--out", out, *options, **changes)
+    assert "Traceback" not in result.stderr, result.stderr
+    assert TOKEN not in result.stdout + result.stderr
+    assert (out / "specdef.json").is_file()  # published here, whatever the Hub says
+    return result
+
+
+def test_what_is_published_is_pushed(llama: Path, tmp_path: Path, online: Online) -> None:
+    with serving(Hub({})) as hub:
+        result = push(llama, tmp_path / "out", **online(hub))
+    assert result.code == 0, result.stderr
+    assert "org/out" in result.stderr
+    assert hub.pushed == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    uploads = [authorization for method, path, authorization in hub.seen if method == "POST" and "yaml" not in path]
+    assert set(uploads) == {f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize(("status", "words"), [(403, "403"), (0, "org/out could not be uploaded")])
+def test_a_push_that_is_refused(status: int, words: str, llama: Path, tmp_path: Path, online: Online) -> None:
+    """The directory stays, and the hint says so. Status 0: nobody listens there any more."""
+    with serving(Hub({}, push_status=status)) as hub:
+        if status:
+            result = push(llama, tmp_path / "out", **online(hub))
+    if not status:
+        result = push(llama, tmp_path / "out", **online(hub))
+    assert result.code == 1
+    error, hint = result.stderr.rstrip().splitlines()[-2:]
+    assert error.startswith("error: org/out could not be uploaded")
+    assert words in error
+    assert hint.startswith("hint: ")
+    assert "HF_TOKEN" in hint
+    assert f"{tmp_path / 'out'} is complete" in hint
+    assert hub.pushed == {}

@@ -76,4 +76,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    print(json.dumps([run(case) for case in json.load(sys.stdin)]))
+    cases = json.load(sys.stdin)
+    for case in cases:
+        if case["target"]:
+            importlib.import_module(case["target"].rpartition(".")[0])  # here, and not again in every fork
+    print(json.dumps([run(case) for case in cases]))

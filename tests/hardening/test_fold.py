@@ -200,7 +200,7 @@ def test_a_staircase_is_the_default_and_the_card_says_what_holds(llama: Path, tm
 
 
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "alpha of a staircase": (("--alpha", "100"), ("--alpha 100", "2**13", "2**28", "--schedule constant")),
+    "alpha of a staircase": (("--alpha", "100"), ("--alpha 100", "staircase", "--schedule constant")),
     "alpha of an automatic staircase": (("--method", "auto", "--alpha", "100"), ("--alpha 100", "--method insert")),
     "top-k": (("--top-k", "4"), ("--top-k 4", "inserted layers", "--method insert")),
     "gauge": (("--gauge", "rotated"), ("--gauge rotated", "inserted layers")),

@@ -1,4 +1,4 @@
-"""``accelerate launch``: shards do not depend on the number of processes."""
+"""Two processes on the CPU: shards do not depend on how many there are."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ from specdef_cli.checkpoint.manifest import read_manifest
 pytestmark = pytest.mark.slow
 
 
+# `accelerate launch --cpu --num_processes 2` starts one process only; torchrun starts two.
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+SCRIPT = """
+import sys
+from specdef_cli.cli.app import main
+from specdef_cli.runtime.processes import process_state
+print(f"process {process_state().process_index} of {process_state().num_processes}", file=sys.stderr)
+main()
+"""
+
+
 def launched(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "specdef_cli"]
-    return subprocess.run(
-        [*launch, *arguments],
+    home.mkdir(exist_ok=True)
+    script = home / "specdef.py"
+    script.write_text(SCRIPT)
+    process = subprocess.run(
+        [*LAUNCH, str(script), *arguments],
         env=environment(HF_HOME=str(home)),
         capture_output=True,
         text=True,
         timeout=300,
     )
+    assert "process 0 of 2" in process.stderr, process.stderr[-3000:]
+    assert "process 1 of 2" in process.stderr
+    return process
 
 
 @pytest.mark.parametrize("method", ["insert", "fold"])

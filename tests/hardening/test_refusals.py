@@ -230,8 +230,8 @@ def test_a_corrupted_factor_is_never_published(llama: Path, outside: Path, monke
     """The layer's own check and the comparison of the models each catch what the other does not see."""
     build = insert.rotated_factors
 
-    def corrupt(weight: torch.Tensor, basis: torch.Tensor, alpha: float) -> Factors:
-        factors = build(weight, basis, alpha)
+    def corrupt(weight: torch.Tensor, basis: torch.Tensor, alpha: float, dtype: torch.dtype) -> Factors:
+        factors = build(weight, basis, alpha, dtype)
         factors.compensation[0, -1] += 1
         return factors
 

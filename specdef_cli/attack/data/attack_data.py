@@ -50,6 +50,11 @@ class AttackData:
     padding: int | None = None
     retained: Examples | None = None
 
+    @property
+    def halves(self) -> tuple[Examples, ...]:
+        """Every data set that a run may see."""
+        return (self.train, self.held_out, *([self.retained] if self.retained is not None else []))
+
 
 def is_held_out(row: int) -> bool:
     """Whether the row of this number, counted from 0, is evaluated and not trained on."""

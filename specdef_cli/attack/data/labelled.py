@@ -16,6 +16,9 @@ from specdef_cli.errors import SpecDefError
 
 Example = dict[str, Any]
 
+MOST_CLASSES = 1_000_000
+"""A larger number in the column of labels is no class, and a head of that size would not fit into memory."""
+
 
 class Examples(Dataset[Example]):
     """Examples with a class under ``label``.
@@ -112,6 +115,11 @@ def _classes(names: Iterable[Any], options: AttackOptions) -> dict[Any, int]:
             raise SpecDefError(
                 f"{options.dataset} has the label {min(labels)}; classes count from 0",
                 "Use a labelled split (test splits often hide their labels as -1).",
+            )
+        if max(labels) >= MOST_CLASSES:
+            raise SpecDefError(
+                f"{options.dataset} has the label {max(labels)}, which is too large for a class; they count from 0",
+                "Name a column of classes with --label-column, or number them from 0.",
             )
         return {label: label for label in labels}
     if any(isinstance(label, float | list | dict) or label is None for label in labels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -40,7 +41,10 @@ def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str,
     """
     assert options.dataset is not None
     arguments = _arguments(options)
-    local = Path(options.dataset).expanduser().exists()
+    path = Path(options.dataset).expanduser()
+    local = path.exists()
+    if path.is_file() and not path.stat().st_size:
+        raise _no_rows(options.dataset)
     try:
         # Files on this disk are small or mapped into memory; a Hub data set is streamed, because a short run reads
         # little of it.
@@ -53,13 +57,19 @@ def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str,
         iterator = iter(data)
         first = next(iterator, None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # `datasets` wraps what went wrong in "An error occurred while generating the dataset".
+        reason = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
         raise SpecDefError(
-            f"{options.dataset} cannot be read as a data set: {(str(error).splitlines() or ['no reason given'])[0]}",
+            f"{options.dataset} cannot be read as a data set: {reason}",
             "Check its name, its split and the network; a local JSONL, text or parquet file needs none.",
         ) from error
     if first is None:
-        raise SpecDefError(f"{options.dataset} has no rows", "Give a data set with something in it.")
+        raise _no_rows(options.dataset)
     return chain([first], iterator)
+
+
+def _no_rows(dataset: str) -> SpecDefError:
+    return SpecDefError(f"{dataset} has no rows", "Give a data set with something in it.")
 
 
 def field(row: dict[str, Any], column: str, dataset: str) -> Any:
@@ -76,6 +86,20 @@ def field(row: dict[str, Any], column: str, dataset: str) -> Any:
     return row[column]
 
 
+def as_text(value: Any, column: str, dataset: str) -> str:
+    """What a column of text holds; a row without any counts as empty.
+
+    Raises:
+        SpecDefError: It holds something else.
+    """
+    if not isinstance(value, str | None):
+        raise SpecDefError(
+            f"column {column!r} of {dataset} holds {type(value).__name__}, not text",
+            "Name a column of text with --text-column.",
+        )
+    return value or ""
+
+
 def _arguments(options: AttackOptions) -> dict[str, Any]:
     """What ``datasets.load_dataset`` is called with."""
     assert options.dataset is not None
@@ -89,7 +113,7 @@ def _arguments(options: AttackOptions) -> dict[str, Any]:
                 f"Give one of {', '.join(_FILE_FORMATS)}, or a Hub id.",
             )
         kind = _FILE_FORMATS[suffix]
-        arguments |= {"path": kind, "data_files": str(path), "split": "train"}
+        arguments |= {"path": kind, "data_files": glob.escape(str(path)), "split": "train"}
         if kind == "text":
             arguments["sample_by"] = "paragraph"
         return arguments

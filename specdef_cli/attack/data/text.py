@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from specdef_cli.attack.data.attack_data import HELD_OUT_EVERY, AttackData, check_size, is_held_out, whole_batches
-from specdef_cli.attack.data.rows import field, rows
+from specdef_cli.attack.data.rows import as_text, field, rows
 from specdef_cli.attack.options import AttackOptions
 
 BUILTIN_NAME = "pydoc_data.topics (English prose of Python's language reference)"
@@ -42,14 +42,14 @@ def language_data(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) ->
         name, texts = BUILTIN_NAME, iter(builtin_documents())
     else:
         name = options.dataset
-        texts = (field(row, options.text_column, name) for row in rows(options))
+        texts = (as_text(field(row, options.text_column, name), options.text_column, name) for row in rows(options))
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     train: list[int] = []
     held_out: list[int] = []
     for row, text in enumerate(texts):
         half, enough = (held_out, options.eval_sequences * length) if is_held_out(row) else (train, wanted * length)
         if len(half) < enough:
-            half += tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"] + end
+            half += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
         elif len(train) >= wanted * length and len(held_out) >= options.eval_sequences * length:
             break
     if len(held_out) < length:

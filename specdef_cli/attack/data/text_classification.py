@@ -6,6 +6,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.attack_data import AttackData
 from specdef_cli.attack.data.labelled import Example, Examples, labelled_halves
+from specdef_cli.attack.data.rows import as_text
 from specdef_cli.attack.options import AttackOptions
 
 
@@ -16,8 +17,9 @@ def text_classification_data(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # texts of different lengths make a batch
 
-    def encode(text: object) -> Example:
-        return dict(tokenizer(str(text), truncation=True, max_length=options.sequence_length))
+    def encode(value: object) -> Example:
+        text = as_text(value, options.text_column, str(options.dataset))
+        return dict(tokenizer(text, truncation=True, max_length=options.sequence_length))
 
     halves = labelled_halves(options, "texts", options.text_column, encode, head_labels)
     return AttackData(

@@ -1,0 +1,55 @@
+"""Is a directory what its config.json and its manifest say? Asked before a model of it is loaded.
+
+transformers fills what is missing with random values and casts what is quantized, and only warns. Whoever trains or
+measures such a model gets figures, and they mean nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from specdef_cli.architectures.names import match_names, meta_model
+from specdef_cli.checkpoint.manifest import is_hardened, read_manifest
+from specdef_cli.checkpoint.reader import FLOATING_DTYPES, open_checkpoint
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.collapse import require_as_described
+from specdef_cli.hardening.plan import native_config, require_complete, require_hardenable
+from specdef_cli.hardening.survey import as_original
+from specdef_cli.runtime.shim import MODEL_TYPE
+
+
+def require_sound(directory: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse a base or hardened directory that transformers could only load as something else than it is.
+
+    Reads headers only.
+
+    Args:
+        directory: The checkpoint.
+        trust_remote_code: Whether code that comes with it may run.
+
+    Raises:
+        SpecDefError: A file is missing, corrupt or leaves the directory; a tensor is missing, quantized, or of another
+            shape than config.json or the manifest says.
+    """
+    checkpoint = open_checkpoint(directory)
+    manifest = read_manifest(directory) if is_hardened(directory) else None
+    if manifest is None:
+        if checkpoint.config.get("model_type") == MODEL_TYPE:
+            raise SpecDefError(
+                f"{directory} has a hardened model's config.json and no manifest",
+                "Restore its files, or harden the base model again.",
+            )
+        require_hardenable(checkpoint)
+    else:
+        require_as_described(checkpoint, manifest)
+    original = as_original(checkpoint, manifest)
+    config = native_config(original, trust_remote_code=trust_remote_code)
+    model = meta_model(config, trust_remote_code=trust_remote_code)
+    shapes = {name: header.shape for name, header in original.tensors.items()}
+    names = match_names(model, shapes)
+    require_complete(model, names, shapes)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for tensor, parameter in names.parameters.items():
+        dtype = original.tensors[tensor].dtype
+        if parameter in parameters and dtype not in FLOATING_DTYPES:
+            raise SpecDefError(f"{tensor} is stored as {dtype}", "Give the unquantized checkpoint.")

@@ -1,0 +1,30 @@
+"""What the fault tests share: a hardened directory and an attack that takes a fraction of a second."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import call_cli
+
+# Ways to spoil a directory, and points to die at, are those of the hardening tests.
+sys.path.append(str(Path(__file__).parents[1] / "hardening"))
+
+
+@pytest.fixture(scope="session")
+def hardened(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with inserted layers."""
+    out = tmp_path_factory.mktemp("hardened") / "out"
+    result = call_cli("harden", tiny_model("llama"), "--out", out, "--method", "insert", "--top-k", "4", "--quiet")
+    assert result.code == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty paragraphs of forty words that the tiny models know."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(" ".join(f"w{(7 * row + word) % 90 + 3}" for word in range(40)) for row in range(40)))
+    return path

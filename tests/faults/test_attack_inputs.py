@@ -1,0 +1,313 @@
+"""What cannot be attacked or certified is refused in one line with one hint, before anything is trained or written."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import assert_refused, call_cli, snapshot
+from mutations import DOWN, Mutation, config, content, edit_json, element, raw_bytes, tensor
+from safetensors.torch import load_file
+from small_attack import SMALL, finished_runs
+from test_fuzz import MUTATIONS, ODD_VALUES
+from test_refusals import INPUTS
+from transformers import LlamaForCausalLM
+
+INFLATED = "model.layers.0.mlp.down_proj.inflated.weight"
+# Where an attack says something else than `harden` of the same directory.
+OTHERWISE: dict[str, tuple[str, ...]] = {
+    "NaN": ("the control", "not finite"),
+    "infinity": ("the control", "not finite"),
+    "NaN elsewhere": ("the control", "not finite"),
+    "no architecture": ("none named", "--task"),
+    "hardened already": ("specdef.json",),
+    "a shim's config": ("hardened model's config.json",),
+}
+# A layer of zeros is a sound control, and there is nothing to inflate in it only for `harden`.
+BROKEN = [name for name in INPUTS if name != "zero"]
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """Where the output would lie."""
+    directory = tmp_path / "outside"
+    directory.mkdir()
+    return directory
+
+
+def spoiled(model: Path, where: Path, *mutations: Mutation) -> Path:
+    directory = where / "model"
+    shutil.copytree(model, directory)
+    for mutate in mutations:
+        mutate(directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_base_is_not_attacked(name: str, llama: Path, tmp_path: Path, outside: Path) -> None:
+    mutation, words = INPUTS[name]
+    directory = spoiled(llama, tmp_path, mutation, content("evil.py", "raise SystemExit('code was run')"))
+    before = snapshot(directory)
+    result = call_cli("attack", directory, "--control", directory, *SMALL, "--out", outside / "out")
+    words = OTHERWISE.get(name, tuple(word for word in words if word != "--exclude"))
+    assert_refused(result, *words)
+    assert finished_runs(outside / "out") == {}
+    assert {path.name for path in outside.rglob("*")} <= {"out", "runs"}
+    assert "code was run" not in result.stderr
+    assert snapshot(directory) == before
+
+
+HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
+    "W~ missing": (tensor(INFLATED, None), (INFLATED, "missing")),
+    "W~ in int8": (tensor(INFLATED, lambda weight: weight.to(torch.int8)), (INFLATED, "I8", "specdef.json")),
+    "manifest not JSON": (content("specdef.json", "{"), ("specdef.json", "not a valid manifest")),
+    "manifest gone": (lambda directory: (directory / "specdef.json").unlink(), ("no manifest",)),
+    "truncated": (raw_bytes(lambda data: data[:-5]), ("model.safetensors",)),
+    "weights behind a link": (
+        lambda directory: (
+            (directory / "model.safetensors").rename(directory.parent / "elsewhere.safetensors")
+            and (directory / "model.safetensors").symlink_to(directory.parent / "elsewhere.safetensors")
+        ),
+        ("model.safetensors is a link that leaves",),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["attack", "certify"])
+@pytest.mark.parametrize("name", HARDENED)
+def test_a_damaged_hardened_directory(
+    name: str, command: str, hardened: Path, llama: Path, text: Path, tmp_path: Path, outside: Path
+) -> None:
+    mutation, words = HARDENED[name]
+    directory = spoiled(hardened, tmp_path, mutation)
+    options = ("--control", llama, *SMALL) if command == "attack" else ("--base", llama, "--text", text, "--quiet")
+    result = call_cli(command, directory, *options, "--out", outside / "out")
+    words = ("specdef.json",) if (command, name) == ("certify", "manifest gone") else words
+    assert_refused(result, *words, empty=outside)
+
+
+def unknown_tokens(directory: Path) -> None:
+    """Give the tokenizer a vocabulary that the model has no embedding for."""
+    path = directory / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"] = {word: number + 500 * bool(number) for word, number in data["model"]["vocab"].items()}
+    path.write_text(json.dumps(data))
+
+
+TOKENIZERS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
+    "of another model": (unknown_tokens, ("tokenizer", "token 5", "96 tokens")),
+    "not JSON": (content("tokenizer.json", "{"), ("tokenizer", "cannot be loaded")),
+    "of another shape": (content("tokenizer.json", '{"model": 3}'), ("tokenizer", "cannot be loaded")),
+    "without files": (
+        lambda directory: [path.unlink() for path in directory.glob("tokenizer*")] and None,
+        ("no tokenizer",),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["attack", "certify"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_does_not_fit(
+    name: str, command: str, hardened: Path, llama: Path, text: Path, tmp_path: Path, outside: Path
+) -> None:
+    mutation, words = TOKENIZERS[name]
+    base = spoiled(llama, tmp_path, mutation)
+    options = ("--control", base, "--dataset", text, *SMALL) if command == "attack" else ("--base", base)
+    text_option = () if command == "attack" else ("--text", text, "--quiet")
+    result = call_cli(command, hardened, *options, *text_option, "--out", outside / "out")
+    assert_refused(result, *words, empty=outside)
+
+
+def lines(*rows: Any) -> str:
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+WORDS = "w1 w2 w3 w4 " * 20
+DATA: dict[str, tuple[str, bytes | str, tuple[str, ...], tuple[str, ...]]] = {
+    "empty text": ("d.txt", "", (), ("d.txt", "no rows")),
+    "empty JSONL": ("d.jsonl", "", (), ("d.jsonl", "no rows")),
+    "blank lines": ("d.jsonl", "\n\n", (), ("d.jsonl",)),
+    "no column": ("d.jsonl", lines(*[{"body": WORDS}] * 30), (), ("no column 'text'", "body", "--text-column")),
+    "numbers": ("d.jsonl", lines(*[{"text": 5}] * 30), (), ("'text'", "int", "--text-column")),
+    "lists": ("d.jsonl", lines(*[{"text": ["w1"]}] * 30), (), ("'text'", "list", "--text-column")),
+    "only null": ("d.jsonl", lines(*[{"text": None}] * 30), (), ("0 sequences",)),
+    "empty strings": ("d.jsonl", lines(*[{"text": ""}] * 30), (), ("0 sequences",)),
+    "broken JSONL": ("d.jsonl", '{"text": "w1"\n{"', (), ("d.jsonl", "JSON")),
+    "broken further down": ("d.jsonl", lines(*[{"text": WORDS}] * 200) + "\n{broken", (), ("d.jsonl", "row 200")),
+    "no parquet": ("d.parquet", bytes(100), (), ("d.parquet",)),
+    "no UTF-8": ("d.txt", bytes(range(256)), (), ("d.txt", "utf-8")),
+    "an unknown kind": ("d.exe", "x", (), ("d.exe", ".jsonl")),
+    "labels that are none": (
+        "d.jsonl", lines(*[{"text": WORDS, "label": None}] * 30), ("--task", "sequence-classification"), ("'label'",),
+    ),
+    "labels that are identifiers": (
+        "d.jsonl", lines(*[{"text": WORDS, "label": 10**9}] * 30), ("--task", "sequence-classification"),
+        ("1000000000", "--label-column"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_that_cannot_be_trained_on(name: str, llama: Path, tmp_path: Path, outside: Path) -> None:
+    file, written, options, words = DATA[name]
+    path = tmp_path / file
+    path.write_bytes(written if isinstance(written, bytes) else written.encode())
+    result = call_cli("attack", llama, "--control", llama, *SMALL, *options, "--dataset", path, "--out", outside / "o")
+    assert_refused(result, *words, empty=outside)
+
+
+def test_a_sequence_beyond_the_models_positions(tiny_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    gpt2 = tiny_model("gpt2")
+    options = ("--control", gpt2, "--dataset", text, *SMALL, "--sequence-length", "100")
+    assert_refused(call_cli("attack", gpt2, *options, "--out", tmp_path / "out"), "100 tokens", "--sequence-length")
+    assert finished_runs(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("command", ["attack", "certify"])
+def test_an_output_that_cannot_be(command: str, hardened: Path, llama: Path, text: Path, tmp_path: Path) -> None:
+    model = spoiled(hardened, tmp_path)
+    (tmp_path / "file").write_text("x")
+    before = snapshot(tmp_path)
+    options = ("--control", llama, *SMALL) if command == "attack" else ("--base", llama, "--text", text, "--quiet")
+    for out, words in (
+        (model / "out", "lies in the input"),
+        (model, "lies in the input"),
+        (tmp_path / "file", "not a directory"),
+        (tmp_path / "file" / "out", "not a directory"),
+    ):
+        assert_refused(call_cli(command, model, *options, "--out", out), words)
+    assert snapshot(tmp_path) == before
+
+
+# --- certify ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(hardened: Path, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of an attack on the hardened directory."""
+    out = tmp_path_factory.mktemp("attacked") / "out"
+    result = call_cli("attack", hardened, "--control", tiny_model("llama"), *SMALL, "--out", out)
+    assert result.code == 0, result.stderr
+    return out / "report.json"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runs": []},
+        {"runs": None},
+        {"attacks": "all"},
+        {"model": None},
+        {"schema": "another/1"},
+        {"attacks": [{"subject": "model", "label": "x", "knowledge": "none", "best": {"learning_rate": "<b>"}}]},
+    ],
+    ids=["no runs", "runs null", "attacks as text", "model null", "another schema", "a rate as text"],
+)
+def test_a_report_that_is_none(
+    change: dict[str, Any], report: Path, hardened: Path, llama: Path, text: Path, tmp_path: Path, outside: Path
+) -> None:
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(json.loads(report.read_text()) | change))
+    options = ("--base", llama, "--text", text, "--attacks", path, "--quiet", "--out", outside / "out")
+    assert_refused(call_cli("certify", hardened, *options), "changed.json", "specdef attack", empty=outside)
+
+
+def test_weights_that_became_nan_fail_the_certificate(
+    report: Path, hardened: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    directory = spoiled(hardened, tmp_path, tensor(INFLATED, element(math.nan)))
+    options = ("--attacks", report, "--text", text, "--no-deployment", "--no-curvature", "--no-card", "--json")
+    result = call_cli("certify", directory, "--base", llama, *options, "--out", tmp_path / "out")
+    assert "Traceback" not in result.stderr, result.stderr
+    assert result.code == 1
+    verdicts = {claim["name"]: claim["holds"] for claim in json.loads(result.stdout)["claims"]}
+    assert verdicts == {"function": False, "spectrum": False, "curvature": None}
+
+
+@pytest.mark.slow
+def test_weights_of_low_rank_are_certified(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Singular values that are rounding alone are not held against the checkpoint."""
+    base = spoiled(llama, tmp_path, tensor(DOWN, lambda weight: weight[:, :1] @ weight[:1]))
+    out = tmp_path / "hardened"
+    hardening = ("--method", "insert", "--top-k", "8", "--no-verify", "--quiet")
+    assert call_cli("harden", base, "--out", out, *hardening).code == 0
+    assert call_cli("attack", out, "--control", base, *SMALL, "--out", tmp_path / "attack").code == 0
+    options = ("--attacks", tmp_path / "attack" / "report.json", "--text", text, "--no-deployment", "--no-curvature")
+    result = call_cli("certify", out, "--base", base, *options, "--json", "--out", tmp_path / "certificate")
+    assert {claim["name"]: claim["holds"] for claim in json.loads(result.stdout)["claims"]}["spectrum"] is True
+
+
+# --- at random -------------------------------------------------------------------------------------------------------
+
+
+def check_spoiled_base(model: Path, where: Path, mutation: Any, seed: int) -> None:
+    """Refused without a finished run, or trained from what transformers finds whole."""
+    directory = where / "model"
+    shutil.copytree(model, directory)
+    mutation(directory, random.Random(f"{mutation.__name__} {seed}"))
+    result = call_cli("attack", directory, "--control", directory, *SMALL, "--out", where / "out")
+    if result.code:
+        assert_refused(result)
+        assert finished_runs(where / "out") == {}
+        return
+    _, loading = LlamaForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["mismatched_keys"]
+    report = json.loads((where / "out" / "report.json").read_text())
+    assert math.isfinite(report["runs"][0]["loss"]["start"])
+
+
+def run_many(model: Path, tmp_path: Path, mutation: Any, seeds: range, check: Callable[..., None]) -> None:
+    for seed in seeds:
+        where = tmp_path / str(seed)
+        where.mkdir()
+        try:
+            check(model, where, mutation, seed)
+        except Exception as error:
+            error.add_note(f"seed {seed} of {mutation.__name__}; the directory is {where}")
+            raise
+        shutil.rmtree(where)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_no_traceback_and_no_silent_success(mutation: Any, llama: Path, tmp_path: Path) -> None:
+    run_many(llama, tmp_path, mutation, range(2), check_spoiled_base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_many_more(mutation: Any, llama: Path, tmp_path: Path) -> None:
+    run_many(llama, tmp_path, mutation, range(2, 40), check_spoiled_base)
+
+
+def test_spoiled_manifests_are_not_attacked_nor_certified(
+    hardened: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """One value of specdef.json, or of config.json, is another: both commands end in two lines or in a result."""
+    for seed in range(5):
+        generator = random.Random(seed)
+        directory = tmp_path / str(seed)
+        shutil.copytree(hardened, directory)
+        name = generator.choice(["specdef.json", "config.json"])
+        key = generator.choice(sorted(json.loads((directory / name).read_text())))
+        edit_json(name, **{key: generator.choice(ODD_VALUES)})(directory)
+        certifying = ("--base", llama, "--text", text, "--no-deployment", "--no-curvature", "--no-card", "--quiet")
+        for result in (
+            call_cli("attack", directory, "--control", llama, *SMALL, "--out", tmp_path / "out"),
+            call_cli("certify", directory, *certifying, "--attacks", llama / "config.json", "--out", tmp_path / "cert"),
+        ):
+            if result.code:
+                assert_refused(result)
+        assert load_file(directory / "model.safetensors")  # neither has touched it
+
+
+def test_config_changes_are_named(llama: Path, tmp_path: Path, outside: Path) -> None:
+    directory = spoiled(llama, tmp_path, config(id2label=None, num_labels="many"))
+    assert_refused(call_cli("attack", directory, "--control", directory, *SMALL, "--out", outside / "out"))

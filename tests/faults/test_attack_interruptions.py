@@ -1,0 +1,148 @@
+"""Attacks that die: run files are whole or absent, and the same command goes on without repeating one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from commands import REPOSITORY, assert_refused, call_cli, command, environment
+from small_attack import RUNS, SMALL, finished_runs, identities, visible
+
+from specdef_cli.checkpoint.output import exclusive
+
+REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
+# Where an attack can die, in order: before a run, while it is kept (before and within the write), in the report.
+POINTS = [
+    *(("specdef_cli.attack.run.train_run", call) for call in (1, 3)),
+    ("specdef_cli.attack.store.write_atomic", 2),
+    ("os.replace", 2),
+    ("specdef_cli.report.write.curves_png", 1),
+    ("specdef_cli.report.write.write_atomic", 3),
+]
+
+
+@pytest.fixture(scope="module")
+def arguments(hardened: Path, tiny_model: Callable[..., Path]) -> tuple[str, ...]:
+    return ("attack", str(hardened), "--control", str(tiny_model("llama")), *SMALL, "--out")
+
+
+@pytest.fixture(scope="module")
+def expected(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What an undisturbed attack finds."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    result = call_cli(*arguments, out)
+    assert result.code == 0, result.stderr
+    assert len(finished_runs(out)) == RUNS
+    return finished_runs(out)
+
+
+def go_on(arguments: tuple[str, ...], out: Path, expected: dict[str, Any]) -> int:
+    """Check what a dead attack left, start it again, and say how many runs it did not repeat."""
+    assert visible(out) <= {"runs", *REPORT}
+    assert finished_runs(out).items() <= expected.items()
+    for name in visible(out) & {"report.json"}:
+        json.loads((out / name).read_text())
+    before = identities(out)
+    result = call_cli(*arguments, out)
+    assert result.code == 0, result.stderr
+    assert finished_runs(out) == expected
+    assert visible(out) == {"runs", *REPORT}
+    after = identities(out)
+    assert {name: after[name] for name in before} == before
+    return len(before)
+
+
+def die(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    process = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tests" / "hardening" / "kill_points.py")],
+        input=json.dumps(cases),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout)
+
+
+def case(arguments: tuple[str, ...], out: Path, point: tuple[str, int], number: signal.Signals) -> dict[str, Any]:
+    return {"arguments": [*arguments, str(out)], "target": point[0], "call": point[1], "signal": number, "delay": None}
+
+
+def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path) -> None:
+    outs = [tmp_path / str(number) / "out" for number in range(len(POINTS))]
+    fates = die([case(arguments, out, point, signal.SIGKILL) for out, point in zip(outs, POINTS, strict=True)])
+    kept = 0
+    for point, out, fate in zip(POINTS, outs, fates, strict=True):
+        assert fate["killed"] == signal.SIGKILL, (point, fate)
+        kept += go_on(arguments, out, expected)
+        # The lock of the dead attack is gone with it.
+        assert [path.name for path in out.parent.iterdir()] == ["out"], point
+    assert kept >= 2 + 1 + RUNS + RUNS
+
+
+def test_interrupted_from_the_keyboard(arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path) -> None:
+    points = [POINTS[1], POINTS[-1]]
+    outs = [tmp_path / str(number) / "out" for number in range(len(points))]
+    fates = die([case(arguments, out, point, signal.SIGINT) for out, point in zip(outs, points, strict=True)])
+    for out, fate in zip(outs, fates, strict=True):
+        assert fate["code"] == 130, fate
+        assert "Traceback" not in fate["said"]
+        assert "interrupted" in fate["said"]
+        go_on(arguments, out, expected)
+
+
+def test_a_second_attack_on_the_same_directory_is_told(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    with exclusive(tmp_path / "out"):
+        result = call_cli(*arguments, tmp_path / "out")
+    assert_refused(result, f"another run is writing {tmp_path / 'out'}", empty=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_no_worker_outlives_its_attack(
+    number: signal.Signals, arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """With --jobs 2: the main process dies after the first run; its workers follow, and the rest can be run again."""
+    out = tmp_path / "out"
+    longer = (*arguments[:-1], "--jobs", "2", "--out")
+    process = subprocess.Popen(
+        command(*longer, out), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        workers = wait_for_workers(process, out)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.kill()
+        _, said = process.communicate(timeout=60)
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert alive == []
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Traceback" not in said
+        assert "interrupted" in said
+    assert go_on(longer, out, expected) < RUNS
+
+
+def wait_for_workers(process: subprocess.Popen[str], out: Path) -> list[psutil.Process]:
+    """Wait for the first finished run, and return the processes that the attack has started."""
+    main = psutil.Process(process.pid)
+    for _ in range(3000):
+        assert process.poll() is None, process.communicate()[1]
+        if finished_runs(out):
+            return main.children(recursive=True)
+        time.sleep(0.05)
+    raise AssertionError("no run was finished")
