@@ -120,19 +120,22 @@ class Checkpoint:
             ResumableError: It could not be read.
         """
         header = self.tensors[name]
-        buffer = torch.empty(header.nbytes, dtype=torch.uint8)
-        view = buffer.numpy().data
-        done = 0
-        with self._reading(header) as file:
-            while done < header.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise _truncated(header)
-                done += count
-        return buffer.view(TORCH_DTYPES[header.dtype]).view(header.shape)
+        return self._read_bytes(header, 0, header.nbytes).view(TORCH_DTYPES[header.dtype]).view(header.shape)
 
-    def chunks(self, name: str, size: int) -> Iterator[bytes]:
-        """The bytes of one tensor, at most ``size`` at a time.
+    def read_rows(self, name: str, rows: range) -> Tensor:
+        """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows.
+
+        Raises:
+            SpecDefError: The file ended early.
+            ResumableError: It could not be read.
+        """
+        header = self.tensors[name]
+        width = header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
+        data = self._read_bytes(header, rows.start * width, len(rows) * width)
+        return data.view(TORCH_DTYPES[header.dtype]).view(len(rows), header.shape[-1])
+
+    def chunks(self, name: str, buffer: bytearray) -> Iterator[memoryview]:
+        """The bytes of one tensor, as much at a time as ``buffer`` holds; the next chunk overwrites the one before.
 
         Raises:
             SpecDefError: The file ended early.
@@ -140,13 +143,26 @@ class Checkpoint:
         """
         header = self.tensors[name]
         remaining = header.nbytes
+        view = memoryview(buffer)
         while remaining:
             with self._reading(header, header.nbytes - remaining) as file:
-                chunk = file.read(min(size, remaining))
-            if not chunk:
+                count = file.readinto(view[:remaining])
+            if not count:
                 raise _truncated(header)
-            remaining -= len(chunk)
-            yield chunk
+            remaining -= count
+            yield view[:count]
+
+    def _read_bytes(self, header: TensorHeader, offset: int, count: int) -> Tensor:
+        buffer = torch.empty(count, dtype=torch.uint8)
+        view = buffer.numpy().data
+        done = 0
+        with self._reading(header, offset) as file:
+            while done < count:
+                read = file.readinto(view[done:])
+                if not read:
+                    raise _truncated(header)
+                done += read
+        return buffer
 
     @contextlib.contextmanager
     def _reading(self, header: TensorHeader, offset: int = 0) -> Iterator[io.FileIO]:

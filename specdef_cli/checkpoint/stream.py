@@ -1,12 +1,13 @@
 """Write output shards as a stream: no tensor waits in memory for another.
 
 Every group of tensors knows its place in its file beforehand, so each worker reads, computes and writes on its own, and
-what is in memory at any time is what the workers hold. A finished shard is flushed to disk, hashed from what was
-written, and recorded; a later run that finds the record does not write the shard again.
+what is in memory at any time is what the workers hold. A shard is hashed as it grows, from what was written; once it is
+whole it is flushed to disk and recorded, and a later run that finds the record does not write it again.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,9 @@ from torch import Tensor
 from specdef_cli.checkpoint.reader import SAFETENSORS_DTYPES, Checkpoint, ResumableError
 from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
 
-CHUNK = 16 * 2**20
+# What is copied or hashed passes through the processor's cache in pieces that fit there. Written in one call, a tensor
+# of 32 MiB takes the kernel several times as long as in such pieces.
+CHUNK = 2**20
 RECORD_SUFFIX = ".done.json"
 
 
@@ -134,26 +137,59 @@ def write_durably(path: Path, text: str) -> None:
 
 
 class _ShardFile:
-    """A shard while its groups are being written, in any order and from any thread."""
+    """A shard while its groups are being written, in any order and from any thread.
+
+    The hash runs through the file from its start, so it follows the part without gaps. Whichever worker has just
+    written something takes it as far as that part reaches, unless another one is at it.
+    """
 
     def __init__(self, path: Path, shard: OutputShard) -> None:
         header, self.offsets = shard_header(shard)
         self.path = path
         self.figures: dict[str, Mapping[str, Any]] = {}
         self._unfinished = len(shard.groups)
-        self._lock = threading.Lock()
+        self._ends: dict[int, int] = {}  # of written tensors, by where they begin; the gapless part has left it
+        self._gapless = len(header)
+        self._hash, self._hashed = hashlib.sha256(), 0
+        self._hashing = False
+        self._state = threading.Lock()
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         _write_all(self.descriptor, memoryview(header), 0)
         os.truncate(self.descriptor, len(header) + shard.nbytes)
 
-    def group_done(self) -> None:
-        with self._lock:
+    def group_done(self, group: TensorGroup) -> None:
+        """Count a group as written, hash what can be hashed by now, and record the shard if that is all of it."""
+        written = [(self.offsets[spec.name], spec.nbytes) for spec in group.outputs if spec.nbytes]
+        with self._state:
+            self._ends |= {begin: begin + nbytes for begin, nbytes in written}
             self._unfinished -= 1
-            if self._unfinished:
+            if self._hashing:
                 return
+            self._hashing = True
+        while True:
+            with self._state:
+                while self._gapless in self._ends:
+                    self._gapless = self._ends.pop(self._gapless)
+                whole = not self._unfinished
+                if self._hashed == self._gapless:
+                    self._hashing = False
+                    break
+            self._hash_until(self._gapless)
+        if whole:
+            self._finish()
+
+    def _hash_until(self, end: int) -> None:
+        while self._hashed < end:
+            chunk = os.pread(self.descriptor, min(CHUNK, end - self._hashed), self._hashed)
+            if not chunk:
+                raise OSError(errno.EIO, f"{self.path.name} was cut off while it was being written")
+            self._hash.update(chunk)
+            self._hashed += len(chunk)
+
+    def _finish(self) -> None:
         os.fsync(self.descriptor)
         self.close()
-        record = {"sha256": file_sha256(self.path), "figures": self.figures}
+        record = {"sha256": self._hash.hexdigest(), "figures": self.figures}
         write_durably(self.path.with_name(self.path.name + RECORD_SUFFIX), json.dumps(record))
 
     def close(self) -> None:
@@ -188,7 +224,7 @@ def _write_group(
             _write_all(writing.descriptor, _raw_bytes(tensor), writing.offsets[spec.name])
         if produced.figures:
             writing.figures[group.label] = produced.figures
-    writing.group_done()
+    writing.group_done(group)
     on_progress(Progress(group.label, group.nbytes))
 
 
@@ -198,12 +234,12 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:
     while data:
-        written = os.pwrite(descriptor, data, position)
+        written = os.pwrite(descriptor, data[:CHUNK], position)
         data, position = data[written:], position + written
 
 
 def _copy_tensor(checkpoint: Checkpoint, name: str, writing: _ShardFile) -> None:
     target = writing.offsets[name]
-    for chunk in checkpoint.chunks(name, CHUNK):
-        _write_all(writing.descriptor, memoryview(chunk), target)
+    for chunk in checkpoint.chunks(name, bytearray(min(CHUNK, checkpoint.tensors[name].nbytes))):
+        _write_all(writing.descriptor, chunk, target)
         target += len(chunk)

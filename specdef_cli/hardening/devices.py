@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from specdef_cli.errors import SpecDefError
 
-# A worker holds one layer: W in float32, its Krylov blocks, W~ in float32 and as stored.
+# A worker holds one layer: W, W~ and C as they are stored (in float32 at most), and the Krylov space of W.
 LAYER_COPIES_PER_WORKER = 4
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +28,9 @@ from specdef_cli.checkpoint.shards import (
 from specdef_cli.checkpoint.stream import Progress, read_record, write_durably, write_shards
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices, worker_count
+from specdef_cli.runtime.processes import process_state
 
 Result = TypeVar("Result")
-# A process that has written its shards waits for the slowest one: for a large model, longer than any default.
-LONGEST_WAIT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,6 @@ class Written:
 
     sha256: Mapping[str, str]
     figures: Mapping[str, Mapping[str, Any]]
-
-
-def process_state(device: str | None = None) -> PartialState:
-    """Accelerate's view of the processes; alone outside ``accelerate launch``."""
-    return PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
 
 
 def execute(

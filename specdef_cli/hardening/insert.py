@@ -16,9 +16,9 @@ from specdef_cli.checkpoint.manifest import Gauge, InsertedLayer
 from specdef_cli.checkpoint.reader import FLOATING_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
+from specdef_cli.spectral.blocks import product
 from specdef_cli.spectral.limits import RECONSTRUCTION_TOLERANCE, round_down
 from specdef_cli.spectral.reparameterize import (
-    Factors,
     gaussian_probes,
     reconstruction_error,
     rotated_factors,
@@ -83,17 +83,13 @@ class InsertLayer:
             SpecDefError: W is not finite or is zero, or the factors do not restore it in the stored dtype.
         """
         entry, stored = self.entry(), TORCH_DTYPES[self.dtype]
-        weight = read_weight(checkpoint, self.site, device)
+        weight = _read_stored(checkpoint, self.site, device)
         seed = layer_seed(self.seed, self.site.tensor)
         subspace = top_subspace(weight, self.top_k, seed)
-        probes = gaussian_probes(weight.shape[1], seed, device).to(weight.dtype)
-        reference = weight @ probes
         build = rotated_factors if self.gauge == "rotated" else symmetric_factors
-        exact = build(weight, subspace.basis, self.alpha)
-        del weight
-        factors = Factors(exact.inflated.to(stored), exact.compensation.to(stored))
-        del exact
-        error = reconstruction_error(reference, factors, probes)
+        factors = build(weight, subspace.basis, self.alpha, stored)
+        probes = gaussian_probes(weight.shape[1], seed, device).to(subspace.basis.dtype)
+        error = reconstruction_error(product(weight, probes), factors, probes)
         self._require_restored(error)
         tensors = {
             entry.inflated_tensor: factors.inflated,
@@ -123,18 +119,22 @@ def read_weight(checkpoint: Checkpoint, site: LinearSite, device: torch.device) 
     Raises:
         SpecDefError: It is not a floating-point tensor, not finite, or zero.
     """
+    weight = _read_stored(checkpoint, site, device)
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def _read_stored(checkpoint: Checkpoint, site: LinearSite, device: torch.device) -> Tensor:
     header = checkpoint.tensors[site.tensor]
     if header.dtype not in FLOATING_DTYPES:
         raise SpecDefError(
             f"{site.tensor} is stored as {header.dtype}", "Harden the unquantized checkpoint, and quantize the result."
         )
     weight = checkpoint.read(site.tensor).to(device)
-    weight = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     if site.transposed:
         weight = weight.mT.contiguous()
-    largest = weight.abs().max()
-    if not torch.isfinite(largest):
+    extremes = torch.stack(torch.aminmax(weight))  # NaN if any element is
+    if not extremes.isfinite().all():
         raise SpecDefError(f"{site.tensor} holds NaN or infinity", f"Repair it, or --exclude '{site.module}'.")
-    if largest == 0:
+    if not extremes.any():
         raise SpecDefError(f"{site.tensor} is zero: there is nothing to inflate", f"--exclude '{site.module}'.")
     return weight

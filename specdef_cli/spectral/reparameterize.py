@@ -10,7 +10,8 @@ With U_k any m×k matrix of orthonormal columns and P = U_k U_kᵀ, two factoriz
     W~ has its own scale, so rounding is relative in every row and the error does not grow with α.
 
 Both satisfy C W~ = W for every orthonormal U_k. Q is never formed: it is the product of k Householder reflectors in
-compact form, Q = I − V T Vᵀ, so that building both factors costs O(mnk) instead of O(m²n).
+compact form, Q = I − V T Vᵀ. So both gauges are a rank-k update and a scaling, W~ = D(W + L R) and C = (I + L′R′)D⁻¹,
+which costs O(mnk) instead of O(m²n) and is made and rounded a block of rows at a time.
 
 References: arXiv 2602.18868, Algorithm 1; Schreiber & Van Loan, "A storage-efficient WY representation for products
 of Householder transformations", SIAM J. Sci. Stat. Comput. 10 (1989).
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from specdef_cli.spectral.blocks import product, row_blocks, transposed_product
 
 PROBES = 16
 
@@ -61,41 +64,63 @@ def householder_completion(basis: Tensor) -> tuple[Tensor, Tensor]:
     return reflectors, torch.linalg.solve_triangular(inverse, identity, upper=True)
 
 
-def rotated_factors(weight: Tensor, basis: Tensor, alpha: float) -> Factors:
-    """W~ = D Qᵀ W and C = Q D⁻¹, in the dtype of ``weight``.
+def rotated_factors(weight: Tensor, basis: Tensor, alpha: float, dtype: torch.dtype | None = None) -> Factors:
+    """W~ = D Qᵀ W and C = Q D⁻¹, computed in the precision of ``basis``.
 
     Args:
-        weight: W, shape [m, n].
+        weight: W, shape [m, n], in any floating dtype.
         basis: U_k, shape [m, k], orthonormal columns.
         alpha: α > 0.
+        dtype: What the factors are stored in; ``None`` keeps the precision of the computation.
     """
     top_k = basis.shape[1]
-    reflectors, compact = householder_completion(basis.to(weight.dtype))
-    inflated = torch.addmm(weight, reflectors @ compact.mT, reflectors.mT @ weight, alpha=-1)
-    inflated[:top_k] *= alpha
-    compensation = reflectors @ (compact @ -reflectors.mT)
-    compensation.diagonal().add_(1)
-    compensation[:, :top_k] /= alpha
-    return Factors(inflated, compensation)
+    reflectors, compact = householder_completion(basis)
+    scales = basis.new_ones(basis.shape[0])  # the diagonal of D
+    scales[:top_k] = alpha
+    projected = transposed_product(reflectors, weight)  # Vᵀ W, [k, n]
+    return Factors(
+        _inflated(weight, -reflectors, compact.mT @ projected, scales, dtype or basis.dtype),
+        _compensation(-reflectors, compact @ reflectors.mT, scales, dtype or basis.dtype),
+    )
 
 
-def symmetric_factors(weight: Tensor, basis: Tensor, alpha: float) -> Factors:
-    """W~ = (I + (α−1)P) W and C = I − (1−1/α)P, in float64.
+def symmetric_factors(weight: Tensor, basis: Tensor, alpha: float, dtype: torch.dtype | None = None) -> Factors:
+    """W~ = (I + (α−1)P) W and C = I − (1−1/α)P, computed in float64.
 
     ``basis`` is orthonormalized again in float64: the error of C W~ = W is α times the defect of its orthogonality.
 
     Args:
-        weight: W, shape [m, n].
+        weight: W, shape [m, n], in any floating dtype.
         basis: U_k, shape [m, k].
         alpha: α > 0.
+        dtype: What the factors are stored in; ``None`` keeps float64.
     """
     exact = torch.linalg.qr(basis.double()).Q
-    weight = weight.double()
-    inflated = torch.addmm(weight, exact, exact.mT @ weight, alpha=alpha - 1)
-    compensation = exact @ exact.mT
-    compensation *= -(1 - 1 / alpha)
-    compensation.diagonal().add_(1)
-    return Factors(inflated, compensation)
+    unscaled = exact.new_ones(exact.shape[0])
+    projected = transposed_product(exact, weight)  # U_kᵀ W, [k, n]
+    return Factors(
+        _inflated(weight, (alpha - 1) * exact, projected, unscaled, dtype or exact.dtype),
+        _compensation(-(1 - 1 / alpha) * exact, exact.mT, unscaled, dtype or exact.dtype),
+    )
+
+
+def _inflated(weight: Tensor, left: Tensor, right: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """D(W + L R), rounded to ``dtype`` once."""
+    inflated = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows in row_blocks(*weight.shape):
+        inflated[rows] = torch.addmm(weight[rows].to(left.dtype), left[rows], right).mul_(scales[rows, None])
+    return inflated
+
+
+def _compensation(left: Tensor, right: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(I + L R)D⁻¹, rounded to ``dtype`` once."""
+    size = len(scales)
+    compensation = torch.empty(size, size, dtype=dtype, device=left.device)
+    for rows in row_blocks(size, size):
+        block = left[rows] @ right
+        block.diagonal(rows.start).add_(1)
+        compensation[rows] = block.div_(scales)
+    return compensation
 
 
 def reconstruction_error(reference: Tensor, factors: Factors, probes: Tensor) -> float:
@@ -108,9 +133,8 @@ def reconstruction_error(reference: Tensor, factors: Factors, probes: Tensor) ->
         factors: W~ and C as they are stored.
         probes: X, shape [n, p].
     """
-    stored = factors.inflated.dtype
-    hidden = (factors.inflated.to(probes.dtype) @ probes).to(stored).to(probes.dtype)
-    restored = factors.compensation.to(probes.dtype) @ hidden
+    hidden = product(factors.inflated, probes).to(factors.inflated.dtype).to(probes.dtype)
+    restored = product(factors.compensation, hidden)
     norm = torch.linalg.vector_norm(reference)
     return float(torch.linalg.vector_norm(restored - reference) / norm)
 

@@ -12,7 +12,7 @@ from tests.benchmarks.subspace import subspace_table
 BENCHMARKS = {
     "subspace": lambda _: subspace_table(),
     "stream": lambda directory: stream_table(directory),
-    "stream-large": lambda directory: stream_table(directory, runs=1, layers=(20, 84)),
+    "stream-large": lambda directory: stream_table(directory, runs=1, layers=84),
 }
 DEFAULT = ("subspace", "stream")
 

@@ -114,9 +114,14 @@ def test_the_bytes_do_not_depend_on_workers_or_on_torchs_threads(checkpoint: Che
     assert all(other[name] == written[0][name] for other in written for name in shards)
 
 
-def test_records_carry_the_hash_and_the_figures(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    shards = plan(checkpoint, [])
-    write(checkpoint, shards, tmp_path)
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("max_shard_size", [80_000, 10**9])
+def test_records_carry_the_hash_and_the_figures(
+    workers: int, max_shard_size: int, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    # The hash follows the file while it is written out of order: dtypes are sorted, and workers overtake each other.
+    shards = plan(checkpoint, [], max_shard_size)
+    write(checkpoint, shards, tmp_path, workers)
     figures: dict[str, float] = {}
     for shard in shards:
         record = read_record(tmp_path, shard.name)
@@ -244,6 +249,15 @@ def test_a_read_error_in_the_middle_is_worth_a_resume(
     write(checkpoint, shards, tmp_path / "work")
     write(checkpoint, shards, tmp_path / "undisturbed")
     assert snapshot(tmp_path / "work") == snapshot(tmp_path / "undisturbed")
+
+
+def test_a_shard_that_is_cut_off_while_it_is_written_is_not_recorded(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream.os, "pread", lambda descriptor, count, position: b"")
+    with pytest.raises(ResumableError, match="was cut off while it was being written"):
+        write(checkpoint, plan(checkpoint, []), tmp_path / "work")
+    assert not list((tmp_path / "work").glob("*.done.json"))
 
 
 def test_a_transform_that_makes_something_else_than_planned_is_our_defect(

@@ -237,7 +237,7 @@ def test_a_corrupted_factor_is_never_published(llama: Path, outside: Path, monke
 
     arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet")
     monkeypatch.setattr(insert, "rotated_factors", corrupt)
-    assert_refused(call_cli(*arguments), "mlp.down_proj", "relative error", empty=outside)
+    assert_refused(call_cli(*arguments), "model.layers.", "relative error", empty=outside)  # whichever layer is first
     monkeypatch.setattr(insert.InsertLayer, "_require_restored", lambda self, error: None)
     assert_refused(call_cli(*arguments), "the hardened model's outputs differ from the base's", empty=outside)
     result = call_cli(*arguments, "--no-verify")

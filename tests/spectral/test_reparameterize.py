@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specdef_cli.spectral import blocks
 from specdef_cli.spectral.reparameterize import (
     Factors,
     gaussian_probes,
@@ -179,6 +180,33 @@ def test_the_symmetric_gauge_repairs_a_basis_that_is_orthonormal_in_float32_only
     assert (basis.double().mT @ basis.double() - torch.eye(6)).abs().max() > 1e-9
     factors = symmetric_factors(weight, basis, alpha)
     assert (factors.compensation @ factors.inflated - weight).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("build", GAUGES)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_factors_are_rounded_once_and_a_weight_is_taken_as_it_is_stored(
+    build: type[Factors], stored: torch.dtype
+) -> None:
+    weight, basis = random_weight(40, 56).to(stored), random_basis(40, 4, seed=2, dtype=torch.float32)
+    before = weight.clone()
+    exact = build(weight.to(torch.float32), basis, 100.0)
+    rounded = build(weight, basis, 100.0, stored)
+    assert torch.equal(rounded.inflated, exact.inflated.to(stored))
+    assert torch.equal(rounded.compensation, exact.compensation.to(stored))
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("build", GAUGES)
+@pytest.mark.parametrize("elements", [1, 100, 1000])
+def test_blocks_of_rows_make_no_difference(
+    build: type[Factors], elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, basis = random_weight(24, 40), random_basis(24, 5, seed=1)
+    whole = build(weight, basis, 1e3)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    parts = build(weight, basis, 1e3)
+    torch.testing.assert_close(parts.inflated, whole.inflated, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(parts.compensation, whole.compensation, rtol=1e-11, atol=1e-14)
 
 
 def test_the_error_sees_a_wrong_factor() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specdef_cli.spectral import subspace
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 
@@ -51,6 +52,25 @@ def test_it_finds_a_separated_subspace_to_rounding() -> None:
     cosines = torch.linalg.svdvals(left.mT @ found.basis.double())
     assert cosines.min() > 1 - 1e-6
     torch.testing.assert_close(found.singular_values.double(), spectrum[:8], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_weight_of_half_precision_gives_float32_figures_of_itself(
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks may be rounded on the way; what is reported of the basis may not."""
+    if not native:
+        monkeypatch.setattr(subspace, "_multiplies_natively", lambda weight: False)
+    weight = with_spectrum(384, 600, power_law(384, 0.5)).to(dtype)
+    true = torch.linalg.svdvals(weight.double())[:16]
+    found = top_subspace(weight, 16, seed=1)
+    assert found.basis.dtype == found.singular_values.dtype == torch.float32
+    assert orthogonality_defect(found.basis) < 1e-5
+    captured = torch.linalg.svdvals(found.basis.double().mT @ weight.double())
+    torch.testing.assert_close(found.singular_values.double(), captured, rtol=1e-5, atol=0)
+    assert captured[0] >= 0.9999 * true[0]
+    assert captured.square().sum() >= 0.97 * true.square().sum()
 
 
 @settings(max_examples=60, deadline=None)
