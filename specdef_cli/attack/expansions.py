@@ -8,7 +8,8 @@ the limits of the method, so every report carries some of them:
 - :func:`freeze_compensation`, :func:`freeze_pair` leave the factors that carry α out of the training.
 - :func:`widen`, :func:`inject` give the optimizer fresh parameters next to or after a frozen pair.
 - :func:`deepen` is the paper's Theorem 8: N trainable factors of σ₁ = (ασ)^{1/N} each, so that the bound falls from
-  α to about α^{1/N}.
+  α to about α^{1/N}. The Hessian itself then has σ₁ ∝ α^{2(N−1)/N} (measured: ``examples/reproduce/injection.py``):
+  more factors are worse for the attacker than freezing the compensation, which leaves no α in it at all.
 """
 
 from __future__ import annotations

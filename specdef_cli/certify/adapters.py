@@ -60,6 +60,7 @@ def attach_adapter(model: PreTrainedModel, directory: Path, *, carried: bool) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # PEFT says that it found a Conv1D, and treats it as one
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers is renaming
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise AdapterError(f"PEFT refuses: {str(error).splitlines()[0].rstrip('(')}") from error
