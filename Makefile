@@ -13,7 +13,7 @@ SUITE := $(DEMO)/suite
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo attack-demo attack-suite certify-demo reproduce test test-all faults lint format bench \
+.PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce test test-all faults lint format bench \
   train-example clean
 
 help:  ## show this list
@@ -58,6 +58,11 @@ attack-suite: $(HARDENED:%=$(SUITE)/%)  ## the README's coverage table: places t
 	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite examples/reproduce/suite.toml --jobs $(JOBS) \
 	    --runs $(SUITE)/runs --out $(SUITE)/$$model-attack --quiet >/dev/null; done
 	$(BIN)/python examples/reproduce/coverage.py $(HARDENED:%=$(SUITE)/%-attack/report.json) | tee $(SUITE)/coverage.md
+
+attack-long: $(SUITE)/fold  ## the README's table at 150 steps
+	$(BIN)/specdef attack $(SUITE)/fold --control $(TINY) --suite examples/reproduce/long.toml --jobs $(JOBS) \
+	  --runs $(SUITE)/runs --out $(SUITE)/fold-attack-long --quiet >/dev/null
+	$(BIN)/python examples/reproduce/coverage.py $(SUITE)/fold-attack-long/report.json | tee $(SUITE)/coverage-long.md
 
 reproduce: $(HARDENED:%=$(SUITE)/%)  ## the README's other figures: curvature, bounds, divergence, injection, deployment
 	mkdir -p $(DEMO)/reproduce
