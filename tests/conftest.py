@@ -11,6 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A change is judged by examples that do not change; on a developer's machine they are new every time.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

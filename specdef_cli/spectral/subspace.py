@@ -79,20 +79,19 @@ def top_subspace(weight: Tensor, top_k: int, seed: int, *, iterations: int = KRY
         newest = torch.linalg.qr(torch.cat([krylov, grown], dim=1)).Q[:, -block:]
         krylov = torch.cat([krylov, newest], dim=1)  # [m, block·(iterations+1)]
         images.append(newest.to(factor).mT @ factor)
-    _, vectors = _left_singular(torch.cat(images).to(precision))
-    basis = torch.linalg.qr(krylov @ vectors[:, :top_k]).Q
-    singular_values, _ = _left_singular(transposed_product(basis, weight))
+    basis = torch.linalg.qr(krylov @ _left_singular_vectors(torch.cat(images).to(precision))[:, :top_k]).Q
+    # Of the narrow Wᵀ U_k by way of its triangular factor: a Gram matrix would lose what is below √ε of the largest.
+    singular_values = torch.linalg.svdvals(torch.linalg.qr(transposed_product(basis, weight).mT).R)
     return TopSubspace(basis, singular_values)
 
 
-def _left_singular(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values [p], largest first, and left singular vectors [p, p] of a wide matrix [p, n].
+def _left_singular_vectors(wide: Tensor) -> Tensor:
+    """Left singular vectors [p, p] of a wide matrix [p, n], those of the largest values first.
 
     From the eigenvectors of its small Gram matrix, in float64 because squaring halves the digits.
     """
     gram = wide.double() @ wide.double().mT if wide.numel() < 2**22 else (wide @ wide.mT).double()
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
-    return eigenvalues.flip(-1).clamp_min(0).sqrt().to(wide.dtype), eigenvectors.flip(-1).to(wide.dtype)
+    return torch.linalg.eigh(gram).eigenvectors.flip(-1).to(wide.dtype)
 
 
 def _multiplies_natively(weight: Tensor) -> bool:
