@@ -76,8 +76,8 @@ test: install  ## the test suite (about ten minutes on two cores)
 test-all: install  ## the test suite with the long ones
 	$(BIN)/pytest -n 2 --dist loadfile
 
-faults: install  ## the README's fault table: what was tried and what held (about fifteen minutes)
-	$(BIN)/python -m tests.faults --all
+faults: install  ## the README's fault table: what was tried and what held
+	$(BIN)/python -m tests.faults
 
 lint: install  ## style, formatting and types
 	$(BIN)/ruff check .

@@ -199,19 +199,18 @@ def _control(options: AttackOptions, directory: Path, manifest: Manifest | None)
         ) from error
 
 
-def _check_variants(options: AttackOptions, manifest: Manifest | None) -> None:
+def _on_inserted_layers(options: AttackOptions) -> list[str]:
+    """The flags that work on inserted layers."""
     grown = [f"--expansion {expansion.kind}" for expansion in options.expansions]
-    grown += ["--freeze-compensation"] * options.freeze_compensation + ["--collapse"] * options.collapse
-    asked = grown + ["--rebalance"] * options.rebalance
+    return grown + ["--freeze-compensation"] * options.freeze_compensation + ["--collapse"] * options.collapse
+
+
+def _check_variants(options: AttackOptions, manifest: Manifest | None) -> None:
+    asked = _on_inserted_layers(options) + ["--rebalance"] * options.rebalance
     if manifest is None and asked:
         raise SpecDefError(
             f"{options.model} is not hardened by this package, so {asked[0]} has nothing to work on",
             "Leave the flag out, or give a hardened directory.",
-        )
-    if manifest is not None and grown and not manifest.inserted:
-        raise SpecDefError(
-            f"{options.model} was hardened by folding, which has no inserted layers for {grown[0]}",
-            "Leave the flag out; the informed attack on a fold is --rebalance, which is always among the attacks.",
         )
     if manifest is not None and options.rebalance and not manifest.folded:
         raise SpecDefError(
@@ -289,6 +288,11 @@ def _notes(options: AttackOptions, manifest: Manifest | None, report: AttackRepo
     notes = []
     if len(options.seeds) == 1:
         notes.append("One seed: differences of a few thousandths of a nat are noise.")
+    if manifest is not None and not manifest.inserted and _on_inserted_layers(options):
+        notes.append(
+            f"{', '.join(_on_inserted_layers(options))}: left out, because a fold has no inserted layer to work on. "
+            "What undoes it needs no growth: rebalancing, which is among the attacks."
+        )
     if options.dtype != "float32":
         notes.append(
             f"Trained in {options.dtype}: small learning rates may round to no change, which flatters a defence. "

@@ -28,6 +28,8 @@ from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.training import Training, adapters
 from specdef_cli.attack.variants import apply_variant
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model, load_tokenizer
 
 HardenDirectory = Callable[..., Path]
@@ -370,6 +372,17 @@ def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Pat
     result = attack(options(base, tmp_path, control=base, recipes=("full",), learning_rates=(1e-3,)))
     assert [run.spec.subject for run in result.runs] == ["control", "model"]
     assert result.share(result.attacks[1]) == pytest.approx(1.0)
+
+
+def test_growth_asked_of_a_fold_is_left_out_and_rebalancing_is_there(base: Path, tmp_path: Path) -> None:
+    """`harden` folds where it can, so `attack --expand 2x` must go on from there."""
+    assert harden(HardenOptions(str(base), tmp_path / "hardened", verify=False)) is not None
+    result = attack(
+        options(tmp_path / "hardened", tmp_path / "out", recipes=("full",), learning_rates=(1e-3,), steps=1,
+                expansions=(Expansion("width", 2.0),))
+    )  # fmt: skip
+    assert {run.spec.variant.kind for run in result.runs} == {"plain", "rebalance"}
+    assert any("--expansion width: left out" in note for note in result.notes)
 
 
 def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) -> None:
