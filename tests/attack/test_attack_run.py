@@ -425,7 +425,7 @@ def test_in_a_process_of_its_own(hardened: Path, tmp_path: Path, processes: int)
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     launch = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 # `accelerate launch --cpu --num_processes 2` starts one process only; torchrun starts two.
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SCRIPT = """
 import sys
 from specdef_cli.cli.app import main
