@@ -193,7 +193,9 @@ class _Bench:
             changed = wanted.change(Subject(directory, model))
             outputs = (_outputs(changed, each, wanted) for each in inputs)
             if reference is None:
-                losses = [_mean_loss(logits, each["input_ids"]) for logits, each in zip(outputs, inputs, strict=True)]
+                losses = [
+                    next_token_loss(logits, each["input_ids"]) for logits, each in zip(outputs, inputs, strict=True)
+                ]
                 value = math.fsum(losses) / len(losses)
             else:
                 value = _relative_error(next(outputs), reference)
@@ -246,7 +248,7 @@ def _outputs(subject: Subject, inputs: dict[str, Tensor], wanted: Format) -> Ten
     return first.float().cpu()
 
 
-def _mean_loss(logits: Tensor, tokens: Tensor) -> float:
+def next_token_loss(logits: Tensor, tokens: Tensor) -> float:
     """Mean next-token cross-entropy in nats; ``logits`` [1, length, vocabulary], ``tokens`` [1, length]."""
     return float(torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:].cpu()))
 

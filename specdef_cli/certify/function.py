@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdef_cli.certify.deployment import next_token_loss
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.stream import file_sha256
@@ -137,8 +138,7 @@ def mean_loss(model: PreTrainedModel, tokens: Tensor) -> float:
     losses = []
     with torch.inference_mode():
         for sequence in tokens.split(1):
-            logits = model(input_ids=sequence).logits[0, :-1].double()  # [length − 1, vocabulary]
-            losses.append(float(torch.nn.functional.cross_entropy(logits, sequence[0, 1:])))
+            losses.append(next_token_loss(model(input_ids=sequence).logits, sequence))
     return math.fsum(losses) / len(losses)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import assert_refused, call_cli, snapshot
-from mutations import DOWN, Mutation, config, content, edit_json, element, raw_bytes, tensor
+from mutations import DOWN, Mutation, config, content, edit_json, element, raw_bytes, spoiled, tensor
 from safetensors.torch import load_file
 from small_attack import SMALL, finished_runs
 from test_fuzz import MUTATIONS, ODD_VALUES
@@ -39,14 +39,6 @@ def outside(tmp_path: Path) -> Path:
     """Where the output would lie."""
     directory = tmp_path / "outside"
     directory.mkdir()
-    return directory
-
-
-def spoiled(model: Path, where: Path, *mutations: Mutation) -> Path:
-    directory = where / "model"
-    shutil.copytree(model, directory)
-    for mutate in mutations:
-        mutate(directory)
     return directory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,12 @@ def raw_bytes(change: Callable[[bytes], bytes], name: str = "model.safetensors")
         path.write_bytes(change(path.read_bytes()))
 
     return apply
+
+
+def spoiled(model: Path, where: Path, *mutations: Mutation) -> Path:
+    """A copy of ``model`` below ``where``, with every mutation made in turn."""
+    directory = where / "model"
+    shutil.copytree(model, directory)
+    for mutate in mutations:
+        mutate(directory)
+    return directory

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from commands import assert_refused, call_cli, snapshot
-from mutations import DOWN, REMOVED, Mutation, config, content, edit_json, element, raw_bytes, tensor
+from mutations import DOWN, REMOVED, Mutation, config, content, edit_json, element, raw_bytes, spoiled, tensor
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.hardening import insert
@@ -30,14 +30,6 @@ def outside(tmp_path: Path) -> Path:
     """The directory that the output would lie in, and that must stay empty."""
     directory = tmp_path / "outside"
     directory.mkdir()
-    return directory
-
-
-def spoiled(model: Path, where: Path, *mutations: Mutation) -> Path:
-    directory = where / "model"
-    shutil.copytree(model, directory)
-    for mutate in mutations:
-        mutate(directory)
     return directory
 
 
