@@ -19,6 +19,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -32,6 +33,7 @@ from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.spec import RunSpec, Task
 from specdef_cli.attack.variants import apply_variant
 from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime.configuration_specdef import SpecDefLinear
 from specdef_cli.runtime.load import load_model, load_tokenizer
 from specdef_cli.runtime.processes import process_state
 
@@ -68,8 +70,11 @@ def train_run(
         # the control.
         set_seed(spec.seed)
         model = load_for_training(spec, directory, data, trust_remote_code)
-        # Surgery where the training will be: an SVD or a product of large factors is the accelerator's work.
-        model.to(state.device)
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            _leave_to_fsdp(model)
+        else:
+            # Surgery where the training will be: an SVD or a product of large factors is the accelerator's work.
+            model.to(state.device)
         growth = apply_variant(model, spec.variant, spec.seed)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         model = apply_recipe(model, spec.training, spec.task)
@@ -131,6 +136,17 @@ def load_for_training(spec: RunSpec, directory: Path, data: AttackData, trust_re
         arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
     dtype: Any = {"auto": "auto", "mixed": torch.float32}.get(spec.dtype) or getattr(torch, spec.dtype)
     return load_model(directory, auto_class=loader, dtype=dtype, **arguments)
+
+
+def _leave_to_fsdp(model: nn.Module) -> None:
+    """Make a model on the CPU fit for sharding: it goes to the devices in parts, and nothing in it stays whole.
+
+    Accelerate hands out rank 0's state, and takes for granted that each tensor of it was sharded; tombstones are
+    buffers, and buffers are not.
+    """
+    for module in model.modules():
+        if isinstance(module, SpecDefLinear):
+            module.register_buffer("weight", module.weight, persistent=False)
 
 
 _CLASSIFIERS: Mapping[Task, Any] = {
@@ -231,7 +247,8 @@ def make_trainer(spec: RunSpec, model: nn.Module, data: AttackData, recorder: Re
         weight_decay=spec.weight_decay,
         max_grad_norm=0.0 if choice.second_order else spec.max_grad_norm,
         bf16=spec.dtype == "mixed",
-        use_cpu=spec.dtype == "mixed" and not torch.cuda.is_available(),  # bf16 is refused unless this is said
+        # Where this is not said, bfloat16 is refused on the CPU, and every process of a launch there trains alone.
+        use_cpu=not torch.accelerator.is_available(),
         seed=spec.seed,
         # The sampler's own seed: whatever surgery and adapters drew before, the data comes in the same order.
         data_seed=spec.seed,

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -399,56 +395,3 @@ def test_libraries_are_left_as_they_were(base: Path, tmp_path: Path) -> None:
     before = (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
     attack(options(base, tmp_path, control=base, recipes=("full",), learning_rates=(1e-3,), steps=1))
     assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from specdef_cli.attack import AttackOptions, attack
-from specdef_cli.report import write_report
-from specdef_cli.runtime.processes import process_state
-
-out = Path(sys.argv[2])
-if int(sys.argv[3]) != process_state().num_processes:
-    raise SystemExit(f"{process_state().num_processes} processes")
-report = attack(AttackOptions(
-    model=Path(sys.argv[1]), out=out, steps=3, batch_size=4, sequence_length=16, eval_sequences=4, recipes=("full",),
-    learning_rates=(1e-3,),
-))
-write_report(report, out)
-"""
-
-
-TWO = [pytest.mark.slow, pytest.mark.xfail(reason="two processes give a loss one percent off after three steps")]
-
-
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=TWO)])
-def test_in_a_process_of_its_own(hardened: Path, tmp_path: Path, processes: int) -> None:
-    """Silent, and the same curve from one process as from two under ``torchrun``."""
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    launch = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*launch, str(script), str(hardened), str(tmp_path / "out"), str(processes)],
-        capture_output=True, text=True, env=environment, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == ""
-    if processes == 1:
-        # An installed bitsandbytes has something to say when PEFT imports it.
-        assert [line for line in done.stderr.splitlines() if "kernels" not in line] == []
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"runs", "report.html", "report.json", "curves.csv", "curves.png"}
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    here = attack(
-        AttackOptions(
-            model=hardened, out=tmp_path / "here", steps=3, batch_size=4, sequence_length=16, eval_sequences=4,
-            recipes=("full",), learning_rates=(1e-3,),
-        )
-    )  # fmt: skip
-    control = here.runs[0]
-    curve = [point["loss"] for point in found["runs"][0]["curve"]["evaluations"]]
-    assert curve == pytest.approx([point.loss for point in control.evaluations], rel=1e-4)

@@ -1,0 +1,104 @@
+"""An attack in a process of its own, in two, and in two that share one model: the same curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from specdef_cli.attack import AttackOptions, attack
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from specdef_cli.attack import AttackOptions, attack
+from specdef_cli.report import write_report
+from specdef_cli.runtime.processes import process_state
+
+out = Path(sys.argv[2])
+if int(sys.argv[3]) != process_state().num_processes:
+    raise SystemExit(f"{process_state().num_processes} processes")
+report = attack(AttackOptions(
+    model=Path(sys.argv[1]), out=out, steps=3, batch_size=4, sequence_length=16, eval_sequences=4,
+    recipes=("full", "lora"), learning_rates=(1e-3,),
+))
+write_report(report, out)
+"""
+
+# Accelerate shards on accelerators only. What is patched is that decision; FSDP 2 itself runs, over gloo.
+SHARDED_ON_THE_CPU = """
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from specdef_cli.attack import trainer as attack_trainer
+
+create = AcceleratorState.__init__
+
+def create_sharded(self, *arguments, fsdp_plugin=None, **keywords):
+    create(self, *arguments, fsdp_plugin=fsdp_plugin, **keywords)
+    if fsdp_plugin is not None and self.distributed_type is DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+AcceleratorState.__init__ = create_sharded
+
+class Checked(attack_trainer.AttackTrainer):
+    def training_step(self, model, *arguments, **keywords):
+        from torch.distributed.fsdp import FSDPModule
+        assert isinstance(model, FSDPModule)
+        return super().training_step(model, *arguments, **keywords)
+
+attack_trainer.AttackTrainer = Checked
+"""
+
+# As `accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP` sets them.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "variables", "preamble"),
+    [
+        pytest.param(1, {}, "", id="one"),
+        pytest.param(2, {}, "", id="two", marks=pytest.mark.slow),
+        pytest.param(2, FSDP, SHARDED_ON_THE_CPU, id="two-sharded", marks=pytest.mark.slow),
+    ],
+)
+def test_in_processes_of_their_own(
+    hardened: Path, tmp_path: Path, processes: int, variables: dict[str, str], preamble: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(preamble + SCRIPT)
+    done = subprocess.run(
+        [sys.executable, *LAUNCH[: None if processes > 1 else 0], str(script),
+         str(hardened), str(tmp_path / "out"), str(processes)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        | variables,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == ""
+    if processes == 1:
+        # An installed bitsandbytes has something to say when PEFT imports it.
+        assert [line for line in done.stderr.splitlines() if "kernels" not in line] == []
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"runs", "report.html", "report.json", "curves.csv", "curves.png"}
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]
+    here = attack(
+        AttackOptions(
+            model=hardened, out=tmp_path / "here", steps=3, batch_size=4, sequence_length=16, eval_sequences=4,
+            recipes=("full", "lora"), learning_rates=(1e-3,),
+        )
+    ).runs  # fmt: skip
+    assert len(found) == len(here) > 4  # the control and the model, full and LoRA, and the model collapsed
+    for one, other in zip(found, here, strict=True):
+        curve = [point["loss"] for point in one["curve"]["evaluations"]]
+        assert curve == pytest.approx([point.loss for point in other.evaluations], rel=1e-4)
