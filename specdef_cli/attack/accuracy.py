@@ -6,6 +6,7 @@ Optional, because it costs many times what a short run does: ``pip install specd
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,9 @@ def task_accuracy(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(verbosity="ERROR", include_path=None if task_directory is None else str(task_directory))
+    manager = _task_manager(task_directory)
     for task in tasks:
         if task not in manager.all_tasks:
             raise SpecDefError(
@@ -73,3 +73,11 @@ def task_accuracy(
             raise SpecDefError(f"lm-eval's task {task!r} reports no accuracy", "Name tasks with the metric acc.")
         accuracy[task] = float(values[0])
     return accuracy
+
+
+@cache
+def _task_manager(task_directory: Path | None) -> Any:
+    """lm-eval's index of tasks. It reads ten thousand files, which takes longer than a short run does."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(verbosity="ERROR", include_path=None if task_directory is None else str(task_directory))

@@ -89,6 +89,7 @@ class AttackOptions:
         search: Search the best learning rate of every attack, from those decades on, until it is bracketed.
         expansions: Ways to grow the model first; each is attacked next to the plain ones.
         freeze_compensation: Attack also with every compensation layer frozen.
+        channel_rates: Attack also with a learning rate for every row and column, in proportion to its size.
         collapse: Attack the collapsed model with every recipe, and not only the first.
         rebalance: The same for the rebalanced model (a fold).
         train: Globs of parameter names; where given, only these train. Hardened layers answer to their original names
@@ -133,6 +134,7 @@ class AttackOptions:
     search: bool = False
     expansions: tuple[Expansion, ...] = ()
     freeze_compensation: bool = False
+    channel_rates: bool = False
     collapse: bool = False
     rebalance: bool = False
     train: tuple[str, ...] = ()
@@ -193,8 +195,8 @@ class AttackOptions:
 
     def _refuse_beside_suite(self) -> None:
         for name in (
-            "recipes", "lora_targets", "learning_rates", "search", "expansions", "freeze_compensation", "collapse",
-            "rebalance", "train",
+            "recipes", "lora_targets", "learning_rates", "search", "expansions", "freeze_compensation", "channel_rates",
+            "collapse", "rebalance", "train",
         ):  # fmt: skip
             if getattr(self, name):
                 raise SpecDefError(
@@ -215,11 +217,11 @@ class AttackOptions:
             AttackTable(trainings, self.optimizers, learning_rates=rates),
             AttackTable(informed, self.optimizers, ("informed",), rates),
         ]
-        grown = tuple(expansion.variant for expansion in self.expansions)
-        if self.freeze_compensation:
-            grown = (Variant("freeze-compensation"), *grown)
-        if grown:
-            tables.append(AttackTable(trainings[:1], self.optimizers, grown, rates))
+        others = [Variant("channel-rates")] * self.channel_rates
+        others += [Variant("freeze-compensation")] * self.freeze_compensation
+        others += [expansion.variant for expansion in self.expansions]
+        if others:
+            tables.append(AttackTable(trainings[:1], self.optimizers, tuple(others), rates))
         return tuple(tables)
 
     def _training(self, recipe: Recipe) -> Training:

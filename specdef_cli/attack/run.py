@@ -95,6 +95,8 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
     # finished.
     state.wait_for_everyone()
     with exclusive(options.out) if state.is_main_process else nullcontext():
+        if state.is_main_process and options.runs is None:  # others may write to runs that are shared
+            store.remove_unfinished()
         outcome = run_all(
             plan,
             TrainRun(control_directory, directory, data, options.trust_remote_code, options.eval_task_path),
@@ -207,6 +209,7 @@ def _on_inserted_layers(options: AttackOptions) -> list[str]:
 
 def _check_variants(options: AttackOptions, manifest: Manifest | None) -> None:
     asked = _on_inserted_layers(options) + ["--rebalance"] * options.rebalance
+    asked += ["--channel-rates"] * options.channel_rates
     if manifest is None and asked:
         raise SpecDefError(
             f"{options.model} is not hardened by this package, so {asked[0]} has nothing to work on",

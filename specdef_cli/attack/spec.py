@@ -22,7 +22,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float16", "mixed", "auto"]
 Subject = Literal["control", "model"]
 VariantKind = Literal[
-    "plain", "collapse", "rebalance", "freeze-compensation", "freeze-pair", "width", "depth", "inject"
+    "plain", "collapse", "rebalance", "channel-rates", "freeze-compensation", "freeze-pair", "width", "depth", "inject"
 ]
 Knowledge = Literal["none", "construction", "growth"]
 
@@ -33,6 +33,7 @@ _KNOWLEDGE: dict[VariantKind, Knowledge] = {
     "plain": "none",
     "collapse": "construction",
     "rebalance": "construction",
+    "channel-rates": "construction",
     "freeze-compensation": "construction",
     "freeze-pair": "construction",
     "width": "growth",
@@ -87,6 +88,8 @@ class Variant:
                 return "collapsed"
             case "rebalance":
                 return "rebalanced"
+            case "channel-rates":
+                return "a rate for each channel"
             case "freeze-compensation":
                 return "compensation frozen"
             case "freeze-pair":

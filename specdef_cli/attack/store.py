@@ -14,6 +14,8 @@ from pathlib import Path
 from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.spec import RunSpec
 
+UNFINISHED_SUFFIX = ".tmp"
+
 
 class RunStore:
     """The directory of finished runs."""
@@ -38,11 +40,16 @@ class RunStore:
         """Keep a finished run; atomic, so that a crash leaves either nothing or all of it."""
         write_atomic(self.path(result.spec), json.dumps(result.to_dict(), indent=1, allow_nan=False).encode())
 
+    def remove_unfinished(self) -> None:
+        """Remove what writes that were killed have left; only for whoever is alone in writing here."""
+        for path in self.directory.glob(f".*{UNFINISHED_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file under a temporary sibling's name, then rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED_SUFFIX}")
     try:
         sibling.write_bytes(data)
         sibling.replace(path)

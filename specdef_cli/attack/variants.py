@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from transformers import PreTrainedModel
 
 from specdef_cli.attack import expansions
+from specdef_cli.attack.channel_rates import scale_rates
 from specdef_cli.attack.rebalance import rebalance
 from specdef_cli.attack.results import Growth
 from specdef_cli.attack.spec import Variant, VariantKind
@@ -22,6 +23,7 @@ Surgery = Callable[[PreTrainedModel, Variant, int], Growth]
 SURGERY: Mapping[VariantKind, Surgery] = {
     "collapse": lambda model, _variant, _seed: expansions.collapse(model),
     "rebalance": lambda model, _variant, _seed: rebalance(model),
+    "channel-rates": lambda model, _variant, _seed: scale_rates(model),
     "freeze-compensation": lambda model, _variant, _seed: expansions.freeze_compensation(model),
     "freeze-pair": lambda model, _variant, _seed: expansions.freeze_pair(model),
     "width": lambda model, variant, seed: expansions.widen(model, variant.factor or 2.0, seed=seed),
@@ -45,6 +47,8 @@ def applicable(variant: Variant, manifest: Manifest | None) -> bool:
         return True
     if manifest is None:
         return False
+    if variant.kind == "channel-rates":
+        return True
     return bool(manifest.folded if variant.kind == "rebalance" else manifest.inserted)
 
 

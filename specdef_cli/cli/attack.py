@@ -93,6 +93,9 @@ def attack_command(
     freeze_compensation: Annotated[
         bool, typer.Option("--freeze-compensation", help="Attack also with the compensation frozen.")
     ] = False,
+    channel_rates: Annotated[
+        bool, typer.Option("--channel-rates", help="Attack also with a learning rate for every row and column.")
+    ] = False,
     collapse: Annotated[
         bool, typer.Option("--collapse", help="Attack the collapsed model with every recipe, not only the first.")
     ] = False,
@@ -188,6 +191,7 @@ def attack_command(
         jobs=jobs,
         expansions=tuple(expansions),
         freeze_compensation=freeze_compensation,
+        channel_rates=channel_rates,
         collapse=collapse,
         rebalance=rebalance,
         train=tuple(train or ()),

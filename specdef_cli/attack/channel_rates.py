@@ -1,0 +1,104 @@
+"""The informed attack that leaves the model as it is: a learning rate for every row and column.
+
+Both constructions work because one learning rate has to serve weights of very different scales (arXiv 2602.18868,
+Section 4). Whoever knows that gives each channel a rate in proportion to its size. It needs neither a manifest nor the
+pairs: the size of a row or column is the median of its weights' absolute values, and a weight's rate is the product of
+its row's and its column's, relative to the median row and column.
+
+That is the same as training a rescaled weight, w = s·v with the rates s, and is written so: it then holds for every
+optimizer. The scales are powers of two, which keeps the function bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from specdef_cli.attack.results import Growth
+
+
+class Scaled(nn.Module):
+    """w = s·v.
+
+    Args:
+        scale: s, of a shape that w's broadcasts with; powers of two.
+    """
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, trained: Tensor) -> Tensor:
+        """w."""
+        return self.scale * trained
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """v."""
+        return weight / self.scale
+
+
+def scale_rates(model: nn.Module) -> Growth:
+    """Give every weight of ``model`` that trains the scale of its row and column, in place.
+
+    Embeddings keep one rate, since a row is a token there and no fold touches it; so do parameters that modules share,
+    and convolutions.
+    """
+    shared = _shared_parameters(model)
+    layers = changed = 0
+    for module in list(model.modules()):
+        if isinstance(module, nn.Embedding):
+            continue
+        scales = {
+            name: _scale(module, name, parameter.detach())
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad and parameter not in shared and parameter.ndim <= 3
+        }
+        scales = {name: scale for name, scale in scales.items() if bool((scale != 1).any())}
+        for name, scale in scales.items():
+            changed += scale.numel()
+            parametrize.register_parametrization(module, name, Scaled(scale))
+        layers += bool(scales)
+    return Growth(layers, changed, changed, 0)
+
+
+def channel_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales of rows [..., m, 1] and of columns [..., 1, n], powers of two.
+
+    Args:
+        weight: A matrix [m, n], or stacked ones [experts, m, n].
+    """
+    size = weight.float().abs()
+    return _relative(size.median(-1, keepdim=True).values), _relative(size.median(-2, keepdim=True).values)
+
+
+def _scale(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    if parameter.ndim >= 2:
+        rows, columns = channel_scales(parameter)
+        return (rows * columns).to(parameter.dtype)
+    weight = getattr(module, "weight", None)
+    if name == "bias" and isinstance(weight, Tensor) and weight.ndim == 2:
+        # A bias is scaled as the outputs that it is added to; its own size says little, being near zero for many.
+        rows, columns = channel_scales(weight.detach())
+        return (columns if isinstance(module, Conv1D) else rows).flatten().to(parameter.dtype)
+    return _relative(parameter.float().abs()).to(parameter.dtype)
+
+
+def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    seen: set[nn.Parameter] = set()
+    shared: set[nn.Parameter] = set()
+    for module in model.modules():
+        for _, parameter in module.named_parameters(recurse=False):
+            (shared if parameter in seen else seen).add(parameter)
+    return shared
+
+
+def _relative(sizes: Tensor) -> Tensor:
+    """Sizes over their median in whole octaves; 1 where there is nothing to compare."""
+    present = sizes > 0
+    if not bool(present.any()):
+        return torch.ones_like(sizes)
+    return torch.where(present, (sizes / sizes[present].median()).log2().round(), 0.0).exp2()
