@@ -125,7 +125,7 @@ def test_keywords_are_spelled_out_for_the_model() -> None:
     folded = {each.first.training.placement for each in series(FOLD, suite=load_suite("full"))}
     assert folded == {"linears"}
     kinds = {each.first.variant.kind for each in series(FOLD, suite=load_suite("full"))}
-    assert kinds == {"plain", "rebalance"}
+    assert kinds == {"plain", "rebalance", "channel-rates"}
 
 
 def test_a_name_does_not_make_another_run() -> None:
