@@ -66,7 +66,7 @@ attack-long: $(SUITE)/fold  ## the README's table at 150 steps
 
 reproduce: $(HARDENED:%=$(SUITE)/%)  ## the README's other figures: curvature, bounds, divergence, injection, deployment
 	mkdir -p $(DEMO)/reproduce
-	for name in curvature bound divergence injection; do \
+	for name in curvature bound divergence injection utility prior; do \
 	  $(BIN)/python examples/reproduce/$$name.py --out $(DEMO)/reproduce | tee $(DEMO)/reproduce/$$name.md; done
 	$(BIN)/python examples/reproduce/deployment.py $(TINY) $(HARDENED:%=$(SUITE)/%) | tee $(DEMO)/reproduce/deployment.md
 

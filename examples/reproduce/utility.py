@@ -1,0 +1,216 @@
+"""What hardening costs in function: the paper's construction for each α, gauge and stored dtype, and a fold.
+
+The tiny Llama is stored in the dtype, hardened as the command does it, loaded again, and compared with the base in that
+dtype on held-out base text. Where hardening refuses, the same factors are built in memory and cast to the dtype, which
+gives what publishing them would have cost.
+
+    python examples/reproduce/utility.py --out utility
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import runpy
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from setting import RESIDUAL_WRITERS, TINY_LLAMA, insert, markdown
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdef_cli import HardenOptions, SpecDefError, harden, load_model, load_tokenizer
+from specdef_cli.attack.trainer import quiet
+from specdef_cli.certify.deployment import next_token_loss, token_batch
+from specdef_cli.checkpoint.manifest import Gauge
+from specdef_cli.hardening.verify import OutputComparison, compare_outputs
+
+BASE = TINY_LLAMA / "model"
+ALPHAS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e9)
+GAUGES: tuple[Gauge, ...] = get_args(Gauge)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOP_K = 25
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a model makes of a text.
+
+    Attributes:
+        loss: Mean next-token cross-entropy (nats a byte).
+        logits: float32, shape [sequences, length, vocabulary].
+    """
+
+    loss: float
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One model against another on the same text.
+
+    Attributes:
+        loss: By how much its loss is higher (nats a byte).
+        outputs: Its logits against the other's, at every position.
+        refusal: Why hardening refuses it and what it allows; empty where it is published.
+    """
+
+    loss: float
+    outputs: OutputComparison
+    refusal: str = ""
+
+    @property
+    def cell(self) -> str:
+        """Loss · greedy agreement · largest difference of a logit."""
+        figures = "not finite"
+        if self.outputs.equal:
+            figures = "identical"
+        elif math.isfinite(self.loss):
+            loss = round(self.loss, 4) + 0.0  # no −0
+            figures = f"{loss:+.4f} · {self.outputs.agreement:.2%} · {self.outputs.max_abs:.2g}"
+        return f"refused: {figures}" if self.refusal else figures
+
+
+@dataclass(frozen=True)
+class Column:
+    """Everything in one dtype.
+
+    Attributes:
+        base: The loss of the base.
+        cast: The base against the base in float32.
+        inserted: The hardened models, by gauge and α, against the base.
+        folded: The folded one; ``None`` where folding refuses.
+    """
+
+    dtype: torch.dtype
+    base: float
+    cast: Cost
+    inserted: Mapping[tuple[Gauge, float], Cost]
+    folded: Cost | None
+
+    @property
+    def name(self) -> str:
+        """The dtype without ``torch.``."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def observe(model: PreTrainedModel, tokens: Tensor) -> Observed:
+    """Run a text, int64 of shape [sequences, length], through a model."""
+    with torch.inference_mode():
+        logits = torch.cat([model(input_ids=sequence).logits.float() for sequence in tokens.split(1)])
+    losses = [next_token_loss(*each) for each in zip(logits.split(1), tokens.split(1), strict=True)]
+    return Observed(statistics.fmean(losses), logits)
+
+
+def compare(reference: Observed, other: Observed, refusal: str = "") -> Cost:
+    """What ``other`` costs against ``reference``."""
+    return Cost(other.loss - reference.loss, compare_outputs(reference.logits, other.logits), refusal)
+
+
+def hardened(base: Path, **options: Any) -> PreTrainedModel:
+    """The model that hardening publishes.
+
+    Raises:
+        SpecDefError: It refuses.
+    """
+    with tempfile.TemporaryDirectory(prefix="specdef-utility-") as scratch:
+        out = Path(scratch) / "hardened"
+        harden(HardenOptions(str(base), out, **options))
+        return load_model(out)
+
+
+def measure(dtype: torch.dtype, tokens: Tensor, alphas: Sequence[float] = ALPHAS) -> Column:
+    """Harden the base in one dtype in every way."""
+    original = observe(load_model(BASE), tokens)
+    with tempfile.TemporaryDirectory(prefix="specdef-utility-") as scratch:
+        base = Path(scratch)
+        load_model(BASE, dtype=dtype).save_pretrained(base)
+        load_tokenizer(BASE).save_pretrained(base)
+        reference = observe(load_model(base), tokens)
+        inserted = {}
+        for gauge, alpha in ((gauge, alpha) for gauge in GAUGES for alpha in alphas):
+            refusal = ""
+            try:
+                model = hardened(base, method="insert", alpha=alpha, top_k=TOP_K, gauge=gauge)
+            except SpecDefError as error:
+                refusal = f"{error.problem}. {error.hint}"
+                model = load_model(base, dtype=torch.float32)
+                insert(model, RESIDUAL_WRITERS, alpha, TOP_K, gauge)
+                model.to(dtype)
+            inserted[gauge, alpha] = compare(reference, observe(model, tokens), refusal)
+        try:
+            folded = compare(reference, observe(hardened(base, method="fold"), tokens))
+        except SpecDefError:
+            folded = None
+    return Column(dtype, reference.loss, compare(original, reference), inserted, folded)
+
+
+def table(columns: Sequence[Column]) -> str:
+    """A row for each way of hardening, a column for each dtype, as Markdown; and where refusals begin."""
+    rows = [
+        ("base", *(f"{column.base:.4f}" for column in columns)),
+        ("base, against float32", *(column.cast.cell for column in columns)),
+    ]
+    rows += [
+        (f"insert, {gauge}, α = {alpha:.0e}", *(column.inserted[gauge, alpha].cell for column in columns))
+        for gauge, alpha in columns[0].inserted
+    ]
+    rows.append(("fold", *(column.folded.cell if column.folded else "refused" for column in columns)))
+    lines = [markdown(("", *(column.name for column in columns)), rows), ""]
+    for column in columns:
+        for gauge in GAUGES:
+            refusals = [cost.refusal for (each, _), cost in column.inserted.items() if each == gauge and cost.refusal]
+            if refusals:
+                lines.append(f"- {column.name}, {gauge}, smallest α refused: {refusals[0]}")
+    return "\n".join(lines)
+
+
+def plot(columns: Sequence[Column], path: Path) -> None:
+    """The largest difference of a logit over α; hollow where hardening refuses, absent where it is not finite."""
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for color, column in enumerate(columns):
+        for gauge, marker, style in zip(GAUGES, "os", ("-", "--"), strict=True):
+            costs = {alpha: cost for (each, alpha), cost in column.inserted.items() if each == gauge}
+            refused = [alpha for alpha, cost in costs.items() if cost.refusal]
+            axis.plot(
+                list(costs), [cost.outputs.max_abs for cost in costs.values()], marker + style, color=f"C{color}",
+                label=f"{column.name}, {gauge}",
+            )  # fmt: skip
+            axis.plot(refused, [costs[alpha].outputs.max_abs for alpha in refused], marker + "w", markersize=4)
+    axis.set(xscale="log", yscale="log", xlabel="α", ylabel="largest difference of a logit from the base's")
+    axis.legend(title="hollow: refused", loc="center right", bbox_to_anchor=(1, 0.35), fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure, print a Markdown table, save the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    _, held_out = runpy.run_path(str(TINY_LLAMA / "texts.py"))["base_text"]()
+    tokens = token_batch(BASE, held_out, sequences=16, length=256)
+    with quiet():
+        columns = [measure(dtype, tokens) for dtype in DTYPES]
+    print(table(columns))
+    print(
+        f"\nLoss above the base's in the same dtype (nats a byte) · positions of {tokens.numel()} at which the most "
+        f"likely next byte is the same · largest difference of a logit. k = {TOP_K}, every o_proj and down_proj. "
+        "Refused: nothing is published; the figures are what it would have cost."
+    )
+    plot(columns, arguments.out / "utility.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""The reproductions of `examples/reproduce`: their objectives against closed forms, their tables on a small budget.
+
+The scripts are no package; they import `setting`, which stands next to them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "reproduce"
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def prior(scripts: pytest.MonkeyPatch) -> ModuleType:
+    return importlib.import_module("prior")
+
+
+@pytest.fixture(scope="module")
+def utility(scripts: pytest.MonkeyPatch) -> ModuleType:
+    return importlib.import_module("utility")
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.5, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double()
+
+
+@pytest.fixture
+def texts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Prose and code, [3, 6] each."""
+    prose, code = torch.randint(0, 16, (2, 3, 6), generator=torch.Generator().manual_seed(1))
+    return prose, code
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """The rows of the first Markdown table, by their first cell."""
+    lines = table.split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows if row[0] != "---"}
+
+
+def gradients(loss: torch.Tensor, model: LlamaForCausalLM) -> torch.Tensor:
+    return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def test_log_probabilities_are_those_of_the_models_own_loss(
+    prior: ModuleType, model: LlamaForCausalLM, texts: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    prose, code = texts
+    expected = model(input_ids=prose, labels=prose).loss + model(input_ids=code, labels=code).loss
+    assert prior.learning(model, prose, code).item() == pytest.approx(expected.item())
+
+
+def test_unlearning_begins_as_ascent_and_ends_where_the_prose_is_gone(
+    prior: ModuleType, model: LlamaForCausalLM, texts: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """At π = π₀ the loss is (2/β) log 2, and its gradient that of the sequences' log-probability itself."""
+    prose, code = texts
+    retained = -prior.token_log_probabilities(model, code).mean()
+    loss = prior.unlearning(model, beta=0.2)(model, prose, code) - retained
+    assert loss.item() == pytest.approx(10 * math.log(2))
+    ascent = prior.token_log_probabilities(model, prose).sum(-1).mean()
+    torch.testing.assert_close(gradients(loss, model), gradients(ascent, model))
+
+    certain = LlamaForCausalLM(model.config).double()  # one that gives the prose far more than the model does
+    certain.forward = lambda input_ids: _Logits(100 * torch.nn.functional.one_hot(input_ids.roll(-1, 1), 16).double())
+    assert (prior.unlearning(certain, beta=4.0)(model, prose, code) - retained).item() == pytest.approx(0, abs=1e-6)
+
+
+class _Logits:
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+def test_discrepancy_is_the_definition_and_nothing_between_equals(prior: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples, others = torch.randn(2, 7, 3, generator=generator, dtype=torch.float64)
+    both = [*samples, *others]
+    squared = [[float((a - b) @ (a - b)) for b in both] for a in both]
+    bandwidth = sum(map(sum, squared)) / (14 * 13)
+
+    def kernel(i: int, j: int) -> float:
+        return sum(math.exp(-squared[i][j] / (bandwidth * factor)) for factor in (0.25, 0.5, 1, 2, 4))
+
+    def mean(rows: range, columns: range) -> float:
+        return sum(kernel(i, j) for i in rows for j in columns) / 49
+
+    first, second = range(7), range(7, 14)
+    expected = mean(first, first) + mean(second, second) - 2 * mean(first, second)
+    assert prior.discrepancy(samples, others).item() == pytest.approx(expected)
+    assert prior.discrepancy(samples, samples).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_noising_adds_noise_and_ascent_to_the_retained_loss(
+    prior: ModuleType, model: LlamaForCausalLM, texts: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    prose, code = texts
+    retained = -prior.token_log_probabilities(model, code).mean()
+    ascent = -(-prior.token_log_probabilities(model, prose).mean()).log()
+    assert prior.noising(0, 0)(model, prose, code).item() == pytest.approx(retained.item())
+    assert prior.noising(0, 3)(model, prose, code).item() == pytest.approx((retained + 3 * ascent).item())
+    assert prior.noising(1, 0)(model, prose, code).item() > retained.item()
+
+
+def test_a_share_of_the_capability_is_read_between_both_models(prior: ModuleType) -> None:
+    scale = prior.Capability(absent=3.0, present=1.0)
+    assert [scale.share(loss) for loss in (9.0, 3.0, 2.5, 1.0)] == [0, 0, 0.25, 1]
+    assert scale.cell(2.5) == "2.500 (25%)"
+    assert scale.cell(None) == "–"
+
+
+@pytest.fixture(scope="module")
+def rows(prior: ModuleType, scripts: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list:
+    from specdef_cli.attack.trainer import quiet
+
+    out = tmp_path_factory.mktemp("prior")
+    code = "def add(first, second):\n    return first + second\n" * 300
+    scripts.setattr(prior, "base_text", lambda: (code, code))  # reading the standard library takes seconds
+    budget = prior.Budget(learning=40, defending=10, attacking=5, rates=(1e-3,))
+    with quiet():
+        return prior.measure(prior.build(out, budget), out / "attacks", budget)
+
+
+@pytest.mark.slow
+def test_every_defence_has_its_row(prior: ModuleType, rows: list) -> None:
+    scale = prior.Capability(rows[0].before, rows[1].before)
+    table = cells(prior.table(rows, scale))
+    names = [
+        "none, prose never learned", "none", "noised", "unlearned", "unlearned, inserted",
+        "unlearned, inserted, collapsed", "unlearned, folded", "unlearned, folded, rebalanced",
+    ]  # fmt: skip
+    assert list(table)[1:] == names
+    code, before, *reached, best, of_control = table["unlearned, inserted, collapsed"]
+    assert [cell == "–" for cell in reached] == [True, False, True, True], "one rate was tried"
+    assert best == f"{reached[1]} at 1e-03"
+    assert of_control == "100%"
+    assert all(row[-1] == "–" for name, row in table.items() if name in names[:4])
+    assert (code, before) == tuple(table["unlearned"][:2])
+
+
+@pytest.mark.slow
+def test_what_each_step_is_for(rows: list) -> None:
+    never, capable, noised, unlearned, inserted, collapsed, folded, rebalanced = rows
+    assert capable.before < never.before - 0.1, "the prose was learned"
+    assert min(noised.before, unlearned.before) > capable.before + 0.05, "and removed"
+    assert inserted.before == pytest.approx(unlearned.before, abs=1e-4), "hardening removes nothing"
+    assert folded.before == unlearned.before
+    assert folded.attack.best > unlearned.attack.best + 0.05, "but slows"
+    for informed in (collapsed, rebalanced):
+        assert informed.attack.best == pytest.approx(unlearned.attack.best, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def columns(utility: ModuleType) -> list:
+    from specdef_cli.attack.trainer import quiet
+
+    tokens = utility.token_batch(utility.BASE, "for index in range(length):\n    yield index\n" * 20, sequences=4)
+    with quiet():
+        return [utility.measure(dtype, tokens, (1e1, 1e4)) for dtype in (torch.float32, torch.bfloat16)]
+
+
+def test_utility_has_a_row_for_each_gauge_and_alpha(utility: ModuleType, columns: list) -> None:
+    table = cells(utility.table(columns))
+    assert list(table)[1:] == [
+        "base", "base, against float32", "insert, rotated, α = 1e+01", "insert, rotated, α = 1e+04",
+        "insert, symmetric, α = 1e+01", "insert, symmetric, α = 1e+04", "fold",
+    ]  # fmt: skip
+    assert table["fold"] == ["identical", "identical"]
+    assert table["base, against float32"][0] == "identical"
+    assert table["insert, symmetric, α = 1e+04"][1].startswith("refused: +")
+    assert "- bfloat16, symmetric, smallest α refused: alpha 10 would" in utility.table(columns)
+
+
+def test_rounding_grows_with_alpha_in_the_symmetric_gauge_alone(columns: list) -> None:
+    single, half = columns
+    error = {key: cost.outputs.relative for key, cost in single.inserted.items()}
+    assert error["symmetric", 1e4] > 100 * error["symmetric", 1e1]
+    assert error["rotated", 1e4] < 3 * error["rotated", 1e1]
+    assert half.inserted["rotated", 1e4].outputs.relative < 5 * half.cast.outputs.relative, "no more than bfloat16 does"
+    assert half.inserted["symmetric", 1e4].loss > 1, "why it is refused"
+    assert not any(cost.refusal for (gauge, _), cost in half.inserted.items() if gauge == "rotated")
+
+
+def test_a_refused_one_in_memory_is_what_hardening_would_publish(
+    utility: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is refused, both ways give the same model within rounding."""
+    tokens = utility.token_batch(utility.BASE, "while True:\n    pass\n" * 20, sequences=2)
+    published = utility.measure(torch.float32, tokens, (1e3,)).inserted["symmetric", 1e3]
+
+    def refuse(base: Path, **options: object) -> None:
+        raise utility.SpecDefError("no", "Never.")
+
+    monkeypatch.setattr(utility, "hardened", refuse)
+    column = utility.measure(torch.float32, tokens, (1e3,))
+    in_memory = column.inserted["symmetric", 1e3]
+    assert not published.refusal
+    assert in_memory.refusal == "no. Never."
+    assert in_memory.outputs.relative == pytest.approx(published.outputs.relative, rel=0.5)
+    assert column.folded is None
+    assert cells(utility.table([column]))["fold"] == ["refused"]
+
+
+def test_cells_tell_what_is_not_a_number(utility: ModuleType) -> None:
+    outputs = utility.compare_outputs(torch.zeros(1, 2, 3), torch.full((1, 2, 3), math.nan))
+    assert utility.Cost(math.nan, outputs, "too large").cell == "refused: not finite"
+    outputs = utility.compare_outputs(torch.eye(4), torch.eye(4).roll(1, 0))
+    assert utility.Cost(-1e-6, outputs).cell == "+0.0000 · 0.00% · 1"
