@@ -77,7 +77,7 @@ def task_accuracy(
 
 @cache
 def _task_manager(task_directory: Path | None) -> Any:
-    """lm-eval's index of tasks. It reads ten thousand files, which takes longer than a short run does."""
+    """lm-eval's index of tasks. It reads more than ten thousand files, which takes longer than a short run does."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(verbosity="ERROR", include_path=None if task_directory is None else str(task_directory))
