@@ -23,22 +23,32 @@ class Scaled(nn.Module):
     """w = s·v.
 
     Args:
-        scale: s, of a shape that w's broadcasts with; powers of two.
+        scales: The factors of s, powers of two in shapes that w's broadcasts with: rows' and columns' are never
+            multiplied out, which would take another copy of w.
     """
 
-    scale: Tensor
-
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, *scales: Tensor) -> None:
         super().__init__()
-        self.register_buffer("scale", scale, persistent=False)
+        self.count = len(scales)
+        for number, scale in enumerate(scales):
+            self.register_buffer(f"scale{number}", scale, persistent=False)
+
+    @property
+    def scales(self) -> tuple[Tensor, ...]:
+        """The factors of s."""
+        return tuple(self.get_buffer(f"scale{number}") for number in range(self.count))
 
     def forward(self, trained: Tensor) -> Tensor:
         """w."""
-        return self.scale * trained
+        for scale in self.scales:
+            trained = trained * scale
+        return trained
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """v."""
-        return weight / self.scale
+        for scale in self.scales:
+            weight = weight / scale
+        return weight
 
 
 def scale_rates(model: nn.Module) -> Growth:
@@ -53,19 +63,19 @@ def scale_rates(model: nn.Module) -> Growth:
         if isinstance(module, nn.Embedding):
             continue
         scales = {
-            name: _scale(module, name, parameter.detach())
+            name: _scales(module, name, parameter.detach())
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.requires_grad and parameter not in shared and parameter.ndim <= 3
         }
-        scales = {name: scale for name, scale in scales.items() if bool((scale != 1).any())}
-        for name, scale in scales.items():
-            changed += scale.numel()
-            parametrize.register_parametrization(module, name, Scaled(scale))
+        scales = {name: found for name, found in scales.items() if any(bool((scale != 1).any()) for scale in found)}
+        for name, found in scales.items():
+            changed += module.get_parameter(name).numel()
+            parametrize.register_parametrization(module, name, Scaled(*found))
         layers += bool(scales)
     return Growth(layers, changed, changed, 0)
 
 
-def channel_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
+def channel_scales(weight: Tensor) -> tuple[Tensor, ...]:
     """The scales of rows [..., m, 1] and of columns [..., 1, n], powers of two.
 
     Args:
@@ -75,16 +85,22 @@ def channel_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
     return _relative(size.median(-1, keepdim=True).values), _relative(size.median(-2, keepdim=True).values)
 
 
-def _scale(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    if parameter.ndim >= 2:
-        rows, columns = channel_scales(parameter)
-        return (rows * columns).to(parameter.dtype)
+def parameter_name(name: str) -> str:
+    """What a parameter was called before :func:`scale_rates`."""
+    return name.replace(".parametrizations.", ".").removesuffix(".original")
+
+
+def _scales(module: nn.Module, name: str, parameter: Tensor) -> tuple[Tensor, ...]:
     weight = getattr(module, "weight", None)
-    if name == "bias" and isinstance(weight, Tensor) and weight.ndim == 2:
+    if parameter.ndim >= 2:
+        found = channel_scales(parameter)
+    elif name == "bias" and isinstance(weight, Tensor) and weight.ndim == 2:
         # A bias is scaled as the outputs that it is added to; its own size says little, being near zero for many.
         rows, columns = channel_scales(weight.detach())
-        return (columns if isinstance(module, Conv1D) else rows).flatten().to(parameter.dtype)
-    return _relative(parameter.float().abs()).to(parameter.dtype)
+        found = ((columns if isinstance(module, Conv1D) else rows).flatten(),)
+    else:
+        found = (_relative(parameter.float().abs()),)
+    return tuple(scale.to(parameter.dtype) for scale in found)
 
 
 def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:

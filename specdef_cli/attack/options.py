@@ -98,7 +98,9 @@ class AttackOptions:
         max_grad_norm: Gradient clipping, as the Trainer does it; 0 turns it off.
         weight_decay: As the optimizer takes it.
         steps: Optimizer steps of every run.
-        batch_size: Sequences of a step, over all processes together.
+        batch_size: Sequences of a step, over all processes and passes together.
+        gradient_accumulation: Passes that the sequences of a step are split into, to save memory.
+        gradient_checkpointing: Compute activations again in the backward pass, to save memory.
         sequence_length: Tokens of a sequence.
         eval_every: Steps between evaluations; ``None`` is a tenth of the steps.
         eval_sequences: Held-out sequences that are evaluated, at most.
@@ -144,6 +146,8 @@ class AttackOptions:
     weight_decay: float = 0.0
     steps: int = 30
     batch_size: int = 16
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
     sequence_length: int = 128
     eval_every: int | None = None
     eval_sequences: int = 64
@@ -163,7 +167,9 @@ class AttackOptions:
         _choice("dtype", self.dtype, get_args(Dtype))
         if self.task is not None:
             _choice("task", self.task, get_args(Task))
-        for name in ("steps", "batch_size", "eval_sequences", "lora_rank", "sequence_length", "jobs"):
+        for name in (
+            "steps", "batch_size", "gradient_accumulation", "eval_sequences", "lora_rank", "sequence_length", "jobs",
+        ):  # fmt: skip
             _positive(name, getattr(self, name))
         if self.sequence_length < 2:
             raise SpecDefError(

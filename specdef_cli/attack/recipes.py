@@ -19,6 +19,7 @@ from peft.utils.constants import (
 from torch import nn
 from transformers import PreTrainedModel
 
+from specdef_cli.attack.channel_rates import parameter_name
 from specdef_cli.attack.expansions import hardened_paths, original_name
 from specdef_cli.attack.spec import Task
 from specdef_cli.attack.training import ADAPTERS, Training
@@ -71,7 +72,8 @@ def train_only(model: nn.Module, globs: Iterable[str]) -> None:
     layers = hardened_paths(model)
     patterns = tuple(globs)
     unused = set(patterns)
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
+        name = parameter_name(full_name)
         names = {name, original_name(name, layers)}
         hits = {pattern for pattern in patterns if any(fnmatchcase(each, pattern) for each in names)}
         unused -= hits

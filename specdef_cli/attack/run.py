@@ -30,7 +30,7 @@ from specdef_cli.attack.retained import retained_sequences
 from specdef_cli.attack.schedule import run_all
 from specdef_cli.attack.spec import RunSpec, Task, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
-from specdef_cli.attack.trainer import quiet, train_run
+from specdef_cli.attack.trainer import Memory, quiet, train_run
 from specdef_cli.attack.training import Training
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive, require_outside, writable_ancestor
@@ -99,7 +99,14 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
             store.remove_unfinished()
         outcome = run_all(
             plan,
-            TrainRun(control_directory, directory, data, options.trust_remote_code, options.eval_task_path),
+            TrainRun(
+                control_directory,
+                directory,
+                data,
+                Memory(options.gradient_accumulation, options.gradient_checkpointing),
+                options.trust_remote_code,
+                options.eval_task_path,
+            ),
             load=store.load,
             save=store.save if state.is_main_process else lambda result: None,
             jobs=options.jobs,
@@ -128,6 +135,7 @@ class TrainRun:
     control: Path
     model: Path
     data: AttackData
+    memory: Memory
     trust_remote_code: bool
     eval_task_path: Path | None
 
@@ -144,6 +152,7 @@ class TrainRun:
                 spec,
                 directory,
                 self.data,
+                memory=self.memory,
                 on_step=on_step,
                 trust_remote_code=self.trust_remote_code,
                 eval_task_path=self.eval_task_path,

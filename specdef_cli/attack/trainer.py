@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,25 @@ from specdef_cli.runtime.load import load_model, load_tokenizer
 from specdef_cli.runtime.processes import process_state
 
 
+@dataclass(frozen=True)
+class Memory:
+    """How the memory of a step is kept down. Curves stay the same but for rounding, so no specification names it.
+
+    Attributes:
+        accumulation: Passes that the sequences of a step are split into.
+        checkpointing: Compute activations once more in the backward pass instead of keeping them.
+    """
+
+    accumulation: int = 1
+    checkpointing: bool = False
+
+
 def train_run(
     spec: RunSpec,
     directory: Path,
     data: AttackData,
     *,
+    memory: Memory = Memory(),
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     trust_remote_code: bool = False,
     eval_task_path: Path | None = None,
@@ -55,6 +70,7 @@ def train_run(
         spec: What to run.
         directory: The checkpoint, base or hardened.
         data: The tokens; the same object for the control and the attack.
+        memory: How memory is kept down.
         on_step: Called after each optimizer step.
         trust_remote_code: Passed on to transformers.
         eval_task_path: Where the user's own tasks of lm-eval are.
@@ -64,7 +80,7 @@ def train_run(
             split over the processes.
     """
     state = process_state()
-    _check_processes(spec, state)
+    _check_passes(spec, state, memory)
     with quiet(), _older_objects_left_alone(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
         # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same for
         # the control.
@@ -80,7 +96,7 @@ def train_run(
         model = apply_recipe(model, spec.training, spec.task)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         recorder = Recorder(on_step)
-        trainer = make_trainer(spec, model, data, recorder, scratch)
+        trainer = make_trainer(spec, model, data, recorder, scratch, memory)
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
@@ -109,19 +125,26 @@ def train_run(
     return result
 
 
-def _check_processes(spec: RunSpec, state: PartialState) -> None:
-    """Refuse what several processes cannot do together."""
+def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
+    """Refuse what does not split over processes and passes."""
     choice = optimizer_choice(spec.optimizer)
-    if spec.batch_size % state.num_processes:
+    if spec.batch_size % (state.num_processes * memory.accumulation):
+        over = [f"{state.num_processes} processes"] * (state.num_processes > 1)
+        over += [f"{memory.accumulation} passes"] * (memory.accumulation > 1)
         raise SpecDefError(
-            f"--batch-size {spec.batch_size} does not split over {state.num_processes} processes",
-            f"Give a multiple of {state.num_processes}.",
+            f"--batch-size {spec.batch_size} does not split over {' of '.join(over)}",
+            f"Give a multiple of {state.num_processes * memory.accumulation}.",
         )
     if choice.second_order and state.num_processes > 1:
         raise SpecDefError(
             f"--optimizer {spec.optimizer} differentiates the gradient, which is not possible over "
             f"{state.num_processes} processes",
             "Run it without `accelerate launch`, or choose a first-order optimizer.",
+        )
+    if choice.second_order and memory != Memory():
+        raise SpecDefError(
+            f"--optimizer {spec.optimizer} differentiates the gradient, which needs all of a step's graph",
+            "Leave --gradient-accumulation and --gradient-checkpointing out, or choose a first-order optimizer.",
         )
 
 
@@ -233,14 +256,33 @@ class SecondOrderTrainer(AttackTrainer):
         return loss.detach()
 
 
-def make_trainer(spec: RunSpec, model: nn.Module, data: AttackData, recorder: Recorder, scratch: str) -> Trainer:
-    """The Trainer of a run, silent and without checkpoints."""
+def make_trainer(
+    spec: RunSpec,
+    model: nn.Module,
+    data: AttackData,
+    recorder: Recorder,
+    scratch: str,
+    memory: Memory = Memory(),
+) -> Trainer:
+    """The Trainer of a run, silent and without checkpoints.
+
+    Raises:
+        SpecDefError: The model cannot compute its activations again.
+    """
     choice = optimizer_choice(spec.optimizer)
+    if memory.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise SpecDefError(
+            f"{type(model).__name__} does not support --gradient-checkpointing",
+            "Leave it out; --gradient-accumulation also saves memory.",
+        )
     arguments = TrainingArguments(
         output_dir=scratch,
         max_steps=spec.steps,
-        per_device_train_batch_size=spec.batch_size // process_state().num_processes,
-        per_device_eval_batch_size=spec.batch_size,
+        per_device_train_batch_size=spec.batch_size // process_state().num_processes // memory.accumulation,
+        per_device_eval_batch_size=spec.batch_size // memory.accumulation,
+        gradient_accumulation_steps=memory.accumulation,
+        gradient_checkpointing=memory.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if memory.checkpointing else None,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.schedule,
         warmup_steps=spec.warmup_steps,

@@ -73,6 +73,12 @@ def attack_command(
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of every run.", show_default="30")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step.", show_default="16")] = None,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Passes that a step's sequences are split into, to save memory.")
+    ] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to save memory.")
+    ] = False,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="128")] = None,
     eval_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations.", show_default="a tenth of the steps")
@@ -192,6 +198,8 @@ def attack_command(
         expansions=tuple(expansions),
         freeze_compensation=freeze_compensation,
         channel_rates=channel_rates,
+        gradient_accumulation=gradient_accumulation,
+        gradient_checkpointing=gradient_checkpointing,
         collapse=collapse,
         rebalance=rebalance,
         train=tuple(train or ()),

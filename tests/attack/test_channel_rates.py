@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.attack.channel_rates import channel_scales, scale_rates
+from specdef_cli.attack.recipes import train_only
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
@@ -100,3 +101,14 @@ def test_what_is_shared_or_frozen_keeps_one_rate() -> None:
     model = nn.ModuleList([embedding, head, frozen])
     assert scale_rates(model).layers == 0
     assert {name for name, _ in model.named_parameters()} == {"0.weight", "2.weight"}
+
+
+def test_a_glob_means_the_same(tmp_path: Path) -> None:
+    model = load_model(write_case("llama", tmp_path / "base"))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[1] *= 2**10
+    scale_rates(model)
+    train_only(model, ["*.v_proj.weight"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == len(model.model.layers)
+    assert "model.layers.0.self_attn.v_proj.parametrizations.weight.original" in trained

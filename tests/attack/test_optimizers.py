@@ -27,8 +27,15 @@ from specdef_cli.attack.optimizer_groups import build_optimizer, hidden_matrices
 from specdef_cli.attack.optimizers import OPTIMIZERS, optimizer_choice
 from specdef_cli.attack.recorder import Recorder
 from specdef_cli.attack.spec import RunSpec, Variant
-from specdef_cli.attack.trainer import AttackTrainer, _check_processes, load_for_training, make_trainer, train_run
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.trainer import (
+    AttackTrainer,
+    Memory,
+    _check_passes,
+    load_for_training,
+    make_trainer,
+    train_run,
+)
+from specdef_cli.attack.training import Training, adapters
 from specdef_cli.errors import SpecDefError
 
 SECOND_ORDER = [name for name, choice in OPTIMIZERS.items() if choice.second_order]
@@ -215,9 +222,42 @@ def test_madam_commutes_with_scaling() -> None:
 
 def test_second_order_is_refused_over_processes() -> None:
     state: Any = SimpleNamespace(num_processes=2)
-    _check_processes(spec("adamw"), state)
+    _check_passes(spec("adamw"), state, Memory())
     with pytest.raises(SpecDefError, match="--optimizer sophia"):
-        _check_processes(spec("sophia"), state)
+        _check_passes(spec("sophia"), state, Memory())
+    with pytest.raises(SpecDefError, match="--batch-size 4 does not split over 2 processes of 4 passes"):
+        _check_passes(spec("adamw"), state, Memory(accumulation=4))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_saving_memory_changes_no_curve(
+    base: Path, memorizable: AttackData, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    passes: list[tuple[int, bool]] = []
+    step = AttackTrainer.training_step
+
+    def record(self: Any, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+        passes.append((len(inputs["input_ids"]), model.is_gradient_checkpointing))
+        return step(self, model, inputs, *arguments, **keywords)
+
+    monkeypatch.setattr(AttackTrainer, "training_step", record)
+    run = spec("adamw", training=adapters(method) if method != "full" else Training())
+    plain = train_run(run, base, memorizable)
+    saving = train_run(run, base, memorizable, memory=Memory(accumulation=2, checkpointing=True))
+    assert passes == [(4, False)] * STEPS + [(2, True)] * 2 * STEPS
+    for one, other in ((plain.evaluations, saving.evaluations), (plain.train, saving.train)):
+        assert [point.loss for point in one] == pytest.approx([point.loss for point in other], rel=1e-5)
+    assert plain.evaluations[-1].loss != plain.evaluations[0].loss
+
+
+def test_saving_memory_is_refused_where_it_cannot_be(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
+    with pytest.raises(SpecDefError, match="--optimizer sophia differentiates the gradient"):
+        train_run(spec("sophia"), base, memorizable, memory=Memory(checkpointing=True))
+    model = load_for_training(spec("adamw"), base, memorizable, False)
+    model.supports_gradient_checkpointing = False
+    recorder = Recorder(lambda step, loss: None)
+    with pytest.raises(SpecDefError, match="LlamaForCausalLM does not support --gradient-checkpointing"):
+        make_trainer(spec("adamw"), model, memorizable, recorder, str(tmp_path), Memory(checkpointing=True))
 
 
 def test_shards_are_refused_by_what_needs_whole_tensors(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
