@@ -13,8 +13,8 @@ SUITE := $(DEMO)/suite
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce test test-all faults lint format bench \
-  train-example clean
+.PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce reproduce-mixing reproduce-unet \
+  reproduce-wmdp test test-all faults lint format bench train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,17 @@ reproduce: $(HARDENED:%=$(SUITE)/%)  ## the README's other figures: curvature, b
 	for name in curvature bound divergence injection utility prior; do \
 	  $(BIN)/python examples/reproduce/$$name.py --out $(DEMO)/reproduce | tee $(DEMO)/reproduce/$$name.md; done
 	$(BIN)/python examples/reproduce/deployment.py $(TINY) $(HARDENED:%=$(SUITE)/%) | tee $(DEMO)/reproduce/deployment.md
+
+reproduce-mixing: install  ## folds that mix channels, against an optimizer that ignores scales
+	$(BIN)/python examples/reproduce/mixing.py --out $(DEMO)/mixing --jobs $(JOBS) | tee $(DEMO)/mixing.md
+
+reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, under LoRA
+	$(BIN)/python examples/reproduce/unet.py --out $(DEMO)/unet | tee $(DEMO)/unet.md
+
+reproduce-wmdp: install  ## the paper's main experiment, on the tiny Llama with a stand-in for WMDP
+	PYTHON=$(BIN)/python MODEL=$(TINY) DATASET=examples/reproduce/standin/sums_corpus.jsonl EVAL_TASKS=standin_sums \
+	  UTILITY_TASKS=standin_python EVAL_TASK_PATH=examples/reproduce/standin STEPS=4 PAPER_DTYPE=float32 \
+	  CERTIFY=--no-deployment JOBS=$(JOBS) OUT=$(DEMO)/wmdp bash examples/reproduce/llama_wmdp.sh
 
 test: install  ## the test suite (about ten minutes on two cores)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile

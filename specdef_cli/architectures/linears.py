@@ -46,7 +46,7 @@ class LinearSite:
     role: Role
 
 
-# Suffixes of module paths inside a block. The key is `config.model_type`.
+# Suffixes of module paths inside a block. The key is `config.model_type`; of a model of diffusers, its class.
 _LLAMA_LIKE: dict[str, Role] = {"self_attn.o_proj": "attention_output", "mlp.down_proj": "mlp_down"}
 _BERT_LIKE: dict[str, Role] = {
     "attention.output.dense": "attention_output",
@@ -71,6 +71,7 @@ _ROLES: dict[str, dict[str, Role]] = {
     "gpt_neox": {"attention.dense": "attention_output", "mlp.dense_4h_to_h": "mlp_down"},
     "vit": {"attention.o_proj": "attention_output", "mlp.fc2": "mlp_down"},
     **dict.fromkeys(("t5", "mt5"), _T5_LIKE),
+    "UNet2DConditionModel": {"to_out.0": "attention_output", "ff.net.2": "mlp_down"},
 }
 
 _HEAD_NAMES = re.compile(r"(^|\.)(lm_head|classifier|score|qa_outputs|cls|classification_head|embed_out)(\.|$)")
@@ -80,7 +81,7 @@ def linear_sites(
     config: PreTrainedConfig,
     tensors: Mapping[str, tuple[int, ...]],
     *,
-    model: PreTrainedModel | None = None,
+    model: nn.Module | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[LinearSite, ...]:
     """All linear layers with a weight of their own on disk, in the model's order.
@@ -126,7 +127,7 @@ def require_insertable(
     config: PreTrainedConfig,
     sites: tuple[LinearSite, ...],
     *,
-    model: PreTrainedModel | None = None,
+    model: nn.Module | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Check that transformers will find the factors of every site under the names that insert writes.
@@ -153,8 +154,10 @@ def require_insertable(
             )
 
 
-def _is_head(model: PreTrainedModel, path: str, module: nn.Module) -> bool:
+def _is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
     """Whether ``module`` turns hidden states into an output, so that it is what an attacker replaces anyway."""
+    if not isinstance(model, PreTrainedModel):
+        return False
     if module is model.get_output_embeddings() or _HEAD_NAMES.search(path):
         return True
     prefix = model.base_model_prefix
@@ -162,7 +165,7 @@ def _is_head(model: PreTrainedModel, path: str, module: nn.Module) -> bool:
     return has_base and not path.startswith(f"{prefix}.")
 
 
-def _roles(model: PreTrainedModel) -> dict[str, Role]:
+def _roles(model: nn.Module) -> dict[str, Role]:
     roles: dict[str, Role] = {}
     for container, linears in _groups(model).items():
         family = _ROLES.get(_family(model, container))
@@ -179,7 +182,7 @@ def _roles(model: PreTrainedModel) -> dict[str, Role]:
     return roles
 
 
-def _groups(model: PreTrainedModel) -> dict[str, list[str]]:
+def _groups(model: nn.Module) -> dict[str, list[str]]:
     """Linears of each direct submodule of each block, in order; those directly in a block count as one submodule."""
     blocks = sorted(repeated_blocks(model), key=len, reverse=True)
     groups: dict[str, list[str]] = {}
@@ -204,11 +207,11 @@ def _last_writer(model: PreTrainedModel, linears: list[str]) -> str | None:
     return None
 
 
-def _family(model: PreTrainedModel, path: str) -> str:
-    """``config.model_type`` of the innermost pretrained model around ``path`` (multimodal models nest several)."""
-    owner: nn.Module = model
-    family = model.config.model_type
-    for name in path.split("."):
+def _family(model: nn.Module, path: str) -> str:
+    """The family of the innermost pretrained model around ``path`` (multimodal models nest several)."""
+    owner = model
+    family = type(model).__name__
+    for name in ("", *path.split(".")):
         owner = owner.get_submodule(name)
         if isinstance(owner, PreTrainedModel):
             family = owner.config.model_type

@@ -4,6 +4,7 @@ The two differ more often than one would think: a ViT checkpoint stores ``encode
 for the parameter ``layers.0.attention.q_proj``, a Mixtral checkpoint stores one tensor an expert where the model has
 one stacked parameter, a checkpoint of the bare model lacks the prefix that the model with a head has. Transformers
 resolves all of it while loading; asking its own conversion mapping, on a model without storage, is the way to agree.
+diffusers has no such mapping: there, and in any other module, the names on disk are those of the parameters.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from specdef_cli.errors import SpecDefError
 
+DIFFUSION_MODELS = ("UNet2DConditionModel",)
+"""The classes of diffusers that can be hardened."""
 
-def meta_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+
+def meta_model(config: PreTrainedConfig | Mapping[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
     """The model of ``config.architectures[0]`` (``AutoModel``'s choice where that is unset), without storage.
 
     Args:
-        config: A native config; of a hardened directory, the base model's.
+        config: A native config; of a hardened directory, the base model's. Of a diffusers model, its ``config.json``.
         trust_remote_code: Whether code that the checkpoint brings along may be run.
 
     Returns:
@@ -36,6 +40,8 @@ def meta_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     Raises:
         SpecDefError: Transformers knows no such class, it needs code that is not trusted, or it refuses the config.
     """
+    if isinstance(config, Mapping):
+        return _diffusion_model(config)
     # A copy, because building a model writes into its config; eager, because a config may name an attention kernel that
     # is not installed here and that has no bearing on names.
     config = copy.deepcopy(config)
@@ -55,6 +61,30 @@ def meta_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         raise SpecDefError(
             f"{architecture or config.model_type} cannot be built from this config.json: {first_line}",
             "Check that config.json belongs to this checkpoint and that transformers supports the model.",
+        ) from error
+
+
+def _diffusion_model(config: Mapping[str, Any]) -> nn.Module:
+    name = config["_class_name"]
+    if name not in DIFFUSION_MODELS:
+        raise SpecDefError(
+            f"{name!r} is not among the models of diffusers that can be hardened",
+            f"Give a directory with a {', '.join(DIFFUSION_MODELS)}, such as the unet/ of a Stable Diffusion pipeline.",
+        )
+    try:
+        import diffusers
+    except ImportError as error:
+        raise SpecDefError(
+            f"{name} is a model of diffusers, which is not installed", "pip install 'specdef-cli[diffusion]'"
+        ) from error
+    try:
+        with torch.device("meta"):
+            return getattr(diffusers, name).from_config(dict(config))
+    except Exception as error:  # as in meta_model
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SpecDefError(
+            f"{name} cannot be built from this config.json: {first_line}",
+            "Check that config.json belongs to this checkpoint and that diffusers supports the model.",
         ) from error
 
 
@@ -105,19 +135,20 @@ class TensorNames:
         return sources[0] if len(sources) == 1 and parameter not in self.converted else None
 
 
-def match_names(model: PreTrainedModel, tensors: Iterable[str], *, added: Iterable[str] = ()) -> TensorNames:
-    """Match tensor names on disk with the parameters of ``model``, by the rules transformers loads them with.
+def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str] = ()) -> TensorNames:
+    """Match tensor names on disk with the parameters of ``model``, by the rules its library loads them with.
 
     Args:
         model: The model, usually on the meta device.
         tensors: Names on disk.
         added: Parameter names to count as the model's, beyond those it has (layers that a hardened model will grow).
     """
-    transforms = get_model_conversion_mapping(model)
+    native = isinstance(model, PreTrainedModel)
+    transforms = get_model_conversion_mapping(model) if native else []
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     known: dict[str, Any] = {**model.state_dict(), **dict.fromkeys(added, True)}
-    prefix = model.base_model_prefix
+    prefix = model.base_model_prefix if native else ""
 
     parameters: dict[str, str] = {}
     sources: dict[str, list[str]] = {}
@@ -143,13 +174,13 @@ def match_names(model: PreTrainedModel, tensors: Iterable[str], *, added: Iterab
     )
 
 
-def tied_parameters(model: PreTrainedModel) -> frozenset[str]:
+def tied_parameters(model: nn.Module) -> frozenset[str]:
     """Names of all parameters that share their storage with another one, or will once the model is loaded."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     shared = {name for names in owners.values() if len(names) > 1 for name in names}
-    keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    keys = model.get_expanded_tied_weights_keys(all_submodels=True) if isinstance(model, PreTrainedModel) else {}
     return frozenset(shared | set(keys) | set(keys.values()))
 
 

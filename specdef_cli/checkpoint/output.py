@@ -26,13 +26,14 @@ def work_directory(final: Path) -> Path:
     return final.parent / f".{final.name}.specdef-unfinished"
 
 
-def check_output(final: Path, source: Path, nbytes: int) -> None:
+def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> None:
     """Refuse an output that is taken, lies in its own input, or does not fit on the disk.
 
     Args:
         final: The directory to be published.
         source: The input directory.
         nbytes: How much will be written.
+        arriving: How many bytes of the input are still to be downloaded.
 
     Raises:
         SpecDefError: naming the directory.
@@ -47,6 +48,12 @@ def check_output(final: Path, source: Path, nbytes: int) -> None:
         raise SpecDefError(
             f"the output needs {nbytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB free",
             "Free some space, or choose another --out.",
+        )
+    if nbytes + arriving > free and existing.stat().st_dev == source.stat().st_dev:
+        raise SpecDefError(
+            f"the output and the download need {(nbytes + arriving) / 1e9:.1f} GB, and the disk of {existing} and the "
+            f"Hub's cache has {free / 1e9:.1f} GB free",
+            "Free some space, choose another --out, or set HF_HOME to a directory on a larger disk.",
         )
 
 

@@ -13,26 +13,27 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.companions import companion_files
+from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, library_of
 from specdef_cli.checkpoint.links import require_inside
 from specdef_cli.errors import SpecDefError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = TRANSFORMERS.single_file
+INDEX_FILE = TRANSFORMERS.index_file
 # The format's own limit on its JSON header; a larger length is a corrupt file.
 MAX_HEADER_BYTES = 100_000_000
 # What json.loads raises on data made to be refused (deep nesting is a RecursionError), and what a wrong type then does.
 INVALID_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-PICKLED_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED_WEIGHTS = ("*pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -88,6 +89,34 @@ class TensorHeader:
         return self.end - self.begin
 
 
+class Arriving(Protocol):
+    """Shards that are on their way into the directory.
+
+    Attributes:
+        nbytes: What they take there.
+    """
+
+    nbytes: int
+
+    def __contains__(self, name: str) -> bool:
+        """Whether this shard is, or was, among them."""
+
+    def headers(self, name: str) -> Mapping[str, TensorHeader]:
+        """Its tensor headers, checked as :func:`read_headers` does."""
+
+    def part(self, name: str, begin: int, end: int) -> bytes | None:
+        """A few of its bytes from where it comes from; ``None`` if they have to be read in the directory."""
+
+    def wait(self, name: str) -> None:
+        """Return once it is in the directory, as any other shard is."""
+
+    def wait_for_all(self) -> None:
+        """Return once all are."""
+
+    def stop(self) -> None:
+        """Have whoever waits wait no longer."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory whose headers have been read and checked.
@@ -96,11 +125,18 @@ class Checkpoint:
         directory: Where it lies.
         config: ``config.json``.
         tensors: Headers by tensor name, in the order of the shards and of the data within them.
+        arriving: The shards that are not there yet; ``None`` if all are.
     """
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
+    arriving: Arriving | None = None
+
+    @property
+    def library(self) -> Library:
+        """Who can load it."""
+        return library_of(self.config)
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -125,13 +161,23 @@ class Checkpoint:
     def read_rows(self, name: str, rows: range) -> Tensor:
         """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows.
 
+        Rows of a shard that is still on its way are read from where it comes from.
+
         Raises:
             SpecDefError: The file ended early.
             ResumableError: It could not be read.
         """
         header = self.tensors[name]
         width = header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
-        data = self._read_bytes(header, rows.start * width, len(rows) * width)
+        offset, count = rows.start * width, len(rows) * width
+        part = None
+        if self.arriving is not None and count:
+            part = self.arriving.part(header.shard, header.begin + offset, header.begin + offset + count)
+        data = (
+            self._read_bytes(header, offset, count)
+            if part is None
+            else torch.frombuffer(bytearray(part), dtype=torch.uint8)
+        )
         return data.view(TORCH_DTYPES[header.dtype]).view(len(rows), header.shape[-1])
 
     def chunks(self, name: str, buffer: bytearray) -> Iterator[memoryview]:
@@ -166,6 +212,8 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def _reading(self, header: TensorHeader, offset: int = 0) -> Iterator[io.FileIO]:
+        if self.arriving is not None:
+            self.arriving.wait(header.shard)
         try:
             with (self.directory / header.shard).open("rb", buffering=0) as file:
                 file.seek(header.begin + offset)
@@ -177,28 +225,47 @@ class Checkpoint:
             ) from error
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, arriving: Arriving | None = None) -> Checkpoint:
     """Read ``config.json`` and the headers of every shard of a checkpoint directory.
+
+    Args:
+        directory: Where it lies.
+        arriving: Shards that are not there yet.
 
     Raises:
         SpecDefError: Something is missing, corrupt, or unsafe to read.
     """
-    for name in ("config.json", INDEX_FILE, "README.md", "specdef.json"):
+    for name in ("config.json", INDEX_FILE, DIFFUSERS.index_file, "README.md", "specdef.json"):
         if (directory / name).exists():
             require_inside(directory, directory / name)
     for companion in companion_files(directory):
         require_inside(directory, directory / companion)
     config = _read_config(directory)
-    index_path, single = directory / INDEX_FILE, directory / SINGLE_FILE
+    library = library_of(config)
+    index_path, single = directory / library.index_file, directory / library.single_file
+    tensors: Mapping[str, TensorHeader]
     if index_path.is_file():
-        tensors = _read_sharded(directory, index_path)
-    elif single.is_file():
-        tensors = read_headers(_inside(directory, SINGLE_FILE))
+        tensors = _read_sharded(directory, index_path, arriving)
+    elif single.is_file() or (arriving is not None and single.name in arriving):
+        tensors = _shard_headers(directory, single.name, library.index_file, arriving)
     else:
-        raise _no_weights(directory)
+        raise _no_weights(directory, library)
     if not tensors:
         raise SpecDefError(f"{directory} holds no tensors", "Fetch the checkpoint again.")
-    return Checkpoint(directory, MappingProxyType(config), MappingProxyType(tensors))
+    return Checkpoint(directory, MappingProxyType(config), MappingProxyType(dict(tensors)), arriving)
+
+
+def weight_files(directory: Path) -> tuple[str, ...]:
+    """The weight files that a checkpoint directory names, in the order in which they are read.
+
+    Raises:
+        SpecDefError: ``config.json`` is missing or broken, or the index is.
+    """
+    library = library_of(_read_config(directory))
+    index_path = directory / library.index_file
+    if not index_path.is_file():
+        return (library.single_file,)
+    return tuple(name for name in _ordered_shards(_weight_map(index_path)) if isinstance(name, str))
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:
@@ -207,25 +274,35 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     Raises:
         SpecDefError: The header is not valid JSON, or does not describe exactly the file's bytes.
     """
-    corrupt = functools.partial(_corrupt_file, path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise corrupt("it is shorter than a header")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise corrupt(f"its header claims {length} bytes")
-            text = file.read(length)
+            return parse_headers(file.read, path.name, path.stat().st_size)
     except OSError as error:
         raise SpecDefError(f"{path.name} cannot be read: {error}", "Check the disk and the file.") from error
+
+
+def parse_headers(read: Callable[[int], bytes], shard: str, size: int) -> dict[str, TensorHeader]:
+    """Check the header of a safetensors file that is read from its start.
+
+    Args:
+        read: Reads the next so many bytes.
+        shard: The file's name.
+        size: Its size in bytes.
+
+    Raises:
+        SpecDefError: As :func:`read_headers`.
+    """
+    corrupt = functools.partial(_corrupt_file, shard)
+    if size < 8:
+        raise corrupt("it is shorter than a header")
+    (length,) = struct.unpack("<Q", read(8))
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise corrupt(f"its header claims {length} bytes")
+    text = read(length)
     try:
         entries = json.loads(text, object_pairs_hook=_unique_keys)
         headers = [
-            _tensor_header(name, entry, path.name, 8 + length)
-            for name, entry in entries.items()
-            if name != "__metadata__"
+            _tensor_header(name, entry, shard, 8 + length) for name, entry in entries.items() if name != "__metadata__"
         ]
     except INVALID_JSON as error:
         raise corrupt(f"its header is invalid: {error}") from error
@@ -268,7 +345,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
-        raise SpecDefError(f"{directory} has no config.json", "Give a directory that transformers can load.")
+        hint = "Give a directory that transformers can load."
+        if (directory / "model_index.json").is_file():
+            hint = f"It is a pipeline of diffusers; give one of its models, such as {directory / 'unet'}."
+        raise SpecDefError(f"{directory} has no config.json", hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -280,55 +360,73 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_sharded(directory: Path, index_path: Path) -> dict[str, TensorHeader]:
+def _weight_map(index_path: Path) -> dict[str, Any]:
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)["weight_map"]
-        shards = list(dict.fromkeys(weight_map.values()))
+        set(weight_map.values())
     except (*INVALID_JSON, OSError) as error:
-        raise SpecDefError(f"{INDEX_FILE} is not a valid index: {error}", "Fetch the file again.") from error
+        raise SpecDefError(f"{index_path.name} is not a valid index: {error}", "Fetch the file again.") from error
+    return dict(weight_map)
+
+
+def _ordered_shards(weight_map: Mapping[str, Any]) -> list[Any]:
+    return sorted(set(weight_map.values()), key=str)
+
+
+def _shard_headers(directory: Path, shard: Any, index: str, arriving: Arriving | None) -> Mapping[str, TensorHeader]:
+    if arriving is not None and shard in arriving:
+        return arriving.headers(shard)
+    return read_headers(_inside(directory, shard, index))
+
+
+def _read_sharded(directory: Path, index_path: Path, arriving: Arriving | None) -> dict[str, TensorHeader]:
+    weight_map = _weight_map(index_path)
     tensors: dict[str, TensorHeader] = {}
-    for shard in sorted(shards, key=str):
-        for name, header in read_headers(_inside(directory, shard)).items():
+    for shard in _ordered_shards(weight_map):
+        for name, header in _shard_headers(directory, shard, index_path.name, arriving).items():
             if name in tensors:
                 raise SpecDefError(
                     f"{name} is in {tensors[name].shard} and in {shard}", "Fetch the checkpoint again: it is mixed up."
                 )
             if weight_map.get(name, shard) != shard:
                 raise SpecDefError(
-                    f"{INDEX_FILE} puts {name} in {weight_map[name]}, but it is in {shard}", "Fetch the index again."
+                    f"{index_path.name} puts {name} in {weight_map[name]}, but it is in {shard}",
+                    "Fetch the index again.",
                 )
             tensors[name] = header
     missing = [name for name in weight_map if name not in tensors]
     if missing:
-        raise SpecDefError(f"{missing[0]} is in {INDEX_FILE} but in no shard", "Fetch the checkpoint again.")
+        raise SpecDefError(f"{missing[0]} is in {index_path.name} but in no shard", "Fetch the checkpoint again.")
     return tensors
 
 
-def _inside(directory: Path, name: Any) -> Path:
+def _inside(directory: Path, name: Any, index: str = INDEX_FILE) -> Path:
     """The path of a shard, if its name is a plain file name and any link stays within the checkpoint or its cache."""
     if not isinstance(name, str) or name != os.path.basename(name) or name in {"", ".", ".."}:  # noqa: PTH119
-        raise SpecDefError(f"{INDEX_FILE} names the shard {name!r}", "A shard must be a file next to the index.")
+        raise SpecDefError(f"{index} names the shard {name!r}", "A shard must be a file next to the index.")
     path = directory / name
     if not path.is_file():
         raise SpecDefError(f"{name} is missing from {directory}", "Fetch the checkpoint again.")
     if not path.name.endswith(".safetensors"):
-        raise SpecDefError(f"{INDEX_FILE} names the shard {name!r}", "Only safetensors files are read.")
+        raise SpecDefError(f"{index} names the shard {name!r}", "Only safetensors files are read.")
     require_inside(directory, path)
     return path
 
 
-def _no_weights(directory: Path) -> SpecDefError:
+def _no_weights(directory: Path, library: Library) -> SpecDefError:
     if any(match for pattern in PICKLED_WEIGHTS for match in directory.glob(pattern)):
         return SpecDefError(
             f"{directory} has only pickled weights, which are never loaded",
-            "Convert it first: AutoModel.from_pretrained(...).save_pretrained(...) writes safetensors.",
+            f"Convert it first: in {library.name}, from_pretrained(...).save_pretrained(...) writes safetensors.",
         )
-    return SpecDefError(f"{directory} has no safetensors weights", f"It needs {SINGLE_FILE} or {INDEX_FILE}.")
+    return SpecDefError(
+        f"{directory} has no safetensors weights", f"It needs {library.single_file} or {library.index_file}."
+    )
 
 
 def _truncated(header: TensorHeader) -> SpecDefError:
     return SpecDefError(f"{header.shard} ends inside {header.name}", "The file is truncated: fetch it again.")
 
 
-def _corrupt_file(path: Path, reason: str) -> SpecDefError:
-    return SpecDefError(f"{path.name} is not a valid safetensors file: {reason}", "Fetch the file again.")
+def _corrupt_file(shard: str, reason: str) -> SpecDefError:
+    return SpecDefError(f"{shard} is not a valid safetensors file: {reason}", "Fetch the file again.")

@@ -1,28 +1,28 @@
 """From what the user typed (a directory, or a Hub id) to a local directory.
 
 Everything about the Hub is huggingface_hub's: its cache, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``. This
-module only splits ``org/name@revision``, leaves pickled weights where they are, and turns failures into advice.
+module only splits ``org/name@revision``, leaves on the Hub what nothing here reads, and refuses what does not fit on
+the disk.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import DryRunFileInfo, HfApi, snapshot_download
+from huggingface_hub.errors import DryRunError
+from huggingface_hub.utils import tqdm
 
+from specdef_cli.checkpoint.hub import Commit, download_all, first_line, not_available
 from specdef_cli.errors import SpecDefError
 
-# Weights in other formats are neither needed nor wanted: pickles run code when they are loaded.
+# Weights in other formats are neither needed nor wanted: pickles run code when they are loaded. ``consolidated`` are
+# Mistral's own names for weights that are there a second time.
 IGNORED_DOWNLOADS = [
     "*.bin",
     "*.pt",
@@ -34,6 +34,7 @@ IGNORED_DOWNLOADS = [
     "*.gguf",
     "*.tflite",
     "*.mlmodel",
+    "consolidated*.safetensors",
 ]
 
 
@@ -63,7 +64,24 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
         token: Hub token; by default huggingface_hub looks for ``HF_TOKEN`` and the stored login.
 
     Raises:
-        SpecDefError: There is no such directory or repository, or it cannot be reached.
+        SpecDefError: There is no such directory or repository, it cannot be reached, or it does not fit on the disk.
+    """
+    where = locate(model, revision, token)
+    if isinstance(where, Resolved):
+        return where
+    commit, missing = where
+    download_all(commit, [file.filename for file in missing])
+    return resolved(commit)
+
+
+def locate(model: str, revision: str | None, token: str | None) -> Resolved | tuple[Commit, list[DryRunFileInfo]]:
+    """Where ``model`` is: on this disk, or else its commit and the files that its snapshot lacks.
+
+    Args:
+        model, revision, token: As for :func:`resolve`.
+
+    Raises:
+        SpecDefError: As :func:`resolve`; nothing of a model that does not fit was written.
     """
     path = Path(model).expanduser()
     if model and path.is_dir():
@@ -77,13 +95,60 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
         raise SpecDefError(f"{model!r} is neither a directory nor a Hub id", "Check the path, or give org/name.")
     try:
-        directory = Path(
-            snapshot_download(repository, revision=revision, token=token, ignore_patterns=IGNORED_DOWNLOADS)
-        )
+        try:
+            files = snapshot_download(
+                repository,
+                revision=revision,
+                token=token,
+                ignore_patterns=IGNORED_DOWNLOADS,
+                dry_run=True,
+                tqdm_class=_Unseen,
+            )
+        except DryRunError:  # the Hub cannot be asked: the cache may have it nevertheless
+            files = []
+        if not files:
+            directory = Path(
+                snapshot_download(repository, revision=revision, token=token, ignore_patterns=IGNORED_DOWNLOADS)
+            )
+            return Resolved(directory, repository, revision or "main", directory.name)
     except Exception as error:
         # Not only huggingface_hub's own errors: those of the HTTP library underneath escape it, and that one changes.
-        raise _not_available(repository, revision, error) from error
-    return Resolved(directory, repository, revision or "main", directory.name)
+        raise not_available(repository, revision, error) from error
+    first = files[0]
+    directory = Path(first.local_path).parents[first.filename.count("/")]
+    commit = Commit(repository, revision, directory.name, directory, token)
+    missing = [file for file in files if not Path(file.local_path).exists()]
+    _require_space(commit, bytes_to_download(missing))
+    return (commit, missing) if missing else resolved(commit)
+
+
+def bytes_to_download(missing: Iterable[DryRunFileInfo]) -> int:
+    """What files will take in the cache; the contents of some may be there already, under another commit."""
+    return sum(file.file_size or 0 for file in missing if file.will_download)
+
+
+def _require_space(commit: Commit, nbytes: int) -> None:
+    """Refuse a download for which the disk is too small, before any of it is written."""
+    cache = commit.directory.parents[2]  # <cache>/models--org--name/snapshots/<commit>
+    existing = next(place for place in (cache, *cache.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if nbytes > free:
+        raise SpecDefError(
+            f"{commit.repository} needs {nbytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB free",
+            "Free some space, or set HF_HOME to a directory on a larger disk.",
+        )
+
+
+def resolved(commit: Commit) -> Resolved:
+    """A commit whose files are in the cache, or will be."""
+    return Resolved(commit.directory, commit.repository, commit.revision or "main", commit.sha)
+
+
+class _Unseen(tqdm):
+    """A bar for looking only."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "disable": True})
 
 
 def push(directory: Path, repository: str, *, token: str | None = None) -> str:
@@ -99,35 +164,6 @@ def push(directory: Path, repository: str, *, token: str | None = None) -> str:
     except Exception as error:
         # As above: what the HTTP library raises is nobody's interface.
         raise SpecDefError(
-            f"{repository} could not be uploaded: {_first_line(error)}",
+            f"{repository} could not be uploaded: {first_line(error)}",
             f"Log in with `hf auth login` or set HF_TOKEN to a token that may write; {directory} is complete.",
         ) from error
-
-
-def _not_available(repository: str, revision: str | None, error: Exception) -> SpecDefError:
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        # The Hub did answer; that the cache could not stand in for it is only the consequence.
-        error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError) or status == 403:
-        return SpecDefError(
-            f"{repository} is gated and this account has no access",
-            f"Ask for access on the model's page ({repository}), then set HF_TOKEN or run `hf auth login`.",
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return SpecDefError(f"{repository} has no revision {revision}", "Check the branch, tag or commit hash.")
-    if isinstance(error, RepositoryNotFoundError) or status == 401:
-        return SpecDefError(
-            f"{repository} is neither a local directory nor a model on the Hub that this account can see",
-            "Check the spelling; for a private model set HF_TOKEN or run `hf auth login`.",
-        )
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        return SpecDefError(
-            f"{repository} is not in the local cache and the Hub cannot be reached",
-            "Check the connection, unset HF_HUB_OFFLINE, or give a directory.",
-        )
-    return SpecDefError(f"{repository} could not be fetched: {_first_line(error)}", "Try again, or give a directory.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.library import TRANSFORMERS, Library
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.errors import SpecDefError
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -81,7 +82,9 @@ class OutputShard:
         return sum(group.nbytes for group in self.groups)
 
 
-def plan_shards(groups: Sequence[TensorGroup], max_shard_size: int) -> tuple[OutputShard, ...]:
+def plan_shards(
+    groups: Sequence[TensorGroup], max_shard_size: int, library: Library = TRANSFORMERS
+) -> tuple[OutputShard, ...]:
     """Fill shards greedily in order; a group larger than ``max_shard_size`` (bytes) gets a shard of its own."""
     bins: list[list[TensorGroup]] = []
     filled = 0
@@ -92,9 +95,9 @@ def plan_shards(groups: Sequence[TensorGroup], max_shard_size: int) -> tuple[Out
         bins[-1].append(group)
         filled += group.nbytes
     if len(bins) == 1:
-        return (OutputShard(SINGLE_FILE, tuple(bins[0])),)
+        return (OutputShard(library.single_file, tuple(bins[0])),)
     return tuple(
-        OutputShard(f"model-{number:05d}-of-{len(bins):05d}.safetensors", tuple(members))
+        OutputShard(library.shard_file(number, len(bins)), tuple(members))
         for number, members in enumerate(bins, start=1)
     )
 
@@ -120,7 +123,7 @@ def shard_header(shard: OutputShard) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, offsets
 
 
-def shard_index(shards: Sequence[OutputShard]) -> tuple[str, str] | None:
+def shard_index(shards: Sequence[OutputShard], library: Library = TRANSFORMERS) -> tuple[str, str] | None:
     """Name and text of the index file, or ``None`` for a single file, which needs none."""
     if len(shards) == 1:
         return None
@@ -129,7 +132,7 @@ def shard_index(shards: Sequence[OutputShard]) -> tuple[str, str] | None:
         "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    return INDEX_FILE, json.dumps(index, indent=2) + "\n"
+    return library.index_file, json.dumps(index, indent=2) + "\n"
 
 
 def assign_shards(shards: Sequence[OutputShard], processes: int) -> tuple[tuple[OutputShard, ...], ...]:

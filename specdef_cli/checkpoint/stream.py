@@ -99,7 +99,11 @@ def write_shards(
                 pending.add(pool.submit(_write_group, checkpoint, group, writing, device, on_progress))
         while pending:
             pending = _drain(pending)
-    except OSError as error:
+    except BaseException as error:
+        if checkpoint.arriving is not None:
+            checkpoint.arriving.stop()  # or a worker that waits for a shard would be waited for
+        if not isinstance(error, OSError):
+            raise
         raise ResumableError(
             f"writing to {directory.parent} failed: {error.strerror or error}",
             "Free some space or repair the disk, then run the same command with --resume.",

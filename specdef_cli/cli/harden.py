@@ -107,6 +107,7 @@ def harden_command(
     """
     from specdef_cli.checkpoint.resolve import push
     from specdef_cli.checkpoint.shards import parse_size
+    from specdef_cli.checkpoint.stream import Progress
     from specdef_cli.hardening.options import HardenOptions
     from specdef_cli.hardening.plan import HardeningPlan
     from specdef_cli.hardening.run import harden, preview
@@ -138,12 +139,15 @@ def harden_command(
         def begin(plan: HardeningPlan) -> None:
             for text in plan.notes:
                 output.note(text)
-            bar.start(len(plan.inserted) if dry_run else plan.nbytes)
+            bar.start(plan.nbytes)
+
+        def advance(event: Progress) -> None:
+            bar.advance(event.label, event.nbytes)
 
         if dry_run:
-            shown = preview(options, begin, lambda event: bar.advance(event.label))
+            shown = preview(options, begin, advance, bar.downloaded)
         else:
-            result = harden(options, begin, lambda event: bar.advance(event.label, event.nbytes))
+            result = harden(options, begin, advance, bar.downloaded)
     if dry_run:
         output.data(preview_json(shown), preview_tables(shown))
     elif result is not None:

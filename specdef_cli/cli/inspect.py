@@ -41,6 +41,7 @@ def inspect_command(
             device=device,
             trust_remote_code=trust_remote_code,
             on_progress=lambda event: bar.advance(event.label),
+            on_download=bar.downloaded,
         )
     output.data(found, survey_table(found))
 

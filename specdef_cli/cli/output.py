@@ -50,7 +50,10 @@ class Output:
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Bar]:
-        """A progress bar on stderr, idle until its total is known."""
+        """A progress bar on stderr, shown once there is something to say.
+
+        What is downloaded before has bars of its own, which would not show through this one.
+        """
         columns = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -61,8 +64,10 @@ class Output:
             disable=self.quiet or not self._stderr.is_terminal,
             transient=True,
         )
-        with columns:
+        try:
             yield Bar(columns, columns.add_task(what, total=None, label=""))
+        finally:
+            columns.stop()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +79,17 @@ class Bar:
 
     def start(self, total: float) -> None:
         """Set the amount of work."""
+        self.columns.start()
         self.columns.update(self.task, total=total)
 
     def advance(self, label: str, amount: float = 1) -> None:
         """Some work is done; ``label`` names it."""
+        self.columns.start()
         self.columns.update(self.task, advance=amount, label=escape(label))
+
+    def downloaded(self, received: int, total: int) -> None:
+        """So many bytes of so many have arrived."""
+        self.advance(f"{received / 1e9:.1f} of {total / 1e9:.1f} GB downloaded", 0)
 
 
 def jsonable(value: Any) -> Any:

@@ -9,24 +9,24 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import RepoCard
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
 
 HEADING = "## SpecDef"
 
 
-def hardened_card(base_card: str, manifest: Manifest) -> str:
+def hardened_card(base_card: str, manifest: Manifest, library: Library = TRANSFORMERS) -> str:
     """The card's text.
 
     Args:
         base_card: ``README.md`` of the base; may be empty.
         manifest: What was done.
+        library: Who loads it.
     """
     try:
-        card = RepoCard(base_card, ignore_metadata_errors=True)
+        card = _parse(base_card)
     except (ValueError, YAMLError):  # front matter that is no YAML mapping: the text after it is kept
-        card = RepoCard(
-            re.sub(r"\A\s*---\r?\n.*?\n---\r?\n", "", base_card, flags=re.DOTALL), ignore_metadata_errors=True
-        )
+        card = _parse(re.sub(r"\A\s*---\r?\n.*?\n---\r?\n", "", base_card, flags=re.DOTALL))
     data = card.data.to_dict()
     tags = data.get("tags") or []
     tags = tags if isinstance(tags, list) else [tags]
@@ -35,13 +35,19 @@ def hardened_card(base_card: str, manifest: Manifest) -> str:
         data["base_model"] = manifest.base.name
     front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
     body = card.text.split(f"\n{HEADING}")[0].strip()
-    return f"---\n{front}\n---\n\n{body or '# ' + manifest.base.name}\n\n{section(manifest)}\n"
+    return f"---\n{front}\n---\n\n{body or '# ' + manifest.base.name}\n\n{section(manifest, library)}\n"
 
 
-def section(manifest: Manifest) -> str:
+def _parse(card: str) -> RepoCard:
+    # huggingface_hub complains of a card without front matter; that is nothing that the user did.
+    front = "" if card.lstrip().startswith("---") else "---\n\n---\n"
+    return RepoCard(front + card, ignore_metadata_errors=True)
+
+
+def section(manifest: Manifest, library: Library) -> str:
     """The section on SpecDef: what was changed, what it costs, what it does not resist."""
-    lines = [HEADING, "", *_what(manifest), "", *_kept(manifest), "", *_limit(manifest), "", *_loading(manifest)]
-    return "\n".join(lines)
+    parts = (_what(manifest), _kept(manifest), _limit(manifest, library), _loading(manifest, library))
+    return "\n\n".join((HEADING, *("\n".join(lines) for lines in parts)))
 
 
 def _what(manifest: Manifest) -> Sequence[str]:
@@ -81,35 +87,45 @@ def _kept(manifest: Manifest) -> Sequence[str]:
         return [f"The outputs were not compared with the base's: {reason}."]
     if figures["equal"]:
         return ["On a fixed batch the outputs are bit-identical to the base's."]
+    differ = f"On a fixed batch the outputs differ from the base's by {figures['relative']:.1e} (relative)"
+    if "kl" not in figures:
+        return [f"{differ}."]
     return [
-        f"On a fixed batch the outputs differ from the base's by {figures['relative']:.1e} (relative), "
+        f"{differ}, "
         f"{figures['kl']:.1e} nats of KL divergence; the largest output is the same in {figures['agreement']:.1%} "
         "of positions."
     ]
 
 
-def _limit(manifest: Manifest) -> Sequence[str]:
+def _limit(manifest: Manifest, library: Library) -> Sequence[str]:
     undo = {
         "insert": "multiplying each pair of layers restores the original weights (`specdef collapse` does it)",
         "fold": "rebalancing the rows and columns of each pair restores the original behaviour, without any data",
         "mixed": "multiplying each inserted pair and rebalancing each folded one restores the original behaviour",
     }[manifest.method]
+    untouched, measure = ("embeddings", "`specdef attack` measures both sides on this very checkpoint.")
+    if library is DIFFUSERS:
+        untouched, measure = ("convolutions", "No attack was measured on this very checkpoint.")
     return [
         f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo}. "
         "Growing the model around the changed layers, freezing the compensation, or sweeping the learning rate "
         "downwards also restores fast fine-tuning (the paper proves a linear cost in model size). "
-        "Weights that no change touches, the embeddings first, train alone as fast as before. "
-        "This raises the cost of unmodified recipes and nothing more. "
-        "`specdef attack` measures both sides on this very checkpoint."
+        f"Weights that no change touches, the {untouched} first, train alone as fast as before. "
+        f"This raises the cost of unmodified recipes and nothing more. {measure}"
     ]
 
 
-def _loading(manifest: Manifest) -> Sequence[str]:
+def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
     if not manifest.inserted:
         quantized = "" if manifest.profile == "quantizable" else "; quantizing its weights in blocks degrades it"
         return [
             "It is an ordinary checkpoint of its architecture and loads wherever the base does. Run it in float32 or "
             f"bfloat16: float16 may overflow{quantized}."
+        ]
+    if library is DIFFUSERS:
+        return [
+            "Load it, alone or in the place of the base in its pipeline, after `pip install 'specdef-cli[diffusion]'` "
+            "and `import specdef_cli`; without that, diffusers refuses it."
         ]
     return [
         "Load it with `trust_remote_code=True` (the code is `configuration_specdef.py` in this repository), or without "

@@ -80,10 +80,11 @@ def execute(
         SpecDefError: Nothing was published, and nothing is left.
     """
     state = process_state(device)
-    shards = plan_shards(groups, max_shard_size)
+    shards = plan_shards(groups, max_shard_size, checkpoint.library)
     layout = [(shard.name, shard_header(shard)[0].decode("utf-8", "replace")) for shard in shards]
     fingerprint = hashlib.sha256(f"{fingerprint} {layout}".encode()).hexdigest()
-    check_output(out, checkpoint.directory, sum(shard.nbytes for shard in shards))
+    arriving = checkpoint.arriving
+    check_output(out, checkpoint.directory, sum(shard.nbytes for shard in shards), arriving.nbytes if arriving else 0)
     if not state.is_main_process:
         state.wait_for_everyone()  # until the main process has prepared the work directory
         _write(checkpoint, shards, work_directory(out), state, device, on_progress)
@@ -95,9 +96,11 @@ def execute(
             state.wait_for_everyone()
             _write(checkpoint, shards, work, state, device, on_progress)
             state.wait_for_everyone()
-            index = shard_index(shards)
+            index = shard_index(shards, checkpoint.library)
             if index is not None:
                 write_durably(work / index[0], index[1])
+            if arriving is not None:  # of a resumed run, not every shard was read
+                arriving.wait_for_all()
             result = complete(work, _collect(work, shards))
             publish(out)
             return result

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
 from specdef_cli.architectures.names import TensorNames, match_names, meta_model, tied_parameters
 from specdef_cli.architectures.pairs import SymmetricPair, Symmetries, symmetries
+from specdef_cli.checkpoint.library import DIFFUSERS
 from specdef_cli.checkpoint.manifest import ConfigChange, FoldedPair, Method, Profile, Schedule, is_hardened
 from specdef_cli.checkpoint.reader import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
@@ -23,7 +24,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import FOLDED_KINDS, fold_groups, fold_pairs
 from specdef_cli.hardening.insert import InsertLayer
 from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.runtime.shim import LayerSpec, shim_config
+from specdef_cli.runtime.shim import LayerSpec, is_shim, shim_config
 from specdef_cli.spectral.limits import check_alpha
 
 DEFAULT_ALPHA = 1e4
@@ -82,13 +83,19 @@ class HardeningPlan:
         """Size of all output tensors in bytes."""
         return sum(group.nbytes for group in self.groups)
 
-    def fingerprint(self, checkpoint: Checkpoint) -> str:
-        """Identifies this plan on this input, so that ``--resume`` never mixes two."""
+    def fingerprint(self, checkpoint: Checkpoint, commit: str | None) -> str:
+        """Identifies this plan on this input, so that ``--resume`` never mixes two.
+
+        Args:
+            checkpoint: The input.
+            commit: The hash of the commit that it is; ``None`` for a directory, whose files may change.
+        """
         described = {
             "groups": [repr(group) for group in self.groups],
             "config": self.config,
             "input": [repr(header) for header in checkpoint.tensors.values()],
-            "input_times": [(checkpoint.directory / shard).stat().st_mtime_ns for shard in checkpoint.shards],
+            "input_version": commit
+            or [(checkpoint.directory / shard).stat().st_mtime_ns for shard in checkpoint.shards],
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -143,7 +150,9 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     require_used(options, folded=bool(folded), inserted=bool(chosen))
     inserted = tuple(_insert_layer(checkpoint, site, options) for site in chosen)
     layers = {site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen}
-    config = _with_dtype(dict(checkpoint.config), options.dtype)
+    config = dict(checkpoint.config)
+    if checkpoint.library is not DIFFUSERS:  # whose configs name no dtype
+        config = _with_dtype(config, options.dtype)
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in inserted}
     dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in changed}
     method: Method = "mixed" if folded and inserted else "fold" if folded else "insert"
@@ -228,7 +237,7 @@ def require_hardenable(checkpoint: Checkpoint) -> None:
         SpecDefError: saying which.
     """
     directory = checkpoint.directory
-    if is_hardened(directory) or checkpoint.config.get("model_type") == "specdef":
+    if is_hardened(directory) or is_shim(checkpoint.config):
         raise SpecDefError(f"{directory} is hardened already", "Give the base model, or run `specdef collapse` first.")
     quantized = checkpoint.config.get("quantization_config")
     if quantized:
@@ -265,13 +274,15 @@ def require_complete(model: PreTrainedModel, names: TensorNames, shapes: Mapping
 
 
 def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
-    """transformers' config object of a checkpoint.
+    """transformers' config object of a checkpoint; diffusers has none, and ``config.json`` itself serves.
 
     Raises:
         SpecDefError: transformers does not know the model type, or the config is invalid.
     """
     from transformers import AutoConfig
 
+    if checkpoint.library is DIFFUSERS:
+        return checkpoint.config
     try:
         return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -5,29 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from specdef_cli import __version__
 from specdef_cli.architectures.linears import LinearSite
+from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
+from specdef_cli.checkpoint.library import TRANSFORMERS
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, BaseModel, InsertedLayer, Manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.resolve import Resolved, resolve
+from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress, write_durably
 from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.execute import Written, execute, write_json
-from specdef_cli.hardening.insert import read_weight
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.verify import verify
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE
-from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 
 @dataclass(frozen=True)
@@ -77,37 +79,61 @@ class PlanPreview:
     bytes_after: int
 
 
-def open_model(options: HardenOptions) -> tuple[Resolved, Checkpoint, HardeningPlan]:
-    """Find the model, read its headers, decide what to change.
+@contextmanager
+def open_model(
+    options: HardenOptions, on_download: DownloadHook | None = None
+) -> Iterator[tuple[Resolved, Checkpoint, HardeningPlan]]:
+    """Find the model, read its headers, decide what to change; weights may arrive while the block runs.
 
     Raises:
-        SpecDefError: As :func:`resolve`, :func:`open_checkpoint` and :func:`make_plan`.
+        SpecDefError: As :func:`resolving`, :func:`open_checkpoint` and :func:`make_plan`.
     """
-    with process_state(options.device).main_process_first():  # one process downloads, the others find it in the cache
-        resolved = resolve(options.model, revision=options.revision, token=options.token)
-    checkpoint = open_checkpoint(resolved.directory)
-    return resolved, checkpoint, make_plan(checkpoint, options)
+    with ExitStack() as stack:
+        # One process downloads what is small. Shards are fetched by whichever process comes first; the lock that
+        # huggingface_hub takes on each file makes the others wait and find it in the cache.
+        with process_state(options.device).main_process_first():
+            resolved, arriving = stack.enter_context(
+                resolving(options.model, revision=options.revision, token=options.token, on_download=on_download)
+            )
+        checkpoint = open_checkpoint(resolved.directory, arriving)
+        yield resolved, checkpoint, make_plan(checkpoint, options)
 
 
 def preview(
     options: HardenOptions,
     on_plan: Callable[[HardeningPlan], None] = lambda _: None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_download: DownloadHook | None = None,
 ) -> PlanPreview:
-    """Compute what :func:`harden` would change, and write nothing.
+    """Compute all that :func:`harden` would change, and write nothing.
+
+    Args:
+        options: What to do.
+        on_plan: Called with the plan before anything is computed.
+        on_progress: Called after each group of tensors.
+        on_download: As for :func:`harden`.
 
     Raises:
-        SpecDefError: As :func:`harden`.
+        SpecDefError: As :func:`harden`, but for the output directory and the comparison with the base.
     """
-    _, checkpoint, plan = open_model(options)
-    on_plan(plan)
+    with open_model(options, on_download) as (_, checkpoint, plan):
+        on_plan(plan)
+        return _preview(checkpoint, plan, options, on_progress)
+
+
+def _preview(
+    checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOptions, on_progress: Callable[[Progress], None]
+) -> PlanPreview:
     device = compute_devices(options.device, process_state(options.device))[0]
+    figures: dict[str, Mapping[str, Any]] = {}
+    for group in plan.groups:
+        if group.transform is not None:
+            figures[group.label] = group.transform(checkpoint, device).figures
+        on_progress(Progress(group.label, group.nbytes))
     layers = []
     for layer in plan.inserted:
-        weight = read_weight(checkpoint, layer.site, device)
-        sigma = float(top_subspace(weight, 1, layer_seed(options.seed, layer.site.tensor)).singular_values[0])
+        sigma = figures[layer.site.module]["singular_values"][0]
         layers.append(LayerPreview(layer.site, layer.alpha, sigma, sigma * layer.alpha))
-        on_progress(Progress(layer.site.module, checkpoint.tensors[layer.site.tensor].nbytes))
     return PlanPreview(
         plan=plan,
         layers=tuple(layers),
@@ -121,6 +147,7 @@ def harden(
     options: HardenOptions,
     on_plan: Callable[[HardeningPlan], None] = lambda _: None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_download: DownloadHook | None = None,
 ) -> HardenResult | None:
     """Harden a checkpoint and publish the result as ``options.out``.
 
@@ -128,6 +155,8 @@ def harden(
         options: What to do.
         on_plan: Called with the plan before anything is written.
         on_progress: Called from worker threads after each group of tensors.
+        on_download: Called from any thread as weights arrive, with how many bytes have and how many will have; ``None``
+            leaves the showing to huggingface_hub.
 
     Returns:
         What was published; ``None`` in all but the main process of a distributed run.
@@ -135,14 +164,23 @@ def harden(
     Raises:
         SpecDefError: The input, an option, or the disk; nothing was published.
     """
-    resolved, checkpoint, plan = open_model(options)
-    on_plan(plan)
+    with open_model(options, on_download) as (resolved, checkpoint, plan):
+        on_plan(plan)
+        return _harden(resolved, checkpoint, plan, options, on_progress)
 
+
+def _harden(
+    resolved: Resolved,
+    checkpoint: Checkpoint,
+    plan: HardeningPlan,
+    options: HardenOptions,
+    on_progress: Callable[[Progress], None],
+) -> HardenResult | None:
     def complete(work: Path, written: Written) -> HardenResult:
         manifest = _manifest(resolved, plan, options, written)
         carry_over(checkpoint.directory, work)
         write_json(work / "config.json", plan.config)
-        if plan.inserted:
+        if plan.inserted and checkpoint.library is TRANSFORMERS:  # diffusers runs no code that comes with a checkpoint
             shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
         write_durably(work / MANIFEST_NAME, manifest.to_json())
         if options.verify:
@@ -151,6 +189,7 @@ def harden(
                 work,
                 max(plan.nbytes, checkpoint.nbytes),
                 exact=plan.method == "fold",
+                logits=checkpoint.library is TRANSFORMERS,
                 dtype=None if options.dtype is None else getattr(torch, options.dtype),
                 device=options.device,
                 trust_remote_code=options.trust_remote_code,
@@ -161,14 +200,14 @@ def harden(
         write_durably(work / MANIFEST_NAME, manifest.to_json())
         base_card = checkpoint.directory / "README.md"
         text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else ""
-        write_durably(work / "README.md", hardened_card(text, manifest))
+        write_durably(work / "README.md", hardened_card(text, manifest, checkpoint.library))
         return HardenResult(options.out, manifest, plan.parameters_added, plan.nbytes - checkpoint.nbytes, plan.notes)
 
     return execute(
         checkpoint,
         plan.groups,
         options.out,
-        plan.fingerprint(checkpoint),
+        plan.fingerprint(checkpoint, resolved.commit),
         complete=complete,
         max_shard_size=options.max_shard_size,
         device=options.device,

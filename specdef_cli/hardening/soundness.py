@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from specdef_cli.architectures.names import match_names, meta_model
+from specdef_cli.checkpoint.library import DIFFUSERS
 from specdef_cli.checkpoint.manifest import is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import FLOATING_DTYPES, open_checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.plan import native_config, require_complete, require_hardenable
 from specdef_cli.hardening.survey import as_original
-from specdef_cli.runtime.shim import MODEL_TYPE
+from specdef_cli.runtime.shim import is_shim
 
 
 def require_sound(directory: Path, *, trust_remote_code: bool = False) -> None:
@@ -28,13 +29,18 @@ def require_sound(directory: Path, *, trust_remote_code: bool = False) -> None:
         trust_remote_code: Whether code that comes with it may run.
 
     Raises:
-        SpecDefError: A file is missing, corrupt or leaves the directory; a tensor is missing, quantized, or of another
-            shape than config.json or the manifest says.
+        SpecDefError: It is not a model of transformers; a file is missing, corrupt or leaves the directory; a tensor is
+            missing, quantized, or of another shape than config.json or the manifest says.
     """
     checkpoint = open_checkpoint(directory)
+    if checkpoint.library is DIFFUSERS:
+        raise SpecDefError(
+            f"{directory} is a model of diffusers, and only models of transformers are attacked and certified",
+            "Train it in its pipeline, as examples/reproduce/unet.py does.",
+        )
     manifest = read_manifest(directory) if is_hardened(directory) else None
     if manifest is None:
-        if checkpoint.config.get("model_type") == MODEL_TYPE:
+        if is_shim(checkpoint.config):
             raise SpecDefError(
                 f"{directory} has a hardened model's config.json and no manifest",
                 "Restore its files, or harden the base model again.",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from specdef_cli.architectures.linears import linear_sites
 from specdef_cli.architectures.names import match_names, meta_model
+from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import FLOATING_DTYPES, Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.resolve import Resolved, resolve
+from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.devices import compute_devices
@@ -87,14 +88,25 @@ def survey(
     device: str | None = None,
     trust_remote_code: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_download: DownloadHook | None = None,
 ) -> Survey:
     """Look at every linear layer of a checkpoint, one tensor in memory at a time.
 
     Raises:
         SpecDefError: The model cannot be found or read.
     """
-    resolved = resolve(model, revision=revision, token=token)
-    checkpoint = open_checkpoint(resolved.directory)
+    with resolving(model, revision=revision, token=token, on_download=on_download) as (resolved, arriving):
+        checkpoint = open_checkpoint(resolved.directory, arriving)
+        return _survey(resolved, checkpoint, device, trust_remote_code, on_progress)
+
+
+def _survey(
+    resolved: Resolved,
+    checkpoint: Checkpoint,
+    device: str | None,
+    trust_remote_code: bool,
+    on_progress: Callable[[Progress], None],
+) -> Survey:
     manifest = read_manifest(resolved.directory) if is_hardened(resolved.directory) else None
     if manifest is not None:
         require_as_described(checkpoint, manifest)
@@ -157,7 +169,7 @@ def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint
         )
         if layer.bias is not None and layer.compensation_bias is not None:
             tensors[layer.bias] = tensors[layer.compensation_bias]
-    return Checkpoint(checkpoint.directory, unshim_config(checkpoint.config), tensors)
+    return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
 
 
 def effective_rank(weight: Tensor, seed: int) -> float:

@@ -87,7 +87,7 @@ def compare_outputs(reference: Tensor, outputs: Tensor) -> OutputComparison:
 
 
 def verify(
-    base: Path, hardened: Path, nbytes: int, *, exact: bool, device: str | None, **loading: Any
+    base: Path, hardened: Path, nbytes: int, *, exact: bool, logits: bool, device: str | None, **loading: Any
 ) -> dict[str, Any]:
     """Figures of the comparison for the manifest, or why it was left out.
 
@@ -95,6 +95,7 @@ def verify(
         base, hardened: Checkpoint directories.
         nbytes: Size of the larger of both.
         exact: Whether the outputs must be bit-identical (a fold), or only within rounding (insert).
+        logits: Whether the outputs are ones to choose among. A predicted noise is not, and is compared by size alone.
         device: Where to run.
         loading: Passed on to ``load_model``.
 
@@ -113,17 +114,20 @@ def verify(
             f"the hardened model's outputs differ from the base's by {comparison.relative:.2g} (relative)",
             "Use a smaller --alpha, another --gauge, or --dtype float32; nothing was published.",
         )
-    return asdict(comparison)
+    figures = asdict(comparison)
+    return figures if logits else {name: figures[name] for name in ("max_abs", "relative", "equal")}
 
 
-def fixed_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def fixed_inputs(model: Any) -> dict[str, Any]:
     """A deterministic batch that fits the model's first input.
 
     Raises:
-        ResumableError: The model's input is neither token ids nor pixels; the weights may be right.
+        ResumableError: The model's input is neither token ids nor pixels nor noisy latents; the weights may be right.
     """
     generator = torch.Generator().manual_seed(0)
     config = model.config
+    if not isinstance(model, PreTrainedModel):
+        return noisy_latents(model, generator)
     if model.main_input_name == "input_ids":
         text = config.get_text_config()
         positions = getattr(text, "max_position_embeddings", None) or LENGTH
@@ -139,15 +143,49 @@ def fixed_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
         inputs = {"pixel_values": torch.randn(BATCH, vision.num_channels, side, side, generator=generator)}
     else:
-        raise ResumableError(
-            f"{type(model).__name__} takes {model.main_input_name}, for which there is no fixed batch",
-            "Run the same command with --resume --no-verify, and compare the outputs yourself.",
-        )
+        raise _no_batch(model, model.main_input_name)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def model_outputs(model: PreTrainedModel) -> Tensor:
-    """The model's first output (logits, or the last hidden state) on the fixed batch, on the CPU."""
+def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """A batch for a denoiser of diffusers (``UNet2DConditionModel``): latents, timesteps, and what conditions them.
+
+    Raises:
+        ResumableError: The model is conditioned on something else besides.
+    """
+    config = model.config
+    width = config.encoder_hid_dim or config.cross_attention_dim
+    if not isinstance(width, int) or config.encoder_hid_dim_type not in (None, "text_proj"):
+        raise _no_batch(model, f"encoder states of kind {config.encoder_hid_dim_type}, width {width}")
+    if config.class_embed_type is not None or config.addition_embed_type not in (None, "text_time"):
+        raise _no_batch(model, f"embeddings of kind {config.class_embed_type or config.addition_embed_type}")
+    side = 4 * 2 ** (len(config.block_out_channels) - 1)  # every block but the last halves it
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(BATCH, *shape, generator=generator).to(model.device, model.dtype)
+
+    inputs: dict[str, Any] = {
+        "sample": noise(config.in_channels, side, side),
+        "timestep": torch.tensor([50, 950], device=model.device),
+        "encoder_hidden_states": noise(LENGTH, width),
+    }
+    if config.num_class_embeds is not None:
+        inputs["class_labels"] = torch.zeros(BATCH, dtype=torch.long, device=model.device)
+    if config.addition_embed_type == "text_time":  # Stable Diffusion XL: a pooled text and six sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": noise(pooled), "time_ids": noise(6)}
+    return inputs
+
+
+def _no_batch(model: Any, inputs: str) -> ResumableError:
+    return ResumableError(
+        f"{type(model).__name__} takes {inputs}, for which there is no fixed batch",
+        "Run the same command with --resume --no-verify, and compare the outputs yourself.",
+    )
+
+
+def model_outputs(model: Any) -> Tensor:
+    """The model's first output (logits, the last hidden state, or a noise) on the fixed batch, on the CPU."""
     inputs = fixed_inputs(model)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)

@@ -234,7 +234,7 @@ class SpecDefQuantizer(HfQuantizer):
         _harden_in_place(model.config)
         listed = self.quantization_config.layers
         layers = _resolve(listed, model)
-        _swap(layers, model)
+        swap(layers, model)
         # A model built here has the paths of its own class, and so must what it saves.
         self.quantization_config.layers = layers
         files = [str(file) for file in kwargs.get("checkpoint_files") or ()]
@@ -288,7 +288,7 @@ def _resolve(listed: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, d
     return resolved
 
 
-def _swap(layers: Mapping[str, Mapping[str, Any]], model: Any) -> None:
+def swap(layers: Mapping[str, Mapping[str, Any]], model: Any) -> None:
     """Put a :class:`SpecDefLinear` in the place of each layer.
 
     Raises:
@@ -296,7 +296,8 @@ def _swap(layers: Mapping[str, Mapping[str, Any]], model: Any) -> None:
     """
     from transformers.pytorch_utils import Conv1D
 
-    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    keys = getattr(model, "all_tied_weights_keys", {})  # a model of diffusers has no tied weights
+    tied = {*keys.keys(), *keys.values()}
     for path, spec in layers.items():
         old = model.get_submodule(path)
         expected = (spec["in_features"], spec["out_features"], spec["bias"])

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from specdef_cli.checkpoint.library import DIFFUSERS, library_of
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError
 from specdef_cli.runtime.register import register
@@ -39,13 +40,13 @@ def load_model(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> Any:
     """Load the model in a directory, hardened or not, in evaluation mode.
 
     Args:
         directory: A directory with a ``config.json`` and safetensors files.
         auto_class: A class of transformers to load with, e.g. ``AutoModelForCausalLM``, or its name. By default the one
-            that ``architectures`` names.
+            that ``architectures`` names. A model of diffusers has one class only.
         dtype: The parameters' dtype; by default the one they are stored in.
         device: Where to load to; by default the CPU.
         trust_remote_code: Run code that comes with the directory. Hardened directories do not need it here.
@@ -58,8 +59,10 @@ def load_model(
     register()
     path = Path(directory)
     if not (path / "config.json").is_file():
-        raise SpecDefError(f"{directory} has no config.json", "Give a directory with a transformers checkpoint.")
+        raise SpecDefError(f"{directory} has no config.json", "Give a directory with a checkpoint.")
     try:
+        if library_of(json.loads((path / "config.json").read_text(encoding="utf-8"))) is DIFFUSERS:
+            return _load_denoiser(path, dtype=None if dtype == "auto" else dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = _model_class(path, config, auto_class, trust_remote_code)
         if device is not None:
@@ -78,6 +81,16 @@ def load_model(
         # anything from OSError to what its libraries raise.
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SpecDefError(f"{directory} cannot be loaded: {reason}", _hint(path)) from error
+
+
+def _load_denoiser(path: Path, **kwargs: Any) -> Any:
+    try:
+        from specdef_cli.runtime.diffusion import load_denoiser
+    except ImportError as error:
+        raise SpecDefError(
+            f"{path} is a model of diffusers, which is not installed", "pip install 'specdef-cli[diffusion]'"
+        ) from error
+    return load_denoiser(path, **kwargs)
 
 
 @contextmanager

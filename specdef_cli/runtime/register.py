@@ -1,7 +1,7 @@
-"""Make the Auto classes of transformers load hardened directories after ``import specdef_cli``.
+"""Make the classes of transformers and diffusers load hardened directories after ``import specdef_cli``.
 
-``import specdef_cli`` must stay cheap, and transformers with torch takes seconds to import. transformers has no plugin
-mechanism, so the registration waits: a finder at the head of ``sys.meta_path`` runs it right after one of the two
+``import specdef_cli`` must stay cheap, and transformers with torch takes seconds to import. Neither library has a
+plugin mechanism, so the registration waits: a finder at the head of ``sys.meta_path`` runs it right after one of the
 modules that hold the registries is imported, or at once where that has happened already.
 """
 
@@ -68,8 +68,18 @@ def _register_quantizer() -> None:
     register_quantizer(replace=True)
 
 
+def _register_diffusers_quantizer() -> None:
+    import transformers.quantizers.auto  # noqa: F401 (first, for the reason in _register_config)
+    from diffusers.quantizers import auto
+
+    from specdef_cli.runtime import diffusion
+
+    auto.AUTO_QUANTIZER_MAPPING[diffusion.METHOD] = diffusion.SpecDefDiffusersQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[diffusion.METHOD] = diffusion.SpecDefDiffusersConfig
+
+
 def register() -> None:
-    """Register the runtime with transformers, now or as soon as it is imported. Calling it again is harmless."""
+    """Register the runtime with both libraries, now or as soon as they are imported. Calling it again is harmless."""
     if any(isinstance(finder, AfterImport) for finder in sys.meta_path):
         return
     waiting = {}
@@ -77,6 +87,7 @@ def register() -> None:
         ("transformers.models.auto.configuration_auto", _register_config),
         # The native classes (LlamaForCausalLM) never ask for the config by its model_type, but they look up the hook.
         ("transformers.quantizers.auto", _register_quantizer),
+        ("diffusers.quantizers.auto", _register_diffusers_quantizer),
     ):
         if module in sys.modules:
             callback()

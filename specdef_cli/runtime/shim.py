@@ -5,6 +5,9 @@ and re-initialises them, so the failure has to happen before any weight is read:
 transformers does not know, and points to the one file that does. This module writes those keys and takes them away
 again; reading them is ``configuration_specdef.py``'s part, which restates the names because it is copied into every
 hardened directory and may import nothing of this package.
+
+diffusers has no model types, and it raises for a ``quantization_config`` that it does not know: that key is enough
+there, and ``diffusion.py`` reads it.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specdef_cli.checkpoint.library import DIFFUSERS, library_of
 from specdef_cli.errors import SpecDefError
 
 SHIM_SOURCE = Path(__file__).with_name("configuration_specdef.py")
-"""The file to copy, verbatim and under the same name, into every insert directory."""
+"""The file to copy, verbatim and under the same name, into every insert directory of transformers."""
 
 MODEL_TYPE = "specdef"
 BASE_MODEL_TYPE_KEY = "specdef_base_model_type"
@@ -51,15 +55,15 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec]) -> d
     Raises:
         SpecDefError: The base has no ``model_type``, is a shim already, or is quantized.
     """
-    native = config.get("model_type")
-    if not native:
+    library, native = library_of(config), config.get("model_type")
+    if library is not DIFFUSERS and not native:
         raise SpecDefError(
             "config.json names no model_type, so transformers cannot tell which model it describes",
             "Add the model_type of the architecture to config.json.",
         )
-    if native == MODEL_TYPE:
+    if is_shim(config):
         raise SpecDefError(
-            "config.json has model_type 'specdef': these layers were replaced already",
+            "config.json names 'specdef': these layers were replaced already",
             "Harden the base model, or run `specdef collapse` first.",
         )
     if "quantization_config" in config:
@@ -69,22 +73,27 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec]) -> d
             "Harden the unquantized checkpoint.",
         )
     shimmed = copy.deepcopy(dict(config))
+    shimmed["quantization_config"] = {
+        "quant_method": MODEL_TYPE,
+        "layers": {
+            module: {"in_features": spec.in_features, "out_features": spec.out_features, "bias": spec.bias}
+            for module, spec in layers.items()
+        },
+    }
+    if library is DIFFUSERS:
+        return shimmed
     if "auto_map" in shimmed:
         # The base's own code would be looked up in a directory that does not hold it; transformers' classes serve.
         shimmed[BASE_AUTO_MAP_KEY] = shimmed["auto_map"]
-    shimmed |= {
-        "model_type": MODEL_TYPE,
-        BASE_MODEL_TYPE_KEY: native,
-        "auto_map": dict(AUTO_MAP),
-        "quantization_config": {
-            "quant_method": MODEL_TYPE,
-            "layers": {
-                module: {"in_features": spec.in_features, "out_features": spec.out_features, "bias": spec.bias}
-                for module, spec in layers.items()
-            },
-        },
-    }
-    return shimmed
+    return shimmed | {"model_type": MODEL_TYPE, BASE_MODEL_TYPE_KEY: native, "auto_map": dict(AUTO_MAP)}
+
+
+def is_shim(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of an insert directory."""
+    if library_of(config) is DIFFUSERS:
+        listed = config.get("quantization_config")
+        return isinstance(listed, Mapping) and listed.get("quant_method") == MODEL_TYPE
+    return config.get("model_type") == MODEL_TYPE
 
 
 def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,10 +102,12 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     A config that is not a shim comes back as an equal copy.
     """
     plain = copy.deepcopy(dict(config))
-    if plain.get("model_type") != MODEL_TYPE:
+    if not is_shim(config):
+        return plain
+    plain.pop("quantization_config", None)
+    if library_of(config) is DIFFUSERS:
         return plain
     plain["model_type"] = plain.pop(BASE_MODEL_TYPE_KEY)
-    plain.pop("quantization_config", None)
     plain.pop("auto_map", None)
     if BASE_AUTO_MAP_KEY in plain:
         plain["auto_map"] = plain.pop(BASE_AUTO_MAP_KEY)
@@ -105,6 +116,6 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def shim_layers(config: Mapping[str, Any]) -> dict[str, LayerSpec]:
     """The replaced linears that a shim names; empty for any other config."""
-    if config.get("model_type") != MODEL_TYPE:
+    if not is_shim(config):
         return {}
     return {module: LayerSpec(**spec) for module, spec in config["quantization_config"]["layers"].items()}

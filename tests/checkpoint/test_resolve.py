@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from commands import Result, assert_refused, environment, run_cli
+from hub_server import COMMITS, Hub, model_files, serving, variables
 
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
 
-COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 TOKEN = "hf_" + "s3cretS3cret" * 3
 
 RESOLVE = """
@@ -171,144 +166,13 @@ def test_harden_from_the_cache_records_the_commit(llama: Path, tmp_path: Path) -
 # --- from a server ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Hub:
-    """A stand-in for the Hub: one repository, ``org/name``, with the files of a directory.
-
-    Attributes:
-        files: Name → content.
-        api_status, file_status: What to answer instead of 200, for the repository's metadata and for its files.
-        error_code: The Hub's ``X-Error-Code`` that goes with it.
-        broken: The name of a file whose connection breaks half way.
-        push_status: What to answer to an upload instead of 200.
-        pushed: Name → content of what was uploaded to ``org/out``.
-        seen: Method, path and Authorization header of every request.
-        address: Where it listens.
-    """
-
-    files: dict[str, bytes]
-    api_status: int = 200
-    file_status: int = 200
-    error_code: str = ""
-    broken: str = ""
-    push_status: int = 200
-    pushed: dict[str, bytes] = field(default_factory=dict)
-    seen: list[tuple[str, str, str]] = field(default_factory=list)
-    address: str = ""
-
-    def downloaded(self) -> list[str]:
-        return [path.rsplit("/", 1)[-1] for method, path, _ in self.seen if method == "GET" and "/resolve/" in path]
-
-
-@contextmanager
-def serving(hub: Hub) -> Iterator[Hub]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def do_GET(self) -> None:
-            path = urlsplit(self.path).path
-            hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
-            if path.startswith("/api/models/org/out"):
-                return self.answer(200, json.dumps({"id": "org/out", "sha": "d" * 40, "siblings": []}).encode())
-            if path.startswith("/api/models/org/name/revision/"):
-                ref = path.rsplit("/", 1)[-1]
-                commit = COMMITS.get(ref, ref)
-                if commit not in COMMITS.values():
-                    return self.answer(404, code="RevisionNotFound")
-                siblings = [{"rfilename": name} for name in hub.files]
-                return self.answer(
-                    hub.api_status, json.dumps({"id": "org/name", "sha": commit, "siblings": siblings}).encode()
-                )
-            if path.startswith("/api/models/org/name/tree/"):
-                tree = [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for name, data in hub.files.items()
-                ]
-                return self.answer(hub.api_status, json.dumps(tree).encode())
-            _, _, commit, name = [*path.rsplit("/", 3), "", "", ""][:4]
-            if path.startswith("/org/name/resolve/") and name in hub.files:
-                data = hub.files[name]
-                headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
-                return self.answer(hub.file_status, data, headers, cut=name == hub.broken)
-            return self.answer(404, code="RepoNotFound")
-
-        def do_POST(self) -> None:
-            path = urlsplit(self.path).path
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
-            reply: dict[str, object] = {"warnings": [], "errors": []}  # of /api/validate-yaml
-            if path == "/api/repos/create":
-                reply = {"url": f"{hub.address}/org/out"}
-            elif path == "/api/models/org/out/preupload/main":
-                files = [file["path"] for file in json.loads(body)["files"]]
-                regular = {"uploadMode": "regular", "shouldIgnore": False}
-                reply = {"files": [{"path": name, **regular} for name in files]}
-            elif path == "/api/models/org/out/commit/main":
-                for entry in map(json.loads, body.splitlines()):
-                    if entry["key"] == "file":
-                        hub.pushed[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                reply = {"commitUrl": f"{hub.address}/org/out/commit/{'c' * 40}", "commitOid": "c" * 40}
-            status = hub.push_status if "/org/out/" in path else 200
-            return self.answer(status, json.dumps(reply).encode())
-
-        def answer(
-            self,
-            status: int,
-            data: bytes = b"",
-            headers: dict[str, str] | None = None,
-            code: str = "",
-            cut: bool = False,
-        ) -> None:
-            self.send_response(status)
-            if status >= 400:
-                data = b""
-                if code or hub.error_code:
-                    self.send_header("X-Error-Code", code or hub.error_code)
-                self.send_header("X-Error-Message", "Access is restricted.")
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data[: len(data) // 2] if cut else data)
-            self.close_connection = True
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.fixture
 def online(tmp_path: Path) -> Callable[[Hub], dict[str, str]]:
     """The environment in which ``hub`` is the Hub and the cache is empty."""
-
-    def variables(hub: Hub) -> dict[str, str]:
-        return {
-            "HF_ENDPOINT": hub.address,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }
-
-    return variables
+    return lambda hub: variables(hub, tmp_path)
 
 
 Online = Callable[[Hub], dict[str, str]]
-
-
-def model_files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def test_harden_from_the_hub(llama: Path, tmp_path: Path, online: Online) -> None:

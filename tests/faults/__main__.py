@@ -40,6 +40,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "two runs to one --out": (
         "checkpoint/test_output.py::test_a_second_run",
         "faults/test_attack_interruptions.py::test_a_second_attack",
+        "faults/test_attack_interruptions.py::test_what_another",
     ),
     "broken checkpoint given to harden": (
         "hardening/test_refusals.py::test_input",
@@ -91,7 +92,11 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "checkpoint/test_reader.py::test_a_link",
         "checkpoint/test_reader.py::test_a_snapshot",
     ),
-    "Hub: gated, absent, broken off, offline": ("checkpoint/test_resolve.py",),
+    "Hub: gated, absent, broken off, offline": (
+        "checkpoint/test_resolve.py",
+        "checkpoint/test_arriving.py",
+        "checkpoint/test_downloads.py",
+    ),
 }
 
 

@@ -58,6 +58,7 @@ def go_on(arguments: tuple[str, ...], out: Path, expected: dict[str, Any]) -> in
     assert visible(out) == {"runs", *REPORT}
     after = identities(out)
     assert {name: after[name] for name in before} == before
+    assert {path.name for path in (out / "runs").iterdir()} == set(after)  # nothing hidden either
     return len(before)
 
 
@@ -105,6 +106,20 @@ def test_a_second_attack_on_the_same_directory_is_told(arguments: tuple[str, ...
     with exclusive(tmp_path / "out"):
         result = call_cli(*arguments, tmp_path / "out")
     assert_refused(result, f"another run is writing {tmp_path / 'out'}", empty=tmp_path)
+
+
+def test_what_another_attack_may_be_writing_is_not_removed(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Half a run file is removed by whoever holds the lock of its directory; from shared runs, by nobody."""
+    half = tmp_path / "out" / "runs" / ".0123.json.4567.tmp"
+    half.parent.mkdir(parents=True)
+    half.write_text("{")
+    with exclusive(tmp_path / "out"):
+        assert call_cli(*arguments, tmp_path / "out").code == 1
+    assert half.exists()
+    assert call_cli(*arguments, tmp_path / "other", "--runs", half.parent).code == 0
+    assert half.exists()
+    assert call_cli(*arguments, tmp_path / "out").code == 0
+    assert not half.exists()
 
 
 @pytest.mark.slow

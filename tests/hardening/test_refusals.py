@@ -150,6 +150,28 @@ def test_the_alpha_that_is_advised_for_a_layer_is_accepted(llama: Path, outside:
     assert accepted.code == 0, accepted.stderr
 
 
+DATA_DEPENDENT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[str, ...]]] = {
+    "a fold that would round": (lambda weight: weight * 1e-33, ("--method", "fold")),
+    "a fold that would overflow": (lambda weight: weight * 1e36, ("--method", "fold", "--layers", "*.down_proj")),
+    "one row of tiny numbers": (lambda weight: weight.index_fill(0, torch.tensor([7]), 1e-37), ("--method", "fold")),
+    "a symmetric gauge that would round": (
+        lambda weight: decaying(weight.double()),
+        ("--method", "insert", "--gauge", "symmetric", "--top-k", "8", "--alpha", "1e5"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DATA_DEPENDENT)
+def test_a_dry_run_refuses_what_the_run_refuses(case: str, llama: Path, tmp_path: Path, outside: Path) -> None:
+    """Even where only the weights themselves tell."""
+    change, arguments = DATA_DEPENDENT[case]
+    directory = spoiled(llama, tmp_path, tensor(DOWN, change))
+    command = ("harden", directory, "--out", outside / "out", "--quiet", *arguments)
+    refused = call_cli(*command)
+    assert_refused(refused, "layers.0.mlp.down_proj", empty=outside)
+    assert call_cli(*command, "--dry-run") == refused
+
+
 def decaying(weight: torch.Tensor) -> torch.Tensor:
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     return ((left * torch.arange(1, 33) ** -2.0) @ right).float()

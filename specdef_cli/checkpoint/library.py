@@ -1,0 +1,43 @@
+"""Which library a checkpoint directory belongs to: that decides how its files are named and who can load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that writes checkpoint directories.
+
+    Attributes:
+        name: Its name, as it is imported.
+        weights: The part of its weight files' names that does not vary.
+    """
+
+    name: str
+    weights: str
+
+    @property
+    def single_file(self) -> str:
+        """The file that holds all weights, where there is only one."""
+        return f"{self.weights}.safetensors"
+
+    @property
+    def index_file(self) -> str:
+        """The file that says which shard holds which tensor."""
+        return f"{self.weights}.safetensors.index.json"
+
+    def shard_file(self, number: int, count: int) -> str:
+        """The name of shard ``number`` of ``count``, counted from 1."""
+        return f"{self.weights}-{number:05d}-of-{count:05d}.safetensors"
+
+
+TRANSFORMERS = Library("transformers", "model")
+DIFFUSERS = Library("diffusers", "diffusion_pytorch_model")
+
+
+def library_of(config: Mapping[str, Any]) -> Library:
+    """The library that wrote a ``config.json``: diffusers names its classes there, transformers its model types."""
+    return DIFFUSERS if "_class_name" in config and "model_type" not in config else TRANSFORMERS

@@ -1,0 +1,403 @@
+"""A UNet of diffusers: harden → load in its pipeline → the same images; loud failure without the package; collapse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import assert_refused, call_cli, environment
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from tiny_pipeline import tiny_unet, write_pipeline
+
+from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.reader import ResumableError
+from specdef_cli.checkpoint.stream import file_sha256
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.collapse import collapse
+from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.plan import HardeningPlan
+from specdef_cli.hardening.run import harden, preview
+from specdef_cli.hardening.survey import survey
+from specdef_cli.runtime import SpecDefLinear, load_model
+
+PROCESS = Path(__file__).with_name("plain_diffusers.py")
+SINGLE, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+WEIGHT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+TRANSFORMERS_OF = (
+    "down_blocks.0.attentions.0",
+    "up_blocks.1.attentions.0",
+    "up_blocks.1.attentions.1",
+    "mid_block.attentions.0",
+)
+DEFAULT_LAYERS = {
+    f"{path}.transformer_blocks.0.{name}"
+    for path in TRANSFORMERS_OF
+    for name in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
+}
+
+Unets = Callable[[torch.dtype], tuple[Path, Path]]
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for shard in directory.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.no_grad()
+def denoise(unet: UNet2DConditionModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    sample, text = (torch.randn(3, *shape, generator=generator).to(unet.dtype) for shape in ((4, 8, 8), (7, 24)))
+    return unet(sample, torch.tensor([3, 400, 999]), text).sample
+
+
+@pytest.fixture(scope="module")
+def unets(tmp_path_factory: pytest.TempPathFactory) -> Unets:
+    """Base and hardened directory of a dtype."""
+    made: dict[torch.dtype, tuple[Path, Path]] = {}
+
+    def build(dtype: torch.dtype) -> tuple[Path, Path]:
+        if dtype not in made:
+            root = tmp_path_factory.mktemp("unets")
+            tiny_unet().to(dtype).save_pretrained(root / "unet")
+            assert harden(HardenOptions(str(root / "unet"), root / "hardened", top_k=4)) is not None
+            made[dtype] = root / "unet", root / "hardened"
+        return made[dtype]
+
+    return build
+
+
+@pytest.fixture
+def unet(unets: Unets) -> Path:
+    return unets(torch.float32)[0]
+
+
+@pytest.fixture
+def hardened(unets: Unets, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(unets(torch.float32)[1], tmp_path / "hardened"))
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``pipeline`` and ``hardened``."""
+    root = tmp_path_factory.mktemp("pipelines")
+    base = write_pipeline(root / "pipeline")
+    shutil.copytree(base, root / "hardened", ignore=lambda *_: ["unet"])
+    harden(HardenOptions(str(base / "unet"), root / "hardened" / "unet", top_k=4))
+    return root
+
+
+def in_a_process(name: str, root: Path) -> dict[str, Any]:
+    process = subprocess.run(
+        [sys.executable, str(PROCESS), name, str(root)],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_the_pipeline_draws_the_same_after_an_import(pipelines: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(pipelines, tmp_path / "root"))
+    result = in_a_process("with_package", root)
+    assert result["early"] == []
+    assert result["torch.float32"] < 1e-5
+    assert result["torch.bfloat16"] < 5e-2
+    assert result["class"].startswith("diffusers.")
+    assert result["swapped"] == len(DEFAULT_LAYERS)
+    assert result["again"]
+    assert result["dtype"] == "torch.float32"
+
+
+def test_nothing_loads_without_the_package(pipelines: Path, tmp_path: Path) -> None:
+    raised = in_a_process("without_package", Path(shutil.copytree(pipelines, tmp_path / "root")))
+    assert raised.pop("imported") == ""
+    assert raised.pop("after a late import") == ""
+    assert len(raised) == 9
+    for name, message in raised.items():
+        # The right reason: the unknown name, or a tombstone where a weight belongs.
+        reasons = ("shape", "size mismatch") if "stripped" in name or name == "state dict" else ("got specdef",)
+        assert any(reason in message for reason in reasons), (name, message)
+
+
+@both_dtypes
+def test_the_hardened_unet_computes_what_the_base_computes(dtype: torch.dtype, unets: Unets) -> None:
+    base, directory = unets(dtype)
+    manifest = read_manifest(directory)
+    assert manifest.method == "insert"
+    assert {layer.module for layer in manifest.inserted} == DEFAULT_LAYERS
+    assert manifest.verification.keys() == {"max_abs", "relative", "equal"}
+    assert 0 < manifest.verification["relative"] < TOLERANCE[dtype]
+    model, reference = load_model(directory), load_model(base)
+    assert type(model) is UNet2DConditionModel
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert {name for name, module in model.named_modules() if type(module) is SpecDefLinear} == DEFAULT_LAYERS
+    assert not model.training
+    assert 0 < relative(denoise(model), denoise(reference)) < TOLERANCE[dtype]
+
+
+@both_dtypes
+def test_factors_inflate_and_everything_else_is_untouched(dtype: torch.dtype, unets: Unets) -> None:
+    base, found = (tensors(directory) for directory in unets(dtype))
+    manifest = read_manifest(unets(dtype)[1])
+    consumed: set[str | None] = set()
+    for layer in manifest.inserted:
+        weight = torch.linalg.svdvals(base[layer.tensor].double())
+        inflated, compensation = (found[name].double() for name in (layer.inflated_tensor, layer.compensation_tensor))
+        precision = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(torch.linalg.svdvals(inflated)[:4], weight[:4] * 1e4, rtol=precision, atol=0)
+        assert relative(compensation @ inflated, base[layer.tensor]) < precision
+        assert found[layer.tensor].shape == (1,)
+        assert layer.bias is not None
+        assert layer.compensation_bias is not None
+        assert torch.equal(found[layer.compensation_bias], base[layer.bias])
+        consumed |= {
+            layer.tensor,
+            layer.bias,
+            layer.inflated_tensor,
+            layer.compensation_tensor,
+            layer.compensation_bias,
+        }
+    untouched = found.keys() - consumed
+    assert untouched == base.keys() - consumed
+    assert all(found[name].dtype == dtype and torch.equal(found[name], base[name]) for name in untouched)
+    assert sum(found[name].dim() == 4 for name in untouched) == sum(tensor.dim() == 4 for tensor in base.values()) > 10
+
+
+@both_dtypes
+def test_collapse_gives_the_base_back(dtype: torch.dtype, unets: Unets, tmp_path: Path) -> None:
+    base, directory = unets(dtype)
+    result = collapse(CollapseOptions(str(directory), tmp_path / "back"))
+    assert result is not None
+    back = tmp_path / "back"
+    assert json.loads((back / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+    found, expected = tensors(back), tensors(base)
+    assert found.keys() == expected.keys()
+    changed = {layer.tensor for layer in result.manifest.inserted}
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        if name in changed:
+            assert relative(found[name], tensor) < WEIGHT_TOLERANCE[dtype]
+        else:
+            assert torch.equal(found[name], tensor)
+    assert {path.name for path in back.iterdir()} == {"config.json", "README.md", SINGLE}
+    assert relative(denoise(load_model(back)), denoise(load_model(base))) < TOLERANCE[dtype]
+
+
+def test_files_besides_the_weights(unets: Unets) -> None:
+    directory = unets(torch.float32)[1]
+    assert {path.name for path in directory.iterdir()} == {"config.json", "README.md", "specdef.json", SINGLE}
+    assert read_manifest(directory).shards == {SINGLE: file_sha256(directory / SINGLE)}
+    card = (directory / "README.md").read_text()
+    for words in ("import specdef_cli", "does not resist", "convolutions", "No attack was measured"):
+        assert words in card
+    assert "trust_remote_code" not in card
+    assert "KL" not in card
+    assert "secure" not in card.lower()
+
+
+def test_shards_in_and_out_hold_the_same(unets: Unets, tmp_path: Path) -> None:
+    base, single = unets(torch.float32)
+    UNet2DConditionModel.from_pretrained(base).save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    harden(HardenOptions(str(tmp_path / "sharded"), tmp_path / "one", top_k=4))
+    harden(HardenOptions(str(base), tmp_path / "many", top_k=4, max_shard_size=200_000))
+    assert [path.name for path in (tmp_path / "one").glob("*.safetensors")] == [SINGLE]
+    shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
+    assert set(json.loads((tmp_path / "many" / INDEX).read_text())["weight_map"].values()) == set(shards)
+    expected = tensors(single)
+    for name in ("one", "many"):
+        found = tensors(tmp_path / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        assert torch.equal(denoise(load_model(tmp_path / name)), denoise(load_model(single)))
+    collapse(CollapseOptions(str(tmp_path / "many"), tmp_path / "back", max_shard_size=200_000))
+    assert relative(denoise(load_model(tmp_path / "back")), denoise(load_model(base))) < 1e-5
+
+
+def test_another_dtype_and_other_layers(unet: Path, tmp_path: Path) -> None:
+    options = HardenOptions(
+        str(unet), tmp_path / "out", alpha=1e6, top_k=2, layers=("*.to_q", "time_embedding.*"), dtype="bfloat16"
+    )
+    result = harden(options)
+    assert result is not None
+    assert {layer.module.rsplit(".", 1)[-1] for layer in result.manifest.inserted} == {"to_q", "linear_1", "linear_2"}
+    assert "dtype" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    model = load_model(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert relative(denoise(model), denoise(load_model(unet, dtype=torch.bfloat16))) < 2e-2
+
+
+def test_lora_reaches_both_factors(hardened: Path) -> None:
+    model = UNet2DConditionModel.from_pretrained(hardened)
+    model.requires_grad_(False)
+    pair = f"{TRANSFORMERS_OF[0]}.transformer_blocks.0.attn1.to_out.0"
+    model.add_adapter(LoraConfig(r=2, target_modules=[f"{pair}.inflated", f"{pair}.compensation", "to_q"]))
+    model(torch.randn(1, 4, 8, 8), 10, torch.randn(1, 7, 24)).sample.square().mean().backward()
+    trained = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.abs().sum() > 0}
+    for part in ("inflated", "compensation"):
+        assert f"{pair}.{part}.lora_B.default.weight" in trained
+
+
+def test_auto_inserts_and_says_why(unet: Path, tmp_path: Path) -> None:
+    seen: list[HardeningPlan] = []
+    shown = preview(HardenOptions(str(unet), tmp_path / "out", top_k=4), seen.append)
+    assert shown.plan.method == "insert"
+    assert any("insert" in note for note in seen[0].notes)
+    assert any("UNet2DConditionModel" in note and "no symmetric pairs" in note for note in seen[0].notes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_survey_knows_base_and_hardened(unets: Unets) -> None:
+    base, directory = (survey(str(each)) for each in unets(torch.float32))
+    assert base.architecture == directory.architecture == "UNet2DConditionModel"
+    assert [layer.module for layer in base.layers] == [layer.module for layer in directory.layers]
+    assert {layer.module for layer in base.layers if layer.default} == DEFAULT_LAYERS
+    assert {layer.module for layer in directory.layers if layer.alpha == 1e4} == DEFAULT_LAYERS
+
+
+def test_a_conditioning_of_stable_diffusion_xl_is_verified(tmp_path: Path) -> None:
+    changes = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + 10,
+        "use_linear_projection": True,
+    }
+    tiny_unet(**changes).save_pretrained(tmp_path / "unet")
+    result = harden(HardenOptions(str(tmp_path / "unet"), tmp_path / "out", top_k=4))
+    assert result is not None
+    assert 0 < result.manifest.verification["relative"] < 1e-5
+
+
+def test_what_cannot_be_verified_is_kept_for_resume(tmp_path: Path) -> None:
+    tiny_unet(class_embed_type="timestep").save_pretrained(tmp_path / "unet")
+    options = HardenOptions(str(tmp_path / "unet"), tmp_path / "out", top_k=4)
+    with pytest.raises(ResumableError, match="timestep") as caught:
+        harden(options)
+    assert "--no-verify" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def edit_config(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    stored = load_file(directory / SINGLE)
+    change(stored)
+    save_file(stored, directory / SINGLE, {"format": "pt"})
+
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no compensation": (
+        lambda at: edit_tensors(at, lambda t: t.pop(f"{LAYER}.compensation.weight")),
+        f"{LAYER}.compensation.weight is missing",
+    ),
+    "no tombstone": (lambda at: edit_tensors(at, lambda t: t.pop(f"{LAYER}.weight")), f"{LAYER}.weight is missing"),
+    "no convolution": (
+        lambda at: edit_tensors(at, lambda t: t.pop("conv_in.weight")), "conv_in.weight is missing",
+    ),
+    "wrong shape": (
+        lambda at: edit_tensors(at, lambda t: t.update({f"{LAYER}.inflated.weight": torch.ones(2, 2)})),
+        f"{LAYER}.inflated.weight expected shape",
+    ),
+    "truncated list": (
+        lambda at: edit_config(at, lambda c: c["quantization_config"]["layers"].pop(LAYER)),
+        f"{LAYER}.bias is missing",
+    ),
+    "misspelt path": (
+        lambda at: edit_config(
+            at, lambda c: c["quantization_config"]["layers"].update(
+                {"mid_block.nothing": {"in_features": 1, "out_features": 1, "bias": False}}
+            )
+        ),
+        "lists mid_block.nothing",
+    ),
+    "a convolution": (
+        lambda at: edit_config(
+            at, lambda c: c["quantization_config"]["layers"].update(
+                {"conv_in": {"in_features": 4, "out_features": 16, "bias": True}}
+            )
+        ),
+        "conv_in is a Conv2d",
+    ),
+    "no list": (lambda at: edit_config(at, lambda c: c["quantization_config"].pop("layers")), "layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_directories_name_what_is_wrong(case: str, hardened: Path) -> None:
+    damage, message = DAMAGES[case]
+    damage(hardened)
+    with pytest.raises(SpecDefError) as caught:
+        load_model(hardened)
+    assert message in caught.value.problem
+
+
+def harden_command(directory: Path, out: Path, *arguments: str) -> Any:
+    return call_cli("harden", directory, "--out", out / "out", "--top-k", "4", "--quiet", *arguments)
+
+
+def test_refusals_of_harden(unet: Path, unets: Unets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "outside"
+    out.mkdir()
+    fold = call_cli("harden", unet, "--out", out / "out", "--method", "fold", "--quiet")
+    assert_refused(fold, "no symmetric pair", "UNet2DConditionModel", "--method insert", empty=out)
+    assert_refused(harden_command(unets(torch.float32)[1], out), "hardened already", "specdef collapse", empty=out)
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    assert_refused(harden_command(tmp_path / "vae", out), "AutoencoderKL", "UNet2DConditionModel", empty=out)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    assert_refused(harden_command(tmp_path / "pipeline", out), "no config.json", "pipeline/unet", empty=out)
+    shutil.copytree(unet, tmp_path / "shim")
+    edit_config(tmp_path / "shim", lambda c: c.update(quantization_config={"quant_method": "specdef", "layers": {}}))
+    assert_refused(harden_command(tmp_path / "shim", out), "hardened already", empty=out)
+    shutil.copytree(unet, tmp_path / "wider")
+    edit_config(tmp_path / "wider", lambda c: c.update(cross_attention_dim=32))
+    assert_refused(harden_command(tmp_path / "wider", out), "attn2.to_k.weight", "[16, 24]", "[16, 32]", empty=out)
+    shutil.copytree(unet, tmp_path / "pickled")
+    (tmp_path / "pickled" / SINGLE).rename(tmp_path / "pickled" / "diffusion_pytorch_model.bin")
+    assert_refused(harden_command(tmp_path / "pickled", out), "pickled", "diffusers", "save_pretrained", empty=out)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert_refused(harden_command(unet, out), "not installed", "specdef-cli[diffusion]", empty=out)
+
+
+def test_attack_and_certify_refuse(unets: Unets, tmp_path: Path) -> None:
+    base, directory = unets(torch.float32)
+    data = tmp_path / "data.txt"
+    data.write_text("some text\n" * 50)
+    for arguments in (
+        ("attack", directory, "--control", base, "--dataset", data, "--out", tmp_path / "attack"),
+        ("attack", base, "--control", base, "--dataset", data, "--task", "causal-lm", "--out", tmp_path / "attack"),
+        ("certify", directory, "--base", base, "--out", tmp_path / "certificate"),
+    ):
+        assert_refused(call_cli(*arguments), "diffusers", "examples/reproduce/unet.py")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.txt"]
+
+
+def test_the_runtime_can_be_the_first_import() -> None:
+    statement = "from specdef_cli import SpecDefLinear; print(SpecDefLinear.__name__)"
+    process = subprocess.run([sys.executable, "-c", statement], env=environment(), capture_output=True, text=True)
+    assert process.stdout.split() == ["SpecDefLinear"], process.stderr[-2000:]

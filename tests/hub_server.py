@@ -1,0 +1,206 @@
+"""A server on this machine that speaks as much of the Hub's language as huggingface_hub asks for."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+@dataclass
+class Hub:
+    """A stand-in for the Hub: one repository, ``org/name``, with the files of a directory.
+
+    Attributes:
+        files: Name → content.
+        api_status, file_status: What to answer instead of 200, for the repository's metadata and for its files.
+        error_code: The Hub's ``X-Error-Code`` that goes with it.
+        broken: The name of a file whose connection breaks half way.
+        denied: The name of a file that is shown in parts and never sent.
+        withheld: Name → what has to hold before the file is sent as a whole. Nothing holds for longer than a minute.
+        seconds: How long it takes to send a weight file.
+        ranges: Whether parts of a file are sent.
+        sizes: Name → what to say of its size, instead of the truth.
+        push_status: What to answer to an upload instead of 200.
+        pushed: Name → content of what was uploaded to ``org/out``.
+        seen: Method, path and Authorization header of every request, but for those of parts.
+        parts: The names of the files of which parts were asked for.
+        address: Where it listens.
+    """
+
+    files: dict[str, bytes]
+    api_status: int = 200
+    file_status: int = 200
+    error_code: str = ""
+    broken: str = ""
+    denied: str = ""
+    withheld: dict[str, Callable[[], bool]] = field(default_factory=dict)
+    seconds: float = 0.0
+    ranges: bool = True
+    sizes: dict[str, int] = field(default_factory=dict)
+    push_status: int = 200
+    pushed: dict[str, bytes] = field(default_factory=dict)
+    seen: list[tuple[str, str, str]] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    address: str = ""
+
+    def downloaded(self) -> list[str]:
+        """The names of the files that were asked for as a whole."""
+        return [path.rsplit("/", 1)[-1] for method, path, _ in self.seen if method == "GET" and "/resolve/" in path]
+
+
+@functools.cache
+def sha1(data: bytes) -> str:
+    """What stands for the contents in an ETag."""
+    return hashlib.sha1(data).hexdigest()
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Wait until ``holds()``, a minute at most."""
+    for _ in range(1200):
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def pieces(data: bytes, count: int) -> list[bytes]:
+    """``data`` in so many pieces, more or less."""
+    step = max(1, -(-len(data) // count))
+    return [data[begin : begin + step] for begin in range(0, len(data), step)]
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """Answer for ``hub`` while the block runs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if hub.ranges else None
+            if part is None:
+                hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
+            if path.startswith("/api/models/org/out"):
+                return self.answer(200, json.dumps({"id": "org/out", "sha": "d" * 40, "siblings": []}).encode())
+            if path.startswith("/api/models/org/name/revision/"):
+                ref = path.rsplit("/", 1)[-1]
+                commit = COMMITS.get(ref, ref)
+                if commit not in COMMITS.values():
+                    return self.answer(404, code="RevisionNotFound")
+                siblings = [{"rfilename": name} for name in hub.files]
+                return self.answer(
+                    hub.api_status, json.dumps({"id": "org/name", "sha": commit, "siblings": siblings}).encode()
+                )
+            if path.startswith("/api/models/org/name/tree/"):
+                tree = [
+                    {"type": "file", "path": name, "size": len(data), "oid": sha1(data)}
+                    for name, data in hub.files.items()
+                ]
+                return self.answer(hub.api_status, json.dumps(tree).encode())
+            _, _, commit, name = [*path.rsplit("/", 3), "", "", ""][:4]
+            if path.startswith("/org/name/resolve/") and name in hub.files:
+                data = hub.files[name]
+                headers = {"ETag": f'"{sha1(data)}"', "X-Repo-Commit": commit}
+                if part is not None:
+                    hub.parts.append(name)
+                    begin, end = int(part[1]), int(part[2]) + 1
+                    headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+                    return self.answer(206, data[begin:end], headers)
+                if self.command == "HEAD":
+                    return self.answer(hub.file_status, data, headers, size=hub.sizes.get(name))
+                if name in hub.withheld and not eventually(hub.withheld[name]):
+                    return self.answer(503)
+                status = 403 if name == hub.denied else hub.file_status
+                slowly = hub.seconds if name.endswith(".safetensors") else 0.0
+                return self.answer(status, data, headers, cut=name == hub.broken, seconds=slowly)
+            return self.answer(404, code="RepoNotFound")
+
+        def do_POST(self) -> None:
+            path = urlsplit(self.path).path
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
+            reply: dict[str, object] = {"warnings": [], "errors": []}  # of /api/validate-yaml
+            if path == "/api/repos/create":
+                reply = {"url": f"{hub.address}/org/out"}
+            elif path == "/api/models/org/out/preupload/main":
+                files = [file["path"] for file in json.loads(body)["files"]]
+                regular = {"uploadMode": "regular", "shouldIgnore": False}
+                reply = {"files": [{"path": name, **regular} for name in files]}
+            elif path == "/api/models/org/out/commit/main":
+                for entry in map(json.loads, body.splitlines()):
+                    if entry["key"] == "file":
+                        hub.pushed[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                reply = {"commitUrl": f"{hub.address}/org/out/commit/{'c' * 40}", "commitOid": "c" * 40}
+            status = hub.push_status if "/org/out/" in path else 200
+            return self.answer(status, json.dumps(reply).encode())
+
+        def answer(
+            self,
+            status: int,
+            data: bytes = b"",
+            headers: dict[str, str] | None = None,
+            code: str = "",
+            cut: bool = False,
+            size: int | None = None,
+            seconds: float = 0.0,
+        ) -> None:
+            self.send_response(status)
+            if status >= 400:
+                data = b""
+                if code or hub.error_code:
+                    self.send_header("X-Error-Code", code or hub.error_code)
+                self.send_header("X-Error-Message", "Access is restricted.")
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data) if size is None else size))
+            self.end_headers()
+            if self.command != "HEAD":
+                for piece in pieces(data[: len(data) // 2] if cut else data, 10 if seconds else 1):
+                    time.sleep(seconds / 10)
+                    with suppress(BrokenPipeError, ConnectionResetError):  # the other side has given up
+                        self.wfile.write(piece)
+            self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def variables(hub: Hub, directory: Path) -> dict[str, str]:
+    """The environment in which ``hub`` is the Hub and the cache lies, empty at first, in ``directory``."""
+    return {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(directory / "home"),
+        "HF_HUB_CACHE": str(directory / "cache"),
+    }
+
+
+def model_files(directory: Path) -> dict[str, bytes]:
+    """The files of a checkpoint directory, by name."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
