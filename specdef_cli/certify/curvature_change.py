@@ -55,12 +55,15 @@ class CurvatureFigures:
     observed: DivergenceRate | None
 
 
-def measure_curvature(directory: Path, tokens: Tensor, *, trust_remote_code: bool = False) -> CurvatureFigures | str:
-    """Measure one causal language model on the CPU.
+def measure_curvature(
+    directory: Path, tokens: Tensor, *, device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> CurvatureFigures | str:
+    """Measure one causal language model.
 
     Args:
         directory: A base or a hardened checkpoint.
         tokens: int64, shape [sequences, length]: the batch.
+        device: Where to measure; of a device without float64, everything is measured in float32.
         trust_remote_code: Whether code that comes with it may run.
 
     Returns:
@@ -70,17 +73,23 @@ def measure_curvature(directory: Path, tokens: Tensor, *, trust_remote_code: boo
         SpecDefError: The directory cannot be loaded, or its loss is not finite.
     """
     with without_progress_bars():
-        model = load_model(directory, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+        model = load_model(directory, dtype=torch.float32, device=device, trust_remote_code=trust_remote_code)
     try:
         count = sum(parameter.numel() for parameter in model.parameters())
-        available = psutil.virtual_memory().available
+        available = _free_memory(model.device)
         if count * MEMORY_PER_PARAMETER > available and count <= MOST_FOR_WHOLE:
             needed = count * MEMORY_PER_PARAMETER
             return f"it takes about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
-        return _figures(model.double() if count <= MOST_FOR_DOUBLE else model, tokens, count)
+        double = count <= MOST_FOR_DOUBLE and model.device.type != "mps"
+        return _figures(model.double() if double else model, tokens.to(model.device), count)
     finally:
         del model
         gc.collect()
+
+
+def _free_memory(device: torch.device) -> int:
+    """In bytes."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def _figures(model: nn.Module, tokens: Tensor, count: int) -> CurvatureFigures:

@@ -38,8 +38,10 @@ from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import write_durably
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.report import write_report
+from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.vocabulary import require_in_vocabulary
 
 SEQUENCES, LENGTH = 32, 128
@@ -60,6 +62,8 @@ class CertifyOptions:
         curvature: Whether the Hessian is measured.
         card: Whether a local model's card and directory get the certificate too.
         jobs: Attack runs at a time.
+        device: Where the curvature and the deployment formats are measured. The function is always compared on the CPU,
+            where a fresh process must give the same bits.
         trust_remote_code: Whether the base's own Python code may run.
         revision, token: Passed on to the Hub.
     """
@@ -73,6 +77,7 @@ class CertifyOptions:
     curvature: bool = True
     card: bool = True
     jobs: int = 1
+    device: str = "cpu"
     trust_remote_code: bool = False
     revision: str | None = None
     token: str | None = None
@@ -102,6 +107,7 @@ def certify(
         require_sound(each, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, each)
     writable_ancestor(options.out)
+    (device,) = compute_devices(options.device, process_state())
     base, hardened = open_checkpoint(base_directory), open_checkpoint(directory)
     tokens = _tokens(base, options)
     resistance = None
@@ -118,7 +124,7 @@ def certify(
     deployment: tuple[DeploymentFigure, ...] = ()
     if options.formats:
         deployment = measure_deployment(
-            base_directory, directory, tokens, options.formats, trust_remote_code=trust,
+            base_directory, directory, tokens, options.formats, device=str(device), trust_remote_code=trust,
             on_figure=lambda figure: on_progress(f"deployment: {figure.format}"),
         )  # fmt: skip
     if resistance is None:
@@ -172,7 +178,7 @@ def _curvature(
     batch = tokens[:CURVATURE_SEQUENCES, :CURVATURE_LENGTH]
     figures = []
     for directory in (base, hardened):
-        found = measure_curvature(directory, batch, trust_remote_code=options.trust_remote_code)
+        found = measure_curvature(directory, batch, device=options.device, trust_remote_code=options.trust_remote_code)
         if isinstance(found, str):
             return None, found
         figures.append(found)

@@ -40,6 +40,7 @@ def certify_command(
         bool, typer.Option("--no-card", help="Leave the model's directory and its card as they are.")
     ] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Attack runs at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="Where curvature and formats are measured, e.g. cuda.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the certificate and the attack report go.")] = (
         Path("certificate")
     ),
@@ -75,6 +76,7 @@ def certify_command(
         curvature=not no_curvature,
         card=not no_card,
         jobs=jobs,
+        device=device,
         trust_remote_code=trust_remote_code,
         revision=revision,
         token=token,

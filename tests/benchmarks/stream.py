@@ -63,7 +63,9 @@ def evict(directory: Path) -> None:
 
 def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> None:
     """Print seconds, ratio to ``cp -r``, and peak memory of fold and insert on a checkpoint of ``layers`` blocks."""
-    harden = [sys.executable, "-m", "specdef_cli", "harden", "--no-verify", "--quiet"]
+    arguments = ["-m", "specdef_cli", "harden", "--no-verify", "--quiet"]
+    harden = [sys.executable, *arguments]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     out = directory / "out"
     source = directory / f"llama-{layers}"
     # In a process of its own: what this one holds counts as the peak of every command that it starts.
@@ -78,6 +80,7 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> None:
         "start-up": [sys.executable, "-c", "import specdef_cli.hardening.run"],
         "fold": [*harden, str(source), "--out", str(out), "--method", "fold"],
         "insert, k=25": [*harden, str(source), "--out", str(out), "--method", "insert"],
+        "insert, two processes": [*launch, str(source), "--out", str(out), "--method", "insert"],
     }
     # Alternate the commands, so that a drift of the machine meets all of them.
     measured: dict[str, list[Measured]] = {name: [] for name in commands}

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import assert_refused, call_cli
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, attack
+from specdef_cli.certify import curvature_change
+from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curvature
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.options import HardenOptions
@@ -179,4 +182,22 @@ def test_refusals(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path)
         call_cli("certify", hardened, "--base", base, "--attacks", report, "--out", out, "--text", tmp_path / "no.txt"),
         "no.txt",
     )
+    assert_refused(call_cli("certify", hardened, "--base", base, "--device", "warp", *common), "warp")
     assert not out.exists()
+
+
+def test_what_is_too_large_for_the_whole_hessian_is_measured_by_layers(
+    attacked: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(0))
+    whole = measure_curvature(attacked[1], tokens)
+    monkeypatch.setattr(curvature_change, "MOST_FOR_WHOLE", 10)
+    largest = measure_curvature(attacked[1], tokens)
+    assert isinstance(whole, CurvatureFigures)
+    assert isinstance(largest, CurvatureFigures)
+    assert whole.block is None
+    assert largest.block is not None
+    assert "layers." in largest.block
+    assert largest.top.parameters < whole.top.parameters
+    # A diagonal block of a symmetric matrix; with inflated layers the largest one holds most of it.
+    assert 0.1 * whole.top.value < largest.top.value <= whole.top.value * 1.001
