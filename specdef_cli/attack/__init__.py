@@ -2,6 +2,12 @@
 each gets.
 """
 
+import logging
+
+# PEFT imports bitsandbytes where it is installed, and that warns of kernels that nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# ruff: noqa: E402 (the imports below are what has to be kept quiet)
 from specdef_cli.attack.options import AttackOptions, Expansion
 from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
 from specdef_cli.attack.results import Attack, AttackReport, RunResult

@@ -6,8 +6,6 @@ queue of what may run now, and a finished run may add to it. What is found finis
 
 from __future__ import annotations
 
-import gc
-import logging
 import multiprocessing
 import os
 import signal
@@ -205,15 +203,8 @@ def _settle(places: multiprocessing.SimpleQueue[int], jobs: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     place = places.get()
-    # PEFT imports bitsandbytes where it is installed, and that warns of kernels that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
 
-    from specdef_cli.attack import trainer  # noqa: F401 (all that a run imports)
-
-    # What is imported stays: the collector, called after every run, need not look through it again.
-    gc.collect()
-    gc.freeze()
     devices = torch.cuda.device_count()
     if devices > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(place % devices)

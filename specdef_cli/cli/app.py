@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import Annotated
@@ -53,8 +52,6 @@ def _root(
 
 def main() -> None:
     """Run the command line. Failures that the user can do something about are two lines on stderr and exit code 1."""
-    # PEFT imports bitsandbytes where it is installed, and that warns of kernels that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except (SpecDefError, OSError) as error:

@@ -114,6 +114,7 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
     names = match_names(model, shapes)
     require_complete(model, names, shapes)
+    require_floating(model, names, checkpoint)
     sites = linear_sites(native, shapes, model=model, trust_remote_code=options.trust_remote_code)
     stored = SAFETENSORS_DTYPES[DTYPES[options.dtype]] if options.dtype else None
     found = Symmetries((), ())
@@ -273,6 +274,25 @@ def require_complete(model: PreTrainedModel, names: TensorNames, shapes: Mapping
             )
 
 
+def require_floating(model: PreTrainedModel, names: TensorNames, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that stores a parameter as integers or in eight bits.
+
+    Args:
+        model, names: As for :func:`require_complete`.
+        checkpoint: What is stored.
+
+    Raises:
+        SpecDefError: naming the tensor.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for tensor, parameter in names.parameters.items():
+        dtype = checkpoint.tensors[tensor].dtype
+        if parameter in parameters and dtype not in FLOATING_DTYPES:
+            raise SpecDefError(
+                f"{tensor} is stored as {dtype}", "Harden the unquantized checkpoint, and quantize the result."
+            )
+
+
 def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     """transformers' config object of a checkpoint; diffusers has none, and ``config.json`` itself serves.
 
@@ -350,10 +370,6 @@ def _names(pair: SymmetricPair, names: TensorNames) -> set[str]:
 
 def _insert_layer(checkpoint: Checkpoint, site: LinearSite, options: HardenOptions) -> InsertLayer:
     stored = checkpoint.tensors[site.tensor].dtype
-    if stored not in FLOATING_DTYPES:
-        raise SpecDefError(
-            f"{site.tensor} is stored as {stored}", "Harden the unquantized checkpoint, and quantize the result."
-        )
     dtype = DTYPES[options.dtype] if options.dtype else TORCH_DTYPES[stored]
     alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
     gauge = options.gauge or "rotated"

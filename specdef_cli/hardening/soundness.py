@@ -11,10 +11,10 @@ from pathlib import Path
 from specdef_cli.architectures.names import match_names, meta_model
 from specdef_cli.checkpoint.library import DIFFUSERS
 from specdef_cli.checkpoint.manifest import is_hardened, read_manifest
-from specdef_cli.checkpoint.reader import FLOATING_DTYPES, open_checkpoint
+from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import require_as_described
-from specdef_cli.hardening.plan import native_config, require_complete, require_hardenable
+from specdef_cli.hardening.plan import native_config, require_complete, require_floating, require_hardenable
 from specdef_cli.hardening.survey import as_original
 from specdef_cli.runtime.shim import is_shim
 
@@ -54,8 +54,4 @@ def require_sound(directory: Path, *, trust_remote_code: bool = False) -> None:
     shapes = {name: header.shape for name, header in original.tensors.items()}
     names = match_names(model, shapes)
     require_complete(model, names, shapes)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for tensor, parameter in names.parameters.items():
-        dtype = original.tensors[tensor].dtype
-        if parameter in parameters and dtype not in FLOATING_DTYPES:
-            raise SpecDefError(f"{tensor} is stored as {dtype}", "Give the unquantized checkpoint.")
+    require_floating(model, names, original)

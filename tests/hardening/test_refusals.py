@@ -43,6 +43,10 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "flattened": (tensor(DOWN, lambda weight: weight.flatten()), (DOWN, "[1536]", "config.json")),
     "fp8": (tensor(DOWN, lambda weight: weight.to(torch.float8_e4m3fn)), (DOWN, "F8_E4M3", "unquantized")),
     "int8": (tensor(DOWN, lambda weight: weight.to(torch.int8)), (DOWN, "I8", "unquantized")),
+    "int8 in what is not hardened": (
+        tensor("lm_head.weight", lambda weight: weight.to(torch.int8)),
+        ("lm_head.weight", "I8", "unquantized"),
+    ),
     "packed in U8": (tensor(DOWN, lambda weight: weight.to(torch.uint8)), (DOWN, "U8", "unquantized")),
     "a missing layer": (tensor(DOWN, None), (DOWN, "no tensor of the checkpoint")),
     "a missing norm": (tensor("model.norm.weight", None), ("model.norm.weight", "no tensor of the checkpoint")),
