@@ -5,13 +5,11 @@ python examples/reproduce/bound.py --out bound
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 
@@ -20,7 +18,7 @@ import itertools
 
 import torch
 from matplotlib import pyplot as plt
-from setting import insert, markdown
+from setting import insert, markdown, output_directory
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -164,10 +162,7 @@ def row(name: str, ratios: list[float]) -> tuple[str, ...]:
 
 def main() -> None:
     """Measure, print a Markdown table, save the histogram."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = output_directory(__doc__)
     samples = [
         sample for family, count in EXAMPLES.items() for seed in range(count) for sample in measure(family, seed)
     ]
@@ -191,7 +186,7 @@ def main() -> None:
     axes[0].set_ylabel("layers")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(arguments.out / "bound.png", dpi=150)
+    figure.savefig(out / "bound.png", dpi=150)
 
 
 if __name__ == "__main__":

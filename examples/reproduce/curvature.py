@@ -5,7 +5,6 @@ python examples/reproduce/curvature.py --out curvature
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, slope, tiny_llama
+from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, output_directory, slope, tiny_llama
 
 from specdef_cli.certify.bound import compensation_bounds, path_bound
 from specdef_cli.certify.curvature import Curvature, hessian_top, model_loss, trainable
@@ -80,10 +79,7 @@ def plot(points: list[Point], path: Path) -> None:
 
 def main() -> None:
     """Measure, print a Markdown table and the slopes, save the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = output_directory(__doc__)
     points = [measure(alpha, top_k) for top_k in TOP_KS for alpha in ALPHAS]
     rows = [
         (
@@ -113,7 +109,7 @@ def main() -> None:
         }
         print(f"\nk = {top_k}, slope of log σ₁ over log α from α = 10³: ", end="")
         print(", ".join(f"{name} {slope(alphas, values):.3f}" for name, values in slopes.items()) + ".")
-    plot(points, arguments.out / "curvature.png")
+    plot(points, out / "curvature.png")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ base text) as one Markdown table. Takes some minutes on one core.
 from __future__ import annotations
 
 import argparse
-import runpy
 import sys
 from pathlib import Path
 
+from setting import base_text
+
 from specdef_cli.certify.deployment import DeploymentFigure, measure_deployment, token_batch
 from specdef_cli.certify.formats import FORMATS
-
-TINY_LLAMA = Path(__file__).parents[1] / "tiny_llama"
 
 
 def cell(figure: DeploymentFigure) -> str:
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--sequences", type=int, default=16)
     arguments = parser.parse_args()
-    _, held_out = runpy.run_path(str(TINY_LLAMA / "texts.py"))["base_text"]()
+    _, held_out = base_text()
     tokens = token_batch(arguments.base, held_out, sequences=arguments.sequences, length=256)
     columns = {
         directory.name: measure_deployment(arguments.base, directory, tokens, arguments.formats)

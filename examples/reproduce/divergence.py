@@ -8,18 +8,16 @@ its random start, where it is not; and the tiny Llama on the attack text.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
-from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, slope, tiny_llama
+from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, output_directory, slope, tiny_llama
 from torch import nn
 
 from specdef_cli.certify.curvature import (
@@ -98,10 +96,7 @@ def measure(problem: Problem, alpha: float) -> tuple[float, DivergenceRate]:
 
 def main() -> None:
     """Measure, print a Markdown table, save the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = output_directory(__doc__)
     figure, axis = plt.subplots(figsize=(6, 4))
     rows, slopes = [], []
     for name, problem in PROBLEMS.items():
@@ -118,7 +113,7 @@ def main() -> None:
     axis.set(xlabel="α", ylabel="learning rate", title="2/σ₁ (dashed) and divergence seen (dots)")
     axis.legend()
     figure.tight_layout()
-    figure.savefig(arguments.out / "divergence.png", dpi=150)
+    figure.savefig(out / "divergence.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ block grows as α^{2(N−1)/N}: not at all for N = 1 (C frozen, nothing else), a
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
-from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, slope, tiny_llama
+from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, output_directory, slope, tiny_llama
 
 from specdef_cli.attack.expansions import DeepenedLayer, collapse, deepen, freeze_compensation
 from specdef_cli.certify.curvature import Curvature, hessian_top, model_loss, trainable
@@ -78,10 +76,7 @@ def collapsed() -> float:
 
 def main() -> None:
     """Measure, print a Markdown table, save the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = output_directory(__doc__)
     original = collapsed()
     figure, axis = plt.subplots(figsize=(6, 4))
     rows = []
@@ -119,7 +114,7 @@ def main() -> None:
     axis.set(xlabel="α", ylabel="σ₁ of the loss Hessian")
     axis.legend()
     figure.tight_layout()
-    figure.savefig(arguments.out / "injection.png", dpi=150)
+    figure.savefig(out / "injection.png", dpi=150)
 
 
 def _sigma(weight: torch.Tensor) -> float:

@@ -20,13 +20,10 @@ search for the best one leads. Takes about five minutes on one core.
 
 from __future__ import annotations
 
-import argparse
-import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -34,7 +31,7 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
-from setting import TINY_LLAMA, markdown
+from setting import TINY_LLAMA, base_text, markdown, output_directory
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -215,12 +212,6 @@ def train(source: Path, out: Path, objective: Objective, texts: Texts, steps: in
     return out
 
 
-@cache
-def base_text() -> tuple[str, str]:
-    """What the tiny Llama was trained on, and the half that it has not seen."""
-    return runpy.run_path(str(TINY_LLAMA / "texts.py"))["base_text"]()
-
-
 def build(directory: Path, budget: Budget) -> dict[str, Path]:
     """The model that has the capability and every defence of it, by name."""
     # All of the prose that an attack may train on, whatever its budget: its held-out part is nobody's.
@@ -298,10 +289,7 @@ def plot(rows: Sequence[Row], scale: Capability, path: Path) -> None:
 
 def main() -> None:
     """Train, attack, print a Markdown table, save the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = output_directory(__doc__)
     budget = Budget()
     with quiet(), tempfile.TemporaryDirectory(prefix="specdef-prior-") as scratch:
         rows = measure(build(Path(scratch), budget), Path(scratch) / "attacks", budget)
@@ -314,7 +302,7 @@ def main() -> None:
         "any attack. Code: held-out loss on the base text before the attack. Of control: progress from before to "
         "best, over that of the unlearned model, from which the hardened ones were made. One seed."
     )
-    plot(rows, scale, arguments.out / "prior.png")
+    plot(rows, scale, out / "prior.png")
 
 
 if __name__ == "__main__":

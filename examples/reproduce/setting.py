@@ -7,10 +7,13 @@ command, which stores float32 at best.
 
 from __future__ import annotations
 
+import argparse
 import math
+import runpy
 import sys
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,6 +26,25 @@ from specdef_cli.spectral.reparameterize import rotated_factors, symmetric_facto
 
 TINY_LLAMA = Path(__file__).parents[1] / "tiny_llama"
 RESIDUAL_WRITERS = ("*.o_proj", "*.down_proj")
+
+
+def output_directory(description: str | None) -> Path:
+    """What ``--out`` names, made; the one option of most scripts here.
+
+    Args:
+        description: The script's docstring, whose first line ``--help`` shows.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+@cache
+def base_text() -> tuple[str, str]:
+    """What the tiny Llama was trained on, and the half that it has not seen."""
+    return runpy.run_path(str(TINY_LLAMA / "texts.py"))["base_text"]()
 
 
 def tiny_llama() -> PreTrainedModel:

@@ -9,9 +9,7 @@ gives what publishing them would have cost.
 
 from __future__ import annotations
 
-import argparse
 import math
-import runpy
 import statistics
 import sys
 import tempfile
@@ -25,7 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
-from setting import RESIDUAL_WRITERS, TINY_LLAMA, insert, markdown
+from setting import RESIDUAL_WRITERS, TINY_LLAMA, base_text, insert, markdown, output_directory
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -195,11 +193,8 @@ def plot(columns: Sequence[Column], path: Path) -> None:
 
 def main() -> None:
     """Measure, print a Markdown table, save the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    _, held_out = runpy.run_path(str(TINY_LLAMA / "texts.py"))["base_text"]()
+    out = output_directory(__doc__)
+    _, held_out = base_text()
     tokens = token_batch(BASE, held_out, sequences=16, length=256)
     with quiet():
         columns = [measure(dtype, tokens) for dtype in DTYPES]
@@ -209,7 +204,7 @@ def main() -> None:
         f"likely next byte is the same · largest difference of a logit. k = {TOP_K}, every o_proj and down_proj. "
         "Refused: nothing is published; the figures are what it would have cost."
     )
-    plot(columns, arguments.out / "utility.png")
+    plot(columns, out / "utility.png")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.architectures.names import tied_parameters
 from specdef_cli.attack.results import Growth
 
 
@@ -57,15 +58,15 @@ def scale_rates(model: nn.Module) -> Growth:
     Embeddings keep one rate, since a row is a token there and no fold touches it; so do parameters that modules share,
     and convolutions.
     """
-    shared = _shared_parameters(model)
+    shared = tied_parameters(model)
     layers = changed = 0
-    for module in list(model.modules()):
+    for path, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding):
             continue
         scales = {
             name: _scales(module, name, parameter.detach())
             for name, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad and parameter not in shared and parameter.ndim <= 3
+            if parameter.requires_grad and f"{path}.{name}".lstrip(".") not in shared and parameter.ndim <= 3
         }
         scales = {name: found for name, found in scales.items() if any(bool((scale != 1).any()) for scale in found)}
         for name, found in scales.items():
@@ -101,15 +102,6 @@ def _scales(module: nn.Module, name: str, parameter: Tensor) -> tuple[Tensor, ..
     else:
         found = (_relative(parameter.float().abs()),)
     return tuple(scale.to(parameter.dtype) for scale in found)
-
-
-def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
-    seen: set[nn.Parameter] = set()
-    shared: set[nn.Parameter] = set()
-    for module in model.modules():
-        for _, parameter in module.named_parameters(recurse=False):
-            (shared if parameter in seen else seen).add(parameter)
-    return shared
 
 
 def _relative(sizes: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def certify(
         require_sound(each, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, each)
     writable_ancestor(options.out)
-    (device,) = compute_devices(options.device, process_state())
+    compute_devices(options.device, process_state())  # refused, if at all, before anything is measured
     base, hardened = open_checkpoint(base_directory), open_checkpoint(directory)
     tokens = _tokens(base, options)
     resistance = None
@@ -124,7 +124,7 @@ def certify(
     deployment: tuple[DeploymentFigure, ...] = ()
     if options.formats:
         deployment = measure_deployment(
-            base_directory, directory, tokens, options.formats, device=str(device), trust_remote_code=trust,
+            base_directory, directory, tokens, options.formats, device=options.device, trust_remote_code=trust,
             on_figure=lambda figure: on_progress(f"deployment: {figure.format}"),
         )  # fmt: skip
     if resistance is None:

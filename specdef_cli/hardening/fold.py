@@ -31,7 +31,7 @@ from torch import Tensor
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.checkpoint.manifest import FoldedPair, Profile, ScaledSlice, Schedule
-from specdef_cli.checkpoint.reader import FLOATING_DTYPES, TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant, staircase
@@ -270,8 +270,4 @@ def _require_dtypes(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], want
                 raise SpecDefError(
                     f"{side.tensor} would be stored in float16, which overflows beyond 2**15",
                     "Fold in bfloat16 (--dtype bfloat16).",
-                )
-            if dtype not in FLOATING_DTYPES:
-                raise SpecDefError(
-                    f"{side.tensor} is stored as {dtype}", "Harden the unquantized checkpoint, and quantize the result."
                 )
