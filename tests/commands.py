@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import specdef_cli
 
 REPOSITORY = Path(specdef_cli.__file__).parents[1]
+# `accelerate launch --cpu --num_processes 2` starts one process only; torchrun starts two.
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,22 @@ def run_cli(*arguments: str | Path, cwd: Path | None = None, **changes: str) -> 
         timeout=300,
     )
     return Result(process.returncode, process.stdout, process.stderr)
+
+
+def run_program(*arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None) -> dict[str, Any]:
+    """Run a Python program, which must succeed, and read the JSON that it prints last."""
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return found
 
 
 def call_cli(*arguments: str | Path) -> Result:

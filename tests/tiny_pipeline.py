@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from commands import REPOSITORY
+from diffusers import UNet2DConditionModel
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -28,31 +29,7 @@ def tiny_unet(**changes: Any) -> UNet2DConditionModel:
 
 
 def write_pipeline(directory: Path) -> Path:
-    """A pipeline in float32 around ``tiny_unet()``."""
-    unet = tiny_unet()
-    letters = [letter + end for end in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = {token: number for number, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=8,
-            bos_token_id=vocabulary["<|startoftext|>"],
-            eos_token_id=vocabulary["<|endoftext|>"],
-        )
-    )
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8),
-        unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(directory)
+    """A pipeline in float32 around such a UNet."""
+    build = runpy.run_path(str(REPOSITORY / "examples" / "reproduce" / "random_pipeline.py"))["random_pipeline"]
+    build(UNET).save_pretrained(directory)
     return directory

@@ -10,7 +10,8 @@ diffusers has no such mapping: there, and in any other module, the names on disk
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, diffusers_missing
 from specdef_cli.errors import SpecDefError
 
 DIFFUSION_MODELS = ("UNet2DConditionModel",)
@@ -46,22 +48,13 @@ def meta_model(config: PreTrainedConfig | Mapping[str, Any], *, trust_remote_cod
     # is not installed here and that has no bearing on names.
     config = copy.deepcopy(config)
     architecture = (config.architectures or [None])[0]
-    try:
-        with torch.device("meta"):
-            if architecture is None:
-                return transformers.AutoModel.from_config(
-                    config, trust_remote_code=trust_remote_code, attn_implementation="eager"
-                )
-            model_class = _model_class(config, architecture, trust_remote_code)
-            return model_class._from_config(config, attn_implementation="eager")
-    except SpecDefError:
-        raise
-    except Exception as error:  # whatever a config that does not fit makes the model's constructor raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SpecDefError(
-            f"{architecture or config.model_type} cannot be built from this config.json: {first_line}",
-            "Check that config.json belongs to this checkpoint and that transformers supports the model.",
-        ) from error
+    with _building(architecture or config.model_type, TRANSFORMERS):
+        if architecture is None:
+            return transformers.AutoModel.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
+            )
+        model_class = _model_class(config, architecture, trust_remote_code)
+        return model_class._from_config(config, attn_implementation="eager")
 
 
 def _diffusion_model(config: Mapping[str, Any]) -> nn.Module:
@@ -74,17 +67,24 @@ def _diffusion_model(config: Mapping[str, Any]) -> nn.Module:
     try:
         import diffusers
     except ImportError as error:
-        raise SpecDefError(
-            f"{name} is a model of diffusers, which is not installed", "pip install 'specdef-cli[diffusion]'"
-        ) from error
+        raise diffusers_missing(name) from error
+    with _building(name, DIFFUSERS):
+        return getattr(diffusers, name).from_config(dict(config))
+
+
+@contextmanager
+def _building(name: str, library: Library) -> Iterator[None]:
+    """Build a model without storage; whatever a config that does not fit makes its constructor raise is advice."""
     try:
         with torch.device("meta"):
-            return getattr(diffusers, name).from_config(dict(config))
-    except Exception as error:  # as in meta_model
+            yield
+    except SpecDefError:
+        raise
+    except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise SpecDefError(
             f"{name} cannot be built from this config.json: {first_line}",
-            "Check that config.json belongs to this checkpoint and that diffusers supports the model.",
+            f"Check that config.json belongs to this checkpoint and that {library.name} supports the model.",
         ) from error
 
 

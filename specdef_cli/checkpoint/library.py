@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from specdef_cli.errors import SpecDefError
+
 
 @dataclass(frozen=True)
 class Library:
@@ -36,6 +38,17 @@ class Library:
 
 TRANSFORMERS = Library("transformers", "model")
 DIFFUSERS = Library("diffusers", "diffusion_pytorch_model")
+
+
+def diffusers_missing(what: object) -> SpecDefError:
+    """What to say of a model of diffusers where diffusers is not installed.
+
+    Args:
+        what: The model, as the user knows it.
+    """
+    return SpecDefError(
+        f"{what} is a model of diffusers, which is not installed", "pip install 'specdef-cli[diffusion]'"
+    )
 
 
 def library_of(config: Mapping[str, Any]) -> Library:

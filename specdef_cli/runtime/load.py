@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from specdef_cli.checkpoint.library import DIFFUSERS, library_of
+from specdef_cli.checkpoint.library import DIFFUSERS, diffusers_missing, library_of
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError
 from specdef_cli.runtime.register import register
@@ -87,9 +87,7 @@ def _load_denoiser(path: Path, **kwargs: Any) -> Any:
     try:
         from specdef_cli.runtime.diffusion import load_denoiser
     except ImportError as error:
-        raise SpecDefError(
-            f"{path} is a model of diffusers, which is not installed", "pip install 'specdef-cli[diffusion]'"
-        ) from error
+        raise diffusers_missing(path) from error
     return load_denoiser(path, **kwargs)
 
 

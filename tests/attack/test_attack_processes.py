@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import TWO_PROCESSES
 
 from specdef_cli.attack import AttackOptions, attack
 
@@ -61,7 +62,6 @@ FSDP = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_in_processes_of_their_own(
     script = tmp_path / "script.py"
     script.write_text(preamble + SCRIPT)
     done = subprocess.run(
-        [sys.executable, *LAUNCH[: None if processes > 1 else 0], str(script),
+        [*(TWO_PROCESSES if processes > 1 else [sys.executable]), str(script),
          str(hardened), str(tmp_path / "out"), str(processes)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         | variables,

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import Result, assert_refused, call_cli, command, environment, snapshot
+from commands import TWO_PROCESSES, Result, assert_refused, call_cli, command, environment, snapshot
 from hub_server import COMMITS, Hub, eventually, model_files, serving, variables
 from huggingface_hub import constants, snapshot_download
 
@@ -329,13 +328,12 @@ def test_a_directory_knows_nothing_of_it(base: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["insert", "fold"])
 def test_two_processes_download_each_shard_once(method: str, base: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = tmp_path / "specdef.py"
     script.write_text("from specdef_cli.cli.app import main\nmain()\n")
     out = tmp_path / "out"
     with serving(Hub(model_files(base), seconds=1.0)) as hub:
         process = subprocess.run(
-            [*launch, str(script), "harden", "org/name", "--out", str(out), *OPTIONS[method]],
+            [*TWO_PROCESSES, str(script), "harden", "org/name", "--out", str(out), *OPTIONS[method]],
             env=environment(**variables(hub, tmp_path), HF_HUB_DISABLE_XET="1"),
             capture_output=True,
             text=True,

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from commands import call_cli, environment
-from safetensors.torch import load_file
 from tiny_families import CASES, write_case
+from weights import tensors
 
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.hardening.collapse import collapse
@@ -103,13 +103,6 @@ def judged(base: Callable[[str], Path], folded: Fold) -> dict[str, dict[str, lis
     assert process.returncode == 0, process.stderr[-3000:]
     found: dict[str, dict[str, list[str]]] = json.loads(process.stdout)
     assert len(found) == len(jobs)
-    return found
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for shard in sorted(directory.glob("*.safetensors")):
-        found |= load_file(shard)
     return found
 
 

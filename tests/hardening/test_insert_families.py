@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tiny_models import FAMILIES, README, forward
 from transformers import AutoConfig, PreTrainedModel
+from weights import assert_collapsed, relative, tensors
 
 import specdef_cli  # noqa: F401
 from specdef_cli.checkpoint.manifest import InsertedLayer, read_manifest
@@ -35,19 +35,6 @@ DEFAULT_LAYERS = {
     "bert": {f"bert.encoder.layer.{i}.{name}" for i in (0, 1) for name in ("attention.output.dense", "output.dense")},
     "vit": {f"vit.encoder.layer.{i}.{name}" for i in (0, 1) for name in ("attention.output.dense", "output.dense")},
 }
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for shard in sorted(directory.glob("*.safetensors")):
-        found |= load_file(shard)
-    return found
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(
-        torch.linalg.vector_norm(found.double() - expected.double()) / torch.linalg.vector_norm(expected.double())
-    )
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +133,8 @@ def test_collapse_gives_the_base_back(
     assert result is not None
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((base / "config.json").read_text())
     found, expected = tensors(tmp_path / "back"), tensors(base)
-    assert found.keys() == expected.keys()
     changed = {layer.tensor for layer in result.manifest.inserted}
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        if name in changed:
-            assert relative(found[name], tensor) < WEIGHT_TOLERANCE[dtype]
-        else:
-            assert torch.equal(found[name], tensor)
+    assert_collapsed(found, expected, changed, WEIGHT_TOLERANCE[dtype])
     names = {path.name for path in (tmp_path / "back").iterdir()}
     assert names == {path.name for path in base.iterdir()}
     # transformers alone: no trace of this package is left for it to find.

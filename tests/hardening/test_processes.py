@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import call_cli, environment, snapshot
+from commands import TWO_PROCESSES, call_cli, environment, snapshot
 
 from specdef_cli.checkpoint.manifest import read_manifest
 
 pytestmark = pytest.mark.slow
 
 
-# `accelerate launch --cpu --num_processes 2` starts one process only; torchrun starts two.
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SCRIPT = """
 import sys
 from specdef_cli.cli.app import main
@@ -31,7 +28,7 @@ def launched(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     script = home / "specdef.py"
     script.write_text(SCRIPT)
     process = subprocess.run(
-        [*LAUNCH, str(script), *arguments],
+        [*TWO_PROCESSES, str(script), *arguments],
         env=environment(HF_HOME=str(home)),
         capture_output=True,
         text=True,

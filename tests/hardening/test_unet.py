@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from commands import assert_refused, call_cli, environment
+from commands import assert_refused, call_cli, environment, run_program
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import tiny_unet, write_pipeline
+from weights import assert_collapsed, relative, tensors
 
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.reader import ResumableError
@@ -47,14 +48,6 @@ DEFAULT_LAYERS = {
 
 Unets = Callable[[torch.dtype], tuple[Path, Path]]
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for shard in directory.glob("*.safetensors") for name, tensor in load_file(shard).items()}
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @torch.no_grad()
@@ -102,16 +95,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_a_process(name: str, root: Path) -> dict[str, Any]:
-    process = subprocess.run(
-        [sys.executable, str(PROCESS), name, str(root)],
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout.splitlines()[-1])
+    return run_program(PROCESS, name, root, env=environment())
 
 
 def test_the_pipeline_draws_the_same_after_an_import(pipelines: Path, tmp_path: Path) -> None:
@@ -189,14 +173,8 @@ def test_collapse_gives_the_base_back(dtype: torch.dtype, unets: Unets, tmp_path
     back = tmp_path / "back"
     assert json.loads((back / "config.json").read_text()) == json.loads((base / "config.json").read_text())
     found, expected = tensors(back), tensors(base)
-    assert found.keys() == expected.keys()
     changed = {layer.tensor for layer in result.manifest.inserted}
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        if name in changed:
-            assert relative(found[name], tensor) < WEIGHT_TOLERANCE[dtype]
-        else:
-            assert torch.equal(found[name], tensor)
+    assert_collapsed(found, expected, changed, WEIGHT_TOLERANCE[dtype])
     assert {path.name for path in back.iterdir()} == {"config.json", "README.md", SINGLE}
     assert relative(denoise(load_model(back)), denoise(load_model(base))) < TOLERANCE[dtype]
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import REPOSITORY, run_program
 
-import specdef_cli
-
-REPOSITORY = Path(specdef_cli.__file__).parents[1]
 SCENARIOS = Path(__file__).with_name("scenarios.py")
 
 
@@ -53,16 +49,7 @@ def scenario(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "PYTHONPATH": str(REPOSITORY) if package else "",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        process = subprocess.run(
-            [sys.executable, str(SCENARIOS), name, json.dumps({"root": str(root), "work": str(tmp_path), **arguments})],
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert process.returncode == 0, process.stderr[-4000:]
-        return json.loads(process.stdout.splitlines()[-1])
+        described = json.dumps({"root": str(root), "work": str(tmp_path), **arguments})
+        return run_program(SCENARIOS, name, described, env=environment, cwd=tmp_path)
 
     return run
