@@ -13,8 +13,8 @@ SUITE := $(DEMO)/suite
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce reproduce-mixing reproduce-unet \
-  reproduce-wmdp test test-all faults lint format bench train-example clean
+.PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce reproduce-mixing \
+  reproduce-staircase reproduce-unet reproduce-wmdp test test-all faults lint format bench train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ reproduce: $(HARDENED:%=$(SUITE)/%)  ## the README's other figures: curvature, b
 
 reproduce-mixing: install  ## folds that mix channels, against an optimizer that ignores scales
 	$(BIN)/python examples/reproduce/mixing.py --out $(DEMO)/mixing --jobs $(JOBS) | tee $(DEMO)/mixing.md
+
+reproduce-staircase: install  ## where a fold's largest factors belong, and what one channel alone is good for
+	$(BIN)/python examples/reproduce/staircase.py --out $(DEMO)/staircase --jobs $(JOBS) | tee $(DEMO)/staircase.md
 
 reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, under LoRA
 	$(BIN)/python examples/reproduce/unet.py --out $(DEMO)/unet | tee $(DEMO)/unet.md

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from specdef_cli.attack.results import RunResult
 
@@ -44,11 +45,23 @@ def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[
     if smallest > SMALLEST_RATE and (best == smallest if learned else _disturbed(runs[smallest])):
         return (_neat(smallest / stride),)
     if not learned:
-        return ()
+        return _between_moving_and_still(tried, runs)
     position = tried.index(best)
     neighbours = [*tried[max(0, position - 1) : position], *tried[position + 1 : position + 2]]
     between = (_neat(math.sqrt(best * other)) for other in neighbours if max(best / other, other / best) > FINEST_STEP)
     return tuple(rate for rate in between if rate not in runs)
+
+
+def _between_moving_and_still(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
+    """Halve the step from a rate that disturbs to one that does nothing: if anything learns, it does there.
+
+    What is left to train on a hardened model may be a few numbers, and those have a window of about a decade, which the
+    large steps miss.
+    """
+    for larger, smaller in pairwise(tried):
+        if larger / smaller > FINEST_STEP and _disturbed(runs[larger]) and not _disturbed(runs[smaller]):
+            return (_neat(math.sqrt(larger * smaller)),)
+    return ()
 
 
 def best_rate(runs: Mapping[float, RunResult]) -> float:

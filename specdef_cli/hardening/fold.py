@@ -12,9 +12,9 @@ What is scaled where was decided by measuring (README, "Folding"):
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
   attacker may train either side alone. ``quantizable`` inflates the writing side only: a column at 2^e would drown
   the quantization blocks it shares;
-* another exponent for every pair (:mod:`specdef_cli.spectral.staircase`). ``quantizable`` stays below what later
-  formats hold (``make reproduce``): a float16 key/value cache overflows from about 2^16 on, a 4-bit block whose scale
-  is float16 beyond 2^20;
+* exponents that differ from pair to pair (:mod:`specdef_cli.spectral.staircase`). ``quantizable`` stays below what
+  later formats hold (``make reproduce``): a float16 key/value cache overflows from about 2^16 on, a 4-bit block whose
+  scale is float16 beyond 2^20;
 * not the residual stream: it is one scale, so a sweep finds the shifted learning rate, and embeddings stay open.
 """
 
@@ -44,7 +44,7 @@ FOLDED_KINDS: dict[Profile, tuple[str, ...]] = {
     "coverage": ("value_output", "up_down", "query_key", "norm_readers"),
     "quantizable": ("value_output", "up_down"),
 }
-QUANTIZABLE_EXPONENTS = {"value_output": (10, 13), "up_down": (14, 20)}
+QUANTIZABLE_EXPONENTS = {"value_output": (8, 13), "up_down": (14, 20)}
 """Lowest and highest exponent of each kind of pair."""
 
 
@@ -254,12 +254,31 @@ def _channel_norms(checkpoint: Checkpoint, side: Side) -> Tensor:
 
 
 def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
-    """Pairs grouped by the block they belong to (the first number in their name), in order."""
-    groups: dict[str, list[SymmetricPair]] = {}
+    """Pairs grouped by the block they belong to (the first number in their name), in order.
+
+    What stands outside of the blocks (a final norm and its head) goes with the first one. Within a block the MLP comes
+    first, then attention: where a staircase's two highest steps cross there is one number that trains, and one of the
+    MLP's is worth a tenth of a query's or key's (README, "Folding").
+    """
+    blocks: dict[str, list[SymmetricPair]] = {}
+    outside: list[SymmetricPair] = []
     for pair in pairs:
         match = re.match(r"^(.*?\.\d+)\.", pair.name)
-        groups.setdefault(match.group(1) if match else "", []).append(pair)
-    return list(groups.values())
+        (blocks.setdefault(match.group(1), []) if match else outside).append(pair)
+    first, *others = (_mlp_first(members) for members in blocks.values()) if blocks else ([],)
+    return [[*first, *outside], *others]
+
+
+def _mlp_first(pairs: Sequence[SymmetricPair]) -> list[SymmetricPair]:
+    """A block's pairs: up/down and the norm before it, value/output, the norm before attention, query/key."""
+    mlp = {side.tensor for pair in pairs if pair.kind == "up_down" for side in pair.sides}
+
+    def rank(pair: SymmetricPair) -> int:
+        if pair.kind == "norm_readers":
+            return 1 if any(side.tensor in mlp for side in pair.sides) else 3
+        return {"up_down": 0, "value_output": 2}.get(pair.kind, 4)
+
+    return sorted(pairs, key=rank)
 
 
 def _require_dtypes(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], wanted: str | None) -> None:

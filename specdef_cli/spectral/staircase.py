@@ -2,11 +2,19 @@
 
 An optimizer has one learning rate η. A channel inflated by 2^e trains at η ≈ η₀·2^-e, diverges above, and stands still
 below. If every pair had the same exponent, that one η would train them all at once, and an attacker who sweeps η finds
-it. On a *staircase* every pair has another exponent: any η trains the channels of one step, diverges on the higher
-steps, and moves nothing on the lower ones.
+it. On a *staircase* the exponents differ: any η trains the channels of one step, diverges on the higher steps, and
+moves nothing on the lower ones.
 
-Within one kind of weight (all q_proj, say) the steps are spread over the whole range, because an attacker may train
-that kind alone; kinds take the steps between. With more pairs than exponents, neighbours share one.
+What an attacker gets is therefore what the highest step of the trained weights is good for, and measuring
+(``make reproduce-staircase``) says how to make it small:
+
+* The first layer stands apart, so far above the others that they hardly move at the rate that trains its highest
+  steps. Then a weight with scaled rows and columns has one number to train, where the two cross, and one that can be
+  scaled on one side only (attention output, gate, down, head) has one vector.
+* Within a layer, too, the steps go down, so that who trains everything gets the first pair's number and no more.
+* The other layers go down rather than share one exponent: whoever freezes the first layer meets the next step.
+
+With more pairs than exponents, neighbours share one.
 """
 
 from __future__ import annotations
@@ -24,16 +32,22 @@ HIGHEST_EXPONENT = 28
 def staircase(
     layers: int, kinds: int, lowest: int = LOWEST_EXPONENT, highest: int = HIGHEST_EXPONENT
 ) -> tuple[tuple[int, ...], ...]:
-    """Exponents for ``kinds`` pairs in each of ``layers`` layers, indexed [layer][kind], from lowest to highest.
+    """Exponents for ``kinds`` pairs in each of ``layers`` layers, indexed [layer][kind].
 
-    >>> staircase(2, 2)
-    ((13, 18), (23, 28))
+    The first layer takes the upper half of the range, the others its lowest third; both go down.
+
+    >>> staircase(3, 2)
+    ((28, 21), (18, 17), (15, 13))
     """
-    steps = max(1, layers * kinds - 1)
-    return tuple(
-        tuple(lowest + (highest - lowest) * (layer * kinds + kind) // steps for kind in range(kinds))
-        for layer in range(layers)
-    )
+    span = highest - lowest
+    first = _descending(kinds, highest, highest - span // 2)
+    others = _descending((layers - 1) * kinds, lowest + span // 3, lowest)
+    return (first, *(others[layer * kinds : (layer + 1) * kinds] for layer in range(layers - 1)))
+
+
+def _descending(count: int, highest: int, lowest: int) -> tuple[int, ...]:
+    """``count`` whole numbers from ``highest`` down to ``lowest``, evenly spread."""
+    return tuple(highest - (highest - lowest) * step // max(1, count - 1) for step in range(count))
 
 
 def constant(layers: int, kinds: int, alpha: float) -> tuple[tuple[int, ...], ...]:

@@ -89,7 +89,16 @@ def test_it_gives_up_where_the_smallest_stands_still_and_the_largest_breaks() ->
         run = result(spec, 1e-3, edge=1e-3)
         return replace(run, evaluations=(EvalPoint(0, 3.0, 0.0), EvalPoint(10, 9.0 if run.divergence else 3.0, 1.0)))
 
-    assert set(search(landscape)) == set(GRID)
+    assert set(search(landscape)) == {*GRID, 3e-3}, "and looks once between what breaks and what stands still"
+
+
+def test_a_narrow_window_far_below_is_found_between_large_steps() -> None:
+    """Nothing learns at 1e-11, which disturbs, nor at 1e-13, which stands still."""
+    runs = search(lambda spec: result(spec, 1e-12, width=0.4))
+    assert {1e-11, 1e-13} <= set(runs)
+    assert not any(runs[rate].progress for rate in (1e-11, 1e-13))
+    assert best_rate(runs) == 1e-12
+    assert {3e-12, 3e-13} <= set(runs), "bracketed as every other best rate"
 
 
 def make_series(label: str, *, search: bool = True, seeds: tuple[int, ...] = (0,), optional: bool = False) -> Series:

@@ -14,6 +14,10 @@ from types import ModuleType
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from weights import tensors
+
+from specdef_cli.attack import AttackOptions
+from specdef_cli.checkpoint.manifest import read_manifest
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "reproduce"
 
@@ -33,6 +37,11 @@ def prior(scripts: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture(scope="module")
 def utility(scripts: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("utility")
+
+
+@pytest.fixture(scope="module")
+def staircase(scripts: pytest.MonkeyPatch) -> ModuleType:
+    return importlib.import_module("staircase")
 
 
 @pytest.fixture
@@ -226,3 +235,51 @@ def test_cells_tell_what_is_not_a_number(utility: ModuleType) -> None:
     assert utility.Cost(math.nan, outputs, "too large").cell == "refused: not finite"
     outputs = utility.compare_outputs(torch.eye(4), torch.eye(4).roll(1, 0))
     assert utility.Cost(-1e-6, outputs).cell == "+0.0000 · 0.00% · 1"
+
+
+@pytest.fixture
+def experiment(staircase: ModuleType, tmp_path: Path) -> object:
+    options = AttackOptions(
+        model="", control=staircase.BASE, out=tmp_path / "attacks", runs=tmp_path / "runs", steps=2, batch_size=2,
+        sequence_length=16, eval_every=2, eval_sequences=2,
+    )  # fmt: skip
+    return staircase.Experiment.of_tiny_llama(tmp_path, options)
+
+
+def test_a_fold_by_hand_is_hardens_own_fold(staircase: ModuleType, experiment: object, tmp_path: Path) -> None:
+    exponents = {
+        experiment.pairs[pair.name]: dict(zip(pair.channels, pair.exponents, strict=True))
+        for pair in read_manifest(tmp_path / "harden").folded
+    }
+    found = tensors(staircase.fold(experiment.tensors, exponents, tmp_path / "by-hand"))
+    expected = tensors(tmp_path / "harden")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_layouts_use_the_exponents_of_harden_in_another_order(staircase: ModuleType) -> None:
+    assert staircase.upwards(2, 2) == ((13, 18), (23, 28))
+    assert staircase.downwards(2, 2) == ((28, 23), (18, 13))
+    assert staircase.first_apart(3, 2) == ((28, 21), (13, 13), (13, 13))
+    assert staircase.attention_above(3, 2) == ((21, 28), (17, 18), (13, 15))
+    for layout in staircase.LAYOUTS.values():
+        steps = layout(4, 6)
+        assert [len(layer) for layer in steps] == [6] * 4
+        assert all(13 <= exponent <= 28 for layer in steps for exponent in layer)
+
+
+@pytest.mark.slow
+def test_layouts_and_single_channels_are_attacked(
+    staircase: ModuleType, experiment: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staircase, "LAYOUTS", {"downwards": staircase.downwards})
+    monkeypatch.setattr(staircase, "ONE_SIDED", {"lm_head": "model.norm.norm_readers"})
+    layouts = cells(experiment.layouts())
+    assert list(layouts)[:3] == ["trained", "full", "all but the first layer"]
+    assert len(layouts) == 1 + 2 + 10
+    assert layouts["embeddings alone"] == ["100.0%"], "nothing of a fold is in them"
+    channels = cells(experiment.channels(1))
+    assert channels["one channel of"] == ["harden's", "mean of 1 others", "least", "most"]
+    mean, least, most = channels["lm_head"][1:]
+    assert mean == least == most

@@ -20,37 +20,41 @@ def flat(steps: tuple[tuple[int, ...], ...]) -> list[int]:
     return list(itertools.chain.from_iterable(steps))
 
 
-@given(st.integers(1, 200), st.integers(1, 300))
-def test_every_step_is_in_range_and_none_goes_down(layers: int, kinds: int) -> None:
-    steps = staircase(layers, kinds)
+@given(st.integers(1, 200), st.integers(1, 300), st.integers(1, 13), st.integers(0, 40))
+def test_every_step_is_in_range_and_none_goes_up(layers: int, kinds: int, lowest: int, span: int) -> None:
+    steps = staircase(layers, kinds, lowest, lowest + span)
     assert [len(layer) for layer in steps] == [kinds] * layers
     exponents = flat(steps)
-    assert exponents[0] == LOWEST_EXPONENT
-    assert all(LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT for exponent in exponents)
-    assert exponents == sorted(exponents)
-    if layers * kinds > 1:
-        assert exponents[-1] == HIGHEST_EXPONENT
+    assert exponents[0] == lowest + span
+    assert all(lowest <= exponent <= lowest + span for exponent in exponents)
+    assert exponents == sorted(exponents, reverse=True)
+    if layers > 1 and (layers - 1) * kinds > 1:
+        assert exponents[-1] == lowest
+
+
+@pytest.mark.parametrize(("layers", "kinds"), [(2, 1), (4, 10), (16, 10), *DEEP])
+def test_at_the_rate_that_trains_the_first_layer_the_others_stand_still(layers: int, kinds: int) -> None:
+    first, *others = staircase(layers, kinds)
+    highest_of_the_others = max(flat(tuple(others)))
+    assert first[0] - highest_of_the_others >= 10
+    assert first[(kinds - 1) // 2] - highest_of_the_others >= 6, "the half of the pairs that come first"
+    assert first[-1] > highest_of_the_others
 
 
 @pytest.mark.parametrize(("layers", "kinds"), DEEP)
-def test_in_a_deep_model_neighbours_share_and_every_exponent_is_used_alike(layers: int, kinds: int) -> None:
-    counts = Counter(flat(staircase(layers, kinds)))
-    assert set(counts) == set(range(LOWEST_EXPONENT, HIGHEST_EXPONENT + 1))
-    below_the_top = [count for exponent, count in counts.items() if exponent != HIGHEST_EXPONENT]
-    assert max(below_the_top) - min(below_the_top) <= 1
+def test_in_a_deep_model_neighbours_share_and_the_lower_exponents_are_used_alike(layers: int, kinds: int) -> None:
+    counts = Counter(flat(staircase(layers, kinds)[1:]))
+    assert set(counts) == set(range(LOWEST_EXPONENT, 19))
+    above_the_lowest = [count for exponent, count in counts.items() if exponent != LOWEST_EXPONENT]
+    assert max(above_the_lowest) - min(above_the_lowest) <= 1
 
 
 @pytest.mark.parametrize(("layers", "kinds"), [(4, 10), (16, 10), *DEEP])
-def test_each_kind_alone_climbs_the_whole_staircase(layers: int, kinds: int) -> None:
-    """An attacker may train all q_proj and nothing else."""
-    span = HIGHEST_EXPONENT - LOWEST_EXPONENT
-    for kind in zip(*staircase(layers, kinds), strict=True):
-        assert kind[-1] - kind[0] >= span * (layers - 1) // layers - 1
-        assert len(set(kind)) >= min(layers, span)
-
-
-def test_with_fewer_pairs_than_exponents_no_two_are_the_same() -> None:
-    assert len(set(flat(staircase(4, 4)))) == 16
+def test_whoever_freezes_the_first_layers_meets_the_next_steps(layers: int, kinds: int) -> None:
+    """Each kind alone goes down over the layers that are left, as far as there are exponents."""
+    for kind in zip(*staircase(layers, kinds)[1:], strict=True):
+        assert kind[0] - kind[-1] >= 5 * (layers - 2) // (layers - 1) - 1
+        assert len(set(kind)) >= min(layers - 1, 5)
 
 
 @pytest.mark.parametrize(("alpha", "exponent"), [(2, 1), (1e4, 13), (8192, 13), (2.0**28, 28), (2.0**27.6, 28)])
