@@ -1,11 +1,12 @@
-"""Where the steps of a fold's staircase belong, and how little is left to whoever trains one weight alone.
+"""Where the steps of a fold's staircase belong, and what is left to whoever trains one weight alone.
 
-The first table folds the same channels of the tiny Llama by other exponents between harden's lowest and highest, and
-attacks all parameters, all but the first layer, and every kind of weight alone.
+The first table folds the same channels of the tiny Llama by other exponents between harden's lowest and highest.
 
-The second table folds a single channel, far above everything. Of a weight that can be scaled on one side only, the
-learning rate that trains this channel trains one vector, and the search finds it: what one vector is good for is what
-no staircase takes from the attacker. Channels are drawn at random, to see whether another choice would be better.
+The second table scales the two channels of the pairs that one kind of weight belongs to, far above everything, and
+trains that weight alone. The learning rate that trains the inflated channel then trains one vector of a weight that can
+be scaled on one side only (attention output, gate, down, head), and one number of the others, where two scales cross.
+What these are good for is what no staircase takes from the attacker. Channels are drawn at random as well, to see
+whether another choice would be better.
 
     python examples/reproduce/staircase.py --out staircase
 """
@@ -31,7 +32,7 @@ from transformers import AutoConfig
 from specdef_cli import HardenOptions, harden, load_tokenizer
 from specdef_cli.architectures import SymmetricPair, symmetric_pairs
 from specdef_cli.attack import AttackOptions, attack
-from specdef_cli.attack.suite import AttackTable, Keyword, Suite
+from specdef_cli.attack.suite import AttackTable, Suite
 from specdef_cli.attack.training import Training
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, staircase
 
@@ -72,17 +73,28 @@ LAYOUTS: dict[str, Callable[[int, int], Steps]] = {
     "first layer apart, attention above the MLP": attention_above,
     "first layer apart, the MLP above attention (harden's)": staircase,
 }
-ALL_BUT_THE_FIRST_LAYER = Training(
-    parameters=("model.layers.[!0].*", "model.norm.*", "lm_head.*"), name="all but the first layer"
+TRAINED = (
+    Training(),
+    Training(parameters=("model.layers.[!0].*", "model.norm.*", "lm_head.*"), name="all but the first layer"),
+    Training(parameters=("*.q_proj.weight",), name="q_proj alone"),
+    Training(parameters=("*.o_proj.weight",), name="o_proj alone"),
+    Training(parameters=("*.gate_proj.weight",), name="gate_proj alone"),
+    Training(parameters=("*.down_proj.weight",), name="down_proj alone"),
+    Training(parameters=("*norm.weight",), name="norms alone"),
 )
 
-ONE_SIDED = {
-    "o_proj": "model.layers.0.self_attn.value_output",
-    "gate_proj": "model.layers.0.post_attention_layernorm.norm_readers",
-    "down_proj": "model.layers.0.mlp.up_down",
-    "lm_head": "model.norm.norm_readers",
+_FIRST = "model.layers.0."
+ALONE = {
+    "o_proj": (f"{_FIRST}self_attn.value_output",),
+    "gate_proj": (f"{_FIRST}post_attention_layernorm.norm_readers",),
+    "down_proj": (f"{_FIRST}mlp.up_down",),
+    "lm_head": ("model.norm.norm_readers",),
+    "q_proj": (f"{_FIRST}self_attn.query_key", f"{_FIRST}input_layernorm.norm_readers"),
+    "k_proj": (f"{_FIRST}self_attn.query_key", f"{_FIRST}input_layernorm.norm_readers"),
+    "v_proj": (f"{_FIRST}self_attn.value_output", f"{_FIRST}input_layernorm.norm_readers"),
+    "up_proj": (f"{_FIRST}mlp.up_down", f"{_FIRST}post_attention_layernorm.norm_readers"),
 }
-"""Weights that can be scaled on one side only, and the pair that does."""
+"""The pairs of the first layer (of the end, for the head) that each kind of weight belongs to."""
 
 
 def fold(tensors: Mapping[str, Tensor], exponents: Mapping[SymmetricPair, Mapping[int, int]], directory: Path) -> Path:
@@ -138,7 +150,7 @@ class Experiment:
         return cls(tensors, {pair.name: pair for pair in pairs}, chosen, scratch, options)
 
     def shares(
-        self, name: str, exponents: Mapping[SymmetricPair, Mapping[int, int]], *training: Keyword | Training
+        self, name: str, exponents: Mapping[SymmetricPair, Mapping[int, int]], *training: Training
     ) -> dict[str, float]:
         """Fold, attack: progress as a share of the control's at the best learning rate, by what was trained."""
         directory = fold(self.tensors, exponents, self.scratch / name)
@@ -162,36 +174,39 @@ class Experiment:
                 for names, steps in zip(layers.values(), schedule(len(layers), kinds), strict=True)
                 for name, step in zip(names, steps, strict=False)
             }
-            columns[layout] = self.shares(
-                re.sub(r"\W+", "-", layout), exponents, "full", ALL_BUT_THE_FIRST_LAYER, "groups"
-            )
+            columns[layout] = self.shares(re.sub(r"\W+", "-", layout), exponents, *TRAINED)
         trained = next(iter(columns.values()))
         rows = ((row, *(f"{column[row]:.1%}" for column in columns.values())) for row in trained)
         return markdown(("trained", *columns), rows)
 
-    def channels(self, count: int) -> str:
-        """The second table, with ``count`` channels drawn for each weight."""
+    def channels(self, draws: int) -> str:
+        """The second table, with channels drawn ``draws`` times for each weight."""
         rows = []
-        for weight, name in ONE_SIDED.items():
-            pair = self.pairs[name]
+        for weight, names in ALONE.items():
+            pairs = [self.pairs[name] for name in names]
             training = Training(parameters=(f"*{weight}.weight",))
-            mine = self.chosen[name][0]
-            others = [channel for channel in range(pair.channels) if channel != mine]
-            found = [
-                self.shares(f"{weight}-{channel}", {pair: {channel: HIGHEST_EXPONENT}}, training)[training.label]
-                for channel in (mine, *random.Random(0).sample(others, count))
-            ]
+            generator = random.Random(0)
+            choices = [[self.chosen[name] for name in names]]
+            choices += [[generator.sample(range(pair.channels), 2) for pair in pairs] for _ in range(draws)]
+            found = []
+            for number, choice in enumerate(choices):
+                exponents = {
+                    pair: {inflated: HIGHEST_EXPONENT, deflated: -HIGHEST_EXPONENT}
+                    for pair, (inflated, deflated) in zip(pairs, choice, strict=True)
+                }
+                found.append(self.shares(f"{weight}-{number}", exponents, training)[training.label])
             drawn = found[1:]
             figures = (found[0], statistics.fmean(drawn), min(drawn), max(drawn))
-            rows.append((weight, *(f"{share:.1%}" for share in figures)))
-        return markdown(("one channel of", "harden's", f"mean of {count} others", "least", "most"), rows)
+            left = "one vector" if len(names) == 1 else "one number"
+            rows.append((weight, left, *(f"{share:.1%}" for share in figures)))
+        return markdown(("trained", "left", "harden's channels", f"mean of {draws} draws", "least", "most"), rows)
 
 
 def main() -> None:
     """Fold, attack, print two Markdown tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--channels", type=int, default=8, help="how many are drawn for each weight")
+    parser.add_argument("--draws", type=int, default=4, help="how often channels are drawn for each weight")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
@@ -201,7 +216,7 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         experiment = Experiment.of_tiny_llama(Path(scratch), options)
-        print(experiment.layouts(), experiment.channels(arguments.channels), sep="\n\n")
+        print(experiment.layouts(), experiment.channels(arguments.draws), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
 
     What stands outside of the blocks (a final norm and its head) goes with the first one. Within a block the MLP comes
     first, then attention: where a staircase's two highest steps cross there is one number that trains, and one of the
-    MLP's is worth a tenth of a query's or key's (README, "Folding").
+    MLP's is worth less to an attacker than one of a query or key (``make reproduce-staircase``).
     """
     blocks: dict[str, list[SymmetricPair]] = {}
     outside: list[SymmetricPair] = []

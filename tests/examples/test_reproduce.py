@@ -274,12 +274,12 @@ def test_layouts_and_single_channels_are_attacked(
     staircase: ModuleType, experiment: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staircase, "LAYOUTS", {"downwards": staircase.downwards})
-    monkeypatch.setattr(staircase, "ONE_SIDED", {"lm_head": "model.norm.norm_readers"})
+    monkeypatch.setattr(staircase, "ALONE", {name: staircase.ALONE[name] for name in ("lm_head", "up_proj")})
     layouts = cells(experiment.layouts())
-    assert list(layouts)[:3] == ["trained", "full", "all but the first layer"]
-    assert len(layouts) == 1 + 2 + 10
-    assert layouts["embeddings alone"] == ["100.0%"], "nothing of a fold is in them"
+    assert layouts.pop("trained") == ["downwards"]
+    assert list(layouts) == [training.label for training in staircase.TRAINED]
     channels = cells(experiment.channels(1))
-    assert channels["one channel of"] == ["harden's", "mean of 1 others", "least", "most"]
-    mean, least, most = channels["lm_head"][1:]
-    assert mean == least == most
+    assert channels["trained"] == ["left", "harden's channels", "mean of 1 draws", "least", "most"]
+    assert [channels[weight][0] for weight in ("lm_head", "up_proj")] == ["one vector", "one number"]
+    for _, _, mean, least, most in (channels["lm_head"], channels["up_proj"]):
+        assert mean == least == most
