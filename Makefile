@@ -17,7 +17,7 @@ JOBS ?= 2
   reproduce-staircase reproduce-unet reproduce-wmdp test test-all faults lint format bench train-example clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed  ## make the virtual environment with the tested versions
 

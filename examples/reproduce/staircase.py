@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -34,11 +35,15 @@ from specdef_cli.architectures import SymmetricPair, symmetric_pairs
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.suite import AttackTable, Suite
 from specdef_cli.attack.training import Training
+from specdef_cli.hardening.fold import spread
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, staircase
 
 BASE = TINY_LLAMA / "model"
 Steps = tuple[tuple[int, ...], ...]
-"""Exponents, indexed [layer][pair]."""
+"""Exponents, indexed [layer][exponent]."""
+
+Layout = Callable[[int, int], Steps]
+"""(layers, exponents in each) → the exponents."""
 
 
 def upwards(layers: int, kinds: int) -> Steps:
@@ -65,8 +70,8 @@ def attention_above(layers: int, kinds: int) -> Steps:
     return tuple(layer[::-1] for layer in staircase(layers, kinds))
 
 
-LAYOUTS: dict[str, Callable[[int, int], Steps]] = {
-    "one exponent": lambda layers, kinds: constant(layers, kinds, 2.0**LOWEST_EXPONENT),
+LAYOUTS: dict[str, Layout] = {
+    "one exponent": partial(constant, alpha=2.0**LOWEST_EXPONENT),
     "upwards": upwards,
     "downwards": downwards,
     "first layer apart, one exponent for the others": first_apart,
@@ -125,8 +130,7 @@ class Experiment:
     Attributes:
         tensors: The base's.
         pairs: Its symmetric pairs, by name.
-        chosen: The channels that harden scales, inflated and deflated, by the name of the pair; in each layer, the
-            pair with the highest exponent first.
+        chosen: The channels that harden scales, inflated and deflated, by the name of the pair.
         scratch: Where folds are written.
         options: Of every attack, but for what is attacked.
     """
@@ -145,8 +149,7 @@ class Experiment:
         pairs = symmetric_pairs(AutoConfig.from_pretrained(BASE), shapes)
         result = harden(HardenOptions(str(BASE), scratch / "harden", method="fold"))
         assert result is not None
-        folded = sorted(result.manifest.folded, key=lambda pair: max(pair.exponents), reverse=True)
-        chosen = {pair.name: pair.channels for pair in folded}
+        chosen = {pair.name: pair.channels for pair in result.manifest.folded}
         return cls(tensors, {pair.name: pair for pair in pairs}, chosen, scratch, options)
 
     def shares(
@@ -159,22 +162,22 @@ class Experiment:
         report = attack(options)
         return {each.training.label: report.share(each) or 0.0 for each in report.attacks if each.subject == "model"}
 
+    def exponents(self, layout: Layout) -> dict[SymmetricPair, dict[int, int]]:
+        """harden's channels with the exponents of a layout."""
+        folded = [self.pairs[name] for name in self.chosen]
+        steps = spread(folded, 2, layout)
+        return {
+            pair: {inflated: steps[pair.name][0], deflated: -steps[pair.name][1]}
+            for pair in folded
+            for inflated, deflated in [self.chosen[pair.name]]
+        }
+
     def layouts(self) -> str:
         """The first table."""
-        layers: dict[str, list[str]] = {}
-        for name in self.chosen:
-            match = re.match(r"model\.layers\.\d+", name)
-            layers.setdefault(match.group() if match else "model.layers.0", []).append(name)  # as harden's final norm
-        layers = dict(sorted(layers.items()))
-        kinds = max(map(len, layers.values()))
-        columns = {}
-        for layout, schedule in LAYOUTS.items():
-            exponents = {
-                self.pairs[name]: dict(zip(self.chosen[name], (step, -step), strict=True))
-                for names, steps in zip(layers.values(), schedule(len(layers), kinds), strict=True)
-                for name, step in zip(names, steps, strict=False)
-            }
-            columns[layout] = self.shares(re.sub(r"\W+", "-", layout), exponents, *TRAINED)
+        columns = {
+            name: self.shares(re.sub(r"\W+", "-", name), self.exponents(layout), *TRAINED)
+            for name, layout in LAYOUTS.items()
+        }
         trained = next(iter(columns.values()))
         rows = ((row, *(f"{column[row]:.1%}" for column in columns.values())) for row in trained)
         return markdown(("trained", *columns), rows)

@@ -52,6 +52,11 @@ def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[
     return tuple(rate for rate in between if rate not in runs)
 
 
+def best_rate(runs: Mapping[float, RunResult]) -> float:
+    """The rate with the lowest held-out loss; the largest of equals."""
+    return min(runs, key=lambda rate: (runs[rate].best is None, runs[rate].best or 0.0, -rate))
+
+
 def _between_moving_and_still(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
     """Halve the step from a rate that disturbs to one that does nothing: if anything learns, it does there.
 
@@ -62,11 +67,6 @@ def _between_moving_and_still(tried: Sequence[float], runs: Mapping[float, RunRe
         if larger / smaller > FINEST_STEP and _disturbed(runs[larger]) and not _disturbed(runs[smaller]):
             return (_neat(math.sqrt(larger * smaller)),)
     return ()
-
-
-def best_rate(runs: Mapping[float, RunResult]) -> float:
-    """The rate with the lowest held-out loss; the largest of equals."""
-    return min(runs, key=lambda rate: (runs[rate].best is None, runs[rate].best or 0.0, -rate))
 
 
 def _progress(run: RunResult) -> float:

@@ -133,14 +133,14 @@ def fold_pairs(
     _require_dtypes(checkpoint, used, dtype)
     directions = (1, -1) if profile == "coverage" else (1,)
     if schedule == "constant":
-        exponents = _spread(used, len(directions), partial(constant, alpha=alpha))
+        exponents = spread(used, len(directions), partial(constant, alpha=alpha))
     elif profile == "coverage":
-        exponents = _spread(used, len(directions), staircase)
+        exponents = spread(used, len(directions), staircase)
     else:
         exponents = {}
         for kind, (lowest, highest) in QUANTIZABLE_EXPONENTS.items():
             alike = [pair for pair in used if pair.kind == kind]
-            exponents |= _spread(alike, len(directions), partial(staircase, lowest=lowest, highest=highest))
+            exponents |= spread(alike, len(directions), partial(staircase, lowest=lowest, highest=highest))
     folded = []
     for pair in used:
         channels = _channels(checkpoint, pair, len(directions), largest=profile == "coverage")
@@ -150,10 +150,20 @@ def fold_pairs(
     return tuple(folded)
 
 
-def _spread(
+def spread(
     pairs: Sequence[SymmetricPair], directions: int, schedule: Callable[[int, int], tuple[tuple[int, ...], ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Exponents by the name of the pair, one for each direction, from a schedule over layers and kinds."""
+    """Lay a schedule over the layers of a model, the MLP of each before its attention (:func:`_by_layer`).
+
+    Args:
+        pairs: The pairs that are folded.
+        directions: How many channels of each get an exponent.
+        schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
+            :func:`specdef_cli.spectral.staircase.staircase`.
+
+    Returns:
+        Exponents by the name of the pair, one for each direction.
+    """
     groups = _by_layer(pairs)
     steps = schedule(len(groups), directions * max((len(members) for members in groups), default=0))
     return {

@@ -251,6 +251,7 @@ def test_a_fold_by_hand_is_hardens_own_fold(staircase: ModuleType, experiment: o
         experiment.pairs[pair.name]: dict(zip(pair.channels, pair.exponents, strict=True))
         for pair in read_manifest(tmp_path / "harden").folded
     }
+    assert experiment.exponents(list(staircase.LAYOUTS.values())[-1]) == exponents
     found = tensors(staircase.fold(experiment.tensors, exponents, tmp_path / "by-hand"))
     expected = tensors(tmp_path / "harden")
     assert found.keys() == expected.keys()
