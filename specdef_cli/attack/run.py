@@ -284,11 +284,14 @@ def _assumed(options: AttackOptions, runs: tuple[RunResult, ...], control: str, 
     if not options.learning_rates:
         rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
         usual = sorted({spec.learning_rate for spec in specs if spec.subject == "control"}, reverse=True)
-        said.append(
-            f"Learning rates: {usual[0]:g} to {usual[-1]:g}; the hardened model down to {rates[-1]:g}, below η₀/α."
-            if rates[-1] < usual[-1]
-            else f"Learning rates: {usual[0]:g} to {usual[-1]:g}."
-        )
+        if any(table.learning_rates == "search" for table in options.tables):
+            said.append(f"Learning rates: searched for every attack, between {rates[0]:g} and {rates[-1]:g}.")
+        elif rates[-1] < usual[-1]:
+            said.append(
+                f"Learning rates: {usual[0]:g} to {usual[-1]:g}; the hardened model down to {rates[-1]:g}, below η₀/α."
+            )
+        else:
+            said.append(f"Learning rates: {usual[0]:g} to {usual[-1]:g}.")
     said.append(
         f"Budget of every run: {options.steps} steps of {options.batch_size} sequences of {options.sequence_length} "
         f"tokens, {options.dtype}."

@@ -1,7 +1,7 @@
 """The learning-rate frontier: which rates to try next, until the best one is bracketed.
 
 An attack is as strong as its best learning rate, and hardening moves that rate by orders of magnitude (with Adam, α
-acts as a hidden factor of it). So a search starts from a grid of decades that reaches below η₀/α, goes on upwards until
+acts as a hidden factor of it). So a search walks down a grid of decades that reaches below η₀/α, goes on upwards until
 runs diverge and downwards until nothing moves any more, and then halves the steps around the best rate. Everything
 here is a pure function of the runs so far.
 """
@@ -18,7 +18,11 @@ FINEST_STEP = 3.5
 """Neighbours of the best rate end within this factor of it: half a decade, in one-digit numbers."""
 
 MOVED = 2e-3
-"""A held-out loss that fell by less than this share of the start has not moved."""
+"""A held-out loss that stayed within this share of the start has not moved."""
+
+AT_ONCE = 2
+"""Rates of the grid that are run side by side. If none of them moves the model, those below are not run: an update
+shrinks with its rate."""
 
 LARGEST_RATE, SMALLEST_RATE = 1e9, 1e-30
 
@@ -27,12 +31,16 @@ def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[
     """The rates to run next; empty once the best rate is bracketed.
 
     Args:
-        grid: The rates to begin with.
+        grid: The rates to begin with, largest first.
         runs: What is finished, by learning rate.
     """
-    missing = tuple(rate for rate in grid if rate not in runs)
-    if missing:
-        return missing
+    for first in range(0, len(grid), AT_ONCE):
+        side_by_side = grid[first : first + AT_ONCE]
+        missing = tuple(rate for rate in side_by_side if rate not in runs)
+        if missing:
+            return missing
+        if not any(_moved(runs[rate]) for rate in side_by_side):
+            break
     tried = sorted(runs, reverse=True)
     best = best_rate(runs)
     learned = _progress(runs[best]) > MOVED
@@ -40,9 +48,9 @@ def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[
     # Where nothing was learned, the model stood still at the largest rate, or was disturbed even at the smallest: this
     # parameter's scale is far off, so the steps are larger.
     stride = 10 if learned else 100
-    if largest < LARGEST_RATE and (best == largest if learned else not _disturbed(runs[largest])):
+    if largest < LARGEST_RATE and (best == largest if learned else not _moved(runs[largest])):
         return (_neat(largest * stride),)
-    if smallest > SMALLEST_RATE and (best == smallest if learned else _disturbed(runs[smallest])):
+    if smallest > SMALLEST_RATE and (best == smallest if learned else _moved(runs[smallest])):
         return (_neat(smallest / stride),)
     if not learned:
         return _between_moving_and_still(tried, runs)
@@ -64,7 +72,7 @@ def _between_moving_and_still(tried: Sequence[float], runs: Mapping[float, RunRe
     large steps miss.
     """
     for larger, smaller in pairwise(tried):
-        if larger / smaller > FINEST_STEP and _disturbed(runs[larger]) and not _disturbed(runs[smaller]):
+        if larger / smaller > FINEST_STEP and _moved(runs[larger]) and not _moved(runs[smaller]):
             return (_neat(math.sqrt(larger * smaller)),)
     return ()
 
@@ -74,11 +82,12 @@ def _progress(run: RunResult) -> float:
     return run.progress / run.start if run.progress is not None and run.start else 0.0
 
 
-def _disturbed(run: RunResult) -> bool:
-    """Whether the rate was large enough to change the model for the worse."""
-    if run.divergence is not None or run.start is None or run.final is None:
+def _moved(run: RunResult) -> bool:
+    """Whether the rate was large enough to change the model, for better or worse."""
+    start = run.start
+    if run.divergence is not None or start is None:
         return True
-    return abs(run.final - run.start) > MOVED * abs(run.start)
+    return any(point.loss is None or abs(point.loss - start) > MOVED * abs(start) for point in run.evaluations)
 
 
 def _neat(rate: float) -> float:

@@ -84,6 +84,43 @@ def test_a_scale_far_above_is_found_where_nothing_moves() -> None:
     assert best_rate(runs) == pytest.approx(1e7, rel=3)
 
 
+def test_below_two_rates_that_move_nothing_no_other_is_tried() -> None:
+    """The grid of a model with α = 10⁹, for a weight that hardening has not touched."""
+    grid = tuple(float(f"1e{exponent}") for exponent in range(-2, -13, -1))
+    runs = search(lambda spec: result(spec, 1e-3), grid)
+    assert best_rate(runs) == 1e-3
+    still = [rate for rate, run in runs.items() if not run.progress]
+    assert max(still) == 1e-5, "the parabola's foot"
+    assert min(runs) == 1e-7, "1e-6 and 1e-7 were the first two side by side that stood still"
+
+
+def test_a_rate_that_moves_nothing_beside_one_that_breaks_does_not_end_the_grid() -> None:
+    """Rates are looked at in pairs: one of them alone may have ended where it began by chance."""
+    grid = tuple(float(f"1e{exponent}") for exponent in range(-2, -9, -1))
+
+    def landscape(spec: RunSpec) -> RunResult:
+        run = result(spec, 1e-7, width=0.4)
+        still = spec.learning_rate == 1e-5
+        return replace(run, evaluations=(run.evaluations[0], EvalPoint(10, 3.0, 1.0))) if still else run
+
+    assert best_rate(search(landscape, grid)) == 1e-7
+
+
+def test_a_model_that_was_disturbed_on_the_way_and_came_back_has_moved() -> None:
+    grid = (1e-2, 1e-3, 1e-4, 1e-5)
+
+    def landscape(spec: RunSpec) -> RunResult:
+        run = result(spec, 1e-5)
+        on_the_way = EvalPoint(5, 4.0, 0.5)
+        return (
+            replace(run, evaluations=(run.evaluations[0], on_the_way, EvalPoint(10, 3.0, 1.0)))
+            if (spec.learning_rate > 1e-4)
+            else run
+        )
+
+    assert best_rate(search(landscape, grid)) == 1e-5
+
+
 def test_it_gives_up_where_the_smallest_stands_still_and_the_largest_breaks() -> None:
     def landscape(spec: RunSpec) -> RunResult:
         run = result(spec, 1e-3, edge=1e-3)
