@@ -42,22 +42,7 @@ def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[
         if not any(_moved(runs[rate]) for rate in side_by_side):
             break
     tried = sorted(runs, reverse=True)
-    best = best_rate(runs)
-    learned = _progress(runs[best]) > MOVED
-    largest, smallest = tried[0], tried[-1]
-    # Where nothing was learned, the model stood still at the largest rate, or was disturbed even at the smallest: this
-    # parameter's scale is far off, so the steps are larger.
-    stride = 10 if learned else 100
-    if largest < LARGEST_RATE and (best == largest if learned else not _moved(runs[largest])):
-        return (_neat(largest * stride),)
-    if smallest > SMALLEST_RATE and (best == smallest if learned else _moved(runs[smallest])):
-        return (_neat(smallest / stride),)
-    if not learned:
-        return _between_moving_and_still(tried, runs)
-    position = tried.index(best)
-    neighbours = [*tried[max(0, position - 1) : position], *tried[position + 1 : position + 2]]
-    between = (_neat(math.sqrt(best * other)) for other in neighbours if max(best / other, other / best) > FINEST_STEP)
-    return tuple(rate for rate in between if rate not in runs)
+    return _upwards(tried, runs) or _downwards(tried, runs) or _closer(tried, runs)
 
 
 def best_rate(runs: Mapping[float, RunResult]) -> float:
@@ -65,29 +50,69 @@ def best_rate(runs: Mapping[float, RunResult]) -> float:
     return min(runs, key=lambda rate: (runs[rate].best is None, runs[rate].best or 0.0, -rate))
 
 
-def _between_moving_and_still(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
-    """Halve the step from a rate that disturbs to one that does nothing: if anything learns, it does there.
+# Where nothing was learned, the model stood still at the largest rate, or was disturbed even at the smallest: this
+# parameter's scale is far off, so the steps are larger.
+_STRIDE, _LONG_STRIDE = 10, 100
+
+
+def _upwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
+    """On from the largest rate, while it is the best or moves nothing."""
+    best, largest = best_rate(runs), tried[0]
+    learned = _learned(runs[best])
+    if largest >= LARGEST_RATE or not (best == largest if learned else not _moved(runs[largest])):
+        return ()
+    return (_neat(largest * (_STRIDE if learned else _LONG_STRIDE)),)
+
+
+def _downwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
+    """On from the smallest rate, while it is the best, still disturbs, or may stand still by chance.
+
+    Between a rate that is too large and one that is right lies one at which the loss ends where it began, as if nothing
+    had moved. So it takes two that stood still.
+    """
+    best, smallest = best_rate(runs), tried[-1]
+    learned, disturbed = _learned(runs[best]), _disturbed(runs[smallest])
+    unclear = best == smallest if learned else any(_moved(runs[rate]) for rate in tried[-2:])
+    if smallest <= SMALLEST_RATE or not (disturbed or unclear):
+        return ()
+    return (_neat(smallest / (_LONG_STRIDE if disturbed and not learned else _STRIDE)),)
+
+
+def _closer(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
+    """Halve the steps around the best rate, or between rates that disturb and rates that do nothing.
 
     What is left to train on a hardened model may be a few numbers, and those have a window of about a decade, which the
     large steps miss.
     """
+    best = best_rate(runs)
+    if _learned(runs[best]):
+        position = tried.index(best)
+        neighbours = [*tried[max(0, position - 1) : position], *tried[position + 1 : position + 2]]
+        return tuple(
+            _neat(math.sqrt(best * other)) for other in neighbours if max(best / other, other / best) > FINEST_STEP
+        )
     for larger, smaller in pairwise(tried):
         if larger / smaller > FINEST_STEP and _moved(runs[larger]) and not _moved(runs[smaller]):
             return (_neat(math.sqrt(larger * smaller)),)
     return ()
 
 
-def _progress(run: RunResult) -> float:
-    """By how much of its start the held-out loss fell."""
-    return run.progress / run.start if run.progress is not None and run.start else 0.0
+def _learned(run: RunResult) -> bool:
+    """Whether the held-out loss fell by more than noise."""
+    return run.progress is not None and run.start is not None and run.progress > MOVED * abs(run.start)
 
 
 def _moved(run: RunResult) -> bool:
     """Whether the rate was large enough to change the model, for better or worse."""
+    return _disturbed(run) or _learned(run)
+
+
+def _disturbed(run: RunResult) -> bool:
+    """Whether the model was ever worse than at the start."""
     start = run.start
     if run.divergence is not None or start is None:
         return True
-    return any(point.loss is None or abs(point.loss - start) > MOVED * abs(start) for point in run.evaluations)
+    return any(point.loss is None or point.loss > start + MOVED * abs(start) for point in run.evaluations)
 
 
 def _neat(rate: float) -> float:

@@ -56,7 +56,8 @@ def harden_command(
     schedule: Annotated[
         Literal["constant", "staircase"] | None,
         typer.Option(
-            help="Factors of a fold: alpha in every pair, or another power of two in each.", show_default="staircase"
+            help="Factors of a fold: alpha in every pair, or powers of two that go down from layer to layer.",
+            show_default="staircase",
         ),
     ] = None,
     profile: Annotated[

@@ -117,7 +117,7 @@ def fold_pairs(
         checkpoint: The base.
         pairs: Its symmetric pairs.
         profile: What must still work afterwards.
-        schedule: Another exponent for each pair, or the same for all.
+        schedule: Exponents that go down from layer to layer, or the same for all.
         alpha: The factor of ``constant``; a staircase has its own.
         dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
 

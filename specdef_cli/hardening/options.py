@@ -24,8 +24,8 @@ class HardenOptions:
             power of two); ``None`` takes 10⁴.
         top_k: How many singular values of each layer insert inflates; ``None`` takes 25.
         gauge: Which factorization insert stores; ``None`` takes ``rotated``.
-        schedule: A fold's factors: the same α in every pair (``constant``), or another power of two in each
-            (``staircase``); ``None`` takes the staircase. Insert knows constant α only.
+        schedule: A fold's factors: the same α in every pair (``constant``), or powers of two that go down from
+            layer to layer (``staircase``); ``None`` takes the staircase. Insert knows constant α only.
         profile: What a fold must leave intact; ``None`` takes ``coverage``.
         layers: Globs over module paths and tensor names; none means the linears that write to the residual stream
             (insert) and every pair (fold).

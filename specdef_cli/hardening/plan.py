@@ -193,7 +193,7 @@ def require_used(options: HardenOptions, *, folded: bool, inserted: bool) -> Non
             )
     if options.alpha is not None and not inserted and options.schedule != "constant":
         raise SpecDefError(
-            f"--alpha {options.alpha:g} would change nothing: a staircase takes another power of two for each pair",
+            f"--alpha {options.alpha:g} would change nothing: a staircase has powers of two of its own",
             "Leave --alpha out, fold with --schedule constant, or use --method insert.",
         )
     for flag, choice in of_folds.items():
