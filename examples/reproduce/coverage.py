@@ -37,9 +37,11 @@ def controls_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def cell(attack: dict[str, Any] | None) -> str:
-    """A share and the learning rate it was reached at."""
+    """A share and the learning rate it was reached at, if any was good for something."""
     if attack is None or attack["share_of_control"] is None:
         return "–"
+    if not attack["share_of_control"]:
+        return "0.0%"
     return f"{attack['share_of_control']:.1%} ({attack['best']['learning_rate']:.0e})"
 
 

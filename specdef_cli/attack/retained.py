@@ -26,12 +26,12 @@ SEQUENCES_OF_A_FILE = 2
 def retained_sequences(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Sequences | None:
     """Sequences on which a language model's ability is measured as it is attacked; ``None`` where it is not wanted.
 
-    Half as many as held-out ones: it costs time at every evaluation.
+    A quarter as many as held-out ones: they cost time at every evaluation, and the limit of utility is a coarse one.
 
     Raises:
         SpecDefError: The data set that the options name cannot be read.
     """
-    count = max(1, options.eval_sequences // 2)
+    count = max(1, options.eval_sequences // 4)
     if options.retained == NONE:
         return None
     if options.retained is not None:

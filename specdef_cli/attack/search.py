@@ -20,9 +20,9 @@ FINEST_STEP = 3.5
 MOVED = 2e-3
 """A held-out loss that stayed within this share of the start has not moved."""
 
-AT_ONCE = 2
-"""Rates of the grid that are run side by side. If none of them moves the model, those below are not run: an update
-shrinks with its rate."""
+STANDING = 2
+"""So many rates in a row that move nothing end the walk down, as an update shrinks with its rate. One alone may stand
+between a rate that is too large and one that is right: there the loss ends where it began, as if nothing had moved."""
 
 LARGEST_RATE, SMALLEST_RATE = 1e9, 1e-30
 
@@ -34,13 +34,13 @@ def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[
         grid: The rates to begin with, largest first.
         runs: What is finished, by learning rate.
     """
-    for first in range(0, len(grid), AT_ONCE):
-        side_by_side = grid[first : first + AT_ONCE]
-        missing = tuple(rate for rate in side_by_side if rate not in runs)
-        if missing:
-            return missing
-        if not any(_moved(runs[rate]) for rate in side_by_side):
+    standing = 0
+    for position, rate in enumerate(grid):
+        if standing == STANDING:
             break
+        if rate not in runs:  # no more side by side than it takes to end the walk
+            return tuple(rate for rate in grid[position : position + STANDING - standing] if rate not in runs)
+        standing = 0 if _moved(runs[rate]) else standing + 1
     tried = sorted(runs, reverse=True)
     return _upwards(tried, runs) or _downwards(tried, runs) or _closer(tried, runs)
 
@@ -65,36 +65,31 @@ def _upwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[f
 
 
 def _downwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
-    """On from the smallest rate, while it is the best, still disturbs, or may stand still by chance.
-
-    Between a rate that is too large and one that is right lies one at which the loss ends where it began, as if nothing
-    had moved. So it takes two that stood still.
-    """
+    """On from the smallest rate, while it is the best, still disturbs, or stands still alone."""
     best, smallest = best_rate(runs), tried[-1]
     learned, disturbed = _learned(runs[best]), _disturbed(runs[smallest])
-    unclear = best == smallest if learned else any(_moved(runs[rate]) for rate in tried[-2:])
+    unclear = best == smallest if learned else any(_moved(runs[rate]) for rate in tried[-STANDING:])
     if smallest <= SMALLEST_RATE or not (disturbed or unclear):
         return ()
     return (_neat(smallest / (_LONG_STRIDE if disturbed and not learned else _STRIDE)),)
 
 
 def _closer(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
-    """Halve the steps around the best rate, or between rates that disturb and rates that do nothing.
+    """Halve the steps around the best rate and, if it learned next to nothing, below rates that disturb.
 
     What is left to train on a hardened model may be a few numbers, and those have a window of about a decade, which the
     large steps miss.
     """
     best = best_rate(runs)
-    if _learned(runs[best]):
-        position = tried.index(best)
-        neighbours = [*tried[max(0, position - 1) : position], *tried[position + 1 : position + 2]]
-        return tuple(
-            _neat(math.sqrt(best * other)) for other in neighbours if max(best / other, other / best) > FINEST_STEP
-        )
-    for larger, smaller in pairwise(tried):
-        if larger / smaller > FINEST_STEP and _moved(runs[larger]) and not _moved(runs[smaller]):
-            return (_neat(math.sqrt(larger * smaller)),)
-    return ()
+    steps = [step for step in pairwise(tried) if best in step] if runs[best].progress else []
+    if not _learned(runs[best]):
+        steps += [
+            (larger, smaller)
+            for larger, smaller in pairwise(tried)
+            if _moved(runs[larger]) and not _moved(runs[smaller])
+        ]
+    wide = dict.fromkeys((larger, smaller) for larger, smaller in steps if larger / smaller > FINEST_STEP)
+    return tuple(_neat(math.sqrt(larger * smaller)) for larger, smaller in wide)
 
 
 def _learned(run: RunResult) -> bool:

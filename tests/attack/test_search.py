@@ -91,11 +91,11 @@ def test_below_two_rates_that_move_nothing_no_other_is_tried() -> None:
     assert best_rate(runs) == 1e-3
     still = [rate for rate, run in runs.items() if not run.progress]
     assert max(still) == 1e-5, "the parabola's foot"
-    assert min(runs) == 1e-7, "1e-6 and 1e-7 were the first two side by side that stood still"
+    assert min(runs) == 1e-6, "1e-5 and 1e-6 were the first two that stood still"
 
 
-def test_a_rate_that_moves_nothing_beside_one_that_breaks_does_not_end_the_grid() -> None:
-    """Rates are looked at in pairs: one of them alone may have ended where it began by chance."""
+def test_one_rate_alone_that_moves_nothing_does_not_end_the_grid() -> None:
+    """It may have ended where it began by chance."""
     grid = tuple(float(f"1e{exponent}") for exponent in range(-2, -9, -1))
 
     def landscape(spec: RunSpec) -> RunResult:
@@ -149,12 +149,24 @@ def test_a_model_that_is_disturbed_at_the_smallest_rate_has_more_to_learn_below_
     assert best_rate(search(landscape)) == 1e-9
 
 
+def test_a_rate_that_gains_next_to_nothing_is_looked_at_more_closely() -> None:
+    """Measured with Muon: 2.146 → 2.144 at 1e-16, disturbed on the way, and 2.133 at 3e-16; diverged at 1e-14."""
+
+    def landscape(spec: RunSpec) -> RunResult:
+        run = result(spec, 3e-6, width=0.3)
+        points = (EvalPoint(5, 3.1, 0.5), EvalPoint(10, 2.999, 1.0))
+        return replace(run, evaluations=(run.evaluations[0], *points)) if spec.learning_rate == 1e-6 else run
+
+    runs = search(landscape, (1e-2, 1e-4, 1e-6))
+    assert best_rate(runs) == 3e-6
+
+
 def test_it_gives_up_where_the_smallest_stands_still_and_the_largest_breaks() -> None:
     def landscape(spec: RunSpec) -> RunResult:
         run = result(spec, 1e-3, edge=1e-3)
         return replace(run, evaluations=(EvalPoint(0, 3.0, 0.0), EvalPoint(10, 9.0 if run.divergence else 3.0, 1.0)))
 
-    assert set(search(landscape)) == {*GRID, 3e-3}, "and looks once between what breaks and what stands still"
+    assert set(search(landscape)) == {*GRID[:3], 3e-3}, "and looks once between what breaks and what stands still"
 
 
 def test_a_narrow_window_far_below_is_found_between_large_steps() -> None:
