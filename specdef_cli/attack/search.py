@@ -59,7 +59,7 @@ def _upwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[f
     """On from the largest rate, while it is the best or moves nothing."""
     best, largest = best_rate(runs), tried[0]
     learned = _learned(runs[best])
-    if largest >= LARGEST_RATE or not (best == largest if learned else not _moved(runs[largest])):
+    if largest >= LARGEST_RATE or not (best == largest if learned else not _disturbed(runs[largest])):
         return ()
     return (_neat(largest * (_STRIDE if learned else _LONG_STRIDE)),)
 
@@ -68,7 +68,7 @@ def _downwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple
     """On from the smallest rate, while it is the best, still disturbs, or stands still alone."""
     best, smallest = best_rate(runs), tried[-1]
     learned, disturbed = _learned(runs[best]), _disturbed(runs[smallest])
-    unclear = best == smallest if learned else any(_moved(runs[rate]) for rate in tried[-STANDING:])
+    unclear = best == smallest if learned else any(_disturbed(runs[rate]) for rate in tried[-STANDING:])
     if smallest <= SMALLEST_RATE or not (disturbed or unclear):
         return ()
     return (_neat(smallest / (_LONG_STRIDE if disturbed and not learned else _STRIDE)),)
@@ -81,15 +81,17 @@ def _closer(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[fl
     large steps miss.
     """
     best = best_rate(runs)
-    steps = [step for step in pairwise(tried) if best in step] if runs[best].progress else []
-    if not _learned(runs[best]):
-        steps += [
-            (larger, smaller)
-            for larger, smaller in pairwise(tried)
-            if _moved(runs[larger]) and not _moved(runs[smaller])
-        ]
-    wide = dict.fromkeys((larger, smaller) for larger, smaller in steps if larger / smaller > FINEST_STEP)
-    return tuple(_neat(math.sqrt(larger * smaller)) for larger, smaller in wide)
+    gained, learned = bool(runs[best].progress), _learned(runs[best])
+
+    def promising(larger: float, smaller: float) -> bool:
+        beside_the_best = gained and best in (larger, smaller)
+        return beside_the_best or (not learned and _disturbed(runs[larger]) and not _disturbed(runs[smaller]))
+
+    return tuple(
+        _neat(math.sqrt(larger * smaller))
+        for larger, smaller in pairwise(tried)
+        if larger / smaller > FINEST_STEP and promising(larger, smaller)
+    )
 
 
 def _learned(run: RunResult) -> bool:

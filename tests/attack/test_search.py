@@ -44,6 +44,12 @@ def result(spec: RunSpec, best_at: float, width: float = 1.0, edge: float = math
     )  # fmt: skip
 
 
+def through(run: RunResult, *losses: float) -> RunResult:
+    """The run with other held-out losses after its start, the last one at its end."""
+    points = (EvalPoint(5 * number, loss, 0.5 * number) for number, loss in enumerate(losses, start=3 - len(losses)))
+    return replace(run, evaluations=(run.evaluations[0], *points))
+
+
 def search(landscape: Callable[[RunSpec], RunResult], grid: tuple[float, ...] = GRID) -> dict[float, RunResult]:
     runs: dict[float, RunResult] = {}
     for _ in range(60):
@@ -100,8 +106,7 @@ def test_one_rate_alone_that_moves_nothing_does_not_end_the_grid() -> None:
 
     def landscape(spec: RunSpec) -> RunResult:
         run = result(spec, 1e-7, width=0.4)
-        still = spec.learning_rate == 1e-5
-        return replace(run, evaluations=(run.evaluations[0], EvalPoint(10, 3.0, 1.0))) if still else run
+        return through(run, 3.0) if spec.learning_rate == 1e-5 else run
 
     assert best_rate(search(landscape, grid)) == 1e-7
 
@@ -111,12 +116,7 @@ def test_a_model_that_was_disturbed_on_the_way_and_came_back_has_moved() -> None
 
     def landscape(spec: RunSpec) -> RunResult:
         run = result(spec, 1e-5)
-        on_the_way = EvalPoint(5, 4.0, 0.5)
-        return (
-            replace(run, evaluations=(run.evaluations[0], on_the_way, EvalPoint(10, 3.0, 1.0)))
-            if (spec.learning_rate > 1e-4)
-            else run
-        )
+        return through(run, 4.0, 3.0) if spec.learning_rate > 1e-4 else run
 
     assert best_rate(search(landscape, grid)) == 1e-5
 
@@ -127,11 +127,7 @@ def test_a_loss_that_ends_where_it_began_between_too_large_and_right_does_not_en
 
     def landscape(spec: RunSpec) -> RunResult:
         run = result(spec, 1e-10, width=0.4)
-        return (
-            replace(run, evaluations=(EvalPoint(0, 3.0, 0.0), EvalPoint(10, 3.0, 1.0)))
-            if (spec.learning_rate == 1e-9)
-            else run
-        )
+        return through(run, 3.0) if spec.learning_rate == 1e-9 else run
 
     assert best_rate(search(landscape, grid)) == pytest.approx(1e-10, rel=2.5)
 
@@ -142,8 +138,7 @@ def test_a_model_that_is_disturbed_at_the_smallest_rate_has_more_to_learn_below_
     def landscape(spec: RunSpec) -> RunResult:
         if spec.learning_rate > 1e-6:
             free = result(spec, 1e-3, width=0.5)
-            points = (EvalPoint(5, 3.1, 0.5), EvalPoint(10, 3 - 0.1 * (free.progress or 0.0), 1.0))
-            return replace(free, evaluations=(free.evaluations[0], *points))
+            return through(free, 3.1, 3 - 0.1 * (free.progress or 0.0))
         return result(spec, 1e-9)
 
     assert best_rate(search(landscape)) == 1e-9
@@ -154,8 +149,7 @@ def test_a_rate_that_gains_next_to_nothing_is_looked_at_more_closely() -> None:
 
     def landscape(spec: RunSpec) -> RunResult:
         run = result(spec, 3e-6, width=0.3)
-        points = (EvalPoint(5, 3.1, 0.5), EvalPoint(10, 2.999, 1.0))
-        return replace(run, evaluations=(run.evaluations[0], *points)) if spec.learning_rate == 1e-6 else run
+        return through(run, 3.1, 2.999) if spec.learning_rate == 1e-6 else run
 
     runs = search(landscape, (1e-2, 1e-4, 1e-6))
     assert best_rate(runs) == 3e-6
