@@ -87,10 +87,10 @@ reproduce-wmdp: install  ## the paper's main experiment, on the tiny Llama with 
 test: install  ## the test suite (about ten minutes on two cores)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: install  ## the test suite with the long ones
-	$(BIN)/pytest -n 2 --dist loadfile
+test-all: install  ## the test suite with the long ones; ends with the README's fault table
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.faults.table
 
-faults: install  ## the README's fault table: what was tried and what held
+faults: install  ## the fault table alone, without the long tests
 	$(BIN)/python -m tests.faults
 
 lint: install  ## style, formatting and types

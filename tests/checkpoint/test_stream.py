@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,36 @@ def write(checkpoint: Checkpoint, shards: Sequence[OutputShard], directory: Path
     events: list[Progress] = []
     write_shards(checkpoint, shards, directory, devices=[CPU], workers=workers, on_progress=events.append)
     return events
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes this advice")
+def test_what_is_written_is_sent_to_the_disk_piece_by_piece(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[int, list[tuple[int, int]]] = {}
+    at_flush: dict[int, int] = {}
+    flush = os.fsync
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        assert len(os.pread(descriptor, length, offset)) == length
+        sent.setdefault(os.fstat(descriptor).st_ino, []).append((offset, offset + length))
+
+    def fsync(descriptor: int) -> None:
+        number = os.fstat(descriptor).st_ino
+        at_flush[number] = len(sent.get(number, ()))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(os, "fsync", fsync)
+    (shard,) = plan(checkpoint, [], max_shard_size=10**9)
+    write(checkpoint, [shard], tmp_path, workers=2)
+    written = (tmp_path / shard.name).stat()
+    pieces = sent[written.st_ino]
+    # Each follows the one before, and none is left for the flush.
+    assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])]
+    assert pieces[-1][1] == written.st_size
+    assert 1 < len(pieces) == at_flush[written.st_ino]
 
 
 def test_safetensors_reads_what_was_written(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -231,3 +231,22 @@ def test_every_public_name_is_there_and_imported_on_its_first_use_only() -> None
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["specdef_cli.hardening.run", "True"]
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages on request here"
+)
+def test_weights_come_to_lie_in_huge_pages() -> None:
+    code = (
+        "from specdef_cli.cli.memory import prefer_huge_pages; prefer_huge_pages()\n"
+        "import torch; weight = torch.ones(2**24)\n"
+        "sizes = [line.split() for line in open('/proc/self/smaps') if line.startswith('AnonHugePages')]\n"
+        "print(sum(int(size) for _, size, _ in sizes) * 1024)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, timeout=60
+    )
+    assert int(process.stdout) >= 2**25
