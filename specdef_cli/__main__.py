@@ -1,6 +1,14 @@
 """``python -m specdef_cli``, which ``accelerate launch -m specdef_cli`` needs; ``specdef`` is the same."""
 
-from specdef_cli.cli.app import main
+from specdef_cli.cli import app
+from specdef_cli.cli.startup import prepare_process
+
+
+def main() -> None:
+    """Run the command line in a process of its own."""
+    prepare_process()
+    app.main()
+
 
 if __name__ == "__main__":
     main()

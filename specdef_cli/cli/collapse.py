@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from specdef_cli.cli.memory import prefer_huge_pages
 from specdef_cli.cli.options import Device, Json, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
 from specdef_cli.cli.output import Output
 
@@ -30,7 +29,6 @@ def collapse_command(
     from specdef_cli.hardening.collapse import collapse
     from specdef_cli.hardening.options import CollapseOptions
 
-    prefer_huge_pages()
     output = Output(as_json, quiet)
     options = CollapseOptions(model, out, parse_size(max_shard_size), device, revision, token, resume)
     with output.progress("collapsing") as bar:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from specdef_cli.cli.memory import prefer_huge_pages
 from specdef_cli.cli.options import (
     Device,
     Json,
@@ -114,7 +113,6 @@ def harden_command(
     from specdef_cli.hardening.plan import HardeningPlan
     from specdef_cli.hardening.run import harden, preview
 
-    prefer_huge_pages()
     output = Output(as_json, quiet)
     options = HardenOptions(
         model=model,

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from tests.benchmarks.synthetic import synthetic_llama
 
+PREPARE = "from specdef_cli.cli.startup import prepare_process; prepare_process()"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -77,7 +79,7 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> None:
     size = sum(path.stat().st_size for path in source.iterdir())
     commands = {
         "cp -r": ["cp", "-r", str(source), str(out)],
-        "start-up": [sys.executable, "-c", "import specdef_cli.hardening.run"],
+        "start-up": [sys.executable, "-c", f"{PREPARE}; import specdef_cli.hardening.run"],
         "fold": [*harden, str(source), "--out", str(out), "--method", "fold"],
         "insert, k=25": [*harden, str(source), "--out", str(out), "--method", "insert"],
         "insert, two processes": [*launch, str(source), "--out", str(out), "--method", "insert"],

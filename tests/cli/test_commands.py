@@ -241,7 +241,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 )
 def test_weights_come_to_lie_in_huge_pages() -> None:
     code = (
-        "from specdef_cli.cli.memory import prefer_huge_pages; prefer_huge_pages()\n"
+        "from specdef_cli.cli.startup import prepare_process; prepare_process()\n"
         "import torch; weight = torch.ones(2**24)\n"
         "sizes = [line.split() for line in open('/proc/self/smaps') if line.startswith('AnonHugePages')]\n"
         "print(sum(int(size) for _, size, _ in sizes) * 1024)"
@@ -250,3 +250,14 @@ def test_weights_come_to_lie_in_huge_pages() -> None:
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, timeout=60
     )
     assert int(process.stdout) >= 2**25
+
+
+def test_to_import_the_package_changes_nothing_in_the_process() -> None:
+    code = (
+        "import gc, os; before = gc.get_threshold(), dict(os.environ)\n"
+        "import specdef_cli, specdef_cli.__main__, specdef_cli.hardening.run\n"
+        "from specdef_cli.cli.startup import COLLECT_AFTER\n"
+        "assert before[0] == gc.get_threshold() != COLLECT_AFTER, gc.get_threshold()\n"
+        "assert os.environ.get('THP_MEM_ALLOC_ENABLE') == before[1].get('THP_MEM_ALLOC_ENABLE')"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=60)
