@@ -8,14 +8,14 @@ import tempfile
 from pathlib import Path
 
 from tests.benchmarks.attack import attack_table
-from tests.benchmarks.stream import stream_table
+from tests.benchmarks.stream import sizes_table, stream_table
 from tests.benchmarks.subspace import subspace_table
 
 BENCHMARKS = {
     "subspace": lambda _: subspace_table(),
     "attack": lambda _: attack_table(),
     "stream": lambda directory: stream_table(directory),
-    "stream-large": lambda directory: stream_table(directory, runs=1, layers=84),
+    "stream-large": lambda directory: sizes_table(stream_table(directory, runs=1, layers=84)),
 }
 DEFAULT = ("subspace", "attack", "stream")
 

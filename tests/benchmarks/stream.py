@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +64,33 @@ def evict(directory: Path) -> None:
         os.close(descriptor)
 
 
-def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> None:
-    """Print seconds, ratio to ``cp -r``, and peak memory of fold and insert on a checkpoint of ``layers`` blocks."""
+@dataclass(frozen=True)
+class Rate:
+    """How long a command takes: seconds to start, and seconds for each GB of the checkpoint."""
+
+    start: float
+    seconds_per_gb: float
+
+    def estimate(self, gigabytes: float) -> str:
+        """The time for a checkpoint of another size, with its arithmetic."""
+        seconds = self.start + self.seconds_per_gb * gigabytes
+        return f"{self.start:.0f} + {gigabytes:.0f} · {self.seconds_per_gb:.1f} s = {seconds / 60:.1f} min"
+
+
+def sizes_table(rates: Mapping[str, Rate]) -> None:
+    """Print what well-known sizes would take on this machine."""
+    print("\n| model | GB in bfloat16 |", *(f"{name} |" for name in rates))
+    print("|---|---|" + "---|" * len(rates))
+    for billions, gigabytes in ((8, 16.1), (70, 141.1), (405, 811.7)):
+        print(f"| {billions}B | {gigabytes:.0f} |", *(f"{rate.estimate(gigabytes)} |" for rate in rates.values()))
+
+
+def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> dict[str, Rate]:
+    """Print seconds, ratio to ``cp -r``, and peak memory of fold and insert on a checkpoint of ``layers`` blocks.
+
+    Returns:
+        The rates of the commands of one process, by their names in the table.
+    """
     arguments = ["-m", "specdef_cli", "harden", "--no-verify", "--quiet"]
     harden = [sys.executable, *arguments]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
@@ -95,6 +121,7 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> None:
     print(f"{size / 1e9:.1f} GB; peak RSS may be 4 × the largest tensor in float32 + 0.4 GB = {limit / 1e9:.2f} GB\n")
     print("| command | seconds (median) | CPU seconds | × cp -r | × cp -r, without start-up | peak RSS |")
     print("|---|---|---|---|---|---|")
+    rates = {}
     for name, results in measured.items():
         # A forked cp is counted with the memory of the process that forked it.
         rss = "" if name == "cp -r" else f"{max(result.peak_rss for result in results) / 1e9:.2f} GB"
@@ -106,3 +133,7 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> None:
             f"| {name} | {statistics.median(seconds):.1f} | {statistics.median(r.cpu_seconds for r in results):.1f} | "
             f"{ratio:.2f} | {net:.2f} | {rss} |"
         )
+        if name in {"cp -r", "fold", "insert, k=25"}:
+            start = statistics.median(begun)
+            rates[name] = Rate(start, (statistics.median(seconds) - start) * 1e9 / size)
+    return rates
