@@ -1,12 +1,12 @@
 """``python -m specdef_cli``, which ``accelerate launch -m specdef_cli`` needs; ``specdef`` is the same."""
 
 from specdef_cli.cli import app
-from specdef_cli.cli.startup import prepare_process
+from specdef_cli.cli.startup import collect_less_garbage
 
 
 def main() -> None:
     """Run the command line in a process of its own."""
-    prepare_process()
+    collect_less_garbage()
     app.main()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from specdef_cli.cli.options import Device, Json, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
 from specdef_cli.cli.output import Output
+from specdef_cli.cli.startup import prefer_huge_pages
 
 
 def collapse_command(
@@ -23,6 +24,8 @@ def collapse_command(
 
       specdef collapse hardened --out original
     """
+    prefer_huge_pages()
+
     from rich.text import Text
 
     from specdef_cli.checkpoint.shards import parse_size

@@ -19,6 +19,7 @@ from specdef_cli.cli.options import (
     TrustRemoteCode,
 )
 from specdef_cli.cli.output import Output
+from specdef_cli.cli.startup import prefer_huge_pages
 from specdef_cli.cli.tables import folded_table, layer_table
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def harden_command(
 
       specdef harden ./my-model --out hardened --method fold --profile quantizable
     """
+    prefer_huge_pages()
+
     from specdef_cli.checkpoint.resolve import push
     from specdef_cli.checkpoint.shards import parse_size
     from specdef_cli.checkpoint.stream import Progress

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.benchmarks.synthetic import synthetic_llama
 
-PREPARE = "from specdef_cli.cli.startup import prepare_process; prepare_process()"
+PREPARE = "from specdef_cli.cli.startup import collect_less_garbage; collect_less_garbage()"
 
 
 @dataclass(frozen=True)
