@@ -26,6 +26,7 @@ from torch import Tensor
 from specdef_cli.spectral.blocks import transposed_product
 
 OVERSAMPLING = 6
+"""At least so many columns beyond k are iterated."""
 BLOCK_MULTIPLE = 16
 """Columns that matrix units take at a time: with 33, a product with W takes up to twice as long as with 32."""
 KRYLOV_ITERATIONS = 3

@@ -19,8 +19,6 @@ from pathlib import Path
 
 from tests.benchmarks.synthetic import synthetic_llama
 
-PREPARE = "from specdef_cli.cli.startup import collect_less_garbage; collect_less_garbage()"
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -94,6 +92,7 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> dict[str, 
     arguments = ["-m", "specdef_cli", "harden", "--no-verify", "--quiet"]
     harden = [sys.executable, *arguments]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    started_as_commands_are = "from specdef_cli.cli.startup import collect_less_garbage; collect_less_garbage()"
     out = directory / "out"
     source = directory / f"llama-{layers}"
     # In a process of its own: what this one holds counts as the peak of every command that it starts.
@@ -105,7 +104,7 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> dict[str, 
     size = sum(path.stat().st_size for path in source.iterdir())
     commands = {
         "cp -r": ["cp", "-r", str(source), str(out)],
-        "start-up": [sys.executable, "-c", f"{PREPARE}; import specdef_cli.hardening.run"],
+        "start-up": [sys.executable, "-c", f"{started_as_commands_are}; import specdef_cli.hardening.run"],
         "fold": [*harden, str(source), "--out", str(out), "--method", "fold"],
         "insert, k=25": [*harden, str(source), "--out", str(out), "--method", "insert"],
         "insert, two processes": [*launch, str(source), "--out", str(out), "--method", "insert"],

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import assert_refused, call_cli, environment, run_cli, snapshot
+from commands import assert_refused, call_cli, environment, run_cli, run_program, snapshot
 from safetensors.torch import load_file
+
+from specdef_cli.cli.startup import COLLECT_AFTER
 
 TinyModel = Callable[..., Path]
 COMMANDS = ("harden", "collapse", "inspect")
@@ -242,22 +244,21 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def test_weights_come_to_lie_in_huge_pages() -> None:
     code = (
         "from specdef_cli.cli.startup import prefer_huge_pages; prefer_huge_pages()\n"
-        "import torch; weight = torch.ones(2**24)\n"
+        "import json, torch; weight = torch.ones(2**24)\n"
         "sizes = [line.split() for line in open('/proc/self/smaps') if line.startswith('AnonHugePages')]\n"
-        "print(sum(int(size) for _, size, _ in sizes) * 1024)"
+        "print(json.dumps({'bytes': sum(int(size) for _, size, _ in sizes) * 1024}))"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, timeout=60
-    )
-    assert int(process.stdout) >= 2**25
+    assert run_program("-c", code, env=environment())["bytes"] >= 2**25
 
 
 def test_to_import_the_package_changes_nothing_in_the_process() -> None:
     code = (
-        "import gc, os; before = gc.get_threshold(), dict(os.environ)\n"
+        "import gc, json, os\n"
+        "def state(): return [*gc.get_threshold()], os.environ.get('THP_MEM_ALLOC_ENABLE')\n"
+        "before = state()\n"
         "import specdef_cli, specdef_cli.__main__, specdef_cli.hardening.run\n"
-        "from specdef_cli.cli.startup import COLLECT_AFTER\n"
-        "assert before[0] == gc.get_threshold() != COLLECT_AFTER, gc.get_threshold()\n"
-        "assert os.environ.get('THP_MEM_ALLOC_ENABLE') == before[1].get('THP_MEM_ALLOC_ENABLE')"
+        "print(json.dumps({'before': before, 'after': state()}))"
     )
-    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=60)
+    found = run_program("-c", code, env=environment())
+    assert found["before"] == found["after"]
+    assert found["after"][0] != list(COLLECT_AFTER)
