@@ -14,7 +14,7 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce reproduce-mixing \
-  reproduce-staircase reproduce-unet reproduce-wmdp test test-all faults lint format bench train-example clean
+  reproduce-staircase reproduce-unet reproduce-wmdp test test-all faults lint format docs bench train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +101,11 @@ lint: install  ## style, formatting and types
 format: install  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install  ## the documentation, as pages in build/site; fetches nothing
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 bench: install  ## speed and memory, as ratios to cp, to torch.linalg.svd, and to a Trainer run by hand
 	$(BIN)/python -m tests.benchmarks
