@@ -14,7 +14,7 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce reproduce-mixing \
-  reproduce-staircase reproduce-unet reproduce-wmdp test test-all faults lint format docs bench train-example clean
+  reproduce-staircase reproduce-unet reproduce-wmdp check test test-all test-newest faults lint format docs build wheel bench train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,11 +84,23 @@ reproduce-wmdp: install  ## the paper's main experiment, on the tiny Llama with 
 	  UTILITY_TASKS=standin_python EVAL_TASK_PATH=examples/reproduce/standin STEPS=4 PAPER_DTYPE=float32 \
 	  CERTIFY=--no-deployment JOBS=$(JOBS) OUT=$(DEMO)/wmdp bash examples/reproduce/llama_wmdp.sh
 
+# Directories whose tests need neither training nor a process of their own, but for a few.
+QUICK := tests/spectral tests/checkpoint tests/report tests/architectures
+
+check: lint  ## style, types and the quick tests: before every commit
+	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadfile $(QUICK)
+
 test: install  ## the test suite (about ten minutes on two cores)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: install  ## the test suite with the long ones; ends with the README's fault table
 	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.faults.table
+
+test-newest:  ## the tests of what rests on internals of transformers, on its newest release, in an environment apart
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet torch -c constraints.txt
+	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager transformers -e '.[test]'
+	$(VENV)-newest/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/runtime tests/architectures tests/hardening
 
 faults: install  ## the fault table alone, without the long tests
 	$(BIN)/python -m tests.faults
@@ -107,6 +119,12 @@ docs: install  ## the documentation, as pages in build/site; fetches nothing
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
+build: install  ## the source distribution and the wheel, in dist/
+	$(BIN)/python -m build
+
+wheel: install  ## install the wheel into an empty environment and use it there (needs a package index)
+	$(BIN)/pytest -q -m slow tests/packaging
+
 bench: install  ## speed and memory, as ratios to cp, to torch.linalg.svd, and to a Trainer run by hand
 	$(BIN)/python -m tests.benchmarks
 
@@ -114,4 +132,4 @@ train-example: install  ## train the shipped model again (about ten minutes)
 	$(BIN)/python examples/tiny_llama/train.py --out $(DEMO)/tiny_llama
 
 clean:  ## remove what the targets above made
-	rm -rf $(DEMO) $(VENV)
+	rm -rf $(DEMO) $(VENV) $(VENV)-newest build dist

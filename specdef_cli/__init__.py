@@ -3,8 +3,13 @@
 Importing this package makes ``AutoModelFor*.from_pretrained`` of transformers load hardened directories. It imports
 neither transformers nor torch: the registration waits for transformers, and the public names for their first use.
 
-    from specdef_cli import HardenOptions, harden
+The commands are functions here, each with its options and its result:
+
+    from pathlib import Path
+    from specdef_cli import AttackOptions, HardenOptions, attack, harden
+
     result = harden(HardenOptions("org/name", Path("hardened")))
+    report = attack(AttackOptions(model="hardened", out=Path("attack")))
 """
 
 from __future__ import annotations
@@ -16,16 +21,28 @@ from specdef_cli.runtime.register import register
 
 # ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
 if TYPE_CHECKING:
+    from specdef_cli.attack.options import AttackOptions
+    from specdef_cli.attack.results import AttackReport
+    from specdef_cli.attack.run import attack
+    from specdef_cli.certify.certificate import Certificate
+    from specdef_cli.certify.run import CertifyOptions, certify
     from specdef_cli.errors import SpecDefError
     from specdef_cli.hardening.collapse import CollapseResult, collapse
     from specdef_cli.hardening.options import CollapseOptions, HardenOptions
     from specdef_cli.hardening.run import HardenResult, PlanPreview, harden, preview
-    from specdef_cli.hardening.survey import Survey, survey
+    from specdef_cli.hardening.survey import Survey
+    from specdef_cli.hardening.survey import survey as inspect
+    from specdef_cli.report.write import write_report
     from specdef_cli.runtime import SpecDefLinear, load_model, load_tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
 
+# Public name → where it is, as module or module:name. ``attack`` and ``certify`` are packages, and callable.
 _PUBLIC = {
+    "AttackOptions": "specdef_cli.attack.options",
+    "AttackReport": "specdef_cli.attack.results",
+    "Certificate": "specdef_cli.certify.certificate",
+    "CertifyOptions": "specdef_cli.certify.run",
     "CollapseOptions": "specdef_cli.hardening.options",
     "CollapseResult": "specdef_cli.hardening.collapse",
     "HardenOptions": "specdef_cli.hardening.options",
@@ -34,13 +51,17 @@ _PUBLIC = {
     "SpecDefError": "specdef_cli.errors",
     "SpecDefLinear": "specdef_cli.runtime",
     "Survey": "specdef_cli.hardening.survey",
+    "attack": "specdef_cli.attack",
+    "certify": "specdef_cli.certify",
     "collapse": "specdef_cli.hardening.collapse",
     "harden": "specdef_cli.hardening.run",
+    "inspect": "specdef_cli.hardening.survey:survey",
     "load_model": "specdef_cli.runtime",
     "load_tokenizer": "specdef_cli.runtime",
     "preview": "specdef_cli.hardening.run",
-    "survey": "specdef_cli.hardening.survey",
+    "write_report": "specdef_cli.report.write",
 }
+_CALLABLE_PACKAGES = ("attack", "certify")
 
 __all__ = ["__version__", *_PUBLIC]
 
@@ -48,7 +69,9 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    place, _, original = _PUBLIC[name].partition(":")
+    module = importlib.import_module(place)
+    return module if name in _CALLABLE_PACKAGES else getattr(module, original or name)
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,10 @@ each gets.
 
 import logging
 
+from specdef_cli.callable_package import make_callable
+from specdef_cli.extras import require_extra
+
+require_extra("attack", "attacks")
 # PEFT imports bitsandbytes where it is installed, and that warns of kernels that nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -24,3 +28,5 @@ __all__ = [
     "attack",
     "is_main_process",
 ]
+
+make_callable(__name__)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from specdef_cli.errors import SpecDefError
+from specdef_cli.extras import require_extra
 
 BATCH_SIZE = 8
 
@@ -23,12 +24,7 @@ def require_harness() -> None:
     Raises:
         SpecDefError: It is not installed.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise SpecDefError(
-            "accuracy on tasks is measured by lm-eval, which is not installed", "pip install 'specdef-cli[eval]'"
-        ) from error
+    require_extra("eval", "accuracies on tasks")
 
 
 def task_accuracy(

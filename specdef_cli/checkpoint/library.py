@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdef_cli.errors import SpecDefError
+from specdef_cli.extras import MissingExtraError
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ def diffusers_missing(what: object) -> SpecDefError:
     Args:
         what: The model, as the user knows it.
     """
-    return SpecDefError(
-        f"{what} is a model of diffusers, which is not installed", "pip install 'specdef-cli[diffusion]'"
-    )
+    return MissingExtraError(f"{what} and other models of diffusers", "diffusion")
 
 
 def library_of(config: Mapping[str, Any]) -> Library:

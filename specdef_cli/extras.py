@@ -1,0 +1,61 @@
+"""What is installed only where it is asked for: the extras of ``pyproject.toml``, and the modules that each one brings.
+
+The core loads, hardens, inspects, collapses and publishes. Attacks, plots and real quantizers need more.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+from specdef_cli.errors import SpecDefError
+
+EXTRA_MODULES: Mapping[str, tuple[str, ...]] = {
+    "attack": ("datasets", "peft", "PIL", "pytorch_optimizer"),
+    "deploy": ("bitsandbytes", "gguf"),
+    "diffusion": ("diffusers",),
+    "eval": ("lm_eval",),
+    "report": ("matplotlib",),
+}
+"""Names as they are imported, by extra."""
+
+INSTALLATION = (
+    "`pip install 'specdef_cli-VERSION-py3-none-any.whl'` (the wheel that `make build` makes of its repository)"
+)
+"""How a reader gets this package, in the words of a model card. It is on no package index."""
+
+
+class MissingExtraError(SpecDefError, ImportError):
+    """Something that is asked for needs an extra that is not installed.
+
+    Args:
+        purpose: What needs it, in the plural: "attacks".
+        extra: Its name.
+    """
+
+    def __init__(self, purpose: str, extra: str) -> None:
+        missing = ", ".join(missing_modules(extra)) or ", ".join(EXTRA_MODULES[extra])
+        super().__init__(f"{purpose} need {missing}, which is not installed", f"pip install 'specdef-cli[{extra}]'")
+        self.arguments = (purpose, extra)
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return type(self), self.arguments
+
+
+def missing_modules(extra: str) -> tuple[str, ...]:
+    """The modules of an extra that cannot be imported here; none of them is imported to find out."""
+    return tuple(name for name in EXTRA_MODULES[extra] if importlib.util.find_spec(name) is None)
+
+
+def require_extra(extra: str, purpose: str) -> None:
+    """Refuse work that needs an extra, before any of it is done.
+
+    Args:
+        extra: A key of :data:`EXTRA_MODULES`.
+        purpose: What needs it, in the plural: "attacks".
+
+    Raises:
+        MissingExtraError: A module of the extra is not installed.
+    """
+    if missing_modules(extra):
+        raise MissingExtraError(purpose, extra)

@@ -1,0 +1,91 @@
+"""What the core needs, what the extras bring, and what is said where one is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pickle
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from commands import REPOSITORY, environment, run_cli
+
+import specdef_cli
+from specdef_cli import extras
+from specdef_cli.extras import EXTRA_MODULES, MissingExtraError, missing_modules, require_extra
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def distributions(extra: str) -> set[str]:
+    """Normalized names of what an extra asks for, without other extras of this project."""
+    asked = (re.split(r"[\[<>=]", line)[0] for line in PROJECT["optional-dependencies"][extra])
+    return {name.lower().replace("_", "-") for name in asked} - {"specdef-cli"}
+
+
+@pytest.mark.parametrize("extra", EXTRA_MODULES)
+def test_the_modules_of_an_extra_are_those_that_it_installs(extra: str) -> None:
+    found = importlib.metadata.packages_distributions()
+    installed = {name.lower().replace("_", "-") for module in EXTRA_MODULES[extra] for name in found[module]}
+    assert installed == distributions(extra)
+    assert missing_modules(extra) == ()
+
+
+def test_all_has_every_extra_that_a_command_may_ask_for() -> None:
+    named = {extra for line in PROJECT["optional-dependencies"]["all"] for extra in re.findall(r"\w+", line)}
+    within = {extra for line in PROJECT["optional-dependencies"]["attack"] for extra in re.findall(r"\w+", line)}
+    assert set(EXTRA_MODULES) <= named | within
+
+
+@pytest.mark.parametrize("extra", EXTRA_MODULES)
+def test_a_missing_module_is_named_with_the_extra_that_brings_it(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = EXTRA_MODULES[extra][0]
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError) as caught:
+        require_extra(extra, "attacks")
+    error = caught.value
+    assert isinstance(error, MissingExtraError)
+    assert error.problem == f"attacks need {module}, which is not installed"
+    assert error.hint == f"pip install 'specdef-cli[{extra}]'"
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.arguments) == (MissingExtraError, ("attacks", extra))
+
+
+def test_harden_imports_no_module_of_an_extra_and_attack_names_it(llama: Path, tmp_path: Path) -> None:
+    """In processes that cannot import them. transformers takes peft, diffusers and bitsandbytes for present all the
+    same, as it asks for the packages' metadata; tests/packaging has an environment without them."""
+    hidden = ["datasets", "gguf", "lm_eval", "matplotlib", "pytorch_optimizer"]
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({hidden!r}))\n")
+    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
+    hardened = run_cli("harden", llama, "--out", "folded", "--method", "fold", cwd=tmp_path, PYTHONPATH=path)
+    assert hardened.code == 0, hardened.stderr
+    refused = run_cli("attack", "folded", cwd=tmp_path, PYTHONPATH=path)
+    assert refused.code == 1
+    assert refused.stderr.splitlines() == [
+        "error: attacks need datasets, pytorch_optimizer, which is not installed",
+        "hint: pip install 'specdef-cli[attack]'",
+    ]
+
+
+def test_every_command_is_a_function_of_the_package() -> None:
+    for name in ("harden", "attack", "certify", "collapse", "inspect"):
+        assert callable(getattr(specdef_cli, name)), name
+    assert set(specdef_cli.__all__) <= set(dir(specdef_cli))
+    for name in specdef_cli.__all__:
+        assert getattr(specdef_cli, name) is not None
+
+
+def test_a_package_that_is_called_calls_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    import specdef_cli.attack
+
+    monkeypatch.setattr(specdef_cli.attack, "attack", lambda *given, **options: (given, options))
+    assert specdef_cli.attack(1, on_progress=2) == ((1,), {"on_progress": 2})  # type: ignore[operator]
+    assert specdef_cli.attack.options.AttackOptions is specdef_cli.AttackOptions
+
+
+def test_the_version_has_one_source() -> None:
+    assert "version" in PROJECT["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", specdef_cli.__version__)
+    assert extras.INSTALLATION.count("specdef_cli-") == 1
