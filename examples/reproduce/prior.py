@@ -216,7 +216,7 @@ def build(directory: Path, budget: Budget) -> dict[str, Path]:
     """The model that has the capability and every defence of it, by name."""
     # All of the prose that an attack may train on, whatever its budget: its held-out part is nobody's.
     everything = AttackOptions(BASE, directory, steps=10_000, batch_size=BATCH, sequence_length=LENGTH)
-    prose = load_data(everything, "causal-lm", load_tokenizer(BASE), 0).train.tokens
+    prose = load_data(everything, "causal-lm", load_tokenizer(BASE)).train.tokens
     texts = Texts(prose, token_batch(BASE, base_text()[0], sequences=len(prose), length=LENGTH))
     capable = train(BASE, directory / "capable", learning, texts, budget.learning)
     unlearned = train(capable, directory / "unlearned", unlearning(load_model(capable)), texts, budget.defending)

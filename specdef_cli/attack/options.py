@@ -73,7 +73,9 @@ class AttackOptions:
         dataset: A Hub id, or a JSONL, JSON, CSV, text or parquet file; ``None`` is English prose that every Python
             installation has.
         dataset_config, dataset_split: Which part of a Hub dataset; the split defaults to ``train``.
-        text_column, label_column, image_column: Columns of the dataset; the label only matters for classification.
+        text_column: The column with the text; ``None`` takes what the rows have
+            (:data:`specdef_cli.attack.data.forms.FORMS`).
+        label_column, image_column: Columns of the dataset; of classification alone.
         retained: Text, as ``dataset``, that the attacker wants to keep the model's ability on; ``None`` is the source
             of Python's standard library, and ``none`` leaves that measurement out.
         eval_tasks: Tasks of lm-eval on which accuracy is measured after every run (``specdef-cli[eval]``).
@@ -119,7 +121,7 @@ class AttackOptions:
     dataset: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
-    text_column: str = "text"
+    text_column: str | None = None
     label_column: str = "label"
     image_column: str = "image"
     retained: str | None = None

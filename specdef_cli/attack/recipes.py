@@ -30,6 +30,8 @@ PROMPT_TOKENS = 16
 
 _PEFT_TASKS: dict[Task, TaskType | None] = {
     "causal-lm": TaskType.CAUSAL_LM,
+    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
+    "masked-lm": None,
     "sequence-classification": TaskType.SEQ_CLS,
     "image-classification": None,
 }

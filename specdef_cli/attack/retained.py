@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from specdef_cli.attack.data import Sequences, load_data
+from specdef_cli.attack.data import Examples, load_data
+from specdef_cli.attack.data.encoders import CausalEncoder
+from specdef_cli.attack.data.forms import Text
+from specdef_cli.attack.data.tokens import stacked
 from specdef_cli.attack.options import AttackOptions
 
 BUILTIN_NAME = "the source of Python's standard library"
@@ -23,7 +25,7 @@ SEQUENCES_OF_A_FILE = 2
 """So that the text is of many files, however few sequences are evaluated."""
 
 
-def retained_sequences(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Sequences | None:
+def retained_sequences(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
     """Sequences on which a language model's ability is measured as it is attacked; ``None`` where it is not wanted.
 
     A quarter as many as held-out ones: they cost time at every evaluation, and the limit of utility is a coarse one.
@@ -38,20 +40,15 @@ def retained_sequences(options: AttackOptions, tokenizer: PreTrainedTokenizerBas
         named = replace(
             options, dataset=options.retained, dataset_config=None, dataset_split=None, eval_sequences=count, steps=1
         )
-        data = load_data(named, "causal-lm", tokenizer, 0)
-        assert isinstance(data.held_out, Sequences)
-        return data.held_out
-    length = options.sequence_length
-    sequences: list[list[int]] = []
+        return load_data(named, "causal-lm", tokenizer).held_out
+    sequences = []
     for text in standard_library():
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        sequences += [
-            tokens[start : start + length]
-            for start in range(0, min(len(tokens) - length + 1, SEQUENCES_OF_A_FILE * length), length)
-        ]
+        of_this_file = CausalEncoder(tokenizer, options.sequence_length)
+        of_this_file.add(Text(text))
+        sequences += of_this_file.examples[:SEQUENCES_OF_A_FILE]
         if len(sequences) >= count:
             break
-    return Sequences(torch.tensor(sequences[:count], dtype=torch.int64)) if sequences else None
+    return stacked(sequences[:count]) if sequences else None
 
 
 def standard_library() -> Iterator[str]:

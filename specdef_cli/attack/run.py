@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,11 +10,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
 
 import specdef_cli
 from specdef_cli.architectures.names import meta_model
@@ -28,8 +22,9 @@ from specdef_cli.attack.recorder import ProgressHook
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, RunResult
 from specdef_cli.attack.retained import retained_sequences
 from specdef_cli.attack.schedule import run_all
-from specdef_cli.attack.spec import RunSpec, Task, checkpoint_fingerprint
+from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
+from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.trainer import Memory, quiet, train_run
 from specdef_cli.attack.training import Training
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
@@ -62,12 +57,12 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
         require_outside(options.out, each)
     writable_ancestor(options.out)
     _check_variants(options, manifest)
-    task, head_labels = _task(options, control_directory)
+    task, head = task_of(control_directory, options.task)
     if options.eval_tasks:
         require_harness()
     with quiet():
         preprocessor = load_preprocessor(task, control_directory, trust_remote_code=options.trust_remote_code)
-        data = load_data(options, task, preprocessor, head_labels)
+        data = load_data(options, task, preprocessor, head)
         if task == "causal-lm" and isinstance(preprocessor, PreTrainedTokenizerBase):
             data = replace(data, retained=retained_sequences(options, preprocessor))
     if task != "image-classification":
@@ -118,7 +113,7 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
         hardening=_hardening(manifest),
         data=DataSummary(data.name, len(data.train), len(data.held_out), data.fingerprint),
         runs=outcome.runs,
-        assumed=_assumed(options, outcome.runs, control_name, data.name),
+        assumed=_assumed(options, outcome.runs, control_name, data),
         notes=(),
         versions={"specdef-cli": specdef_cli.__version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
@@ -232,31 +227,6 @@ def _check_variants(options: AttackOptions, manifest: Manifest | None) -> None:
         )
 
 
-def _task(options: AttackOptions, directory: Path) -> tuple[Task, int]:
-    """The task, and the number of classes that the configuration names."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
-    if options.task is not None:
-        return options.task, labels
-    architecture = (config.get("architectures") or ["none named"])[0]
-    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return "causal-lm", labels
-    if architecture in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
-        return "sequence-classification", labels
-    if architecture in _image_classifiers():
-        return "image-classification", labels
-    raise SpecDefError(
-        f"the architecture {architecture} is neither a causal language model nor a classifier of text or images",
-        "Say what to train it for: --task causal-lm, sequence-classification or image-classification (which add a "
-        "head).",
-    )
-
-
-def _image_classifiers() -> set[str]:
-    names = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-    return {name for entry in names for name in ((entry,) if isinstance(entry, str) else entry)}
-
-
 def _hardening(manifest: Manifest | None) -> Hardening | None:
     if manifest is None:
         return None
@@ -270,12 +240,13 @@ def _hardening(manifest: Manifest | None) -> Hardening | None:
     )
 
 
-def _assumed(options: AttackOptions, runs: tuple[RunResult, ...], control: str, data: str) -> tuple[str, ...]:
+def _assumed(options: AttackOptions, runs: tuple[RunResult, ...], control: str, data: AttackData) -> tuple[str, ...]:
     said = []
     if options.control is None:
         said.append(f"Control: {control}, the base named in the manifest.")
     if options.dataset is None:
-        said.append(f"Data: {data}.")
+        said.append(f"Data: {data.name}.")
+    said += data.remarks
     specs = [run.spec for run in runs]
     if options.suite is not None:
         said.append(f"Attacks: the suite {options.suite.name}.")

@@ -17,7 +17,7 @@ from specdef_cli.attack.training import Training
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.errors import SpecDefError
 
-Task = Literal["causal-lm", "sequence-classification", "image-classification"]
+Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float16", "mixed", "auto"]
 Subject = Literal["control", "model"]
@@ -26,7 +26,7 @@ VariantKind = Literal[
 ]
 Knowledge = Literal["none", "construction", "growth"]
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 """Raised whenever the same specification would give another curve, so that older files are not taken for it."""
 
 _KNOWLEDGE: dict[VariantKind, Knowledge] = {

@@ -11,7 +11,7 @@ import gc
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from specdef_cli.attack.optimizers import OPTIMIZERS, OptimizerChoice, optimizer
 from specdef_cli.attack.recipes import apply_recipe
 from specdef_cli.attack.recorder import ATTACK, RETAINED, Recorder
 from specdef_cli.attack.results import RunResult
-from specdef_cli.attack.spec import RunSpec, Task
+from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.tasks import auto_class
 from specdef_cli.attack.variants import apply_variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime.configuration_specdef import SpecDefLinear
@@ -151,9 +152,9 @@ def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
 def load_for_training(spec: RunSpec, directory: Path, data: AttackData, trust_remote_code: bool) -> nn.Module:
     """Load a checkpoint afresh, with the task's head, in the dtype of training."""
     arguments: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    loader: Any = transformers.AutoModelForCausalLM
-    if spec.task != "causal-lm":
-        loader = _AutoClassifier(_CLASSIFIERS[spec.task], data.labels, data.padding)
+    loader = auto_class(spec.task, directory)
+    if data.problem is not None:
+        loader = _AutoClassifier(loader, data)
         arguments["ignore_mismatched_sizes"] = data.resize_head
     if optimizer_choice(spec.optimizer).second_order:
         arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
@@ -172,31 +173,25 @@ def _leave_to_fsdp(model: nn.Module) -> None:
             module.register_buffer("weight", module.weight, persistent=False)
 
 
-_CLASSIFIERS: Mapping[Task, Any] = {
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "image-classification": transformers.AutoModelForImageClassification,
-}
-
-
 class _AutoClassifier:
-    """An ``AutoModelFor…Classification`` with the data's number of classes and padding.
+    """An ``AutoModelFor…Classification`` with the data's kind and number of labels, and its padding.
 
     They belong to the config, which ``load_model`` makes and hands to whatever class it was given.
     """
 
     __name__ = "AutoClassifier"
 
-    def __init__(self, auto_class: Any, labels: int, padding: int | None) -> None:
+    def __init__(self, auto_class: Any, data: AttackData) -> None:
         self.auto_class = auto_class
-        self.labels = labels
-        self.padding = padding
+        self.data = data
 
     def from_pretrained(self, path: Path, *, config: Any, **arguments: Any) -> Any:
-        if config.num_labels != self.labels:
-            config.num_labels = self.labels
+        if config.num_labels != self.data.labels:
+            config.num_labels = self.data.labels
+        config.problem_type = self.data.problem
         # Decoders find the token to classify by looking for the padding.
-        if self.padding is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self.padding
+        if self.data.padding is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self.data.padding
         return self.auto_class.from_pretrained(path, config=config, **arguments)
 
 

@@ -23,11 +23,16 @@ def attack_command(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Hub id, or a JSONL, text or parquet file.", show_default="prose that Python ships with"),
+        typer.Option(
+            help="Hub id, file (JSONL, CSV, text, Parquet, …) or directory.",
+            show_default="prose that Python ships with",
+        ),
     ] = None,
     dataset_config: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     dataset_split: Annotated[str | None, typer.Option(help="Split of the dataset.", show_default="train")] = None,
-    text_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
+    text_column: Annotated[
+        str | None, typer.Option(help="Column with the text.", show_default="messages, prompt, instruction or text")
+    ] = None,
     label_column: Annotated[str, typer.Option(help="Column with the label (classification).")] = "label",
     image_column: Annotated[str, typer.Option(help="Column with the image.")] = "image",
     retained: Annotated[
@@ -43,7 +48,7 @@ def attack_command(
     ] = None,
     eval_task_path: Annotated[Path | None, typer.Option(help="Directory with lm-eval tasks of your own.")] = None,
     task: Annotated[
-        Literal["causal-lm", "sequence-classification", "image-classification"] | None,
+        Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"] | None,
         typer.Option(help="What to train for.", show_default="what the control's architecture says"),
     ] = None,
     suite: Annotated[

@@ -128,7 +128,7 @@ def test_a_damaged_result_is_run_again(report: AttackReport, tmp_path: Path) -> 
 def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path: Path) -> None:
     """Six sequences in batches of four, against the mean written down directly."""
     made = options(base, tmp_path, control=base, recipes=("full",), learning_rates=(1e-3,), steps=1, eval_sequences=6)
-    data = load_data(made, "causal-lm", load_tokenizer(base), 0)
+    data = load_data(made, "causal-lm", load_tokenizer(base))
     tokens = data.held_out.tokens  # type: ignore[union-attr]
     with torch.no_grad():
         logits = load_model(base, dtype=torch.float32)(input_ids=tokens).logits
@@ -278,19 +278,19 @@ def test_files(base: Path, tmp_path: Path, kind: str) -> None:
         path.write_text("\n\n".join(rows))
     column = "text" if kind == "txt" else "body"
     data = load_data(options(base, tmp_path, dataset=str(path), text_column=column, steps=2), "causal-lm",
-                     load_tokenizer(base), 0)  # fmt: skip
+                     load_tokenizer(base))  # fmt: skip
     decoded = load_tokenizer(base).decode(data.held_out.tokens[0])  # type: ignore[union-attr]
     assert decoded.startswith("row 9 ")
     if kind != "txt":
         with pytest.raises(SpecDefError, match="no column 'text'"):
-            load_data(options(base, tmp_path, dataset=str(path)), "causal-lm", load_tokenizer(base), 0)
+            load_data(options(base, tmp_path, dataset=str(path)), "causal-lm", load_tokenizer(base))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "data.xyz"])
 def test_files_that_cannot_be_read(base: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "data.xyz").write_text("x")
     with pytest.raises(SpecDefError) as caught:
-        load_data(options(base, tmp_path, dataset=str(tmp_path / name)), "causal-lm", load_tokenizer(base), 0)
+        load_data(options(base, tmp_path, dataset=str(tmp_path / name)), "causal-lm", load_tokenizer(base))
     assert name in caught.value.problem
 
 

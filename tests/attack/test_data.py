@@ -20,6 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
 from specdef_cli.attack.data.images import PixelTransform, load_pixel_transform
+from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.trainer import load_for_training, train_run
 from specdef_cli.errors import SpecDefError
 
@@ -65,7 +66,7 @@ def parquet(tmp_path: Path) -> Path:
 
 def image_data(vit: Path, dataset: Path, head_labels: int = CLASSES, **changes: Any) -> AttackData:
     transform = load_preprocessor("image-classification", vit)
-    return load_data(options(dataset, **changes), "image-classification", transform, head_labels)
+    return load_data(options(dataset, **changes), "image-classification", transform, Head(head_labels))
 
 
 def labels_of(data: Any) -> list[int]:
@@ -181,7 +182,7 @@ def test_broken_images_and_unlabelled_attacks_are_refused(vit: Path, tmp_path: P
     with pytest.raises(SpecDefError, match="'image'"):
         image_data(vit, tmp_path / "broken.parquet")
     with pytest.raises(SpecDefError, match="labelled images"):
-        load_data(options(None), "image-classification", load_pixel_transform(vit), CLASSES)
+        load_data(options(None), "image-classification", load_pixel_transform(vit), Head(CLASSES))
     with pytest.raises(SpecDefError, match="no tokenizer"):
         load_preprocessor("causal-lm", vit)
 
@@ -190,7 +191,7 @@ def test_sorted_texts_are_drawn_from_every_class(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     rows = [{"text": f"{name} {number}", "label": name} for name in ("sad", "glad", "mad") for number in range(20)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    data = load_data(options(path), "sequence-classification", byte_tokenizer(), 2)
+    data = load_data(options(path), "sequence-classification", byte_tokenizer(), Head(2))
     assert set(labels_of(data.train)) == {0, 1, 2}
     assert (data.labels, data.resize_head) == (3, True)
     names = ["glad", "mad", "sad"]  # numbered in sorted order

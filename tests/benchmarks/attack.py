@@ -24,7 +24,7 @@ def attack_table(runs: int = 9, steps: int = 20, batch_size: int = 8, length: in
     """Print CPU seconds a step of both, and the median of their ratios, runs in turn; evaluation included in both."""
     options = AttackOptions(MODEL, Path(), steps=steps, batch_size=batch_size, sequence_length=length)
     with quiet():
-        data = load_data(options, "causal-lm", load_preprocessor("causal-lm", MODEL), 0)
+        data = load_data(options, "causal-lm", load_preprocessor("causal-lm", MODEL))
         _by_hand(options, data), _attack(options, data)  # the first run of a process pays for imports and caches
         pairs = [(_by_hand(options, data), _attack(options, data)) for _ in range(runs)]
     ratio = statistics.median(attack / by_hand for by_hand, attack in pairs)

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError
 
 HELD_OUT_EVERY = 10
 """Every tenth row is held out; of fewer rows, the last tenth of the tokens."""
 
-_Items = TypeVar("_Items", torch.Tensor, list[dict[str, Any]])
+_Item = TypeVar("_Item")
 
 
 class Examples(Protocol):
@@ -37,6 +35,8 @@ class AttackData:
         labels: Number of classes; 0 for language modelling.
         resize_head: Whether the checkpoint's own head has another number of classes.
         padding: The id that fills short sequences up.
+        problem: What transformers calls the kind of labels: ``single_label_classification``, …; ``None`` for language.
+        remarks: What a reader of the report should know of it, one sentence each.
         retained: Text on which a language model's ability is measured as it is attacked.
     """
 
@@ -48,6 +48,8 @@ class AttackData:
     labels: int = 0
     resize_head: bool = False
     padding: int | None = None
+    problem: str | None = None
+    remarks: tuple[str, ...] = ()
     retained: Examples | None = None
 
     @property
@@ -61,20 +63,37 @@ def is_held_out(row: int) -> bool:
     return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
-def whole_batches(items: _Items, batch_size: int) -> _Items:
+def whole_batches(items: list[_Item], batch_size: int) -> list[_Item]:
     """Every step trains on a full batch. (The Trainer's own ``drop_last`` would drop held-out items as well.)"""
     return items[: len(items) // batch_size * batch_size]
 
 
-def check_size(name: str, what: str, train: int, held_out: int, options: AttackOptions) -> None:
+def check_size(
+    name: str,
+    what: str,
+    train: int,
+    held_out: int,
+    options: AttackOptions,
+    *,
+    remarks: tuple[str, ...] = (),
+    longer: bool = False,
+) -> None:
     """Refuse data that is too small for one batch and one evaluation.
 
     Args:
         what: What is counted: sequences, texts, images.
+        remarks: Sentences on what was left out of it.
+        longer: Whether it is too small because sequences are too short for the answers in them.
     """
-    if train < options.batch_size or held_out < 1:
-        shorter = " or --sequence-length" if what == "sequences" else ""
-        raise SpecDefError(
-            f"{name} gives {train} {what} to train on and {held_out} to evaluate; a batch has {options.batch_size}",
-            f"Give more data, or a smaller --batch-size{shorter}.",
-        )
+    if train >= options.batch_size and held_out >= 1:
+        return
+    shorter = " or --sequence-length" if what == "sequences" else ""
+    remedy = f"Give more data, or a smaller --batch-size{shorter}."
+    if longer:
+        remedy = f"Give a --sequence-length above {options.sequence_length}."
+    left_out = f" ({' '.join(remarks)})" if remarks else ""
+    raise SpecDefError(
+        f"{name} gives {train} {what} to train on and {held_out} to evaluate; a batch has {options.batch_size}"
+        f"{left_out}",
+        remedy,
+    )

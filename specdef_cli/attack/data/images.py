@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, def
 
 from specdef_cli.attack.data.attack_data import AttackData
 from specdef_cli.attack.data.labelled import Example, Examples, labelled_halves
+from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError
 
@@ -79,10 +80,10 @@ def load_pixel_transform(directory: Path, *, trust_remote_code: bool = False) ->
     return PixelTransform(channels, height, width, processor)
 
 
-def image_data(options: AttackOptions, transform: PixelTransform, head_labels: int) -> AttackData:
+def image_data(options: AttackOptions, transform: PixelTransform, head: Head) -> AttackData:
     """Images of the named data set: a directory of a folder for each class, a parquet file, a Hub id."""
     encode = partial(_stored, options=options)
-    halves = labelled_halves(options, "images", options.image_column, encode, head_labels)
+    halves = labelled_halves(options, "images", options.image_column, encode, head)
     prepare = partial(_prepare, transform=transform)
     return AttackData(
         name=str(options.dataset),
@@ -90,8 +91,10 @@ def image_data(options: AttackOptions, transform: PixelTransform, head_labels: i
         held_out=Examples(halves.held_out, prepare),
         collate=default_data_collator,
         fingerprint=halves.fingerprint,
-        labels=halves.labels,
+        labels=halves.labels.outputs,
+        problem=halves.labels.problem,
         resize_head=halves.resize_head,
+        remarks=halves.remarks,
     )
 
 

@@ -8,8 +8,10 @@ from typing import TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.attack_data import AttackData
+from specdef_cli.attack.data.encoders import ENCODERS
 from specdef_cli.attack.data.images import PixelTransform, image_data, load_pixel_transform
-from specdef_cli.attack.data.text import language_data
+from specdef_cli.attack.data.labels import Head
+from specdef_cli.attack.data.language import language_data
 from specdef_cli.attack.data.text_classification import text_classification_data
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.spec import Task
@@ -37,20 +39,21 @@ def load_preprocessor(task: Task, directory: Path, *, trust_remote_code: bool = 
     return tokenizer
 
 
-def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, head_labels: int) -> AttackData:
+def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, head: Head | None = None) -> AttackData:
     """Read, prepare and split what the options name.
 
     Args:
         options: Which data, and how much of it a run needs.
         task: What it is made into.
         preprocessor: The control's, from :func:`load_preprocessor`.
-        head_labels: Classes that the checkpoint's configuration has.
+        head: The checkpoint's own; of classifiers alone.
 
     Raises:
         SpecDefError: The data cannot be read, lacks a column, or is too small for one batch and an evaluation.
     """
+    head = head or Head()
     if isinstance(preprocessor, PixelTransform):
-        return image_data(options, preprocessor, head_labels)
-    if task == "causal-lm":
-        return language_data(options, preprocessor)
-    return text_classification_data(options, preprocessor, head_labels)
+        return image_data(options, preprocessor, head)
+    if task in ENCODERS:
+        return language_data(options, task, preprocessor)
+    return text_classification_data(options, preprocessor, head)

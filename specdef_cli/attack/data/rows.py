@@ -1,8 +1,10 @@
-"""Rows of a data set: a file, a directory or a Hub id, read as they are needed."""
+"""Rows of a data set: a file, a directory or a Hub id, read by ``datasets`` as they are needed."""
 
 from __future__ import annotations
 
+import errno
 import glob
+import os
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -10,26 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import get_data_patterns
 
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError
 
-_FILE_FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".parquet": "parquet",
+_FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".txt": ("text", {"sample_by": "paragraph"}),
+    ".text": ("text", {"sample_by": "paragraph"}),
+    ".md": ("text", {"sample_by": "paragraph"}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
 }
+"""The builder of `datasets` for a file's suffix, and its arguments."""
+
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+"""Suffixes that may stand behind these; `datasets` unpacks them."""
+
+_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files by which a directory that ``save_to_disk`` wrote is known."""
 
 _SHUFFLE_SEED = 0
 _SHUFFLE_BUFFER = 1000  # rows of a streamed data set that are drawn from
 
 
 def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str, Any]]:
-    """Rows of the named data set. Images come as they are stored, not decoded.
+    """Rows of the named data set; at least one. Images come as they are stored, not decoded.
 
     Args:
         options: Which data set.
@@ -40,15 +53,14 @@ def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str,
         SpecDefError: There is no such data set, it cannot be read, or it is empty.
     """
     assert options.dataset is not None
-    arguments = _arguments(options)
     path = Path(options.dataset).expanduser()
-    local = path.exists()
     if path.is_file() and not path.stat().st_size:
         raise _no_rows(options.dataset)
     try:
         # Files on this disk are small or mapped into memory; a Hub data set is streamed, because a short run reads
         # little of it.
-        data = datasets.load_dataset(**arguments, streaming=not local)
+        local = path.exists()
+        data = _load(options, path)
         for column, feature in (data.features or {}).items():
             if isinstance(feature, datasets.Image):
                 data = data.cast_column(column, datasets.Image(decode=False))
@@ -56,23 +68,122 @@ def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str,
             data = data.shuffle(seed=_SHUFFLE_SEED, **({} if local else {"buffer_size": _SHUFFLE_BUFFER}))
         iterator = iter(data)
         first = next(iterator, None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        # `datasets` wraps what went wrong in "An error occurred while generating the dataset".
-        reason = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
-        raise SpecDefError(
-            f"{options.dataset} cannot be read as a data set: {reason}",
-            "Check its name, its split and the network; a local JSONL, text or parquet file needs none.",
-        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        raise _cannot_be_read(options, path, error) from error
     if first is None:
         raise _no_rows(options.dataset)
     return chain([first], iterator)
+
+
+def _load(options: AttackOptions, path: Path) -> Any:
+    """The split that is asked for, as `datasets` has it.
+
+    Raises:
+        SpecDefError: There is nothing of that name, or it is of a kind that is not read.
+        OSError, ValueError, RuntimeError, ImportError, StopIteration: As `datasets` raises them.
+    """
+    split = options.dataset_split or "train"
+    if path.is_file():
+        kind, arguments = _file_format(path)
+        files = glob.escape(os.path.abspath(path))  # noqa: PTH100 (resolve() would lose the name of a link)
+        _require_cache()
+        return datasets.load_dataset(kind, data_files=files, split="train", **arguments)
+    if path.is_dir():
+        if (path / _SAVED).is_file():
+            return datasets.load_from_disk(str(path))
+        if (path / _SAVED_SPLITS).is_file():
+            splits = datasets.load_from_disk(str(path))
+            if split not in splits:
+                raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+            return splits[split]
+        _require_cache()
+        return datasets.load_dataset(
+            str(path), options.dataset_config, split=split, data_files=_patterns(path), token=options.token
+        )
+    if path.exists():
+        raise SpecDefError(f"{path} is not a file", "Give a file, a directory or a Hub id.")
+    named_like_a_file = path.suffix.lower() in (*_FILE_FORMATS, *_COMPRESSIONS)
+    if named_like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(options.dataset)):
+        raise SpecDefError(f"there is no data file {path}", "Check the path, or give a Hub id.")
+    return datasets.load_dataset(
+        options.dataset, options.dataset_config, split=split, streaming=True, token=options.token
+    )
+
+
+def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in _FILE_FORMATS:
+        raise SpecDefError(
+            f"{path} is of a kind that is not read: {path.suffix or 'no suffix'}",
+            f"Give one of {', '.join(_FILE_FORMATS)}, each also with {', '.join(_COMPRESSIONS)}; a directory, or a "
+            "Hub id.",
+        )
+    return _FILE_FORMATS[suffixes[-1]]
+
+
+def _patterns(directory: Path) -> dict[str, list[str]] | None:
+    """The files of each split, where `datasets` would take a character of the directory's own name for a wildcard."""
+    absolute = str(directory.resolve())
+    escaped = glob.escape(absolute)
+    if escaped == absolute:
+        return None
+    found = get_data_patterns(escaped)
+    return {str(split): [f"{escaped}/{pattern}" for pattern in patterns] for split, patterns in found.items()}
+
+
+def _require_cache() -> None:
+    """Check that `datasets` can keep there what it makes of a file.
+
+    Raises:
+        SpecDefError: naming the directory.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise SpecDefError(
+            f"the cache of datasets, {cache}, cannot be written to: {error.strerror}",
+            "Set HF_DATASETS_CACHE to a directory that can.",
+        ) from error
+
+
+def _cannot_be_read(options: AttackOptions, path: Path, error: BaseException) -> SpecDefError:
+    """The error that says why, and what to do."""
+    name = str(options.dataset)
+    cause = error.__cause__ or error  # `datasets` wraps what went wrong in "An error occurred while generating …"
+    text = str(cause)
+    listed = re.search(r"(?:available configs|Available|Should be one of):? (\[.*?\])", text)
+    choices = re.findall(r"'([^']+)'", listed.group(1)) if listed else []
+    if choices and "config" in text.lower():
+        asked = f"no configuration {options.dataset_config!r}" if options.dataset_config else "several configurations"
+        return SpecDefError(f"{name} has {asked}: {', '.join(choices)}", f"Choose one: --dataset-config {choices[0]}.")
+    if choices and "split" in text:
+        return SpecDefError(
+            f"{name} has no split {options.dataset_split or 'train'!r}: {', '.join(choices)}",
+            f"Choose one: --dataset-split {choices[0]}.",
+        )
+    if (isinstance(cause, ImportError) and "zstandard" in text) or ("compression" in text and ".zst" in name):
+        return SpecDefError(f"{name} is compressed with Zstandard, which is not installed", "pip install zstandard")
+    if isinstance(error, StopIteration):
+        return _no_rows(name)
+    reason = (text.splitlines() or ["no reason given"])[0]
+    remedy = (
+        "Check that it is what its suffix says, and encoded in UTF-8."
+        if path.exists()
+        else "Check its name, its split and the network; a local file or directory needs none."
+    )
+    return SpecDefError(f"{name} cannot be read as a data set: {reason}", remedy)
 
 
 def _no_rows(dataset: str) -> SpecDefError:
     return SpecDefError(f"{dataset} has no rows", "Give a data set with something in it.")
 
 
-def field(row: dict[str, Any], column: str, dataset: str) -> Any:
+def field(row: Any, column: str, dataset: str) -> Any:
     """One column of a row.
 
     Raises:
@@ -98,29 +209,3 @@ def as_text(value: Any, column: str, dataset: str) -> str:
             "Name a column of text with --text-column.",
         )
     return value or ""
-
-
-def _arguments(options: AttackOptions) -> dict[str, Any]:
-    """What ``datasets.load_dataset`` is called with."""
-    assert options.dataset is not None
-    path = Path(options.dataset).expanduser()
-    arguments: dict[str, Any] = {"split": options.dataset_split or "train", "token": options.token}
-    if path.is_file():
-        suffix = path.suffix.lower()
-        if suffix not in _FILE_FORMATS:
-            raise SpecDefError(
-                f"{path} is of a kind that is not read: {suffix or 'no suffix'}",
-                f"Give one of {', '.join(_FILE_FORMATS)}, or a Hub id.",
-            )
-        kind = _FILE_FORMATS[suffix]
-        arguments |= {"path": kind, "data_files": glob.escape(str(path)), "split": "train"}
-        if kind == "text":
-            arguments["sample_by"] = "paragraph"
-        return arguments
-    if path.exists() and not path.is_dir():
-        raise SpecDefError(f"{path} is not a file", "Give a file, a directory or a Hub id.")
-    if not path.exists() and (
-        path.suffix.lower() in _FILE_FORMATS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", options.dataset)
-    ):
-        raise SpecDefError(f"there is no data file {path}", "Check the path, or give a Hub id.")
-    return arguments | {"path": options.dataset, "name": options.dataset_config}

@@ -6,29 +6,39 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.attack_data import AttackData
 from specdef_cli.attack.data.labelled import Example, Examples, labelled_halves
+from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.data.rows import as_text
+from specdef_cli.attack.data.tokens import pad_with_something
 from specdef_cli.attack.options import AttackOptions
+from specdef_cli.errors import SpecDefError
 
 
-def text_classification_data(
-    options: AttackOptions, tokenizer: PreTrainedTokenizerBase, head_labels: int
-) -> AttackData:
+def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokenizerBase, head: Head) -> AttackData:
     """Tokenized texts of the named data set, cut off at the sequence length."""
+    column = options.text_column or "text"
+    pad_with_something(tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # texts of different lengths make a batch
+        raise SpecDefError(
+            "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
+            'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
+        )
 
-    def encode(value: object) -> Example:
-        text = as_text(value, options.text_column, str(options.dataset))
+    def encode(value: object) -> Example | None:
+        text = as_text(value, column, str(options.dataset))
+        if not text.strip():
+            return None
         return dict(tokenizer(text, truncation=True, max_length=options.sequence_length))
 
-    halves = labelled_halves(options, "texts", options.text_column, encode, head_labels)
+    halves = labelled_halves(options, "texts", column, encode, head)
     return AttackData(
         name=str(options.dataset),
         train=Examples(halves.train),
         held_out=Examples(halves.held_out),
         collate=DataCollatorWithPadding(tokenizer),
         fingerprint=halves.fingerprint,
-        labels=halves.labels,
+        labels=halves.labels.outputs,
+        problem=halves.labels.problem,
         resize_head=halves.resize_head,
         padding=tokenizer.pad_token_id,
+        remarks=halves.remarks,
     )

@@ -1,0 +1,175 @@
+"""What a row of a language data set is: a text, a prompt with its completion, or a conversation.
+
+The columns are those that TRL reads (``messages``, ``prompt`` and ``completion``, ``text``), and two that data sets
+older than these conventions have: ``conversations`` with ``from`` and ``value`` (ShareGPT), and ``instruction``,
+``input`` and ``output`` (Alpaca).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from specdef_cli.attack.data.rows import as_text, field
+from specdef_cli.errors import SpecDefError
+
+Message: TypeAlias = dict[str, str]
+"""``role`` and ``content``, as chat templates take them."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Running text, all of which is learned."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and what follows it, which alone is learned."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction and its answer: a conversation where the model has a chat template, else Alpaca's prompt."""
+
+    instruction: str
+    given: str
+    output: str
+
+    @property
+    def conversation(self) -> Conversation:
+        """As a user's message and an assistant's."""
+        asked = f"{self.instruction}\n\n{self.given}" if self.given else self.instruction
+        return Conversation(({"role": "user", "content": asked}, {"role": "assistant", "content": self.output}))
+
+    @property
+    def completion(self) -> Completion:
+        """As Stanford Alpaca's prompt has it."""
+        given = f"### Input:\n{self.given}\n\n" if self.given else ""
+        return Completion(f"### Instruction:\n{self.instruction}\n\n{given}### Response:\n", self.output)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in turn; what the assistant says is learned."""
+
+    messages: tuple[Message, ...]
+
+
+Document: TypeAlias = Text | Completion | Instruction | Conversation
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows are read.
+
+    Attributes:
+        columns: Those that a data set of this form has.
+        words: What a report calls it.
+        read: From a row and the data set's name to a document; ``None`` for a row without text.
+    """
+
+    columns: tuple[str, ...]
+    words: str
+    read: Callable[[Mapping[str, Any], str], Document | None]
+
+
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+"""Names that ShareGPT's data sets use for the roles of chat templates."""
+
+
+def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Form:
+    """The form of a data set, by the columns of a row.
+
+    Args:
+        row: Any of it.
+        text_column: The column that the user named; ``None`` leaves it to the row.
+        dataset: What errors call it.
+
+    Raises:
+        SpecDefError: No form has the row's columns.
+    """
+    if text_column is None:
+        for form in FORMS:
+            if all(column in row for column in form.columns):
+                return form
+        raise SpecDefError(
+            f"{dataset} has no column 'text', nor others that are known to hold text",
+            f"It has {', '.join(map(str, row))}; name one with --text-column, or rename columns to one of "
+            f"{'; '.join(' + '.join(form.columns) for form in FORMS)}.",
+        )
+    if isinstance(row.get(text_column), list):
+        return Form((text_column,), f"conversations in {text_column}", _conversation_in(text_column))
+    return Form((text_column,), f"text in {text_column}", _text_in(text_column))
+
+
+def _text_in(column: str) -> Callable[[Mapping[str, Any], str], Text | None]:
+    def read(row: Mapping[str, Any], dataset: str) -> Text | None:
+        text = as_text(field(row, column, dataset), column, dataset)
+        return Text(text) if text.strip() else None
+
+    return read
+
+
+def _conversation_in(column: str) -> Callable[[Mapping[str, Any], str], Conversation | None]:
+    def read(row: Mapping[str, Any], dataset: str) -> Conversation | None:
+        messages = _messages(field(row, column, dataset), column, dataset)
+        return Conversation(messages) if any(message["content"].strip() for message in messages) else None
+
+    return read
+
+
+def _prompt_and_completion(row: Mapping[str, Any], dataset: str) -> Document | None:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list):  # TRL's conversational kind
+        both = (*_messages(prompt, "prompt", dataset), *_messages(completion, "completion", dataset))
+        return Conversation(both) if any(message["content"].strip() for message in both) else None
+    prompt, completion = as_text(prompt, "prompt", dataset), as_text(completion, "completion", dataset)
+    return Completion(prompt, completion) if completion.strip() else None
+
+
+def _instruction(given: str, answer: str) -> Callable[[Mapping[str, Any], str], Instruction | None]:
+    def read(row: Mapping[str, Any], dataset: str) -> Instruction | None:
+        instruction, output = (as_text(row[name], name, dataset) for name in ("instruction", answer))
+        beside = as_text(row.get(given), given, dataset)
+        return Instruction(instruction, beside, output) if output.strip() else None
+
+    return read
+
+
+def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
+    """Messages with ``role`` and ``content``, whatever their keys are called.
+
+    Raises:
+        SpecDefError: The column holds something else.
+    """
+    messages = []
+    for entry in value or ():
+        role = entry.get("role", entry.get("from")) if isinstance(entry, Mapping) else None
+        if not isinstance(role, str):
+            raise SpecDefError(
+                f"column {column!r} of {dataset} holds no messages with a role and a content",
+                "Write each as {'role': 'user', 'content': '…'}, or name a column of text with --text-column.",
+            )
+        content = entry.get("content", entry.get("value"))
+        if isinstance(content, list):  # parts, as models that also read images have them
+            content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+        messages.append({"role": _ROLES.get(role, role), "content": as_text(content, column, dataset)})
+    return tuple(messages)
+
+
+FORMS = (
+    Form(("messages",), "conversations", _conversation_in("messages")),
+    Form(("conversations",), "conversations", _conversation_in("conversations")),
+    Form(("prompt", "completion"), "prompts and completions", _prompt_and_completion),
+    Form(("instruction", "output"), "instructions and outputs", _instruction("input", "output")),
+    Form(("instruction", "response"), "instructions and responses", _instruction("context", "response")),
+    Form(("text",), "text", _text_in("text")),
+)
+"""In the order of preference: where a data set has a conversation and the same as running text, the former is what a
+chat model is trained on."""

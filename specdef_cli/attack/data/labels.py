@@ -1,0 +1,111 @@
+"""What the labels of a data set are: classes, several classes at a time, or numbers; and the head that goes with them.
+
+The three are what transformers calls a classifier's ``problem_type``, and its models choose their loss by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from specdef_cli.errors import SpecDefError
+
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+MOST_CLASSES = 1_000_000
+"""A larger number in the column of labels is no class, and a head of that size would not fit into memory."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A checkpoint's own head, by its configuration.
+
+    Attributes:
+        labels: Outputs.
+        problem: ``None`` where the configuration leaves it to the labels.
+    """
+
+    labels: int = 0
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels are read.
+
+    Attributes:
+        problem: What they are.
+        outputs: Of the model's head. A checkpoint whose head has room for every class keeps its head.
+        classes: From a label to the number of its class; empty where labels are numbers for the outputs themselves.
+    """
+
+    problem: Problem
+    outputs: int
+    classes: dict[Any, int]
+
+    def encoded(self, label: Any) -> int | list[float]:
+        """A label as the loss takes it: a class, or a number for each output of the head."""
+        if self.problem == "single_label_classification":
+            return self.classes[label]
+        values = label if isinstance(label, list) else [label]
+        if not self.classes:
+            return [*map(float, values), *[0.0] * (self.outputs - len(values))]
+        present = {self.classes[value] for value in values}
+        return [float(number in present) for number in range(self.outputs)]
+
+
+def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> Labels:
+    """What the labels of a data set are.
+
+    Numbers with a fraction are to be predicted themselves (regression), and so are whole ones where the head has one
+    output; lists hold several classes at a time, as their numbers, their names, or a 0 or 1 for each class.
+
+    Args:
+        found: Labels of the rows that were read.
+        head: The checkpoint's.
+        column, dataset: For errors.
+
+    Raises:
+        SpecDefError: They are none of this, or do not go together.
+    """
+    labels = list(found)
+    lists = [label for label in labels if isinstance(label, list)]
+    flat = [value for label in labels for value in (label if isinstance(label, list) else [label])]
+    numbers = bool(flat) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in flat)
+    fractions = numbers and any(isinstance(value, float) and value != int(value) for value in flat)
+    if (lists and len(lists) < len(labels)) or any(value is None or isinstance(value, list | dict) for value in flat):
+        raise SpecDefError(
+            f"column {column!r} of {dataset} does not hold classes",
+            "Name a column of whole numbers, names, lists of them, or numbers to predict with --label-column.",
+        )
+    widths = {len(label) for label in lists} or {1}
+    alike = len(widths) == 1
+    if alike and (fractions or (numbers and (head.problem == "regression" or (head.labels == 1 and not lists)))):
+        return Labels("regression", widths.pop(), {})
+    several = bool(lists) or head.problem == "multi_label_classification"
+    if lists and numbers and alike and max(widths) > 1 and set(flat) <= {0, 1}:
+        return Labels("multi_label_classification", max(*widths, head.labels), {})
+    if numbers:
+        flat = [int(value) for value in flat]
+    classes = _numbered(flat, column, dataset)
+    count = max(classes.values()) + 1
+    outputs = head.labels if head.labels >= count and head.labels > 1 else count
+    return Labels("multi_label_classification" if several else "single_label_classification", outputs, classes)
+
+
+def _numbered(labels: list[Any], column: str, dataset: str) -> dict[Any, int]:
+    """Class numbers: labels that are numbers stand for themselves, others are numbered in sorted order."""
+    if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
+        if min(labels, default=0) < 0:
+            raise SpecDefError(
+                f"{dataset} has the label {min(labels)}; classes count from 0",
+                "Use a labelled split (test splits often hide their labels as -1).",
+            )
+        if max(labels, default=0) >= MOST_CLASSES:
+            raise SpecDefError(
+                f"{dataset} has the label {max(labels)}, which is too large for a class; they count from 0",
+                "Name a column of classes with --label-column, or number them from 0.",
+            )
+        return {label: label for label in labels} or {0: 0}
+    return {label: number for number, label in enumerate(sorted(set(labels), key=str))}

@@ -1,0 +1,179 @@
+"""Token sequences for language models: what a tokenizer puts around a text, and texts cut into equal sequences.
+
+A model that was trained with a beginning-of-sequence token must see it here too. Gemma-3-270m has a loss of 5.18 nats
+on text without it and of 3.23 with it, and a short attack would do nothing but teach the model to do without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, default_data_collator
+
+NOT_COUNTED = -100
+"""The label of a token whose loss is not counted, as PyTorch and transformers have it."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a tokenizer puts around a text by itself.
+
+    Attributes:
+        before: For example ``[bos]`` or ``[CLS]``; empty for many.
+        after: For example ``[SEP]`` or ``</s>``; empty for most tokenizers of causal language models.
+    """
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        """Read off what ``tokenizer(text)`` yields, which says more than flags in its configuration do."""
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        framed = tokenizer("a")["input_ids"]
+        for start in range(len(framed) - len(bare) + 1):
+            if framed[start : start + len(bare)] == bare:
+                return cls(tuple(framed[:start]), tuple(framed[start + len(bare) :]))
+        return cls()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence.
+
+    Attributes:
+        tokens: Ids that the model reads.
+        labels: Ids that it is to say, :data:`NOT_COUNTED` where its loss is not counted. As long as ``tokens``, or of
+            the decoder where the model has one of its own.
+    """
+
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+class Sequences(Dataset[dict[str, Any]]):
+    """Token sequences of equal length.
+
+    Args:
+        tokens: int64, shape [sequences, length].
+        labels: Of the same shape; the tokens themselves where they are not given.
+    """
+
+    def __init__(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+        self.tokens = tokens
+        self.labels = tokens if labels is None else labels
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.tokens[index], "labels": self.labels[index]}  # [length] each
+
+
+class Ragged(Dataset[dict[str, Any]]):
+    """Sequences of different lengths, which a batch pads."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        tokens = list(example.tokens)
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": list(example.labels)}
+
+
+class Packer:
+    """Joins texts, one after the other, and cuts what comes of it into sequences of equal length.
+
+    Args:
+        length: Tokens of a sequence.
+        frame: Every sequence begins with its ``before``, and so does every text inside one.
+        end: Ends every text.
+        closing: Ends every sequence; of encoders alone.
+    """
+
+    def __init__(self, length: int, frame: Frame, end: tuple[int, ...] = (), closing: tuple[int, ...] = ()) -> None:
+        self.length = length
+        self.examples: list[Example] = []
+        self._frame, self._end, self._closing = frame, end, closing
+        self._tokens: list[int] = []
+        self._labels: list[int] = []
+
+    def add(self, text: Sequence[int]) -> None:
+        """Join one more text, tokenized without anything around it."""
+        if self._tokens and not self._closing:
+            self._take(self._frame.before, counted=False)
+        self._take([*text, *self._end], counted=True)
+
+    def _take(self, tokens: Sequence[int], counted: bool) -> None:
+        start = 0
+        while start < len(tokens):
+            if not self._tokens:
+                self._tokens = list(self._frame.before)
+                self._labels = [NOT_COUNTED] * len(self._tokens)
+            room = self.length - len(self._closing) - len(self._tokens)
+            part = tokens[start : start + max(room, 1)]
+            start += len(part)
+            self._tokens += part
+            self._labels += part if counted else [NOT_COUNTED] * len(part)
+            if len(self._tokens) + len(self._closing) >= self.length:
+                tokens_and_closing = (*self._tokens, *self._closing)
+                labels = (*self._labels, *[NOT_COUNTED] * len(self._closing))
+                self.examples.append(Example(tokens_and_closing, labels))
+                self._tokens, self._labels = [], []
+
+
+class Collate:
+    """Makes a batch: stacks sequences of equal length, pads others with what costs no loss.
+
+    Args:
+        tokenizer: Whose padding is used; an id of 0 where it has none, which is masked like any padding.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        pad_with_something(tokenizer)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        self._pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_COUNTED)
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        if all("attention_mask" not in item for item in items):
+            return default_data_collator(items)
+        return dict(self._pad(items))
+
+
+def pad_with_something(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without padding its end of text for it, as most recipes do."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from the start."""
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+def stacked(examples: Sequence[Example]) -> Sequences:
+    """Sequences of equal length."""
+    tokens = torch.tensor([example.tokens for example in examples], dtype=torch.int64)
+    labels = torch.tensor([example.labels for example in examples], dtype=torch.int64)
+    return Sequences(tokens, labels)
+
+
+def fingerprint_of(*halves: Iterable[Example]) -> str:
+    """Sixteen hexadecimal digits of the tokens and what is counted of them."""
+    digest = hashlib.sha256()
+    for half in halves:
+        for example in half:
+            digest.update(torch.tensor([*example.tokens, *example.labels, len(example.labels)]).numpy().tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]

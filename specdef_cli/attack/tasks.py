@@ -1,0 +1,88 @@
+"""What a checkpoint is trained for, and the class of transformers that loads it for that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto
+
+from specdef_cli.attack.data.labels import Head
+from specdef_cli.attack.spec import Task
+from specdef_cli.errors import SpecDefError
+
+_NAMES: Mapping[Task, Mapping[str, Any]] = {
+    "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "seq2seq-lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+}
+"""From a task to the architectures that transformers has for it, by type of model, in the order of preference."""
+
+_AUTO_CLASSES: Mapping[Task, Any] = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "image-classification": transformers.AutoModelForImageClassification,
+    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+}
+
+_READS_IMAGES = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+"""Models of text and images, which are trained on text as causal language models."""
+
+
+def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
+    """The task of a checkpoint, and its head.
+
+    Args:
+        directory: The control, which is an ordinary checkpoint.
+        asked: The user's choice; ``None`` is what the architecture says.
+
+    Raises:
+        SpecDefError: The architecture says nothing of a task, or the model cannot be trained for the one asked for.
+    """
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+    head = Head(labels, config.get("problem_type"))
+    architecture = (config.get("architectures") or ["none named"])[0]
+    if asked is not None:
+        _refuse_attention_both_ways(config, asked, directory)
+        return asked, head
+    for task, names in _NAMES.items():
+        if architecture in _flat(names):
+            return task, head
+    if architecture in _flat(_READS_IMAGES):
+        return "causal-lm", head
+    raise SpecDefError(
+        f"the architecture {architecture} is neither a language model nor a classifier of text or images",
+        f"Say what to train it for, which adds a head: --task {', '.join(_NAMES)}.",
+    )
+
+
+def auto_class(task: Task, directory: Path) -> Any:
+    """The class of transformers that loads a checkpoint for a task."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or [""])[0]
+    if task == "causal-lm" and architecture in _flat(_READS_IMAGES) - _flat(_NAMES["causal-lm"]):
+        return transformers.AutoModelForImageTextToText
+    return _AUTO_CLASSES[task]
+
+
+def _flat(names: Mapping[str, Any]) -> set[str]:
+    return {name for entry in names.values() for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
+def _refuse_attention_both_ways(config: Mapping[str, Any], asked: Task, directory: Path) -> None:
+    """An encoder that is trained to say the next token sees it: its loss falls, and nothing is learned."""
+    kind = config.get("model_type")
+    encoder = kind in _NAMES["masked-lm"] and kind not in _NAMES["seq2seq-lm"] and not config.get("is_decoder", False)
+    if asked == "causal-lm" and encoder:
+        raise SpecDefError(
+            f"{directory} is an encoder ({kind}): each of its tokens attends to the ones after it, so that as a causal "
+            "language model it would be trained to copy",
+            "Use --task masked-lm.",
+        )
