@@ -211,9 +211,7 @@ def test_a_template_that_marks_answers_and_one_that_does_not_count_the_same(tmp_
     """Two turns; the second implementation is the template's own marking."""
     turns = [{"messages": [{"role": "system", "content": "s"}, *messages(n), *messages(n + 50)]} for n in range(ROWS)]
     path = a_file("data.jsonl", lines)(tmp_path, turns)
-    marked, other = (
-        load(path, chat_tokenizer(template), sequence_length=128).train for template in (MARKED, CHATML)
-    )
+    marked, other = (load(path, chat_tokenizer(template), sequence_length=128).train for template in (MARKED, CHATML))
     for index in range(16):
         assert read_and_counted(marked, index, chat_tokenizer()) == read_and_counted(other, index, chat_tokenizer())
     assert read_and_counted(marked, 3, chat_tokenizer())[1] == f"{answer(3)}[/]{answer(53)}[/]"
