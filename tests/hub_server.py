@@ -17,6 +17,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+PULL_REQUEST = {
+    "title": "Upload hardened model",
+    "num": 1,
+    "createdAt": "2026-01-01T00:00:00.000Z",
+    "status": "draft",
+    "repo": {"name": "org/out", "type": "model"},
+    "isPullRequest": True,
+    "changes": {"base": "refs/heads/main"},
+    "filesWithConflicts": [],
+    "events": [],
+}
 
 
 @dataclass
@@ -34,6 +45,8 @@ class Hub:
         ranges: Whether parts of a file are sent.
         sizes: Name → what to say of its size, instead of the truth.
         push_status: What to answer to an upload instead of 200.
+        account: What to say of the owner of a token.
+        created: What was asked of every repository and branch that was to be made.
         pushed: Name → content of what was uploaded to ``org/out``.
         seen: Method, path and Authorization header of every request, but for those of parts.
         parts: The names of the files of which parts were asked for.
@@ -51,6 +64,8 @@ class Hub:
     ranges: bool = True
     sizes: dict[str, int] = field(default_factory=dict)
     push_status: int = 200
+    account: dict[str, object] = field(default_factory=lambda: {"name": "someone", "orgs": [{"name": "org"}]})
+    created: list[dict[str, object]] = field(default_factory=list)
     pushed: dict[str, bytes] = field(default_factory=dict)
     seen: list[tuple[str, str, str]] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
@@ -98,6 +113,10 @@ def serving(hub: Hub) -> Iterator[Hub]:
             part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if hub.ranges else None
             if part is None:
                 hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
+            if path == "/api/whoami-v2":
+                return self.answer(hub.api_status, json.dumps(hub.account).encode())
+            if path == "/api/models/org/out/discussions/1":
+                return self.answer(200, json.dumps(PULL_REQUEST).encode())
             if path.startswith("/api/models/org/out"):
                 return self.answer(200, json.dumps({"id": "org/out", "sha": "d" * 40, "siblings": []}).encode())
             if path.startswith("/api/models/org/name/revision/"):
@@ -139,12 +158,17 @@ def serving(hub: Hub) -> Iterator[Hub]:
             hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
             reply: dict[str, object] = {"warnings": [], "errors": []}  # of /api/validate-yaml
             if path == "/api/repos/create":
+                hub.created.append(json.loads(body))
                 reply = {"url": f"{hub.address}/org/out"}
-            elif path == "/api/models/org/out/preupload/main":
+            elif path.startswith("/api/models/org/out/branch/"):
+                hub.created.append({"branch": path.rsplit("/", 1)[-1]})
+            elif path.startswith("/api/models/org/out/discussions"):
+                reply = {"num": 1, "newStatus": {}}
+            elif path.startswith("/api/models/org/out/preupload/"):
                 files = [file["path"] for file in json.loads(body)["files"]]
                 regular = {"uploadMode": "regular", "shouldIgnore": False}
                 reply = {"files": [{"path": name, **regular} for name in files]}
-            elif path == "/api/models/org/out/commit/main":
+            elif path.startswith("/api/models/org/out/commit/"):
                 for entry in map(json.loads, body.splitlines()):
                     if entry["key"] == "file":
                         hub.pushed[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])

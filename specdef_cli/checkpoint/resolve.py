@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DryRunFileInfo, HfApi, snapshot_download
+from huggingface_hub import DryRunFileInfo, snapshot_download
 from huggingface_hub.errors import DryRunError
 from huggingface_hub.utils import tqdm
 
-from specdef_cli.checkpoint.hub import Commit, download_all, first_line, not_available
+from specdef_cli.checkpoint.hub import Commit, download_all, not_available
 from specdef_cli.errors import SpecDefError
 
 # Weights in other formats are neither needed nor wanted: pickles run code when they are loaded. ``consolidated`` are
@@ -149,21 +149,3 @@ class _Unseen(tqdm):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{**options, "disable": True})
-
-
-def push(directory: Path, repository: str, *, token: str | None = None) -> str:
-    """Upload a published directory to the Hub, creating the repository if need be. Returns its address.
-
-    Raises:
-        SpecDefError: The Hub refused.
-    """
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repository, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Upload hardened model"))
-    except Exception as error:
-        # As above: what the HTTP library raises is nobody's interface.
-        raise SpecDefError(
-            f"{repository} could not be uploaded: {first_line(error)}",
-            f"Log in with `hf auth login` or set HF_TOKEN to a token that may write; {directory} is complete.",
-        ) from error

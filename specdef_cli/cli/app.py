@@ -16,6 +16,7 @@ from specdef_cli.cli.certify import certify_command
 from specdef_cli.cli.collapse import collapse_command
 from specdef_cli.cli.harden import harden_command
 from specdef_cli.cli.inspect import inspect_command
+from specdef_cli.cli.push import push_command
 from specdef_cli.errors import SpecDefError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -33,6 +34,7 @@ app.command("attack")(attack_command)
 app.command("certify")(certify_command)
 app.command("collapse")(collapse_command)
 app.command("inspect")(inspect_command)
+app.command("push")(push_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from specdef_cli.cli.options import (
+    CreatePr,
     Device,
     Json,
     MaxShardSize,
     Model,
+    Private,
     Quiet,
     Resume,
     Revision,
@@ -94,6 +96,11 @@ def harden_command(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the published directory to org/name.")
     ] = None,
+    private: Private = False,
+    push_revision: Annotated[
+        str | None, typer.Option(help="Branch to upload to, with --push-to-hub.", show_default="main")
+    ] = None,
+    create_pr: CreatePr = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -109,14 +116,21 @@ def harden_command(
     """
     prefer_huge_pages()
 
-    from specdef_cli.checkpoint.resolve import push
     from specdef_cli.checkpoint.shards import parse_size
     from specdef_cli.checkpoint.stream import Progress
+    from specdef_cli.checkpoint.upload import Destination, push, require_writable
     from specdef_cli.hardening.options import HardenOptions
     from specdef_cli.hardening.plan import HardeningPlan
     from specdef_cli.hardening.run import harden, preview
 
     output = Output(as_json, quiet)
+    destination = None
+    if push_to_hub is not None:
+        destination = Destination(push_to_hub, private, push_revision, create_pr, token)
+        if not dry_run:
+            require_writable(destination)
+    elif private or create_pr or push_revision is not None:
+        raise typer.BadParameter("--private, --push-revision and --create-pr need --push-to-hub")
     options = HardenOptions(
         model=model,
         out=out,
@@ -156,8 +170,8 @@ def harden_command(
         output.data(preview_json(shown), preview_tables(shown))
     elif result is not None:
         output.data(result, result_tables(result))
-        if push_to_hub:
-            output.note(f"uploaded to {push(out, push_to_hub, token=token)}")
+        if destination is not None:
+            output.note(f"uploaded: {push(out, destination)}")
 
 
 def preview_json(shown: PlanPreview) -> dict[str, Any]:

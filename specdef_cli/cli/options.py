@@ -20,6 +20,8 @@ Token = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
+Private = Annotated[bool, typer.Option("--private", help="If the repository is made, make it private.")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Upload as a pull request.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no notes.")]

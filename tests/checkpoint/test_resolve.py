@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import Result, assert_refused, environment, run_cli
+from commands import assert_refused, environment, run_cli
 from hub_server import COMMITS, Hub, model_files, serving, variables
 
 from specdef_cli.checkpoint.resolve import resolve
@@ -255,43 +255,3 @@ def test_a_download_that_breaks_off(llama: Path, online: Online) -> None:
         found = resolve_apart("org/name", **online(hub))
     assert isinstance(found, Found)
     assert (found.directory / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
-
-
-# --- to a server -----------------------------------------------------------------------------------------------------
-
-
-def push(llama: Path, out: Path, **changes: str) -> Result:
-    options = ("--method", "insert", "--top-k", "4", "--no-verify", "--token", TOKEN, "--push-to-hub", "org/out")
-    result = run_cli("harden", llama, "--out", out, *options, **changes)
-    assert "Traceback" not in result.stderr, result.stderr
-    assert TOKEN not in result.stdout + result.stderr
-    assert (out / "specdef.json").is_file()  # published here, whatever the Hub says
-    return result
-
-
-def test_what_is_published_is_pushed(llama: Path, tmp_path: Path, online: Online) -> None:
-    with serving(Hub({})) as hub:
-        result = push(llama, tmp_path / "out", **online(hub))
-    assert result.code == 0, result.stderr
-    assert "org/out" in result.stderr
-    assert hub.pushed == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    uploads = [authorization for method, path, authorization in hub.seen if method == "POST" and "yaml" not in path]
-    assert set(uploads) == {f"Bearer {TOKEN}"}
-
-
-@pytest.mark.parametrize(("status", "words"), [(403, "403"), (0, "org/out could not be uploaded")])
-def test_a_push_that_is_refused(status: int, words: str, llama: Path, tmp_path: Path, online: Online) -> None:
-    """The directory stays, and the hint says so. Status 0: nobody listens there any more."""
-    with serving(Hub({}, push_status=status)) as hub:
-        if status:
-            result = push(llama, tmp_path / "out", **online(hub))
-    if not status:
-        result = push(llama, tmp_path / "out", **online(hub))
-    assert result.code == 1
-    error, hint = result.stderr.rstrip().splitlines()[-2:]
-    assert error.startswith("error: org/out could not be uploaded")
-    assert words in error
-    assert hint.startswith("hint: ")
-    assert "HF_TOKEN" in hint
-    assert f"{tmp_path / 'out'} is complete" in hint
-    assert hub.pushed == {}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from specdef_cli.cli.startup import COLLECT_AFTER
 
 TinyModel = Callable[..., Path]
-COMMANDS = ("harden", "collapse", "inspect")
+COMMANDS = ("harden", "attack", "certify", "collapse", "inspect", "push")
 
 
 def imported(*arguments: str) -> set[str]:

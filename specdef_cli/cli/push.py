@@ -1,0 +1,56 @@
+"""``specdef push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdef_cli.cli.options import CreatePr, Json, Private, Quiet, Token
+from specdef_cli.cli.output import Output
+
+
+def push_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `specdef harden` published.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub; made if it does not exist.")],
+    private: Private = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to.", show_default="main")] = None,
+    create_pr: CreatePr = False,
+    no_manifest: Annotated[
+        bool, typer.Option("--no-manifest", help="Leave out specdef.json, which says what was changed.")
+    ] = False,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload a hardened directory with its card and certificate: after `specdef certify`, not before.
+
+    Examples:
+
+      specdef push hardened org/name --private
+
+      specdef push hardened org/name --revision hardened --create-pr
+    """
+    from rich.text import Text
+
+    from specdef_cli.checkpoint.manifest import MANIFEST_NAME, is_hardened
+    from specdef_cli.checkpoint.reader import open_checkpoint
+    from specdef_cli.checkpoint.upload import Destination, push, require_writable
+
+    output = Output(as_json, quiet)
+    destination = Destination(repository, private, revision, create_pr, token)
+    open_checkpoint(directory)  # what is incomplete is not uploaded
+    require_writable(destination)
+    if no_manifest:
+        output.note(
+            f"{MANIFEST_NAME} stays here: collapse and certify need it, and `specdef attack` finds out less of the "
+            "model. It hides little: the changed channels stand out by their norms, and inserted layers by their names."
+        )
+    elif is_hardened(directory):
+        output.note(
+            f"{MANIFEST_NAME} goes along and names every changed weight: `specdef collapse {repository}` gives the "
+            "original back. Without it (--no-manifest) an attacker finds the changed channels by their norms."
+        )
+    address = push(directory, destination, manifest=not no_manifest)
+    output.data({"address": address, "repository": repository}, Text(f"uploaded: {address}"))
