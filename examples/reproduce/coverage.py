@@ -20,9 +20,8 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     rows = {}
     for attack in report["attacks"]:
         if attack["subject"] == "model":
-            variant = attack["variant"]["kind"]
-            factor = attack["variant"]["factor"]
-            prefix = "" if variant == "plain" else f"{variant}{f' {factor:g}' if factor else ''}: "
+            variant = attack["variant"].replace(":", " ")
+            prefix = "" if variant == "plain" else f"{variant}: "
             rows[f"{prefix}{attack['trained']}, {attack['optimizer']}"] = attack
     return rows
 

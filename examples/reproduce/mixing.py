@@ -27,7 +27,7 @@ from setting import TINY_LLAMA, attack_batch, markdown, tiny_llama
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.attack import AttackOptions, attack
+from specdef_cli.attack import AttackOptions, Training, attack
 from specdef_cli.runtime import load_model, load_tokenizer
 
 CONDITIONS = (1.0, 2.0**6, 2.0**12, 2.0**18)
@@ -98,7 +98,8 @@ def main() -> None:
                 report = attack(
                     AttackOptions(
                         model=directory, control=base, out=arguments.out / f"{condition:g}-{name.replace(' ', '-')}",
-                        runs=arguments.out / "runs", train=globs, recipes=("full",), optimizers=OPTIMIZERS,
+                        runs=arguments.out / "runs", trainings=(Training("full", where=globs),),
+                        optimizers=OPTIMIZERS,
                         search=True, steps=arguments.steps, batch_size=8, sequence_length=64, eval_every=5,
                         eval_sequences=16, jobs=arguments.jobs,
                     )

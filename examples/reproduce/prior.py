@@ -237,7 +237,7 @@ def measure(models: Mapping[str, Path], out: Path, budget: Budget) -> list[Row]:
     def relearn(model: Path, control: Path) -> AttackReport:
         return attack(
             AttackOptions(
-                model, out / model.name, runs=out / "runs", control=control, recipes=("full",),
+                model, out / model.name, runs=out / "runs", control=control, trainings=("full",),
                 learning_rates=budget.rates, search=not budget.rates, steps=budget.attacking, batch_size=BATCH,
                 sequence_length=LENGTH, eval_every=min(5, budget.attacking), eval_sequences=EVALUATED, retained="none",
             )

@@ -34,7 +34,7 @@ from specdef_cli import HardenOptions, harden, load_tokenizer
 from specdef_cli.architectures import SymmetricPair, symmetric_pairs
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.suite import AttackTable, Suite
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.trainings.table import Training
 from specdef_cli.hardening.fold import spread
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, staircase
 
@@ -80,12 +80,12 @@ LAYOUTS: dict[str, Layout] = {
 }
 TRAINED = (
     Training(),
-    Training(parameters=("model.layers.[!0].*", "model.norm.*", "lm_head.*"), name="all but the first layer"),
-    Training(parameters=("*.q_proj.weight",), name="q_proj alone"),
-    Training(parameters=("*.o_proj.weight",), name="o_proj alone"),
-    Training(parameters=("*.gate_proj.weight",), name="gate_proj alone"),
-    Training(parameters=("*.down_proj.weight",), name="down_proj alone"),
-    Training(parameters=("*norm.weight",), name="norms alone"),
+    Training(where=("model.layers.[!0].*", "model.norm.*", "lm_head.*"), name="all but the first layer"),
+    Training(where=("*.q_proj.weight",), name="q_proj alone"),
+    Training(where=("*.o_proj.weight",), name="o_proj alone"),
+    Training(where=("*.gate_proj.weight",), name="gate_proj alone"),
+    Training(where=("*.down_proj.weight",), name="down_proj alone"),
+    Training(where=("*norm.weight",), name="norms alone"),
 )
 
 _FIRST = "model.layers.0."
@@ -187,7 +187,7 @@ class Experiment:
         rows = []
         for weight, names in ALONE.items():
             pairs = [self.pairs[name] for name in names]
-            training = Training(parameters=(f"*{weight}.weight",))
+            training = Training(where=(f"*{weight}.weight",))
             generator = random.Random(0)
             choices = [[self.chosen[name] for name in names]]
             choices += [[generator.sample(range(pair.channels), 2) for pair in pairs] for _ in range(draws)]

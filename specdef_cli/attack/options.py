@@ -3,62 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-from specdef_cli.attack.optimizers import optimizer_choice
-from specdef_cli.attack.spec import Dtype, Schedule, Task, Variant
+from specdef_cli.attack.optimizers.table import OPTIMIZERS
+from specdef_cli.attack.spec import Dtype, Schedule
 from specdef_cli.attack.suite import AttackTable, RatePolicy, Suite
-from specdef_cli.attack.training import Training, adapters
+from specdef_cli.attack.target import Task
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import INFORMED, Variant
 from specdef_cli.errors import SpecDefError
-
-Recipe = Literal["full", "lora", "dora", "ia3", "prompt"]
-ExpansionKind = Literal["width", "depth", "inject"]
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """How the attacker grows the model first.
-
-    Attributes:
-        kind: ``width`` (a parallel path), ``depth`` (Theorem 8's factors) or ``inject`` (an identity layer after the
-            pair).
-        factor: For ``width``, how many times as many parameters the attacked layers have afterwards (> 1); for
-            ``depth``, the number N of factors (a whole number, ≥ 2); of no effect for ``inject``, which adds one layer.
-    """
-
-    kind: ExpansionKind = "width"
-    factor: float = 2.0
-
-    def __post_init__(self) -> None:
-        _choice("expansion", self.kind, get_args(ExpansionKind))
-        if self.kind == "inject":
-            return
-        if not (math.isfinite(self.factor) and self.factor > 1):
-            raise SpecDefError(f"--expand {self.factor:g} does not grow anything", "Give a factor above 1, e.g. 2x.")
-        if self.kind == "depth" and self.factor != int(self.factor):
-            raise SpecDefError(
-                f"--expansion depth cannot make {self.factor:g} factors", "Give a whole number of factors, e.g. 2x."
-            )
-
-    @property
-    def variant(self) -> Variant:
-        """The variant of a run that grows the model like this."""
-        return Variant(self.kind, None if self.kind == "inject" else self.factor)
-
-    @classmethod
-    def parse(cls, text: str, kind: ExpansionKind = "width") -> Expansion:
-        """Read a growth factor as users write it: ``2x``, ``1.5x``, ``3``.
-
-        Raises:
-            SpecDefError: ``text`` is not a factor above 1.
-        """
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*[x×]?\s*", text, re.IGNORECASE)
-        if match is None:
-            raise SpecDefError(f"--expand {text!r} is not a factor", "Write it like 2x or 1.5x.")
-        return cls(kind, float(match.group(1)))
 
 
 @dataclass(frozen=True)
@@ -81,21 +36,15 @@ class AttackOptions:
         eval_tasks: Tasks of lm-eval on which accuracy is measured after every run (``specdef-cli[eval]``).
         eval_task_path: A directory with tasks of the user's own, as lm-eval's ``--include_path``.
         task: ``None`` is what the control's architecture says.
-        suite: Which attacks to run. It takes the place of the fields from ``recipes`` to ``train``.
-        recipes: What is trained: all parameters (``full``) or adapters. Empty means full and LoRA.
-        lora_targets: Module names as PEFT takes them; empty means every linear (``all-linear``).
-        lora_rank, lora_alpha: As PEFT takes them; α defaults to twice the rank.
-        optimizers: Names of :data:`specdef_cli.attack.optimizers.OPTIMIZERS`.
+        suite: Which attacks to run. It takes the place of the fields from ``variants`` to ``search``.
+        variants: What is done to the model before training, next to the model as it is and to what undoes its
+            hardening, which are always attacked: ``width:2``, or the :class:`Variant` itself.
+        trainings: What is trained: ``full``, ``lora:16``, or the :class:`Training` itself. Empty means full and LoRA,
+            and full alone for variants that do not undo the hardening.
+        optimizers: Names of :data:`specdef_cli.attack.optimizers.table.OPTIMIZERS`; empty means adamw.
         learning_rates: Rates that every attack and the control run at. Empty means decades that go on below η₀/α for
             the hardened model.
         search: Search the best learning rate of every attack, from those decades on, until it is bracketed.
-        expansions: Ways to grow the model first; each is attacked next to the plain ones.
-        freeze_compensation: Attack also with every compensation layer frozen.
-        channel_rates: Attack also with a learning rate for every row and column, in proportion to its size.
-        collapse: Attack the collapsed model with every recipe, and not only the first.
-        rebalance: The same for the rebalanced model (a fold).
-        train: Globs of parameter names; where given, only these train. Hardened layers answer to their original names
-            too.
         schedule, warmup_steps: The learning rate's course.
         max_grad_norm: Gradient clipping, as the Trainer does it; 0 turns it off.
         weight_decay: As the optimizer takes it.
@@ -129,19 +78,11 @@ class AttackOptions:
     eval_task_path: Path | None = None
     task: Task | None = None
     suite: Suite | None = None
-    recipes: tuple[Recipe, ...] = ()
-    lora_targets: tuple[str, ...] = ()
-    lora_rank: int = 16
-    lora_alpha: float | None = None
-    optimizers: tuple[str, ...] = ("adamw",)
+    variants: tuple[Variant | str, ...] = ()
+    trainings: tuple[Training | str, ...] = ()
+    optimizers: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
     search: bool = False
-    expansions: tuple[Expansion, ...] = ()
-    freeze_compensation: bool = False
-    channel_rates: bool = False
-    collapse: bool = False
-    rebalance: bool = False
-    train: tuple[str, ...] = ()
     schedule: Schedule = "constant"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
@@ -162,15 +103,17 @@ class AttackOptions:
 
     def __post_init__(self) -> None:
         for optimizer in self.optimizers:
-            optimizer_choice(optimizer)
-        for recipe in self.recipes:
-            _choice("recipe", recipe, get_args(Recipe))
+            OPTIMIZERS.choose(optimizer)
+        variants = tuple(Variant.parse(each) if isinstance(each, str) else each for each in self.variants)
+        trainings = tuple(Training.parse(each) if isinstance(each, str) else each for each in self.trainings)
+        object.__setattr__(self, "variants", variants)
+        object.__setattr__(self, "trainings", trainings)
         _choice("schedule", self.schedule, get_args(Schedule))
         _choice("dtype", self.dtype, get_args(Dtype))
         if self.task is not None:
             _choice("task", self.task, get_args(Task))
         for name in (
-            "steps", "batch_size", "gradient_accumulation", "eval_sequences", "lora_rank", "sequence_length", "jobs",
+            "steps", "batch_size", "gradient_accumulation", "eval_sequences", "sequence_length", "jobs",
         ):  # fmt: skip
             _positive(name, getattr(self, name))
         if self.sequence_length < 2:
@@ -191,21 +134,11 @@ class AttackOptions:
             raise SpecDefError(
                 f"--lr {self.learning_rates[0]:g} and --lr-sweep contradict each other", "Give one of them."
             )
-        adapted = [recipe for recipe in self.recipes if recipe != "full"]
-        if self.train and adapted:
-            raise SpecDefError(
-                f"--train {self.train[0]} selects among the model's own parameters, and {adapted[0]} trains none of "
-                "them",
-                "Use --recipe full with --train, or choose adapters with --lora-targets.",
-            )
         if self.suite is not None:
             self._refuse_beside_suite()
 
     def _refuse_beside_suite(self) -> None:
-        for name in (
-            "recipes", "lora_targets", "learning_rates", "search", "expansions", "freeze_compensation", "channel_rates",
-            "collapse", "rebalance", "train",
-        ):  # fmt: skip
+        for name in ("variants", "trainings", "optimizers", "learning_rates", "search"):
             if getattr(self, name):
                 raise SpecDefError(
                     f"{_flag(name)} stands beside the suite {self.suite.name if self.suite else ''}, which decides it",
@@ -217,25 +150,18 @@ class AttackOptions:
         """Which attacks to run: the suite's, or what the other fields come to."""
         if self.suite is not None:
             return self.suite.attacks
-        recipes: tuple[Recipe, ...] = self.recipes or (("full",) if self.train else ("full", "lora"))
-        trainings = tuple(self._training(recipe) for recipe in recipes)
+        asked: tuple[Training, ...] = self.trainings  # type: ignore[assignment]
+        variants: tuple[Variant, ...] = self.variants  # type: ignore[assignment]
+        trainings = asked or (Training("full"), Training("lora"))
+        optimizers = self.optimizers or ("adamw",)
         rates: tuple[float, ...] | RatePolicy = self.learning_rates or ("search" if self.search else "grid")
-        informed = trainings if self.collapse or self.rebalance else trainings[:1]
-        tables = [
-            AttackTable(trainings, self.optimizers, learning_rates=rates),
-            AttackTable(informed, self.optimizers, ("informed",), rates),
-        ]
-        others = [Variant("channel-rates")] * self.channel_rates
-        others += [Variant("freeze-compensation")] * self.freeze_compensation
-        others += [expansion.variant for expansion in self.expansions]
-        if others:
-            tables.append(AttackTable(trainings[:1], self.optimizers, tuple(others), rates))
-        return tuple(tables)
-
-    def _training(self, recipe: Recipe) -> Training:
-        if recipe == "full":
-            return Training("full", parameters=self.train)
-        return adapters(recipe, self.lora_rank, self.lora_alpha, targets=self.lora_targets)
+        undoing = tuple(variant for variant in variants if variant.choice.informed is not None)
+        others = tuple(variant for variant in variants if variant not in undoing)
+        return (
+            AttackTable(trainings, optimizers, (Variant(), *undoing), rates),
+            AttackTable(trainings[:1], optimizers, (INFORMED,), rates),
+            AttackTable(asked or trainings[:1], optimizers, others, rates),
+        )
 
     @property
     def eval_interval(self) -> int:
@@ -243,7 +169,10 @@ class AttackOptions:
         return self.eval_every or max(1, self.steps // 10)
 
 
-_FLAGS = {"recipes": "--recipe", "learning_rates": "--lr", "search": "--lr-sweep", "expansions": "--expand"}
+_FLAGS = {
+    "variants": "--variant", "trainings": "--training", "optimizers": "--optimizer", "learning_rates": "--lr",
+    "search": "--lr-sweep",
+}  # fmt: skip
 
 
 def _flag(name: str) -> str:

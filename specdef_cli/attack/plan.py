@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from specdef_cli.attack.optimizers import optimizer_choice
+from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.spec import RunSpec, Task, Variant
-from specdef_cli.attack.suite import AttackTable, Keyword
-from specdef_cli.attack.training import Training, adapters
-from specdef_cli.attack.variants import applicable, informed_variants
+from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.suite import AttackTable
+from specdef_cli.attack.target import Target
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant, informed_variants
 from specdef_cli.checkpoint.manifest import Manifest
 
 MOST_RATES = 12
 """More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
-
-_TRAINS_INFLATED = ("plain", "depth")
-"""Variants that train an inflated factor, or what it is made of: their best rate may lie far below the usual ones."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is attacked.
-
-    Attributes:
-        manifest: ``None`` for a model that this package did not harden.
-        task: What it is trained for.
-        data, control, model: Fingerprints.
-        groups: Each kind of parameter of the control, for the keyword ``groups``.
-    """
-
-    manifest: Manifest | None
-    task: Task
-    data: str
-    control: str
-    model: str
-    groups: tuple[Training, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,7 @@ def default_learning_rates(optimizer: str, alpha: float) -> tuple[float, ...]:
         optimizer: A name of the table.
         alpha: The largest inflation, 1 for an ordinary model.
     """
-    choice = optimizer_choice(optimizer)
+    choice = OPTIMIZERS.choose(optimizer)
     top = round(math.log10(max(choice.learning_rates)))
     bottom = round(math.log10(min(choice.learning_rates)))
     if alpha > 1:
@@ -101,10 +80,10 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
     attacks: list[Series] = []
     for table in options.tables:
         for training, optimizer in _combinations(table, target):
-            for variant in _variants(table, target.manifest):
+            for variant in _variants(table, target):
                 series = _series(options, table, target, training, optimizer, variant)
                 attacks.append(series)
-                grid = series.grid if _fixed(table) else optimizer_choice(optimizer).learning_rates
+                grid = series.grid if _fixed(table) else OPTIMIZERS.choose(optimizer).learning_rates
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
     return tuple(_once(controls) + _once(attacks))
@@ -113,8 +92,8 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
 def _series(
     options: AttackOptions, table: AttackTable, target: Target, training: Training, optimizer: str, variant: Variant
 ) -> Series:
-    alpha = largest_alpha(target.manifest) if variant.kind in _TRAINS_INFLATED else 1.0
-    grid: tuple[float, ...] = optimizer_choice(optimizer).learning_rates
+    alpha = largest_alpha(target.manifest) if variant.choice.trains_inflated else 1.0
+    grid: tuple[float, ...] = OPTIMIZERS.choose(optimizer).learning_rates
     if _fixed(table):
         grid = tuple(sorted(table.learning_rates, reverse=True))  # type: ignore[arg-type]
     elif alpha > 1:
@@ -147,47 +126,29 @@ def _fixed(table: AttackTable) -> bool:
     return not isinstance(table.learning_rates, str)
 
 
-def _variants(table: AttackTable, manifest: Manifest | None) -> list[Variant]:
-    """A table's variants that mean something for a model hardened like this."""
+def _variants(table: AttackTable, target: Target) -> list[Variant]:
+    """A table's variants that mean something for this model."""
     found: list[Variant] = []
     for variant in table.variants:
         if isinstance(variant, Variant):
-            found += [variant] if applicable(variant, manifest) else []
+            found += [variant] if variant.applies_to(target.constructions) else []
         else:
-            found += informed_variants(manifest)
+            found += informed_variants(target.constructions)
     return list(dict.fromkeys(found))
 
 
 def _combinations(table: AttackTable, target: Target) -> list[tuple[Training, str]]:
     return [
         (training, optimizer)
-        for entry in table.training
-        for training in ([entry] if isinstance(entry, Training) else _spelled_out(entry, target))
+        for asked in table.trainings
+        for training in asked.on(target)
         for optimizer in table.optimizers
     ]
-
-
-def _spelled_out(keyword: Keyword, target: Target) -> Sequence[Training]:
-    """What a keyword stands for on this model; nothing where it needs hardened layers and there are none."""
-    match keyword:
-        case "groups":
-            return target.groups
-        case "full":
-            return [Training()]
-        case "bitfit":
-            return [Training(parameters=("*bias",), name="BitFit (biases)")]
-        case "lora-default":
-            return [adapters("lora", peft_default=True)]
-        case "lora-inflated" | "lora-compensation" | "lora-around":
-            layers = tuple(layer.module for layer in target.manifest.inserted) if target.manifest else ()
-            return [adapters("lora", targets=layers, placement=keyword.removeprefix("lora-"))] if layers else []
-        case _:
-            return [adapters(keyword)]
 
 
 def _once(series: list[Series]) -> list[Series]:
     """Each attack once: tables may overlap."""
     found: dict[RunSpec, Series] = {}
-    for each in series:
-        found.setdefault(each.first.attack, each)
+    for candidate in series:
+        found.setdefault(candidate.first.attack, candidate)
     return list(found.values())

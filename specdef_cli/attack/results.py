@@ -13,8 +13,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from specdef_cli.attack.spec import Knowledge, RunSpec, Subject, Variant
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.spec import RunSpec, Subject
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.growth import Growth
+from specdef_cli.attack.variants.table import Knowledge, Variant
 
 CONTROL_SHARE = 0.95
 """A run has reached the control's loss once it made this share of the control's progress; an exact tie would hang on
@@ -62,32 +64,6 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Growth:
-    """What an expansion did to the attacked layers.
-
-    Attributes:
-        layers: How many layers were changed.
-        parameters_before, parameters_after: Parameters of those layers, frozen ones included.
-        bytes_added: Negative where the change made the model smaller.
-    """
-
-    layers: int
-    parameters_before: int
-    parameters_after: int
-    bytes_added: int
-
-    @property
-    def parameters_added(self) -> int:
-        """Negative where the change made the model smaller."""
-        return self.parameters_after - self.parameters_before
-
-    @property
-    def times(self) -> float:
-        """How many times as large the attacked layers are."""
-        return self.parameters_after / self.parameters_before
-
-
-@dataclass(frozen=True)
 class RunResult:
     """One finished run.
 
@@ -96,7 +72,7 @@ class RunResult:
         train: Every optimizer step.
         evaluations: Held-out losses, from step 0 to the last.
         divergence: ``None`` for a run that used its whole budget.
-        growth: What the variant did to the hardened layers; ``None`` for a plain run.
+        growth: What the variant did to the layers that it changed; ``None`` for a plain run.
         parameters: Parameters of the model that was trained, without adapters.
         trainable_parameters: Parameters that the optimizer moved, adapters included.
         seconds: Wall time of training and evaluation.

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from specdef_cli.extras import require_extra
+
+require_extra("attack", "attacks")
+
+# ruff: noqa: E402 (what is imported below needs the extra)
 import importlib.metadata
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,24 +14,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import specdef_cli
 from specdef_cli.architectures.names import meta_model
 from specdef_cli.attack.accuracy import require_harness
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.plan import Target, largest_alpha, make_plan
-from specdef_cli.attack.recipes import parameter_groups
+from specdef_cli.attack.plan import largest_alpha, make_plan
 from specdef_cli.attack.recorder import ProgressHook
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, RunResult
 from specdef_cli.attack.retained import retained_sequences
 from specdef_cli.attack.schedule import run_all
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
+from specdef_cli.attack.target import Target
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.trainer import Memory, quiet, train_run
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive, require_outside, writable_ancestor
 from specdef_cli.checkpoint.resolve import resolve
@@ -56,7 +61,6 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
         require_sound(each, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, each)
     writable_ancestor(options.out)
-    _check_variants(options, manifest)
     task, head = task_of(control_directory, options.task)
     if options.eval_tasks:
         require_harness()
@@ -68,17 +72,15 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
     if task != "image-classification":
         tokens = (half[index]["input_ids"] for half in data.halves for index in range(len(half)))
         require_in_vocabulary(tokens, control_directory, trust_remote_code=options.trust_remote_code)
-    plan = make_plan(
-        options,
-        Target(
-            manifest=manifest,
-            task=task,
-            data=data.fingerprint,
-            control=checkpoint_fingerprint(control_directory),
-            model=checkpoint_fingerprint(directory),
-            groups=_groups(options, control_directory),
-        ),
+    target = Target(
+        manifest=manifest,
+        task=task,
+        data=data.fingerprint,
+        control=checkpoint_fingerprint(control_directory),
+        model=checkpoint_fingerprint(directory),
+        control_model=lambda: _meta_model(control_directory, options.trust_remote_code),
     )
+    plan = make_plan(options, target)
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
     state = process_state()
     if options.jobs > 1 and state.num_processes > 1:
@@ -120,7 +122,7 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
     )
     left_out = tuple(f"Left out, {label}: {reason}." for label, reason in outcome.left_out)
-    return replace(report, notes=(*_notes(options, manifest, report), *left_out))
+    return replace(report, notes=(*_notes(options, target, report), *left_out))
 
 
 @dataclass(frozen=True)
@@ -171,11 +173,9 @@ def is_main_process() -> bool:
     return bool(process_state().is_main_process)
 
 
-def _groups(options: AttackOptions, control: Path) -> tuple[Training, ...]:
-    if not any("groups" in table.training for table in options.tables):
-        return ()
-    config = AutoConfig.from_pretrained(control, trust_remote_code=options.trust_remote_code)
-    return parameter_groups(meta_model(config, trust_remote_code=options.trust_remote_code))
+def _meta_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    return meta_model(config, trust_remote_code=trust_remote_code)
 
 
 def _subject(options: AttackOptions) -> tuple[Path, Manifest | None]:
@@ -205,28 +205,6 @@ def _control(options: AttackOptions, directory: Path, manifest: Manifest | None)
         ) from error
 
 
-def _on_inserted_layers(options: AttackOptions) -> list[str]:
-    """The flags that work on inserted layers."""
-    grown = [f"--expansion {expansion.kind}" for expansion in options.expansions]
-    return grown + ["--freeze-compensation"] * options.freeze_compensation + ["--collapse"] * options.collapse
-
-
-def _check_variants(options: AttackOptions, manifest: Manifest | None) -> None:
-    asked = _on_inserted_layers(options) + ["--rebalance"] * options.rebalance
-    asked += ["--channel-rates"] * options.channel_rates
-    if manifest is None and asked:
-        raise SpecDefError(
-            f"{options.model} is not hardened by this package, so {asked[0]} has nothing to work on",
-            "Leave the flag out, or give a hardened directory.",
-        )
-    if manifest is not None and options.rebalance and not manifest.folded:
-        raise SpecDefError(
-            f"{options.model} has no folded pair for --rebalance",
-            "Leave the flag out; the informed attack on inserted layers is --collapse, which is always among the "
-            "attacks.",
-        )
-
-
 def _hardening(manifest: Manifest | None) -> Hardening | None:
     if manifest is None:
         return None
@@ -250,7 +228,7 @@ def _assumed(options: AttackOptions, runs: tuple[RunResult, ...], control: str, 
     specs = [run.spec for run in runs]
     if options.suite is not None:
         said.append(f"Attacks: the suite {options.suite.name}.")
-    elif not options.recipes:
+    elif not options.trainings:
         said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in specs))}.")
     if not options.learning_rates:
         rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
@@ -270,15 +248,11 @@ def _assumed(options: AttackOptions, runs: tuple[RunResult, ...], control: str, 
     return tuple(said)
 
 
-def _notes(options: AttackOptions, manifest: Manifest | None, report: AttackReport) -> tuple[str, ...]:
-    notes = []
+def _notes(options: AttackOptions, target: Target, report: AttackReport) -> tuple[str, ...]:
+    manifest = target.manifest
+    notes = list(_not_tried(options, target))
     if len(options.seeds) == 1:
         notes.append("One seed: differences of a few thousandths of a nat are noise.")
-    if manifest is not None and not manifest.inserted and _on_inserted_layers(options):
-        notes.append(
-            f"{', '.join(_on_inserted_layers(options))}: left out, because a fold has no inserted layer to work on. "
-            "What undoes it needs no growth: rebalancing, which is among the attacks."
-        )
     if options.dtype != "float32":
         notes.append(
             f"Trained in {options.dtype}: small learning rates may round to no change, which flatters a defence. "
@@ -305,6 +279,17 @@ def _notes(options: AttackOptions, manifest: Manifest | None, report: AttackRepo
                 "its true best may lie beyond."
             )
     return tuple(notes)
+
+
+def _not_tried(options: AttackOptions, target: Target) -> list[str]:
+    """What the user asked for and this model has nothing for."""
+    asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
+    missing = [variant for variant in asked if not variant.applies_to(target.constructions)]
+    words = {"inserted": "an inserted layer", "folded": "a folded pair", "any": "nothing"}
+    return [
+        f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
+        for variant in missing
+    ]
 
 
 def _start_note(report: AttackReport) -> str | None:

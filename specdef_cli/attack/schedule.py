@@ -15,8 +15,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
-from specdef_cli.attack.recipes import NothingToTrain
 from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
 from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.search import best_rate, next_rates
@@ -32,7 +32,7 @@ class Outcome:
 
     Attributes:
         runs: Every run, by series in the order of the plan, largest learning rate first.
-        left_out: Series that have nothing to train on this model: the label, and why.
+        left_out: Series that the model has nothing for: the label, and why.
     """
 
     runs: tuple[RunResult, ...]
@@ -137,7 +137,7 @@ def run_all(
                 progress, spec = running.pop(future)
                 try:
                     result = future.result()
-                except NothingToTrain as error:
+                except NotApplicable as error:
                     if not progress.series.optional:
                         raise
                     progress.left_out = error.problem

@@ -13,93 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.target import Task
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.errors import SpecDefError
 
-Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float16", "mixed", "auto"]
 Subject = Literal["control", "model"]
-VariantKind = Literal[
-    "plain", "collapse", "rebalance", "channel-rates", "freeze-compensation", "freeze-pair", "width", "depth", "inject"
-]
-Knowledge = Literal["none", "construction", "growth"]
-
-RUN_FORMAT = 3
+RUN_FORMAT = 4
 """Raised whenever the same specification would give another curve, so that older files are not taken for it."""
-
-_KNOWLEDGE: dict[VariantKind, Knowledge] = {
-    "plain": "none",
-    "collapse": "construction",
-    "rebalance": "construction",
-    "channel-rates": "construction",
-    "freeze-compensation": "construction",
-    "freeze-pair": "construction",
-    "width": "growth",
-    "depth": "growth",
-    "inject": "growth",
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What the attacker does to the loaded model before training.
-
-    Attributes:
-        kind: ``plain`` does nothing; the others are functions of :mod:`specdef_cli.attack.expansions`.
-        factor: The growth asked for, where the kind has one.
-    """
-
-    kind: VariantKind = "plain"
-    factor: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Variant:
-        """Read a variant as suites name it: ``collapse``, ``width:2``.
-
-        Raises:
-            SpecDefError: There is no such variant.
-        """
-        kind, _, factor = text.partition(":")
-        try:
-            if kind not in _KNOWLEDGE or bool(factor) != (kind in ("width", "depth")):
-                raise ValueError
-            return cls(kind, float(factor) if factor else None)
-        except ValueError:
-            raise SpecDefError(
-                f"variant {text!r} is unknown", f"Choose one of: {', '.join(_KNOWLEDGE)}, as width:2 and depth:3."
-            ) from None
-
-    @property
-    def knowledge(self) -> Knowledge:
-        """What the attacker must know: nothing but recipes, the construction, or the construction plus memory for a
-        larger model.
-        """
-        return _KNOWLEDGE[self.kind]
-
-    @property
-    def label(self) -> str:
-        """A few words for a table."""
-        match self.kind:
-            case "plain":
-                return ""
-            case "collapse":
-                return "collapsed"
-            case "rebalance":
-                return "rebalanced"
-            case "channel-rates":
-                return "a rate for each channel"
-            case "freeze-compensation":
-                return "compensation frozen"
-            case "freeze-pair":
-                return "pair frozen"
-            case "width":
-                return f"width {self.factor:g}×"
-            case "depth":
-                return f"depth {self.factor:g}"
-            case "inject":
-                return "layer injected"
 
 
 @dataclass(frozen=True)
@@ -139,7 +62,6 @@ class RunSpec:
     def run_id(self) -> str:
         """Sixteen hexadecimal digits that stand for this specification."""
         described = self.to_dict()
-        del described["training"]["name"]
         text = json.dumps({"format": RUN_FORMAT, **described}, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -160,15 +82,21 @@ class RunSpec:
         return f"{what} · {self.training.label} · {self.optimizer}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return dataclasses.asdict(self) | {"training": self.training.to_dict(), "eval_tasks": list(self.eval_tasks)}
+        """As plain JSON data, with the variant and the training as users write them."""
+        described = {name: getattr(self, name) for name in (field.name for field in dataclasses.fields(self))}
+        spelled = {"variant": str(self.variant), "training": str(self.training), "eval_tasks": list(self.eval_tasks)}
+        return described | spelled
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunSpec:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            SpecDefError: The variant or the training is unknown here.
+        """
         nested = {
-            "variant": Variant(**data["variant"]),
-            "training": Training.from_dict(data["training"]),
+            "variant": Variant.parse(data["variant"]),
+            "training": Training.parse(data["training"]),
             "eval_tasks": tuple(data["eval_tasks"]),
         }
         return cls(**{**data, **nested})

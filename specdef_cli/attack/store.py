@@ -13,6 +13,7 @@ from pathlib import Path
 
 from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.errors import SpecDefError
 
 UNFINISHED_SUFFIX = ".tmp"
 
@@ -31,7 +32,7 @@ class RunStore:
         """The finished run of ``spec``, or ``None``. A file of another specification or format counts as none."""
         try:
             result = RunResult.from_dict(json.loads(self.path(spec).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, SpecDefError):
             return None
         # The names of trainings do not tell runs apart, so what was asked for may be called otherwise.
         return replace(result, spec=spec) if result.spec == spec else None

@@ -1,39 +1,32 @@
 """Suites: which attacks belong together, as data.
 
 A suite is a TOML file that a user can copy and edit. Each ``[[attacks]]`` table stands for every combination of what it
-lists: what is trained × with which optimizer × after which change to the model, over learning rates. ``[budget]`` gives
-what a run may cost; flags of the command line win over it. The ones that come with the package are in ``suites/``.
+lists: what is trained × with which optimizer × after which change to the model, over learning rates, each named as on
+the command line. ``[budget]`` gives what a run may cost; flags of the command line win over it. The ones that come with
+the package are in ``suites/``.
 
     [budget]
     steps = 30
 
     [[attacks]]
-    training = ["full", "lora", { method = "full", parameters = ["*norm*"], name = "norms" }]
+    trainings = ["full", "lora:16", { training = "full@*norm*", name = "norms" }]
     optimizers = ["adamw", "sgd"]
-    variants = ["plain", "informed"]
+    variants = ["plain", "informed", "width:2"]
     learning_rates = "search"
 """
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from specdef_cli.attack.optimizers import optimizer_choice
-from specdef_cli.attack.spec import Variant
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.optimizers.table import OPTIMIZERS
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import INFORMED, Variant
 from specdef_cli.errors import SpecDefError
-
-Keyword = Literal[
-    "full", "bitfit", "groups", "lora", "lora-default", "lora-inflated", "lora-compensation", "lora-around", "dora",
-    "ia3", "prompt",
-]  # fmt: skip
-"""Trainings by name: ``lora`` is on every linear, ``lora-default`` where PEFT puts it; ``bitfit`` trains the biases;
-``groups`` stands for each kind of parameter alone.
-"""
 
 RatePolicy = Literal["grid", "search"]
 BUDGET = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences", "seeds")
@@ -44,13 +37,13 @@ class AttackTable:
     """One ``[[attacks]]`` table: every combination of its lists.
 
     Attributes:
-        training: What is trained, by keyword or spelled out.
-        optimizers: Names of :data:`specdef_cli.attack.optimizers.OPTIMIZERS`.
+        trainings: What is trained.
+        optimizers: Names of :data:`specdef_cli.attack.optimizers.table.OPTIMIZERS`.
         variants: What is done to the model first; ``informed`` is what undoes this model's hardening.
         learning_rates: The rates themselves, or how they are found: decades, or decades and then a search.
     """
 
-    training: tuple[Keyword | Training, ...] = ("full",)
+    trainings: tuple[Training, ...] = (Training(),)
     optimizers: tuple[str, ...] = ("adamw",)
     variants: tuple[Variant | Literal["informed"], ...] = (Variant(),)
     learning_rates: tuple[float, ...] | RatePolicy = "grid"
@@ -122,11 +115,11 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
 def _table(table: dict[str, Any]) -> AttackTable:
     optimizers = tuple(table.pop("optimizers", ("adamw",)))
     for optimizer in optimizers:
-        optimizer_choice(optimizer)
-    variants = tuple(
-        "informed" if variant == "informed" else Variant.parse(variant) for variant in table.pop("variants", ("plain",))
+        OPTIMIZERS.choose(optimizer)
+    variants: tuple[Variant | Literal["informed"], ...] = tuple(
+        INFORMED if variant == INFORMED else Variant.parse(variant) for variant in table.pop("variants", ("plain",))
     )
-    training = tuple(_training(entry) for entry in table.pop("training", ("full",)))
+    trainings = tuple(_training(entry) for entry in table.pop("trainings", ("full",)))
     rates = table.pop("learning_rates", "grid")
     if table:
         raise ValueError(f"[[attacks]] has no key {min(table)!r}")
@@ -136,12 +129,13 @@ def _table(table: dict[str, Any]) -> AttackTable:
             raise ValueError(f"learning_rates = {list(rates)}; they are positive numbers")
     elif rates not in get_args(RatePolicy):
         raise ValueError(f"learning_rates = {rates!r} is neither a list nor one of {', '.join(get_args(RatePolicy))}")
-    return AttackTable(training, optimizers, variants, rates)  # type: ignore[arg-type]
+    return AttackTable(trainings, optimizers, variants, rates)
 
 
-def _training(entry: str | dict[str, Any]) -> Keyword | Training:
-    if isinstance(entry, dict):
-        return Training.from_dict(entry)
-    if entry not in get_args(Keyword):
-        raise ValueError(f"training {entry!r} is none of {', '.join(get_args(Keyword))}")
-    return entry  # type: ignore[return-value]
+def _training(entry: str | dict[str, str]) -> Training:
+    """A training, or ``{ training = …, name = … }`` for one that the report calls something else."""
+    if isinstance(entry, str):
+        return Training.parse(entry)
+    if set(entry) != {"training", "name"}:
+        raise ValueError(f"{entry} has not the keys training and name")
+    return replace(Training.parse(entry["training"]), name=entry["name"])

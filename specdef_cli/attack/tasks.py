@@ -11,7 +11,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from specdef_cli.attack.data.labels import Head
-from specdef_cli.attack.spec import Task
+from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 
 _NAMES: Mapping[Task, Mapping[str, Any]] = {

@@ -26,14 +26,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from specdef_cli.attack.accuracy import task_accuracy
 from specdef_cli.attack.data import AttackData
-from specdef_cli.attack.optimizer_groups import build_optimizer
-from specdef_cli.attack.optimizers import OPTIMIZERS, OptimizerChoice, optimizer_choice
-from specdef_cli.attack.recipes import apply_recipe
+from specdef_cli.attack.optimizers.groups import build_optimizer
+from specdef_cli.attack.optimizers.table import OPTIMIZERS, OptimizerChoice
 from specdef_cli.attack.recorder import ATTACK, RETAINED, Recorder
 from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.tasks import auto_class
-from specdef_cli.attack.variants import apply_variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime.configuration_specdef import SpecDefLinear
 from specdef_cli.runtime.load import load_model, load_tokenizer
@@ -92,9 +90,9 @@ def train_run(
         else:
             # Surgery where the training will be: an SVD or a product of large factors is the accelerator's work.
             model.to(state.device)
-        growth = apply_variant(model, spec.variant, spec.seed)
+        growth = spec.variant.apply(model, spec.seed)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        model = apply_recipe(model, spec.training, spec.task)
+        model = spec.training.apply(model, spec.task)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         recorder = Recorder(on_step)
         trainer = make_trainer(spec, model, data, recorder, scratch, memory)
@@ -128,7 +126,7 @@ def train_run(
 
 def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
     """Refuse what does not split over processes and passes."""
-    choice = optimizer_choice(spec.optimizer)
+    choice = OPTIMIZERS.choose(spec.optimizer)
     if spec.batch_size % (state.num_processes * memory.accumulation):
         over = [f"{state.num_processes} processes"] * (state.num_processes > 1)
         over += [f"{memory.accumulation} passes"] * (memory.accumulation > 1)
@@ -156,7 +154,7 @@ def load_for_training(spec: RunSpec, directory: Path, data: AttackData, trust_re
     if data.problem is not None:
         loader = _AutoClassifier(loader, data)
         arguments["ignore_mismatched_sizes"] = data.resize_head
-    if optimizer_choice(spec.optimizer).second_order:
+    if OPTIMIZERS.choose(spec.optimizer).second_order:
         arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
     dtype: Any = {"auto": "auto", "mixed": torch.float32}.get(spec.dtype) or getattr(torch, spec.dtype)
     return load_model(directory, auto_class=loader, dtype=dtype, **arguments)
@@ -219,7 +217,7 @@ class AttackTrainer(Trainer):
             SpecDefError: The optimizer cannot work on shards.
         """
         if self.is_fsdp_enabled and not self._choice.elementwise:
-            others = (name for name, each in OPTIMIZERS.items() if each.elementwise and not each.second_order)
+            others = (name for name, choice in OPTIMIZERS.items() if choice.elementwise and not choice.second_order)
             raise SpecDefError(
                 f"{self._choice.name} has to see whole tensors, and FSDP shards them",
                 f"Launch without FSDP, or choose --optimizer {', '.join(others)}.",
@@ -264,7 +262,7 @@ def make_trainer(
     Raises:
         SpecDefError: The model cannot compute its activations again.
     """
-    choice = optimizer_choice(spec.optimizer)
+    choice = OPTIMIZERS.choose(spec.optimizer)
     if memory.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise SpecDefError(
             f"{type(model).__name__} does not support --gradient-checkpointing",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -54,14 +54,23 @@ def attack_command(
     suite: Annotated[
         str | None, typer.Option(help="A set of attacks: quick, standard, full, or a TOML file like theirs.")
     ] = None,
-    recipe: Annotated[
+    variant: Annotated[
         list[str] | None,
-        typer.Option(help="full, lora, dora, ia3 or prompt (repeatable).", show_default="full and lora"),
+        typer.Option(help="What is done to the model first, e.g. width:2 or freeze-compensation (repeatable)."),
+    ] = None,
+    training: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--training",
+            "--recipe",
+            help="What is trained, e.g. full@*norm* or lora:16@q_proj,v_proj (repeatable).",
+            show_default="full and lora",
+        ),
     ] = None,
     lora_targets: Annotated[
         list[str] | None, typer.Option(help="Modules that get adapters (repeatable).", show_default="all linears")
     ] = None,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters.", show_default="16")] = None,
     optimizer: Annotated[
         list[str] | None, typer.Option(help="Optimizer, e.g. adamw or sgd (repeatable).", show_default="adamw")
     ] = None,
@@ -151,20 +160,24 @@ def attack_command(
 
       specdef attack hardened --control ./base --dataset notes.jsonl --recipe lora --lr 1e-4 --lr 1e-5 --steps 200
     """
+    from specdef_cli.extras import require_extra
+
+    require_extra("attack", "attacks")
     from rich.console import Group
 
-    from specdef_cli.attack import AttackOptions, Expansion, ProgressEvent, attack, is_main_process
-    from specdef_cli.attack.options import ExpansionKind, Recipe
+    from specdef_cli.attack import AttackOptions, ProgressEvent, attack, is_main_process
+    from specdef_cli.attack.spellings import trainings_of, variants_of
     from specdef_cli.attack.suite import load_suite
     from specdef_cli.report import report_dict, summary, summary_table, write_report
     from specdef_cli.report.conditions import Condition
 
     output = Output(as_json, quiet)
     conditions = [Condition.parse(text) for text in fail_if or []]
-    # AttackOptions and Expansion check these names; typer has no repeatable option with choices.
-    recipes = cast(list[Recipe], recipe or [])
-    kinds = cast(list[ExpansionKind], expansion or (["width"] if expand else []))
-    expansions = [Expansion.parse(expand, kind) if expand else Expansion(kind) for kind in kinds]
+    flags = {
+        "collapse": collapse, "rebalance": rebalance, "channel-rates": channel_rates,
+        "freeze-compensation": freeze_compensation,
+    }  # fmt: skip
+    named = [name for name, wanted in flags.items() if wanted]
     chosen = load_suite(suite) if suite is not None else None
     given = {
         "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "eval_every": eval_every,
@@ -189,10 +202,9 @@ def attack_command(
         eval_task_path=eval_task_path,
         task=task,
         suite=chosen,
-        recipes=tuple(recipes),
-        lora_targets=tuple(lora_targets or ()),
-        lora_rank=lora_rank,
-        optimizers=tuple(optimizer or ("adamw",)),
+        variants=variants_of(variant or (), expand=expand, expansions=expansion or (), flags=named),
+        trainings=trainings_of(training or (), globs=train or (), targets=lora_targets or (), rank=lora_rank),
+        optimizers=tuple(optimizer or ()),
         learning_rates=tuple(lr or ()),
         search=lr_sweep,
         schedule=schedule,
@@ -200,14 +212,8 @@ def attack_command(
         max_grad_norm=max_grad_norm,
         weight_decay=weight_decay,
         jobs=jobs,
-        expansions=tuple(expansions),
-        freeze_compensation=freeze_compensation,
-        channel_rates=channel_rates,
         gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
-        collapse=collapse,
-        rebalance=rebalance,
-        train=tuple(train or ()),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         revision=revision,

@@ -15,7 +15,7 @@ from typing import Any
 from specdef_cli.attack.results import CONTROL_SHARE, DIVERGENCE_FACTOR, UTILITY_LIMIT, AttackReport, RunResult
 from specdef_cli.report.findings import STOPPED_SHARE, Finding, findings, summary
 
-SCHEMA_NAME = "specdef-attack-report/1"
+SCHEMA_NAME = "specdef-attack-report/2"
 
 CURVE_COLUMNS = (
     "run", "label", "subject", "variant", "trained", "optimizer", "learning_rate", "seed",
@@ -65,12 +65,11 @@ def curves_csv(report: AttackReport) -> str:
         spec = run.spec
         train = {point.step: point for point in run.train}
         evaluations = {point.step: point for point in run.evaluations}
-        variant = spec.variant.kind + (f":{spec.variant.factor:g}" if spec.variant.factor is not None else "")
         for step in sorted(train.keys() | evaluations.keys()):
             trained, evaluated = train.get(step), evaluations.get(step)
             writer.writerow(
                 [
-                    spec.run_id, spec.label, spec.subject, variant, spec.training.label, spec.optimizer,
+                    spec.run_id, spec.label, spec.subject, spec.variant, spec.training.label, spec.optimizer,
                     spec.learning_rate, spec.seed, step, trained and trained.loss, trained and trained.grad_norm,
                     evaluated and evaluated.loss, evaluated and evaluated.retained,
                     evaluated and round(evaluated.seconds, 3),
@@ -84,8 +83,9 @@ def _attack(finding: Finding) -> dict[str, Any]:
     return {
         "label": finding.attack.label,
         "subject": spec.subject,
-        "variant": dataclasses.asdict(spec.variant),
+        "variant": str(spec.variant),
         "knowledge": finding.attack.knowledge,
+        "training": str(spec.training),
         "trained": spec.training.label,
         "optimizer": spec.optimizer,
         "learning_rates": list(finding.attack.learning_rates),

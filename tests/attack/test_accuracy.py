@@ -59,7 +59,7 @@ def test_a_model_that_always_says_a_is_right_three_times_of_four(base: Path, tas
 
 def test_accuracy_is_in_the_report(base: Path, tasks: Path, tmp_path: Path) -> None:
     options = AttackOptions(
-        model=base, control=base, out=tmp_path / "out", recipes=("full",), learning_rates=(1e-3,), steps=1,
+        model=base, control=base, out=tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1,
         batch_size=2, sequence_length=8, eval_sequences=2, retained="none", eval_tasks=("favourite_letter",),
         eval_task_path=tasks,
     )  # fmt: skip

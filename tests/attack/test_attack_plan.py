@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.attack import AttackOptions, Expansion
-from specdef_cli.attack.plan import Series, Target, default_learning_rates, make_plan
-from specdef_cli.attack.spec import RunSpec, Variant, checkpoint_fingerprint
+from specdef_cli.attack import AttackOptions
+from specdef_cli.attack.plan import Series, default_learning_rates, make_plan
+from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
+from specdef_cli.attack.spellings import trainings_of, variants_of
 from specdef_cli.attack.suite import load_suite, suite_names
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.target import Target
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.manifest import BaseModel, FoldedPair, InsertedLayer, Manifest, ScaledSlice
 from specdef_cli.errors import SpecDefError
 
@@ -26,15 +31,20 @@ FOLD = Manifest(
 )  # fmt: skip
 
 
-GROUPS = (
-    Training(parameters=("*.q_proj.*",), name="q_proj alone"),
-    Training(parameters=("*norm*",), name="norms alone"),
-)
+def control_model() -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+        )
+
+
+def target(manifest: Manifest | None) -> Target:
+    return Target(manifest, "causal-lm", "d", "c", "m", control_model)
 
 
 def series(manifest: Manifest | None = INSERT, **options: Any) -> tuple[Series, ...]:
     made = AttackOptions(model="m", out=Path("o"), **options)
-    return make_plan(made, Target(manifest, "causal-lm", "d", "c", "m", GROUPS))
+    return make_plan(made, target(manifest))
 
 
 def plan(manifest: Manifest | None = INSERT, **options: Any) -> tuple[RunSpec, ...]:
@@ -69,7 +79,7 @@ def test_every_sweep_is_short_and_reaches_below(alpha: float, optimizer: str) ->
 
 
 def test_default_plan() -> None:
-    runs = plan(expansions=(Expansion.parse("2x"),))
+    runs = plan(variants=("width:2",))
     kinds = [(run.subject, run.variant.kind, run.training.method) for run in runs]
     assert list(dict.fromkeys(kinds)) == [
         ("control", "plain", "full"),
@@ -85,13 +95,15 @@ def test_default_plan() -> None:
     assert min(run.learning_rate for run in runs if run.subject == "model") < 1e-2 / LAYER.alpha
 
 
-@pytest.mark.parametrize("options", [{}, {"recipes": ("lora",)}, {"train": ("*.norm.*",)}, {"learning_rates": (1e-4,)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"trainings": ("lora",)}, {"trainings": ("full@*.norm.*",)}, {"learning_rates": (1e-4,)}]
+)
 def test_collapse_always_has_its_row(options: dict[str, Any]) -> None:
     assert any(run.variant.kind == "collapse" for run in plan(**options))
 
 
 def test_rates_given_hold_for_all() -> None:
-    runs = plan(learning_rates=(1e-4, 3e-6), seeds=(0, 1), expansions=(Expansion("depth", 3),), collapse=True)
+    runs = plan(learning_rates=(1e-4, 3e-6), seeds=(0, 1), variants=("depth:3", "collapse"))
     groups: dict[Any, set[Any]] = {}
     for run in runs:
         groups.setdefault((run.subject, run.variant, run.training.method), set()).add((run.learning_rate, run.seed))
@@ -119,11 +131,13 @@ def test_every_attack_of_a_suite_has_a_control_on_the_same_budget() -> None:
 def test_keywords_are_spelled_out_for_the_model() -> None:
     found = series(suite=load_suite("full"))
     trained = {each.first.training for each in found}
-    assert set(GROUPS) < trained
-    (inflated,) = {training for training in trained if training.placement == "inflated"}
-    assert inflated.targets == ("a",)
-    folded = {each.first.training.placement for each in series(FOLD, suite=load_suite("full"))}
-    assert folded == {"linears"}
+    groups = Training("groups").on(target(INSERT))
+    assert {"q_proj alone", "norms alone"} < {group.label for group in groups}
+    assert set(groups) < trained
+    (inflated,) = {training for training in trained if training.method == "lora-inflated"}
+    assert inflated.where == ("a",)
+    folded = {each.first.training.method for each in series(FOLD, suite=load_suite("full"))}
+    assert folded == {"full", "lora", "lora-default", "dora", "ia3", "prompt"}
     kinds = {each.first.variant.kind for each in series(FOLD, suite=load_suite("full"))}
     assert kinds == {"plain", "rebalance", "channel-rates"}
 
@@ -143,11 +157,6 @@ def test_identity() -> None:
     assert len({run.run_id for run in plan()}) == len(plan())
 
 
-def test_lora_settings_do_not_tell_full_runs_apart() -> None:
-    full = [run.run_id for run in plan(recipes=("full",))]
-    assert full == [run.run_id for run in plan(recipes=("full",), lora_rank=4)]
-
-
 def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
@@ -158,8 +167,23 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "factor"), [("2x", 2.0), ("1.5X", 1.5), ("3", 3.0), (" 2.5× ", 2.5)])
-def test_expand_is_read(text: str, factor: float) -> None:
-    assert Expansion.parse(text) == Expansion("width", factor)
+def test_expand_is_short_for_width(text: str, factor: float) -> None:
+    assert variants_of(expand=text) == variants_of([f"width:{factor}"]) == (Variant("width", factor),)
+
+
+def test_short_spellings_say_what_the_grammar_says() -> None:
+    assert variants_of(expand="3x", expansions=["depth", "inject"]) == variants_of(["depth:3", "inject"])
+    assert variants_of(["width"], flags=["channel-rates"]) == (Variant("width", 2), Variant("channel-rates"))
+    assert trainings_of() == ()
+    assert trainings_of(globs=["*norm*", "*bias"]) == trainings_of(["full@*norm*,*bias"])
+    assert trainings_of(targets=["q_proj"], rank=4) == trainings_of(["full", "lora:4@q_proj"])
+    assert trainings_of(["lora:8", "dora", "ia3"], rank=4) == trainings_of(["lora:8", "dora:4", "ia3"])
+
+
+def test_parameters_cannot_be_named_to_adapters() -> None:
+    with pytest.raises(SpecDefError) as caught:
+        trainings_of(["lora"], globs=["*.norm.*"])
+    assert "*.norm.*" in caught.value.problem
 
 
 @pytest.mark.parametrize(
@@ -171,12 +195,13 @@ def test_expand_is_read(text: str, factor: float) -> None:
         ({"sequence_length": 1}, "--sequence-length 1"),
         ({"optimizers": ("magic",)}, "'magic'"),
         ({"learning_rates": (1e-3,), "search": True}, "--lr-sweep"),
-        ({"suite": load_suite("quick"), "train": ("*.norm.*",)}, "quick"),
-        ({"recipes": ("qlora",)}, "'qlora'"),
+        ({"suite": load_suite("quick"), "trainings": ("full@*.norm.*",)}, "quick"),
+        ({"suite": load_suite("quick"), "optimizers": ("sgd",)}, "--optimizer"),
+        ({"variants": ("grow:2",)}, "'grow'"),
+        ({"trainings": ("qlora",)}, "'qlora'"),
         ({"schedule": "step"}, "'step'"),
         ({"task": "vision"}, "'vision'"),
         ({"seeds": ()}, "seed"),
-        ({"train": ("*.norm.*",), "recipes": ("lora",)}, "*.norm.*"),
         ({"jobs": 0}, "--jobs 0"),
     ],
 )
@@ -186,7 +211,9 @@ def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:
     assert named in caught.value.problem
 
 
-@pytest.mark.parametrize(("text", "kind"), [("0.5x", "width"), ("1x", "width"), ("big", "width"), ("2.5x", "depth")])
-def test_expand_refusals(text: str, kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("text", "kind"), [("0.5x", "width"), ("1x", "width"), ("big", "width"), ("2.5x", "depth"), ("2x", "height")]
+)
+def test_expand_refusals(text: str, kind: str) -> None:
     with pytest.raises(SpecDefError):
-        Expansion.parse(text, kind)
+        variants_of(expand=text, expansions=[kind])

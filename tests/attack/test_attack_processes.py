@@ -25,7 +25,7 @@ if int(sys.argv[3]) != process_state().num_processes:
     raise SystemExit(f"{process_state().num_processes} processes")
 report = attack(AttackOptions(
     model=Path(sys.argv[1]), out=out, steps=3, batch_size=4, sequence_length=16, eval_sequences=4,
-    recipes=("full", "lora"), learning_rates=(1e-3,),
+    trainings=("full", "lora"), learning_rates=(1e-3,),
 ))
 write_report(report, out)
 """
@@ -95,7 +95,7 @@ def test_in_processes_of_their_own(
     here = attack(
         AttackOptions(
             model=hardened, out=tmp_path / "here", steps=3, batch_size=4, sequence_length=16, eval_sequences=4,
-            recipes=("full", "lora"), learning_rates=(1e-3,),
+            trainings=("full", "lora"), learning_rates=(1e-3,),
         )
     ).runs  # fmt: skip
     assert len(found) == len(here) > 4  # the control and the model, full and LoRA, and the model collapsed

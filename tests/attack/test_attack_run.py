@@ -15,14 +15,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from specdef_cli.attack import AttackOptions, Expansion, ProgressEvent, attack
+from specdef_cli.attack import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import BUILTIN_NAME, load_data
-from specdef_cli.attack.recipes import apply_recipe, parameter_groups
 from specdef_cli.attack.results import AttackReport, RunResult
-from specdef_cli.attack.spec import Variant
 from specdef_cli.attack.store import RunStore
-from specdef_cli.attack.training import Training, adapters
-from specdef_cli.attack.variants import apply_variant
+from specdef_cli.attack.target import Target
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
@@ -39,11 +38,10 @@ def options(model: Path, out: Path, **changes: Any) -> AttackOptions:
 @pytest.fixture(scope="module")
 def report(hardened: Path, tmp_path_factory: pytest.TempPathFactory) -> AttackReport:
     """Control, plain, collapse, frozen, width, inject and depth, at one usual rate and one that blows up."""
-    expansions = (Expansion("width", 2.0), Expansion("inject"), Expansion("depth", 2.0))
     return attack(
         options(
-            hardened, tmp_path_factory.mktemp("attack"), recipes=("full",), learning_rates=(1e-4,),
-            expansions=expansions, freeze_compensation=True,
+            hardened, tmp_path_factory.mktemp("attack"), trainings=("full",), learning_rates=(1e-4,),
+            variants=("freeze-compensation", "width:2", "inject", "depth:2"),
         )
     )  # fmt: skip
 
@@ -92,7 +90,7 @@ def test_parameters(report: AttackReport) -> None:
 
 
 def test_divergence_is_an_outcome(hardened: Path, tmp_path: Path) -> None:
-    result = attack(options(hardened, tmp_path, recipes=("full",), learning_rates=(1e3,), steps=8))
+    result = attack(options(hardened, tmp_path, trainings=("full",), learning_rates=(1e3,), steps=8))
     plain = run_of(result, "plain")
     assert plain.divergence is not None
     assert plain.outcome == "diverged"
@@ -102,12 +100,12 @@ def test_divergence_is_an_outcome(hardened: Path, tmp_path: Path) -> None:
 
 def test_a_run_is_never_repeated(hardened: Path, tmp_path: Path) -> None:
     events: list[ProgressEvent] = []
-    first = attack(options(hardened, tmp_path, recipes=("full",), learning_rates=(1e-4,)), on_progress=events.append)
+    first = attack(options(hardened, tmp_path, trainings=("full",), learning_rates=(1e-4,)), on_progress=events.append)
     assert [event.kind for event in events][:6] == ["run-start", *["step"] * 4, "run-end"]
     assert [(event.done, event.runs) for event in events if event.kind == "run-end"] == [(1, 3), (2, 3), (3, 3)]
     events.clear()
     again = attack(
-        options(hardened, tmp_path, recipes=("full",), learning_rates=(1e-4, 1e-5)), on_progress=events.append
+        options(hardened, tmp_path, trainings=("full",), learning_rates=(1e-4, 1e-5)), on_progress=events.append
     )
     assert [event.kind for event in events].count("run-reused") == 3
     assert [event.kind for event in events].count("run-end") == 3
@@ -127,7 +125,7 @@ def test_a_damaged_result_is_run_again(report: AttackReport, tmp_path: Path) -> 
 
 def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path: Path) -> None:
     """Six sequences in batches of four, against the mean written down directly."""
-    made = options(base, tmp_path, control=base, recipes=("full",), learning_rates=(1e-3,), steps=1, eval_sequences=6)
+    made = options(base, tmp_path, control=base, trainings=("full",), learning_rates=(1e-3,), steps=1, eval_sequences=6)
     data = load_data(made, "causal-lm", load_tokenizer(base))
     tokens = data.held_out.tokens  # type: ignore[union-attr]
     with torch.no_grad():
@@ -138,7 +136,9 @@ def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path:
 
 
 def test_seeds_change_the_data_order_and_nothing_before_it(base: Path, hardened: Path, tmp_path: Path) -> None:
-    result = attack(options(hardened, tmp_path, control=base, recipes=("full",), learning_rates=(1e-4,), seeds=(0, 1)))
+    result = attack(
+        options(hardened, tmp_path, control=base, trainings=("full",), learning_rates=(1e-4,), seeds=(0, 1))
+    )
     first, second = (run for run in result.runs if run.spec.subject == "control")
     assert first.start == second.start
     assert first.train[0].loss != second.train[0].loss
@@ -149,7 +149,7 @@ def trainable(model: torch.nn.Module) -> set[str]:
 
 
 def test_lora_all_linear_covers_both_factors(hardened: Path) -> None:
-    model = apply_recipe(load_model(hardened), adapters("lora", 2), "causal-lm")
+    model = Training("lora", 2).apply(load_model(hardened), "causal-lm")
     names = trainable(model)
     assert all("lora_" in name for name in names)
     for part in ("o_proj.inflated", "o_proj.compensation", "down_proj.inflated", "down_proj.compensation", "q_proj"):
@@ -167,12 +167,12 @@ PLACES = {
 @pytest.mark.parametrize("placement", PLACES)
 def test_adapters_on_part_of_a_pair_and_around_it(base: Path, hardened: Path, placement: Any) -> None:
     targets = tuple(f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1))
-    training = adapters("lora", 2, targets=targets, placement=placement)
+    training = Training(f"lora-{placement}", 2, targets)
     tokens = torch.arange(12)[None]
     for directory, expected in ((hardened, PLACES[placement]), (base, set(targets))):
         plain = load_model(directory)
         before = plain(input_ids=tokens).logits
-        model = apply_recipe(plain, training, "causal-lm")
+        model = training.apply(plain, "causal-lm")
         adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trainable(model)}
         assert adapted == expected
         torch.testing.assert_close(model(input_ids=tokens).logits, before)
@@ -184,9 +184,9 @@ def test_adapters_on_part_of_a_pair_and_around_it(base: Path, hardened: Path, pl
         assert not torch.allclose(model(input_ids=tokens).logits, before, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3", "prompt"])
-def test_other_adapters_train_little_and_something(hardened: Path, tmp_path: Path, method: Any) -> None:
-    result = attack(options(hardened, tmp_path, recipes=(method,), lora_rank=2, learning_rates=(1e-2,)))
+@pytest.mark.parametrize("method", ["dora:2", "ia3", "prompt"])
+def test_other_adapters_train_little_and_something(hardened: Path, tmp_path: Path, method: str) -> None:
+    result = attack(options(hardened, tmp_path, trainings=(method,), learning_rates=(1e-2,)))
     control = run_of(result, "control")
     assert 0 < control.trainable_parameters < 0.3 * control.parameters
     assert control.progress is not None
@@ -195,41 +195,42 @@ def test_other_adapters_train_little_and_something(hardened: Path, tmp_path: Pat
 
 def test_parameter_groups_cover_every_parameter_once(base: Path, hardened: Path) -> None:
     model = load_model(base)
-    groups = parameter_groups(model)
+    target = Target(None, "causal-lm", "", "", "", lambda: model)
+    groups = Training("groups").on(target)
     names = [group.name for group in groups]
     assert names == [f"{kind} alone" for kind in (
         "embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norms", "head"
     )]  # fmt: skip
-    found = [name for group in groups for name in trainable(apply_recipe(load_model(base), group, "causal-lm"))]
+    found = [name for group in groups for name in trainable(group.apply(load_model(base), "causal-lm"))]
     assert sorted(found) == sorted(name for name, _ in model.named_parameters())
     down = groups[names.index("down_proj alone")]
-    assert {name.split(".mlp.")[1] for name in trainable(apply_recipe(load_model(hardened), down, "causal-lm"))} == {
+    assert {name.split(".mlp.")[1] for name in trainable(down.apply(load_model(hardened), "causal-lm"))} == {
         "down_proj.inflated.weight", "down_proj.compensation.weight"
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("targets", [("o_proj",), ("q_proj", "down_proj")])
 def test_lora_by_name_goes_on_both_factors(hardened: Path, targets: tuple[str, ...]) -> None:
-    model = apply_recipe(load_model(hardened), adapters("lora", 2, targets=targets), "causal-lm")
+    model = Training("lora", 2, targets).apply(load_model(hardened), "causal-lm")
     adapted = {name.split(".lora_")[0].rsplit(".", 2)[-2:][-1] for name in trainable(model)}
     assert adapted == ({"q_proj"} if "q_proj" in targets else set()) | {"inflated", "compensation"}
 
 
 def test_lora_where_peft_puts_it(hardened: Path) -> None:
-    model = apply_recipe(load_model(hardened), adapters("lora", 2, peft_default=True), "causal-lm")
+    model = Training("lora-default", 2).apply(load_model(hardened), "causal-lm")
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trainable(model)} == {"q_proj", "v_proj"}
 
 
 def test_lora_targets_that_do_not_exist(hardened: Path) -> None:
     with pytest.raises(SpecDefError, match="query_key_value"):
-        apply_recipe(load_model(hardened), adapters("lora", 2, targets=("query_key_value",)), "causal-lm")
+        Training("lora", 2, ("query_key_value",)).apply(load_model(hardened), "causal-lm")
 
 
 @pytest.mark.parametrize("variant", [Variant(), Variant("width", 2.0), Variant("collapse")])
 def test_train_globs_mean_the_same_on_every_variant(base: Path, hardened: Path, variant: Variant) -> None:
     model = load_model(hardened)
-    apply_variant(model, variant, 0)
-    names = trainable(apply_recipe(model, Training(parameters=("*.o_proj.weight", "model.norm.*")), "causal-lm"))
+    variant.apply(model, 0)
+    names = trainable(Training(where=("*.o_proj.weight", "model.norm.*")).apply(model, "causal-lm"))
     expected = {
         "plain": {"o_proj.inflated.weight", "o_proj.compensation.weight"},
         "width": {"o_proj.up.weight", "o_proj.down.weight"},
@@ -241,14 +242,14 @@ def test_train_globs_mean_the_same_on_every_variant(base: Path, hardened: Path, 
 
 def test_train_globs_that_match_nothing(base: Path) -> None:
     with pytest.raises(SpecDefError, match=r"\*\.experts\.\*"):
-        apply_recipe(load_model(base), Training(parameters=("model.norm.*", "*.experts.*")), "causal-lm")
+        Training(where=("model.norm.*", "*.experts.*")).apply(load_model(base), "causal-lm")
 
 
 def test_a_variant_that_leaves_nothing_to_train(hardened: Path) -> None:
     model = load_model(hardened)
-    apply_variant(model, Variant("freeze-pair"), 0)
+    Variant("freeze-pair").apply(model, 0)
     with pytest.raises(SpecDefError, match="nothing is left"):
-        apply_recipe(model, Training(parameters=("*.o_proj.weight",)), "causal-lm")
+        Training(where=("*.o_proj.weight",)).apply(model, "causal-lm")
 
 
 def test_the_builtin_text_is_split_by_document(base: Path, tmp_path: Path) -> None:
@@ -302,20 +303,20 @@ def test_utility_is_measured_on_retained_text(report: AttackReport, hardened: Pa
     text = tmp_path / "retained.txt"
     text.write_text("\n\n".join("zzz " * 30 for _ in range(20)))
     harmful = attack(
-        options(hardened, tmp_path / "out", recipes=("full",), learning_rates=(3e-2,), steps=8, retained=str(text))
+        options(hardened, tmp_path / "out", trainings=("full",), learning_rates=(3e-2,), steps=8, retained=str(text))
     )
     run = run_of(harmful, "control")
     assert run.useful_progress is not None
     assert run.progress is not None
     assert run.useful_progress <= run.progress
     unmeasured = attack(
-        options(hardened, tmp_path / "none", recipes=("full",), learning_rates=(1e-3,), retained="none")
+        options(hardened, tmp_path / "none", trainings=("full",), learning_rates=(1e-3,), retained="none")
     )
     assert run_of(unmeasured, "control").useful_progress is None
 
 
 def test_two_at_a_time_find_the_same(report: AttackReport, hardened: Path, tmp_path: Path) -> None:
-    two = attack(options(hardened, tmp_path, jobs=2, recipes=("full",), learning_rates=(1e-4,)))
+    two = attack(options(hardened, tmp_path, jobs=2, trainings=("full",), learning_rates=(1e-4,)))
     assert [run.spec for run in two.runs] == [run.spec for run in report.runs[:3]]
     for here, there in zip(report.runs, two.runs, strict=False):
         assert there.best == pytest.approx(here.best, rel=1e-4)
@@ -323,7 +324,7 @@ def test_two_at_a_time_find_the_same(report: AttackReport, hardened: Path, tmp_p
 
 @pytest.mark.slow
 def test_a_search_brackets_the_best_rate(hardened: Path, tmp_path: Path) -> None:
-    found = attack(options(hardened, tmp_path, recipes=("full",), search=True, steps=2))
+    found = attack(options(hardened, tmp_path, trainings=("full",), search=True, steps=2))
     for each in found.attacks:
         best, rates = each.best_learning_rate, each.learning_rates
         position = rates.index(best)
@@ -351,7 +352,6 @@ def test_classification(base: Path, harden_directory: HardenDirectory, tmp_path:
     ("changes", "problem"),
     [
         ({"model": "base"}, "no manifest"),
-        ({"model": "base", "control": "base", "collapse": True}, "--collapse"),
         ({"batch_size": 100_000}, "100000"),
         ({"control": "nowhere/to/be/found"}, "nowhere"),
     ],
@@ -365,7 +365,7 @@ def test_refusals(base: Path, hardened: Path, tmp_path: Path, changes: dict[str,
 
 
 def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Path) -> None:
-    result = attack(options(base, tmp_path, control=base, recipes=("full",), learning_rates=(1e-3,)))
+    result = attack(options(base, tmp_path, control=base, trainings=("full",), learning_rates=(1e-3,)))
     assert [run.spec.subject for run in result.runs] == ["control", "model"]
     assert result.share(result.attacks[1]) == pytest.approx(1.0)
 
@@ -374,11 +374,11 @@ def test_growth_asked_of_a_fold_is_left_out_and_rebalancing_is_there(base: Path,
     """`harden` folds where it can, so `attack --expand 2x` must go on from there."""
     assert harden(HardenOptions(str(base), tmp_path / "hardened", verify=False)) is not None
     result = attack(
-        options(tmp_path / "hardened", tmp_path / "out", recipes=("full",), learning_rates=(1e-3,), steps=1,
-                expansions=(Expansion("width", 2.0),))
+        options(tmp_path / "hardened", tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1,
+                variants=("width:2",))
     )  # fmt: skip
     assert {run.spec.variant.kind for run in result.runs} == {"plain", "rebalance"}
-    assert any("--expansion width: left out" in note for note in result.notes)
+    assert result.notes[0] == "Not tried: width:2. It works on an inserted layer, and the model has none."
 
 
 def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) -> None:
@@ -386,12 +386,12 @@ def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) 
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] *= 3
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    made = options(base, tmp_path / "out", recipes=("full",), learning_rates=(1e-3,), steps=1)
+    made = options(base, tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1)
     assert "not the model that was hardened" in " ".join(attack(replace(made, control=other)).notes)
     assert "not the model" not in " ".join(attack(replace(made, control=base)).notes)
 
 
 def test_libraries_are_left_as_they_were(base: Path, tmp_path: Path) -> None:
     before = (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
-    attack(options(base, tmp_path, control=base, recipes=("full",), learning_rates=(1e-3,), steps=1))
+    attack(options(base, tmp_path, control=base, trainings=("full",), learning_rates=(1e-3,), steps=1))
     assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before

@@ -10,8 +10,8 @@ from tiny_families import write_case
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.attack.channel_rates import channel_scales, scale_rates
-from specdef_cli.attack.recipes import train_only
+from specdef_cli.attack.trainings.full import train_only
+from specdef_cli.attack.variants.channel_rates import channel_scales, scale_rates
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model

@@ -66,7 +66,7 @@ def test_the_attack_teaches_it_two_classes(minilm: Path, prose_or_code: Path, tm
     report = attack(
         AttackOptions(
             tmp_path / "hardened", tmp_path / "attack", control=minilm, task="sequence-classification",
-            dataset=str(prose_or_code), recipes=("full",), learning_rates=(3e-4,), steps=12, batch_size=8,
+            dataset=str(prose_or_code), trainings=("full",), learning_rates=(3e-4,), steps=12, batch_size=8,
             sequence_length=32, eval_every=4,
         )
     )  # fmt: skip

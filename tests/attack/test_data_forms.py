@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import AttackData, load_data
-from specdef_cli.attack.spec import Task
+from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 
 CHATML = (

@@ -11,8 +11,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.attack import expansions
-from specdef_cli.attack.results import Growth
+from specdef_cli.attack.variants.collapse import collapse
+from specdef_cli.attack.variants.depth import deepen
+from specdef_cli.attack.variants.freeze import freeze_compensation, freeze_pair
+from specdef_cli.attack.variants.growth import Growth
+from specdef_cli.attack.variants.inject import inject
+from specdef_cli.attack.variants.inserted_layers import hardened_paths, original_name
+from specdef_cli.attack.variants.width import widen
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import SpecDefLinear
 
@@ -67,17 +72,17 @@ PAIR = D * M + D * D
 @pytest.mark.parametrize(
     ("surgery", "after", "trainable"),
     [
-        (expansions.collapse, D * M, D * M),
-        (expansions.freeze_compensation, PAIR, D * M),
-        (expansions.freeze_pair, PAIR, 0),
-        (expansions.inject, PAIR + D * D, D * D),
+        (collapse, D * M, D * M),
+        (freeze_compensation, PAIR, D * M),
+        (freeze_pair, PAIR, 0),
+        (inject, PAIR + D * D, D * D),
         # w(n+m) = mn + m² = m(n+m), so w = m exactly
-        (lambda model: expansions.widen(model, 2), 2 * PAIR, PAIR),
+        (lambda model: widen(model, 2), 2 * PAIR, PAIR),
         # w = ⌈2.5·m⌉ = 80
-        (lambda model: expansions.widen(model, 3.5), PAIR + 80 * (D + M), 80 * (D + M)),
+        (lambda model: widen(model, 3.5), PAIR + 80 * (D + M), 80 * (D + M)),
         # r = 32: r×n and m×r, C beside them
-        (lambda model: expansions.deepen(model, 2), D * M + D * D + D * D, D * M + D * D),
-        (lambda model: expansions.deepen(model, 4), D * M + 3 * D * D + D * D, D * M + 3 * D * D),
+        (lambda model: deepen(model, 2), D * M + D * D + D * D, D * M + D * D),
+        (lambda model: deepen(model, 4), D * M + 3 * D * D + D * D, D * M + 3 * D * D),
     ],
     ids=["collapse", "freeze-compensation", "freeze-pair", "inject", "width2", "width3.5", "depth2", "depth4"],
 )
@@ -111,7 +116,7 @@ def test_depth_is_theorem_8(n: int, alpha: float) -> None:
     top = torch.linalg.matrix_norm(linear.weight.detach().double(), 2).item()
     model = nn.Sequential(harden(linear, alpha))
     inflated = model[0].inflated.weight.detach().double()
-    expansions.deepen(model, n)
+    deepen(model, n)
     factors = [factor.weight.detach().double() for factor in model[0].factors]
     assert len(factors) == n
     for factor in factors:
@@ -131,7 +136,7 @@ def test_collapse_gives_the_original_weight_back() -> None:
     torch.manual_seed(2)
     linear = nn.Linear(24, 16)
     model = nn.Sequential(harden(linear, 1e6))
-    expansions.collapse(model)
+    collapse(model)
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model[0].weight, linear.weight, rtol=1e-5, atol=1e-6)
     assert torch.equal(model[0].bias, linear.bias)
@@ -140,35 +145,35 @@ def test_collapse_gives_the_original_weight_back() -> None:
 def test_width_starts_at_zero_and_at_the_scale_of_its_input() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(harden(nn.Linear(256, 128)))
-    expansions.widen(model, 2, seed=5)
+    widen(model, 2, seed=5)
     assert not model[0].up.weight.any()
     rows = torch.linalg.vector_norm(model[0].down.weight, dim=1)
     assert 0.9 < rows.mean() < 1.1
     again = nn.Sequential(harden(nn.Linear(256, 128)))
-    expansions.widen(again, 2, seed=5)
+    widen(again, 2, seed=5)
     assert torch.equal(again[0].down.weight, model[0].down.weight)
 
 
 def test_bfloat16_survives(hardened: LlamaForCausalLM) -> None:
     hardened.to(torch.bfloat16)
     before = logits(hardened)
-    expansions.widen(hardened, 2)
+    widen(hardened, 2)
     assert torch.equal(logits(hardened), before)
     assert {p.dtype for p in hardened.parameters()} == {torch.bfloat16}
 
 
 def test_original_names(hardened: LlamaForCausalLM) -> None:
-    expansions.widen(hardened, 2)
-    layers = expansions.hardened_paths(hardened)
+    widen(hardened, 2)
+    layers = hardened_paths(hardened)
     assert layers == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
     for part in ("pair.inflated", "pair.compensation", "up", "down"):
         name = f"model.layers.1.mlp.down_proj.{part}.weight"
         assert name in dict(hardened.named_parameters())
-        assert expansions.original_name(name, layers) == "model.layers.1.mlp.down_proj.weight"
-    assert expansions.original_name("model.norm.weight", layers) == "model.norm.weight"
+        assert original_name(name, layers) == "model.layers.1.mlp.down_proj.weight"
+    assert original_name("model.norm.weight", layers) == "model.norm.weight"
 
 
 def test_a_model_without_inserted_layers_is_refused(llama: LlamaForCausalLM) -> None:
     with pytest.raises(SpecDefError, match="no inserted layer") as caught:
-        expansions.collapse(llama)
+        collapse(llama)
     assert "rebalanc" in caught.value.hint

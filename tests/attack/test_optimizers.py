@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from specdef_cli.attack.data import AttackData, Sequences
-from specdef_cli.attack.madam import Madam
-from specdef_cli.attack.optimizer_groups import build_optimizer, hidden_matrices
-from specdef_cli.attack.optimizers import OPTIMIZERS, optimizer_choice
+from specdef_cli.attack.optimizers.groups import build_optimizer, hidden_matrices
+from specdef_cli.attack.optimizers.madam import Madam
+from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.recorder import Recorder
-from specdef_cli.attack.spec import RunSpec, Variant
+from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainer import (
     AttackTrainer,
     Memory,
@@ -35,7 +35,8 @@ from specdef_cli.attack.trainer import (
     make_trainer,
     train_run,
 )
-from specdef_cli.attack.training import Training, adapters
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
 
 SECOND_ORDER = [name for name, choice in OPTIMIZERS.items() if choice.second_order]
@@ -52,7 +53,7 @@ def memorizable() -> AttackData:
 def spec(optimizer: str, **changes: Any) -> RunSpec:
     fields: dict[str, Any] = {
         "subject": "control", "checkpoint": "", "data": "", "task": "causal-lm", "variant": Variant(),
-        "training": Training(), "optimizer": optimizer, "learning_rate": optimizer_choice(optimizer).learning_rates[1],
+        "training": Training(), "optimizer": optimizer, "learning_rate": OPTIMIZERS.choose(optimizer).learning_rates[1],
         "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 1.0, "weight_decay": 0.0, "steps": STEPS,
         "batch_size": 4, "sequence_length": 16, "eval_every": 1, "seed": 0, "dtype": "float32",
     }  # fmt: skip
@@ -94,7 +95,7 @@ def test_each_runs_in_low_precision(name: str, dtype: Any, base: Path, memorizab
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rates_fall(name: str) -> None:
-    rates = optimizer_choice(name).learning_rates
+    rates = OPTIMIZERS.choose(name).learning_rates
     assert list(rates) == sorted(set(rates), reverse=True)
     assert len(rates) >= 3
 
@@ -104,7 +105,7 @@ def test_probes_are_plus_or_minus_one(name: str) -> None:
     """With z² = 1, z ⊙ Hz is a diagonal H's diagonal from a single probe, exactly; with no other z is it."""
     diagonal = torch.linspace(-3, 5, 64)
     model = nn.Linear(64, 1, bias=False)
-    optimizer = build_optimizer(optimizer_choice(name), model, 1e-3)
+    optimizer = build_optimizer(OPTIMIZERS.choose(name), model, 1e-3)
     (0.5 * (diagonal * model.weight.square()).sum()).backward(create_graph=True)
     optimizer.step()
     assert torch.equal(optimizer.state[model.weight]["hessian"], diagonal[None])
@@ -142,7 +143,7 @@ def test_muon_takes_the_hidden_matrices_alone(tied: bool) -> None:
     linears = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     linears += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     assert names_of(model, hidden_matrices(model)) == {f"model.layers.0.{name}.weight" for name in linears}
-    optimizer = build_optimizer(optimizer_choice("muon"), model, 1e-3, weight_decay=0.1, decayed={"lm_head.weight"})
+    optimizer = build_optimizer(OPTIMIZERS.choose("muon"), model, 1e-3, weight_decay=0.1, decayed={"lm_head.weight"})
     groups = {(group["use_muon"], group["weight_decay"]): len(group["params"]) for group in optimizer.param_groups}
     rest = len(list(model.parameters())) - len(linears)
     assert groups == (
@@ -241,7 +242,7 @@ def test_saving_memory_changes_no_curve(
         return step(self, model, inputs, *arguments, **keywords)
 
     monkeypatch.setattr(AttackTrainer, "training_step", record)
-    run = spec("adamw", training=adapters(method) if method != "full" else Training())
+    run = spec("adamw", training=Training(method))
     plain = train_run(run, base, memorizable)
     saving = train_run(run, base, memorizable, memory=Memory(accumulation=2, checkpointing=True))
     assert passes == [(4, False)] * STEPS + [(2, True)] * 2 * STEPS
@@ -266,7 +267,7 @@ def test_shards_are_refused_by_what_needs_whole_tensors(base: Path, memorizable:
         model = load_for_training(run, base, memorizable, False)
         trainer = make_trainer(run, model, memorizable, Recorder(lambda step, loss: None), str(tmp_path))
         trainer.is_fsdp_enabled = True  # what the launcher sets
-        if optimizer_choice(name).elementwise:
+        if OPTIMIZERS.choose(name).elementwise:
             trainer.create_optimizer(model)
             continue
         with pytest.raises(SpecDefError, match="Muon has to see whole tensors"):

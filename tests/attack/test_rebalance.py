@@ -10,7 +10,7 @@ import transformers
 from tiny_families import CASES, build_config, randomize, write_case
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.attack.rebalance import channel_exponents, rebalance
+from specdef_cli.attack.variants.rebalance import channel_exponents, rebalance
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden

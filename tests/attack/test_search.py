@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
-from specdef_cli.attack.recipes import NothingToTrain
 from specdef_cli.attack.results import Divergence, EvalPoint, RunResult
 from specdef_cli.attack.schedule import run_all
 from specdef_cli.attack.search import best_rate, next_rates
-from specdef_cli.attack.spec import RunSpec, Variant
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
 
 SPEC = RunSpec(
@@ -173,7 +174,7 @@ def test_a_narrow_window_far_below_is_found_between_large_steps() -> None:
 
 
 def make_series(label: str, *, search: bool = True, seeds: tuple[int, ...] = (0,), optional: bool = False) -> Series:
-    return Series(replace(SPEC, training=Training(name=label, targets=(label,))), GRID, search, seeds, optional)
+    return Series(replace(SPEC, training=Training(name=label, where=(label,))), GRID, search, seeds, optional)
 
 
 def run_plan(plan: list[Series], execute: Any, **options: Any) -> tuple[Any, dict[RunSpec, RunResult]]:
@@ -215,7 +216,7 @@ def test_what_is_kept_is_not_run_again_and_the_order_is_the_plans() -> None:
 def test_a_series_without_anything_to_train_is_left_out_if_it_may_be() -> None:
     def execute(spec: RunSpec, _: Any) -> RunResult:
         if spec.training.name == "biases":
-            raise NothingToTrain("there are no biases", "Train something else.")
+            raise NotApplicable("there are no biases", "Train something else.")
         return result(spec, 1e-4)
 
     outcome, _ = run_plan([make_series("biases", optional=True), make_series("a")], execute)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.attack.spec import Variant
 from specdef_cli.attack.suite import load_suite, suite_names
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
 
 
@@ -16,7 +16,7 @@ def test_the_packages_suites_can_be_read_and_grow() -> None:
     assert suite_names() == ("full", "quick", "standard")
     sizes = {
         name: sum(
-            len(table.training) * len(table.optimizers) * len(table.variants) for table in load_suite(name).attacks
+            len(table.trainings) * len(table.optimizers) * len(table.variants) for table in load_suite(name).attacks
         )
         for name in suite_names()
     }
@@ -31,7 +31,7 @@ def test_a_file_of_the_users(tmp_path: Path) -> None:
 [budget]
 steps = 12
 [[attacks]]
-training = ["lora", { method = "full", parameters = ["*norm*"], name = "norms" }]
+trainings = ["lora:4", { training = "full@*norm*", name = "norms" }]
 optimizers = ["sgd"]
 variants = ["plain", "informed", "width:1.5"]
 learning_rates = [1e-3, 1e-5]
@@ -39,8 +39,8 @@ learning_rates = [1e-3, 1e-5]
     suite = load_suite(str(path))
     assert (suite.name, suite.budget) == ("mine", {"steps": 12})
     (table,) = suite.attacks
-    assert table.training == ("lora", Training(parameters=("*norm*",), name="norms"))
-    assert table.training[1].label == "norms"  # type: ignore[union-attr]
+    assert table.trainings == (Training("lora", 4), Training(where=("*norm*",)))
+    assert table.trainings[1].label == "norms"
     assert table.variants == (Variant(), "informed", Variant("width", 1.5))
     assert (table.optimizers, table.learning_rates) == (("sgd",), (1e-3, 1e-5))
 
@@ -48,15 +48,15 @@ learning_rates = [1e-3, 1e-5]
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("[[attacks]]\ntraining = ['lorra']", "lorra"),
+        ("[[attacks]]\ntrainings = ['lorra']", "lorra"),
         ("[[attacks]]\noptimizers = ['magic']", "magic"),
-        ("[[attacks]]\nvariants = ['width']", "'width'"),
-        ("[[attacks]]\nvariants = ['collapse:2']", "'collapse:2'"),
+        ("[[attacks]]\nvariants = ['width:0.5']", "0.5"),
+        ("[[attacks]]\nvariants = ['collapse:2']", "collapse"),
         ("[[attacks]]\nlearning_rates = 'everything'", "everything"),
         ("[[attacks]]\nlearning_rates = [-1]", "-1"),
         ("[[attacks]]\nspeed = 3", "speed"),
-        ("[[attacks]]\ntraining = [{ method = 'full', rnak = 3 }]", "rnak"),
-        ("[[attacks]]\ntraining = [{ method = 'lora', parameters = ['x'] }]", "x"),
+        ("[[attacks]]\ntrainings = [{ training = 'full', rnak = 3 }]", "rnak"),
+        ("[[attacks]]\ntrainings = ['bitfit@x']", "bitfit"),
         ("[budget]\nsteps = 0\n[[attacks]]", "steps"),
         ("[budget]\npatience = 3\n[[attacks]]", "patience"),
         ("attacks = []", "no attacks"),

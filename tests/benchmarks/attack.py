@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
 from specdef_cli.attack.recorder import Recorder
-from specdef_cli.attack.spec import RunSpec, Variant
+from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainer import load_for_training, make_trainer, quiet
-from specdef_cli.attack.training import Training
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model"
 

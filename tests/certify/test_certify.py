@@ -46,7 +46,7 @@ def attacked(
     assert harden(HardenOptions(str(base), root / "hardened", method=request.param, **arguments))
     report = attack(
         AttackOptions(
-            model=root / "hardened", out=root / "attack", control=base, dataset=str(text), recipes=("full",), steps=2,
+            model=root / "hardened", out=root / "attack", control=base, dataset=str(text), trainings=("full",), steps=2,
             learning_rates=(1e-2,), batch_size=2, sequence_length=8, eval_sequences=2, retained="none",
         )
     )  # fmt: skip

@@ -60,7 +60,7 @@ def test_images_are_stored_exactly(script: ModuleType, digits: Path) -> None:
 def test_the_attack_teaches_it_the_others(digits: Path, tmp_path: Path) -> None:
     report = attack(
         AttackOptions(
-            digits / "model", tmp_path, control=digits / "model", task="image-classification", recipes=("full",),
+            digits / "model", tmp_path, control=digits / "model", task="image-classification", trainings=("full",),
             dataset=str(digits / "attack.parquet"), learning_rates=(3e-3,), steps=20, eval_every=20,
         )
     )  # fmt: skip

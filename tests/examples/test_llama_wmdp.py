@@ -19,13 +19,14 @@ import pytest
 import yaml
 from commands import environment
 
-from specdef_cli.attack.spec import Variant
 from specdef_cli.attack.suite import load_suite
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant
 
 REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
 SCRIPT, SUITE, STANDIN = REPRODUCE / "llama_wmdp.sh", REPRODUCE / "llama_wmdp.toml", REPRODUCE / "standin"
 TINY_LLAMA = REPRODUCE.parent / "tiny_llama" / "model"
-THIRD = "full, every third layer"
+THIRD = "full@*.layers.*[369].*"
 INFORMED = {"insert": "collapse", "fold": "rebalance"}
 METHODS = tuple(INFORMED)
 
@@ -59,8 +60,8 @@ def defaults() -> dict[str, str]:
 
 def test_the_suite_names_the_attacks_of_the_experiment() -> None:
     plain, informed = load_suite(str(SUITE)).attacks
-    assert plain.training[0] == "lora"
-    assert plain.training[1:] == informed.training
+    assert plain.trainings[0] == Training("lora")
+    assert plain.trainings[1:] == informed.trainings
     assert plain.variants == (Variant(),)
     assert informed.variants == (
         "informed", Variant("freeze-compensation"), Variant("inject"), Variant("width", 1.5), Variant("depth", 2.0),
@@ -70,8 +71,8 @@ def test_the_suite_names_the_attacks_of_the_experiment() -> None:
 
 @pytest.mark.parametrize(("layers", "trained"), [(4, [3]), (32, [3, 6, 9, 13, 16, 19, 23, 26, 29])])
 def test_every_third_layer_is_what_the_glob_says(layers: int, trained: list[int]) -> None:
-    (training,) = load_suite(str(SUITE)).attacks[1].training
-    (glob,) = training.parameters  # type: ignore[union-attr]
+    (training,) = load_suite(str(SUITE)).attacks[1].trainings
+    (glob,) = training.where
     parts = ("self_attn.q_proj.weight", "mlp.down_proj.inflated.weight", "input_layernorm.weight")
     names = {f"model.layers.{layer}.{part}": layer for layer in range(layers) for part in parts}
     names |= {"model.embed_tokens.weight": -1, "model.norm.weight": -1, "lm_head.weight": -1}
@@ -195,8 +196,7 @@ def report_of(outcome: Path, method: str, part: str) -> dict[str, Any]:
 
 def key(run: dict[str, Any]) -> tuple[str, str, str, float]:
     spec = run["spec"]
-    trained = spec["training"]["name"] or spec["training"]["method"]
-    return spec["subject"], spec["variant"]["kind"], trained, spec["learning_rate"]
+    return spec["subject"], spec["variant"], spec["training"], spec["learning_rate"]
 
 
 @pytest.mark.slow
@@ -232,13 +232,13 @@ def test_the_papers_attack_is_made_on_both_and_on_who_knows(outcome: Path, metho
 @pytest.mark.parametrize("method", METHODS)
 def test_the_sweep_has_every_attack_of_the_suite(outcome: Path, method: str) -> None:
     report = report_of(outcome, method, "sweep")
-    others = ["freeze-compensation", "inject", "width", "depth"] if method == "insert" else []
-    attacks = [(subject, "plain", trained) for subject in ("control", "model") for trained in ("lora", THIRD)]
+    others = ["freeze-compensation", "inject", "width:1.5", "depth:2"] if method == "insert" else []
+    attacks = [(subject, "plain", trained) for subject in ("control", "model") for trained in ("lora:16", THIRD)]
     attacks += [("model", variant, THIRD) for variant in (INFORMED[method], *others)]
     assert {key(run) for run in report["runs"]} == {(*attack, 1e-3) for attack in attacks}
     assert len(report["attacks"]) == len(attacks)
     assert all(0 <= run["accuracy"]["standin_sums"] <= 1 for run in report["runs"])
-    informed = next(attack for attack in report["attacks"] if attack["variant"]["kind"] == INFORMED[method])
+    informed = next(attack for attack in report["attacks"] if attack["variant"] == INFORMED[method])
     assert informed["share_of_control"] == pytest.approx(1, abs=0.02)
 
 

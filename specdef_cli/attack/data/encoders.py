@@ -10,7 +10,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 from specdef_cli.attack.data.chat import conversation_example, has_template
 from specdef_cli.attack.data.forms import Completion, Conversation, Document, Instruction, Text
 from specdef_cli.attack.data.tokens import NOT_COUNTED, Example, Frame, Packer, shared_length
-from specdef_cli.attack.spec import Task
+from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 
 BEYOND = "whose answer begins beyond --sequence-length"

@@ -16,7 +16,7 @@ from specdef_cli.attack.data.prose import BUILTIN_NAME, builtin_documents
 from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.data.tokens import Collate, Example, Ragged, Sequences, fingerprint_of, stacked
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.spec import Task
+from specdef_cli.attack.target import Task
 
 _WITHOUT_TEXT = "without text"
 

@@ -14,7 +14,7 @@ from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.data.language import language_data
 from specdef_cli.attack.data.text_classification import text_classification_data
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.spec import Task
+from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import load_tokenizer
 

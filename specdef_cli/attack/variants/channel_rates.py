@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.architectures.names import tied_parameters
-from specdef_cli.attack.results import Growth
+from specdef_cli.attack.variants.growth import Growth
 
 
 class Scaled(nn.Module):

@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair, symmetric_pairs
-from specdef_cli.attack.expansions import collapse, hardened_paths
-from specdef_cli.attack.results import Growth
+from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.variants.collapse import collapse
+from specdef_cli.attack.variants.growth import Growth
+from specdef_cli.attack.variants.inserted_layers import hardened_paths
 from specdef_cli.checkpoint.manifest import ScaledSlice
-from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import scale_slice
 
 
@@ -31,18 +32,17 @@ def rebalance(model: PreTrainedModel) -> Growth:
     The factors are powers of two, so the function is kept bit for bit.
 
     Returns:
-        How many pairs were changed; nothing is added.
+        How many pairs were changed, inserted ones included.
 
     Raises:
-        SpecDefError: The model's family has no symmetric pair that is known here.
+        NotApplicable: The model's family has no symmetric pair that is known here.
     """
-    if hardened_paths(model):
-        collapse(model)
+    collapsed = collapse(model) if hardened_paths(model) else Growth(0, 0, 0, 0)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     pairs = symmetric_pairs(model.config, {name: tuple(tensor.shape) for name, tensor in parameters.items()})
     pairs = tuple(pair for pair in pairs if pair.channels > 1)
     if not pairs:
-        raise SpecDefError(
+        raise NotApplicable(
             f"{type(model).__name__} has no symmetric pair that could be rebalanced",
             "Leave --rebalance out: this model was not folded.",
         )
@@ -54,7 +54,7 @@ def rebalance(model: PreTrainedModel) -> Growth:
             scale_slice(parameters[side.tensor], undoing_slice(side, found))
     touched = {side.tensor for pair in changed for side in pair.sides}
     count = sum(parameters[name].numel() for name in touched)
-    return Growth(len(changed), count, count, 0)
+    return collapsed + Growth(len(changed), count, count, 0)
 
 
 def channel_exponents(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from specdef_cli.attack.optimizers import OptimizerChoice
+from specdef_cli.attack.optimizers.table import OptimizerChoice
 
 
 def build_optimizer(

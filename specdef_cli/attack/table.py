@@ -1,0 +1,152 @@
+"""Tables of attacks: what comes with the package, and what other installed packages add.
+
+A table maps names to rows. A row is data: it names the function or the class it stands for as ``package.module:name``,
+so that nothing is imported before it is used. Another package adds a row by an entry point of the table's group, whose
+object is a row (``docs/add-an-attack.md``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, Protocol, TypeVar
+
+from specdef_cli.errors import SpecDefError
+
+
+class Row(Protocol):
+    """What every row has."""
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+
+    @property
+    def help(self) -> str:
+        """One line for ``--help``."""
+
+
+RowType = TypeVar("RowType", bound=Row)
+
+
+class Table(Mapping[str, RowType], Generic[RowType]):
+    """Rows by name: the package's own in their order, then those of other packages.
+
+    Args:
+        kind: What a row is, for messages: ``variant``.
+        group: The entry-point group of other packages' rows.
+        row_type: What the object of an entry point has to be.
+        rows: The package's own rows.
+    """
+
+    def __init__(self, kind: str, group: str, row_type: type[RowType], rows: Iterable[RowType]) -> None:
+        self.kind = kind
+        self.group = group
+        self._row_type = row_type
+        self._rows = {row.name: row for row in rows}
+
+    @cached_property
+    def _added(self) -> dict[str, EntryPoint]:
+        """The entry points of other packages, not yet loaded."""
+        return {point.name: point for point in sorted(entry_points(group=self.group), key=lambda point: point.name)}
+
+    def __getitem__(self, name: str) -> RowType:
+        if name not in self._rows:
+            self._rows[name] = self._load(self._added[name])
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from dict.fromkeys((*self._rows, *self._added))
+
+    def __len__(self) -> int:
+        return len({*self._rows, *self._added})
+
+    def choose(self, name: str) -> RowType:
+        """The row of a name that a user gave.
+
+        Raises:
+            SpecDefError: There is no such row, or the package that adds it cannot be imported.
+        """
+        if name not in self:
+            raise SpecDefError(f"there is no {self.kind} named {name!r}", f"Choose one of: {', '.join(self)}.")
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows or name in self._added
+
+    def _load(self, point: EntryPoint) -> RowType:
+        origin = f"{self.kind} {point.name!r} of the package {point.dist.name if point.dist else point.value}"
+        try:
+            row = point.load()
+        except Exception as error:  # code of another package: anything can happen when it is imported
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SpecDefError(f"the {origin} cannot be imported: {reason}", "Repair or uninstall it.") from error
+        if not isinstance(row, self._row_type) or row.name != point.name:
+            raise SpecDefError(
+                f"the {origin} is {row!r}, not a {self._row_type.__name__} of that name",
+                "Repair the package's entry point, or uninstall it.",
+            )
+        return row
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The number after the colon in ``width:2`` and ``lora:16``.
+
+    Attributes:
+        meaning: What it is, for ``--help`` and for messages.
+        default: Where none is given.
+        above: It is larger than this.
+        whole: Whether it is a whole number.
+    """
+
+    meaning: str
+    default: float
+    above: float = 0.0
+    whole: bool = True
+
+    def parse(self, text: str) -> float:
+        """Read a number as users write it: ``2``, ``1.5``, ``2x``, ``2×``.
+
+        Raises:
+            SpecDefError: It is not a number, or not within the bounds.
+        """
+        try:
+            value = float(text.strip().rstrip("xX×"))
+        except ValueError:
+            raise SpecDefError(f"{self.meaning} {text!r} is not a number", f"Give e.g. {self.default:g}.") from None
+        return self.check(value)
+
+    def check(self, value: float) -> float:
+        """``value`` itself, as an ``int`` where it is a whole number.
+
+        Raises:
+            SpecDefError: It is not within the bounds.
+        """
+        if not (math.isfinite(value) and value > self.above) or (self.whole and value != int(value)):
+            kind = "a whole number" if self.whole else "a number"
+            raise SpecDefError(
+                f"{self.meaning} {value:g} is not {kind} above {self.above:g}", f"Give e.g. {self.default:g}."
+            )
+        return int(value) if value == int(value) else float(value)
+
+
+def checked_factor(owner: str, factor: Factor | None, value: float | None) -> float | None:
+    """The factor of a row's user: the default where none is given.
+
+    Args:
+        owner: What it belongs to, for messages: ``variant collapse``.
+        factor: What the row takes; ``None`` where it takes none.
+        value: What was given.
+
+    Raises:
+        SpecDefError: The row takes no factor, or not this one.
+    """
+    if factor is None:
+        if value is not None:
+            raise SpecDefError(f"the {owner} takes no factor, and was given {value:g}", "Leave out the part after ':'.")
+        return None
+    return factor.check(factor.default if value is None else value)

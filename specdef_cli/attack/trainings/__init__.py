@@ -1,0 +1,1 @@
+"""What an attack trains: a table (:mod:`.table`), and a file for each row that needs one."""

@@ -1,0 +1,63 @@
+"""What the trainings that put PEFT's adapters on a model share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from peft import PeftConfig, TaskType, get_peft_model
+from torch import nn
+
+from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.target import Task
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.inserted_layers import hardened_paths
+
+PEFT_TASKS: Mapping[Task, TaskType | None] = {
+    "causal-lm": TaskType.CAUSAL_LM,
+    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
+    "masked-lm": None,
+    "sequence-classification": TaskType.SEQ_CLS,
+    "image-classification": None,
+}
+
+
+def with_adapters(model: nn.Module, training: Training, make_config: Callable[[], PeftConfig]) -> nn.Module:
+    """PEFT's wrapper around a model, in which the adapters alone train.
+
+    Args:
+        model: Changed in place.
+        training: What was asked for, for messages.
+        make_config: Called here, so that what it cannot make is told like what PEFT cannot put on.
+
+    Raises:
+        NotApplicable: PEFT has no place for these adapters on this model.
+    """
+    try:
+        return get_peft_model(model, make_config())
+    except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
+        raise NotApplicable(
+            f"{training.label} cannot be put on {','.join(training.where) or 'this model'}: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"Name linear layers of this model, as in --training {training.method}@q_proj.",
+        ) from error
+
+
+def module_paths(model: nn.Module, names: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """Modules by the end of their names, as PEFT takes them; of a hardened layer, the named factors.
+
+    Where a name means none, it is passed on, for PEFT to say so.
+    """
+    hardened = set(hardened_paths(model))
+    modules = [path for path, _ in model.named_modules()]
+    found: list[str] = []
+    for name in names:
+        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
+        for path in paths:
+            found += [f"{path}.{part}" for part in parts] if path in hardened else [path]
+        found += [] if paths else [name]
+    return list(dict.fromkeys(found))
+
+
+def model_type(model: nn.Module) -> str:
+    """As transformers and PEFT know the architecture: ``llama``."""
+    return str(getattr(model.config, "model_type", "this model"))

@@ -1,0 +1,196 @@
+"""The trainings of an attack: all parameters, some of them, or adapters, and where those are put.
+
+A row is all that the rest of the package knows of a training: what it is called, and the function that makes a model
+train it. A row may instead stand for other trainings, which for some depend on the model: ``groups`` is one for each
+kind of parameter that the control has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Literal
+
+from specdef_cli.attack.table import Factor, Table, checked_factor
+from specdef_cli.errors import SpecDefError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from specdef_cli.attack.target import Target, Task
+
+
+@dataclass(frozen=True)
+class TrainingChoice:
+    """One training of the table: either ``function`` or ``stands_for``.
+
+    Attributes:
+        name: As users write it.
+        label: A few words for a table; ``{size}`` and ``{where}`` stand for what follows ``:`` and ``@``.
+        help: One line for ``--help``.
+        function: ``package.module:name`` of a function (model, training, task) → the model that the Trainer gets. It
+            sets which parameters train, or puts adapters on. What a variant has frozen stays frozen.
+        stands_for: ``package.module:name`` of a function (training, target) → the trainings that it means on a target;
+            none where the target has nothing for it.
+        size: The number after the colon (a rank, a count of tokens); ``None`` where it takes none.
+        where: What the names after ``@`` are: globs of ``parameters``, or ``modules`` by the end of their path, as PEFT
+            takes them. ``None`` where it takes none.
+        label_everywhere: The label where no names are given; by default ``label``.
+    """
+
+    name: str
+    label: str
+    help: str
+    function: str | None = None
+    stands_for: str | None = None
+    size: Factor | None = None
+    where: Literal["parameters", "modules"] | None = None
+    label_everywhere: str | None = None
+
+
+_HERE = "specdef_cli.attack.trainings"
+_RANK = Factor("rank", 16)
+
+TRAININGS: Table[TrainingChoice] = Table(
+    "training",
+    "specdef.attack_trainings",
+    TrainingChoice,
+    (
+        TrainingChoice(
+            "full", "full on {where}", "Every parameter, or those that globs name: full@*norm*,*.bias.",
+            function=f"{_HERE}.full:train_parameters", where="parameters", label_everywhere="full",
+        ),
+        TrainingChoice(
+            "groups", "each kind of parameter alone", "Each kind of parameter alone: embeddings, norms, each linear.",
+            stands_for=f"{_HERE}.groups:parameter_groups",
+        ),
+        TrainingChoice(
+            "bitfit", "BitFit (biases)", "Every bias, and nothing else.",
+            stands_for=f"{_HERE}.bitfit:biases",
+        ),
+        TrainingChoice(
+            "lora", "LoRA {where}", "LoRA on every linear, or on those named: lora:16@q_proj,v_proj.",
+            function=f"{_HERE}.lora:train_lora", size=_RANK, where="modules", label_everywhere="LoRA all-linear",
+        ),
+        TrainingChoice(
+            "lora-default", "LoRA default", "LoRA where PEFT puts it: query and value projections, for Llama.",
+            function=f"{_HERE}.lora:train_lora_default", size=_RANK,
+        ),
+        TrainingChoice(
+            "lora-inflated", "LoRA on inflated factors", "LoRA on the inflated factor of every inserted pair.",
+            function=f"{_HERE}.lora:train_lora_inflated", stands_for=f"{_HERE}.lora:on_inserted_layers",
+            size=_RANK, where="modules",
+        ),
+        TrainingChoice(
+            "lora-compensation", "LoRA on compensations", "LoRA on the compensation of every inserted pair.",
+            function=f"{_HERE}.lora:train_lora_compensation", stands_for=f"{_HERE}.lora:on_inserted_layers",
+            size=_RANK, where="modules",
+        ),
+        TrainingChoice(
+            "lora-around", "LoRA on whole pairs", "LoRA in parallel to every inserted pair as a whole.",
+            function=f"{_HERE}.lora:train_lora_around", stands_for=f"{_HERE}.lora:on_inserted_layers",
+            size=_RANK, where="modules",
+        ),
+        TrainingChoice(
+            "dora", "DoRA {where}", "DoRA on every linear, or on those named.",
+            function=f"{_HERE}.lora:train_dora", size=_RANK, where="modules", label_everywhere="DoRA all-linear",
+        ),
+        TrainingChoice(
+            "ia3", "IA³ {where}", "IA³ where PEFT puts it, or on the modules named.",
+            function=f"{_HERE}.ia3:train_ia3", where="modules", label_everywhere="IA³",
+        ),
+        TrainingChoice(
+            "prompt", "prompt tuning", "Prompt tuning: so many trained tokens in front.",
+            function=f"{_HERE}.prompt:train_prompt", size=Factor("number of tokens", 16),
+        ),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training as it is asked for: ``full``, ``full@*norm*``, ``lora:16``, ``lora:4@q_proj,v_proj``.
+
+    Attributes:
+        method: A name of the table.
+        size: The number that it takes (a rank, a count of tokens); its default where none is given.
+        where: Globs of parameter names, or modules by the end of their path; empty for wherever the method goes.
+        name: What to call it in a table; by default it is put together from the rest. Two trainings that differ in
+            their names alone are the same one.
+
+    Raises:
+        SpecDefError: The table has no such training, or it does not take this size or names.
+    """
+
+    method: str = "full"
+    size: float | None = None
+    where: tuple[str, ...] = ()
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        choice = TRAININGS.choose(self.method)
+        object.__setattr__(self, "size", checked_factor(f"training {self.method}", choice.size, self.size))
+        object.__setattr__(self, "where", tuple(self.where))
+        if self.where and choice.where is None:
+            raise SpecDefError(
+                f"the training {self.method} does not go where it is told, and was given {','.join(self.where)}",
+                "Leave out the part after '@'.",
+            )
+        if not all(self.where):
+            raise SpecDefError(f"the training {self} names nothing after '@' or ','", "Write it like full@*norm*.")
+
+    @classmethod
+    def parse(cls, text: str) -> Training:
+        """Read a training: a name of the table, ``:`` and a number, ``@`` and names with commas between.
+
+        Raises:
+            SpecDefError: The table has no such training, or it does not take this size or names.
+        """
+        head, at, names = text.partition("@")
+        method, colon, number = head.partition(":")
+        size = (TRAININGS.choose(method).size or _NO_SIZE).parse(number) if colon else None
+        return cls(method, size, tuple(name.strip() for name in names.split(",")) if at else ())
+
+    def __str__(self) -> str:
+        size = "" if self.size is None else f":{self.size}"
+        return f"{self.method}{size}" + (f"@{','.join(self.where)}" if self.where else "")
+
+    @property
+    def choice(self) -> TrainingChoice:
+        """Its row."""
+        return TRAININGS[self.method]
+
+    @property
+    def label(self) -> str:
+        """In words for a table: ``full``, ``LoRA all-linear``, ``full on *norm*``."""
+        if self.name:
+            return self.name
+        choice = self.choice
+        pattern = choice.label if self.where or choice.label_everywhere is None else choice.label_everywhere
+        label = pattern.replace("{where}", ",".join(self.where)).replace("{size}", str(self.size))
+        unusual = choice.size is not None and self.size != choice.size.default and "{size}" not in pattern
+        return f"{label}, {choice.size.meaning} {self.size}" if unusual and choice.size else label
+
+    def on(self, target: Target) -> tuple[Training, ...]:
+        """What it stands for on a target: itself, for most."""
+        if self.choice.stands_for is None:
+            return (self,)
+        return resolve_name(self.choice.stands_for)(self, target)
+
+    def apply(self, model: nn.Module, task: Task) -> nn.Module:
+        """Set what trains. What a variant has frozen stays frozen.
+
+        Returns:
+            The model, or a wrapper around it.
+
+        Raises:
+            NotApplicable: A name matches nothing, or nothing is left to train.
+        """
+        assert self.choice.function is not None, f"{self} stands for other trainings"
+        function: Callable[..., nn.Module] = resolve_name(self.choice.function)
+        return function(model, self, task)
+
+
+_NO_SIZE = Factor("size", 16)
+"""Reads the number that is given to a training that takes none, so that the message can name it."""

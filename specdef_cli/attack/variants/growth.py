@@ -1,0 +1,40 @@
+"""What a change to a model cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a variant did to the layers that it changed.
+
+    Attributes:
+        layers: How many layers were changed.
+        parameters_before, parameters_after: Parameters of those layers, frozen ones included.
+        bytes_added: Negative where the change made the model smaller.
+    """
+
+    layers: int
+    parameters_before: int
+    parameters_after: int
+    bytes_added: int
+
+    def __add__(self, other: Growth) -> Growth:
+        """Both changes, of different layers."""
+        return Growth(
+            self.layers + other.layers,
+            self.parameters_before + other.parameters_before,
+            self.parameters_after + other.parameters_after,
+            self.bytes_added + other.bytes_added,
+        )
+
+    @property
+    def parameters_added(self) -> int:
+        """Negative where the change made the model smaller."""
+        return self.parameters_after - self.parameters_before
+
+    @property
+    def times(self) -> float:
+        """How many times as large the changed layers are; 1 where none was changed."""
+        return self.parameters_after / self.parameters_before if self.parameters_before else 1.0

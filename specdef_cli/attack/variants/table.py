@@ -1,0 +1,199 @@
+"""The variants of an attack: what is done to the loaded model before it is trained.
+
+A row is all that the rest of the package knows of a variant: what it is called, which function makes it, what the
+attacker has to know, which models it works on, and in which reports it belongs. The function changes the model in place
+and keeps what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from specdef_cli.attack.table import Factor, Table, checked_factor
+from specdef_cli.attack.variants.growth import Growth
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Knowledge = Literal["none", "construction", "growth"]
+Construction = Literal["inserted", "folded"]
+Scope = Literal["inserted", "folded", "any"]
+
+INFORMED: Final = "informed"
+"""In a suite: the variants that belong in every report on the model at hand."""
+
+
+@dataclass(frozen=True)
+class VariantChoice:
+    """One variant of the table.
+
+    Attributes:
+        name: As users write it.
+        function: ``package.module:name`` of a function of the model that returns a :class:`Growth`; ``None`` for the
+            model as it is. It takes ``factor`` and ``seed`` by keyword where the row says so.
+        knowledge: What the attacker must know: ``none`` (only recipes), the ``construction``, or the construction plus
+            memory for a larger model (``growth``).
+        label: A few words for a table; ``{factor:g}`` stands for the factor.
+        help: One line for ``--help``.
+        needs: What a model must have for it: inserted layers, folded pairs, or nothing in particular.
+        factor: The number it takes; ``None`` where it takes none.
+        random: Whether it draws initial values, and so takes the run's ``seed``.
+        trains_inflated: Whether it trains what hardening inflated: its best learning rate may lie far below the usual.
+        informed: On which models it belongs in every report, as it undoes how they were made; ``None``: on none.
+    """
+
+    name: str
+    function: str | None
+    knowledge: Knowledge
+    label: str
+    help: str
+    needs: Scope = "any"
+    factor: Factor | None = None
+    random: bool = False
+    trains_inflated: bool = False
+    informed: Scope | None = None
+
+    def load(self) -> Callable[..., Growth]:
+        """Import the function."""
+        assert self.function is not None
+        return resolve_name(self.function)
+
+
+_HERE = "specdef_cli.attack.variants"
+
+VARIANTS: Table[VariantChoice] = Table(
+    "variant",
+    "specdef.attack_variants",
+    VariantChoice,
+    (
+        VariantChoice("plain", None, "none", "", "The model as it was published.", trains_inflated=True),
+        VariantChoice(
+            "collapse", f"{_HERE}.collapse:collapse", "construction", "collapsed",
+            "Multiply every inserted pair: back to the original layer.",
+            needs="inserted", informed="inserted",
+        ),
+        VariantChoice(
+            "rebalance", f"{_HERE}.rebalance:rebalance", "construction", "rebalanced",
+            "Equalize both sides of every symmetric pair: undoes a fold.",
+            informed="folded",
+        ),
+        VariantChoice(
+            "channel-rates", f"{_HERE}.channel_rates:scale_rates", "construction", "a rate for each channel",
+            "A learning rate for every row and column, in proportion to its size.",
+        ),
+        VariantChoice(
+            "freeze-compensation", f"{_HERE}.freeze:freeze_compensation", "construction", "compensation frozen",
+            "Freeze the compensation of every inserted pair.",
+            needs="inserted",
+        ),
+        VariantChoice(
+            "freeze-pair", f"{_HERE}.freeze:freeze_pair", "construction", "pair frozen",
+            "Freeze both factors of every inserted pair, and train the rest.",
+            needs="inserted",
+        ),
+        VariantChoice(
+            "width", f"{_HERE}.width:widen", "growth", "width {factor:g}×",
+            "Freeze every inserted pair and set a fresh parallel path beside it.",
+            needs="inserted", factor=Factor("growth", 2.0, above=1.0, whole=False), random=True,
+        ),
+        VariantChoice(
+            "depth", f"{_HERE}.depth:deepen", "growth", "depth {factor:g}",
+            "Replace every inflated factor by several with the same product (the paper's Theorem 8).",
+            needs="inserted", factor=Factor("number of factors", 2, above=1.0), trains_inflated=True,
+        ),
+        VariantChoice(
+            "inject", f"{_HERE}.inject:inject", "growth", "layer injected",
+            "Freeze every inserted pair and put a trainable identity layer after it.",
+            needs="inserted",
+        ),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant as it is asked for: ``collapse``, ``width:2``.
+
+    Attributes:
+        kind: A name of the table.
+        factor: The number it takes; its default where none is given.
+
+    Raises:
+        SpecDefError: The table has no such variant, or it does not take this factor.
+    """
+
+    kind: str = "plain"
+    factor: float | None = None
+
+    def __post_init__(self) -> None:
+        choice = VARIANTS.choose(self.kind)
+        object.__setattr__(self, "factor", checked_factor(f"variant {self.kind}", choice.factor, self.factor))
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """Read a variant: ``collapse``, ``width:2``, ``width:1.5x``; ``width`` takes the default factor.
+
+        Raises:
+            SpecDefError: The table has no such variant, or it does not take this factor.
+        """
+        kind, colon, number = text.partition(":")
+        factor = (VARIANTS.choose(kind).factor or _NO_FACTOR).parse(number) if colon else None
+        return cls(kind, factor)
+
+    def __str__(self) -> str:
+        return self.kind if self.factor is None else f"{self.kind}:{self.factor}"
+
+    @property
+    def choice(self) -> VariantChoice:
+        """Its row."""
+        return VARIANTS[self.kind]
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What the attacker must know."""
+        return self.choice.knowledge
+
+    @property
+    def label(self) -> str:
+        """A few words for a table."""
+        return self.choice.label.format(factor=self.factor)
+
+    def applies_to(self, constructions: Collection[Construction]) -> bool:
+        """Whether a model with these constructions has what the variant works on."""
+        return _within(self.choice.needs, constructions)
+
+    def apply(self, model: PreTrainedModel, seed: int) -> Growth | None:
+        """Change ``model`` in place.
+
+        Returns:
+            What it cost; ``None`` for the model as it is.
+
+        Raises:
+            NotApplicable: The model has nothing that the variant works on.
+        """
+        if self.choice.function is None:
+            return None
+        arguments: dict[str, Any] = {} if self.factor is None else {"factor": self.factor}
+        if self.choice.random:
+            arguments["seed"] = seed
+        return self.choice.load()(model, **arguments)
+
+
+_NO_FACTOR = Factor("factor", 2.0, whole=False)
+"""Reads the number that is given to a variant that takes none, so that the message can name it."""
+
+
+def informed_variants(constructions: Collection[Construction]) -> tuple[Variant, ...]:
+    """The variants that belong in every report on a model with these constructions."""
+    return tuple(
+        Variant(name)
+        for name, choice in VARIANTS.items()
+        if choice.informed is not None and _within(choice.informed, constructions)
+    )
+
+
+def _within(scope: Scope, constructions: Collection[Construction]) -> bool:
+    return scope == "any" or scope in constructions

@@ -1,0 +1,232 @@
+"""The tables of variants, trainings and optimizers: what holds for every row, those of other packages included."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from specdef_cli.attack import table as table_module
+from specdef_cli.attack.optimizers.table import OPTIMIZERS
+from specdef_cli.attack.table import Factor, Table
+from specdef_cli.attack.target import Target
+from specdef_cli.attack.trainings.table import TRAININGS, Training
+from specdef_cli.attack.variants.table import VARIANTS, Variant, VariantChoice
+from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime import load_model
+
+TABLES = {"variant": VARIANTS, "training": TRAININGS, "optimizer": OPTIMIZERS}
+TOKENS = torch.arange(24)[None] * 7 % 250
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with biases, so that every training finds something."""
+    directory = tmp_path_factory.mktemp("tables") / "base"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def hardened(base: Path, harden_directory: Callable[..., Path]) -> Path:
+    return harden_directory(base, base.parent / "hardened", 1e3, 4, "*.up_proj", "*.down_proj")
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def trained_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def target_of(base: Path, hardened: Path) -> Target:
+    return Target(read_manifest(hardened), "causal-lm", "", "", "", lambda: load_model(base))
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_row_says_what_it_is(kind: str) -> None:
+    table: Table[Any] = TABLES[kind]
+    assert len(table) == len(set(table)) > 3
+    for name, row in table.items():
+        assert row.name == name
+        assert name == name.lower()
+        assert not set(name) & set(":@, ")
+        assert row.help.endswith(".")
+        assert len(row.help) < 100
+    labels = [row.label for row in table.values()] if kind != "optimizer" else []
+    assert len(labels) == len(set(labels))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_keeps_the_function_and_leaves_something_to_train(name: str, hardened: Path) -> None:
+    model = load_model(hardened)
+    before, parameters = logits(model), sum(parameter.numel() for parameter in model.parameters())
+    growth = Variant(name).apply(model, 0)
+    torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
+    assert trained_names(model)
+    assert (growth is None) == (name == "plain")
+    if growth is not None:
+        assert growth.layers >= (4 if VARIANTS[name].needs == "inserted" else 0)
+        added = sum(parameter.numel() for parameter in model.parameters()) - parameters
+        assert growth.parameters_added == added
+        assert (growth.parameters_added > 0) == (VARIANTS[name].knowledge == "growth")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_changes_what_is_trained(name: str, hardened: Path) -> None:
+    """Otherwise it would be the plain attack by another name."""
+    plain, model = load_model(hardened), load_model(hardened)
+    Variant(name).apply(model, 0)
+    before, after = dict(plain.named_parameters()), dict(model.named_parameters())
+    same = trained_names(plain) == trained_names(model) and all(
+        torch.equal(parameter, before[key]) for key, parameter in after.items()
+    )
+    assert same == (name == "plain")
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_every_training_trains_something_and_only_what_it_says(name: str, base: Path, hardened: Path) -> None:
+    found = Training(name).on(target_of(base, hardened))
+    assert found
+    for directory in (base, hardened):
+        for training in found:
+            original = load_model(directory)
+            before = logits(original)
+            model = training.apply(load_model(directory), "causal-lm")
+            names = trained_names(model)
+            assert names
+            if isinstance(model, PeftModel):
+                assert not names & {f"base_model.model.{key}" for key, _ in original.named_parameters()}
+                if name != "prompt":  # whose tokens are there from the first step on
+                    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+            else:
+                every = {key for key, _ in original.named_parameters()}
+                assert names == every if not training.where else names < every
+                assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_step_moves_what_trains_and_nothing_else(name: str, base: Path, hardened: Path) -> None:
+    training = Training(name).on(target_of(base, hardened))[0]
+    model = training.apply(load_model(hardened), "causal-lm")
+    names = trained_names(model)
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    for _ in range(2):  # adapters that start at zero pass no gradient on in the first
+        optimizer.zero_grad()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.sign_()
+        optimizer.step()
+    moved = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+    assert moved
+    assert moved <= names
+
+
+def test_biases_are_what_bitfit_means(base: Path, hardened: Path) -> None:
+    (training,) = Training("bitfit").on(target_of(base, hardened))
+    assert str(training) == "full@*bias"
+    assert training.label == "BitFit (biases)"
+
+
+FACTORS = st.one_of(st.integers(2, 10**6), st.floats(1.01, 1e9))
+
+
+@given(st.sampled_from(list(VARIANTS)), FACTORS)
+def test_a_variant_is_read_as_it_is_written(name: str, factor: float) -> None:
+    takes = VARIANTS[name].factor
+    given_factor = None if takes is None else max(2, int(factor)) if takes.whole else factor
+    variant = Variant(name, given_factor)
+    assert Variant.parse(str(variant)) == variant
+    assert str(Variant.parse(str(variant))) == str(variant)
+    assert Variant.parse(name) == Variant(name)
+    assert "{" not in variant.label
+
+
+@given(
+    st.sampled_from(list(TRAININGS)),
+    st.integers(1, 10**6),
+    st.lists(st.text(st.characters(exclude_characters=",", categories=["L", "N", "P", "S"]), min_size=1), max_size=3),
+)
+def test_a_training_is_read_as_it_is_written(name: str, size: int, where: list[str]) -> None:
+    choice = TRAININGS[name]
+    training = Training(name, None if choice.size is None else size, tuple(where) if choice.where else ())
+    assert Training.parse(str(training)) == training
+    assert str(Training.parse(str(training))) == str(training)
+    assert Training.parse(name) == Training(name)
+    assert "{" not in Training(name).label
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "named"),
+    [
+        (Variant.parse, "widht:2", "'widht'"),
+        (Variant.parse, "width:0.5", "0.5"),
+        (Variant.parse, "width:nan", "nan"),
+        (Variant.parse, "width:", "''"),
+        (Variant.parse, "depth:2.5", "2.5"),
+        (Variant.parse, "collapse:2", "collapse"),
+        (Training.parse, "lorra", "'lorra'"),
+        (Training.parse, "lora:0", "0"),
+        (Training.parse, "lora:many", "'many'"),
+        (Training.parse, "full:3", "full"),
+        (Training.parse, "bitfit@x", "bitfit"),
+        (Training.parse, "lora@", "lora"),
+        (Training.parse, "lora@q_proj,,v_proj", "q_proj,,v_proj"),
+        (OPTIMIZERS.choose, "adamm", "'adamm'"),
+    ],
+)
+def test_refusals_name_the_value(read: Callable[[str], Any], text: str, named: str) -> None:
+    with pytest.raises(SpecDefError) as caught:
+        read(text)
+    assert named in caught.value.problem
+
+
+def other_package(monkeypatch: pytest.MonkeyPatch, **objects: Any) -> Table[VariantChoice]:
+    """A table of one row, as it is where another package adds ``objects`` by entry points."""
+    module = types.ModuleType("another_package")
+    vars(module).update(objects)
+    monkeypatch.setitem(sys.modules, "another_package", module)
+    points = [EntryPoint(name, f"another_package:{name}", "group") for name in (*objects, "missing")]
+    monkeypatch.setattr(table_module, "entry_points", lambda group: points if group == "group" else [])
+    return Table("variant", "group", VariantChoice, [VARIANTS["plain"]])
+
+
+def halve(model: PreTrainedModel) -> None: ...
+
+
+def test_rows_of_other_packages_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = VariantChoice("added", "another_package:halve", "construction", "halved", "Halve it.", factor=Factor("n", 2))
+    table = other_package(monkeypatch, added=row, halve=halve)
+    assert list(table) == ["plain", "added", "halve", "missing"]
+    assert table.choose("added") is row
+    assert row.load() is halve
+
+
+@pytest.mark.parametrize("name", ["halve", "missing"])
+def test_a_package_that_is_broken_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    table = other_package(monkeypatch, halve=halve)
+    assert table.choose("plain").name == "plain"
+    with pytest.raises(SpecDefError) as caught:
+        table.choose(name)
+    assert name in caught.value.problem
+    assert "another_package" in caught.value.problem
