@@ -22,10 +22,10 @@ from specdef_cli.cli.options import (
 )
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import prefer_huge_pages
-from specdef_cli.cli.tables import folded_table, layer_table
+from specdef_cli.cli.tables import layer_table, pairs_table, summary_lines
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
 
     from specdef_cli.hardening.run import HardenResult, PlanPreview
 
@@ -206,7 +206,6 @@ def preview_tables(shown: PlanPreview) -> Group:
     from rich.console import Group
 
     plan = shown.plan
-    added, grown = plan.parameters_added, shown.bytes_after - shown.bytes_before
     table = layer_table(last="parameters added")
     for layer in shown.layers:
         table.add_row(
@@ -217,11 +216,12 @@ def preview_tables(shown: PlanPreview) -> Group:
             f"{layer.sigma_after:.4g}",
             f"{layer.site.out_features**2:,}",
         )
-    headline = (
-        f"{plan.method}: {len(plan.inserted)} layers to replace, {len(plan.folded)} pairs to rescale; adds {added:,} "
-        f"parameters ({added / shown.parameters_before:+.1%}), {grown / 1e6:,.1f} MB; nothing was written"
-    )
-    return Group(headline, *([table] if plan.inserted else []), *([folded_table(plan.folded)] if plan.folded else []))
+    parts: list[RenderableType] = [*summary_lines(shown.summary), "nothing was written"]
+    if plan.inserted:
+        parts.append(table)
+    if plan.folded:
+        parts.append(pairs_table(plan.folded))
+    return Group(*parts)
 
 
 def result_tables(result: HardenResult) -> Group:
@@ -248,4 +248,4 @@ def result_tables(result: HardenResult) -> Group:
         )
     headline = f"{result.out}: {manifest.method}, adds {result.parameters_added:,} parameters; {verified}"
     tables = [table] if manifest.inserted else []
-    return Group(headline, *tables, *([folded_table(manifest.folded)] if manifest.folded else []))
+    return Group(headline, *tables, *([pairs_table(manifest.folded)] if manifest.folded else []))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from specdef_cli.checkpoint.manifest import FoldedPair
-
-# A large model has thousands of pairs, all alike; --json has them all.
-MOST_PAIRS = 40
+    from specdef_cli.hardening.outlook import Outlook, PlanSummary
 
 
 def layer_table(last: str) -> Table:
@@ -25,15 +24,100 @@ def layer_table(last: str) -> Table:
     return table
 
 
-def folded_table(pairs: Sequence[FoldedPair]) -> Table:
-    """Rescaled pairs: where, and by which powers of two."""
+def pairs_table(pairs: Sequence[FoldedPair]) -> Table:
+    """Rescaled pairs by kind: how many, and by which powers of two. ``--json`` lists every one."""
     from rich.table import Table
 
-    table = Table("pair", "kind", "channels", "factors")
-    table.columns[0].no_wrap = True
-    for pair in pairs[:MOST_PAIRS]:
-        channels = ", ".join(map(str, pair.channels))
-        table.add_row(pair.name, pair.kind, channels, ", ".join(f"2^{exponent}" for exponent in pair.exponents))
-    if len(pairs) > MOST_PAIRS:
-        table.caption = f"and {len(pairs) - MOST_PAIRS} more; --json lists all"
+    table = Table("symmetric pairs")
+    for heading in ("count", "channels", "factors"):
+        table.add_column(heading, justify="right")
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        alike = [pair for pair in pairs if pair.kind == kind]
+        exponents = [exponent for pair in alike for exponent in pair.exponents]
+        table.add_row(
+            kind.replace("_", "/"),
+            str(len(alike)),
+            str(sum(len(pair.channels) for pair in alike)),
+            f"2^{min(exponents)} to 2^{max(exponents)}",
+        )
     return table
+
+
+MOST_NAMES = 6
+"""Names of what is left alone that are listed."""
+
+FEW = 0.5
+"""Below this share of the parameters a recommendation says how little is reached."""
+
+
+def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
+    """What every method would do and cost, and which one to take."""
+    from specdef_cli.hardening.outlook import Obstacle
+
+    for summary in outlook.methods:
+        if isinstance(summary, Obstacle):
+            yield f"{summary.method}: not possible; {summary.problem}"
+        else:
+            yield from summary_lines(summary)
+        yield ""
+    default = outlook.default
+    if isinstance(default, Obstacle):
+        yield f"Recommended: leave it as it is; {default.problem}. {default.hint}"
+    else:
+        yield f"Recommended: {recommendation(default)}"
+    yield (
+        "Harden if a cost for people who run ordinary recipes is worth something to you. Attackers who know of the "
+        "change undo it in one pass over the weights, and `specdef attack` shows which other recipes get through."
+    )
+
+
+def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
+    """One plan: what it changes, what it leaves, what it costs."""
+    from rich.filesize import decimal
+    from rich.padding import Padding
+
+    parts = []
+    if summary.pairs:
+        parts.append(f"{summary.pairs} symmetric pairs rescaled")
+    if summary.layers:
+        parts.append(f"{summary.layers} layers replaced by pairs of layers")
+    yield f"{summary.method}: {', '.join(parts)}"
+    names = ", ".join(f"{name} ×{count}" for name, count in summary.changed.items())
+    lines = [
+        f"changes tensors with {_share(summary.parameters_changed, summary.parameters)} of the parameters: {names}"
+    ]
+    left = [f"{name} ({_share(count, summary.parameters)})" for name, count in summary.left.items()]
+    more = [f"{len(left) - MOST_NAMES} more"] if len(left) > MOST_NAMES else []
+    if left:
+        lines.append(f"leaves these, which train as before: {', '.join(left[:MOST_NAMES] + more)}")
+    added = "no parameter added"
+    if summary.parameters_added:
+        grown = summary.bytes_after - summary.bytes_before
+        share = summary.parameters_added / summary.parameters
+        added = f"{summary.parameters_added:,} parameters added ({share:+.1%}, {decimal(grown)})"
+    lines.append(
+        f"costs: {added}; {decimal(summary.bytes_after)} to write, in about the time of copying them; "
+        f"{decimal(summary.bytes_before + summary.bytes_after)} of memory to compare the outputs"
+    )
+    for line in lines:
+        yield Padding(line, (0, 0, 0, 2))
+
+
+def recommendation(summary: PlanSummary) -> str:
+    """Why the default plan is the one to take."""
+    reasons = {
+        "fold": "fold (the default here). The outputs stay bit-identical, and whatever loads the architecture loads "
+        "the result, in float32 and bfloat16.",
+        "insert": "insert (the default here), as no symmetric pair is known for this architecture. The result needs "
+        "code to load: trust_remote_code=True, or `import specdef_cli`.",
+        "mixed": "fold, and insert what no pair reaches (the default here). The result needs code to load; --method "
+        "fold keeps an ordinary checkpoint and leaves more alone.",
+    }
+    reached = summary.parameters_changed / summary.parameters
+    caution = f" It reaches tensors with only {reached:.0%} of the parameters." if reached < FEW else ""
+    return reasons[summary.method] + caution
+
+
+def _share(count: int, whole: int) -> str:
+    share = count / whole
+    return "under 0.1 %" if 0 < share < 0.001 else f"{100 * share:.3g} %"

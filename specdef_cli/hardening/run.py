@@ -26,6 +26,7 @@ from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.execute import Written, execute, write_json
 from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.verify import verify
 from specdef_cli.runtime.processes import process_state
@@ -67,12 +68,14 @@ class PlanPreview:
 
     Attributes:
         plan: The plan.
+        summary: The same in a few figures.
         layers: σ₁ of each layer to be replaced.
         bytes_before, bytes_after: Size of all tensors.
         parameters_before: Number of parameters.
     """
 
     plan: HardeningPlan
+    summary: PlanSummary
     layers: tuple[LayerPreview, ...]
     parameters_before: int
     bytes_before: int
@@ -136,6 +139,7 @@ def _preview(
         layers.append(LayerPreview(layer.site, layer.alpha, sigma, sigma * layer.alpha))
     return PlanPreview(
         plan=plan,
+        summary=summarize(plan, checkpoint),
         layers=tuple(layers),
         parameters_before=sum(math.prod(header.shape) for header in checkpoint.tensors.values()),
         bytes_before=checkpoint.nbytes,

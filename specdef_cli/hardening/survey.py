@@ -18,6 +18,7 @@ from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.insert import read_weight
+from specdef_cli.hardening.outlook import Outlook, outlook
 from specdef_cli.hardening.plan import RESIDUAL_WRITERS, native_config, require_complete
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import unshim_config
@@ -36,8 +37,9 @@ class LayerSurvey:
         out_features, in_features: m and n.
         dtype: As stored.
         role: What it writes to.
-        sigma: σ₁ of the weight as stored (of the inflated factor, if hardened); ``None`` for a quantized weight.
-        effective_rank: (Σσ²)²/Σσ⁴, estimated; ``None`` for a quantized weight.
+        sigma: σ₁ of the weight as stored (of the inflated factor, if hardened); ``None`` for a quantized weight, and
+            where no spectra were asked for.
+        effective_rank: (Σσ²)²/Σσ⁴, estimated; ``None`` likewise.
         alpha: α if the layer is hardened by insert, else ``None``.
         default: Whether ``harden --method insert`` takes it without ``--layers``.
     """
@@ -70,6 +72,7 @@ class Survey:
         nbytes: Size of all tensors.
         manifest: If it is hardened.
         layers: Its linear layers.
+        outlook: What hardening would do; ``None`` if it is hardened.
     """
 
     model: Resolved
@@ -78,6 +81,7 @@ class Survey:
     nbytes: int
     manifest: Manifest | None
     layers: tuple[LayerSurvey, ...]
+    outlook: Outlook | None
 
 
 def survey(
@@ -87,17 +91,26 @@ def survey(
     token: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    spectra: bool = True,
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_download: DownloadHook | None = None,
 ) -> Survey:
-    """Look at every linear layer of a checkpoint, one tensor in memory at a time.
+    """Look at every linear layer of a checkpoint, one tensor in memory at a time, and at what hardening would do.
+
+    Args:
+        model, revision, token: As for :func:`specdef_cli.checkpoint.resolve.resolve`.
+        device: Where spectra are computed.
+        trust_remote_code: Whether the model's own Python code may run.
+        spectra: Whether every layer is read, for its σ₁ and effective rank. Without them headers and a sample are read.
+        on_progress: Called after each layer.
+        on_download: As for :func:`specdef_cli.harden`.
 
     Raises:
         SpecDefError: The model cannot be found or read.
     """
     with resolving(model, revision=revision, token=token, on_download=on_download) as (resolved, arriving):
         checkpoint = open_checkpoint(resolved.directory, arriving)
-        return _survey(resolved, checkpoint, device, trust_remote_code, on_progress)
+        return _survey(resolved, checkpoint, device, trust_remote_code, spectra, on_progress)
 
 
 def _survey(
@@ -105,6 +118,7 @@ def _survey(
     checkpoint: Checkpoint,
     device: str | None,
     trust_remote_code: bool,
+    spectra: bool,
     on_progress: Callable[[Progress], None],
 ) -> Survey:
     manifest = read_manifest(resolved.directory) if is_hardened(resolved.directory) else None
@@ -123,7 +137,7 @@ def _survey(
         replaced = inserted.get(site.tensor)
         header = checkpoint.tensors[replaced.inflated_tensor if replaced else site.tensor]
         sigma = rank = None
-        if header.dtype in FLOATING_DTYPES:
+        if spectra and header.dtype in FLOATING_DTYPES:
             seed = layer_seed(0, site.tensor)
             if replaced:
                 weight = checkpoint.read(header.name).to(place).float()
@@ -153,6 +167,7 @@ def _survey(
         nbytes=checkpoint.nbytes,
         manifest=manifest,
         layers=tuple(layers),
+        outlook=None if manifest else outlook(checkpoint, trust_remote_code=trust_remote_code),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -262,3 +263,47 @@ def test_to_import_the_package_changes_nothing_in_the_process() -> None:
     found = run_program("-c", code, env=environment())
     assert found["before"] == found["after"]
     assert found["after"][0] != list(COLLECT_AFTER)
+
+
+def test_inspect_says_what_each_method_would_do_and_what_harden_does(llama: Path, tmp_path: Path) -> None:
+    """The outlook's figures are those of the directories that the same methods write."""
+    weights = load_file(llama / "model.safetensors")
+    found = json.loads(call_cli("inspect", llama, "--json").stdout)["outlook"]
+    outlooks = {outlook["method"]: outlook for outlook in found["methods"]}
+    assert list(outlooks) == ["fold", "insert"]
+    assert {**found["default"], "notes": []} == {**outlooks["fold"], "notes": []}
+    for method, outlook in outlooks.items():
+        out = tmp_path / method
+        hardened = json.loads(call_cli("harden", llama, "--out", out, "--method", method, "--json").stdout)
+        written = load_file(out / "model.safetensors")
+        same = {name for name in weights if name in written and torch.equal(weights[name], written[name])}
+        assert outlook["parameters"] == sum(weight.numel() for weight in weights.values())
+        assert sum(outlook["left"].values()) == sum(weights[name].numel() for name in same)
+        assert outlook["parameters_changed"] == outlook["parameters"] - sum(outlook["left"].values())
+        assert outlook["parameters_added"] == hardened["parameters_added"]
+        assert outlook["bytes_after"] == sum(weight.nbytes for weight in written.values())
+        assert outlook["pairs"] == len(hardened["manifest"]["folded"])
+        assert outlook["layers"] == len(hardened["manifest"]["inserted"])
+
+
+def test_inspect_fits_a_screen_and_lists_layers_when_asked(llama: Path) -> None:
+    screen = call_cli("inspect", llama).stdout
+    assert len(screen.splitlines()) < 40
+    words = " ".join(screen.split())
+    assert "Recommended: fold" in words
+    assert "undo it in one pass" in words
+    assert "embed_tokens" in words
+    assert "model.layers.1.mlp.down_proj" not in screen
+    assert "model.layers.1.mlp.down_proj" in call_cli("inspect", llama, "--layers").stdout
+
+
+def test_inspect_says_what_stands_in_the_way(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """A quantized checkpoint: every method is refused, and so is the recommendation."""
+    shutil.copytree(tiny_model("llama"), tmp_path / "quantized")
+    config = json.loads((tmp_path / "quantized/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "quantized/config.json").write_text(json.dumps(config))
+    words = " ".join(call_cli("inspect", tmp_path / "quantized").stdout.split())
+    assert words.count("is quantized (gptq)") == 3
+    assert "Recommended: leave it as it is" in words
+    assert "Harden the unquantized checkpoint" in words

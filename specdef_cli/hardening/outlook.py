@@ -1,0 +1,122 @@
+"""Should this checkpoint be hardened, how, and what will it cost? Plans of every method, as a few figures each."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import HardenOptions, MethodChoice
+from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan
+
+METHODS: tuple[MethodChoice, ...] = ("fold", "insert")
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """A plan in the figures that a publisher asks for.
+
+    Attributes:
+        method: ``fold``, ``insert`` or ``mixed``.
+        pairs: Symmetric pairs that are rescaled.
+        layers: Layers that are replaced.
+        changed: How many tensors or layers change, by their name within a block.
+        parameters: Parameters of the checkpoint.
+        parameters_changed: Parameters of the tensors that change, not counting what is added.
+        parameters_added: By compensation layers.
+        left: Parameters of the tensors that stay as they are, by their name within a block. They train as before.
+        bytes_before, bytes_after: Size of all tensors.
+        notes: What was decided and why.
+    """
+
+    method: str
+    pairs: int
+    layers: int
+    changed: Mapping[str, int]
+    parameters: int
+    parameters_changed: int
+    parameters_added: int
+    left: Mapping[str, int]
+    bytes_before: int
+    bytes_after: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a method cannot be used, and what to do about it."""
+
+    method: str
+    problem: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What hardening would do to a checkpoint.
+
+    Attributes:
+        methods: What each method would do.
+        default: What ``harden`` without ``--method`` would do.
+    """
+
+    methods: tuple[PlanSummary | Obstacle, ...]
+    default: PlanSummary | Obstacle
+
+
+def outlook(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Outlook:
+    """Plan every method, from headers and a sample of the weights; nothing is computed or written.
+
+    Args:
+        checkpoint: The base.
+        trust_remote_code: Whether code that comes with it may run.
+    """
+
+    def attempt(method: MethodChoice) -> PlanSummary | Obstacle:
+        options = HardenOptions(str(checkpoint.directory), Path(), method=method, trust_remote_code=trust_remote_code)
+        try:
+            return summarize(make_plan(checkpoint, options), checkpoint)
+        except SpecDefError as error:
+            return Obstacle(method, error.problem, error.hint)
+
+    return Outlook(tuple(attempt(method) for method in METHODS), attempt("auto"))
+
+
+def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
+    """The figures of a plan."""
+    changed: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    for group in plan.groups:
+        name = within_block(group.label)
+        if group.transform is None or isinstance(group.transform, CastTensor):
+            left[name] += sum(math.prod(spec.shape) for spec in group.outputs)
+        else:
+            changed[name] += 1
+    parameters = sum(math.prod(header.shape) for header in checkpoint.tensors.values())
+    return PlanSummary(
+        method=plan.method,
+        pairs=len(plan.folded),
+        layers=len(plan.inserted),
+        changed=dict(changed),
+        parameters=parameters,
+        parameters_changed=parameters - left.total(),
+        parameters_added=plan.parameters_added,
+        left=dict(left.most_common()),
+        bytes_before=checkpoint.nbytes,
+        bytes_after=plan.nbytes,
+        notes=plan.notes,
+    )
+
+
+def within_block(name: str) -> str:
+    """A tensor's or module's name without the path to its block, so that all blocks count as one.
+
+    >>> within_block("model.layers.11.mlp.down_proj.weight")
+    'mlp.down_proj'
+    """
+    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
