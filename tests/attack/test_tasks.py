@@ -1,0 +1,216 @@
+"""Every kind of model is trained for what it is: tiny random ones, from a directory to a loss that falls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from byte_tokenizer import byte_tokenizer
+from test_data_forms import encoder_tokenizer
+from test_optimizers import spec
+from tokenizers import processors
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from specdef_cli.attack import AttackOptions
+from specdef_cli.attack.data import load_data, load_preprocessor
+from specdef_cli.attack.data.labels import Head, labels_of
+from specdef_cli.attack.spec import Task
+from specdef_cli.attack.tasks import task_of
+from specdef_cli.attack.trainer import load_for_training, train_run
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.run import harden
+
+TEXT = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}
+DECODER = {**TEXT, "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 256, "pad_token_id": 257}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def ending_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    ending = [("<end>", tokenizer.eos_token_id)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=ending)
+    return tokenizer
+
+
+def t5() -> PreTrainedModel:
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=264, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=257,
+            pad_token_id=257, eos_token_id=256,
+        )
+    )  # fmt: skip
+
+
+def llava() -> PreTrainedModel:
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**DECODER),
+            vision_config=transformers.CLIPVisionConfig(**VISION),
+            image_token_id=260,
+        )
+    )
+
+
+def qwen2_vl() -> PreTrainedModel:
+    return transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(
+            text_config={**DECODER, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+            vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
+            image_token_id=260, video_token_id=261, vision_start_token_id=262, vision_end_token_id=263,
+        )
+    )  # fmt: skip
+
+
+def gemma3() -> PreTrainedModel:
+    return transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config=transformers.Gemma3TextConfig(**DECODER, head_dim=8),
+            vision_config=transformers.SiglipVisionConfig(**VISION),
+            image_token_id=260, mm_tokens_per_image=4, boi_token_index=261, eoi_token_index=262,
+        )
+    )  # fmt: skip
+
+
+def bert() -> PreTrainedModel:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**TEXT, pad_token_id=257))
+
+
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[], PreTrainedTokenizerFast], Task]] = {
+    "t5": (t5, ending_tokenizer, "seq2seq-lm"),
+    "bert": (bert, encoder_tokenizer, "masked-lm"),
+    "llava": (llava, byte_tokenizer, "causal-lm"),
+    "qwen2-vl": (qwen2_vl, byte_tokenizer, "causal-lm"),
+    "gemma3": (gemma3, byte_tokenizer, "causal-lm"),
+}
+
+
+def save(name: str, directory: Path) -> Path:
+    make, tokenizer, _ = MODELS[name]
+    torch.manual_seed(0)
+    make().save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def options(dataset: Path | None, **changes: Any) -> AttackOptions:
+    fields: dict[str, Any] = {"steps": 4, "batch_size": 4, "sequence_length": 48, "eval_sequences": 4, **changes}
+    return AttackOptions(model="m", out=Path("o"), dataset=None if dataset is None else str(dataset), **fields)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_language_model_is_trained_as_what_it_is(name: str, tmp_path: Path) -> None:
+    directory = save(name, tmp_path / name)
+    task, _ = task_of(directory, None)
+    assert task == MODELS[name][2]
+    data = load_data(options(None), task, load_preprocessor(task, directory))
+    result = train_run(spec("adamw", task=task, steps=4, eval_every=4, learning_rate=1e-2), directory, data)
+    assert result.start == pytest.approx(5.58, abs=0.7)  # ln 264: chance
+    assert result.best is not None
+    assert result.best < result.start - 0.5
+
+
+def test_a_hardened_sequence_to_sequence_model_starts_where_its_base_does(tmp_path: Path) -> None:
+    base = save("t5", tmp_path / "t5")
+    harden(HardenOptions(str(base), tmp_path / "hardened", method="insert", alpha=1e3, top_k=2, verify=False))
+    data = load_data(options(None), "seq2seq-lm", load_preprocessor("seq2seq-lm", base))
+    run = spec("adamw", task="seq2seq-lm", steps=2, eval_every=2)
+    control, hardened = (train_run(run, directory, data) for directory in (base, tmp_path / "hardened"))
+    assert hardened.start == pytest.approx(control.start, rel=1e-4)
+
+
+def test_an_encoder_is_not_trained_as_a_causal_model(tmp_path: Path) -> None:
+    directory = save("bert", tmp_path / "bert")
+    with pytest.raises(SpecDefError, match="encoder") as caught:
+        task_of(directory, "causal-lm")
+    assert caught.value.hint == "Use --task masked-lm."
+
+
+LABELS: dict[str, tuple[Callable[[int], Any], str, int]] = {
+    # The label of a row, what transformers calls it, and the outputs of a head that has three.
+    "numbers": (lambda n: n % 3, "single_label_classification", 3),
+    "names": (lambda n: "abcd"[n % 4], "single_label_classification", 4),
+    "several numbers": (lambda n: [0, 2] if n % 2 else [1], "multi_label_classification", 3),
+    "several names": (lambda n: ["a", "b"] if n % 2 else ["c"], "multi_label_classification", 3),
+    "one for each class": (lambda n: [n % 2, 1, 0], "multi_label_classification", 3),
+    "fractions": (lambda n: n / 7, "regression", 1),
+    "several fractions": (lambda n: [n / 7, n / 3], "regression", 2),
+}
+
+
+def classifier(directory: Path, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DECODER, num_labels=3)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return directory
+
+
+def write_rows(path: Path, label: Callable[[int], Any]) -> Path:
+    rows = [{"text": f"{'abc'[n % 3]} {n}", "label": label(n)} for n in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("shape", list(LABELS))
+def test_labels_of_every_shape_train(shape: str, tmp_path: Path) -> None:
+    label, problem, outputs = LABELS[shape]
+    directory = classifier(tmp_path / "model")
+    task, head = task_of(directory, None)
+    data = load_data(
+        options(write_rows(tmp_path / "rows.jsonl", label)), task, load_preprocessor(task, directory), head
+    )
+    assert (data.problem, data.labels, data.resize_head) == (problem, outputs, outputs != 3)
+    run = spec("adamw", task=task, steps=4, eval_every=4, learning_rate=1e-2)
+    model: Any = load_for_training(run, directory, data, False)
+    batch = data.collate([data.train[0], data.train[1]])
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.detach()
+    expected = {
+        "single_label_classification": torch.nn.functional.cross_entropy,
+        "multi_label_classification": torch.nn.functional.binary_cross_entropy_with_logits,
+        "regression": torch.nn.functional.mse_loss,
+    }[problem](logits, batch["labels"])
+    torch.testing.assert_close(model(**batch).loss.detach(), expected)
+    result = train_run(run, directory, data)
+    assert (len(result.train), result.divergence) == (4, None)
+    assert result.final != result.start
+
+
+def test_whole_numbers_go_by_the_head() -> None:
+    """Three heads, the same labels."""
+    labels = [1, 2, 0]
+    single = labels_of(labels, Head(3), "label", "d")
+    several = labels_of(labels, Head(3, "multi_label_classification"), "label", "d")
+    numbers = labels_of(labels, Head(1), "label", "d")
+    assert [each.encoded(2) for each in (single, several, numbers)] == [2, [0.0, 0.0, 1.0], [2.0]]
+
+
+@pytest.mark.parametrize("labels", [[None, 1], [[1], 2], [{"a": 1}], [[[1]]]])
+def test_labels_that_are_none_are_refused(labels: list[Any]) -> None:
+    with pytest.raises(SpecDefError, match="does not hold classes"):
+        labels_of(labels, Head(3), "label", "d")
+
+
+def test_a_tokenizer_without_padding_is_refused_with_what_helps(tmp_path: Path) -> None:
+    directory = classifier(tmp_path / "model")
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    bare = {key: value for key, value in config.items() if not key.endswith("_token")}
+    path.write_text(json.dumps(bare))
+    rows = write_rows(tmp_path / "rows.jsonl", lambda n: n % 3)
+    task: Task = "sequence-classification"
+    with pytest.raises(SpecDefError, match="neither padding nor an end") as caught:
+        load_data(options(rows), task, load_preprocessor(task, directory), Head(3))
+    assert "pad_token" in caught.value.hint
+    path.write_text(json.dumps({**bare, "pad_token": "<pad>"}))
+    assert len(load_data(options(rows), task, load_preprocessor(task, directory), Head(3)).train) == 16
