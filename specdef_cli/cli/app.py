@@ -16,6 +16,7 @@ from specdef_cli.cli.certify import certify_command
 from specdef_cli.cli.collapse import collapse_command
 from specdef_cli.cli.harden import harden_command
 from specdef_cli.cli.inspect import inspect_command
+from specdef_cli.cli.listing import ListingCommand
 from specdef_cli.cli.push import push_command
 from specdef_cli.errors import SpecDefError
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("harden")(harden_command)
-app.command("attack")(attack_command)
+app.command("attack", cls=ListingCommand)(attack_command)
 app.command("certify")(certify_command)
 app.command("collapse")(collapse_command)
 app.command("inspect")(inspect_command)

@@ -14,6 +14,9 @@ import torch
 from commands import assert_refused, call_cli, environment, run_cli, run_program, snapshot
 from safetensors.torch import load_file
 
+from specdef_cli.attack.optimizers.table import OPTIMIZERS
+from specdef_cli.attack.trainings.table import TRAININGS
+from specdef_cli.attack.variants.table import VARIANTS
 from specdef_cli.cli.startup import COLLECT_AFTER
 
 TinyModel = Callable[..., Path]
@@ -54,6 +57,14 @@ def test_help_names_commands_options_and_examples() -> None:
         assert "--json" in said.stdout
         assert "--quiet" in said.stdout
     assert "secure" not in root.stdout.lower()
+
+
+def test_help_of_attack_lists_the_tables() -> None:
+    said = " ".join(call_cli("attack", "--help").stdout.split())
+    for table in (VARIANTS, TRAININGS, OPTIMIZERS):
+        for row in table.values():
+            assert f"* {row.name}" in said
+            assert row.help in said
 
 
 def test_version() -> None:
