@@ -34,7 +34,7 @@ from specdef_cli.attack.trainer import Memory, quiet, train_run
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive, require_outside, writable_ancestor
-from specdef_cli.checkpoint.resolve import resolve
+from specdef_cli.checkpoint.resolve import resolve, resolve_base
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.runtime.processes import process_state
@@ -192,17 +192,8 @@ def _control(options: AttackOptions, directory: Path, manifest: Manifest | None)
             f"{options.model} has no manifest that names its base, so there is nothing to compare it with",
             "Name the undefended model with --control.",
         )
-    base = manifest.base
-    # A relative path was relative to wherever `harden` ran; next to the hardened directory is the second best guess.
-    beside = directory.parent / base.name
-    name = str(beside) if not Path(base.name).expanduser().is_dir() and beside.is_dir() else base.name
-    try:
-        return base.name, resolve(name, revision=base.commit or base.revision, token=options.token).directory
-    except SpecDefError as error:
-        raise SpecDefError(
-            f"the base {base.name} that the manifest of {options.model} names is not available: {error.problem}",
-            "Give its directory or Hub id with --control.",
-        ) from error
+    found = resolve_base(manifest, directory, token=options.token, option="--control")
+    return manifest.base.name, found.directory
 
 
 def _hardening(manifest: Manifest | None) -> Hardening | None:

@@ -35,7 +35,7 @@ from specdef_cli.certify.spectrum import measure_spectrum
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from specdef_cli.checkpoint.output import require_outside, writable_ancestor
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.resolve import resolve
+from specdef_cli.checkpoint.resolve import resolve, resolve_base
 from specdef_cli.checkpoint.stream import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices
@@ -101,8 +101,10 @@ def certify(
     directory = resolve(options.model, revision=options.revision, token=options.token).directory
     manifest = read_manifest(directory)
     base_name = options.base or manifest.base.name
-    revision = None if options.base else manifest.base.commit or manifest.base.revision
-    base_directory = resolve(base_name, revision=revision, token=options.token).directory
+    if options.base is None:
+        base_directory = resolve_base(manifest, directory, token=options.token, option="--base").directory
+    else:
+        base_directory = resolve(options.base, token=options.token).directory
     for each in (base_directory, directory):
         require_sound(each, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, each)

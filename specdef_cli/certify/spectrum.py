@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, ScaledSlice
-from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.fold import scale_slice

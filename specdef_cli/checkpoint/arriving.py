@@ -14,9 +14,10 @@ from huggingface_hub import DryRunFileInfo
 from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.downloads import Downloads
+from specdef_cli.checkpoint.headers import TensorHeader, parse_headers, read_headers
 from specdef_cli.checkpoint.hub import Commit, NoPartsError, download_all, not_available
 from specdef_cli.checkpoint.links import require_inside
-from specdef_cli.checkpoint.reader import ResumableError, TensorHeader, parse_headers, read_headers, weight_files
+from specdef_cli.checkpoint.reader import ResumableError, weight_files
 from specdef_cli.checkpoint.resolve import Resolved, bytes_to_download, locate, resolved
 from specdef_cli.errors import SpecDefError
 
@@ -54,7 +55,7 @@ def resolving(
     weights = {file.filename: file for file in missing if _is_weight(file.filename)}
     download_all(commit, [file.filename for file in missing if file.filename not in weights])
     try:
-        named = weight_files(commit.directory)
+        named = weight_files(commit.directory, weights)
     except SpecDefError:
         named = ()  # whoever opens the directory will say what is wrong with it
     first = {name: weights[name] for name in named if name in weights}

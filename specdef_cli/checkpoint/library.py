@@ -17,10 +17,12 @@ class Library:
     Attributes:
         name: Its name, as it is imported.
         weights: The part of its weight files' names that does not vary.
+        single_file_first: Whether it loads the single file where there is an index as well, and not the shards.
     """
 
     name: str
     weights: str
+    single_file_first: bool
 
     @property
     def single_file(self) -> str:
@@ -37,8 +39,8 @@ class Library:
         return f"{self.weights}-{number:05d}-of-{count:05d}.safetensors"
 
 
-TRANSFORMERS = Library("transformers", "model")
-DIFFUSERS = Library("diffusers", "diffusion_pytorch_model")
+TRANSFORMERS = Library("transformers", "model", single_file_first=True)
+DIFFUSERS = Library("diffusers", "diffusion_pytorch_model", single_file_first=False)
 
 
 def diffusers_missing(what: object) -> SpecDefError:

@@ -235,3 +235,21 @@ def read_manifest(directory: Path) -> Manifest:
             "Give a directory that `specdef harden` wrote.",
         )
     return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
+    """Where to look for the base that a manifest names: a directory or a Hub id, and the revision there.
+
+    Args:
+        manifest: Of the hardened model.
+        directory: Where that lies. A relative path was relative to wherever ``harden`` ran: that is tried from here,
+            then from the hardened directory's parents, nearest first.
+    """
+    base = manifest.base
+    revision = base.commit or base.revision
+    path = Path(base.name).expanduser()
+    if revision is None and not path.is_absolute() and not path.is_dir():
+        beside = (parent / path for parent in directory.resolve().parents)
+        found = next((place for place in beside if (place / "config.json").is_file()), None)
+        return (str(found), None) if found is not None else (base.name, None)
+    return base.name, revision

@@ -7,13 +7,10 @@ headers must describe exactly the bytes that are there, and a tensor may exist o
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
-import math
 import os
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,71 +19,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.companions import companion_files
+from specdef_cli.checkpoint.companions import Companions, companion_files, companions
+from specdef_cli.checkpoint.headers import (
+    INVALID_JSON,
+    TORCH_DTYPES,
+    TensorHeader,
+    read_headers,
+    unique_keys,
+)
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, library_of
 from specdef_cli.checkpoint.links import require_inside
+from specdef_cli.checkpoint.other_directories import no_config, no_weights, require_plain
 from specdef_cli.errors import SpecDefError
 
-SINGLE_FILE = TRANSFORMERS.single_file
 INDEX_FILE = TRANSFORMERS.index_file
-# The format's own limit on its JSON header; a larger length is a corrupt file.
-MAX_HEADER_BYTES = 100_000_000
-# What json.loads raises on data made to be refused (deep nesting is a RecursionError), and what a wrong type then does.
-INVALID_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-PICKLED_WEIGHTS = ("*pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "U16": torch.uint16,
-        "U32": torch.uint32,
-        "U64": torch.uint64,
-        "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E8M0": torch.float8_e8m0fnu,
-        "C64": torch.complex64,
-    }
-)
-SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = MappingProxyType({v: k for k, v in TORCH_DTYPES.items()})
-FLOATING_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class ResumableError(SpecDefError):
     """Neither the input nor an option is at fault (the disk is): what is finished is kept for ``--resume``."""
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor as its shard's header describes it.
-
-    Attributes:
-        name: Name in the file.
-        dtype: As safetensors names it, e.g. ``BF16``.
-        shape: Its dimensions.
-        shard: Name of the file.
-        begin, end: Its bytes, counted from the start of the file.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: str
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the data in bytes."""
-        return self.end - self.begin
 
 
 class Arriving(Protocol):
@@ -142,6 +92,12 @@ class Checkpoint:
     def shards(self) -> tuple[str, ...]:
         """Names of the safetensors files, in order."""
         return tuple(dict.fromkeys(header.shard for header in self.tensors.values()))
+
+    @property
+    def companions(self) -> Companions:
+        """The other files of the directory, and what becomes of them."""
+        index = {self.library.index_file} if self.shards != (self.library.single_file,) else set()
+        return companions(self.directory, {*self.shards, *index}, {n: h.shape for n, h in self.tensors.items()})
 
     @property
     def nbytes(self) -> int:
@@ -242,113 +198,43 @@ def open_checkpoint(directory: Path, arriving: Arriving | None = None) -> Checkp
         require_inside(directory, directory / companion)
     config = _read_config(directory)
     library = library_of(config)
-    index_path, single = directory / library.index_file, directory / library.single_file
+    require_plain(directory, config, library)
+    here = (path.name for path in (directory / library.single_file, directory / library.index_file) if path.is_file())
+    named = _entry_file(library, {*here, *((library.single_file,) if _arrives(arriving, library) else ())})
     tensors: Mapping[str, TensorHeader]
-    if index_path.is_file():
-        tensors = _read_sharded(directory, index_path, arriving)
-    elif single.is_file() or (arriving is not None and single.name in arriving):
-        tensors = _shard_headers(directory, single.name, library.index_file, arriving)
+    if named == library.index_file:
+        tensors = _read_sharded(directory, directory / named, arriving)
+    elif named == library.single_file:
+        tensors = _shard_headers(directory, named, library.index_file, arriving)
     else:
-        raise _no_weights(directory, library)
+        raise no_weights(directory, library)
     if not tensors:
         raise SpecDefError(f"{directory} holds no tensors", "Fetch the checkpoint again.")
     return Checkpoint(directory, MappingProxyType(config), MappingProxyType(dict(tensors)), arriving)
 
 
-def weight_files(directory: Path) -> tuple[str, ...]:
+def weight_files(directory: Path, arriving: Collection[str] = ()) -> tuple[str, ...]:
     """The weight files that a checkpoint directory names, in the order in which they are read.
+
+    Args:
+        directory: Where they lie, or will.
+        arriving: Names of those that are not there yet.
 
     Raises:
         SpecDefError: ``config.json`` is missing or broken, or the index is.
     """
     library = library_of(_read_config(directory))
     index_path = directory / library.index_file
-    if not index_path.is_file():
+    present = {path.name for path in (directory / library.single_file, index_path) if path.is_file()}
+    if _entry_file(library, {*present, *arriving}) != library.index_file:
         return (library.single_file,)
     return tuple(name for name in _ordered_shards(_weight_map(index_path)) if isinstance(name, str))
-
-
-def read_headers(path: Path) -> dict[str, TensorHeader]:
-    """Read and check the header of one safetensors file: tensor headers in the order of their data.
-
-    Raises:
-        SpecDefError: The header is not valid JSON, or does not describe exactly the file's bytes.
-    """
-    try:
-        with path.open("rb") as file:
-            return parse_headers(file.read, path.name, path.stat().st_size)
-    except OSError as error:
-        raise SpecDefError(f"{path.name} cannot be read: {error}", "Check the disk and the file.") from error
-
-
-def parse_headers(read: Callable[[int], bytes], shard: str, size: int) -> dict[str, TensorHeader]:
-    """Check the header of a safetensors file that is read from its start.
-
-    Args:
-        read: Reads the next so many bytes.
-        shard: The file's name.
-        size: Its size in bytes.
-
-    Raises:
-        SpecDefError: As :func:`read_headers`.
-    """
-    corrupt = functools.partial(_corrupt_file, shard)
-    if size < 8:
-        raise corrupt("it is shorter than a header")
-    (length,) = struct.unpack("<Q", read(8))
-    if length > min(MAX_HEADER_BYTES, size - 8):
-        raise corrupt(f"its header claims {length} bytes")
-    text = read(length)
-    try:
-        entries = json.loads(text, object_pairs_hook=_unique_keys)
-        headers = [
-            _tensor_header(name, entry, shard, 8 + length) for name, entry in entries.items() if name != "__metadata__"
-        ]
-    except INVALID_JSON as error:
-        raise corrupt(f"its header is invalid: {error}") from error
-    headers.sort(key=lambda header: (header.begin, header.end))
-    position = 8 + length
-    for header in headers:
-        if header.begin != position:
-            raise corrupt(f"the data of {header.name} does not follow the tensor before it")
-        position = header.end
-    if position != size:
-        raise corrupt(f"its header describes {position} bytes and the file has {size}")
-    return {header.name: header for header in headers}
-
-
-def _tensor_header(name: str, entry: dict[str, Any], shard: str, data_start: int) -> TensorHeader:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    dtype = entry["dtype"]
-    if not all(isinstance(value, int) and value >= 0 for value in (begin, end, *shape)):
-        raise ValueError(f"{name} has an invalid shape or offset")
-    if dtype not in TORCH_DTYPES:
-        raise SpecDefError(
-            f"{name} in {shard} is stored as {dtype}, which is not read here",
-            "Give the checkpoint in an ordinary dtype, such as the unquantized one.",
-        )
-    expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
-    if end - begin != expected:
-        raise ValueError(f"{name} is {dtype} {list(shape)}, which is {expected} bytes and not {end - begin}")
-    return TensorHeader(name, dtype, shape, shard, data_start + begin, data_start + end)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
-    return result
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
-        hint = "Give a directory that transformers can load."
-        if (directory / "model_index.json").is_file():
-            hint = f"It is a pipeline of diffusers; give one of its models, such as {directory / 'unet'}."
-        raise SpecDefError(f"{directory} has no config.json", hint)
+        raise no_config(directory)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -360,9 +246,19 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def _entry_file(library: Library, present: Collection[str]) -> str | None:
+    """The file that the library starts from, the single one or the index, where it would find both."""
+    order = (library.single_file, library.index_file)
+    return next((name for name in (order if library.single_file_first else order[::-1]) if name in present), None)
+
+
+def _arrives(arriving: Arriving | None, library: Library) -> bool:
+    return arriving is not None and library.single_file in arriving
+
+
 def _weight_map(index_path: Path) -> dict[str, Any]:
     try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)["weight_map"]
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
         set(weight_map.values())
     except (*INVALID_JSON, OSError) as error:
         raise SpecDefError(f"{index_path.name} is not a valid index: {error}", "Fetch the file again.") from error
@@ -413,20 +309,5 @@ def _inside(directory: Path, name: Any, index: str = INDEX_FILE) -> Path:
     return path
 
 
-def _no_weights(directory: Path, library: Library) -> SpecDefError:
-    if any(match for pattern in PICKLED_WEIGHTS for match in directory.glob(pattern)):
-        return SpecDefError(
-            f"{directory} has only pickled weights, which are never loaded",
-            f"Convert it first: in {library.name}, from_pretrained(...).save_pretrained(...) writes safetensors.",
-        )
-    return SpecDefError(
-        f"{directory} has no safetensors weights", f"It needs {library.single_file} or {library.index_file}."
-    )
-
-
 def _truncated(header: TensorHeader) -> SpecDefError:
     return SpecDefError(f"{header.shard} ends inside {header.name}", "The file is truncated: fetch it again.")
-
-
-def _corrupt_file(shard: str, reason: str) -> SpecDefError:
-    return SpecDefError(f"{shard} is not a valid safetensors file: {reason}", "Fetch the file again.")

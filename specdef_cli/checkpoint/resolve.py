@@ -19,6 +19,7 @@ from huggingface_hub.errors import DryRunError
 from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.hub import Commit, download_all, not_available
+from specdef_cli.checkpoint.manifest import Manifest, base_of
 from specdef_cli.errors import SpecDefError
 
 # Weights in other formats are neither needed nor wanted: pickles run code when they are loaded. ``consolidated`` are
@@ -120,6 +121,27 @@ def locate(model: str, revision: str | None, token: str | None) -> Resolved | tu
     missing = [file for file in files if not Path(file.local_path).exists()]
     _require_space(commit, bytes_to_download(missing))
     return (commit, missing) if missing else resolved(commit)
+
+
+def resolve_base(manifest: Manifest, directory: Path, *, token: str | None, option: str) -> Resolved:
+    """Find the base that the manifest of a hardened directory names.
+
+    Args:
+        manifest, directory: As for :func:`base_of`.
+        token: As for :func:`resolve`.
+        option: The option that names the base otherwise.
+
+    Raises:
+        SpecDefError: It is not there.
+    """
+    name, revision = base_of(manifest, directory)
+    try:
+        return resolve(name, revision=revision, token=token)
+    except SpecDefError as error:
+        raise SpecDefError(
+            f"the base {manifest.base.name} that the manifest of {directory} names is not available: {error.problem}",
+            f"Give its directory or Hub id with {option}.",
+        ) from error
 
 
 def bytes_to_download(missing: Iterable[DryRunFileInfo]) -> int:

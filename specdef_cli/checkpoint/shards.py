@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.library import TRANSFORMERS, Library
-from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.reader import SAFETENSORS_DTYPES, Checkpoint, ResumableError
+from specdef_cli.checkpoint.headers import SAFETENSORS_DTYPES
+from specdef_cli.checkpoint.reader import Checkpoint, ResumableError
 from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
 
 # What is copied or hashed passes through the processor's cache in pieces that fit there. Written in one call, a tensor

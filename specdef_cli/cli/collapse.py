@@ -41,6 +41,8 @@ def collapse_command(
             lambda event: bar.advance(event.label, event.nbytes),
         )
     if result is not None:
+        for text in result.notes:
+            output.note(text)
         layers, pairs = len(result.manifest.inserted), len(result.manifest.folded)
         summary = {
             "out": result.out,

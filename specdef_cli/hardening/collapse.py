@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from specdef_cli.checkpoint.companions import carry_over
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, ConfigChange, InsertedLayer, Manifest, read_manifest
-from specdef_cli.checkpoint.reader import FLOATING_DTYPES, TORCH_DTYPES, Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import Progress, write_durably
@@ -66,11 +67,13 @@ class CollapseResult:
         out: The directory.
         manifest: The manifest of the hardened directory.
         parameters_removed: The compensation layers' parameters.
+        notes: What was not carried over, and why.
     """
 
     out: Path
     manifest: Manifest
     parameters_removed: int
+    notes: tuple[str, ...] = ()
 
 
 def collapse(
@@ -94,7 +97,8 @@ def collapse(
     on_plan(groups)
 
     def complete(work: Path, _: Written) -> CollapseResult:
-        carry_over(checkpoint.directory, work)
+        companions = checkpoint.companions
+        carry_over(checkpoint.directory, work, companions.carried)
         (work / SHIM_SOURCE.name).unlink(missing_ok=True)
         write_json(work / "config.json", restored_config(checkpoint, manifest.config_changes))
         card = checkpoint.directory / "README.md"
@@ -103,7 +107,8 @@ def collapse(
                 work / "README.md",
                 card.read_text(encoding="utf-8", errors="replace").split("\n## SpecDef")[0].rstrip() + "\n",
             )
-        return CollapseResult(options.out, manifest, sum(layer.out_features**2 for layer in manifest.inserted))
+        removed = sum(layer.out_features**2 for layer in manifest.inserted)
+        return CollapseResult(options.out, manifest, removed, tuple(filter(None, [companions.note()])))
 
     fingerprint = hashlib.sha256(f"collapse {manifest.to_json()} {options.max_shard_size}".encode()).hexdigest()
     return execute(

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair, Profile, ScaledSlice, Schedule
-from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant, staircase

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
 from specdef_cli.architectures.names import TensorNames, match_names, meta_model, tied_parameters
 from specdef_cli.architectures.pairs import SymmetricPair, Symmetries, symmetries
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.library import DIFFUSERS
 from specdef_cli.checkpoint.manifest import ConfigChange, FoldedPair, Method, Profile, Schedule, is_hardened
-from specdef_cli.checkpoint.reader import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.other_directories import require_modules
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import FOLDED_KINDS, fold_groups, fold_pairs
@@ -107,6 +109,7 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         SpecDefError: The checkpoint cannot be hardened, or an option does not fit it.
     """
     require_hardenable(checkpoint)
+    require_modules(checkpoint.directory)
     if options.dtype is not None and options.dtype not in DTYPES:
         raise SpecDefError(f"dtype {options.dtype!r} is not known", f"Use one of {', '.join(DTYPES)}.")
     native = native_config(checkpoint, trust_remote_code=options.trust_remote_code)
@@ -163,6 +166,8 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         notes.append(f"every rescaled channel gets 2**{abs(folded[0].exponents[0])}, the power of two nearest to alpha")
     if folded:
         notes += _left_alone(model, names, changed | {site.tensor for site in chosen})
+    left_out = checkpoint.companions.note()
+    notes += [left_out] if left_out else []
     return HardeningPlan(
         method=method,
         schedule=options.schedule or ("staircase" if folded else "constant"),

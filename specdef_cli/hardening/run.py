@@ -182,7 +182,7 @@ def _harden(
 ) -> HardenResult | None:
     def complete(work: Path, written: Written) -> HardenResult:
         manifest = _manifest(resolved, plan, options, written)
-        carry_over(checkpoint.directory, work)
+        carry_over(checkpoint.directory, work, checkpoint.companions.carried)
         write_json(work / "config.json", plan.config)
         if plan.inserted and checkpoint.library is TRANSFORMERS:  # diffusers runs no code that comes with a checkpoint
             shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)

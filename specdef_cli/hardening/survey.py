@@ -11,8 +11,9 @@ from torch import Tensor
 from specdef_cli.architectures.linears import linear_sites
 from specdef_cli.architectures.names import match_names, meta_model
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
-from specdef_cli.checkpoint.reader import FLOATING_DTYPES, Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.collapse import require_as_described

@@ -19,7 +19,8 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from specdef_cli.checkpoint.reader import FLOATING_DTYPES, TORCH_DTYPES, open_checkpoint
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
+from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError, swap
 
 

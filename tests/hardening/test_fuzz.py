@@ -95,8 +95,10 @@ def tensors(directory: Path, generator: random.Random) -> None:
 
 
 def index(directory: Path, generator: random.Random) -> None:
-    names = sorted(load_file(directory / "model.safetensors"))
-    weight_map: Any = dict.fromkeys(names, "model.safetensors")
+    # Beside a model.safetensors no index would be read.
+    shard = (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    names = sorted(load_file(shard))
+    weight_map: Any = dict.fromkeys(names, shard.name)
     kind = generator.choice(["value", "name", "whole", "bytes"])
     if kind == "value":
         weight_map[generator.choice(names)] = generator.choice([*ODD_VALUES[:-1], "/etc/passwd", "config.json"])

@@ -79,7 +79,10 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
         ("pickled", "save_pretrained"),
     ),
     "an index that leaves": (
-        content("model.safetensors.index.json", '{"weight_map": {"a": "../../x.safetensors"}}'),
+        lambda directory: (
+            (directory / "model.safetensors").unlink()
+            or (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}')
+        ),
         ("'../../x.safetensors'",),
     ),
     "a link that leaves": (

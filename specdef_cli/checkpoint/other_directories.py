@@ -1,0 +1,218 @@
+"""Directories that are no checkpoint, or hold weights that are not read: what they are, and what to do with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from specdef_cli.checkpoint.library import Library
+from specdef_cli.errors import SpecDefError
+
+ADAPTER_CONFIG = "adapter_config.json"
+PICKLED_WEIGHTS = ("*pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+WEIGHTED_MODULES = frozenset({"Dense", "LayerNorm", "LSTM", "CNN", "WeightedLayerPooling"})
+"""Classes of sentence-transformers whose directories hold weights."""
+SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+
+
+def no_config(directory: Path) -> SpecDefError:
+    """What to say of a directory without a ``config.json``."""
+    problem = f"{directory} has no config.json"
+    for recognized in _KINDS:
+        found = recognized(directory)
+        if found is not None:
+            what, hint = found
+            return SpecDefError(f"{problem}: {what}", hint)
+    return SpecDefError(problem, "Give a directory that transformers can load.")
+
+
+def no_weights(directory: Path, library: Library) -> SpecDefError:
+    """What to say of a directory with a ``config.json`` and none of the weight files that its library looks for."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        return SpecDefError(f"{directory} has no weights of a model: it is {_adapter_of(directory)}", _merge(directory))
+    shards = sorted(path.name for path in directory.glob("*.safetensors") if SHARD.fullmatch(path.name))
+    if shards:
+        return SpecDefError(
+            f"{directory} has {shards[0]} and no {library.index_file}, which says what is in which shard",
+            f"Fetch {library.index_file} from where the shards came from, or save the model again.",
+        )
+    if any(match for pattern in PICKLED_WEIGHTS for match in directory.glob(pattern)):
+        return SpecDefError(
+            f"{directory} has only pickled weights, which are never loaded",
+            f"Convert it first: in {library.name}, from_pretrained(...).save_pretrained(...) writes safetensors.",
+        )
+    gguf = sorted(directory.glob("*.gguf"))
+    if gguf:
+        return SpecDefError(f"{directory} has only weights for llama.cpp ({gguf[0].name})", _gguf(gguf[0]))
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if others:
+        return SpecDefError(
+            f"{directory} has {others[0]} and no {library.single_file}, the name that {library.name} loads",
+            f"If that file holds the weights, rename it to {library.single_file}.",
+        )
+    return SpecDefError(
+        f"{directory} has no safetensors weights", f"It needs {library.single_file} or {library.index_file}."
+    )
+
+
+def require_plain(directory: Path, config: dict[str, Any], library: Library) -> None:
+    """Refuse a directory of which transformers would load more, or something else, than the weights of its model.
+
+    Raises:
+        SpecDefError: An adapter lies beside the model, or ``config.json`` names a weight file of its own.
+    """
+    named = config.get("transformers_weights")
+    if named is not None:
+        raise SpecDefError(
+            f"{directory}/config.json names {named!r} as its weights (transformers_weights)",
+            f"Rename that file to {library.single_file}, and take transformers_weights out of config.json.",
+        )
+    if (directory / ADAPTER_CONFIG).is_file() and list(directory.glob("adapter_model.*")):
+        raise SpecDefError(
+            f"{directory} holds a model and an adapter, and transformers loads both together",
+            f"Move {ADAPTER_CONFIG} and the adapter's weights to a directory of their own, or merge them into the "
+            "model first.",
+        )
+
+
+def require_modules(directory: Path) -> None:
+    """Refuse a model of sentence-transformers of which a module after the transformer would be lost.
+
+    Raises:
+        SpecDefError: The module has no safetensors weights: pickles are neither read nor copied.
+    """
+    try:
+        modules = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
+        folders = {str(module["path"]): str(module["type"]).rsplit(".", 1)[-1] for module in modules if module["path"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    for name, kind in folders.items():
+        folder = directory / name
+        pickled = any(folder.glob("*.bin")) or kind in WEIGHTED_MODULES
+        if pickled and not any(folder.glob("*.safetensors")):
+            raise SpecDefError(
+                f"the module {name} ({kind}) of {directory} has no safetensors weights, and pickles are not copied",
+                "Convert it first: in sentence-transformers, SentenceTransformer(...).save_pretrained(...) writes "
+                "safetensors.",
+            )
+
+
+def _adapter(directory: Path) -> tuple[str, str] | None:
+    if not (directory / ADAPTER_CONFIG).is_file():
+        return None
+    return f"it is {_adapter_of(directory)}", _merge(directory)
+
+
+def _adapter_of(directory: Path) -> str:
+    try:
+        base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    return f"an adapter of PEFT for {base}" if isinstance(base, str) else "an adapter of PEFT"
+
+
+def _merge(directory: Path) -> str:
+    return (
+        "Give its base model; or merge it first: in peft, AutoPeftModelForCausalLM.from_pretrained"
+        f"('{directory}').merge_and_unload().save_pretrained('merged') (or the class of its task)."
+    )
+
+
+def _gguf(path: Path) -> str:
+    return (
+        f"Convert it first: in transformers, AutoModelForCausalLM.from_pretrained('{path.parent}', "
+        f"gguf_file='{path.name}', quantization_config=GgufConfig(dequantize=True)).save_pretrained(...)."
+    )
+
+
+def _pipeline(directory: Path) -> tuple[str, str] | None:
+    if not (directory / "model_index.json").is_file():
+        return None
+    return "it is a pipeline of diffusers", f"Give one of its models, such as {directory / 'unet'}."
+
+
+def _sentence_transformer(directory: Path) -> tuple[str, str] | None:
+    if not (directory / "modules.json").is_file():
+        return None
+    inside = _model_below(directory)
+    if inside is None:
+        return "it is a model of sentence-transformers without a transformer", "Give a directory with a transformer."
+    return "it is a model of sentence-transformers", f"Give its transformer, {inside}."
+
+
+def _of_this_package(directory: Path) -> tuple[str, str] | None:
+    if (directory / "report.json").is_file() or (directory / "runs").is_dir():
+        return "it is what `specdef attack` wrote", "Give the model that was attacked."
+    if (directory / "certificate.json").is_file():
+        return "it is what `specdef certify` wrote", "Give the model that was certified."
+    return None
+
+
+def _cache(directory: Path) -> tuple[str, str] | None:
+    snapshots = sorted((directory / "snapshots").glob("*/config.json"))
+    if not snapshots:
+        return None
+    return "it is a repository in the Hub's cache", f"Give a snapshot in it, such as {snapshots[-1].parent}."
+
+
+def _data(directory: Path) -> tuple[str, str] | None:
+    if not (directory / "dataset_info.json").is_file() and not (directory / "dataset_dict.json").is_file():
+        return None
+    return "it is a data set", "Give a model here, and the data to `specdef attack --dataset`."
+
+
+def _sharded_training(directory: Path) -> tuple[str, str] | None:
+    if not (directory / "zero_to_fp32.py").is_file():
+        return None
+    return "it is a training checkpoint of DeepSpeed", "Save the model with save_pretrained, and give that directory."
+
+
+def _original_format(directory: Path) -> tuple[str, str] | None:
+    if not (directory / "params.json").is_file():
+        return None
+    return (
+        "it is a model in its authors' own format (params.json)",
+        "Give the version that transformers loads, or convert it with transformers' script for the family.",
+    )
+
+
+def _llama_cpp(directory: Path) -> tuple[str, str] | None:
+    found = sorted(directory.glob("*.gguf"))
+    return (f"it holds weights for llama.cpp ({found[0].name})", _gguf(found[0])) if found else None
+
+
+def _holder(directory: Path) -> tuple[str, str] | None:
+    inside = _model_below(directory)
+    return None if inside is None else ("it holds a directory that has one", f"Give {inside}.")
+
+
+def _empty(directory: Path) -> tuple[str, str] | None:
+    return None if any(directory.iterdir()) else ("it is empty", "Give a directory that transformers can load.")
+
+
+def _model_below(directory: Path) -> Path | None:
+    """A directory with a ``config.json`` of a model right below; of several training checkpoints, the last."""
+    found = []
+    for path in directory.glob("*/config.json"):
+        try:
+            names_a_model = "model_type" in json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, RecursionError):
+            continue
+        if names_a_model:
+            found.append(path.parent)
+    return max(
+        found, key=lambda path: [int(part) if part.isdigit() else part for part in _parts(path.name)], default=None
+    )
+
+
+def _parts(name: str) -> list[str]:
+    return re.split(r"(\d+)", name)
+
+
+_KINDS: tuple[Callable[[Path], tuple[str, str] | None], ...] = (
+    _pipeline, _adapter, _sentence_transformer, _of_this_package, _cache, _data, _sharded_training, _original_format,
+    _llama_cpp, _holder, _empty,
+)  # fmt: skip
