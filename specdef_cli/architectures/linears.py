@@ -86,8 +86,8 @@ def linear_sites(
 ) -> tuple[LinearSite, ...]:
     """All linear layers with a weight of their own on disk, in the model's order.
 
-    Left out: embeddings, heads, weights tied to another parameter, and weights that transformers merges from or splits
-    into several tensors (Mixtral's experts).
+    Left out: embeddings, heads, subclasses of ``nn.Linear``, weights tied to another parameter, and weights that
+    transformers merges from or splits into several tensors (Mixtral's experts).
 
     Args:
         config: The model's native config.
@@ -104,7 +104,8 @@ def linear_sites(
     roles = _roles(model)
     sites = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or _is_head(model, path, module):
+        # Exactly these: of a subclass (nn.MultiheadAttention's out_proj) the model reads the weight, past its forward.
+        if type(module) not in (nn.Linear, Conv1D) or _is_head(model, path, module):
             continue
         parameter = f"{path}.weight"
         tensor = names.tensor(parameter)

@@ -32,8 +32,9 @@ from specdef_cli.attack.target import Target
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.trainer import Memory, quiet, train_run
 from specdef_cli.attack.variants.table import Variant
+from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
-from specdef_cli.checkpoint.output import exclusive, require_outside, writable_ancestor
+from specdef_cli.checkpoint.output import exclusive, writable_ancestor
 from specdef_cli.checkpoint.resolve import resolve, resolve_base
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.soundness import require_sound

@@ -43,6 +43,8 @@ model = getattr(transformers, config.architectures[0]).from_pretrained(directory
 assert "specdef_cli" not in sys.modules
 with torch.inference_mode():
     found = model(**load_file(inputs))
+if "text_embeds" in found and "image_embeds" in found:
+    found = {"logits": torch.cat([found["text_embeds"], found["image_embeds"]])}
 save_file({"outputs": (found["logits"] if "logits" in found else found[0]).contiguous()}, outputs)
 """
 

@@ -32,8 +32,9 @@ from specdef_cli.certify.formats import DEFAULT_FORMATS
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.resistance import Resistance, read_resistance, resistance_of
 from specdef_cli.certify.spectrum import measure_spectrum
+from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from specdef_cli.checkpoint.output import require_outside, writable_ancestor
+from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve, resolve_base
 from specdef_cli.checkpoint.stream import write_durably

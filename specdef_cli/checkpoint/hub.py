@@ -20,6 +20,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 
 from specdef_cli.checkpoint.downloads import Downloads
 from specdef_cli.errors import SpecDefError
+from specdef_cli.redact import redact
 
 PARTIAL_CONTENT = 206
 # As many as huggingface_hub takes for a snapshot.
@@ -125,5 +126,5 @@ def not_available(repository: str, revision: str | None, error: Exception) -> Sp
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, in a line."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    """What an exception says, in a line, and without the token that an HTTP client may quote."""
+    return redact((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from specdef_cli.checkpoint.destination import is_taken, require_free, require_outside
 from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX, write_durably
 from specdef_cli.errors import SpecDefError
@@ -39,8 +40,7 @@ def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> N
         SpecDefError: naming the directory.
     """
     require_outside(final, source)
-    if _taken(final):
-        raise SpecDefError(f"the output {final} exists already", "Choose another --out, or remove it first.")
+    require_free(final)
     existing = writable_ancestor(final.resolve().parent)
     # What an interrupted run left is either reused or removed.
     free = shutil.disk_usage(existing).free + _disk_space(work_directory(final))
@@ -55,16 +55,6 @@ def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> N
             f"Hub's cache has {free / 1e9:.1f} GB free",
             "Free some space, choose another --out, or set HF_HOME to a directory on a larger disk.",
         )
-
-
-def require_outside(final: Path, source: Path) -> None:
-    """Refuse an output that lies in its own input.
-
-    Raises:
-        SpecDefError: naming both.
-    """
-    if final.resolve().is_relative_to(source.resolve()):
-        raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
 
 
 def writable_ancestor(directory: Path) -> Path:
@@ -136,7 +126,7 @@ def publish(final: Path) -> None:
     Raises:
         ResumableError: Something else has that name by now.
     """
-    if _taken(final):
+    if is_taken(final):
         raise ResumableError(
             f"the output {final} came into being during this run", "Remove it, then run the same command with --resume."
         )
@@ -157,13 +147,6 @@ def publish(final: Path) -> None:
 def discard(final: Path) -> None:
     """Remove the work directory: a later run could not use what is in it."""
     shutil.rmtree(work_directory(final), ignore_errors=True)
-
-
-def _taken(final: Path) -> bool:
-    """Whether ``final`` is anything but absent or an empty directory that publishing may replace."""
-    if final.is_symlink() or final.name in {"", ".."}:
-        return True
-    return final.exists() and not (final.is_dir() and not any(final.iterdir()))
 
 
 def _disk_space(directory: Path) -> int:

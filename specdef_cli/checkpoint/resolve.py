@@ -21,6 +21,7 @@ from huggingface_hub.utils import tqdm
 from specdef_cli.checkpoint.hub import Commit, download_all, not_available
 from specdef_cli.checkpoint.manifest import Manifest, base_of
 from specdef_cli.errors import SpecDefError
+from specdef_cli.redact import clean_token
 
 # Weights in other formats are neither needed nor wanted: pickles run code when they are loaded. ``consolidated`` are
 # Mistral's own names for weights that are there a second time.
@@ -84,6 +85,7 @@ def locate(model: str, revision: str | None, token: str | None) -> Resolved | tu
     Raises:
         SpecDefError: As :func:`resolve`; nothing of a model that does not fit was written.
     """
+    token = clean_token(token)
     path = Path(model).expanduser()
     if model and path.is_dir():
         return Resolved(path, model)
@@ -111,10 +113,15 @@ def locate(model: str, revision: str | None, token: str | None) -> Resolved | tu
             directory = Path(
                 snapshot_download(repository, revision=revision, token=token, ignore_patterns=IGNORED_DOWNLOADS)
             )
-            return Resolved(directory, repository, revision or "main", directory.name)
     except Exception as error:
         # Not only huggingface_hub's own errors: those of the HTTP library underneath escape it, and that one changes.
         raise not_available(repository, revision, error) from error
+    if not files:
+        if not directory.is_dir():
+            raise SpecDefError(
+                f"{repository} holds no file that is read here", "Check the spelling, and what the repository holds."
+            )
+        return Resolved(directory, repository, revision or "main", directory.name)
     first = files[0]
     directory = Path(first.local_path).parents[first.filename.count("/")]
     commit = Commit(repository, revision, directory.name, directory, token)

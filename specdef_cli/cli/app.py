@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from specdef_cli.cli.harden import harden_command
 from specdef_cli.cli.inspect import inspect_command
 from specdef_cli.cli.listing import ListingCommand
 from specdef_cli.cli.push import push_command
+from specdef_cli.cli.streams import safe_streams
 from specdef_cli.errors import SpecDefError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -55,23 +57,35 @@ def _root(
 
 def main() -> None:
     """Run the command line. Failures that the user can do something about are two lines on stderr and exit code 1."""
-    try:
-        app()
-    except (SpecDefError, OSError) as error:
-        if os.environ.get("SPECDEF_DEBUG"):
-            raise
-        failure = error if isinstance(error, SpecDefError) else _system_failure(error)
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"[bold red]error:[/] {escape(failure.problem)}", highlight=False)
-        console.print(f"[bold]hint:[/] {escape(failure.hint)}", highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say_interrupted()
-        sys.exit(INTERRUPTED)
-    except SystemExit as leaving:  # how typer passes Ctrl-C on
-        if leaving.code == INTERRUPTED:
+    with safe_streams():
+        try:
+            app()
+        except (SpecDefError, OSError) as error:
+            _say_failed(error if isinstance(error, SpecDefError) else _system_failure(error))
+            sys.exit(1)
+        except KeyboardInterrupt:
             _say_interrupted()
-        raise
+            sys.exit(INTERRUPTED)
+        except SystemExit as leaving:  # how typer passes Ctrl-C on
+            if leaving.code == INTERRUPTED:
+                _say_interrupted()
+            raise
+        except Exception:  # a defect of ours: printed here, where secrets are taken out
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def _say_failed(failure: SpecDefError) -> None:
+    if os.environ.get("SPECDEF_DEBUG"):
+        traceback.print_exc()
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(_one_line(failure.problem))}", highlight=False)
+    console.print(f"[bold]hint:[/] {escape(_one_line(failure.hint))}", highlight=False)
+
+
+def _one_line(text: str) -> str:
+    """What other libraries say may have several lines, and names of files may too."""
+    return " ".join(text.splitlines())
 
 
 def _system_failure(error: OSError) -> SpecDefError:

@@ -9,6 +9,7 @@ import typer
 
 from specdef_cli.cli.options import Json, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
+from specdef_cli.cli.startup import work_alone_if_stale
 
 
 def attack_command(
@@ -172,6 +173,7 @@ def attack_command(
     from specdef_cli.report.conditions import Condition
 
     output = Output(as_json, quiet)
+    work_alone_if_stale(output)
     conditions = [Condition.parse(text) for text in fail_if or []]
     flags = {
         "collapse": collapse, "rebalance": rebalance, "channel-rates": channel_rates,
@@ -237,7 +239,7 @@ def attack_command(
         output.note(f"assumed: {text}")
     for text in report.notes:
         output.note(f"note: {text}")
-    output.data(report_dict(report), Group(summary_table(report), *summary(report)))
+    output.data(report_dict(report), Group(summary_table(report), *summary(report)), written=written[0])
     output.note(f"report: {written[0]}")
     met = [(condition, finding) for condition in conditions for finding in condition.met_by(report)]
     for condition, finding in met:

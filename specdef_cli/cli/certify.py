@@ -9,6 +9,7 @@ import typer
 
 from specdef_cli.cli.options import Json, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
+from specdef_cli.cli.startup import work_alone_if_stale
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -65,6 +66,7 @@ def certify_command(
     from specdef_cli.certify.run import CertifyOptions, certify
 
     output = Output(as_json, quiet)
+    work_alone_if_stale(output)
     formats = () if no_deployment else tuple(deployment or DEFAULT_FORMATS)
     options = CertifyOptions(
         model=model,
@@ -88,7 +90,7 @@ def certify_command(
             bar.advance(event.label, event.kind in {"run-end", "run-reused"})
 
         certificate = certify(options, lambda part: bar.advance(part, 0), show)
-    output.data(certificate, certificate_tables(certificate))
+    output.data(certificate, certificate_tables(certificate), written=out / "certificate.json")
     output.note(f"certificate: {out / 'certificate.json'}")
     if not certificate.holds:
         raise typer.Exit(1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from specdef_cli.checkpoint.destination import require_usable
 from specdef_cli.cli.options import Device, Json, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
 from specdef_cli.cli.output import Output
-from specdef_cli.cli.startup import prefer_huge_pages
+from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
 
 
 def collapse_command(
@@ -24,6 +25,7 @@ def collapse_command(
 
       specdef collapse hardened --out original
     """
+    require_usable(out, model)
     prefer_huge_pages()
 
     from rich.text import Text
@@ -33,6 +35,7 @@ def collapse_command(
     from specdef_cli.hardening.options import CollapseOptions
 
     output = Output(as_json, quiet)
+    work_alone_if_stale(output)
     options = CollapseOptions(model, out, parse_size(max_shard_size), device, revision, token, resume)
     with output.progress("collapsing") as bar:
         result = collapse(
@@ -57,4 +60,5 @@ def collapse_command(
                 f"{result.out}: {layers} inserted pairs multiplied, {pairs} folded pairs undone, "
                 f"{result.parameters_removed:,} parameters removed"
             ),
+            written=out,
         )

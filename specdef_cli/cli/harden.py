@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from specdef_cli.checkpoint.destination import require_usable
 from specdef_cli.cli.options import (
     CreatePr,
     Device,
@@ -21,7 +22,7 @@ from specdef_cli.cli.options import (
     TrustRemoteCode,
 )
 from specdef_cli.cli.output import Output
-from specdef_cli.cli.startup import prefer_huge_pages
+from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
 from specdef_cli.cli.tables import layer_table, pairs_table, summary_lines
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def harden_command(
 
       specdef harden ./my-model --out hardened --method fold --profile quantizable
     """
+    if not dry_run:
+        require_usable(out, model)
     prefer_huge_pages()
 
     from specdef_cli.checkpoint.shards import parse_size
@@ -124,6 +127,7 @@ def harden_command(
     from specdef_cli.hardening.run import harden, preview
 
     output = Output(as_json, quiet)
+    work_alone_if_stale(output)
     destination = None
     if push_to_hub is not None:
         destination = Destination(push_to_hub, private, push_revision, create_pr, token)
@@ -169,7 +173,7 @@ def harden_command(
     if dry_run:
         output.data(preview_json(shown), preview_tables(shown))
     elif result is not None:
-        output.data(result, result_tables(result))
+        output.data(result, result_tables(result), written=out)
         if destination is not None:
             output.note(f"uploaded: {push(out, destination)}")
 

@@ -9,6 +9,7 @@ import typer
 
 from specdef_cli.cli.options import Device, Json, Model, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
+from specdef_cli.cli.startup import work_alone_if_stale
 from specdef_cli.cli.tables import outlook_lines
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def inspect_command(
     from specdef_cli.hardening.survey import survey
 
     output = Output(as_json, quiet)
+    work_alone_if_stale(output)
     with output.progress("reading") as bar:
         found = survey(
             model,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from specdef_cli.redact import clean_token
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id org/name[@revision].")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to publish; must not exist.", show_default=False)]
 MaxShardSize = Annotated[str, typer.Option(help="Largest safetensors file, e.g. 5GB or 500MB.")]
@@ -14,8 +16,18 @@ Device = Annotated[
     str | None, typer.Option(help="Where to compute, e.g. cpu or cuda:0.", show_default="every GPU, else the CPU")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default="main")]
+
+
+def _token(value: str | None) -> str | None:
+    token = clean_token(value)
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise typer.BadParameter("it holds white space or characters that no token has")
+    return token
+
+
 Token = Annotated[
-    str | None, typer.Option(help="Hub token.", show_default="HF_TOKEN, else the stored login", envvar="HF_TOKEN")
+    str | None,
+    typer.Option(help="Hub token.", show_default="HF_TOKEN, else the stored login", envvar="HF_TOKEN", callback=_token),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")

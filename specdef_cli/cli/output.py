@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from specdef_cli.errors import SpecDefError
 
 PIPED_WIDTH = 160
 
@@ -38,8 +41,17 @@ class Output:
         if not self.quiet:
             self._stderr.print(escape(text), highlight=False)
 
-    def data(self, result: Any, table: Any) -> None:
-        """The command's result: as JSON, or as a table (anything rich can render)."""
+    def data(self, result: Any, table: Any, *, written: Path | None = None) -> None:
+        """The command's result: as JSON, or as a table (anything rich can render).
+
+        Args:
+            result: What ``--json`` prints.
+            table: What is printed otherwise.
+            written: Where the result stands as well; ``None`` if what is printed is all there is of it.
+
+        Raises:
+            SpecDefError: stdout takes nothing, so that the result is lost.
+        """
         if self.as_json:
             print(json.dumps(jsonable(result), indent=2, allow_nan=False))
         else:
@@ -47,6 +59,14 @@ class Output:
             width = None if Console().is_terminal else PIPED_WIDTH
             # Names come from checkpoints: what looks like markup in them is text.
             Console(width=width, markup=False, emoji=False).print(table)
+        if sys.stdout:
+            sys.stdout.flush()
+        lost = getattr(sys.stdout, "lost", None)
+        if lost is not None:
+            problem = f"the result could not be printed: {lost.strerror or lost}"
+            if written is None:
+                raise SpecDefError(problem, "Check where stdout goes, then run the same command again.")
+            self._stderr.print(escape(f"note: {problem}; {written} is complete"), highlight=False)
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Bar]:

@@ -6,6 +6,9 @@ import atexit
 import gc
 import os
 
+from specdef_cli.cli.output import Output
+from specdef_cli.runtime.launcher import forget_stale_launcher
+
 COLLECT_AFTER = (20_000, 20, 100)
 """Objects made before a garbage collection, and collections before one that looks at older objects, and at all."""
 
@@ -27,3 +30,14 @@ def prefer_huge_pages() -> None:
     of the time that a fold takes. Training gains nothing, and with second-order optimizers loses.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def work_alone_if_stale(output: Output) -> None:
+    """Ignore what a launch that is over has left in the environment, and say so.
+
+    Raises:
+        SpecDefError: It speaks of other processes, which cannot be found.
+    """
+    note = forget_stale_launcher()
+    if note is not None:
+        output.note(f"note: {note}")

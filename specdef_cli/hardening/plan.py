@@ -26,6 +26,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import FOLDED_KINDS, fold_groups, fold_pairs
 from specdef_cli.hardening.insert import InsertLayer
 from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.runtime.shim import LayerSpec, is_shim, shim_config
 from specdef_cli.spectral.limits import check_alpha
 
@@ -118,6 +119,8 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     names = match_names(model, shapes)
     require_complete(model, names, shapes)
     require_floating(model, names, checkpoint)
+    if options.verify:
+        require_comparable(model)
     sites = linear_sites(native, shapes, model=model, trust_remote_code=options.trust_remote_code)
     stored = SAFETENSORS_DTYPES[DTYPES[options.dtype]] if options.dtype else None
     found = Symmetries((), ())
@@ -134,6 +137,8 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
         dtype=stored,
     )
+    if folded:
+        _require_loaded_wide_enough(native, options)
     reasons = [each.reason for each in found.unpaired if each.kind is None or each.kind in FOLDED_KINDS[profile]]
     if not folded and options.method == "fold":
         raise SpecDefError(
@@ -152,7 +157,7 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
             "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
         )
     require_used(options, folded=bool(folded), inserted=bool(chosen))
-    inserted = tuple(_insert_layer(checkpoint, site, options) for site in chosen)
+    inserted = tuple(_insert_layer(checkpoint, site, options, native) for site in chosen)
     layers = {site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen}
     config = dict(checkpoint.config)
     if checkpoint.library is not DIFFUSERS:  # whose configs name no dtype
@@ -373,12 +378,36 @@ def _names(pair: SymmetricPair, names: TensorNames) -> set[str]:
     return found | {name.removesuffix(".weight") for name in found}
 
 
-def _insert_layer(checkpoint: Checkpoint, site: LinearSite, options: HardenOptions) -> InsertLayer:
+def _loaded_dtype(native: Any, options: HardenOptions) -> torch.dtype | None:
+    """The dtype in which ``config.json`` has the model loaded, whatever its weights are stored in."""
+    if options.dtype is not None:
+        return DTYPES[options.dtype]
+    named = getattr(native, "dtype", None)
+    return named if named in DTYPES.values() else None
+
+
+def _require_loaded_wide_enough(native: Any, options: HardenOptions) -> None:
+    """Refuse a fold that would overflow when the model is loaded.
+
+    Raises:
+        SpecDefError: ``config.json`` has it loaded in float16.
+    """
+    if _loaded_dtype(native, options) is torch.float16:
+        raise SpecDefError(
+            "config.json has the model loaded in float16, which a fold's powers of two overflow",
+            "Give --dtype bfloat16 or float32, which config.json then names.",
+        )
+
+
+def _insert_layer(checkpoint: Checkpoint, site: LinearSite, options: HardenOptions, native: Any) -> InsertLayer:
     stored = checkpoint.tensors[site.tensor].dtype
     dtype = DTYPES[options.dtype] if options.dtype else TORCH_DTYPES[stored]
     alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
     gauge = options.gauge or "rotated"
     check_alpha(alpha, gauge, dtype)
+    loaded = _loaded_dtype(native, options)
+    if loaded is not None and loaded is not dtype:
+        check_alpha(alpha, gauge, loaded, ", in which config.json has the model loaded,")
     top_k = DEFAULT_TOP_K if options.top_k is None else options.top_k
     smallest = min(site.out_features, site.in_features)
     if top_k < 1:
@@ -418,4 +447,7 @@ def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
+        for key, part in config.items():  # the text and the vision part of a model may name dtypes of their own
+            if isinstance(part, dict) and ("dtype" in part or "torch_dtype" in part):
+                config[key] = {k: v for k, v in part.items() if k != "torch_dtype"} | {"dtype": dtype}
     return config

@@ -28,6 +28,7 @@ from specdef_cli.hardening.execute import Written, execute, write_json
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
+from specdef_cli.hardening.soundness import require_loadable
 from specdef_cli.hardening.verify import verify
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE
@@ -187,6 +188,7 @@ def _harden(
         if plan.inserted and checkpoint.library is TRANSFORMERS:  # diffusers runs no code that comes with a checkpoint
             shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
         write_durably(work / MANIFEST_NAME, manifest.to_json())
+        require_loadable(work, trust_remote_code=options.trust_remote_code)
         if options.verify:
             figures = verify(
                 checkpoint.directory,

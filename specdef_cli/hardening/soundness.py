@@ -16,7 +16,34 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.plan import native_config, require_complete, require_floating, require_hardenable
 from specdef_cli.hardening.survey import as_original
+from specdef_cli.runtime import load_model, without_progress_bars
 from specdef_cli.runtime.shim import is_shim
+
+
+def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse a hardened directory that nobody could load. Asked before publication, with ``--no-verify`` too.
+
+    Reads headers only: transformers loads the model on the meta device, as it would load it anywhere.
+
+    Args:
+        directory: What is to be published.
+        trust_remote_code: Whether code that comes with it may run.
+
+    Raises:
+        SpecDefError: A tensor is missing, or the classes are not those that can be replaced.
+    """
+    checkpoint = open_checkpoint(directory)
+    require_as_described(checkpoint, read_manifest(directory))
+    if checkpoint.library is DIFFUSERS:  # loads no model without its weights
+        return
+    with without_progress_bars():
+        _, found = load_model(directory, device="meta", output_loading_info=True, trust_remote_code=trust_remote_code)
+    lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
+    if lost:
+        raise SpecDefError(
+            f"the hardened model would be loaded without {lost[0]}",
+            "Leave that layer out (--exclude), or use the other --method; nothing was published.",
+        )
 
 
 def require_sound(directory: Path, *, trust_remote_code: bool = False) -> None:

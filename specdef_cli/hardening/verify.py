@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdef_cli.checkpoint.reader import ResumableError
@@ -108,43 +108,82 @@ def verify(
             "skipped": f"loading the model takes {nbytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
         }
     comparison = compare_models(base, hardened, device=device, **loading)
-    kept = comparison.equal if exact else comparison.relative <= LOGITS_TOLERANCE
-    if not kept:  # NaN fails the comparison too
+    other_alpha = "Use --method insert" if exact else "Use a smaller --alpha"
+    if not math.isfinite(comparison.max_abs):
+        raise SpecDefError(
+            "the hardened model's outputs hold NaN or infinity, and the base's do not",
+            f"{other_alpha}, or --dtype float32; nothing was published.",
+        )
+    if not (comparison.equal if exact else comparison.relative <= LOGITS_TOLERANCE):
         raise SpecDefError(
             f"the hardened model's outputs differ from the base's by {comparison.relative:.2g} (relative)",
-            "Use a smaller --alpha, another --gauge, or --dtype float32; nothing was published.",
+            f"{other_alpha}, {'' if exact else 'another --gauge, '}or --dtype float32; nothing was published.",
         )
     figures = asdict(comparison)
     return figures if logits else {name: figures[name] for name in ("max_abs", "relative", "equal")}
 
 
-def fixed_inputs(model: Any) -> dict[str, Any]:
-    """A deterministic batch that fits the model's first input.
+def require_comparable(model: nn.Module) -> None:
+    """Refuse, before any work, a model for which no batch can be made up, so that its outputs cannot be compared.
+
+    Args:
+        model: On the meta device, where a forward pass computes shapes alone.
 
     Raises:
-        ResumableError: The model's input is neither token ids nor pixels nor noisy latents; the weights may be right.
+        SpecDefError: naming what it takes.
+    """
+    hint = "Run the same command with --no-verify, and compare the outputs yourself."
+    try:
+        inputs = fixed_inputs(model)
+    except ResumableError as error:
+        raise SpecDefError(error.problem, hint) from error
+    try:
+        with torch.inference_mode():
+            model(**inputs)
+    except (TypeError, ValueError, AttributeError) as error:
+        # An input is missing. Other errors are those of the meta device, which cannot branch on values.
+        raise SpecDefError(_no_batch(model, f"more than {' and '.join(inputs)}").problem, hint) from error
+    except Exception:
+        return
+
+
+def fixed_inputs(model: Any) -> dict[str, Any]:
+    """A deterministic batch of what the model takes: token ids, pixels, both, or noisy latents.
+
+    Raises:
+        ResumableError: The model's input is neither; the weights may be right.
     """
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if not isinstance(model, PreTrainedModel):
         return noisy_latents(model, generator)
-    if model.main_input_name == "input_ids":
-        text = config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None) or LENGTH
-        size = (BATCH, max(1, min(LENGTH, positions - 2)))
-        # Low ids are often special (padding changes positions in RoBERTa), so they are left out where others exist.
-        low = 5 if text.vocab_size > 10 else 0
-        ids = torch.randint(low, text.vocab_size, size, generator=generator)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):  # CLIP and its kin
+        inputs = {**_token_ids(config, generator), **_pixels(config, generator)}
+    elif model.main_input_name == "input_ids":
+        inputs = _token_ids(config, generator)
         if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids.roll(1, dims=1)
+            inputs["decoder_input_ids"] = inputs["input_ids"].roll(1, dims=1)
     elif model.main_input_name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-        inputs = {"pixel_values": torch.randn(BATCH, vision.num_channels, side, side, generator=generator)}
+        inputs = _pixels(config, generator)
     else:
         raise _no_batch(model, model.main_input_name)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _token_ids(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or LENGTH
+    size = (BATCH, max(1, min(LENGTH, positions - 2)))
+    # Low ids are often special (padding changes positions in RoBERTa), so they are left out where others exist.
+    low = 5 if text.vocab_size > 10 else 0
+    ids = torch.randint(low, text.vocab_size, size, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _pixels(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    vision = getattr(config, "vision_config", config)
+    side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+    return {"pixel_values": torch.randn(BATCH, vision.num_channels, side, side, generator=generator)}
 
 
 def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
@@ -185,14 +224,27 @@ def _no_batch(model: Any, inputs: str) -> ResumableError:
 
 
 def model_outputs(model: Any) -> Tensor:
-    """The model's first output (logits, the last hidden state, or a noise) on the fixed batch, on the CPU."""
+    """What the model computes on the fixed batch, on the CPU: logits, else its first output, or both embeddings.
+
+    Raises:
+        ResumableError: It takes more than the batch holds.
+    """
     inputs = fixed_inputs(model)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    with torch.inference_mode():
-        outputs = model(**inputs)
-    first = outputs.get("logits") if "logits" in outputs else outputs[0]
-    return first.cpu()
+    try:
+        with torch.inference_mode():
+            outputs = model(**inputs)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _no_batch(model, f"more than {' and '.join(inputs)}") from error
+    return compared_output(outputs).cpu()
+
+
+def compared_output(outputs: Any) -> Tensor:
+    """Of a model's outputs, what is compared: logits, the embeddings of text and image, or else the first."""
+    if "text_embeds" in outputs and "image_embeds" in outputs:
+        return torch.cat([outputs["text_embeds"], outputs["image_embeds"]])
+    return outputs["logits"] if "logits" in outputs else outputs[0]
 
 
 def _outputs(directory: Path, dtype: torch.dtype | None, device: str | None, loading: dict[str, Any]) -> Tensor:

@@ -33,8 +33,13 @@ def largest_safe_alpha(gauge: Gauge, dtype: torch.dtype) -> float:
     return round_down(min(in_range, RECONSTRUCTION_TOLERANCE / (info.eps / 2)))
 
 
-def check_alpha(alpha: float, gauge: Gauge, dtype: torch.dtype) -> None:
+def check_alpha(alpha: float, gauge: Gauge, dtype: torch.dtype, where: str = "") -> None:
     """Refuse an α that is not a number of at least 1, or that ``dtype`` cannot hold in this gauge.
+
+    Args:
+        alpha, gauge: Of the layer.
+        dtype: What it is stored or loaded in.
+        where: Why that dtype, for the message: a clause in commas.
 
     Raises:
         SpecDefError: naming α and the largest safe one.
@@ -44,12 +49,17 @@ def check_alpha(alpha: float, gauge: Gauge, dtype: torch.dtype) -> None:
     safe = largest_safe_alpha(gauge, dtype)
     if alpha > safe:
         name = str(dtype).removeprefix("torch.")
-        remedy = (
-            f"Use --alpha {safe:g} or less, --gauge rotated, or --dtype float32."
-            if gauge == "symmetric"
-            else f"Use --alpha {safe:g} or less, or --dtype bfloat16."
+        others = []
+        if gauge == "symmetric" and alpha <= largest_safe_alpha("rotated", dtype):
+            others.append("--gauge rotated")
+        # float32 keeps more digits than bfloat16, and has the same range.
+        wider = torch.float32 if gauge == "symmetric" else torch.bfloat16
+        if dtype is not wider and alpha <= largest_safe_alpha(gauge, wider):
+            others.append(f"--dtype {str(wider).removeprefix('torch.')}")
+        raise SpecDefError(
+            f"alpha {alpha:g} would break the function in {name}{where} with the {gauge} gauge",
+            ", or ".join([f"Use --alpha {safe:g} or less", *others]) + ".",
         )
-        raise SpecDefError(f"alpha {alpha:g} would break the function in {name} with the {gauge} gauge", remedy)
 
 
 def round_down(value: float) -> float:

@@ -15,27 +15,19 @@ TESTS = Path(__file__).parents[1]
 class Selection:
     """A pytest plugin that keeps the tests of the table."""
 
-    @pytest.hookimpl(tryfirst=True)
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Deselect all others.
-
-        Raises:
-            pytest.UsageError: A name in the table is no test's: the row would be empty, or claim too little.
-        """
-        names = [item.nodeid.removeprefix("tests/") for item in items]
-        for beginning in (beginning for beginnings in table.FAULTS.values() for beginning in beginnings):
-            if not any(name.startswith(beginning) for name in names):
-                raise pytest.UsageError(f"no test's name begins with {beginning}")
-        named = [item for item in items if table.faults_of(item.nodeid)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(named)])
-        items[:] = named
+        """Deselect all others."""
+        marked = [item for item in items if item.get_closest_marker("fault")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(marked)])
+        items[:] = marked
 
 
 def main(arguments: list[str]) -> int:
     """Run the tests and print the table; pytest's own exit code."""
-    files = sorted({beginning.split("::")[0] for beginnings in table.FAULTS.values() for beginning in beginnings})
+    files = sorted(path for path in TESTS.rglob("test_*.py") if "mark.fault" in path.read_text(encoding="utf-8"))
     selected = [] if "--all" in arguments else ["-m", "not slow"]
-    return int(pytest.main([*(str(TESTS / file) for file in files), *selected, "-q"], plugins=[Selection(), table]))
+    return int(pytest.main([*map(str, files), *selected, "-q"], plugins=[Selection(), table]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What was tried against each kind of fault, and what held: a pytest plugin that ends a run with the README's table.
 
-The table is counted from the outcomes of the tests named here, in the run that ends; nothing in it is written by hand.
-A test that was skipped was not tried. ``make test-all`` and ``make faults`` use it.
+A test says itself where it counts: ``@pytest.mark.fault("disk full")``. Only what is given to a command is marked. A
+test that tries many inputs in a loop says how many, ``inputs=12``; if it fails, none of them counts as held. What was
+skipped was not tried. ``make test-all`` and ``make faults`` use this plugin.
 """
 
 from __future__ import annotations
@@ -10,90 +11,41 @@ from collections import Counter
 
 import pytest
 
-# Fault → beginnings of the ids of the tests that try it, below tests/.
-FAULTS: dict[str, tuple[str, ...]] = {
-    "kill -9 in harden, then --resume": (
-        "hardening/test_interruptions.py::test_killed",
-        "hardening/test_interruptions.py::test_a_run_that_dies",
-    ),
-    "kill -9 in attack, then the same command": ("faults/test_attack_interruptions.py::test_killed",),
-    "kill -9 and Ctrl-C with attack --jobs 2": ("faults/test_attack_interruptions.py::test_no_worker",),
-    "Ctrl-C": (
-        "hardening/test_interruptions.py::test_interrupted",
-        "faults/test_attack_interruptions.py::test_interrupted",
-    ),
-    "disk full": (
-        "faults/test_disk.py",
-        "hardening/test_refusals.py::test_a_full_disk",
-        "hardening/test_refusals.py::test_a_disk_too_small",
-        "checkpoint/test_stream.py::test_a_full_disk",
-    ),
-    "read error in the middle": (
-        "checkpoint/test_stream.py::test_a_read_error",
-        "checkpoint/test_reader.py::test_a_disk_that_fails",
-        "checkpoint/test_reader.py::test_a_file_that_shrinks",
-    ),
-    "two runs to one --out": (
-        "checkpoint/test_output.py::test_a_second_run",
-        "faults/test_attack_interruptions.py::test_a_second_attack",
-        "faults/test_attack_interruptions.py::test_what_another",
-    ),
-    "broken checkpoint given to harden": (
-        "hardening/test_refusals.py::test_input",
-        "hardening/test_refusals.py::test_layers",
-        "hardening/test_refusals.py::test_weights_of_low_rank",
-        "checkpoint/test_reader.py::test_a_",
-        "checkpoint/test_reader.py::test_an_",
-        "checkpoint/test_reader.py::test_config_json",
-    ),
-    "bad option given to harden": ("hardening/test_refusals.py::test_options",),
-    "broken checkpoint given to attack": (
-        "faults/test_attack_inputs.py::test_a_broken_base",
-        "faults/test_attack_inputs.py::test_a_damaged",
-        "faults/test_attack_inputs.py::test_config_changes",
-    ),
-    "tokenizer that does not fit": ("faults/test_attack_inputs.py::test_a_tokenizer",),
-    "data that cannot be trained on": (
-        "faults/test_attack_inputs.py::test_data",
-        "faults/test_attack_inputs.py::test_a_sequence",
-    ),
-    "broken input given to certify": (
-        "faults/test_attack_inputs.py::test_a_report",
-        "faults/test_attack_inputs.py::test_weights",
-        "certify/test_certify.py::test_refusals",
-    ),
-    "broken input given to collapse or inspect": (
-        "hardening/test_refusals.py::test_collapse",
-        "hardening/test_refusals.py::test_inspect",
-    ),
-    "hardened already, output taken or in the input": (
-        "hardening/test_refusals.py::test_what_is_hardened",
-        "hardening/test_refusals.py::test_an_output",
-        "faults/test_attack_inputs.py::test_an_output",
-    ),
-    "directories spoiled at random": (
-        "hardening/test_fuzz.py",
-        "faults/test_attack_inputs.py::test_no_traceback",
-        "faults/test_attack_inputs.py::test_many_more",
-        "faults/test_attack_inputs.py::test_spoiled",
-    ),
-    "pickles, and code of the checkpoint": (
-        "faults/test_trust.py::test_no_pickle",
-        "faults/test_trust.py::test_code",
-        "checkpoint/test_reader.py::test_pickles",
-    ),
-    "tokens written down": ("faults/test_trust.py::test_no_token",),
-    "markup in names": ("faults/test_trust.py::test_names", "report/test_report.py::test_files"),
-    "links that leave the checkpoint": (
-        "checkpoint/test_reader.py::test_a_link",
-        "checkpoint/test_reader.py::test_a_snapshot",
-    ),
-    "Hub: gated, absent, broken off, offline": (
-        "checkpoint/test_resolve.py",
-        "checkpoint/test_arriving.py",
-        "checkpoint/test_downloads.py",
-    ),
-}
+FAULTS = (
+    "kill -9 in harden, then --resume",
+    "kill -9 in attack, then the same command",
+    "kill -9 and Ctrl-C with attack --jobs 2",
+    "Ctrl-C",
+    "disk full",
+    "two runs to one --out",
+    "broken checkpoint given to harden",
+    "bad option given to harden",
+    "broken checkpoint given to attack",
+    "tokenizer that does not fit",
+    "data that cannot be trained on",
+    "broken input given to certify",
+    "broken input given to collapse or inspect",
+    "hardened already, output taken or in the input",
+    "directories spoiled at random",
+    "which files are the model, and what becomes of the others",
+    "directories that are something else",
+    "models that cannot be run on one kind of input",
+    "loaded in another dtype than stored",
+    "layers that cannot be replaced",
+    "labels and tokenizers of other shapes",
+    "hints, followed",
+    "odd directories, configs and names, given to every command",
+    "odd command lines",
+    "odd environments",
+    "output that cannot be written or shown",
+    "secrets",
+    "pickles, and code of the checkpoint",
+    "markup in names",
+    "Hub: gated, absent, broken off, offline",
+)
+"""The rows, in the order in which they are printed."""
+
+PROPERTY = "fault"
 
 
 class Outcomes:
@@ -106,14 +58,18 @@ class Outcomes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a test that ran, or that failed before it could."""
         if report.when == "call" or report.failed:
-            for fault in faults_of(report.nodeid):
-                self.tried[fault] += not report.skipped
-                self.held[fault] += report.passed
+            for name, value in report.user_properties:
+                if name == PROPERTY and not report.skipped:
+                    fault, inputs = value
+                    self.tried[fault] += inputs
+                    self.held[fault] += inputs * report.passed
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the table in Markdown."""
-        rows = [f"| {fault} | {self.tried[fault]} | {self.held[fault]} |" for fault in FAULTS]
-        terminalreporter.write_line("\n".join(["", "| fault | tests | held |", "|---|---|---|", *rows, ""]))
+        rows = [(fault, self.tried[fault], self.held[fault]) for fault in FAULTS]
+        rows.append(("together", self.tried.total(), self.held.total()))
+        lines = [f"| {fault} | {tried} | {held} |" for fault, tried, held in rows]
+        terminalreporter.write_line("\n".join(["", "| fault | inputs | held |", "|---|---|---|", *lines, ""]))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -121,7 +77,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Outcomes())
 
 
-def faults_of(identifier: str) -> list[str]:
-    """The faults that a test tries."""
-    name = identifier.removeprefix("tests/")
-    return [fault for fault, beginnings in FAULTS.items() if name.startswith(beginnings)]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Write the mark of every test into its reports, where another process can read it.
+
+    Raises:
+        pytest.UsageError: A mark names a fault that is no row of the table.
+    """
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            (fault,) = mark.args
+            if fault not in FAULTS:
+                raise pytest.UsageError(
+                    f"{item.nodeid} is marked with {fault!r}, which is no row of tests/faults/table.py"
+                )
+            item.user_properties.append((PROPERTY, (fault, mark.kwargs.get("inputs", 1))))

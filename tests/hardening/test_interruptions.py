@@ -83,6 +83,7 @@ def identity(path: Path) -> tuple[int, int]:
     return status.st_ino, status.st_mtime_ns
 
 
+@pytest.mark.fault("kill -9 in harden, then --resume")
 def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
     outs = [tmp_path / str(number) / "out" for number in range(len(POINTS))]
     cases = [
@@ -106,6 +107,7 @@ def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, s
     assert resumed > len(POINTS) / 2
 
 
+@pytest.mark.fault("Ctrl-C")
 def test_interrupted_from_the_keyboard(arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
     points = [(WRITE, 1), (WRITE, 12), ("specdef_cli.hardening.run.verify", 1)]
     outs = [tmp_path / str(number) / "out" for number in range(len(points))]
@@ -121,6 +123,7 @@ def test_interrupted_from_the_keyboard(arguments: tuple[str, ...], expected: dic
         resume(arguments, out, expected)
 
 
+@pytest.mark.fault("kill -9 in harden, then --resume")
 @pytest.mark.slow
 def test_killed_at_many_random_moments(arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
     generator = random.Random(0)
@@ -150,6 +153,7 @@ def test_killed_at_many_random_moments(arguments: tuple[str, ...], expected: dic
     assert unfinished > 20
 
 
+@pytest.mark.fault("kill -9 in harden, then --resume")
 @pytest.mark.slow
 def test_a_run_that_dies_again_and_again_arrives(
     arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path

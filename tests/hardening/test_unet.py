@@ -20,7 +20,6 @@ from tiny_pipeline import tiny_unet, write_pipeline
 from weights import assert_collapsed, relative, tensors
 
 from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import collapse
@@ -266,13 +265,13 @@ def test_a_conditioning_of_stable_diffusion_xl_is_verified(tmp_path: Path) -> No
     assert 0 < result.manifest.verification["relative"] < 1e-5
 
 
-def test_what_cannot_be_verified_is_kept_for_resume(tmp_path: Path) -> None:
+def test_what_cannot_be_verified_is_refused_before_any_work(tmp_path: Path) -> None:
     tiny_unet(class_embed_type="timestep").save_pretrained(tmp_path / "unet")
     options = HardenOptions(str(tmp_path / "unet"), tmp_path / "out", top_k=4)
-    with pytest.raises(ResumableError, match="timestep") as caught:
+    with pytest.raises(SpecDefError, match="timestep") as caught:
         harden(options)
     assert "--no-verify" in caught.value.hint
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["unet"]
 
 
 def edit_config(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:

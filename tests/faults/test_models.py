@@ -1,0 +1,168 @@
+"""Models that take two inputs, layers that only look like linears, and weights that are loaded in another dtype."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from commands import assert_refused, call_cli, snapshot
+from mutations import config, spoiled
+
+from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.hardening import soundness
+from specdef_cli.runtime import load_model
+
+TEXT = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+WHISPER = {
+    "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+    "max_source_positions": 20, "max_target_positions": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("CLIPModel", {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16}),
+    "siglip": ("SiglipModel", {"text_config": {**TEXT, "projection_size": 32}, "vision_config": VISION}),
+    "siglip vision": ("SiglipVisionModel", VISION),
+    "whisper": ("WhisperForConditionalGeneration", WHISPER),
+}
+INSERT = ("--method", "insert", "--top-k", "4")
+
+
+def write(name: str, directory: Path) -> Path:
+    torch.manual_seed(0)
+    kind, arguments = MODELS[name]
+    model_class = getattr(transformers, kind)
+    model_class(model_class.config_class(**arguments)).eval().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.fault("models that cannot be run on one kind of input")
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_model_of_two_inputs_is_verified_with_both(name: str, tmp_path: Path) -> None:
+    model, out = write(name, tmp_path / "model"), tmp_path / "out"
+    result = call_cli("harden", model, "--out", out, *INSERT, "--json")
+    assert result.code == 0, result.stderr
+    assert 0 < json.loads(result.stdout)["manifest"]["verification"]["relative"] < 1e-4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.fault("models that cannot be run on one kind of input")
+def test_a_model_without_a_batch_is_refused_before_any_work(tmp_path: Path) -> None:
+    model = write("whisper", tmp_path / "model")
+    command = ("harden", model, "--out", tmp_path / "out", *INSERT, "--quiet")
+    before = snapshot(tmp_path)
+    refused = call_cli(*command)
+    assert_refused(refused, "WhisperForConditionalGeneration takes input_features", "--no-verify")
+    assert call_cli(*command, "--dry-run") == refused
+    assert snapshot(tmp_path) == before
+    assert call_cli(*command, "--no-verify").code == 0  # as the hint says
+
+
+@pytest.mark.fault("layers that cannot be replaced")
+def test_a_linear_whose_weight_is_read_past_it_is_not_planned(tmp_path: Path) -> None:
+    """nn.MultiheadAttention hands its out_proj's weight to a kernel."""
+    model = write("siglip vision", tmp_path / "model")
+    command = ("harden", model, *INSERT, "--layers", "*out_proj")
+    plan = json.loads(call_cli(*command, "--dry-run", "--json").stdout)
+    assert [layer["module"] for layer in plan["layers"]] == [f"encoder.layers.{i}.self_attn.out_proj" for i in (0, 1)]
+    assert call_cli(*command, "--out", tmp_path / "out").code == 0
+    assert load_model(tmp_path / "out") is not None
+    assert_refused(call_cli(*command[:-1], "head.attention.out_proj", "--dry-run"), "matches no linear layer")
+
+
+@pytest.mark.fault("layers that cannot be replaced")
+@pytest.mark.parametrize("verify", [(), ("--no-verify",)], ids=["verified", "not verified"])
+def test_what_nobody_could_load_is_never_published(
+    verify: tuple[str, ...], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the published config.json lists a layer that the files do not hold."""
+    checked = soundness.load_model
+
+    def spoil_first(directory: Path, **arguments: Any) -> Any:
+        path = directory / "config.json"
+        data = json.loads(path.read_text())
+        layers = data["quantization_config"]["layers"]
+        layers["model.layers.0.self_attn.q_proj"] = dict(layers["model.layers.0.self_attn.o_proj"])
+        path.write_text(json.dumps(data))
+        return checked(directory, **arguments)
+
+    monkeypatch.setattr(soundness, "load_model", spoil_first)
+    result = call_cli("harden", llama, "--out", tmp_path / "out", *INSERT, "--quiet", *verify)
+    assert_refused(result, "q_proj", empty=tmp_path)
+
+
+FLOAT16 = config(dtype="float16")
+
+
+@pytest.mark.fault("loaded in another dtype than stored")
+def test_a_fold_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> None:
+    model = spoiled(llama, tmp_path, FLOAT16)
+    command = ("harden", model, "--method", "fold", "--quiet")
+    for more in (("--dry-run",), ("--out", tmp_path / "a"), ("--out", tmp_path / "a", "--no-verify")):
+        assert_refused(call_cli(*command, *more), "float16", "--dtype bfloat16 or float32")
+    for dtype in ("bfloat16", "float32"):  # as the hint says
+        assert call_cli(*command, "--dtype", dtype, "--out", tmp_path / dtype).code == 0
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / dtype, dtype="auto")
+        assert str(loaded.dtype) == f"torch.{dtype}"
+        assert loaded(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+@pytest.mark.fault("loaded in another dtype than stored")
+def test_an_insert_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> None:
+    model = spoiled(llama, tmp_path, config(torch_dtype="float16", dtype="float16"))
+    command = ("harden", model, *INSERT, "--quiet", "--out")
+    refused = call_cli(*command, tmp_path / "a")
+    assert_refused(refused, "float16, in which config.json has the model loaded", "--alpha 100", "--dtype bfloat16")
+    for name, more in (("alpha", ("--alpha", "100")), ("dtype", ("--dtype", "bfloat16"))):  # as the hint says
+        assert call_cli(*command, tmp_path / name, *more).code == 0
+
+
+@pytest.mark.fault("loaded in another dtype than stored")
+def test_the_symmetric_gauge_of_what_is_loaded_in_bfloat16(llama: Path, tmp_path: Path) -> None:
+    model = spoiled(llama, tmp_path, config(dtype="bfloat16"))
+    command = ("harden", model, *INSERT, "--gauge", "symmetric", "--quiet", "--out")
+    refused = call_cli(*command, tmp_path / "a")
+    assert_refused(refused, "bfloat16, in which config.json has the model loaded", "--dtype float32")
+    assert call_cli(*command, tmp_path / "b", "--dtype", "float32").code == 0  # as the hint says
+    assert read_manifest(tmp_path / "b").dtype == "float32"
+
+
+@pytest.mark.fault("loaded in another dtype than stored")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_alpha_beyond_the_range_is_not_told_to_use_what_it_uses(dtype: str, llama: Path, tmp_path: Path) -> None:
+    command = ("harden", llama, *INSERT, "--dtype", dtype, "--quiet", "--out", tmp_path / "out", "--alpha")
+    refused = call_cli(*command, "1e40")
+    assert_refused(refused, f"1e+40 would break the function in {dtype}", "--alpha", empty=tmp_path)
+    assert "--dtype" not in refused.stderr
+    advised = refused.stderr.split("--alpha ")[1].split()[0]
+    assert call_cli(*command, advised).code == 0
+
+
+@pytest.mark.fault("loaded in another dtype than stored")
+def test_outputs_that_are_not_finite_have_a_message_of_their_own(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specdef_cli.hardening import verify
+
+    outputs = verify._outputs
+
+    def broken(directory: Path, *arguments: Any) -> torch.Tensor:
+        found = outputs(directory, *arguments)
+        return found if directory == llama else found * float("nan")
+
+    monkeypatch.setattr(verify, "_outputs", broken)
+    for method, words in (("insert", "smaller --alpha"), ("fold", "--method insert")):
+        result = call_cli("harden", llama, "--out", tmp_path / "out", "--method", method, "--quiet",
+                          *(INSERT[2:] if method == "insert" else ()))  # fmt: skip
+        assert_refused(result, "NaN or infinity, and the base's do not", words, empty=tmp_path)
