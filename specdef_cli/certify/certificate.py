@@ -15,12 +15,13 @@ from typing import Any
 from specdef_cli.certify.curvature_change import CurvatureFigures
 from specdef_cli.certify.deployment import DeploymentFigure
 from specdef_cli.certify.function import FunctionFigures
+from specdef_cli.certify.provenance import Provenance
 from specdef_cli.certify.resistance import Resistance
 from specdef_cli.certify.spectrum import TOLERANCE, SpectrumFigures
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CERTIFICATE_NAME = "certificate.json"
 LOSS_TOLERANCE = 0.01
 """Nats by which the loss of an inserted model may differ from the base's: 1 % of perplexity."""
@@ -47,8 +48,8 @@ class Certificate:
 
     Attributes:
         specdef_version: The version of this package that measured.
-        model, base: As the user named them.
-        manifest_sha256: Of the manifest, which names the hash of every shard.
+        model, base: Hub ids, or the last part of the directories' paths.
+        provenance: What exactly was measured, when, with what.
         claims: What was put to the test.
         function, spectrum, deployment, resistance: The figures.
         curvature: Before and after; ``None`` where it was not measured.
@@ -57,7 +58,7 @@ class Certificate:
     specdef_version: str
     model: str
     base: str
-    manifest_sha256: str
+    provenance: Provenance
     claims: tuple[Claim, ...]
     function: FunctionFigures
     spectrum: SpectrumFigures
@@ -157,7 +158,8 @@ def certificate_section(certificate: Certificate) -> str:
     lines = [
         "### Certificate",
         "",
-        f"Measured with specdef-cli {certificate.specdef_version}, on these very files.",
+        f"Measured with specdef-cli {certificate.specdef_version} on {certificate.provenance.date[:10]}, on these very "
+        "files: `certificate.json` has their hashes, and `specdef verify-certificate` compares them.",
         "",
     ]
     words = {True: "holds", False: "**fails**", None: "not measured"}

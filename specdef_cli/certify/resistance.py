@@ -87,11 +87,16 @@ def resistance_of(report: AttackReport) -> Resistance:
     return _resistance(report_dict(report))
 
 
+def _public(name: str) -> str:
+    """A name without the path of a directory or file of this machine."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
 def _resistance(data: dict[str, Any]) -> Resistance:
     spec = data["runs"][0]["spec"]
     return Resistance(
-        model=data["model"]["name"],
-        data=data["data"]["name"],
+        model=_public(data["model"]["name"]),
+        data=_public(data["data"]["name"]),
         budget=(
             f"{spec['steps']} steps of {spec['batch_size']} sequences of {spec['sequence_length']} tokens, "
             f"{spec['dtype']}"

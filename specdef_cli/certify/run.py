@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,12 @@ from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curva
 from specdef_cli.certify.deployment import DeploymentFigure, measure_deployment, token_batch
 from specdef_cli.certify.formats import DEFAULT_FORMATS
 from specdef_cli.certify.function import measure_function
+from specdef_cli.certify.provenance import provenance
 from specdef_cli.certify.resistance import Resistance, read_resistance, resistance_of
 from specdef_cli.certify.spectrum import measure_spectrum
+from specdef_cli.certify.statement import STATEMENT_NAME, in_toto_statement
 from specdef_cli.checkpoint.destination import require_outside
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve, resolve_base
@@ -62,6 +63,7 @@ class CertifyOptions:
         formats: Deployment formats; empty leaves that part out.
         curvature: Whether the Hessian is measured.
         card: Whether a local model's card and directory get the certificate too.
+        statement: Whether the certificate is written as an in-toto statement too.
         jobs: Attack runs at a time.
         device: Where the curvature and the deployment formats are measured. The function is always compared on the CPU,
             where a fresh process must give the same bits.
@@ -77,6 +79,7 @@ class CertifyOptions:
     formats: tuple[str, ...] = DEFAULT_FORMATS
     curvature: bool = True
     card: bool = True
+    statement: bool = False
     jobs: int = 1
     device: str = "cpu"
     trust_remote_code: bool = False
@@ -99,13 +102,14 @@ def certify(
     Raises:
         SpecDefError: A model cannot be read, the base is not known, or an option does not fit.
     """
-    directory = resolve(options.model, revision=options.revision, token=options.token).directory
+    hardened_model = resolve(options.model, revision=options.revision, token=options.token)
+    directory = hardened_model.directory
     manifest = read_manifest(directory)
-    base_name = options.base or manifest.base.name
     if options.base is None:
-        base_directory = resolve_base(manifest, directory, token=options.token, option="--base").directory
+        base_model = resolve_base(manifest, directory, token=options.token, option="--base")
     else:
-        base_directory = resolve(options.base, token=options.token).directory
+        base_model = resolve(options.base, token=options.token)
+    base_directory = base_model.directory
     for each in (base_directory, directory):
         require_sound(each, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, each)
@@ -135,9 +139,15 @@ def certify(
         resistance = _attack(options, base_directory, on_attack)
     certificate = Certificate(
         specdef_version=__version__,
-        model=options.model,
-        base=base_name,
-        manifest_sha256=hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest(),
+        model=hardened_model.public_name,
+        base=base_model.public_name,
+        provenance=provenance(
+            directory,
+            base_directory,
+            device=options.device,
+            text=None if tokens is None else _text(options),
+            attack_report=options.attacks or options.out / "attack" / "report.json",
+        ),
         claims=(
             function_claim(function, manifest),
             spectrum_claim(spectrum),
@@ -158,17 +168,20 @@ def _tokens(base: Checkpoint, options: CertifyOptions) -> Tensor | None:
     architecture = (base.config.get("architectures") or [""])[0]
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return None
-    if options.text is None:
-        text = "\n".join(standard_library())
-    else:
-        try:
-            text = options.text.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise SpecDefError(f"{options.text} cannot be read: {error.strerror}", "Give a text file.") from error
+    text = _text(options)
     trust = options.trust_remote_code
     tokens = token_batch(base.directory, text, sequences=SEQUENCES, length=LENGTH, trust_remote_code=trust)
     require_in_vocabulary(tokens, base.directory, trust_remote_code=trust)
     return tokens
+
+
+def _text(options: CertifyOptions) -> str:
+    if options.text is None:
+        return "\n".join(standard_library())
+    try:
+        return options.text.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise SpecDefError(f"{options.text} cannot be read: {error.strerror}", "Give a text file.") from error
 
 
 def _curvature(
@@ -214,6 +227,8 @@ def _write(certificate: Certificate, options: CertifyOptions, directory: Path) -
     options.out.mkdir(parents=True, exist_ok=True)
     text = certificate.to_json()
     write_durably(options.out / CERTIFICATE_NAME, text)
+    if options.statement:
+        write_durably(options.out / STATEMENT_NAME, in_toto_statement(certificate))
     if not options.card or not Path(options.model).expanduser().is_dir():
         return
     write_durably(directory / CERTIFICATE_NAME, text)

@@ -39,6 +39,11 @@ class BaseModel:
     revision: str | None = None
     commit: str | None = None
 
+    @property
+    def public_name(self) -> str:
+        """The Hub id, or the last part of a directory's path: what others may read."""
+        return self.name if self.commit else Path(self.name).expanduser().absolute().name
+
 
 @dataclass(frozen=True)
 class InsertedLayer:
@@ -163,6 +168,10 @@ class Manifest:
     config_changes: tuple[ConfigChange, ...] = ()
     shards: dict[str, str] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
+
+    def published(self) -> Manifest:
+        """The manifest as it leaves this machine: a base that was a directory keeps the last part of its path."""
+        return dataclasses.replace(self, base=dataclasses.replace(self.base, name=self.base.public_name))
 
     def to_json(self) -> str:
         """The manifest as the text of ``specdef.json``."""

@@ -56,6 +56,11 @@ class Resolved:
     revision: str | None = None
     commit: str | None = None
 
+    @property
+    def public_name(self) -> str:
+        """What others may read: the Hub id, or the last part of the directory's path."""
+        return self.name if self.commit else self.directory.absolute().name
+
 
 def resolve(model: str, *, revision: str | None = None, token: str | None = None) -> Resolved:
     """Find ``model`` on disk, downloading it from the Hub if it is not a directory.

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from specdef_cli.checkpoint.hub import first_line
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, is_hardened, read_manifest
 from specdef_cli.errors import SpecDefError
 
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
@@ -77,7 +77,7 @@ def push(directory: Path, destination: Destination, *, manifest: bool = True) ->
     Args:
         directory: What to upload.
         destination: Where to.
-        manifest: Whether ``specdef.json`` goes along.
+        manifest: Whether ``specdef.json`` goes along; what it says of a base that was a directory is its name alone.
 
     Returns:
         The address of the repository, or of the pull request.
@@ -96,8 +96,16 @@ def push(directory: Path, destination: Destination, *, manifest: bool = True) ->
             commit_message="Upload hardened model",
             revision=destination.revision,
             create_pr=destination.create_pr,
-            ignore_patterns=None if manifest else [MANIFEST_NAME],
+            ignore_patterns=[MANIFEST_NAME],
         )
+        if manifest and is_hardened(directory):
+            api.upload_file(
+                repo_id=repository,
+                path_or_fileobj=read_manifest(directory).published().to_json().encode(),
+                path_in_repo=MANIFEST_NAME,
+                commit_message="Upload manifest",
+                revision=commit.pr_revision or destination.revision,
+            )
     except Exception as error:
         raise SpecDefError(
             f"{destination.repository} could not be uploaded: {first_line(error)}",

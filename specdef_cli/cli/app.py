@@ -20,6 +20,7 @@ from specdef_cli.cli.inspect import inspect_command
 from specdef_cli.cli.listing import ListingCommand
 from specdef_cli.cli.push import push_command
 from specdef_cli.cli.streams import safe_streams
+from specdef_cli.cli.verify_certificate import verify_certificate_command
 from specdef_cli.errors import SpecDefError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -38,6 +39,7 @@ app.command("certify")(certify_command)
 app.command("collapse")(collapse_command)
 app.command("inspect")(inspect_command)
 app.command("push")(push_command)
+app.command("verify-certificate")(verify_certificate_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -40,6 +40,9 @@ def certify_command(
     no_card: Annotated[
         bool, typer.Option("--no-card", help="Leave the model's directory and its card as they are.")
     ] = False,
+    statement: Annotated[
+        bool, typer.Option("--statement", help="Write certificate.intoto.json too, which in-toto's tools can sign.")
+    ] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Attack runs at a time.")] = 1,
     device: Annotated[str, typer.Option(help="Where curvature and formats are measured, e.g. cuda.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the certificate and the attack report go.")] = (
@@ -77,6 +80,7 @@ def certify_command(
         formats=formats,
         curvature=not no_curvature,
         card=not no_card,
+        statement=statement,
         jobs=jobs,
         device=device,
         trust_remote_code=trust_remote_code,

@@ -96,7 +96,7 @@ def test_a_sound_checkpoint(attacked: tuple[Path, Path, Path], text: Path, tmp_p
         assert 0 < after["bound"] <= abs(after["top"]["eigenvalue"])
     assert [figure["format"] for figure in certificate["deployment"]] == ["bfloat16"]
     written = json.loads((tmp_path / "out" / "certificate.json").read_text())
-    assert written == {"format": 1, "holds": True, **certificate}
+    assert written == {"format": 2, "holds": True, **certificate}
     assert json.loads((hardened / "certificate.json").read_text()) == written
 
     # The card tells what got through; a second certificate takes the place of the first, and collapse takes it away.
@@ -111,6 +111,82 @@ def test_a_sound_checkpoint(attacked: tuple[Path, Path, Path], text: Path, tmp_p
     assert call_cli("collapse", hardened, "--out", tmp_path / "back").code == 0
     assert "Certificate" not in (tmp_path / "back" / "README.md").read_text()
     assert not (tmp_path / "back" / "certificate.json").exists()
+
+
+def check(directory: Path, *options: str | Path) -> tuple[int, dict[str, str]]:
+    """The exit code of ``verify-certificate``, and what it says of each thing."""
+    result = call_cli("verify-certificate", directory, *options, "--json")
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.code, {each["name"].split(",")[0]: each["result"] for each in json.loads(result.stdout)["checks"]}
+
+
+def test_a_certificate_is_checked_against_the_files(
+    attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path
+) -> None:
+    base, report = attacked[0], attacked[2]
+    hardened = shutil.copytree(attacked[1], tmp_path / "hardened")
+    skip = ("--no-deployment", "--no-curvature", "--statement")
+    assert certify(attacked, text, tmp_path / "out", *skip, model=hardened)[0] == 0
+    written = (hardened / "certificate.json").read_text()
+    certificate = json.loads(written)
+    assert (certificate["model"], certificate["base"]) == ("hardened", base.name)
+    assert not [path for path in (tmp_path, base.parent, attacked[1].parent, text.parent) if str(path) in written]
+    hashes = certificate["provenance"]
+    assert hashes["hardened"]["model.safetensors"] == file_sha256(hardened / "model.safetensors")
+    assert hashes["base"]["model.safetensors"] == file_sha256(base / "model.safetensors")
+    assert hashes["attack_report"] == file_sha256(report)
+    assert hashes["text"] == file_sha256(text)
+    statement = json.loads((tmp_path / "out/certificate.intoto.json").read_text())
+    assert statement["predicate"] == certificate
+    subject = {each["name"]: each["digest"]["sha256"] for each in statement["subject"]}
+    assert subject == {name: file_sha256(hardened / name) for name in ("config.json", "model.safetensors")}
+
+    whole = ("--base", base, "--attacks", report)
+    code, found = check(hardened, *whole)
+    assert code == 0
+    assert found.pop("outputs") == "not checked"
+    assert set(found.values()) == {"matches"}
+    code, found = check(hardened)
+    assert code == 0
+    unseen = {"base weights", "attack report", "spectrum", "outputs"}
+    assert {name for name, result in found.items() if result == "not checked"} == unseen
+
+
+def test_a_certificate_that_does_not_fit_differs(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
+    base, report = attacked[0], attacked[2]
+    hardened = shutil.copytree(attacked[1], tmp_path / "hardened")
+    assert certify(attacked, text, tmp_path / "out", "--no-deployment", "--no-curvature", model=hardened)[0] == 0
+    whole = ("--base", base, "--attacks", report)
+    written = (hardened / "certificate.json").read_text()
+
+    def differing(directory: Path, *options: str | Path) -> set[str]:
+        code, found = check(directory, *options)
+        assert code == 1
+        return {name for name, result in found.items() if result == "differs"}
+
+    other = tmp_path / "other.json"
+    other.write_text(report.read_text() + " ")
+    assert differing(hardened, "--base", hardened, "--attacks", other) >= {"base weights", "attack report"}
+    forged = json.loads(written)
+    forged["function"]["outputs"] |= {"equal": False, "relative": 0.5}  # figures that the verdict beside them denies
+    (hardened / "certificate.json").write_text(json.dumps(forged))
+    assert differing(hardened, *whole) == {"claims"}
+    (hardened / "certificate.json").write_text(json.dumps({**json.loads(written), "holds": False}))
+    assert differing(hardened, *whole) == {"claims"}
+    (hardened / "certificate.json").write_text(written)
+
+    inflated = [layer.inflated_tensor for layer in read_manifest(hardened).inserted]
+    changed = inflated[-1] if inflated else "model.layers.1.mlp.down_proj.weight"
+    spoilt = tamper(hardened, tmp_path / "spoilt", changed, 1.5)
+    assert differing(spoilt, *whole) == {"hardened weights", "spectrum"}
+    (spoilt / "specdef.json").unlink()
+    code, found = check(spoilt, *whole)
+    assert code == 1
+    assert found["manifest"] == found["claims"] == found["spectrum"] == "not checked"
+    (spoilt / "certificate.json").write_text("{}")
+    assert_refused(call_cli("verify-certificate", spoilt), "is not a certificate")
+    (spoilt / "certificate.json").unlink()
+    assert_refused(call_cli("verify-certificate", spoilt), "has no certificate.json", "specdef certify")
 
 
 def test_changed_weights_fail(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:

@@ -23,7 +23,11 @@ def harden_and_push(hub: Hub, llama: Path, root: Path, *more: str) -> Result:
 
 
 def published(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (root / "out").iterdir()}
+    """The files of the directory, and its manifest without the path of the base."""
+    files = {path.name: path.read_bytes() for path in (root / "out").iterdir()}
+    manifest = json.loads(files["specdef.json"])
+    manifest["base"]["name"] = Path(manifest["base"]["name"]).name
+    return {**files, "specdef.json": (json.dumps(manifest, indent=1) + "\n").encode()}
 
 
 def test_harden_publishes_and_pushes(llama: Path, tmp_path: Path) -> None:
@@ -32,6 +36,7 @@ def test_harden_publishes_and_pushes(llama: Path, tmp_path: Path) -> None:
     assert result.code == 0, result.stderr
     assert f"uploaded: {hub.address}/org/out" in result.stderr
     assert hub.pushed == published(tmp_path)
+    assert str(llama).encode() not in b"".join(data for name, data in hub.pushed.items() if name != "README.md")
     assert hub.created[0]["visibility"] == "private"
     assert hub.created[1:] == [{"branch": "hardened"}]
     assert any(path == "/api/models/org/out/commit/hardened" for _, path, _ in hub.seen)

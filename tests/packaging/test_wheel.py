@@ -71,7 +71,12 @@ def test_harden_inspect_load_and_collapse(binaries: Path, tmp_path: Path) -> Non
         "print(type(model.model.layers[0].mlp.down_proj).__name__)"
     )
     assert run(binaries / "python", "-c", load, cwd=tmp_path).stdout.strip() == "SpecDefLinear"
-    assert (tmp_path / "plain/model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()
+    same = (
+        "import sys, torch; from safetensors.torch import load_file;"
+        "ours, theirs = (load_file(f'{directory}/model.safetensors') for directory in sys.argv[1:]);"
+        "print(ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours))"
+    )
+    assert run(binaries / "python", "-c", same, "plain", TINY, cwd=tmp_path).stdout.strip() == "True"
 
 
 @pytest.mark.parametrize("command", ["attack", "certify"])
