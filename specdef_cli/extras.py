@@ -19,10 +19,8 @@ EXTRA_MODULES: Mapping[str, tuple[str, ...]] = {
 }
 """Names as they are imported, by extra."""
 
-INSTALLATION = (
-    "`pip install 'specdef_cli-VERSION-py3-none-any.whl'` (the wheel that `make build` makes of its repository)"
-)
-"""How a reader gets this package, in the words of a model card. It is on no package index."""
+INSTALLATION = "`pip install .` in a clone of the specdef repository"
+"""How a reader gets this package, in the words of a model card: it is on no package index."""
 
 
 class MissingExtraError(SpecDefError, ImportError):

@@ -164,18 +164,6 @@ def certificate_section(certificate: Certificate) -> str:
     ]
     words = {True: "holds", False: "**fails**", None: "not measured"}
     lines += [f"- {claim.name}: {words[claim.holds]}. {claim.sentence}" for claim in certificate.claims]
-    resistance = certificate.resistance
-    lines += [
-        "",
-        f"Attacks tried ({resistance.budget}; {resistance.data}), each at the best of the learning rates tried:",
-        "",
-        "| attack | the attacker knows | best η | of the control's progress | |",
-        "|---|---|---|---|---|",
-    ]
-    for attack in resistance.attacks:
-        share = "–" if attack.share is None else f"{attack.share:.0%}"
-        lines.append(f"| {attack.label} | {attack.knowledge} | {attack.learning_rate:g} | {share} | {attack.verdict} |")
-    lines += ["", *got_through(resistance)]
     if certificate.deployment:
         lines += ["", "What users may do to the weights, against the same done to the base:", ""]
         lines += ["| format | base | hardened | |", "|---|---|---|---|"]
@@ -184,21 +172,6 @@ def certificate_section(certificate: Certificate) -> str:
             for figure in certificate.deployment
         ]
     return "\n".join(lines)
-
-
-def with_certificate(card: str, section: str) -> str:
-    """A hardened directory's card with this certificate in the place of an earlier one, at its end."""
-    heading = section.splitlines()[0]
-    return f"{card.split(chr(10) + heading)[0].rstrip()}\n\n{section}\n"
-
-
-def got_through(resistance: Resistance) -> list[str]:
-    """What was not held up, said in full."""
-    names = "; ".join(attack.label for attack in resistance.got_through)
-    through = (
-        f"Got through (at least 95 % of the control's progress): {names}." if names else "None of them got through."
-    )
-    return [f"{through} Nothing is claimed of attacks, budgets and data that are not listed here."]
 
 
 def _number(value: float | None) -> str:

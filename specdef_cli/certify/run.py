@@ -16,6 +16,7 @@ from specdef_cli.attack.retained import standard_library
 from specdef_cli.attack.run import attack
 from specdef_cli.attack.spec import checkpoint_fingerprint
 from specdef_cli.attack.suite import load_suite
+from specdef_cli.certify.attack_section import attack_section, with_section
 from specdef_cli.certify.certificate import (
     CERTIFICATE_NAME,
     Certificate,
@@ -23,7 +24,6 @@ from specdef_cli.certify.certificate import (
     curvature_claim,
     function_claim,
     spectrum_claim,
-    with_certificate,
 )
 from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curvature
 from specdef_cli.certify.deployment import DeploymentFigure, measure_deployment, token_batch
@@ -235,4 +235,5 @@ def _write(certificate: Certificate, options: CertifyOptions, directory: Path) -
     card = directory / "README.md"
     if card.is_file():
         old = card.read_text(encoding="utf-8", errors="replace")
-        write_durably(card, with_certificate(old, certificate_section(certificate)))
+        text = with_section(old, certificate_section(certificate))
+        write_durably(card, with_section(text, attack_section(certificate.resistance)))

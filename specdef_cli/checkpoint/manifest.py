@@ -33,16 +33,23 @@ class BaseModel:
         name: Hub id (``org/name``) or the directory as the user gave it.
         revision: The revision asked for; ``None`` for a directory.
         commit: The commit hash that the revision resolved to; ``None`` for a directory.
+        hub_id: Where a directory's weights are on the Hub, if the user said so.
     """
 
     name: str
     revision: str | None = None
     commit: str | None = None
+    hub_id: str | None = None
+
+    @property
+    def hub_name(self) -> str | None:
+        """The Hub id under which others find it; ``None`` where none is known."""
+        return self.name if self.commit else self.hub_id
 
     @property
     def public_name(self) -> str:
         """The Hub id, or the last part of a directory's path: what others may read."""
-        return self.name if self.commit else Path(self.name).expanduser().absolute().name
+        return self.hub_name or Path(self.name).expanduser().absolute().name
 
 
 @dataclass(frozen=True)
@@ -260,5 +267,5 @@ def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
     if revision is None and not path.is_absolute() and not path.is_dir():
         beside = (parent / path for parent in directory.resolve().parents)
         found = next((place for place in beside if (place / "config.json").is_file()), None)
-        return (str(found), None) if found is not None else (base.name, None)
+        return (str(found), None) if found is not None else (base.hub_id or base.name, None)
     return base.name, revision

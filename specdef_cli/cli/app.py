@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from specdef_cli import __version__
 from specdef_cli.cli.attack import attack_command
+from specdef_cli.cli.card import card_command
 from specdef_cli.cli.certify import certify_command
 from specdef_cli.cli.collapse import collapse_command
 from specdef_cli.cli.harden import harden_command
@@ -38,6 +39,7 @@ app.command("attack", cls=ListingCommand)(attack_command)
 app.command("certify")(certify_command)
 app.command("collapse")(collapse_command)
 app.command("inspect")(inspect_command)
+app.command("card")(card_command)
 app.command("push")(push_command)
 app.command("verify-certificate")(verify_certificate_command)
 

@@ -106,7 +106,7 @@ def certificate_tables(certificate: Certificate) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from specdef_cli.certify.certificate import got_through
+    from specdef_cli.certify.attack_section import got_through
 
     words = {True: "holds", False: "FAILS", None: "not measured"}
     claims = Table("claim", "", "what was found", title=f"{certificate.model} against {certificate.base}")

@@ -94,6 +94,10 @@ def harden_command(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Publish without comparing the result with the base.")
     ] = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Where a directory's weights are on the Hub, for the card."),
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the published directory to org/name.")
     ] = None,
@@ -146,6 +150,7 @@ def harden_command(
         profile=profile,
         layers=tuple(layers or ()),
         exclude=tuple(exclude or ()),
+        base_model=base_model,
         dtype=dtype,
         max_shard_size=parse_size(max_shard_size),
         device=device,

@@ -11,6 +11,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
+from specdef_cli.extras import INSTALLATION
+from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
 
 HEADING = "## SpecDef"
 
@@ -23,22 +25,31 @@ def hardened_card(base_card: str, manifest: Manifest, library: Library = TRANSFO
         manifest: What was done.
         library: Who loads it.
     """
-    try:
-        card = _parse(base_card)
-    except (ValueError, YAMLError):  # front matter that is no YAML mapping: the text after it is kept
-        card = _parse(re.sub(r"\A\s*---\r?\n.*?\n---\r?\n", "", base_card, flags=re.DOTALL))
-    data = card.data.to_dict()
-    tags = data.get("tags") or []
-    tags = tags if isinstance(tags, list) else [tags]
-    data["tags"] = [*tags, *(tag for tag in ("specdef",) if tag not in tags)]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", manifest.base.name) and manifest.base.commit:
-        data["base_model"] = manifest.base.name
+    card = _parse(base_card)
+    data = hardened_metadata(card.data.to_dict(), manifest.base, library)
     front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
     body = card.text.split(f"\n{HEADING}")[0].strip()
-    return f"---\n{front}\n---\n\n{body or '# ' + manifest.base.name}\n\n{section(manifest, library)}\n"
+    body = body or f"# {manifest.base.hub_name or 'Hardened model'}"
+    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, library)}\n"
+
+
+def collapsed_card(card: str, manifest: Manifest) -> str:
+    """The card of the directory that ``collapse`` writes: without the section, the tag and the base."""
+    parsed = _parse(card)
+    data = collapsed_metadata(parsed.data.to_dict(), manifest.base)
+    front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml() if data else ""
+    body = parsed.text.split(f"\n{HEADING}")[0].strip()
+    return (f"---\n{front}\n---\n\n" if front else "") + f"{body}\n"
 
 
 def _parse(card: str) -> RepoCard:
+    try:
+        return _repository_card(card)
+    except (ValueError, YAMLError):  # front matter that is no YAML mapping: the text after it is kept
+        return _repository_card(re.sub(r"\A\s*---\r?\n.*?\n---\r?\n", "", card, flags=re.DOTALL))
+
+
+def _repository_card(card: str) -> RepoCard:
     # huggingface_hub complains of a card without front matter; that is nothing that the user did.
     front = "" if card.lstrip().startswith("---") else "---\n\n---\n"
     return RepoCard(front + card, ignore_metadata_errors=True)
@@ -51,7 +62,9 @@ def section(manifest: Manifest, library: Library) -> str:
 
 
 def _what(manifest: Manifest) -> Sequence[str]:
-    origin = manifest.base.name + (f" at {manifest.base.commit}" if manifest.base.commit else "")
+    origin = (manifest.base.hub_name or "the base model") + (
+        f" at {manifest.base.commit}" if manifest.base.commit else ""
+    )
     lines = [
         f"These weights compute what {origin} computes. They were reparameterized with "
         f"specdef-cli {manifest.specdef_version} (method of [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)) "
@@ -124,10 +137,10 @@ def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
         ]
     if library is DIFFUSERS:
         return [
-            "Load it, alone or in the place of the base in its pipeline, after `pip install 'specdef-cli[diffusion]'` "
-            "and `import specdef_cli`; without that, diffusers refuses it."
+            "Load it, alone or in the place of the base in its pipeline, with diffusers "
+            f"installed, after {INSTALLATION} and `import specdef_cli`; without that, diffusers refuses it."
         ]
     return [
         "Load it with `trust_remote_code=True` (the code is `configuration_specdef.py` in this repository), or without "
-        "after `pip install specdef-cli` and `import specdef_cli`."
+        f"after {INSTALLATION} and `import specdef_cli`."
     ]

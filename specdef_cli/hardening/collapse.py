@@ -22,6 +22,7 @@ from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import Progress, write_durably
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.card import collapsed_card
 from specdef_cli.hardening.execute import Written, execute, write_json
 from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions
@@ -103,10 +104,8 @@ def collapse(
         write_json(work / "config.json", restored_config(checkpoint, manifest.config_changes))
         card = checkpoint.directory / "README.md"
         if card.is_file():
-            write_durably(
-                work / "README.md",
-                card.read_text(encoding="utf-8", errors="replace").split("\n## SpecDef")[0].rstrip() + "\n",
-            )
+            text = card.read_text(encoding="utf-8", errors="replace")
+            write_durably(work / "README.md", collapsed_card(text, manifest))
         removed = sum(layer.out_features**2 for layer in manifest.inserted)
         return CollapseResult(options.out, manifest, removed, tuple(filter(None, [companions.note()])))
 

@@ -29,6 +29,7 @@ class HardenOptions:
         profile: What a fold must leave intact; ``None`` takes ``coverage``.
         layers: Globs over module paths and tensor names; none means the linears that write to the residual stream
             (insert) and every pair (fold).
+        base_model: Where a directory's weights are on the Hub (``org/name``), for the card and the manifest.
         exclude: Globs of what to leave alone; a fold leaves every pair alone that one of these tensors is part of.
         dtype: Store floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``); ``None`` keeps each one's.
         max_shard_size: Largest output file in bytes.
@@ -51,6 +52,7 @@ class HardenOptions:
     profile: Profile | None = None
     layers: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    base_model: str | None = None
     dtype: str | None = None
     max_shard_size: int = 5 * 10**9
     device: str | None = None

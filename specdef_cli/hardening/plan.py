@@ -110,6 +110,8 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         SpecDefError: The checkpoint cannot be hardened, or an option does not fit it.
     """
     require_hardenable(checkpoint)
+    if options.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.base_model):
+        raise SpecDefError(f"--base-model {options.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
     require_modules(checkpoint.directory)
     if options.dtype is not None and options.dtype not in DTYPES:
         raise SpecDefError(f"dtype {options.dtype!r} is not known", f"Use one of {', '.join(DTYPES)}.")

@@ -230,7 +230,7 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
     return Manifest(
         specdef_version=__version__,
         method=plan.method,
-        base=BaseModel(resolved.name, resolved.revision, resolved.commit),
+        base=BaseModel(resolved.name, resolved.revision, resolved.commit, options.base_model),
         dtype=plan.dtype,
         seed=options.seed,
         schedule=plan.schedule,

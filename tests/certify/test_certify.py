@@ -106,7 +106,7 @@ def test_a_sound_checkpoint(attacked: tuple[Path, Path, Path], text: Path, tmp_p
     assert "secure" not in card.lower()
     certify(attacked, text, tmp_path / "again", "--no-deployment", "--no-curvature", model=hardened)
     card = (hardened / "README.md").read_text()
-    assert card.count("### Certificate") == card.count("## SpecDef") == 1
+    assert card.count("### Certificate") == card.count("### Attacks") == card.count("## SpecDef") == 1
     assert "not measured" in card
     assert call_cli("collapse", hardened, "--out", tmp_path / "back").code == 0
     assert "Certificate" not in (tmp_path / "back" / "README.md").read_text()

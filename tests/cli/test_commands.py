@@ -20,7 +20,7 @@ from specdef_cli.attack.variants.table import VARIANTS
 from specdef_cli.cli.startup import COLLECT_AFTER
 
 TinyModel = Callable[..., Path]
-COMMANDS = ("harden", "attack", "certify", "collapse", "inspect", "push", "verify-certificate")
+COMMANDS = ("harden", "attack", "certify", "collapse", "inspect", "card", "push", "verify-certificate")
 
 
 def imported(*arguments: str) -> set[str]:

@@ -1,0 +1,87 @@
+"""What attacks found, as a part of a model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from specdef_cli.attack.spec import checkpoint_fingerprint
+from specdef_cli.certify.resistance import AttackFigure, Resistance, read_resistance
+from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.stream import write_durably
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.card import HEADING as CARD_HEADING
+
+HEADING = "### Attacks"
+
+
+def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:
+    """One row for each attack, the strongest first, in Markdown."""
+    lines = ["| attack | the attacker knows | best η | of the control's progress | |", "|---|---|---|---|---|"]
+    for attack in sorted(attacks, key=lambda attack: -1.0 if attack.share is None else attack.share, reverse=True):
+        share = "–" if attack.share is None else f"{attack.share:.0%}"
+        lines.append(f"| {attack.label} | {attack.knowledge} | {attack.learning_rate:g} | {share} | {attack.verdict} |")
+    return lines
+
+
+def attack_section(resistance: Resistance) -> str:
+    """The section: budget, table, and what got through."""
+    return "\n".join(
+        (
+            HEADING,
+            "",
+            f"Measured on these very files: {resistance.budget}; {resistance.data}. Every attack at the best of the "
+            "learning rates tried; its progress as a share of what the same recipe made on the base.",
+            "",
+            *attack_table(resistance.attacks),
+            "",
+            *got_through(resistance),
+        )
+    )
+
+
+def got_through(resistance: Resistance) -> list[str]:
+    """What was not held up, said in full."""
+    names = "; ".join(attack.label for attack in resistance.got_through)
+    through = (
+        f"Got through (at least 95 % of the control's progress): {names}." if names else "None of them got through."
+    )
+    return [f"{through} Nothing is claimed of attacks, budgets and data that are not listed here."]
+
+
+def with_section(card: str, section: str) -> str:
+    """A hardened directory's card with a section in the place of an earlier one with the same heading, or at its end.
+
+    Args:
+        card: The card; what the base's own part of it says under such a heading is left alone.
+        section: Its first line is a heading of the third level, and no other line is.
+    """
+    base, mark, ours = card.rpartition(f"\n{CARD_HEADING}\n")
+    parts = re.split(r"^(?=### )", ours, flags=re.MULTILINE)
+    heading = section.splitlines()[0]
+    places = [number for number, part in enumerate(parts) if part.splitlines()[:1] == [heading]]
+    if places:
+        parts[places[0]] = section
+    else:
+        parts.append(section)
+    return base + mark + "\n" + "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def attacks_on_card(directory: Path, report: Path) -> str:
+    """Write what an attack report says into the card of a hardened directory, and return the section.
+
+    Args:
+        directory: What ``harden`` published.
+        report: A ``report.json`` on this very directory.
+
+    Raises:
+        SpecDefError: The directory is not hardened or has no card, or the report is of other weights.
+    """
+    read_manifest(directory)
+    card = directory / "README.md"
+    if not card.is_file():
+        raise SpecDefError(f"{directory} has no README.md to write to", "Harden the base model again, or restore it.")
+    section = attack_section(read_resistance(report, checkpoint_fingerprint(directory)))
+    write_durably(card, with_section(card.read_text(encoding="utf-8", errors="replace"), section))
+    return section

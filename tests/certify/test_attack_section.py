@@ -1,0 +1,43 @@
+"""The attack table of a model card."""
+
+from __future__ import annotations
+
+from specdef_cli.certify.attack_section import attack_section, attack_table, with_section
+from specdef_cli.certify.resistance import AttackFigure, Resistance
+
+CARD = "# A model\n\n### Attacks\n\nThe base's own words.\n\n## SpecDef\n\nWhat was changed.\n"
+
+
+def figure(label: str, share: float | None, verdict: str) -> AttackFigure:
+    return AttackFigure(label, "none", 1e-3, share, verdict)
+
+
+RESISTANCE = Resistance(
+    model="hardened",
+    data="prose",
+    budget="30 steps",
+    attacks=(figure("lora", 0.5, "slowed"), figure("odd", None, "unknown"), figure("hira", 0.96, "not slowed")),
+)
+
+
+def test_the_attack_that_got_furthest_stands_first() -> None:
+    rows = attack_table(RESISTANCE.attacks)[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| hira", "| lora", "| odd"]
+    assert "96%" in rows[0]
+    assert "–" in rows[2]
+
+
+def test_a_section_takes_the_place_of_its_own_kind_alone() -> None:
+    section = attack_section(RESISTANCE)
+    once = with_section(CARD, section)
+    assert once.startswith(CARD.rstrip())
+    assert once.count("### Attacks") == 2  # the base has one
+    assert "Got through (at least 95 % of the control's progress): hira." in once
+    assert with_section(once, section) == once
+    with_both = with_section(once, "### Certificate\n\n- function: holds.")
+    assert with_both.index("hira") < with_both.index("### Certificate")
+    newer = with_section(with_both, section.replace("30 steps", "60 steps"))
+    assert "30 steps" not in newer
+    assert newer.index("60 steps") < newer.index("### Certificate")
+    assert newer.count("- function: holds.") == 1
+    assert "The base's own words." in newer
