@@ -57,12 +57,12 @@ attack-suite: $(HARDENED:%=$(SUITE)/%)  ## the README's coverage table: places t
 	for model in $(HARDENED); do \
 	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite examples/reproduce/suite.toml --jobs $(JOBS) \
 	    --runs $(SUITE)/runs --out $(SUITE)/$$model-attack --quiet >/dev/null; done
-	$(BIN)/python examples/reproduce/coverage.py $(HARDENED:%=$(SUITE)/%-attack/report.json) | tee $(SUITE)/coverage.md
+	$(BIN)/specdef compare $(HARDENED:%=$(SUITE)/%-attack) --markdown | tee $(SUITE)/coverage.md
 
 attack-long: $(SUITE)/fold  ## the README's table at 150 steps
 	$(BIN)/specdef attack $(SUITE)/fold --control $(TINY) --suite examples/reproduce/long.toml --jobs $(JOBS) \
 	  --runs $(SUITE)/runs --out $(SUITE)/fold-attack-long --quiet >/dev/null
-	$(BIN)/python examples/reproduce/coverage.py $(SUITE)/fold-attack-long/report.json | tee $(SUITE)/coverage-long.md
+	$(BIN)/specdef compare $(SUITE)/fold-attack-long --markdown | tee $(SUITE)/coverage-long.md
 
 reproduce: $(HARDENED:%=$(SUITE)/%)  ## the README's other figures: curvature, bounds, divergence, injection, deployment
 	mkdir -p $(DEMO)/reproduce

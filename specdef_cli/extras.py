@@ -15,7 +15,7 @@ EXTRA_MODULES: Mapping[str, tuple[str, ...]] = {
     "deploy": ("bitsandbytes", "gguf"),
     "diffusion": ("diffusers",),
     "eval": ("lm_eval",),
-    "report": ("matplotlib",),
+    "report": ("jinja2", "matplotlib"),
 }
 """Names as they are imported, by extra."""
 

@@ -120,6 +120,6 @@ done
 {
   "$PYTHON" "$here/llama_wmdp.py" --released "$OUT/released.json" --paper "${paper[@]}" --sweep "${sweep[@]}"
   printf '\n## Progress as a share of the original'\''s, each at its best rate\n\n'
-  "$PYTHON" "$here/coverage.py" "${sweep[@]}"
+  "$PYTHON" -m specdef_cli compare "${sweep[@]}" --markdown
 } | tee "$OUT/tables.md"
 exit $failed

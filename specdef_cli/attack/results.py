@@ -357,6 +357,12 @@ class AttackReport:
         reference = control.progress() if control else None
         return None if progress is None or not reference or reference <= 0 else progress / reference
 
+    def of_best_control(self, progress: float | None) -> float | None:
+        """Some progress (nats) as a share of the most that any control of this report made."""
+        made = [attack.progress() or 0.0 for attack in self.attacks if attack.subject == "control"]
+        most = max(made, default=0.0)
+        return None if progress is None or most <= 0 else progress / most
+
     def control_loss(self, attack: Attack) -> float | None:
         """The held-out loss that counts as the control's: :data:`CONTROL_SHARE` of its best progress made."""
         control = self.control_of(attack)

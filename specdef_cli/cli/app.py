@@ -16,6 +16,7 @@ from specdef_cli.cli.attack import attack_command
 from specdef_cli.cli.card import card_command
 from specdef_cli.cli.certify import certify_command
 from specdef_cli.cli.collapse import collapse_command
+from specdef_cli.cli.compare import compare_command
 from specdef_cli.cli.harden import harden_command
 from specdef_cli.cli.inspect import inspect_command
 from specdef_cli.cli.listing import ListingCommand
@@ -38,6 +39,7 @@ app.command("harden")(harden_command)
 app.command("attack", cls=ListingCommand)(attack_command)
 app.command("certify")(certify_command)
 app.command("collapse")(collapse_command)
+app.command("compare")(compare_command)
 app.command("inspect")(inspect_command)
 app.command("card")(card_command)
 app.command("push")(push_command)

@@ -146,6 +146,7 @@ def attack_command(
     revision: Revision = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show every run, and not one line an attack.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -169,7 +170,7 @@ def attack_command(
     from specdef_cli.attack import AttackOptions, ProgressEvent, attack, is_main_process
     from specdef_cli.attack.spellings import trainings_of, variants_of
     from specdef_cli.attack.suite import load_suite
-    from specdef_cli.report import report_dict, summary, summary_table, write_report
+    from specdef_cli.report import attacks_table, report_dict, runs_table, summary, write_report
     from specdef_cli.report.conditions import Condition
 
     output = Output(as_json, quiet)
@@ -239,7 +240,9 @@ def attack_command(
         output.note(f"assumed: {text}")
     for text in report.notes:
         output.note(f"note: {text}")
-    output.data(report_dict(report), Group(summary_table(report), *summary(report)), written=written[0])
+    verdict, *sentences = summary(report)
+    table = runs_table(report) if verbose else attacks_table(report)
+    output.data(report_dict(report), Group(verdict, table, *sentences), written=written[0])
     output.note(f"report: {written[0]}")
     met = [(condition, finding) for condition in conditions for finding in condition.met_by(report)]
     for condition, finding in met:

@@ -1,15 +1,16 @@
 """``report.html``: one file to read and to send on; nothing in it is loaded from elsewhere.
 
-Everything that comes from the user (paths, names, globs) is escaped. The frame is ``template.html`` beside this file.
+The page is ``template.html`` beside this file. Everything that comes from the user (paths, names, globs) is escaped
+there by jinja2.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from html import escape
-from importlib.resources import files
-from string import Template
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from specdef_cli.attack.results import CONTROL_SHARE, DIVERGENCE_FACTOR, UTILITY_LIMIT, AttackReport
 from specdef_cli.report.findings import (
@@ -26,11 +27,35 @@ from specdef_cli.report.findings import (
     steps_words,
     summary,
 )
-from specdef_cli.report.matrix import CoverageMatrix, coverage_matrix
+from specdef_cli.report.matrix import coverage_matrix
 from specdef_cli.report.plot import growth_png
 
-MOST_LISTED = 12
+MAX_LISTED = 12
 """Attacks that are listed under a verdict at the head of the page; the tables below have them all."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table; ``words`` where its cells are text and not figures."""
+
+    heading: str
+    words: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its cells, and the classes that the style sheet knows."""
+
+    cells: tuple[str, ...]
+    emphasis: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page. On a narrow screen each row becomes a card whose lines carry the headings."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
 
 
 def report_html(report: AttackReport, image: bytes) -> str:
@@ -41,88 +66,53 @@ def report_html(report: AttackReport, image: bytes) -> str:
         image: The plot, PNG.
     """
     found = findings(report)
-    template = Template((files("specdef_cli.report") / "template.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(f"Fine-tuning attacks on {report.model}"),
-        summary="".join(f"<p>{escape(sentence)}</p>" for sentence in summary(report)),
-        stopped=_list(_lines(found, "stopped")),
-        slowed=_list(_lines(found, "slowed")),
-        not_slowed=_list(_lines(found, "not slowed")),
-        curves=_figure("Held-out loss over steps and over learning rates", image),
-        matrix=_matrix(coverage_matrix(found)),
-        growth_figure=_figure("Progress over the size of the attacked model", growth_png(found)),
-        attacks="".join(_attack_row(each) for each in found),
-        runs="".join(_run_rows(report)),
-        definitions=escape(_definitions()),
-        accuracy=_accuracy(found),
-        growth=_list(growth_words(report)),
-        setting="".join(f"<li>{escape(line)}</li>" for line in _setting(report)),
-        notes="".join(f"<li>{escape(note)}</li>" for note in report.notes) or "<li>none</li>",
-        versions=escape(", ".join(f"{name} {version}" for name, version in report.versions.items())),
+    environment = Environment(
+        loader=PackageLoader("specdef_cli.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("template.html").render(
+        title=f"Fine-tuning attacks on {report.model}",
+        summary=summary(report),
+        stopped=_lines(found, "stopped"),
+        slowed=_lines(found, "slowed"),
+        not_slowed=_lines(found, "not slowed"),
+        curves=_base64(image),
+        matrix=coverage_matrix(found),
+        attacks=_attacks_table(found),
+        costs=_costs_table(report, found),
+        accuracy=_accuracy_table(found),
+        runs=_runs_table(report),
+        definitions=_definitions(),
+        growth=growth_words(report),
+        growth_curve=_base64(growth_png(found)),
+        setting=_setting(report),
+        notes=report.notes,
+        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        percent=percent,
+        rate=rate,
+        heat=lambda share: f"{0.75 * min(max(share, 0.0), 1.0):.2f}",
     )
 
 
-def _figure(alternative: str, image: bytes | None) -> str:
-    if image is None:
-        return ""
-    return f'<img alt="{alternative}" src="data:image/png;base64,{base64.b64encode(image).decode("ascii")}">'
+def _base64(image: bytes | None) -> str:
+    return "" if image is None else base64.b64encode(image).decode("ascii")
 
 
-def _matrix(matrix: CoverageMatrix | None) -> str:
-    """The heat map as a table: what does not yield is white, what yields all is red."""
-    if matrix is None:
-        return ""
-    head = "".join(f"<th>{escape(column)}</th>" for column in matrix.columns)
-    rows = []
-    for row in matrix.rows:
-        cells = []
-        for column in matrix.columns:
-            finding = matrix.cells.get((row, column))
-            share = finding.share if finding else None
-            if finding is None or share is None:
-                cells.append("<td>–</td>")
-                continue
-            heat = f"rgba(200, 40, 30, {0.75 * min(max(share, 0.0), 1.0):.2f})"
-            where = f"<small>η = {rate(finding.learning_rate)}</small>"
-            cells.append(f'<td style="background: {heat}">{percent(share)}<br>{where}</td>')
-        rows.append(f"<tr><td>{escape(row)}</td>{''.join(cells)}</tr>")
-    return (
-        "<h2>Coverage: what is trained × optimizer</h2>"
-        "<p>Attackers who know only recipes; share of the control's progress at the best learning rate.</p>"
-        f'<div class="wide"><table class="matrix"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _accuracy(found: Sequence[Finding]) -> str:
-    """Accuracy on tasks, of each attack's run at its best learning rate; nothing where none was measured."""
-    tasks = sorted({task for each in found for task in each.attack.best_run.accuracy})
-    if not tasks:
-        return ""
-    head = "".join(f"<th>{escape(task)}</th>" for task in tasks)
-    rows = "".join(
-        _row([each.attack.label, *(number(each.attack.best_run.accuracy.get(task)) for task in tasks)], words=set())
-        for each in found
-    )
-    return (
-        "<h2>Accuracy after the last step</h2>"
-        f'<div class="wide"><table><thead><tr><th>attack</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-
-
-def _list(lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if items else "<p>nothing</p>"
+def _table(headings: Sequence[str], words: Iterable[str], rows: Iterable[Row]) -> Table:
+    texts = set(words)
+    return Table(tuple(Column(heading, heading in texts) for heading in headings), tuple(rows))
 
 
 def _lines(found: Sequence[Finding], verdict: Verdict) -> list[str]:
     """The attacks of one verdict, the strongest first, each with its share of the control's progress."""
-    attacks = sorted((each for each in found if each.verdict == verdict), key=lambda each: -(each.share or 0))
+    attacks = sorted((finding for finding in found if finding.verdict == verdict), key=lambda each: -(each.share or 0))
     lines = []
-    for each in attacks[:MOST_LISTED]:
-        attack = each.attack
+    for finding in attacks[:MAX_LISTED]:
+        attack = finding.attack
         what = ", ".join(part for part in (attack.variant.label, attack.training.label, attack.optimizer) if part)
-        lines.append(f"{percent(each.share)}: {what}")
+        lines.append(f"{percent(finding.share)}: {what}")
     more = len(attacks) - len(lines)
     return [*lines, *([f"and {more} more, below"] if more > 0 else [])]
 
@@ -130,8 +120,9 @@ def _lines(found: Sequence[Finding], verdict: Verdict) -> list[str]:
 def _definitions() -> str:
     return (
         f"Loss: held-out, nats. Steps to control: until {CONTROL_SHARE:.0%} of the control's best progress is made; "
-        ">N where N steps did not get there. "
-        f"Stopped: at most {STOPPED_SHARE:.0%} of the control's progress at the best learning rate tried; "
+        ">N where N steps did not get there. Its control: the undefended model under the same training and optimizer. "
+        "The best control: the one of all trainings and optimizers tried that made most progress. "
+        f"Stopped: at most {STOPPED_SHARE:.0%} of its control's progress at the best learning rate tried; "
         f"not slowed: at least {CONTROL_SHARE:.0%}. "
         "Diverged: a loss or gradient that is not finite, "
         f"or a held-out loss beyond {DIVERGENCE_FACTOR:g} times the start. "
@@ -159,22 +150,57 @@ def _setting(report: AttackReport) -> list[str]:
     return lines
 
 
-def _attack_row(finding: Finding) -> str:
-    cells = [
-        finding.attack.label,
-        "–" if finding.verdict == "control" else KNOWLEDGE_WORDS[finding.attack.knowledge],
-        rate(finding.learning_rate),
-        number(finding.start),
-        number(finding.best),
-        _share(finding),
-        percent(finding.useful_share),
-        "–" if finding.divergent_rate is None else f"≥ {rate(finding.divergent_rate)}",
-        "–" if finding.seconds_to_control is None else f"{finding.seconds_to_control:.1f} s",
-        f"{finding.parameters_times:.2f}×",
-        f"{finding.flops_times:.2f}×",
-        finding.verdict,
+def _attacks_table(found: Sequence[Finding]) -> Table:
+    rows = [
+        Row(
+            (
+                finding.attack.label,
+                "–" if finding.verdict == "control" else KNOWLEDGE_WORDS[finding.attack.knowledge],
+                rate(finding.learning_rate),
+                f"{number(finding.start)} → {number(finding.best)}",
+                _share(finding),
+                percent(finding.share_of_best),
+                finding.verdict,
+            ),
+            "best" if finding.verdict == "not slowed" else "",
+        )
+        for finding in found
     ]
-    return _row(cells, words={1, 11})
+    headings = ("attack", "the attacker", "best η", "loss", "of its control", "of the best control", "verdict")
+    return _table(headings, ("the attacker", "verdict"), rows)
+
+
+def _costs_table(report: AttackReport, found: Sequence[Finding]) -> Table:
+    rows = [
+        Row(
+            (
+                finding.attack.label,
+                percent(finding.useful_share),
+                percent(finding.control_useful_share),
+                "–" if finding.divergent_rate is None else f"≥ {rate(finding.divergent_rate)}",
+                steps_words(report, finding.attack.best_run),
+                "–" if finding.seconds_to_control is None else f"{finding.seconds_to_control:.1f} s",
+                f"{finding.parameters_times:.2f}×",
+                f"{finding.flops_times:.2f}×",
+            )
+        )
+        for finding in found
+    ]
+    headings = (
+        "attack", "with utility kept", "control, with utility kept", "diverges", "steps to control", "time to control",
+        "parameters", "operations",
+    )  # fmt: skip
+    return _table(headings, (), rows)
+
+
+def _accuracy_table(found: Sequence[Finding]) -> Table:
+    """Accuracy on tasks, of each attack's run at its best learning rate; no rows where none was measured."""
+    tasks = sorted({task for finding in found for task in finding.attack.best_run.accuracy})
+    rows = [
+        Row((finding.attack.label, *(number(finding.attack.best_run.accuracy.get(task)) for task in tasks)))
+        for finding in found
+    ]
+    return _table(("attack", *tasks), (), rows if tasks else ())
 
 
 def _share(finding: Finding) -> str:
@@ -184,10 +210,11 @@ def _share(finding: Finding) -> str:
     return f"{percent(finding.share)} ({100 * least:.0f} to {100 * most:.0f})"
 
 
-def _run_rows(report: AttackReport) -> Iterable[str]:
+def _runs_table(report: AttackReport) -> Table:
+    rows = []
     for attack in report.attacks:
         for position, run in enumerate(attack.runs):
-            cells = [
+            cells = (
                 run.spec.label,
                 rate(run.spec.learning_rate),
                 str(run.spec.seed),
@@ -199,15 +226,11 @@ def _run_rows(report: AttackReport) -> Iterable[str]:
                 f"{report.parameters_times(run):.2f}×",
                 f"{run.trainable_parameters:,}",
                 outcome_words(run),
-            ]
+            )
             classes = ["first"] * (position == 0) + ["best"] * (run.spec.learning_rate == attack.best_learning_rate)
-            yield _row(cells, words={10}, classes=classes)
-
-
-def _row(cells: list[str], *, words: set[int], classes: Iterable[str] = ()) -> str:
-    body = "".join(
-        f'<td class="words">{escape(cell)}</td>' if number in words else f"<td>{escape(cell)}</td>"
-        for number, cell in enumerate(cells)
-    )
-    names = " ".join(classes)
-    return f'<tr class="{names}">{body}</tr>' if names else f"<tr>{body}</tr>"
+            rows.append(Row(cells, " ".join(classes)))
+    headings = (
+        "run", "η", "seed", "start", "best", "final", "steps to control", "gradient norm, step 1", "parameters",
+        "trainable", "outcome",
+    )  # fmt: skip
+    return _table(headings, ("outcome",), rows)

@@ -1,4 +1,4 @@
-"""The report in the terminal."""
+"""The report in the terminal: one line an attack, or one a run."""
 
 from __future__ import annotations
 
@@ -19,20 +19,26 @@ from specdef_cli.report.findings import (
     steps_words,
 )
 
-MOST_RUNS = 60
-"""With more runs than this each attack gets one row, at its best learning rate; the files have them all."""
 
-
-def summary_table(report: AttackReport) -> Table:
-    """One row for each run, or for each attack where there are many. Cells are :class:`Text`, so nothing in a name is
-    taken for markup.
+def attacks_table(report: AttackReport) -> Table:
+    """One line for each attack at its best learning rate, in 80 columns. Cells are :class:`Text`, so nothing in a name
+    is taken for markup.
     """
-    return _runs_table(report) if len(report.runs) <= MOST_RUNS else _attacks_table(report)
+    table = _table(report, "attack", "best η", "loss", "of its\ncontrol", "of best\ncontrol", "steps")
+    table.add_column("verdict", no_wrap=True)
+    previous = None
+    for finding in findings(report):
+        group = (finding.attack.subject, finding.attack.knowledge)
+        if previous not in (None, group):
+            table.add_section()
+        previous = group
+        _add(table, _attack_cells(report, finding), "bold" if finding.verdict == "not slowed" else "")
+    return table
 
 
-def _runs_table(report: AttackReport) -> Table:
-    """The best run of each attack is bold."""
-    table = _table(report, "η", "start", "best", "final", "steps to control", "|g|", "params")
+def runs_table(report: AttackReport) -> Table:
+    """One line for each run; the best of each attack is bold."""
+    table = _table(report, "run", "η", "start", "best", "final", "steps", "|g|", "params")
     table.add_column("outcome")
     for attack in report.attacks:
         for run in attack.runs:
@@ -40,6 +46,18 @@ def _runs_table(report: AttackReport) -> Table:
             _add(table, _run_cells(report, attack, run), "bold" if strongest else "")
         table.add_section()
     return table
+
+
+def _attack_cells(report: AttackReport, finding: Finding) -> tuple[str, ...]:
+    return (
+        finding.attack.label.removeprefix("hardened, ").removeprefix("hardened · "),
+        rate(finding.learning_rate),
+        number(finding.best),
+        percent(finding.share),
+        percent(finding.share_of_best),
+        steps_words(report, finding.attack.best_run),
+        finding.verdict,
+    )
 
 
 def _run_cells(report: AttackReport, attack: Attack, run: RunResult) -> tuple[str, ...]:
@@ -56,42 +74,16 @@ def _run_cells(report: AttackReport, attack: Attack, run: RunResult) -> tuple[st
     )
 
 
-def _attacks_table(report: AttackReport) -> Table:
-    table = _table(report, "runs", "best η", "start", "best", "of control", "steps to control", "params")
-    table.add_column("verdict")
-    knowledge = None
-    for finding in findings(report):
-        if knowledge not in (None, (finding.attack.subject, finding.attack.knowledge)):
-            table.add_section()
-        knowledge = (finding.attack.subject, finding.attack.knowledge)
-        _add(table, _attack_cells(report, finding), "bold" if finding.verdict == "not slowed" else "")
-    return table
-
-
-def _attack_cells(report: AttackReport, finding: Finding) -> tuple[str, ...]:
-    return (
-        finding.attack.label,
-        str(len(finding.attack.runs)),
-        rate(finding.learning_rate),
-        number(finding.start),
-        number(finding.best),
-        percent(finding.share),
-        steps_words(report, finding.attack.best_run),
-        f"{finding.parameters_times:.2f}×",
-        finding.verdict,
-    )
-
-
-def _table(report: AttackReport, *headings: str) -> Table:
+def _table(report: AttackReport, first: str, *headings: str) -> Table:
     lines = [
-        f"loss: held-out. steps to control: until {CONTROL_SHARE:.0%} of the control's best progress is made. "
-        "|g|: gradient norm at step 1. params: model parameters over the control's.",
+        f"loss: held-out, the lowest. steps: until {CONTROL_SHARE:.0%} of the control's best progress is made. "
+        + ("|g|: gradient norm at step 1. params: model parameters over the control's." if "|g|" in headings else ""),
         *growth_words(report),
     ]
-    table = Table(caption=Text("\n".join(lines)), caption_justify="left")
-    table.add_column("run", overflow="fold")
+    table = Table(caption=Text("\n".join(line.strip() for line in lines)), caption_justify="left", pad_edge=False)
+    table.add_column(first)
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=heading != "steps to control")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

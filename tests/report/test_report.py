@@ -28,7 +28,7 @@ from specdef_cli.attack.results import (
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.report import findings, report_dict, summary, summary_table, write_report
+from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
 from specdef_cli.report.findings import rate, size
 from specdef_cli.report.matrix import coverage_matrix
 from specdef_cli.report.serialize import CURVE_COLUMNS, curves_csv, report_json
@@ -185,7 +185,10 @@ def test_many_attacks_are_counted_and_the_strongest_named(report: AttackReport) 
     text = " ".join(summary(replace(report, runs=tuple(runs))))
     assert "Of 6 attacks" in text
     assert "4 stopped, 1 slowed, 1 not slowed" in text
-    assert "100 % by full, muon, at 1e-3; 50 % by full, lion" in text
+    assert (
+        "1.000 by full, muon (100 % of its own control's progress, 100 % of the best control's); 2.000 by full, lion"
+        in text
+    )
 
 
 def test_summary_says_what_wins_next_to_what_loses(report: AttackReport) -> None:
@@ -263,16 +266,16 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
     assert NASTY in page.text  # shown as it is
     assert "secure" not in page.text.lower()
-    assert not re.search(r"url\(|@import|\$[a-z_]", html)
-    # 4 attacks and 5 runs, with a head each; the curves and the growth
-    assert page.tags.count("tr") == 2 + 4 + 5
+    assert not re.search(r"url\(|@import|\{\{|\{%", html)
+    # 4 attacks in two tables and 5 runs, with a head each; the curves and the growth
+    assert page.tags.count("tr") == 3 + 4 + 4 + 5
     assert page.tags.count("img") == 2
 
 
 def test_table(report: AttackReport) -> None:
     bad = run("model", [3.0, 2.0], train=("[bold]*[/bold]",))
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(summary_table(replace(report, runs=(*report.runs, bad))))
+    console.print(runs_table(replace(report, runs=(*report.runs, bad))))
     text = console.export_text()
     assert "[bold]*[/bold]" in text
     for part in ("diverged at step 2", ">20", "1e-6", "1.50×", "+1,000 parameters", "+4.0 kB"):
@@ -293,3 +296,57 @@ def test_rate(value: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "+0 B"), (-524288, "-524.3 kB"), (1_500_000, "+1.5 MB")])
 def test_size(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_the_verdict_comes_first_and_names_what_walks_through(report: AttackReport) -> None:
+    """Full training is stopped, norms alone are not slowed, embeddings only slowed, and collapsing undoes it all."""
+    runs = (
+        run("control", [3.0, 1.0]), run("model", [3.0, 2.95]),
+        run("control", [3.0, 2.0], train=("*norm*",)), run("model", [3.0, 2.0], train=("*norm*",)),
+        run("control", [3.0, 2.0], train=("*embed*",)), run("model", [3.0, 2.5], train=("*embed*",)),
+        run("model", [3.0, 1.0], kind="collapse"),
+    )  # fmt: skip
+    assert summary(replace(report, runs=runs))[0] == (
+        "Holds against 1 of 3 recipes tried; not slowed: full on *norm*; only slowed: full on *embed*; "
+        "undone: collapsed."
+    )
+
+
+def test_progress_has_two_denominators(report: AttackReport) -> None:
+    """Norms alone reach all that they reach on the control (1 nat): half of what full training learns there."""
+    runs = (
+        run("control", [3.0, 1.0]), run("control", [3.0, 2.0], train=("*norm*",)),
+        run("model", [3.0, 2.0], train=("*norm*",)),
+    )  # fmt: skip
+    full, norms, attack = findings(replace(report, runs=runs))
+    assert [finding.share_of_best for finding in (full, norms, attack)] == pytest.approx([1.0, 0.5, 0.5])
+    assert attack.share == pytest.approx(1.0)
+
+
+def test_the_strongest_is_the_one_that_ends_lowest(report: AttackReport) -> None:
+    """All of a weak control's progress is less than half of a strong one's."""
+    losses = {"adamw": (1.0, 1.9), "sgd": (2.8, 2.8), "lion": (1.0, 3.0), "muon": (1.0, 3.0), "soap": (1.0, 3.0)}
+    runs = [run("control", [3.0, control], optimizer=name) for name, (control, _) in losses.items()]
+    runs += [run("model", [3.0, loss], optimizer=name) for name, (_, loss) in losses.items()]
+    text = " ".join(summary(replace(report, runs=tuple(runs))))
+    assert "The strongest of them ended at a held-out loss of 1.900 by full, adamw (55 %" in text
+
+
+def test_the_control_under_the_same_limit_stands_beside(report: AttackReport) -> None:
+    """The control keeps its utility down to 2.0 of 1.0: half of its progress."""
+    runs = (
+        run("control", [3.0, 2.0, 1.0], retained=[1.0, 1.0, 1.5]),
+        run("model", [3.0, 2.4, 1.5], retained=[1.0, 1.09, 1.2]),
+    )
+    text = " ".join(summary(replace(report, runs=runs)))
+    assert "under that limit the undefended control itself makes 50 %" in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminal_keeps_whole_words(report: AttackReport, width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(attacks_table(replace(report, runs=(*report.runs, run("model", [3.0, 2.0], optimizer="adahessian")))))
+    text = console.export_text()
+    for word in ("collapsed", "adahessian", "slowed", "verdict", "control"):
+        assert re.search(rf"(?<!\w){word}(?!\w)", text), text
+    assert "…" not in text

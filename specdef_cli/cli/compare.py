@@ -1,0 +1,69 @@
+"""``specdef compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specdef_cli.cli.options import Json
+from specdef_cli.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from specdef_cli.report.comparison import Comparison
+
+
+def compare_command(
+    reports: Annotated[
+        list[Path], typer.Argument(metavar="REPORT…", help="report.json of each model, or the directory it is in.")
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put attack reports side by side: one row an attack, one column a model.
+
+    Examples:
+
+      specdef compare fold-attack insert-attack
+
+      specdef compare fold-attack/report.json insert-attack/report.json --markdown
+    """
+    from specdef_cli.extras import require_extra
+
+    require_extra("report", "reports")
+    from specdef_cli.report.comparison import compare, comparison_markdown, read_report
+
+    comparison = compare([read_report(path) for path in reports])
+    if markdown and not as_json:
+        print(comparison_markdown(comparison), end="")
+        return
+    Output(as_json).data(comparison, comparison_table(comparison))
+
+
+def comparison_table(comparison: Comparison) -> Group:
+    """The comparison as the terminal shows it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from specdef_cli.report.findings import percent
+
+    table = Table(pad_edge=False)
+    table.add_column("attack")
+    table.add_column("control", justify="right")
+    for model in comparison.models:
+        table.add_column(model, justify="right", no_wrap=True)
+    for row in comparison.rows:
+        cells = [
+            Text("–" if cell is None else cell.text, style="bold" if cell and cell.verdict == "not slowed" else "")
+            for cell in row.cells
+        ]
+        table.add_row(Text(row.attack), Text(f"{row.control}, {percent(row.control_share)}"), *cells)
+    lines = [f"{model}: {text}" for model, text in zip(comparison.models, comparison.verdicts, strict=True)]
+    caption = (
+        "control: held-out loss (best η), share of the best control's progress. Models: share of its own control's."
+    )
+    return Group(table, Text(caption), *(Text(line) for line in (*lines, *comparison.notes)))

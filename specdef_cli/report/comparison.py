@@ -1,0 +1,173 @@
+"""Several reports side by side: one row an attack, one column a model. The table that a publisher decides by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdef_cli.errors import SpecDefError
+from specdef_cli.report.findings import number, percent, rate
+from specdef_cli.report.serialize import SCHEMA_NAME
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack on one model at its best learning rate.
+
+    Attributes:
+        share: Progress over its own control's; ``None`` where that control made none.
+        share_of_best: Progress over the most that any control of that report made.
+        learning_rate: The best of those tried.
+        loss: The lowest held-out loss (nats).
+        verdict: ``stopped``, ``slowed``, ``not slowed`` or ``unknown``.
+    """
+
+    share: float | None
+    share_of_best: float | None
+    learning_rate: float
+    loss: float | None
+    verdict: str
+
+    @property
+    def text(self) -> str:
+        """``77 % (3e-7)``: the share of its own control's progress, and the rate."""
+        return "–" if self.share is None else f"{percent(self.share)} ({rate(self.learning_rate)})"
+
+
+@dataclass(frozen=True)
+class ComparedAttack:
+    """One row.
+
+    Attributes:
+        attack: What was done first, trained, and with which optimizer.
+        control: How far the undefended control came by the same training, with its rate.
+        control_share: What that control made of the best control's progress.
+        cells: One for each model; ``None`` where a report lacks the attack.
+    """
+
+    attack: str
+    control: str
+    control_share: float | None
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Reports side by side.
+
+    Attributes:
+        models: Names of the models, as directories end.
+        verdicts: The first line of each report's summary.
+        rows: In the order in which the attacks first appear.
+        notes: Why the columns may not be compared, one sentence each.
+    """
+
+    models: tuple[str, ...]
+    verdicts: tuple[str, ...]
+    rows: tuple[ComparedAttack, ...]
+    notes: tuple[str, ...]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The contents of a ``report.json``, or of the one in a directory.
+
+    Raises:
+        SpecDefError: There is none, or it is not an attack report.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA_NAME:
+            raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA_NAME!r}")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SpecDefError(
+            f"{file} is not an attack report: {error}", "Give the report.json that `specdef attack` wrote."
+        ) from error
+    return data
+
+
+def compare(reports: Sequence[dict[str, Any]]) -> Comparison:
+    """Put reports side by side.
+
+    Args:
+        reports: Contents of their files (:func:`read_report`), one for each model.
+    """
+    controls: dict[str, dict[str, Any]] = {}
+    columns: list[dict[str, dict[str, Any]]] = []
+    for report in reports:
+        column = {}
+        for attack in report["attacks"]:
+            if attack["subject"] == "control":
+                controls.setdefault(_recipe(attack), attack)
+            else:
+                first = "" if attack["variant"] == "plain" else f"{attack['variant']}: "
+                column[first + _recipe(attack)] = attack
+        columns.append(column)
+    rows = []
+    for name in dict.fromkeys(name for column in columns for name in column):
+        attacks = [column.get(name) for column in columns]
+        control = controls.get(next(_recipe(attack) for attack in attacks if attack is not None))
+        rows.append(
+            ComparedAttack(
+                attack=name,
+                control=_learned(control) if control else "–",
+                control_share=control["share_of_best_control"] if control else None,
+                cells=tuple(None if attack is None else _cell(attack) for attack in attacks),
+            )
+        )
+    return Comparison(
+        models=tuple(Path(report["model"]["name"]).name for report in reports),
+        verdicts=tuple(report["summary"][0] for report in reports),
+        rows=tuple(rows),
+        notes=_differences(reports),
+    )
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The comparison as a table for a model card or a page."""
+    head = ["attack", "control: loss (best η), of the best control", *comparison.models]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in comparison.rows:
+        cells = ["–" if cell is None else cell.text for cell in row.cells]
+        lines.append(f"| {' | '.join([row.attack, f'{row.control}, {percent(row.control_share)}', *cells])} |")
+    lines += [""] + [f"- {model}: {text}" for model, text in zip(comparison.models, comparison.verdicts, strict=True)]
+    return "\n".join([*lines, *(f"- {note}" for note in comparison.notes)]) + "\n"
+
+
+def _recipe(attack: dict[str, Any]) -> str:
+    return f"{attack['trained']}, {attack['optimizer']}"
+
+
+def _learned(control: dict[str, Any]) -> str:
+    best = control["best"]
+    return f"{number(control['start'])} → {number(best['loss'])} ({rate(best['learning_rate'])})"
+
+
+def _cell(attack: dict[str, Any]) -> Cell:
+    best = attack["best"]
+    return Cell(
+        share=attack["share_of_control"],
+        share_of_best=attack["share_of_best_control"],
+        learning_rate=best["learning_rate"],
+        loss=best["loss"],
+        verdict=attack["verdict"],
+    )
+
+
+def _differences(reports: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What reports must share to be comparable: the data and the budget."""
+    notes = []
+    if len({report["data"]["fingerprint"] for report in reports}) > 1:
+        notes.append("The reports were made on different data; their columns cannot be compared.")
+    budgets = {
+        tuple(run["spec"][key] for key in ("steps", "batch_size", "sequence_length"))
+        for report in reports
+        for run in report["runs"]
+    }
+    if len(budgets) > 1:
+        told = "; ".join(f"{steps} steps of {batch} × {length} tokens" for steps, batch, length in sorted(budgets))
+        notes.append(f"The reports had different budgets ({told}); their columns cannot be compared.")
+    return tuple(notes)
