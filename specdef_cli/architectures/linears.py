@@ -155,6 +155,11 @@ def require_insertable(
             )
 
 
+def writers(model: nn.Module) -> tuple[str, ...]:
+    """Module paths of the linears that write to the residual stream: the last of each attention and each MLP."""
+    return tuple(_roles(model))
+
+
 def _is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
     """Whether ``module`` turns hidden states into an output, so that it is what an attacker replaces anyway."""
     if not isinstance(model, PreTrainedModel):

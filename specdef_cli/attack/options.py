@@ -53,6 +53,8 @@ class AttackOptions:
         gradient_accumulation: Passes that the sequences of a step are split into, to save memory.
         gradient_checkpointing: Compute activations again in the backward pass, to save memory.
         sequence_length: Tokens of a sequence.
+        stop_at_divergence: Whether a run ends where its held-out loss passes twice its start. Some come back after
+            thousands of steps.
         eval_every: Steps between evaluations; ``None`` is a tenth of the steps.
         eval_sequences: Held-out sequences that are evaluated, at most.
         seeds: One run each for adapters' and paths' initial values, dropout and data order.
@@ -92,6 +94,7 @@ class AttackOptions:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     sequence_length: int = 128
+    stop_at_divergence: bool = True
     eval_every: int | None = None
     eval_sequences: int = 64
     seeds: tuple[int, ...] = (0,)

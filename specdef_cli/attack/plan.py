@@ -118,6 +118,7 @@ def _series(
         seed=options.seeds[0],
         dtype=options.dtype,
         eval_tasks=options.eval_tasks,
+        stop_at_divergence=options.stop_at_divergence,
     )
     return Series(first, grid, table.learning_rates == "search", options.seeds, options.suite is not None)
 

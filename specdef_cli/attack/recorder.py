@@ -14,7 +14,14 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from specdef_cli.attack.results import DIVERGENCE_FACTOR, Divergence, DivergenceReason, EvalPoint, TrainPoint
+from specdef_cli.attack.results import (
+    BEYOND_TWICE,
+    DIVERGENCE_FACTOR,
+    Divergence,
+    DivergenceReason,
+    EvalPoint,
+    TrainPoint,
+)
 
 ATTACK, RETAINED = "attack", "retained"
 """What the data sets that are evaluated are called in the Trainer's metrics."""
@@ -51,12 +58,16 @@ class Recorder(TrainerCallback):
 
     Args:
         on_step: Called after every optimizer step with its number and its loss.
+        stop_at_divergence: Whether a run ends where its held-out loss passes twice its start. One whose loss is not a
+            finite number ends in any case: nothing comes back from there.
     """
 
-    def __init__(self, on_step: Callable[[int, float | None], None]) -> None:
+    def __init__(self, on_step: Callable[[int, float | None], None], stop_at_divergence: bool = True) -> None:
         self.train: list[TrainPoint] = []
         self.evaluations: list[EvalPoint] = []
         self.divergence: Divergence | None = None
+        self._stop_at_divergence = stop_at_divergence
+        self._ended = False
         self._on_step = on_step
         self._began = time.perf_counter()
 
@@ -73,7 +84,7 @@ class Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "loss" not in logs or self.divergence is not None:
+        if not logs or "loss" not in logs or self._ended:
             return
         loss, grad_norm = finite(logs["loss"]), finite(logs.get("grad_norm"))
         self.train.append(TrainPoint(state.global_step, loss, grad_norm))
@@ -96,7 +107,7 @@ class Recorder(TrainerCallback):
             retained = finite(metrics[f"eval_{RETAINED}_loss"])
             self.evaluations[-1] = replace(self.evaluations[-1], retained=retained)
             return
-        if self.divergence is not None:
+        if self._ended:
             return
         loss = finite(metrics[f"eval_{ATTACK}_loss"])
         self.evaluations.append(EvalPoint(state.global_step, loss, time.perf_counter() - self._began))
@@ -104,10 +115,14 @@ class Recorder(TrainerCallback):
         if loss is None:
             self._diverged(state, control, "held-out loss is not finite")
         elif start is not None and loss > DIVERGENCE_FACTOR * start:
-            self._diverged(state, control, "held-out loss is beyond twice the start")
+            self._diverged(state, control, BEYOND_TWICE)
 
     def _diverged(self, state: TrainerState, control: TrainerControl, reason: DivergenceReason) -> None:
-        self.divergence = Divergence(state.global_step, reason)
+        self._ended = self._stop_at_divergence or reason != BEYOND_TWICE
+        if self.divergence is None or self._ended:
+            self.divergence = Divergence(state.global_step, reason)
+        if not self._ended:
+            return
         control.should_training_stop = True
         control.should_evaluate = False
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from specdef_cli.attack.spec import RunSpec, Subject
 from specdef_cli.attack.trainings.table import Training
@@ -34,6 +34,8 @@ DivergenceReason = Literal[
     "held-out loss is not finite",
     "held-out loss is beyond twice the start",
 ]
+BEYOND_TWICE: Final = "held-out loss is beyond twice the start"
+"""The one reason that a run can go on after, where it is asked to."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class EvalPoint:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a run was given up, and why."""
+    """Where a run diverged, and why. It was given up there, unless it was to go on (:attr:`RunResult.given_up`)."""
 
     step: int
     reason: DivergenceReason
@@ -71,7 +73,7 @@ class RunResult:
         spec: What was run.
         train: Every optimizer step.
         evaluations: Held-out losses, from step 0 to the last.
-        divergence: ``None`` for a run that used its whole budget.
+        divergence: ``None`` for a run that never diverged.
         growth: What the variant did to the layers that it changed; ``None`` for a plain run.
         parameters: Parameters of the model that was trained, without adapters.
         trainable_parameters: Parameters that the optimizer moved, adapters included.
@@ -92,10 +94,20 @@ class RunResult:
     @property
     def outcome(self) -> Literal["finished", "worse", "diverged"]:
         """How the run ended: within its budget, within it but above its start, or given up."""
-        if self.divergence is not None:
+        if self.given_up:
             return "diverged"
         worse = self.start is not None and self.final is not None and self.final > self.start
         return "worse" if worse else "finished"
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the run ended before its budget did."""
+        return self.divergence is not None and (self.spec.stop_at_divergence or self.divergence.reason != BEYOND_TWICE)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the run was given up where it could have gone on, and perhaps come back."""
+        return self.divergence is not None and self.given_up and self.divergence.reason == BEYOND_TWICE
 
     @property
     def start(self) -> float | None:

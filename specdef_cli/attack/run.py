@@ -260,6 +260,7 @@ def _notes(options: AttackOptions, target: Target, report: AttackReport) -> tupl
             )
     if any(result.start is None for result in report.runs):
         notes.append("At least one model was broken before training: its held-out loss at step 0 is not finite.")
+    notes += _cut_note(report)
     note = _start_note(report)
     if note is not None:
         notes.append(note)
@@ -281,6 +282,22 @@ def _not_tried(options: AttackOptions, target: Target) -> list[str]:
     return [
         f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
         for variant in missing
+    ]
+
+
+def _cut_note(report: AttackReport) -> list[str]:
+    """Which attacks have runs that were given up although they could have gone on."""
+    cut = {}
+    for each in report.attacks:
+        rates = [run.spec.learning_rate for run in each.runs if run.cut]
+        if each.subject == "model" and rates:
+            cut[each.label] = min(rates)
+    if not cut:
+        return []
+    told = "; ".join(f"{label} from {rate:g} on" for label, rate in cut.items())
+    return [
+        f"Given up where the held-out loss passed twice its start: {told}. A run may come back after thousands of "
+        "steps: --no-stop-at-divergence lets it go on."
     ]
 
 

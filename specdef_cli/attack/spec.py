@@ -57,6 +57,7 @@ class RunSpec:
     seed: int
     dtype: Dtype
     eval_tasks: tuple[str, ...] = ()
+    stop_at_divergence: bool = True
 
     @property
     def run_id(self) -> str:

@@ -66,8 +66,9 @@ def trainings_of(
                 f"--train {globs[0]} selects among the model's own parameters, and {training} trains none of them",
                 "Use --training full with --train, or choose where adapters go: --training lora@q_proj.",
             )
-        if not training.where and choice.where is not None:
-            training = replace(training, where=tuple(globs if choice.where == "parameters" else targets))
+        where = {"parameters": globs, "modules": targets}.get(choice.where or "", ())
+        if where and not training.where:
+            training = replace(training, where=tuple(where))
         if rank is not None and choice.size is not None and choice.size.meaning == "rank" and ":" not in text:
             training = replace(training, size=rank)
         found.append(training)

@@ -94,7 +94,7 @@ def train_run(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         model = spec.training.apply(model, spec.task)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        recorder = Recorder(on_step)
+        recorder = Recorder(on_step, spec.stop_at_divergence)
         trainer = make_trainer(spec, model, data, recorder, scratch, memory)
         began = time.perf_counter()
         trainer.train()

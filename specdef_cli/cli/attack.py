@@ -95,6 +95,13 @@ def attack_command(
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to save memory.")
     ] = False,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="128")] = None,
+    stop_at_divergence: Annotated[
+        bool,
+        typer.Option(
+            "--stop-at-divergence/--no-stop-at-divergence",
+            help="End a run where its held-out loss passes twice the start; some come back after thousands of steps.",
+        ),
+    ] = True,
     eval_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations.", show_default="a tenth of the steps")
     ] = None,
@@ -210,6 +217,7 @@ def attack_command(
         optimizers=tuple(optimizer or ()),
         learning_rates=tuple(lr or ()),
         search=lr_sweep,
+        stop_at_divergence=stop_at_divergence,
         schedule=schedule,
         warmup_steps=warmup_steps,
         max_grad_norm=max_grad_norm,

@@ -129,7 +129,7 @@ def summary(report: AttackReport) -> tuple[str, ...]:
 
 def outcome_words(run: RunResult) -> str:
     """How a run ended, in a few words."""
-    if run.divergence is not None:
+    if run.divergence is not None and run.given_up:
         return f"diverged at step {run.divergence.step}"
     return "ended above its start" if run.outcome == "worse" else "finished"
 

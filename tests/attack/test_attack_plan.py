@@ -18,7 +18,7 @@ from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.spellings import trainings_of, variants_of
 from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
-from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.manifest import BaseModel, FoldedPair, InsertedLayer, Manifest, ScaledSlice
 from specdef_cli.errors import SpecDefError
@@ -137,9 +137,10 @@ def test_keywords_are_spelled_out_for_the_model() -> None:
     (inflated,) = {training for training in trained if training.method == "lora-inflated"}
     assert inflated.where == ("a",)
     folded = {each.first.training.method for each in series(FOLD, suite=load_suite("full"))}
-    assert folded == {"full", "lora", "lora-default", "dora", "ia3", "prompt"}
+    inserted = {"lora-inflated", "lora-compensation", "lora-around"}
+    assert folded == {name for name, choice in TRAININGS.items() if choice.function is not None} - inserted
     kinds = {each.first.variant.kind for each in series(FOLD, suite=load_suite("full"))}
-    assert kinds == {"plain", "rebalance", "channel-rates"}
+    assert kinds == {"plain", "equalise", "rebalance", "channel-rates", "width", "depth"}
 
 
 def test_a_name_does_not_make_another_run() -> None:

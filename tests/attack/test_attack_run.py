@@ -98,6 +98,19 @@ def test_divergence_is_an_outcome(hardened: Path, tmp_path: Path) -> None:
     assert plain.best == plain.start
 
 
+def test_a_run_goes_on_beyond_its_divergence_where_asked(hardened: Path, tmp_path: Path) -> None:
+    made = options(hardened, tmp_path, trainings=("full",), learning_rates=(10.0,), steps=8)
+    stopped, longer = attack(made), attack(replace(made, stop_at_divergence=False))
+    first, second = run_of(stopped, "plain"), run_of(longer, "plain")
+    assert first.divergence == second.divergence
+    assert first.divergence is not None
+    assert first.divergence.step == first.train[-1].step < 8 == second.train[-1].step == second.evaluations[-1].step
+    assert (first.cut, first.outcome) == (True, "diverged")
+    assert (second.cut, second.outcome) == (False, "worse")
+    assert any("Given up" in note and "full · adamw from 10 on" in note for note in stopped.notes)
+    assert not any("Given up" in note for note in longer.notes)
+
+
 def test_a_run_is_never_repeated(hardened: Path, tmp_path: Path) -> None:
     events: list[ProgressEvent] = []
     first = attack(options(hardened, tmp_path, trainings=("full",), learning_rates=(1e-4,)), on_progress=events.append)
@@ -370,15 +383,30 @@ def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Pat
     assert result.share(result.attacks[1]) == pytest.approx(1.0)
 
 
-def test_growth_asked_of_a_fold_is_left_out_and_rebalancing_is_there(base: Path, tmp_path: Path) -> None:
+def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(base: Path, tmp_path: Path) -> None:
     """`harden` folds where it can, so `attack --expand 2x` must go on from there."""
     assert harden(HardenOptions(str(base), tmp_path / "hardened", verify=False)) is not None
     result = attack(
         options(tmp_path / "hardened", tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1,
                 variants=("width:2",))
     )  # fmt: skip
+    assert {run.spec.variant.kind for run in result.runs} == {"plain", "rebalance", "width"}
+    plain, width = run_of(result, "plain"), run_of(result, "width")
+    assert width.start == plain.start
+    assert width.growth is not None
+    assert width.growth.times == 2
+    # What trains is fresh, but for the embeddings, which no fold scales.
+    assert width.trainable_parameters == width.growth.parameters_added + 258 * 32
+
+
+def test_what_a_model_has_nothing_for_is_said(base: Path, tmp_path: Path) -> None:
+    assert harden(HardenOptions(str(base), tmp_path / "hardened", verify=False)) is not None
+    result = attack(
+        options(tmp_path / "hardened", tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1,
+                variants=("inject",))
+    )  # fmt: skip
     assert {run.spec.variant.kind for run in result.runs} == {"plain", "rebalance"}
-    assert result.notes[0] == "Not tried: width:2. It works on an inserted layer, and the model has none."
+    assert result.notes[0] == "Not tried: inject. It works on an inserted layer, and the model has none."
 
 
 def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 from specdef_cli.attack.data import AttackData, Sequences
 from specdef_cli.attack.optimizers.groups import build_optimizer, hidden_matrices
 from specdef_cli.attack.optimizers.madam import Madam
+from specdef_cli.attack.optimizers.normalized import NormalizedSGD
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.recorder import Recorder
 from specdef_cli.attack.spec import RunSpec
@@ -71,7 +72,10 @@ def trained(run: RunSpec, base: Path, data: AttackData, scratch: Path, *callback
     return trainer
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+INSTALLED = [name for name, choice in OPTIMIZERS.items() if choice.available]
+
+
+@pytest.mark.parametrize("name", INSTALLED)
 def test_each_learns_a_batch_by_heart(name: str, base: Path, memorizable: AttackData) -> None:
     # The initial loss is about log 258, and random bytes have nothing to generalize from: it falls by memory alone.
     run = train_run(spec(name, eval_every=STEPS), base, memorizable)
@@ -81,7 +85,7 @@ def test_each_learns_a_batch_by_heart(name: str, base: Path, memorizable: Attack
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", INSTALLED)
 def test_each_runs_in_low_precision(name: str, dtype: Any, base: Path, memorizable: AttackData, tmp_path: Path) -> None:
     trainer = trained(spec(name, dtype=dtype, steps=2), base, memorizable, tmp_path)
     parameters = dict(trainer.model.named_parameters())
@@ -270,5 +274,52 @@ def test_shards_are_refused_by_what_needs_whole_tensors(base: Path, memorizable:
         if OPTIMIZERS.choose(name).elementwise:
             trainer.create_optimizer(model)
             continue
-        with pytest.raises(SpecDefError, match="Muon has to see whole tensors"):
+        with pytest.raises(SpecDefError, match="muon has to see whole tensors"):
             trainer.create_optimizer(model)
+
+
+@pytest.mark.parametrize(("per", "dimensions"), [("tensor", (0, 1)), ("row", (1,))])
+def test_normalized_gradients_by_hand(per: Any, dimensions: tuple[int, ...]) -> None:
+    start, gradient = torch.ones(3, 4), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    gradient *= torch.tensor([[1e-25], [1.0], [1e10]])  # squares of the first are zero in float32
+    weight = nn.Parameter(start.clone())
+    optimizer = NormalizedSGD([weight], lr=0.1, per=per, momentum=0.5)
+    weight.grad = gradient
+    optimizer.step()
+    unit = (gradient.double() / gradient.double().square().mean(dimensions, keepdim=True).sqrt()).float()
+    torch.testing.assert_close(weight.detach(), start - 0.1 * 0.5 * unit)
+    weight.grad = torch.zeros_like(gradient)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), start - 0.1 * (0.5 + 0.25) * unit)
+
+
+def test_a_small_epsilon_moves_what_the_usual_one_leaves_still() -> None:
+    """The gradient of a weight that was multiplied by 2⁴⁰ and compensated for is 2⁻⁴⁰ of what it was."""
+    moved = {}
+    for name in ("adamw", "adamw-small-epsilon"):
+        layer = nn.Linear(1, 1, bias=False)
+        before = layer.weight.detach().clone()
+        layer.weight.grad = torch.full((1, 1), 2.0**-40)
+        build_optimizer(OPTIMIZERS.choose(name), layer, 1e-3).step()
+        moved[name] = float((layer.weight.detach() - before).abs())
+    assert moved["adamw-small-epsilon"] == pytest.approx(1e-3, rel=1e-3)
+    assert moved["adamw"] < 1e-5
+
+
+def test_relative_adafactor_moves_in_proportion_to_the_tensor() -> None:
+    moved = []
+    for scale in (1.0, 2.0**13):
+        layer = nn.Linear(8, 8, bias=False)
+        with torch.no_grad():
+            layer.weight.fill_(scale)
+        layer.weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) / scale
+        build_optimizer(OPTIMIZERS.choose("adafactor-relative"), layer, 1e-2).step()
+        moved.append((layer.weight.detach() - scale).norm() / scale)
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=0)
+
+
+def test_an_optimizer_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdef_cli.attack.optimizers.table.find_spec", lambda name: None)
+    with pytest.raises(SpecDefError, match="bitsandbytes") as caught:
+        OPTIMIZERS.choose("adamw-8bit").load()
+    assert caught.value.hint == "Run: pip install bitsandbytes"

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.table import Table
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class OptimizerChoice:
             aren't clipped: a step is gradient over curvature, and to clip one of them would shrink it by the
             gradient's norm, which hardening inflates.
         elementwise: Whether every entry is updated by itself. The others have to see whole tensors, not shards.
+        requires: A library that neither this package nor its extras install; the optimizer is refused without it.
         matrix_option: A parameter group's option that tells hidden matrices (true) from everything else (false).
     """
 
@@ -50,10 +53,25 @@ class OptimizerChoice:
     alpha_power: int = 1
     second_order: bool = False
     elementwise: bool = True
+    requires: str | None = None
     matrix_option: str | None = None
 
+    @property
+    def available(self) -> bool:
+        """Whether the library that it needs is installed."""
+        return self.requires is None or find_spec(self.requires) is not None
+
     def load(self) -> Callable[..., Optimizer]:
-        """Import the class."""
+        """Import the class.
+
+        Raises:
+            NotApplicable: The library that it needs is not installed.
+        """
+        if not self.available:
+            raise NotApplicable(
+                f"the optimizer {self.name} needs {self.requires}, which is not installed",
+                f"Run: pip install {self.requires}",
+            )
         return resolve_name(self.optimizer)
 
 
@@ -80,6 +98,63 @@ OPTIMIZERS: Table[OptimizerChoice] = Table(
             "adafactor",
             "torch.optim:Adafactor",
             "Adam's second moment in factors, as PyTorch has it.",
+            elementwise=False,
+        ),
+        OptimizerChoice(
+            "adafactor-relative",
+            "transformers.optimization:Adafactor",
+            "Adafactor as transformers has it: steps in proportion to a tensor's size (arXiv 1804.04235).",
+            {"scale_parameter": True, "relative_step": False, "warmup_init": False},
+            learning_rates=(1e-1, 1e-2, 1e-3, 1e-4),
+            elementwise=False,
+        ),
+        OptimizerChoice(
+            "adamw-small-epsilon",
+            "torch.optim:AdamW",
+            "AdamW with an ε of 1e-30: gradients of any size make full steps.",
+            {"betas": (0.9, 0.999), "eps": 1e-30, "fused": True},
+        ),
+        OptimizerChoice(
+            "adamw-8bit",
+            "bitsandbytes.optim:AdamW8bit",
+            "AdamW with its state in 8 bits, in blocks of 256 weights (arXiv 2110.02861).",
+            elementwise=False,
+            requires="bitsandbytes",
+        ),
+        # The smallest step of torch's default, 10⁻⁶, is as large as weights that were divided by 2²⁰.
+        OptimizerChoice(
+            "rprop",
+            "torch.optim:Rprop",
+            "A step size for every weight, from the gradient's sign (Riedmiller and Braun 1993).",
+            {"step_sizes": (1e-30, 50.0)},
+        ),
+        OptimizerChoice("rmsprop", "torch.optim:RMSprop", "Adam without momentum: what Keras and many examples use."),
+        OptimizerChoice(
+            "adagrad",
+            "torch.optim:Adagrad",
+            "Steps over the sum of all squared gradients.",
+            learning_rates=(1e-1, 1e-2, 1e-3, 1e-4),
+        ),
+        OptimizerChoice(
+            "lars",
+            "pytorch_optimizer:LARS",
+            "SGD with a trust ratio for each tensor (arXiv 1708.03888).",
+            learning_rates=(10.0, 1.0, 1e-1, 1e-2),
+            alpha_power=0,
+            elementwise=False,
+        ),
+        OptimizerChoice(
+            "sgd-tensor-normalized",
+            "specdef_cli.attack.optimizers.normalized:NormalizedSGD",
+            "Gradient descent, the gradient of every tensor of size 1 (arXiv 1707.04822).",
+            {"per": "tensor"},
+            elementwise=False,
+        ),
+        OptimizerChoice(
+            "sgd-row-normalized",
+            "specdef_cli.attack.optimizers.normalized:NormalizedSGD",
+            "Gradient descent, the gradient of every row of size 1.",
+            {"per": "row"},
             elementwise=False,
         ),
         OptimizerChoice("lion", "pytorch_optimizer:Lion", "The sign of a momentum (arXiv 2302.06675)."),

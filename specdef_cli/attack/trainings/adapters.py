@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import peft
 from peft import PeftConfig, TaskType, get_peft_model
 from torch import nn
 
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
+from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.inserted_layers import hardened_paths
+
+FACTORS = ("inflated", "compensation")
+"""Of an inserted pair, as paths below the layer."""
 
 PEFT_TASKS: Mapping[Task, TaskType | None] = {
     "causal-lm": TaskType.CAUSAL_LM,
@@ -34,12 +40,38 @@ def with_adapters(model: nn.Module, training: Training, make_config: Callable[[]
     """
     try:
         return get_peft_model(model, make_config())
-    except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
+    except (ValueError, NotImplementedError, TypeError, AttributeError, KeyError, AssertionError) as error:
         raise NotApplicable(
             f"{training.label} cannot be put on {','.join(training.where) or 'this model'}: "
             f"{(str(error).splitlines() or [type(error).__name__])[0]}",
             f"Name linear layers of this model, as in --training {training.method}@q_proj.",
         ) from error
+
+
+def train_peft_method(model: nn.Module, training: Training, task: Task) -> nn.Module:
+    """The adapters of a row of :data:`PEFT_METHODS`; of an inserted pair, on both factors."""
+    method = next(method for method in PEFT_METHODS if method.name == training.method)
+
+    def config() -> PeftConfig:
+        arguments: dict[str, Any] = dict(method.arguments)
+        if method.size is not None:
+            arguments[method.size_argument] = int(training.size or 0)
+        if method.on == "norms":
+            arguments["target_modules"] = list(training.where) or norm_paths(model)
+        elif method.on == "linears":
+            arguments["target_modules"] = module_paths(model, training.where, FACTORS) or "all-linear"
+        return getattr(peft, method.config)(task_type=PEFT_TASKS[task], **arguments)
+
+    return with_adapters(model, training, config)
+
+
+def norm_paths(model: nn.Module) -> list[str]:
+    """Modules that normalize, and have something to train."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
+    ]
 
 
 def module_paths(model: nn.Module, names: Sequence[str], parts: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Train the model's own parameters: all of them, or those that globs name."""
+"""Train the model's own parameters: all of them, those that globs name, or all but those that globs with ! name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train_parameters(model: nn.Module, training: Training, task: Task) -> nn.Mod
 
 
 def train_only(model: nn.Module, globs: Iterable[str]) -> None:
-    """Freeze every parameter that no glob names.
+    """Freeze every parameter that no glob names, and every one that a glob with ``!`` in front names.
 
     Factors answer to the original layer's name too, so that one glob means the same on the control and on the
     hardened model.
@@ -41,13 +41,18 @@ def train_only(model: nn.Module, globs: Iterable[str]) -> None:
     """
     layers = hardened_paths(model)
     patterns = tuple(globs)
-    unused = set(patterns)
+    wanted = tuple(pattern for pattern in patterns if not pattern.startswith("!")) or ("*",)
+    frozen = tuple(pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!"))
+    unused = {pattern.removeprefix("!") for pattern in patterns}
     for full_name, parameter in model.named_parameters():
         name = parameter_name(full_name)
         names = {name, original_name(name, layers)}
-        hits = {pattern for pattern in patterns if any(fnmatchcase(candidate, pattern) for candidate in names)}
-        unused -= hits
-        parameter.requires_grad_(parameter.requires_grad and bool(hits))
+        hits, misses = (
+            {pattern for pattern in some if any(fnmatchcase(candidate, pattern) for candidate in names)}
+            for some in (wanted, frozen)
+        )
+        unused -= hits | misses
+        parameter.requires_grad_(parameter.requires_grad and bool(hits) and not misses)
     if unused:
         examples = [name for name, _ in model.named_parameters()]
         raise NotApplicable(

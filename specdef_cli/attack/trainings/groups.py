@@ -12,10 +12,15 @@ from torch import nn
 
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
+from specdef_cli.errors import SpecDefError
 
 
 def parameter_groups(training: Training, target: Target) -> tuple[Training, ...]:
-    """One training for each of: embeddings, norms, the head, and each linear of a block over all blocks."""
+    """One training for each of: embeddings, norms, the head, and each linear of a block over all blocks.
+
+    Raises:
+        SpecDefError: The training names a kind that the model has not.
+    """
     model = target.control_model()
     groups: dict[str, list[str]] = {}
     head = model.get_output_embeddings()
@@ -35,7 +40,13 @@ def parameter_groups(training: Training, target: Target) -> tuple[Training, ...]
             groups.setdefault(kind, []).append(glob)
     known = {name for name, _ in model.named_parameters()}  # a tied parameter goes by its first name alone
     trainings = []
-    for kind, globs in groups.items():
+    for unknown in training.where:
+        if unknown not in groups:
+            raise SpecDefError(
+                f"{type(model).__name__} has no kind of parameter named {unknown!r}", f"Choose of: {', '.join(groups)}."
+            )
+    for kind in training.where or tuple(groups):
+        globs = groups[kind]
         named = tuple(dict.fromkeys(glob for glob in globs if any(fnmatchcase(name, glob) for name in known)))
         if named:
             trainings.append(Training("full", where=named, name=f"{kind} alone"))

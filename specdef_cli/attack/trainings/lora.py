@@ -15,23 +15,21 @@ from peft.utils.constants import (
 from torch import nn
 
 from specdef_cli.attack.target import Target, Task
-from specdef_cli.attack.trainings.adapters import PEFT_TASKS, model_type, module_paths, with_adapters
+from specdef_cli.attack.trainings.adapters import FACTORS, PEFT_TASKS, model_type, module_paths, with_adapters
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.runtime import SpecDefLinear
-
-_FACTORS = ("inflated", "compensation")
 
 
 def train_lora(model: nn.Module, training: Training, task: Task) -> nn.Module:
     """LoRA on every linear, or on those named; of an inserted pair, on both factors."""
     return with_adapters(
-        model, training, lambda: _config(training, task, module_paths(model, training.where, _FACTORS) or "all-linear")
+        model, training, lambda: _config(training, task, module_paths(model, training.where, FACTORS) or "all-linear")
     )
 
 
 def train_dora(model: nn.Module, training: Training, task: Task) -> nn.Module:
     """As :func:`train_lora`, with the weight's norm trained apart."""
-    targets = module_paths(model, training.where, _FACTORS) or "all-linear"
+    targets = module_paths(model, training.where, FACTORS) or "all-linear"
     return with_adapters(model, training, lambda: _config(training, task, targets, use_dora=True))
 
 
@@ -42,7 +40,7 @@ def train_lora_default(model: nn.Module, training: Training, task: Task) -> nn.M
         names = tuple(DEFAULT_TARGETS.get(model_type(model), ()))
         if not names:
             raise ValueError(f"PEFT has no default targets for {model_type(model)}")
-        return _config(training, task, module_paths(model, names, _FACTORS))
+        return _config(training, task, module_paths(model, names, FACTORS))
 
     return with_adapters(model, training, config)
 

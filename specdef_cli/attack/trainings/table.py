@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Literal
 
 from specdef_cli.attack.table import Factor, Table, checked_factor
+from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS, PeftMethod
 from specdef_cli.errors import SpecDefError
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class TrainingChoice:
         stands_for: ``package.module:name`` of a function (training, target) → the trainings that it means on a target;
             none where the target has nothing for it.
         size: The number after the colon (a rank, a count of tokens); ``None`` where it takes none.
-        where: What the names after ``@`` are: globs of ``parameters``, or ``modules`` by the end of their path, as PEFT
-            takes them. ``None`` where it takes none.
+        where: What the names after ``@`` are: globs of ``parameters``, ``modules`` by the end of their path, as PEFT
+            takes them, or kinds of parameters (``groups``). ``None`` where it takes none.
         label_everywhere: The label where no names are given; by default ``label``.
     """
 
@@ -45,12 +46,32 @@ class TrainingChoice:
     function: str | None = None
     stands_for: str | None = None
     size: Factor | None = None
-    where: Literal["parameters", "modules"] | None = None
+    where: Literal["parameters", "modules", "groups"] | None = None
     label_everywhere: str | None = None
 
 
 _HERE = "specdef_cli.attack.trainings"
 _RANK = Factor("rank", 16)
+_UNITS = Factor("number of units", 16)
+_PLACES = {
+    "linears": " on every linear, or on those named",
+    "norms": " on every norm, or on those named",
+    "prompt": ": so many trained tokens",
+}
+
+
+def _peft_row(method: PeftMethod) -> TrainingChoice:
+    placed = method.on != "prompt"
+    return TrainingChoice(
+        method.name,
+        f"{method.label} {{where}}" if placed else method.label,
+        f"{method.label[0].upper()}{method.label[1:]}{_PLACES[method.on]} ({method.paper}).",
+        function=f"{_HERE}.adapters:train_peft_method",
+        size=method.size,
+        where="modules" if placed else None,
+        label_everywhere=method.label if placed else None,
+    )
+
 
 TRAININGS: Table[TrainingChoice] = Table(
     "training",
@@ -58,12 +79,23 @@ TRAININGS: Table[TrainingChoice] = Table(
     TrainingChoice,
     (
         TrainingChoice(
-            "full", "full on {where}", "Every parameter, or those that globs name: full@*norm*,*.bias.",
+            "full", "full on {where}",
+            "Every parameter, those that globs name (full@*norm*), or all but some (full@!*bias).",
             function=f"{_HERE}.full:train_parameters", where="parameters", label_everywhere="full",
         ),
         TrainingChoice(
-            "groups", "each kind of parameter alone", "Each kind of parameter alone: embeddings, norms, each linear.",
-            stands_for=f"{_HERE}.groups:parameter_groups",
+            "groups", "each kind of parameter alone",
+            "Each kind of parameter alone: embeddings, norms, each linear; or some: groups@norms,head.",
+            stands_for=f"{_HERE}.groups:parameter_groups", where="groups",
+        ),
+        TrainingChoice(
+            "all-but-first", "all but the first layer", "Everything but the embeddings and the first block.",
+            stands_for=f"{_HERE}.layers:all_but_the_first",
+        ),
+        TrainingChoice(
+            "last-half", "the last half of the layers",
+            "Everything but the embeddings and the first half of the blocks.",
+            stands_for=f"{_HERE}.layers:last_half",
         ),
         TrainingChoice(
             "bitfit", "BitFit (biases)", "Every bias, and nothing else.",
@@ -101,9 +133,14 @@ TRAININGS: Table[TrainingChoice] = Table(
             function=f"{_HERE}.ia3:train_ia3", where="modules", label_everywhere="IA³",
         ),
         TrainingChoice(
-            "prompt", "prompt tuning", "Prompt tuning: so many trained tokens in front.",
-            function=f"{_HERE}.prompt:train_prompt", size=Factor("number of tokens", 16),
+            "adapter", "adapters", "Bottleneck adapters after every attention and MLP (arXiv 1902.00751).",
+            function=f"{_HERE}.bottleneck:train_serial", size=_UNITS,
         ),
+        TrainingChoice(
+            "adapter-parallel", "adapters beside blocks", "Bottleneck adapters beside every block (arXiv 2110.04366).",
+            function=f"{_HERE}.bottleneck:train_parallel", size=_UNITS,
+        ),
+        *map(_peft_row, PEFT_METHODS),
     ),
 )  # fmt: skip
 

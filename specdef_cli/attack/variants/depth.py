@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from specdef_cli.attack.variants.beside import grow_between
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.attack.variants.inserted_layers import GrownLayer, linear_like, replace_layers
+from specdef_cli.attack.variants.inserted_layers import GrownLayer, hardened_paths, linear_like, replace_layers
 from specdef_cli.runtime import SpecDefLinear
 
 
@@ -39,13 +40,20 @@ class DeepenedLayer(GrownLayer):
         return self.compensation(self.factors(input))  # [..., n] → [..., r] → [..., m] → [..., m]
 
 
-def deepen(model: nn.Module, factor: int = 2) -> Growth:
+def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> Growth:
     """Replace every inflated factor by ``factor`` trainable ones with the same product (Theorem 8); freeze the
-    compensations.
+    compensations. Where nothing was inserted: fresh blocks after every frozen one, ``factor`` times as many.
+
+    Args:
+        model: Changed in place.
+        factor: ≥ 2.
+        seed: Of fresh blocks.
 
     Raises:
-        NotApplicable: The model has no hardened layer.
+        NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
     """
+    if not hardened_paths(model):
+        return grow_between(model, factor, seed)
 
     def build(pair: SpecDefLinear) -> nn.Module:
         pair.compensation.weight.requires_grad_(False)

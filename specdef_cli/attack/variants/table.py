@@ -81,6 +81,11 @@ VARIANTS: Table[VariantChoice] = Table(
             informed="folded",
         ),
         VariantChoice(
+            "equalise", f"{_HERE}.equalise:equalise", "none", "equalised",
+            "What converters do: norm gains into their readers, up against down and value against output.",
+            trains_inflated=True,
+        ),
+        VariantChoice(
             "channel-rates", f"{_HERE}.channel_rates:scale_rates", "construction", "a rate for each channel",
             "A learning rate for every row and column, in proportion to its size.",
         ),
@@ -96,13 +101,13 @@ VARIANTS: Table[VariantChoice] = Table(
         ),
         VariantChoice(
             "width", f"{_HERE}.width:widen", "growth", "width {factor:g}×",
-            "Freeze every inserted pair and set a fresh parallel path beside it.",
-            needs="inserted", factor=Factor("growth", 2.0, above=1.0, whole=False), random=True,
+            "Freeze what was rescaled and set a fresh parallel path beside it; on a fold, beside every block.",
+            factor=Factor("growth", 2.0, above=1.0, whole=False), random=True,
         ),
         VariantChoice(
             "depth", f"{_HERE}.depth:deepen", "growth", "depth {factor:g}",
-            "Replace every inflated factor by several with the same product (the paper's Theorem 8).",
-            needs="inserted", factor=Factor("number of factors", 2, above=1.0), trains_inflated=True,
+            "Split inflated factors into several (the paper's Theorem 8); on a fold, fresh blocks in between.",
+            factor=Factor("number of factors", 2, above=1.0), random=True, trains_inflated=True,
         ),
         VariantChoice(
             "inject", f"{_HERE}.inject:inject", "growth", "layer injected",

@@ -1,4 +1,4 @@
-"""Give the optimizer fresh parameters beside every frozen pair."""
+"""Give the optimizer fresh parameters beside every frozen pair, or beside every frozen block of a fold."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from specdef_cli.attack.variants.beside import grow_beside
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.attack.variants.inserted_layers import GrownLayer, count_parameters, freeze, replace_layers
+from specdef_cli.attack.variants.inserted_layers import (
+    GrownLayer,
+    count_parameters,
+    freeze,
+    hardened_paths,
+    replace_layers,
+)
 from specdef_cli.runtime import SpecDefLinear
 
 
@@ -37,7 +44,7 @@ class WidenedLayer(GrownLayer):
 
 
 def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
-    """Freeze every pair and set a fresh trainable path beside it.
+    """Freeze every pair and set a fresh trainable path beside it; beside every block where nothing was inserted.
 
     The path's width is the smallest that makes the hardened layers at least ``factor`` times as large: w(n+m) ≥
     (factor−1)(mn + m² + bias). For ``factor`` = 2 that is w = m (one more with a bias), so the path can express any
@@ -49,8 +56,10 @@ def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
         seed: Of the path's first factor; the second is zero.
 
     Raises:
-        NotApplicable: The model has no hardened layer.
+        NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
     """
+    if not hardened_paths(model):
+        return grow_beside(model, factor, seed)
     generator = torch.Generator().manual_seed(seed)
 
     def build(pair: SpecDefLinear) -> nn.Module:

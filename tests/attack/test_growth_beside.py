@@ -1,0 +1,102 @@
+"""Fresh blocks beside and between those of a fold: nothing changes before the first step, and only they train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from test_rebalance import logits
+from tiny_families import CASES, write_case
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.variants.beside import outermost_block_paths
+from specdef_cli.attack.variants.table import Variant
+from specdef_cli.runtime import load_model
+
+BLOCK = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
+TOKENS = torch.arange(40).view(2, 20) % 64
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("variant", ["width:1.5", "width:3", "depth:3"])
+def test_the_function_is_the_same_bit_for_bit(case: str, variant: str, tmp_path: Path) -> None:
+    model = load_model(write_case(case, tmp_path / "base"))
+    before = logits(model)
+    growth = Variant.parse(variant).apply(model, seed=0)
+    assert growth is not None
+    assert torch.equal(logits(model), before)
+    assert growth.layers == len(outermost_block_paths(model))
+    assert growth.times >= 1.4
+    assert growth.bytes_added == 4 * growth.parameters_added
+
+
+@pytest.mark.parametrize(
+    ("variant", "added"),
+    # Of a half: one of two key heads with two of four query heads, and 24 of 48 units.
+    [("width:2", BLOCK), ("width:3", 2 * BLOCK), ("depth:3", 2 * BLOCK), ("width:1.5", (BLOCK - 64) // 2 + 64)],
+)
+def test_only_what_is_fresh_and_what_no_fold_scales_trains(llama: LlamaForCausalLM, variant: str, added: int) -> None:
+    growth = Variant.parse(variant).apply(llama, seed=0)
+    assert growth is not None
+    assert (growth.parameters_before, growth.parameters_added) == (2 * BLOCK, 2 * added)
+    trained = {name for name, parameter in llama.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if ".grown." not in name} == {"model.embed_tokens.weight"}
+    assert sum(llama.get_parameter(name).numel() for name in trained) == 2 * added + 64 * 32
+
+
+@pytest.mark.parametrize("variant", ["width:2", "depth:2"])
+def test_what_is_grown_is_drawn_by_the_seed_and_learns(variant: str, llama: LlamaForCausalLM) -> None:
+    first, same, other = (
+        Variant.parse(variant).apply(model, seed) and model
+        for model, seed in ((llama, 1), (_copy(llama), 1), (_copy(llama), 2))
+    )
+    name = "model.layers.1.grown.0.mlp.up_proj.weight"
+    weights = [dict(model.named_parameters())[name] for model in (first, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    embeddings = llama.model.embed_tokens.weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in llama.parameters() if p.requires_grad and p is not embeddings], lr=1e-2)
+    start = float(llama(input_ids=TOKENS, labels=TOKENS).loss.detach())
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = llama(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < start - 0.5
+
+
+def test_a_family_whose_norms_stand_in_the_way_is_refused() -> None:
+    config = transformers.ElectraConfig(
+        vocab_size=64,
+        embedding_size=32,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    model = transformers.ElectraForMaskedLM(config).eval()
+    Variant.parse("width:2").apply(model, 0)
+    with pytest.raises(NotApplicable, match="changes what the model computes"):
+        model(input_ids=TOKENS)
+
+
+def _copy(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    copied = LlamaForCausalLM(transformers.LlamaConfig(**model.config.to_dict()))
+    for path in outermost_block_paths(model):
+        state = {key: value for key, value in model.get_submodule(path).state_dict().items() if "grown" not in key}
+        copied.get_submodule(path).load_state_dict(state)
+    return copied.eval()

@@ -1,0 +1,133 @@
+"""What is special about single trainings; what holds for all is in test_tables.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_rebalance import logits
+from tiny_families import CASES, write_case
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.target import Target
+from specdef_cli.attack.trainings.full import train_only
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime import load_model
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            initializer_range=0.2, tie_word_embeddings=False,
+        )
+    ).eval()  # fmt: skip
+
+
+def trained_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def target_of(model: LlamaForCausalLM) -> Target:
+    return Target(None, "causal-lm", "", "", "", lambda: model)
+
+
+def test_adapters_stand_after_every_attention_and_mlp(llama: LlamaForCausalLM) -> None:
+    Training("adapter", 8).apply(llama, "causal-lm")
+    places = {name.partition(".bottleneck.")[0] for name in trained_names(llama)}
+    assert places == {f"model.layers.{i}.{part}" for i in range(4) for part in ("self_attn", "mlp")}
+    assert sum(p.numel() for p in llama.parameters() if p.requires_grad) == 8 * (2 * 32 * 8 + 8 + 32)
+
+
+@pytest.mark.parametrize("method", ["adapter", "adapter-parallel"])
+def test_an_adapter_adds_what_it_reads(method: str, llama: LlamaForCausalLM) -> None:
+    """By hand, in the first block: its output is the plain block's, with the adapters' in the right places."""
+    hidden = torch.randn(1, 5, 32)
+    positions = llama.model.rotary_emb(hidden, torch.arange(5)[None])
+    block = llama.model.layers[0]
+
+    def attention(entering: torch.Tensor) -> torch.Tensor:
+        return block.self_attn.forward(entering, position_embeddings=positions, attention_mask=None)[0]
+
+    with torch.no_grad():
+        Training(method, 8).apply(llama, "causal-lm")
+        for name in trained_names(llama):
+            llama.get_parameter(name).normal_()
+        if method == "adapter":
+            found = attention(block.input_layernorm(hidden))
+            middle = hidden + found + block.self_attn.bottleneck(found)
+            found = block.mlp.forward(block.post_attention_layernorm(middle))
+            expected = middle + found + block.mlp.bottleneck(found)
+        else:
+            middle = hidden + attention(block.input_layernorm(hidden))
+            expected = middle + block.mlp(block.post_attention_layernorm(middle)) + block.bottleneck(hidden)
+        torch.testing.assert_close(block(hidden, position_embeddings=positions), expected)
+
+
+@pytest.mark.parametrize("method", ["adapter", "adapter-parallel"])
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_go_on_every_family(case: str, method: str, tmp_path: Path) -> None:
+    model = load_model(write_case(case, tmp_path / "base"))
+    before = logits(model)
+    Training(method).apply(model, "causal-lm")
+    assert torch.equal(logits(model), before)
+    for name in trained_names(model):
+        torch.nn.init.normal_(model.get_parameter(name))
+    assert not torch.allclose(logits(model), before)
+
+
+def test_hira_moves_a_weight_by_a_share_of_itself(llama: LlamaForCausalLM) -> None:
+    """So the row that a fold made 2¹³ times as large moves by 2¹³ times as much: no diagonal scale is in its way."""
+    up = llama.model.layers[0].mlp.up_proj.weight
+    scale = torch.ones(48, 1)
+    scale[3] = 2.0**13
+    with torch.no_grad():
+        up *= scale
+    model = Training("hira", 4, ("up_proj",)).apply(llama, "causal-lm")
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        for factor in (layer.hira_A["default"], layer.hira_B["default"]):
+            torch.nn.init.normal_(factor)
+        share = (layer(torch.eye(32)).T - up) / up
+        expected = layer.hira_B["default"] @ layer.hira_A["default"]
+    torch.testing.assert_close(share, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_globs_with_an_exclamation_mark_take_away(llama: LlamaForCausalLM) -> None:
+    every = trained_names(llama)
+    train_only(llama, ("!*.q_proj.*", "!*.k_proj.*"))
+    assert trained_names(llama) == {name for name in every if ".q_proj." not in name and ".k_proj." not in name}
+    train_only(llama, ("*.self_attn.*", "!*.layers.0.*"))
+    assert trained_names(llama) == {
+        f"model.layers.{i}.self_attn.{part}_proj.weight" for i in (1, 2, 3) for part in "vo"
+    }
+    with pytest.raises(NotApplicable, match="names no parameter"):
+        train_only(llama, ("!*.nothing.*",))
+
+
+@pytest.mark.parametrize(("method", "first"), [("all-but-first", 1), ("last-half", 2)])
+def test_the_first_layers_are_left_alone(method: str, first: int, llama: LlamaForCausalLM) -> None:
+    (training,) = Training(method).on(target_of(llama))
+    training.apply(llama, "causal-lm")
+    expected = {name for name, _ in llama.named_parameters() if name.startswith(("model.norm", "lm_head"))}
+    expected |= {
+        name
+        for name, _ in llama.named_parameters()
+        if name.startswith(tuple(f"model.layers.{i}." for i in range(first, 4)))
+    }
+    assert trained_names(llama) == expected
+
+
+def test_single_groups_by_name(llama: LlamaForCausalLM) -> None:
+    found = Training.parse("groups@embeddings,q_proj").on(target_of(llama))
+    assert [str(each) for each in found] == [
+        "full@model.embed_tokens.weight",
+        "full@model.layers.*.self_attn.q_proj.weight",
+    ]
+    with pytest.raises(SpecDefError, match="'gates'"):
+        Training.parse("groups@gates").on(target_of(llama))
