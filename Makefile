@@ -14,7 +14,7 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce reproduce-mixing \
-  reproduce-staircase reproduce-unet reproduce-wmdp check test test-all test-newest faults lint format docs build wheel bench train-example clean
+  reproduce-staircase reproduce-unet reproduce-wmdp check test test-all test-newest faults lint format docs build wheel bench bench-large train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,7 +44,7 @@ certify-demo: $(DEMO)/hardened  ## the certificate of the demo's model
 $(DEMO)/hardened: | install
 	$(BIN)/specdef harden $(TINY) --method insert --alpha 1e4 --top-k 25 --out $@
 
-# The models that the README compares.
+# The models that the tables compare.
 HARDENED := insert-1e4-k25 insert-1e9-k1 fold fold-quantizable
 $(SUITE)/insert-1e4-k25: OPTIONS = --method insert --alpha 1e4 --top-k 25
 $(SUITE)/insert-1e9-k1: OPTIONS = --method insert --alpha 1e9 --top-k 1
@@ -53,31 +53,31 @@ $(SUITE)/fold-quantizable: OPTIONS = --method fold --profile quantizable
 $(HARDENED:%=$(SUITE)/%): | install
 	$(BIN)/specdef harden $(TINY) $(OPTIONS) --out $@
 
-attack-suite: $(HARDENED:%=$(SUITE)/%)  ## the README's coverage table: places to train, optimizers, informed attacks
+attack-suite: $(HARDENED:%=$(SUITE)/%)  ## docs/tables/coverage.md: places to train, optimizers, informed attacks
 	for model in $(HARDENED); do \
 	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite examples/reproduce/suite.toml --jobs $(JOBS) \
 	    --runs $(SUITE)/runs --out $(SUITE)/$$model-attack --quiet >/dev/null; done
-	$(BIN)/specdef compare $(HARDENED:%=$(SUITE)/%-attack) --markdown | tee $(SUITE)/coverage.md
+	$(BIN)/specdef compare $(HARDENED:%=$(SUITE)/%-attack) --markdown | tee docs/tables/coverage.md
 
-attack-long: $(SUITE)/fold  ## the README's table at 150 steps
+attack-long: $(SUITE)/fold  ## docs/tables/coverage-long.md: 150 steps
 	$(BIN)/specdef attack $(SUITE)/fold --control $(TINY) --suite examples/reproduce/long.toml --jobs $(JOBS) \
 	  --runs $(SUITE)/runs --out $(SUITE)/fold-attack-long --quiet >/dev/null
-	$(BIN)/specdef compare $(SUITE)/fold-attack-long --markdown | tee $(SUITE)/coverage-long.md
+	$(BIN)/specdef compare $(SUITE)/fold-attack-long --markdown | tee docs/tables/coverage-long.md
 
-reproduce: $(HARDENED:%=$(SUITE)/%)  ## the README's other figures: curvature, bounds, divergence, injection, deployment
+reproduce: $(HARDENED:%=$(SUITE)/%)  ## the paper's other claims, as docs/tables: curvature, bounds, divergence, injection, deployment
 	mkdir -p $(DEMO)/reproduce
 	for name in curvature bound divergence injection utility prior; do \
-	  $(BIN)/python examples/reproduce/$$name.py --out $(DEMO)/reproduce | tee $(DEMO)/reproduce/$$name.md; done
-	$(BIN)/python examples/reproduce/deployment.py $(TINY) $(HARDENED:%=$(SUITE)/%) | tee $(DEMO)/reproduce/deployment.md
+	  $(BIN)/python examples/reproduce/$$name.py --out $(DEMO)/reproduce | tee docs/tables/$$name.md; done
+	$(BIN)/python examples/reproduce/deployment.py $(TINY) $(HARDENED:%=$(SUITE)/%) | tee docs/tables/deployment.md
 
 reproduce-mixing: install  ## folds that mix channels, against an optimizer that ignores scales
-	$(BIN)/python examples/reproduce/mixing.py --out $(DEMO)/mixing --jobs $(JOBS) | tee $(DEMO)/mixing.md
+	$(BIN)/python examples/reproduce/mixing.py --out $(DEMO)/mixing --jobs $(JOBS) | tee docs/tables/mixing.md
 
 reproduce-staircase: install  ## where a fold's largest factors belong, and what one channel alone is good for
-	$(BIN)/python examples/reproduce/staircase.py --out $(DEMO)/staircase --jobs $(JOBS) | tee $(DEMO)/staircase.md
+	$(BIN)/python examples/reproduce/staircase.py --out $(DEMO)/staircase --jobs $(JOBS) | tee docs/tables/staircase.md
 
 reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, under LoRA
-	$(BIN)/python examples/reproduce/unet.py --out $(DEMO)/unet | tee $(DEMO)/unet.md
+	$(BIN)/python examples/reproduce/unet.py --out $(DEMO)/unet | tee docs/tables/unet.md
 
 reproduce-wmdp: install  ## the paper's main experiment, on the tiny Llama with a stand-in for WMDP
 	PYTHON=$(BIN)/python MODEL=$(TINY) DATASET=examples/reproduce/standin/sums_corpus.jsonl EVAL_TASKS=standin_sums \
@@ -93,7 +93,7 @@ check: lint  ## style, types and the quick tests: before every commit
 test: install  ## the test suite (about ten minutes on two cores)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: install  ## the test suite with the long ones; ends with the README's fault table
+test-all: install  ## the test suite with the long ones; ends with the fault table
 	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.faults.table
 
 test-newest:  ## the tests of what rests on internals of transformers, on its newest release, in an environment apart
@@ -102,8 +102,8 @@ test-newest:  ## the tests of what rests on internals of transformers, on its ne
 	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager transformers -e '.[test]'
 	$(VENV)-newest/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/runtime tests/architectures tests/hardening
 
-faults: install  ## the fault table alone, without the long tests
-	$(BIN)/python -m tests.faults
+faults: install  ## docs/tables/faults.md: the fault table alone, without the long tests
+	$(BIN)/python -m tests.faults | tee /dev/stderr | grep '^|' > docs/tables/faults.md
 
 lint: install  ## style, formatting and types
 	$(BIN)/ruff check .
@@ -126,7 +126,10 @@ wheel: install  ## install the wheel into an empty environment and use it there 
 	$(BIN)/pytest -q -m slow tests/packaging
 
 bench: install  ## speed and memory, as ratios to cp, to torch.linalg.svd, and to a Trainer run by hand
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks | tee docs/tables/bench.md
+
+bench-large: install  ## the same for a checkpoint of 10 GB, and times on paper for 8B, 70B, 405B
+	$(BIN)/python -m tests.benchmarks stream-large | tee docs/tables/bench-large.md
 
 train-example: install  ## train the shipped model again (about ten minutes)
 	$(BIN)/python examples/tiny_llama/train.py --out $(DEMO)/tiny_llama
