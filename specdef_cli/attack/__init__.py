@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 # ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
 if TYPE_CHECKING:
     from specdef_cli.attack.errors import NotApplicable
+    from specdef_cli.attack.forecast import Forecast
     from specdef_cli.attack.optimizers.table import OptimizerChoice
     from specdef_cli.attack.options import AttackOptions
     from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
     from specdef_cli.attack.results import Attack, AttackReport, RunResult
-    from specdef_cli.attack.run import attack, is_main_process
+    from specdef_cli.attack.run import attack, is_main_process, plan_attack
     from specdef_cli.attack.table import Factor
     from specdef_cli.attack.trainings.table import Training, TrainingChoice
     from specdef_cli.attack.variants.growth import Growth
@@ -34,6 +35,7 @@ _PUBLIC = {
     "AttackOptions": "specdef_cli.attack.options",
     "AttackReport": "specdef_cli.attack.results",
     "Factor": "specdef_cli.attack.table",
+    "Forecast": "specdef_cli.attack.forecast",
     "Growth": "specdef_cli.attack.variants.growth",
     "NotApplicable": "specdef_cli.attack.errors",
     "OptimizerChoice": "specdef_cli.attack.optimizers.table",
@@ -46,6 +48,7 @@ _PUBLIC = {
     "VariantChoice": "specdef_cli.attack.variants.table",
     "attack": "specdef_cli.attack.run",
     "is_main_process": "specdef_cli.attack.run",
+    "plan_attack": "specdef_cli.attack.run",
 }
 
 __all__ = [*_PUBLIC]

@@ -57,6 +57,9 @@ class AttackOptions:
             thousands of steps.
         eval_every: Steps between evaluations; ``None`` is a tenth of the steps.
         eval_sequences: Held-out sequences that are evaluated, at most.
+        free: Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be
+            lowered to suit the size of the model and the time limit.
+        time_limit: Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first.
         seeds: One run each for adapters' and paths' initial values, dropout and data order.
         jobs: Runs at a time, each in a process of its own and, where there are several GPUs, on one of its own.
         dtype: The dtype of training. float32 unless memory forbids: in bfloat16, small rates round to nothing, which
@@ -97,6 +100,8 @@ class AttackOptions:
     stop_at_divergence: bool = True
     eval_every: int | None = None
     eval_sequences: int = 64
+    free: tuple[str, ...] = ()
+    time_limit: float | None = None
     seeds: tuple[int, ...] = (0,)
     jobs: int = 1
     dtype: Dtype = "float32"

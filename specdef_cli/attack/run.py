@@ -8,7 +8,8 @@ require_extra("attack", "attacks")
 
 # ruff: noqa: E402 (what is imported below needs the extra)
 import importlib.metadata
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +20,15 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 import specdef_cli
 from specdef_cli.architectures.names import meta_model
 from specdef_cli.attack.accuracy import require_harness
+from specdef_cli.attack.cost import Deadline, Speed, by_telling, default_budget, fitting_budget, measure_speed
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
+from specdef_cli.attack.forecast import Forecast, budget_in_words, foresee
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.plan import largest_alpha, make_plan
+from specdef_cli.attack.plan import Series, largest_alpha, make_plan
 from specdef_cli.attack.recorder import ProgressHook
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, RunResult
 from specdef_cli.attack.retained import retained_sequences
-from specdef_cli.attack.schedule import run_all
+from specdef_cli.attack.schedule import Outcome, run_all
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target
@@ -36,6 +39,7 @@ from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive, writable_ancestor
 from specdef_cli.checkpoint.resolve import resolve, resolve_base
+from specdef_cli.durations import in_words
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.runtime.processes import process_state
@@ -47,24 +51,122 @@ SAME_START = 0.01
 """Starting losses that differ by more than this share are worth a warning."""
 
 
-def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -> AttackReport:
+def attack(
+    options: AttackOptions,
+    *,
+    on_progress: ProgressHook | None = None,
+    on_plan: Callable[[Forecast], None] | None = None,
+) -> AttackReport:
     """Fine-tune a model and its control by every run of the plan, and report how far each got.
 
     Finished runs are kept in ``options.out/runs``; a run that is found there is not run again. Under ``accelerate
     launch`` every process calls this and gets the report; only the main one writes and reports progress.
 
+    Args:
+        options: What to run.
+        on_progress: Called as runs start, step and end.
+        on_plan: Called with the plan and what it takes before anything of it is run; measuring that takes two steps.
+
     Raises:
         SpecDefError: A model or the data cannot be read, no control is known, or the options do not fit the model.
     """
+    state = process_state()
+    _check_processes(options, state.num_processes)
+    prepared, speed = _prepare_and_measure(options, measure=on_plan is not None)
+    options, plan, data = prepared.options, prepared.plan, prepared.data
+    # No process may start the first run while another still looks for its result: they would disagree on what is
+    # finished.
+    state.wait_for_everyone()
+    with exclusive(options.out) if state.is_main_process else nullcontext():
+        if state.is_main_process and options.runs is None:  # others may write to runs that are shared
+            prepared.store.remove_unfinished()
+        if on_plan is not None and state.is_main_process:
+            on_plan(_forecast(prepared, speed))
+        outcome = run_all(
+            plan,
+            prepared.train,
+            load=prepared.store.load,
+            save=prepared.store.save if state.is_main_process else lambda result: None,
+            jobs=options.jobs,
+            order=by_telling(plan),
+            deadline=None if options.time_limit is None else Deadline(prepared.time_left()),
+            on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
+        )
+    report = AttackReport(
+        model=str(options.model),
+        control=prepared.control_name,
+        hardening=_hardening(prepared.target.manifest),
+        data=DataSummary(data.name, len(data.train), len(data.held_out), data.fingerprint),
+        runs=outcome.runs,
+        assumed=_assumed(options, [run.spec for run in outcome.runs], prepared.control_name, data),
+        notes=(),
+        versions={"specdef-cli": specdef_cli.__version__}
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
+    )
+    left_out = tuple(f"Left out, {label}: {reason}." for label, reason in outcome.left_out)
+    return replace(
+        report, notes=(*_not_finished(options, outcome), *_notes(options, prepared.target, report), *left_out)
+    )
+
+
+def _check_processes(options: AttackOptions, processes: int) -> None:
+    if options.jobs > 1 and processes > 1:
+        raise SpecDefError(
+            f"--jobs {options.jobs} starts processes of its own, and this is one of {processes} already",
+            "Use either --jobs or `accelerate launch`.",
+        )
+    if options.time_limit is not None and processes > 1:
+        raise SpecDefError(
+            f"--time-limit is measured by every process, and {processes} of them would not agree",
+            "Leave it out under `accelerate launch`, and give --steps.",
+        )
+
+
+def plan_attack(options: AttackOptions) -> Forecast:
+    """The plan of an attack and what it takes on this machine; two steps of the control are run, and nothing is kept.
+
+    Raises:
+        SpecDefError: As :func:`attack`.
+    """
+    return _forecast(*_prepare_and_measure(options, measure=True))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """An attack that could begin.
+
+    Attributes:
+        options: The user's, with the budget that was chosen.
+        began: When its time limit began to run, of the monotonic clock.
+    """
+
+    options: AttackOptions
+    control_name: str
+    target: Target
+    data: AttackData
+    plan: tuple[Series, ...]
+    train: TrainRun
+    store: RunStore
+    began: float
+
+    def time_left(self) -> float:
+        """Seconds of the time limit."""
+        return (self.options.time_limit or 0.0) - (time.monotonic() - self.began)
+
+
+def _prepare(options: AttackOptions) -> _Prepared:
+    began = time.monotonic()
+    writable_ancestor(options.out)
     directory, manifest = _subject(options)
     control_name, control_directory = _control(options, directory, manifest)
     for each in (directory, control_directory):
         require_sound(each, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, each)
-    writable_ancestor(options.out)
     task, head = task_of(control_directory, options.task)
     if options.eval_tasks:
         require_harness()
+    options = default_budget(options, control_directory)
     with quiet():
         preprocessor = load_preprocessor(task, control_directory, trust_remote_code=options.trust_remote_code)
         data = load_data(options, task, preprocessor, head)
@@ -81,49 +183,64 @@ def attack(options: AttackOptions, *, on_progress: ProgressHook | None = None) -
         model=checkpoint_fingerprint(directory),
         control_model=lambda: _meta_model(control_directory, options.trust_remote_code),
     )
-    plan = make_plan(options, target)
-    store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
-    state = process_state()
-    if options.jobs > 1 and state.num_processes > 1:
-        raise SpecDefError(
-            f"--jobs {options.jobs} starts processes of its own, and this is one of {state.num_processes} already",
-            "Use either --jobs or `accelerate launch`.",
-        )
-    # No process may start the first run while another still looks for its result: they would disagree on what is
-    # finished.
-    state.wait_for_everyone()
-    with exclusive(options.out) if state.is_main_process else nullcontext():
-        if state.is_main_process and options.runs is None:  # others may write to runs that are shared
-            store.remove_unfinished()
-        outcome = run_all(
-            plan,
-            TrainRun(
-                control_directory,
-                directory,
-                data,
-                Memory(options.gradient_accumulation, options.gradient_checkpointing),
-                options.trust_remote_code,
-                options.eval_task_path,
-            ),
-            load=store.load,
-            save=store.save if state.is_main_process else lambda result: None,
-            jobs=options.jobs,
-            on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
-        )
-    report = AttackReport(
-        model=str(options.model),
-        control=control_name,
-        hardening=_hardening(manifest),
-        data=DataSummary(data.name, len(data.train), len(data.held_out), data.fingerprint),
-        runs=outcome.runs,
-        assumed=_assumed(options, outcome.runs, control_name, data),
-        notes=(),
-        versions={"specdef-cli": specdef_cli.__version__}
-        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
+    train = TrainRun(
+        control_directory,
+        directory,
+        data,
+        Memory(options.gradient_accumulation, options.gradient_checkpointing),
+        options.trust_remote_code,
+        options.eval_task_path,
     )
-    left_out = tuple(f"Left out, {label}: {reason}." for label, reason in outcome.left_out)
-    return replace(report, notes=(*_notes(options, target, report), *left_out))
+    store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
+    return _Prepared(options, control_name, target, data, make_plan(options, target), train, store, began)
+
+
+def _prepare_and_measure(options: AttackOptions, *, measure: bool) -> tuple[_Prepared, Speed | None]:
+    """Under a time limit the budget is chosen by what two steps cost."""
+    prepared = _prepare(options)
+    if not measure and options.time_limit is None:
+        return prepared, None
+    speed = _measured(prepared)
+    if options.time_limit is None:
+        return prepared, speed
+    chosen = fitting_budget(prepared.options, prepared.plan, speed, prepared.time_left())
+    if chosen != prepared.options:
+        prepared = replace(_prepare(replace(chosen, free=())), began=prepared.began)
+    return prepared, speed
+
+
+def _measured(prepared: _Prepared) -> Speed:
+    def train(spec: RunSpec, data: AttackData) -> RunResult:
+        return replace(prepared.train, data=data)(spec, lambda step, loss: None)
+
+    return measure_speed(prepared.plan[0].first, prepared.data, train)
+
+
+def _forecast(prepared: _Prepared, speed: Speed | None) -> Forecast:
+    options, data = prepared.options, prepared.data
+    grids = [spec for series in prepared.plan for spec in series.runs(series.grid, series.seeds[:1])]
+    return foresee(
+        options,
+        prepared.plan,
+        names=(str(options.model), prepared.control_name, data.name),
+        held_out=len(data.held_out) + (len(data.retained) if data.retained is not None else 0),
+        speed=speed,
+        load=prepared.store.load,
+        assumed=_assumed(options, grids, prepared.control_name, data),
+        notes=_not_tried(options, prepared.target),
+    )
+
+
+def _not_finished(options: AttackOptions, outcome: Outcome) -> list[str]:
+    """What the time limit kept from being run."""
+    said = []
+    if outcome.not_reached:
+        said.append(f"Not reached within {in_words(options.time_limit or 0)}: {'; '.join(outcome.not_reached)}.")
+    if outcome.cut_short:
+        said.append(
+            f"Cut short by the time limit, so that better learning rates may exist: {'; '.join(outcome.cut_short)}."
+        )
+    return said
 
 
 @dataclass(frozen=True)
@@ -210,14 +327,13 @@ def _hardening(manifest: Manifest | None) -> Hardening | None:
     )
 
 
-def _assumed(options: AttackOptions, runs: tuple[RunResult, ...], control: str, data: AttackData) -> tuple[str, ...]:
+def _assumed(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
     said = []
     if options.control is None:
         said.append(f"Control: {control}, the base named in the manifest.")
     if options.dataset is None:
         said.append(f"Data: {data.name}.")
     said += data.remarks
-    specs = [run.spec for run in runs]
     if options.suite is not None:
         said.append(f"Attacks: the suite {options.suite.name}.")
     elif not options.trainings:
@@ -233,10 +349,7 @@ def _assumed(options: AttackOptions, runs: tuple[RunResult, ...], control: str, 
             )
         else:
             said.append(f"Learning rates: {usual[0]:g} to {usual[-1]:g}.")
-    said.append(
-        f"Budget of every run: {options.steps} steps of {options.batch_size} sequences of {options.sequence_length} "
-        f"tokens, {options.dtype}."
-    )
+    said.append(f"Budget of every run: {budget_in_words(options)}.")
     return tuple(said)
 
 

@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from specdef_cli.attack.cost import Deadline, expected_runs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
 from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
@@ -33,20 +35,30 @@ class Outcome:
     Attributes:
         runs: Every run, by series in the order of the plan, largest learning rate first.
         left_out: Series that the model has nothing for: the label, and why.
+        not_reached: Labels of series that the time did not suffice for, in the order in which they would have come.
+        cut_short: Labels of series that were begun, and lack runs.
     """
 
     runs: tuple[RunResult, ...]
     left_out: tuple[tuple[str, str], ...]
+    not_reached: tuple[str, ...] = ()
+    cut_short: tuple[str, ...] = ()
 
 
 @dataclass
 class _Progress:
-    """One series while it is under way."""
+    """One series while it is under way.
+
+    Attributes:
+        rank: Its place in the order in which runs are made.
+    """
 
     series: Series
+    rank: int
     results: dict[RunSpec, RunResult] = field(default_factory=dict)
     outstanding: set[RunSpec] = field(default_factory=set)
     left_out: str | None = None
+    complete: bool = False
 
     def ready(self) -> tuple[RunSpec, ...]:
         """Runs that can be started now, given what is finished and what is under way."""
@@ -62,7 +74,15 @@ class _Progress:
             specs = series.runs(rates, [first]) if rates else series.runs([best_rate(found)], others)
         wanted = tuple(spec for spec in specs if spec not in self.results)
         self.outstanding |= set(wanted)
+        self.complete = not wanted
         return wanted
+
+    @property
+    def remaining(self) -> int:
+        """Runs that it will still make, about: how many a search takes is known on average only."""
+        if self.complete or self.left_out is not None:
+            return 0
+        return max(len(self.outstanding), expected_runs(self.series) - len(self.results))
 
     def finish(self, spec: RunSpec, result: RunResult) -> None:
         self.outstanding.discard(spec)
@@ -79,25 +99,31 @@ def run_all(
     load: Callable[[RunSpec], RunResult | None],
     save: Callable[[RunResult], None],
     jobs: int = 1,
+    order: Sequence[Series] = (),
+    deadline: Deadline | None = None,
     on_progress: ProgressHook = lambda event: None,
 ) -> Outcome:
-    """Run a plan to its end.
+    """Run a plan to its end, or to a deadline.
 
     Args:
         plan: The series.
         execute: Runs one.
         load, save: The store.
         jobs: Runs at a time.
+        order: The same series in the order in which they are run, one to its end before the next where one run is made
+            at a time; empty is the order of the plan.
+        deadline: Says whether one more run may start.
         on_progress: Called as runs start, step and end; in this process.
 
     Raises:
         SpecDefError: A run cannot be made; those that are finished are in the store.
     """
-    under_way = [_Progress(series) for series in plan]
+    ranks = {id(series): rank for rank, series in enumerate(order or plan)}
+    under_way = [_Progress(series, ranks[id(series)]) for series in plan]
     finished = 0
 
     def total() -> int:
-        return finished + len(queue) + len(running)
+        return finished + sum(progress.remaining for progress in under_way)
 
     def event(kind: str, spec: RunSpec, result: RunResult | None = None, **changes: object) -> ProgressEvent:
         label = f"{spec.label} · η={spec.learning_rate:g}"
@@ -122,16 +148,23 @@ def run_all(
 
     queue: list[tuple[_Progress, RunSpec]] = []
     running: dict[Future[RunResult], tuple[_Progress, RunSpec]] = {}
+    began: dict[RunSpec, float] = {}
     for progress in under_way:
         enqueue(progress)
     with _executor(execute, jobs, on_progress, event) as submit:
         while queue or running:
             while queue and len(running) < jobs:
-                progress, spec = queue.pop(0)
+                if deadline is not None and not deadline.allows():
+                    queue.clear()
+                    break
+                progress, spec = queue.pop(min(range(len(queue)), key=lambda place: queue[place][0].rank))
                 if progress.left_out is not None:
                     progress.outstanding.discard(spec)
                     continue
+                began[spec] = time.monotonic()
                 running[submit(spec)] = (progress, spec)
+            if not running:
+                continue
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 progress, spec = running.pop(future)
@@ -144,15 +177,21 @@ def run_all(
                     progress.outstanding.discard(spec)
                     continue
                 save(result)
+                if deadline is not None:
+                    deadline.finished(time.monotonic() - began[spec])
                 progress.finish(spec, result)
                 finished += 1
                 on_progress(event("run-end", spec, result))
                 enqueue(progress)
+    lacking = [progress for progress in under_way if not progress.complete and progress.left_out is None]
+    lacking.sort(key=lambda progress: progress.rank)
     return Outcome(
         runs=tuple(run for progress in under_way for run in progress.ordered()),
         left_out=tuple(
             (progress.series.first.label, progress.left_out) for progress in under_way if progress.left_out is not None
         ),
+        not_reached=tuple(progress.series.first.label for progress in lacking if not progress.results),
+        cut_short=tuple(progress.series.first.label for progress in lacking if progress.results),
     )
 
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specdef_cli import __version__
+from specdef_cli.attack.forecast import Forecast
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.recorder import ProgressEvent
 from specdef_cli.attack.retained import standard_library
-from specdef_cli.attack.run import attack
+from specdef_cli.attack.run import attack, plan_attack
 from specdef_cli.attack.spec import checkpoint_fingerprint
 from specdef_cli.attack.suite import load_suite
+from specdef_cli.attack.tasks import task_of
 from specdef_cli.certify.attack_section import attack_section, with_section
 from specdef_cli.certify.certificate import (
     CERTIFICATE_NAME,
@@ -37,7 +39,7 @@ from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.resolve import resolve, resolve_base
+from specdef_cli.checkpoint.resolve import Resolved, resolve, resolve_base
 from specdef_cli.checkpoint.stream import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices
@@ -105,11 +107,9 @@ def certify(
     hardened_model = resolve(options.model, revision=options.revision, token=options.token)
     directory = hardened_model.directory
     manifest = read_manifest(directory)
-    if options.base is None:
-        base_model = resolve_base(manifest, directory, token=options.token, option="--base")
-    else:
-        base_model = resolve(options.base, token=options.token)
+    base_model = _base(options)
     base_directory = base_model.directory
+    _require_attackable(options, base_directory)
     for each in (base_directory, directory):
         require_sound(each, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, each)
@@ -163,6 +163,14 @@ def certify(
     return certificate
 
 
+def _base(options: CertifyOptions) -> Resolved:
+    """The base: as named, or as the manifest names it."""
+    if options.base is not None:
+        return resolve(options.base, token=options.token)
+    directory = resolve(options.model, revision=options.revision, token=options.token).directory
+    return resolve_base(read_manifest(directory), directory, token=options.token, option="--base")
+
+
 def _tokens(base: Checkpoint, options: CertifyOptions) -> Tensor | None:
     """Text for a causal language model; ``None`` for any other model."""
     architecture = (base.config.get("architectures") or [""])[0]
@@ -202,25 +210,49 @@ def _curvature(
 
 
 def _attack(options: CertifyOptions, base: Path, on_attack: Callable[[ProgressEvent], None]) -> Resistance:
-    suite = load_suite("quick")
-    out = options.out / "attack"
-    budget = {key: value for key, value in suite.budget.items() if key != "seeds"}
-    report = attack(
-        AttackOptions(
-            model=options.model,
-            out=out,
-            control=base,
-            suite=suite,
-            jobs=options.jobs,
-            trust_remote_code=options.trust_remote_code,
-            revision=options.revision,
-            token=options.token,
-            **budget,  # type: ignore[arg-type]
-        ),
-        on_progress=on_attack,
-    )
-    write_report(report, out)
+    attacks = _attack_options(options, base)
+    report = attack(attacks, on_progress=on_attack)
+    write_report(report, attacks.out)
     return resistance_of(report)
+
+
+def _attack_options(options: CertifyOptions, base: Path) -> AttackOptions:
+    """The quick suite, on a budget that suits the size of the model."""
+    suite = load_suite("quick")
+    budget = {key: value for key, value in suite.budget.items() if key != "seeds"}
+    return AttackOptions(
+        model=options.model,
+        out=options.out / "attack",
+        control=base,
+        suite=suite,
+        free=("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences"),
+        jobs=options.jobs,
+        trust_remote_code=options.trust_remote_code,
+        revision=options.revision,
+        token=options.token,
+        **budget,  # type: ignore[arg-type]
+    )
+
+
+def plan_certify(options: CertifyOptions) -> Forecast | None:
+    """The attacks of a certificate and what they take on this machine; ``None`` where a report of them is given.
+
+    Raises:
+        SpecDefError: As :func:`certify`.
+    """
+    base = _base(options).directory
+    _require_attackable(options, base)
+    return None if options.attacks is not None else plan_attack(_attack_options(options, base))
+
+
+def _require_attackable(options: CertifyOptions, base: Path) -> None:
+    """Refuse a classifier without a report: attacks need labelled data, which only ``specdef attack`` takes."""
+    if options.attacks is None and "classification" in task_of(base, None)[0]:
+        raise SpecDefError(
+            f"{options.model} is a classifier, and attacks on it need labelled data",
+            f"Run `specdef attack {options.model} --control {base} --dataset …`, then certify with --attacks "
+            "attack/report.json.",
+        )
 
 
 def _write(certificate: Certificate, options: CertifyOptions, directory: Path) -> None:

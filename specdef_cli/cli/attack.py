@@ -9,6 +9,7 @@ import typer
 
 from specdef_cli.cli.options import Json, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
+from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import work_alone_if_stale
 
 
@@ -86,7 +87,9 @@ def attack_command(
     warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of every run.", show_default="30")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of every run.", show_default="30, fewer for a large model")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step.", show_default="16")] = None,
     gradient_accumulation: Annotated[
         int, typer.Option(help="Passes that a step's sequences are split into, to save memory.")
@@ -107,6 +110,17 @@ def attack_command(
     ] = None,
     eval_sequences: Annotated[int | None, typer.Option(help="Held-out sequences.", show_default="64")] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each attack, with seeds 0, 1, …", show_default="1")] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="45m",
+            help="Choose a budget with which a verdict stands within this time, run the most telling attacks first, "
+            "and stop then.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and how long it takes on this machine, and stop.")
+    ] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time, each on a GPU of its own.")] = 1,
     expand: Annotated[
         str | None, typer.Option(metavar="2x", help="Attack also a model whose hardened layers grew this much.")
@@ -165,6 +179,10 @@ def attack_command(
 
       specdef attack --expand 2x
 
+      specdef attack hardened --dry-run
+
+      specdef attack hardened --time-limit 45m
+
       specdef attack hardened --suite standard --jobs 4
 
       specdef attack hardened --control ./base --dataset notes.jsonl --recipe lora --lr 1e-4 --lr 1e-5 --steps 200
@@ -172,11 +190,19 @@ def attack_command(
     from specdef_cli.extras import require_extra
 
     require_extra("attack", "attacks")
+    from specdef_cli.attack.presence import require_data, require_models
+    from specdef_cli.durations import parse_duration
+
+    # Before torch is imported, which takes longer than everything that can be wrong here.
+    limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
+    require_models(model, control, "--control")
+    require_data(dataset)
     from rich.console import Group
 
-    from specdef_cli.attack import AttackOptions, ProgressEvent, attack, is_main_process
+    from specdef_cli.attack import AttackOptions, Forecast, attack, is_main_process, plan_attack
     from specdef_cli.attack.spellings import trainings_of, variants_of
-    from specdef_cli.attack.suite import load_suite
+    from specdef_cli.attack.suite import BUDGET, load_suite
+    from specdef_cli.cli.plan import plan_screen
     from specdef_cli.report import attacks_table, report_dict, runs_table, summary, write_report
     from specdef_cli.report.conditions import Condition
 
@@ -196,6 +222,10 @@ def attack_command(
     budget: dict[str, Any] = {**(chosen.budget if chosen else {}), **{k: v for k, v in given.items() if v is not None}}
     if "seeds" in budget:
         budget["seeds"] = tuple(range(budget["seeds"]))
+    free = () if suite is not None else tuple(name for name in BUDGET if name != "seeds" and name not in budget)
+    if limit is not None:
+        free = tuple(name for name in BUDGET if name != "seeds" and given[name] is None)
+        lr_sweep = lr_sweep or (chosen is None and not lr)
     options = AttackOptions(
         model=model,
         out=out,
@@ -226,28 +256,34 @@ def attack_command(
         gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
         dtype=dtype,
+        free=free,
+        time_limit=limit,
         trust_remote_code=trust_remote_code,
         revision=revision,
         token=token,
         **budget,
     )
+    if dry_run:
+        forecast = plan_attack(options)
+        output.data(forecast, plan_screen(forecast))
+        return
+    planned: set[str] = set()
+
+    def show_plan(forecast: Forecast) -> None:
+        planned.update((*forecast.assumed, *forecast.notes))
+        output.show(plan_screen(forecast))
+
     with output.progress("attacking") as bar:
-
-        def show(event: ProgressEvent) -> None:
-            bar.start(event.runs)
-            if event.kind in {"run-end", "run-reused"}:
-                bar.advance(event.label)
-            else:
-                bar.advance(f"{event.label}  {event.step}/{event.steps}", 0)
-
-        report = attack(options, on_progress=show)
+        report = attack(options, on_progress=RunProgress(bar).show, on_plan=None if quiet else show_plan)
     written = write_report(report, out)
     if not is_main_process():
         return
     for text in report.assumed:
-        output.note(f"assumed: {text}")
+        if text not in planned:
+            output.note(f"assumed: {text}")
     for text in report.notes:
-        output.note(f"note: {text}")
+        if text not in planned:
+            output.note(f"note: {text}")
     verdict, *sentences = summary(report)
     table = runs_table(report) if verbose else attacks_table(report)
     output.data(report_dict(report), Group(verdict, table, *sentences), written=written[0])

@@ -9,6 +9,7 @@ import typer
 
 from specdef_cli.cli.options import Json, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
+from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import work_alone_if_stale
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def certify_command(
     statement: Annotated[
         bool, typer.Option("--statement", help="Write certificate.intoto.json too, which in-toto's tools can sign.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be measured and attacked, how long that takes; stop.")
+    ] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Attack runs at a time.")] = 1,
     device: Annotated[str, typer.Option(help="Where curvature and formats are measured, e.g. cuda.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the certificate and the attack report go.")] = (
@@ -64,9 +68,20 @@ def certify_command(
 
       specdef certify hardened --attacks attack/report.json --json
     """
-    from specdef_cli.attack.recorder import ProgressEvent
+    from rich.console import Group
+    from rich.text import Text
+
+    from specdef_cli.attack.presence import require_models
+    from specdef_cli.errors import SpecDefError
+
+    # Before torch is imported, which takes longer than everything that can be wrong here.
+    require_models(model, base, "--base")
+    for option, path in (("--text", text), ("--attacks", attacks)):
+        if path is not None and not path.is_file():
+            raise SpecDefError(f"{option} {path} is not a file", "Check the path.")
     from specdef_cli.certify.formats import DEFAULT_FORMATS
-    from specdef_cli.certify.run import CertifyOptions, certify
+    from specdef_cli.certify.run import CertifyOptions, certify, plan_certify
+    from specdef_cli.cli.plan import plan_screen
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)
@@ -87,13 +102,19 @@ def certify_command(
         revision=revision,
         token=token,
     )
+    if dry_run:
+        forecast = plan_certify(options)
+        parts = ("function", "spectrum", *["curvature"] * options.curvature, *(f"format {each}" for each in formats))
+        table = Group(Text(f"measured: {', '.join(parts)}"), *([plan_screen(forecast)] if forecast else []))
+        output.data({"measured": parts, "attacks": forecast}, table)
+        return
     with output.progress("certifying") as bar:
 
-        def show(event: ProgressEvent) -> None:
-            bar.start(event.runs)
-            bar.advance(event.label, event.kind in {"run-end", "run-reused"})
+        def part(name: str) -> None:
+            bar.advance(name, 0)
+            bar.log(name)
 
-        certificate = certify(options, lambda part: bar.advance(part, 0), show)
+        certificate = certify(options, part, RunProgress(bar).show)
     output.data(certificate, certificate_tables(certificate), written=out / "certificate.json")
     output.note(f"certificate: {out / 'certificate.json'}")
     if not certificate.holds:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from specdef_cli.errors import SpecDefError
 
 PIPED_WIDTH = 160
+
+DAY = 24 * 3600
+"""Seconds over which speed is averaged: a single step may take longer than the half minute that is usual."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,12 @@ class Output:
                 raise SpecDefError(problem, "Check where stdout goes, then run the same command again.")
             self._stderr.print(escape(f"note: {problem}; {written} is complete"), highlight=False)
 
+    def show(self, table: Any) -> None:
+        """Something to look at before the result is there, on stderr: anything rich can render."""
+        if not self.quiet:
+            width = None if self._stderr.is_terminal else PIPED_WIDTH
+            Console(stderr=True, width=width, markup=False, emoji=False).print(table)
+
     @contextmanager
     def progress(self, what: str) -> Iterator[Bar]:
         """A progress bar on stderr, shown once there is something to say.
@@ -83,9 +93,11 @@ class Output:
             console=self._stderr,
             disable=self.quiet or not self._stderr.is_terminal,
             transient=True,
+            speed_estimate_period=DAY,
         )
+        log = None if self.quiet or self._stderr.is_terminal else Console(stderr=True, width=PIPED_WIDTH, markup=False)
         try:
-            yield Bar(columns, columns.add_task(what, total=None, label=""))
+            yield Bar(columns, columns.add_task(what, total=None, label=""), log)
         finally:
             columns.stop()
 
@@ -96,6 +108,17 @@ class Bar:
 
     columns: Progress
     task: TaskID
+    log_to: Console | None = None
+
+    def log(self, text: str) -> None:
+        """A line with the time, where there is no terminal to draw a bar on (a batch job, a pipe)."""
+        if self.log_to is not None:
+            self.log_to.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
+
+    def reach(self, done: float, total: float, label: str) -> None:
+        """So much of so much is done; ``label`` names what is under way."""
+        self.columns.start()
+        self.columns.update(self.task, completed=done, total=total, label=escape(label))
 
     def start(self, total: float) -> None:
         """Set the amount of work."""

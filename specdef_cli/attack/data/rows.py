@@ -15,6 +15,7 @@ import datasets
 from datasets.data_files import get_data_patterns
 
 from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.presence import COMPRESSIONS, require_data
 from specdef_cli.errors import SpecDefError
 
 _FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,9 +31,6 @@ _FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".arrow": ("arrow", {}),
 }
 """The builder of `datasets` for a file's suffix, and its arguments."""
-
-_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-"""Suffixes that may stand behind these; `datasets` unpacks them."""
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which a directory that ``save_to_disk`` wrote is known."""
@@ -102,9 +100,7 @@ def _load(options: AttackOptions, path: Path) -> Any:
         )
     if path.exists():
         raise SpecDefError(f"{path} is not a file", "Give a file, a directory or a Hub id.")
-    named_like_a_file = path.suffix.lower() in (*_FILE_FORMATS, *_COMPRESSIONS)
-    if named_like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(options.dataset)):
-        raise SpecDefError(f"there is no data file {path}", "Check the path, or give a Hub id.")
+    require_data(options.dataset)
     return datasets.load_dataset(
         options.dataset, options.dataset_config, split=split, streaming=True, token=options.token
     )
@@ -112,12 +108,12 @@ def _load(options: AttackOptions, path: Path) -> Any:
 
 def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
+    if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _FILE_FORMATS:
         raise SpecDefError(
             f"{path} is of a kind that is not read: {path.suffix or 'no suffix'}",
-            f"Give one of {', '.join(_FILE_FORMATS)}, each also with {', '.join(_COMPRESSIONS)}; a directory, or a "
+            f"Give one of {', '.join(_FILE_FORMATS)}, each also with {', '.join(COMPRESSIONS)}; a directory, or a "
             "Hub id.",
         )
     return _FILE_FORMATS[suffixes[-1]]

@@ -1,0 +1,232 @@
+"""What runs cost and what fits into a time: closed forms on made-up runs, and one real measurement."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Result, call_cli, environment
+from test_optimizers import spec
+from test_search import GRID, make_series, result, run_plan
+
+from specdef_cli.attack import AttackOptions, plan_attack
+from specdef_cli.attack.cost import (
+    BUDGETS,
+    SEARCHED_RUNS,
+    Deadline,
+    Speed,
+    by_telling,
+    default_budget,
+    expected_runs,
+    first_verdict,
+    fitting_budget,
+)
+from specdef_cli.attack.plan import Series
+from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.table import Variant
+from specdef_cli.durations import in_words, parse_duration
+from specdef_cli.errors import SpecDefError
+
+FREE = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences")
+
+
+def series(training: str = "full", variant: str = "plain", optimizer: str = "adamw", control: bool = False) -> Series:
+    run = spec(optimizer, training=Training.parse(training), variant=Variant.parse(variant), subject="model")
+    return Series(run.control("") if control else run, GRID, True, (0,), False)
+
+
+def test_a_run_costs_its_tokens() -> None:
+    run = spec("adamw", steps=10, batch_size=4, sequence_length=8, eval_every=5)
+    # 5 s of loading, 10·4·8 tokens at 0.01 s, three evaluations of 2·8 tokens at 0.002 s.
+    assert Speed(5.0, 0.01, 0.002).run(run, 2) == pytest.approx(5 + 3.2 + 0.096)
+    assert Speed(5.0, 0.01, 0.002).run(replace(run, optimizer="adahessian"), 2) == pytest.approx(5 + 9.6 + 0.096)
+
+
+def test_the_most_telling_attacks_come_first_and_each_after_its_control() -> None:
+    plan = [
+        series("full", optimizer="sgd", control=True), series(control=True), series("lora", control=True),
+        series("full", optimizer="sgd"), series("lora"), series(), series(variant="collapse"),
+    ]  # fmt: skip
+    expected = [plan[place] for place in (1, 6, 5, 2, 4, 0, 3)]
+    assert [id(each) for each in by_telling(plan)] == [id(each) for each in expected]
+    assert [id(each) for each in first_verdict(plan)] == [id(each) for each in expected[:5]]
+
+
+def test_a_budget_fits_its_time_limit_and_what_the_user_gave_stays() -> None:
+    plan = [series(control=True), series(variant="collapse"), series()]
+    speed = Speed(2.0, 0.001, 0.0003)
+    options = AttackOptions(model="m", out=Path("o"), free=FREE)
+
+    def seconds(chosen: AttackOptions) -> float:
+        held_out = chosen.eval_sequences + chosen.eval_sequences // 4
+        run = replace(
+            plan[0].first, steps=chosen.steps, batch_size=chosen.batch_size, sequence_length=chosen.sequence_length,
+            eval_every=chosen.eval_interval,
+        )  # fmt: skip
+        return 3 * SEARCHED_RUNS * speed.run(run, held_out)
+
+    budgets = [fitting_budget(options, plan, speed, limit) for limit in (1e6, 900.0, 300.0)]
+    assert budgets[0].steps == 30
+    assert [seconds(each) <= 0.8 * limit for each, limit in zip(budgets, (1e6, 900.0, 300.0), strict=True)] == [
+        True
+    ] * 3
+    assert seconds(budgets[0]) > seconds(budgets[1]) > seconds(budgets[2])
+    fixed = fitting_budget(replace(options, steps=25, free=FREE[1:]), plan, speed, 300.0)
+    assert (fixed.steps, fixed.batch_size < 16) == (25, True)
+    smallest = fitting_budget(options, plan, speed, 1.0)
+    assert smallest.steps == BUDGETS[-1]["steps"]
+
+
+def test_the_default_budget_shrinks_with_the_model(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = AttackOptions(model="m", out=Path("o"), free=FREE)
+    assert default_budget(options, base).steps == 30
+    monkeypatch.setattr("specdef_cli.attack.cost._NOMINAL_SPEED", {"cpu": 1e6, "accelerator": 1e6})
+    assert default_budget(options, base).steps == BUDGETS[-1]["steps"]
+    assert default_budget(replace(options, free=()), base) == replace(options, free=())
+    assert default_budget(replace(options, steps=4), base).steps == 4, "never raised"
+
+
+def test_a_plan_stops_at_its_deadline_with_the_most_telling_runs_done() -> None:
+    """A clock that the runs themselves move on: each takes a tenth of the limit."""
+    made: list[RunSpec] = []
+
+    class TenRuns(Deadline):
+        def allows(self) -> bool:
+            return len(made) < 10
+
+    def execute(run: RunSpec, _: Any) -> RunResult:
+        made.append(run)
+        return result(run, 1e-4)
+
+    plan = [make_series("last"), make_series("first"), make_series("second")]
+    outcome, _ = run_plan(plan, execute, order=[plan[1], plan[2], plan[0]], deadline=TenRuns(1e9))
+    assert [run.training.name for run in made] == ["first"] * 6 + ["second"] * 4
+    assert outcome.not_reached == (plan[0].first.label,)
+    assert outcome.cut_short == (plan[2].first.label,)
+    assert len(outcome.runs) == 10
+
+
+def test_a_deadline_lets_the_first_run_start_and_none_that_would_end_after_it() -> None:
+    deadline = Deadline(0.0)
+    assert deadline.allows()
+    deadline.finished(1.0)
+    assert not deadline.allows()
+    longer = Deadline(1000.0)
+    longer.finished(1.0)
+    assert longer.allows()
+    longer.finished(5000.0)
+    assert not longer.allows()
+
+
+def test_progress_counts_the_run_under_way_and_what_a_search_still_takes() -> None:
+    events: list[Any] = []
+
+    def execute(run: RunSpec, on_step: Any) -> RunResult:
+        on_step(1, 3.0)
+        return result(run, 1e-4)
+
+    run_plan([make_series("a", search=False)], execute, on_progress=events.append)
+    steps = [(event.done, event.runs) for event in events if event.kind == "step"]
+    assert steps == [(done, len(GRID)) for done in range(len(GRID))]
+    events.clear()
+    run_plan([make_series("a")], execute, on_progress=events.append)
+    assert events[0].runs == SEARCHED_RUNS
+    assert (events[-1].done, events[-1].runs) != (0, 0)
+    assert expected_runs(make_series("a", seeds=(0, 1, 2))) == SEARCHED_RUNS + 2
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("45m", 2700), ("1h30m", 5400), ("90s", 90), ("1.5h", 5400), ("2h 5min", 7500)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text, "--time-limit") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "45", "m", "-3m", "0s", "1d"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(SpecDefError, match="not a duration") as caught:
+        parse_duration(text, "--time-limit")
+    assert "45m" in caught.value.hint
+
+
+def test_durations_in_words() -> None:
+    assert [in_words(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
+
+
+def test_a_plan_says_what_will_be_run_and_keeps_nothing(hardened: Path, base: Path, tmp_path: Path) -> None:
+    options = AttackOptions(
+        model=hardened, control=base, out=tmp_path / "out", steps=4, batch_size=4, sequence_length=32, eval_sequences=4
+    )
+    forecast = plan_attack(options)
+    assert [attack.label for attack in forecast.attacks] == [
+        "control · full · adamw", "hardened, collapsed · full · adamw", "hardened · full · adamw",
+        "control · LoRA all-linear · adamw", "hardened · LoRA all-linear · adamw",
+    ]  # fmt: skip
+    assert forecast.runs == str(sum(attack.runs for attack in forecast.attacks))
+    assert forecast.seconds is not None
+    assert forecast.seconds > 0
+    assert not (tmp_path / "out").exists()
+    assert json.dumps(forecast.budget) == '"4 steps of 4 sequences of 32 tokens, float32"'
+
+
+def attack_command(hardened: Path, base: Path, out: Path, *more: str) -> Result:
+    budget = ("--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--eval-sequences", "2")
+    return call_cli("attack", str(hardened), "--control", str(base), "--out", str(out), *budget, *more)
+
+
+def test_the_command_prints_the_plan_and_stops(hardened: Path, base: Path, tmp_path: Path) -> None:
+    result = attack_command(hardened, base, tmp_path / "out", "--dry-run")
+    assert result.code == 0, result.stderr
+    assert "2 steps of 2 sequences of 16 tokens" in result.stdout
+    assert "hardened, collapsed · full · adamw" in result.stdout
+    assert "on this machine" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(
+    hardened: Path, base: Path, tmp_path: Path
+) -> None:
+    """The first run is always made. In a pipe, every run is a line with a time."""
+    result = attack_command(hardened, base, tmp_path / "out", "--time-limit", "0.01s")
+    assert result.code == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
+    assert any("Not reached within 0 s: hardened, collapsed · full · adamw" in note for note in report["notes"])
+    lines = [line for line in result.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d \d+ of about \d+: control", line)]
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("attack", "./nowhere"), "'./nowhere' is neither"),
+        (("attack", "MODEL", "--control", "./nowhere"), "'./nowhere' is neither"),
+        (("attack", "MODEL", "--dataset", "nowhere.jsonl.gz"), "no data file nowhere.jsonl.gz"),
+        (("attack", "MODEL", "--time-limit", "soon"), "--time-limit 'soon'"),
+        (("certify", "MODEL", "--base", "./nowhere"), "'./nowhere' is neither"),
+        (("certify", "MODEL", "--text", "nowhere.txt"), "--text nowhere.txt"),
+        (("certify", "MODEL", "--attacks", "nowhere.json"), "--attacks nowhere.json"),
+    ],
+)
+def test_what_is_not_there_is_told_before_torch_is_imported(
+    arguments: tuple[str, ...], named: str, hardened: Path, tmp_path: Path
+) -> None:
+    program = (
+        "import sys\nfrom specdef_cli.cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as leaving:\n"
+        "    print(leaving.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    given = [str(hardened) if argument == "MODEL" else argument for argument in arguments]
+    process = subprocess.run(
+        [sys.executable, "-c", program, *given], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert process.stdout.split() == ["1", "False", "False"], process.stderr
+    assert named in process.stderr
