@@ -248,7 +248,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise SpecDefError(
             f"{directory} has no {MANIFEST_NAME}, so it is not a hardened checkpoint",
-            "Give a directory that `specdef harden` wrote.",
+            f"Give a directory that `specdef harden` wrote; after save_pretrained, copy its {MANIFEST_NAME} along.",
         )
     return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
 
