@@ -17,12 +17,24 @@ HEADING = "### Attacks"
 
 
 def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:
-    """One row for each attack, the strongest first, in Markdown."""
-    lines = ["| attack | the attacker knows | best η | of the control's progress | |", "|---|---|---|---|---|"]
-    for attack in sorted(attacks, key=lambda attack: -1.0 if attack.share is None else attack.share, reverse=True):
-        share = "–" if attack.share is None else f"{attack.share:.0%}"
-        lines.append(f"| {attack.label} | {attack.knowledge} | {attack.learning_rate:g} | {share} | {attack.verdict} |")
-    return lines
+    """One row for each attack, those first that made the most progress, in Markdown."""
+
+    def progress(attack: AttackFigure) -> float:
+        return -1.0 if attack.share_of_best is None else attack.share_of_best
+
+    return [
+        "| attack | the attacker knows | best η | of its own control | of the best control | |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {attack.label} | {attack.knowledge} | {attack.learning_rate:g} | {_percent(attack.share)} | "
+            f"{_percent(attack.share_of_best)} | {attack.verdict} |"
+            for attack in sorted(attacks, key=progress, reverse=True)
+        ),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
 
 
 def attack_section(resistance: Resistance) -> str:
@@ -32,7 +44,8 @@ def attack_section(resistance: Resistance) -> str:
             HEADING,
             "",
             f"Measured on these very files: {resistance.budget}; {resistance.data}. Every attack at the best of the "
-            "learning rates tried; its progress as a share of what the same recipe made on the base.",
+            "learning rates tried. Its progress is a share of what the same recipe made on the base (own control), and "
+            "of the most that any of the recipes made there (best control).",
             "",
             *attack_table(resistance.attacks),
             "",

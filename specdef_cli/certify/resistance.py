@@ -21,7 +21,8 @@ class AttackFigure:
         label: What was run.
         knowledge: ``none``, ``construction`` or ``growth``.
         learning_rate: The best of those tried.
-        share: Of the control's progress; ``None`` where the control made none.
+        share: Of the progress of the control by the same recipe; ``None`` where the control made none.
+        share_of_best: Of the most that any control of the report made, by any recipe.
         verdict: ``stopped``, ``slowed``, ``not slowed`` or ``unknown``.
     """
 
@@ -29,6 +30,7 @@ class AttackFigure:
     knowledge: str
     learning_rate: float
     share: float | None
+    share_of_best: float | None
     verdict: str
 
 
@@ -87,6 +89,10 @@ def resistance_of(report: AttackReport) -> Resistance:
     return _resistance(report_dict(report))
 
 
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
 def _public(name: str) -> str:
     """A name without the path of a directory or file of this machine."""
     return Path(name).name if Path(name).expanduser().exists() else name
@@ -106,7 +112,8 @@ def _resistance(data: dict[str, Any]) -> Resistance:
                 label=attack["label"],
                 knowledge=attack["knowledge"],
                 learning_rate=float(attack["best"]["learning_rate"]),
-                share=None if attack["share_of_control"] is None else float(attack["share_of_control"]),
+                share=_number(attack["share_of_control"]),
+                share_of_best=_number(attack["share_of_best_control"]),
                 verdict=attack["verdict"],
             )
             for attack in data["attacks"]

@@ -8,23 +8,27 @@ from specdef_cli.certify.resistance import AttackFigure, Resistance
 CARD = "# A model\n\n### Attacks\n\nThe base's own words.\n\n## SpecDef\n\nWhat was changed.\n"
 
 
-def figure(label: str, share: float | None, verdict: str) -> AttackFigure:
-    return AttackFigure(label, "none", 1e-3, share, verdict)
+def figure(label: str, share: float | None, best: float | None, verdict: str) -> AttackFigure:
+    return AttackFigure(label, "none", 1e-3, share, best, verdict)
 
 
 RESISTANCE = Resistance(
     model="hardened",
     data="prose",
     budget="30 steps",
-    attacks=(figure("lora", 0.5, "slowed"), figure("odd", None, "unknown"), figure("hira", 0.96, "not slowed")),
+    attacks=(
+        figure("embeddings", 1.0, 0.4, "not slowed"),
+        figure("odd", None, None, "unknown"),
+        figure("hira", 0.96, 0.91, "not slowed"),
+    ),
 )
 
 
 def test_the_attack_that_got_furthest_stands_first() -> None:
     rows = attack_table(RESISTANCE.attacks)[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| hira", "| lora", "| odd"]
-    assert "96%" in rows[0]
-    assert "–" in rows[2]
+    assert [row.split(" | ")[0] for row in rows] == ["| hira", "| embeddings", "| odd"]
+    assert "| 96% | 91% |" in rows[0]
+    assert "| – | – |" in rows[2]
 
 
 def test_a_section_takes_the_place_of_its_own_kind_alone() -> None:
@@ -32,7 +36,7 @@ def test_a_section_takes_the_place_of_its_own_kind_alone() -> None:
     once = with_section(CARD, section)
     assert once.startswith(CARD.rstrip())
     assert once.count("### Attacks") == 2  # the base has one
-    assert "Got through (at least 95 % of the control's progress): hira." in once
+    assert "Got through (at least 95 % of the control's progress): embeddings; hira." in once
     assert with_section(once, section) == once
     with_both = with_section(once, "### Certificate\n\n- function: holds.")
     assert with_both.index("hira") < with_both.index("### Certificate")
