@@ -15,6 +15,8 @@ from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.full import train_only
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 
 
@@ -131,3 +133,38 @@ def test_single_groups_by_name(llama: LlamaForCausalLM) -> None:
     ]
     with pytest.raises(SpecDefError, match="'gates'"):
         Training.parse("groups@gates").on(target_of(llama))
+
+
+@pytest.fixture(scope="module")
+def fold(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trainings") / "fold"
+    assert harden(HardenOptions(str(base), directory, method="fold", verify=False)) is not None
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("method", "same"),
+    [
+        ("hira", True), ("ia3", True), ("adapter", True), ("adapter-parallel", True), ("prompt", True),
+        ("full@model.embed_tokens.weight", True), ("lora", False), ("oft", False), ("ln-tuning", False),
+        ("prefix", False),
+    ],
+)  # fmt: skip
+def test_which_trainings_see_a_diagonal_scale(method: str, same: bool, base: Path, fold: Path) -> None:
+    """Those that do not are trained as if nothing had happened: every loss is the control's, bit for bit."""
+    tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(2))
+    curves = []
+    for directory in (base, fold):
+        torch.manual_seed(0)
+        model = Training.parse(method).apply(load_model(directory), "causal-lm")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        curve = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.detach())
+        curves.append(torch.stack(curve))
+    assert curves[0][-1] < curves[0][0]
+    assert torch.equal(*curves) == same
