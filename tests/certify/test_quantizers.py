@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from specdef_cli.certify import quantizers
+from specdef_cli.certify.deployment import quantizers
 
 # Dettmers et al., arXiv 2305.14314, Appendix E.
 NORMAL_FLOAT = torch.tensor(
@@ -29,32 +29,64 @@ def relative_error(rounded: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def test_int8_rounds_to_whole_multiples_of_a_row_s_largest_over_127() -> None:
-    pytest.importorskip("bitsandbytes")
     weight = torch.tensor([[127.0, -1.4, 0.6, 0.0], [0.254, 0.0021, -0.254, 0.0009]])
     expected = torch.tensor([[127.0, -1.0, 1.0, 0.0], [0.254, 0.002, -0.254, 0.0]])
     torch.testing.assert_close(quantizers.int8_rows(weight), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_nf4_takes_the_nearest_code_of_each_block_of_64() -> None:
-    pytest.importorskip("bitsandbytes")
     weight = gaussian(5, 100)  # blocks do not end with the rows, and the last one is short
     blocks = torch.nn.functional.pad(weight.flatten(), (0, 12)).reshape(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks / largest)[..., None].sub(NORMAL_FLOAT).abs().argmin(-1)
     expected = (NORMAL_FLOAT[nearest] * largest).flatten()[:500].reshape(weight.shape)
-    torch.testing.assert_close(quantizers.nf4(weight, double=False), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(quantizers.four_bit(weight, kind="nf4"), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_double_quantization_loses_the_blocks_next_to_an_inflated_row() -> None:
-    pytest.importorskip("bitsandbytes")
-    weight = gaussian(16, 64)
-    assert relative_error(quantizers.nf4(weight, double=True), weight) < 0.12
-    inflated = weight.clone()
-    inflated[3] *= 2.0**20
-    others = torch.arange(16) != 3
-    single, double = (quantizers.nf4(inflated, double=double)[others] for double in (False, True))
-    assert relative_error(single, weight[others]) < 0.12
-    assert relative_error(double, weight[others]) > 1
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bit_types_are_those_of_bitsandbytes(kind: str) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = gaussian(64, 192)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    expected = functional.dequantize_4bit(packed, state)
+    found = quantizers.four_bit(weight, kind=kind)
+    # A value half-way between two codes may fall to either side.
+    assert ((found - expected).abs() > 1e-5).float().mean() < 1e-3
+
+
+def test_int8_rows_are_those_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = gaussian(16, 192).half().float()  # what bitsandbytes takes
+    packed, row_maxima, _ = functional.int8_vectorwise_quant(weight.half())
+    expected = functional.int8_vectorwise_dequant(packed, row_maxima).float()
+    step = weight.abs().amax(-1, keepdim=True) / 127
+    assert ((quantizers.int8_rows(weight) - expected).abs() <= 1.01 * step).all()
+    assert relative_error(quantizers.int8_rows(weight), expected) < 2e-3
+
+
+def test_activations_of_llm_int8_keep_outliers_and_drown_nothing_but_overflow() -> None:
+    inputs = gaussian(3, 64).clamp(-5, 5)
+    inputs[1, 7] = 1_000.0
+    found = quantizers.llm_int8_activations(inputs)
+    assert torch.equal(found[:, 7], inputs[:, 7].half().float())
+    others = torch.arange(64) != 7
+    assert relative_error(found[:, others], inputs[:, others]) < 0.02
+    inputs[1, 7] = 2.0**17  # beyond float16
+    assert not torch.isfinite(quantizers.llm_int8_activations(inputs)).all()
+
+
+@pytest.mark.parametrize(("kind", "block"), [("Q8_0", 32), ("Q4_0", 32), ("Q4_K", 256)])
+def test_a_large_channel_drowns_its_block_of_activations_and_no_other(kind: str, block: int) -> None:
+    inputs = gaussian(4, 512)
+    assert relative_error(quantizers.gguf_activations(inputs, kind=kind), inputs) < 0.01
+    inputs[:, 5] = 2.0**12
+    found = quantizers.gguf_activations(inputs, kind=kind)
+    drowned = torch.arange(512) < block
+    drowned[5] = False
+    assert not found[:, drowned].any()
+    assert relative_error(found[:, block:], inputs[:, block:]) < 0.01
+    inputs[:, 5] = 2.0**24  # its scale is beyond float16, in which Q8_0 keeps it
+    assert torch.isfinite(quantizers.gguf_activations(inputs, kind=kind)).all() == (kind == "Q4_K")
 
 
 def test_q8_0_is_what_the_format_says() -> None:
@@ -174,8 +206,6 @@ def test_float8_scales_a_row_by_itself_or_by_the_largest_row() -> None:
 
 
 def test_an_absent_package_is_named_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("gguf.quants", "bitsandbytes.functional"):
-        monkeypatch.setitem(sys.modules, name, None)
-    for quantize in (lambda: quantizers.gguf(gaussian(2, 32), "Q8_0"), lambda: quantizers.int8_rows(gaussian(2, 32))):
-        with pytest.raises(quantizers.MissingPackageError, match=r"specdef-cli\[deploy\]"):
-            quantize()
+    monkeypatch.setitem(sys.modules, "gguf.quants", None)
+    with pytest.raises(quantizers.MissingPackageError, match=r"specdef-cli\[deploy\]"):
+        quantizers.gguf(gaussian(2, 32), "Q8_0")

@@ -1,11 +1,8 @@
-"""What a weight becomes once an engine has quantized it: each function rounds a matrix and returns it in float32.
+"""What an engine's rounding makes of a matrix of weights or activations, in float32: stand-ins for the engine itself.
 
-A hardened checkpoint will be quantized by others, with their tools. So the rounding is that of the real libraries where
-they have it: bitsandbytes for LLM.int8 and NF4, the ``gguf`` package for llama.cpp's block formats. Both are optional
+Closed forms for bitsandbytes' and float8 types; the ``gguf`` package for llama.cpp's block formats, which is optional
 (``pip install specdef-cli[deploy]``) and imported when first used. ``gguf`` can only read Q4_K, so that quantizer is
 written here after llama.cpp's reference; its blocks are packed in llama.cpp's layout and read back by ``gguf``.
-
-Only weights are rounded. What an engine does to activations comes on top.
 """
 
 from __future__ import annotations
@@ -25,6 +22,21 @@ Quantizer = Callable[[Tensor], Tensor]
 
 GgufType = Literal["Q8_0", "Q4_0", "Q4_K"]
 Floats = NDArray[np.float32]
+
+LLM_INT8_THRESHOLD = 6.0
+FOUR_BIT_BLOCK = 64
+_FOUR_BIT = {
+    "nf4": torch.tensor(
+        [
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+            -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+            0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        ]
+    ),
+    "fp4": torch.tensor(
+        [-1.0, -2 / 3, -0.5, -1 / 3, -0.25, -1 / 6, -1 / 192, 0.0, 1 / 192, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0]
+    ),
+}  # fmt: skip
 
 FLOAT8_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
@@ -61,35 +73,60 @@ def float8(weight: Tensor, *, per_row: bool) -> Tensor:
 
 
 def int8_rows(weight: Tensor) -> Tensor:
-    """The weights of LLM.int8 (Dettmers et al., arXiv 2208.07339, Section 2.1): 8 bit, one absmax scale a row.
+    """8 bit, one absmax scale a row: the weights of LLM.int8 (Dettmers et al., arXiv 2208.07339, Section 2.1).
 
     Args:
         weight: W, shape [m, n], float32.
-
-    Raises:
-        MissingPackageError: bitsandbytes is not installed.
     """
-    functional = _package("bitsandbytes.functional")
-    quantized, row_maxima, _ = functional.int8_vectorwise_quant(weight)
-    restored: Tensor = functional.int8_vectorwise_dequant(quantized, row_maxima)
-    return restored.float()
+    scale = weight.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (weight / scale).round() * scale
 
 
-def nf4(weight: Tensor, *, double: bool) -> Tensor:
-    """4-bit NormalFloat in blocks of 64 (QLoRA: Dettmers et al., arXiv 2305.14314, Section 3).
+def llm_int8_activations(inputs: Tensor) -> Tensor:
+    """What LLM.int8 makes of activations (ibid., Section 3.2): columns with outliers stay float16, others 8 bit.
+
+    Args:
+        inputs: X, shape [..., n]. They are cast to float16 first, where 65,520 and more become infinite.
+    """
+    half = inputs.half().float()
+    outliers = (half.abs() >= LLM_INT8_THRESHOLD).flatten(end_dim=-2).any(0)  # [n]
+    rounded = int8_rows(torch.where(outliers, torch.zeros_like(half), half))
+    return torch.where(outliers, half, rounded).to(inputs.dtype)
+
+
+def four_bit(weight: Tensor, *, kind: Literal["nf4", "fp4"]) -> Tensor:
+    """bitsandbytes' 4-bit types, one scale for 64 weights: NormalFloat (arXiv 2305.14314, Appendix E) and FP4.
 
     Args:
         weight: W, shape [m, n], float32. Blocks run on from one row into the next.
-        double: Whether the blocks' scales are quantized too: 8 bit, 256 scales sharing one.
-
-    Raises:
-        MissingPackageError: bitsandbytes is not installed.
+        kind: Which code book.
     """
-    functional = _package("bitsandbytes.functional")
-    # Flattened, as the blocks run: bitsandbytes 0.50 restores a matrix wrongly on CPUs where n is no multiple of 64.
-    quantized, state = functional.quantize_nf4(weight.flatten(), blocksize=64, compress_statistics=double)
-    restored: Tensor = functional.dequantize_nf4(quantized, state)
-    return restored.reshape(weight.shape)
+    codes = _FOUR_BIT[kind].to(weight.device)
+    flat = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % FOUR_BIT_BLOCK))
+    blocks = flat.view(-1, FOUR_BIT_BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    nearest = torch.bucketize(blocks / scale, (codes[1:] + codes[:-1]) / 2)
+    return (codes[nearest] * scale).flatten()[: weight.numel()].view(weight.shape)
+
+
+def gguf_activations(inputs: Tensor, *, kind: GgufType) -> Tensor:
+    """What llama.cpp's CPU kernels make of activations before they meet a quantized weight: 8 bit in blocks.
+
+    Args:
+        inputs: X, shape [..., n]. Blocks of 32 with a float16 scale (Q8_0), where a row is 256-wise and the weight is
+            Q4_K of 256 with a float32 scale (Q8_K); as they are where n is no multiple of 32.
+        kind: The weight's type.
+    """
+    actual = gguf_type(kind, inputs.shape[-1])
+    if actual == "F16":
+        return inputs.half().to(inputs.dtype)
+    blocks = inputs.float().unflatten(-1, (-1, Q4_K_SUPER_BLOCK if actual == "Q4_K" else Q4_K_BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = (blocks / torch.where(scale > 0, scale, torch.ones_like(scale))).round()
+    stored = scale if actual == "Q4_K" else scale.half().float()
+    return (codes * stored).flatten(-2).to(inputs.dtype)
 
 
 def gguf(weight: Tensor, kind: GgufType) -> Tensor:

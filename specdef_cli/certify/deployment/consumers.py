@@ -1,0 +1,223 @@
+"""What users do with a checkpoint besides running it: caches, padding, training, evaluation, merging, embedding.
+
+Every function takes a trial and returns a loss (or a relative error where it says so) and a note; it raises what the
+library raises where that refuses the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdef_cli.certify.deployment.tools import program
+from specdef_cli.certify.deployment.trial import (
+    NotApplicableError,
+    RefusedError,
+    Trial,
+    load,
+    mean_loss,
+    next_token_loss,
+)
+from specdef_cli.runtime import load_tokenizer
+
+LORA_STEPS, LORA_RATE = 4, 1e-4
+SFT_STEPS = 5
+TRAINED_LENGTH = 128
+LONGEST = 2048
+
+
+class Score(NamedTuple):
+    """A consumer's measure, and what there is to say about it."""
+
+    value: float
+    note: str = ""
+
+
+def static_cache(trial: Trial) -> Score:
+    """The loss with transformers' cache of a fixed size, which compiled generation uses."""
+    from transformers import StaticCache
+
+    tokens = trial.required_tokens()
+    losses = []
+    with trial.loaded(torch.float32) as model, torch.inference_mode():
+        for sequence in tokens.split(1):
+            cache = StaticCache(config=model.config, max_cache_len=sequence.shape[1] + 8)
+            inputs = sequence.to(model.device)
+            logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+            if not cache.get_seq_length():
+                raise NotApplicableError("the model did not use the key/value cache that it was given")
+            losses.append(next_token_loss(logits, sequence))
+    return Score(math.fsum(losses) / len(losses))
+
+
+def long_input(trial: Trial) -> Score:
+    """The loss of one input that is as long as the text and the model's positions allow."""
+    tokens = trial.required_tokens()
+    with trial.loaded(torch.float32) as model:
+        longest = min(LONGEST, getattr(model.config, "max_position_embeddings", LONGEST))
+        sequence = tokens.flatten()[None, :longest]
+        return Score(mean_loss(model, sequence), f"{sequence.shape[1]} tokens")
+
+
+def left_padded(trial: Trial) -> Score:
+    """The loss of a batch whose shorter inputs are padded on the left, as batched generation does it."""
+    tokens = trial.required_tokens()
+    count, length = tokens.shape
+    starts = [(row % 4) * length // 8 for row in range(count)]
+    mask = torch.stack([(torch.arange(length) >= start).long() for start in starts])
+    padded = tokens * mask
+    total, predicted = 0.0, 0
+    with trial.loaded(torch.float32) as model, torch.inference_mode():
+        for batch, batch_mask, batch_starts in zip(
+            padded.split(4), mask.split(4), [starts[row : row + 4] for row in range(0, count, 4)], strict=True
+        ):
+            inputs = {"input_ids": batch.to(model.device), "attention_mask": batch_mask.to(model.device)}
+            logits = model(**inputs).logits
+            for row, start in enumerate(batch_starts):
+                own = length - start - 1
+                total += own * next_token_loss(logits[row : row + 1, start:], batch[row : row + 1, start:])
+                predicted += own
+    return Score(total / predicted)
+
+
+def lora_round_trip(trial: Trial) -> Score:
+    """The loss after LoRA's whole life: attached with PEFT's defaults, trained, merged, saved, loaded again."""
+    from peft import LoraConfig, get_peft_model
+
+    training, held_out = _halves(trial.required_tokens())
+    out = trial.scratch / "lora-merged"
+    torch.manual_seed(0)
+    with trial.loaded(torch.float32) as model, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's hints on targets and saved embeddings
+        before = mean_loss(model, held_out)
+        adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in adapted.parameters() if parameter.requires_grad], lr=LORA_RATE
+        )
+        adapted.train()
+        for step in range(LORA_STEPS):
+            batch = training[2 * step % len(training) :][:2].to(model.device)
+            adapted(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        adapted.eval()
+        trained = mean_loss(adapted, held_out)
+        adapted.merge_and_unload().save_pretrained(out)
+    with load(out, torch.float32, trial.device, trial.trust_remote_code) as model:
+        reloaded = mean_loss(model, held_out)
+    return Score(
+        reloaded, f"loss {before:.4f} before training, {trained:.4f} attached, {reloaded:.4f} merged, reloaded"
+    )
+
+
+def fine_tuned(trial: Trial) -> Score:
+    """The loss after a few steps of TRL's ``SFTTrainer`` with its default rate and optimizer, in float32."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    training, held_out = _halves(trial.required_tokens())
+    with trial.loaded(torch.float32) as model:
+        before = mean_loss(model, held_out)
+        config = SFTConfig(
+            output_dir=str(trial.scratch / "sft"), max_steps=SFT_STEPS, per_device_train_batch_size=2, bf16=False,
+            use_cpu=model.device.type == "cpu", report_to="none", save_strategy="no", disable_tqdm=True,
+            max_length=TRAINED_LENGTH, seed=0,
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_dict({"input_ids": training.tolist()}),
+            processing_class=load_tokenizer(trial.base, trust_remote_code=trial.trust_remote_code),
+        )
+        trainer.train()
+        after = mean_loss(model.eval(), held_out)
+    return Score(after, f"loss {before:.4f} before training, {after:.4f} after {SFT_STEPS} steps")
+
+
+def harness(trial: Trial) -> Score:
+    """The loss in nats a byte that lm-eval finds on a local task, a text that is scored in rolling windows."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    tokenizer = load_tokenizer(trial.base, trust_remote_code=trial.trust_remote_code)
+    text = tokenizer.batch_decode(trial.required_tokens(), skip_special_tokens=True)
+    tasks = trial.scratch / "lm-eval"
+    tasks.mkdir(exist_ok=True)
+    data = tasks / "text.json"
+    data.write_text("".join(json.dumps({"text": each}) + "\n" for each in text), encoding="utf-8")
+    task = {
+        "task": "local_text",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    (tasks / "local_text.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+    with trial.loaded(torch.float32) as model:
+        found = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+            tasks=["local_text"],
+            task_manager=TaskManager(verbosity="ERROR", include_path=str(tasks), include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    return Score((found or {})["results"]["local_text"]["bits_per_byte,none"] * math.log(2), "nats a byte")
+
+
+def merged_with_base(trial: Trial) -> Score:
+    """The loss of mergekit's linear merge, half the base and half the checkpoint: what merges of fine-tunes do.
+
+    Raises:
+        RefusedError: mergekit ends with an error.
+    """
+    recipe, out = trial.scratch / "merge.yml", trial.scratch / "merged"
+    models = [{"model": str(path.resolve()), "parameters": {"weight": 0.5}} for path in (trial.base, trial.directory)]
+    recipe.write_text(json.dumps({"merge_method": "linear", "models": models, "dtype": "float32"}), encoding="utf-8")
+    tool = program("mergekit-yaml")
+    assert tool is not None, "mergekit is missing, which was asked before"
+    # mergekit's interpreter is another one, with releases of its own: it must not find what is meant for this one.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [tool, recipe, out], capture_output=True, text=True, errors="replace", check=False, env=environment
+    )
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise RefusedError(f"mergekit: {lines[-1] if lines else f'exit status {done.returncode}'}")
+    with load(out, torch.float32, trial.device, trial.trust_remote_code) as model:
+        return Score(mean_loss(model, trial.required_tokens()))
+
+
+def sentence_embeddings(trial: Trial) -> Score:
+    """How far sentence-transformers' embeddings are from the base's: ‖difference‖/‖base's‖ over a few sentences."""
+    from sentence_transformers import SentenceTransformer
+
+    if trial.tokens is not None:
+        raise NotApplicableError("only encoders are embedded with")
+    sentences = [line for line in (__doc__ or "").splitlines() if line] + list(map(str, range(8)))
+
+    def embedded(directory: Path) -> Tensor:
+        model = SentenceTransformer(str(directory), device=trial.device or "cpu")
+        return torch.as_tensor(model.encode(sentences, show_progress_bar=False)).double()
+
+    own, reference = embedded(trial.directory), embedded(trial.base)
+    return Score(float((own - reference).norm() / reference.norm()))
+
+
+def _halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What is trained on, in sequences of :data:`TRAINED_LENGTH` at most, and what is measured."""
+    if len(tokens) < 2:
+        raise NotApplicableError("the text is one sequence, and training needs another")
+    half = len(tokens) // 2
+    return tokens[:half, :TRAINED_LENGTH], tokens[half:]

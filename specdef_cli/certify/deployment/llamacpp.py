@@ -1,0 +1,92 @@
+"""llama.cpp: its converter, its quantizer, and its runtime on the same tokens as every other tool.
+
+The runtime and the quantizer are those of ``llama-cpp-python``; the converter comes with llama.cpp's sources only. Each
+runs in a process of its own, because a failed assertion in llama.cpp ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from specdef_cli.certify.deployment.tools import CONVERTER, program
+from specdef_cli.certify.deployment.trial import RefusedError, Trial
+
+WORKER = Path(__file__).with_name("llamacpp_worker.py")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How llama.cpp runs a file.
+
+    Attributes:
+        kind: A type of ``llama-quantize``: F32, F16, BF16, Q8_0, Q4_0, Q4_K_M …
+        cache: The key/value cache's type; float16 is llama.cpp's default.
+        flash_attention: Whether it is on; llama.cpp's default takes it where it can, and on CPUs it can.
+    """
+
+    kind: str
+    cache: str = "f16"
+    flash_attention: bool = True
+
+
+def gguf_loss(trial: Trial, settings: Settings) -> float:
+    """The loss of a checkpoint in llama.cpp, in nats a token; may be not finite.
+
+    Raises:
+        NotApplicableError: The trial has no tokens.
+        RefusedError: The converter, the quantizer or the runtime ends with an error, or crashes.
+    """
+    tokens = trial.scratch / "tokens.npy"
+    np.save(tokens, trial.required_tokens().numpy(force=True).astype(np.int32))
+    path = gguf_file(trial, settings.kind)
+    flash_attention = "on" if settings.flash_attention else "off"
+    output = _run("llama.cpp", [*_worker(), "loss", path, tokens, settings.cache, flash_attention])
+    return float(json.loads(output.splitlines()[-1])["loss"])
+
+
+def gguf_file(trial: Trial, kind: str) -> Path:
+    """The checkpoint as a GGUF file of a type, made where it is not there yet: converted to float32, then quantized.
+
+    Raises:
+        RefusedError: The converter or the quantizer ends with an error.
+    """
+    path = trial.scratch / f"{kind}.gguf"
+    if path.is_file():
+        return path
+    unfinished = path.with_suffix(".part")
+    if kind == "F32":
+        converter = program(CONVERTER)
+        assert converter is not None, "the converter is missing, which was asked before"
+        command: list[Path | str] = [
+            sys.executable,
+            converter,
+            trial.directory.resolve(),
+            "--outtype",
+            "f32",
+            "--outfile",
+            unfinished,
+        ]
+        _run("llama.cpp's converter", command)
+    else:
+        _run("llama.cpp's quantizer", [*_worker(), "quantize", gguf_file(trial, "F32"), unfinished, kind])
+    unfinished.rename(path)
+    return path
+
+
+def _worker() -> list[Path | str]:
+    return [sys.executable, "-P", WORKER]  # -P: this directory's modules are not for the worker to import
+
+
+def _run(what: str, command: list[Path | str]) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        how = f"crashed (signal {-done.returncode}): " if done.returncode < 0 else ""
+        raise RefusedError(f"{what}: {how}{lines[-1] if lines else f'exit status {done.returncode}'}")
+    return done.stdout
