@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 
 from specdef_cli.cli.output import Output
@@ -21,6 +22,12 @@ def collect_less_garbage() -> None:
     """
     gc.set_threshold(*COLLECT_AFTER)
     atexit.register(gc.freeze)
+
+
+def quiet_torchao() -> None:
+    """Keep torchao, which transformers imports where it is installed, from warning of kernels for other machines."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def prefer_huge_pages() -> None:
