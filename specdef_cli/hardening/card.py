@@ -13,16 +13,20 @@ from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.extras import INSTALLATION
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
+from specdef_cli.hardening.lost_formats import lost_formats
 
 HEADING = "## SpecDef"
 
 
-def hardened_card(base_card: str, manifest: Manifest, library: Library = TRANSFORMERS) -> str:
+def hardened_card(
+    base_card: str, manifest: Manifest, left_alone: Sequence[str], library: Library = TRANSFORMERS
+) -> str:
     """The card's text.
 
     Args:
         base_card: ``README.md`` of the base; may be empty.
         manifest: What was done.
+        left_alone: Parameters that were not changed, the same name once for all blocks.
         library: Who loads it.
     """
     card = _parse(base_card)
@@ -30,7 +34,7 @@ def hardened_card(base_card: str, manifest: Manifest, library: Library = TRANSFO
     front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
     body = card.text.split(f"\n{HEADING}")[0].strip()
     body = body or f"# {manifest.base.hub_name or 'Hardened model'}"
-    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, library)}\n"
+    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, left_alone, library)}\n"
 
 
 def collapsed_card(card: str, manifest: Manifest) -> str:
@@ -55,9 +59,9 @@ def _repository_card(card: str) -> RepoCard:
     return RepoCard(front + card, ignore_metadata_errors=True)
 
 
-def section(manifest: Manifest, library: Library) -> str:
+def section(manifest: Manifest, left_alone: Sequence[str], library: Library) -> str:
     """The section on SpecDef: what was changed, what it costs, what it does not resist."""
-    parts = (_what(manifest), _kept(manifest), _limit(manifest, library), _loading(manifest, library))
+    parts = (_what(manifest), _limit(manifest, left_alone, library), _loading(manifest, library))
     return "\n\n".join((HEADING, *("\n".join(lines) for lines in parts)))
 
 
@@ -66,7 +70,7 @@ def _what(manifest: Manifest) -> Sequence[str]:
         f" at {manifest.base.commit}" if manifest.base.commit else ""
     )
     lines = [
-        f"These weights compute what {origin} computes. They were reparameterized with "
+        f"{_agreement(manifest, origin)} They were reparameterized with "
         f"specdef-cli {manifest.specdef_version} (method of [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)) "
         "so that fine-tuning them with an ordinary recipe takes more optimizer steps."
     ]
@@ -93,54 +97,63 @@ def _range(ordered: Sequence[float], before: str = "") -> str:
     return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
-def _kept(manifest: Manifest) -> Sequence[str]:
+def _agreement(manifest: Manifest, origin: str) -> str:
+    """The first sentence: how far these weights are the base's function, as far as that was measured."""
     figures = manifest.verification
     if "relative" not in figures:
         reason = figures.get("skipped", "verification was switched off")
-        return [f"The outputs were not compared with the base's: {reason}."]
+        return f"These weights were made from {origin}; their outputs were not compared ({reason})."
     if figures["equal"]:
-        return ["On a fixed batch the outputs are bit-identical to the base's."]
-    differ = f"On a fixed batch the outputs differ from the base's by {figures['relative']:.1e} (relative)"
+        return f"On a fixed batch these weights give the outputs of {origin}, bit for bit."
+    differ = (
+        f"On a fixed batch the outputs of these weights are within {figures['relative']:.1e} (relative) of {origin}"
+    )
     if "kl" not in figures:
-        return [f"{differ}."]
-    return [
-        f"{differ}, "
-        f"{figures['kl']:.1e} nats of KL divergence; the largest output is the same in {figures['agreement']:.1%} "
-        "of positions."
-    ]
+        return f"{differ}."
+    return (
+        f"{differ}, {figures['kl']:.1e} nats of KL divergence; the largest logit is the same in "
+        f"{figures['agreement']:.1%} of positions."
+    )
 
 
-def _limit(manifest: Manifest, library: Library) -> Sequence[str]:
-    undo = {
-        "insert": "multiplying each pair of layers restores the original weights (`specdef collapse` does it)",
-        "fold": "rebalancing the rows and columns of each pair restores the original behaviour, without any data",
-        "mixed": "multiplying each inserted pair and rebalancing each folded one restores the original behaviour",
-    }[manifest.method]
-    untouched, measure = ("embeddings", "`specdef attack` measures both sides on this very checkpoint.")
-    if library is DIFFUSERS:
-        untouched, measure = ("convolutions", "No attack was measured on this very checkpoint.")
-    return [
-        f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo}. "
+def _limit(manifest: Manifest, left_alone: Sequence[str], library: Library) -> Sequence[str]:
+    around_pairs = (
         "Growing the model around the changed layers, freezing the compensation, or sweeping the learning rate "
         "downwards also restores fast fine-tuning (the paper proves a linear cost in model size). "
-        f"Weights that no change touches, the {untouched} first, train alone as fast as before. "
-        f"This raises the cost of unmodified recipes and nothing more. {measure}"
+    )
+    around_scales = (
+        "A learning rate for every row and column, updates that are relative to a weight (HiRA, IA³, Madam), and "
+        "adapters that are added to the residual stream do not see the scales. "
+    )
+    undo, around = {
+        "insert": ("multiplying each pair of layers restores the original weights", around_pairs),
+        "fold": ("rebalancing the rows and columns of each pair restores them, without any data", around_scales),
+        "mixed": (
+            "multiplying each inserted pair and rebalancing each folded one restores them",
+            around_pairs + around_scales,
+        ),
+    }[manifest.method]
+    measure = "`specdef attack` measures this on this very checkpoint."
+    if library is DIFFUSERS:
+        measure = "No attack was measured on this very checkpoint."
+    free = f"Trained alone as fast as before: {', '.join(left_alone)}. " if left_alone else ""
+    return [
+        f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo} (`specdef collapse` "
+        f"does it). {around}{free}This raises the cost of unmodified recipes and nothing more. {measure}"
     ]
 
 
 def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
+    lost = lost_formats(manifest.folded, inserted=bool(manifest.inserted))
+    dtype = f" Run it in float32 or bfloat16. It does not survive: {', '.join(lost)}." if lost else ""
     if not manifest.inserted:
-        quantized = "" if manifest.profile == "quantizable" else "; quantizing its weights in blocks degrades it"
-        return [
-            "It is an ordinary checkpoint of its architecture and loads wherever the base does. Run it in float32 or "
-            f"bfloat16: float16 may overflow{quantized}."
-        ]
+        return [f"It is an ordinary checkpoint of its architecture, for every loader of the base.{dtype}"]
     if library is DIFFUSERS:
         return [
             "Load it, alone or in the place of the base in its pipeline, with diffusers "
-            f"installed, after {INSTALLATION} and `import specdef_cli`; without that, diffusers refuses it."
+            f"installed, after {INSTALLATION} and `import specdef_cli`; without that, diffusers refuses it.{dtype}"
         ]
     return [
         "Load it with `trust_remote_code=True` (the code is `configuration_specdef.py` in this repository), or without "
-        f"after {INSTALLATION} and `import specdef_cli`."
+        f"after {INSTALLATION} and `import specdef_cli`.{dtype}"
     ]

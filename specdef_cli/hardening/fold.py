@@ -4,17 +4,17 @@ Transformers have exact symmetries between neighbouring weights (:mod:`specdef_c
 channel on one side by a power of two, divide it on the other, and every product comes out the same, bit for bit. No
 parameter is added, and the result is an ordinary checkpoint of its architecture.
 
-What is scaled where was decided by measuring (README, "Folding"):
+What is scaled where was decided by measuring (docs/decisions.md):
 
 * one channel a pair and direction: few channels with a large factor resist better than many with a small one;
-* the channels with the largest norm: a channel without signal has no gradient to diverge on. The ``quantizable``
-  profile takes the smallest ones, because the partner's weights then round to zero without harm;
+* the channels with the largest norm: a channel without signal has no gradient to diverge on. Of what a cache holds,
+  channels of a middling norm, whose values are ordinary ones;
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
-  attacker may train either side alone. ``quantizable`` inflates the writing side only: a column at 2^e would drown
-  the quantization blocks it shares;
-* exponents that differ from pair to pair (:mod:`specdef_cli.spectral.staircase`). ``quantizable`` stays below what
-  later formats hold (``make reproduce``): a float16 key/value cache overflows from about 2^16 on, a 4-bit block whose
-  scale is float16 beyond 2^20;
+  attacker may train either side alone;
+* exponents that differ from pair to pair (:mod:`specdef_cli.spectral.staircase`), in the ranges of
+  :data:`EXPONENTS`. What a key/value cache holds stays within float16;
+* ``quantizable`` scales queries against keys alone. Both are rows of their weights, and quantizers give every row its
+  own scales; a column shares scales with its neighbours, in the weight and in the activations that it reads;
 * not the residual stream: it is one scale, so a sweep finds the shifted learning rate, and embeddings stay open.
 """
 
@@ -35,18 +35,39 @@ from specdef_cli.checkpoint.manifest import FoldedPair, Profile, ScaledSlice, Sc
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant, staircase
+from specdef_cli.spectral.staircase import HIGHEST_CROSSING, HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, staircase
 
 # How many rows of a tensor are read to compare its columns: 128 entries tell a squared norm to about an eighth. A large
 # model has thousands of pairs, and one side of each is half of the checkpoint.
 SAMPLE_ROWS = 128
 
+DIRECTIONS = (1, -1)
+"""One channel of a pair is inflated and one deflated."""
+
+CACHED_KINDS = ("value_output", "query_key")
+CACHED_EXPONENT = 9
+"""Of what a key/value cache holds, and of queries: engines keep these in float16 (llama.cpp by default), from 6e-5 to
+65504, and in trained models they reach about a hundred."""
+
+ATTENTION, CACHED, MLP = "attention norm", "cached", "MLP"
+"""What pairs are apart for their exponents (:func:`_region`): the norm before attention, what attention's cache holds,
+and everything else."""
+
+EXPONENTS: dict[Profile, dict[str, tuple[int, int]]] = {
+    "coverage": {
+        MLP: (LOWEST_EXPONENT, HIGHEST_EXPONENT),
+        ATTENTION: (HIGHEST_EXPONENT + 1, HIGHEST_CROSSING - CACHED_EXPONENT),
+        CACHED: (CACHED_EXPONENT, CACHED_EXPONENT),
+    },
+    "quantizable": {CACHED: (6, 8)},
+}
+"""Lowest and highest exponent by profile and region. Where two pairs scale the rows and the columns of one tensor,
+their exponents add up to at most :data:`~specdef_cli.spectral.staircase.HIGHEST_CROSSING`."""
+
 FOLDED_KINDS: dict[Profile, tuple[str, ...]] = {
     "coverage": ("value_output", "up_down", "query_key", "norm_readers"),
-    "quantizable": ("value_output", "up_down"),
+    "quantizable": ("query_key",),
 }
-QUANTIZABLE_EXPONENTS = {"value_output": (8, 13), "up_down": (14, 20)}
-"""Lowest and highest exponent of each kind of pair."""
 
 
 @dataclass(frozen=True)
@@ -132,20 +153,18 @@ def fold_pairs(
             f"Give --alpha between 2 and 2**{HIGHEST_EXPONENT}, e.g. 8192.",
         )
     _require_dtypes(checkpoint, used, dtype)
-    directions = (1, -1) if profile == "coverage" else (1,)
     if schedule == "constant":
-        exponents = spread(used, len(directions), partial(constant, alpha=alpha))
-    elif profile == "coverage":
-        exponents = spread(used, len(directions), staircase)
+        exponents = spread(used, len(DIRECTIONS), partial(constant, alpha=alpha))
     else:
         exponents = {}
-        for kind, (lowest, highest) in QUANTIZABLE_EXPONENTS.items():
-            alike = [pair for pair in used if pair.kind == kind]
-            exponents |= spread(alike, len(directions), partial(staircase, lowest=lowest, highest=highest))
+        regions = _regions(used)
+        for region, (lowest, highest) in EXPONENTS[profile].items():
+            alike = [pair for pair in used if regions[pair.name] == region]
+            exponents |= spread(alike, len(DIRECTIONS), partial(staircase, lowest=lowest, highest=highest))
     folded = []
     for pair in used:
-        channels = _channels(checkpoint, pair, len(directions), largest=profile == "coverage")
-        signed = [direction * exponent for direction, exponent in zip(directions, exponents[pair.name], strict=True)]
+        channels = _channels(checkpoint, pair, len(DIRECTIONS))
+        signed = [direction * exponent for direction, exponent in zip(DIRECTIONS, exponents[pair.name], strict=True)]
         if channels:
             folded.append(_folded(pair, channels, signed[: len(channels)]))
     return tuple(folded)
@@ -223,14 +242,20 @@ def _folded(pair: SymmetricPair, channels: Sequence[int], exponents: Sequence[in
     return FoldedPair(pair.name, pair.kind, tuple(channels), tuple(exponents), tuple(slices))
 
 
-def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int, *, largest: bool) -> tuple[int, ...]:
-    """The ``count`` channels with the largest (or smallest) norm; never one of zeros, which no factor changes."""
+def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int) -> tuple[int, ...]:
+    """The ``count`` channels with the largest norm, or from the middle of the ranking where a cache holds their values.
+
+    Never one of zeros, which no factor changes.
+    """
     sides = [side for side in pair.sides if side.indices is not None]
     matrices = [side for side in sides if len(checkpoint.tensors[side.tensor].shape) > 1] or sides
     side = min(matrices, key=lambda side: _bytes_to_measure(checkpoint, side))
     norms = _channel_norms(checkpoint, side)
-    order = norms.argsort(descending=largest, stable=True)
-    return tuple(order[norms[order] > 0][: min(count, pair.channels - 1)].tolist())
+    order = norms.argsort(descending=True, stable=True)
+    order = order[norms[order] > 0]
+    count = min(count, pair.channels - 1, len(order))
+    start = (len(order) - count) // 2 if pair.kind in CACHED_KINDS else 0
+    return tuple(order[start : start + count].tolist())
 
 
 def _rows(checkpoint: Checkpoint, side: Side) -> range:
@@ -278,6 +303,24 @@ def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
         (blocks.setdefault(match.group(1), []) if match else outside).append(pair)
     first, *others = (_mlp_first(members) for members in blocks.values()) if blocks else ([],)
     return [[*first, *outside], *others]
+
+
+def _regions(pairs: Sequence[SymmetricPair]) -> dict[str, str]:
+    """The region of :data:`EXPONENTS` that each pair belongs to, by its name.
+
+    A norm belongs to attention where its readers are scaled on the other side by cached pairs, if at all: then the two
+    exponents may add up to more than those of an MLP's norm and its up projection.
+    """
+    cached = {side.tensor for pair in pairs if pair.kind in CACHED_KINDS for side in pair.sides}
+    others = {side.tensor for pair in pairs if pair.kind == "up_down" for side in pair.sides}
+    found = {}
+    for pair in pairs:
+        tensors = {side.tensor for side in pair.sides}
+        if pair.kind in CACHED_KINDS:
+            found[pair.name] = CACHED
+        else:
+            found[pair.name] = ATTENTION if tensors & cached and not tensors & others else MLP
+    return found
 
 
 def _mlp_first(pairs: Sequence[SymmetricPair]) -> list[SymmetricPair]:

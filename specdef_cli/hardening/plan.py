@@ -25,6 +25,7 @@ from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import FOLDED_KINDS, fold_groups, fold_pairs
 from specdef_cli.hardening.insert import InsertLayer
+from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.runtime.shim import LayerSpec, is_shim, shim_config
@@ -33,6 +34,10 @@ from specdef_cli.spectral.limits import check_alpha
 DEFAULT_ALPHA = 1e4
 DEFAULT_TOP_K = 25
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+QUANTIZABLE_LIMIT = (
+    "The quantizable profile slows queries and keys that are trained alone, and nothing else: in formats that quantize "
+    "activations in blocks, whatever trains a block trains at one rate."
+)
 RESIDUAL_WRITERS = ("attention_output", "mlp_down")
 
 
@@ -63,6 +68,7 @@ class HardeningPlan:
         groups: Every output tensor, in the order of the input.
         config: The output's ``config.json``.
         notes: What was decided and why, for the user.
+        left_alone: Parameters that stay as they are, the same name once for all blocks.
     """
 
     method: Method
@@ -75,6 +81,7 @@ class HardeningPlan:
     groups: tuple[TensorGroup, ...]
     config: Mapping[str, Any]
     notes: tuple[str, ...]
+    left_alone: tuple[str, ...] = ()
 
     @property
     def parameters_added(self) -> int:
@@ -142,14 +149,17 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     if folded:
         _require_loaded_wide_enough(native, options)
     reasons = [each.reason for each in found.unpaired if each.kind is None or each.kind in FOLDED_KINDS[profile]]
-    if not folded and options.method == "fold":
+    fold_alone = options.method == "fold" or options.profile == "quantizable"  # no quantizer survives an insert
+    if not folded and fold_alone and options.method != "insert":
         raise SpecDefError(
             f"{checkpoint.directory} has no symmetric pair to fold" + "".join(f"; {reason}" for reason in reasons[:1]),
-            "Use --method insert" + (", or other --layers and --exclude." if found.pairs else "."),
+            "Use --profile coverage, for float32 and bfloat16 alone."
+            if options.profile == "quantizable"
+            else "Use --method insert" + (", or other --layers and --exclude." if found.pairs else "."),
         )
     changed = {part.tensor for pair in folded for part in pair.slices}
     chosen: tuple[LinearSite, ...] = ()
-    if options.method != "fold":
+    if options.method == "insert" or not fold_alone:
         chosen = tuple(
             site for site in select_layers(sites, options.layers, options.exclude) if site.tensor not in changed
         )
@@ -168,11 +178,17 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in changed}
     method: Method = "mixed" if folded and inserted else "fold" if folded else "insert"
     notes = [_why(method, folded, inserted)] if options.method == "auto" else []
+    lost = lost_formats(folded, inserted=bool(inserted))
+    if lost:
+        notes.append(f"Serve it in float32 or bfloat16. It does not survive: {', '.join(lost)}.")
     notes += reasons
+    if folded and profile == "quantizable":
+        notes.append(QUANTIZABLE_LIMIT)
     if options.schedule == "constant" and folded:
         notes.append(f"every rescaled channel gets 2**{abs(folded[0].exponents[0])}, the power of two nearest to alpha")
-    if folded:
-        notes += _left_alone(model, names, changed | {site.tensor for site in chosen})
+    left = _left_alone(model, names, changed | {site.tensor for site in chosen})
+    if folded and left:
+        notes.append(f"Left as they are, and trained alone not slowed: {', '.join(left)}.")
     left_out = checkpoint.companions.note()
     notes += [left_out] if left_out else []
     return HardeningPlan(
@@ -186,6 +202,7 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         groups=_groups(checkpoint, inserted, fold_groups(folded, checkpoint, stored), options.dtype),
         config=shim_config(config, layers) if inserted else config,
         notes=tuple(notes),
+        left_alone=left,
     )
 
 
@@ -229,18 +246,15 @@ def _why(method: Method, folded: Sequence[FoldedPair], inserted: Sequence[Insert
     )
 
 
-def _left_alone(model: PreTrainedModel, names: TensorNames, changed: set[str]) -> list[str]:
-    """The note on parameters that the plan does not change, the same name once for all blocks."""
+def _left_alone(model: PreTrainedModel, names: TensorNames, changed: set[str]) -> tuple[str, ...]:
+    """The parameters that the plan does not change, the same name once for all blocks."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     left = dict.fromkeys(
         re.sub(r"^.*\.\d+\.", "", tensor).removesuffix(".weight")
         for tensor, parameter in names.parameters.items()
         if parameter in parameters and tensor not in changed
     )
-    shown = [name for name in left if name.removesuffix(".bias") == name or name.removesuffix(".bias") not in left]
-    if not shown:
-        return []
-    return [f"Left as they are, and trained alone not slowed: {', '.join(shown)}."]
+    return tuple(name for name in left if name.removesuffix(".bias") == name or name.removesuffix(".bias") not in left)
 
 
 def require_hardenable(checkpoint: Checkpoint) -> None:

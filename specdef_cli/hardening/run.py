@@ -206,7 +206,7 @@ def _harden(
         write_durably(work / MANIFEST_NAME, manifest.to_json())
         base_card = checkpoint.directory / "README.md"
         text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else ""
-        write_durably(work / "README.md", hardened_card(text, manifest, checkpoint.library))
+        write_durably(work / "README.md", hardened_card(text, manifest, plan.left_alone, checkpoint.library))
         return HardenResult(options.out, manifest, plan.parameters_added, plan.nbytes - checkpoint.nbytes, plan.notes)
 
     return execute(

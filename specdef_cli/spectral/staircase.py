@@ -23,10 +23,12 @@ import math
 
 # Lowest step: at 2**13 ≈ 8,000 the shifted learning rate is beyond what ordinary sweeps try.
 LOWEST_EXPONENT = 13
-# Highest step: where two inflated channels cross, a gradient is 2**(2·28) times the ordinary one, and Adam and gradient
-# clipping square it: 2**112, which float32 and bfloat16 still hold (their largest number is about 2**128). With higher
-# steps nothing trains either, but only because norms overflow, and an attacker repairs that in one line.
-HIGHEST_EXPONENT = 28
+# Where rows and columns of one tensor are both scaled, a gradient is 2**(e + f) times the ordinary one, and Adam and
+# gradient clipping square it: 2**112, which float32 and bfloat16 still hold (their largest number is about 2**128).
+# With higher steps nothing trains either, but only because norms overflow, and an attacker repairs that in one line.
+HIGHEST_CROSSING = 56
+# Highest step of pairs that cross one another.
+HIGHEST_EXPONENT = HIGHEST_CROSSING // 2
 
 
 def staircase(

@@ -98,12 +98,18 @@ def singles(count: int) -> tuple[tuple[int, ...], ...]:
     return tuple((channel,) for channel in range(count))
 
 
-def test_coverage_takes_the_largest_channels_and_quantizable_the_smallest_that_is_not_zero(tmp_path: Path) -> None:
+def test_the_largest_channels_are_taken(tmp_path: Path) -> None:
     down = torch.ones(4, 6) * torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0])
     directory = checkpoint_of(tmp_path / "m", up=torch.ones(6, 5), down=down)  # the smaller side is measured
     pair = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
     assert folded_channels(directory, pair) == (2, 4)
-    assert folded_channels(directory, pair, "quantizable") == (3,)
+
+
+def test_what_a_cache_holds_is_scaled_on_channels_of_middling_norm(tmp_path: Path) -> None:
+    key = torch.ones(6, 4) * torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0])[:, None]
+    directory = checkpoint_of(tmp_path / "m", query=torch.ones(6, 9), key=key)
+    pair = SymmetricPair("a", "query_key", 6, (Side("query", 0, singles(6), 1), Side("key", 0, singles(6), -1)))
+    assert folded_channels(directory, pair) == folded_channels(directory, pair, "quantizable") == (4, 0)
 
 
 def test_channels_of_a_group_of_heads_count_together(tmp_path: Path) -> None:
@@ -188,15 +194,52 @@ def test_a_constant_fold_takes_alpha_in_every_pair(llama: Path, tmp_path: Path) 
 
 def test_a_staircase_is_the_default_and_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert call_cli("harden", llama, "--out", out, "--profile", "quantizable", "--schedule", "staircase").code == 0
+    result = call_cli("harden", llama, "--out", out, "--profile", "quantizable", "--schedule", "staircase")
+    assert result.code == 0, result.stderr
     manifest = read_manifest(out)
     assert (manifest.method, manifest.schedule, manifest.profile) == ("fold", "staircase", "quantizable")
-    exponents = [pair.exponents for pair in manifest.folded]
-    assert len(set(exponents)) == len(exponents) == 4
+    assert [pair.exponents for pair in manifest.folded] == [(8, -7), (6, -6)]
     card = (out / "README.md").read_text()
-    assert "outputs are bit-identical" in card
+    assert "bit for bit" in card
     assert "rebalancing" in card
+    assert "does not survive" not in card
+    assert "compensation" not in card
+    free = card.partition("as fast as before: ")[2].partition(".  ")[0]
+    assert all(name in free for name in ("lm_head", "model.embed_tokens", "mlp.down_proj", "self_attn.v_proj"))
+    assert "self_attn.q_proj" not in free
+    assert "queries and keys that are trained alone, and nothing else" in result.stderr.replace("\n", " ")
     assert "secure" not in card.lower()
+
+
+def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_path: Path) -> None:
+    for options, lost in (
+        (("--method", "fold"), "float16 weights, 8- and 4-bit quantization (bitsandbytes, GGUF), float8."),
+        (
+            ("--method", "insert", "--top-k", "4"),
+            "float16 weights, 8- and 4-bit quantization (bitsandbytes, GGUF), float8.",
+        ),
+        (("--schedule", "constant", "--alpha", "1024"), "float8, a float16 key/value cache (llama.cpp's default)."),
+    ):
+        out = tmp_path / options[1]
+        result = call_cli("harden", llama, "--out", out, *options)
+        assert result.code == 0, result.stderr
+        told = " ".join(result.stderr.split())
+        assert lost in told
+        card = (out / "README.md").read_text()
+        assert lost in card
+        assert ("freezing the compensation" in card) == ("insert" in options)
+        assert "embed_tokens" in card
+        assert "These weights compute" not in card
+
+
+def test_the_card_of_an_insert_gives_the_deviation_first(llama: Path, tmp_path: Path) -> None:
+    result = call_cli("harden", llama, "--out", tmp_path / "out", "--method", "insert", "--top-k", "4")
+    assert result.code == 0, result.stderr
+    figures = read_manifest(tmp_path / "out").verification
+    text = (tmp_path / "out" / "README.md").read_text()
+    said = text.split("## SpecDef")[1].strip().splitlines()[0]
+    assert said.startswith("On a fixed batch the outputs of these weights are within ")
+    assert f"{figures['relative']:.1e} (relative)" in said
 
 
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
