@@ -18,9 +18,17 @@ LAYER_COPIES_PER_WORKER = 4
 def compute_devices(device: str | None, state: PartialState) -> tuple[torch.device, ...]:
     """The devices of this process: the one asked for; under ``accelerate launch`` its own; else every GPU, or the CPU.
 
+    They are ready for several threads.
+
     Raises:
         SpecDefError: There is no such device.
     """
+    devices = _chosen_devices(device, state)
+    _load_linear_algebra(devices)
+    return devices
+
+
+def _chosen_devices(device: str | None, state: PartialState) -> tuple[torch.device, ...]:
     if device is not None:
         try:
             chosen = torch.device(device)
@@ -33,6 +41,17 @@ def compute_devices(device: str | None, state: PartialState) -> tuple[torch.devi
     if torch.cuda.is_available():
         return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
     return (torch.device("cpu"),)
+
+
+def _load_linear_algebra(devices: Sequence[torch.device]) -> None:
+    """Use ``torch.linalg`` once on each accelerator, before there are threads.
+
+    torch loads its CUDA solvers at their first use, and where two threads come first together, one of them fails with
+    "lazy wrapper should be called at most once" (pytorch issue 90613).
+    """
+    for device in devices:
+        if device.type != "cpu":
+            torch.linalg.qr(torch.eye(2, device=device))
 
 
 def worker_count(devices: Sequence[torch.device], processes: int, largest_tensor: int) -> int:
