@@ -18,7 +18,7 @@ REAL_NAMES := smollm2-135m-instruct $(if $(GEMMA),gemma-3-270m)
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo attack-demo attack-suite attack-long certify-demo reproduce reproduce-mixing \
+.PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
   reproduce-staircase reproduce-unet reproduce-wmdp real-models real-tools real-consumers check test test-all test-newest faults lint format docs build wheel bench bench-large train-example clean
 
 help:  ## show this list
@@ -95,6 +95,12 @@ attack-suite: $(HARDENED:%=$(SUITE)/%)  ## docs/tables/coverage.md: places to tr
 	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite examples/reproduce/suite.toml --jobs $(JOBS) \
 	    --runs $(SUITE)/runs --out $(SUITE)/$$model-attack --quiet >/dev/null; done
 	$(BIN)/specdef compare $(HARDENED:%=$(SUITE)/%-attack) --markdown | tee docs/tables/coverage.md
+
+readme: $(SUITE)/fold $(SUITE)/insert-1e4-k25  ## the table in README.md: the quick suite against two hardened models
+	for model in fold insert-1e4-k25; do \
+	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite quick --jobs $(JOBS) \
+	    --runs $(SUITE)/runs --out $(SUITE)/$$model-quick --quiet >/dev/null; done
+	$(BIN)/specdef compare $(SUITE)/fold-quick $(SUITE)/insert-1e4-k25-quick --markdown | $(BIN)/python docs/generators/readme.py
 
 attack-long: $(SUITE)/fold  ## docs/tables/coverage-long.md: 150 steps
 	$(BIN)/specdef attack $(SUITE)/fold --control $(TINY) --suite examples/reproduce/long.toml --jobs $(JOBS) \
