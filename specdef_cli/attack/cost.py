@@ -28,6 +28,9 @@ from specdef_cli.checkpoint.reader import open_checkpoint
 SEARCHED_RUNS = 9
 """Runs of a search for a learning rate, on average over those of ``make attack-suite``."""
 
+DECADE_RUNS = 5
+"""Of these, what it takes to know the decade of the best rate; a first verdict needs no more."""
+
 SECOND_ORDER_TIMES = 3
 """How many times as long a step takes that differentiates the gradient once more."""
 
@@ -116,6 +119,11 @@ def expected_runs(series: Series) -> int:
     return SEARCHED_RUNS + len(series.seeds) - 1 if series.search else len(series.grid) * len(series.seeds)
 
 
+def verdict_runs(series: Series) -> int:
+    """Runs of a series before a first verdict stands."""
+    return min(DECADE_RUNS, expected_runs(series)) if series.search else expected_runs(series)
+
+
 def by_telling(plan: Sequence[Series]) -> tuple[Series, ...]:
     """A plan in the order in which it tells most: what may walk through and costs no more than any other run, then what
     everybody tries, then the rest; every attack right after its control.
@@ -131,22 +139,29 @@ def by_telling(plan: Sequence[Series]) -> tuple[Series, ...]:
     return tuple(ordered.values())
 
 
+_SEE_NO_SCALE = ("hira", "adapter")
+"""Trainings that walk through a diagonal hardening without knowing of it."""
+
+
 def _rank(series: Series) -> int:
-    """0 for what undoes the hardening, 1 for full fine-tuning, 2 for LoRA, 3 for anything else."""
+    """0 for what undoes the hardening, 1 for recipes that see no scale, 2 for full fine-tuning, 3 for LoRA, 4 for
+    anything else.
+    """
     spec = series.first
     plain, usual = spec.variant.choice.function is None, spec.optimizer == "adamw"
     if usual and spec.variant.choice.informed is not None and spec.training == Training("full"):
         return 0
-    if not (usual and plain):
-        return 3
-    return 1 if spec.training == Training("full") else 2 if spec.training == Training("lora") else 3
+    known = [*(Training(name) for name in _SEE_NO_SCALE), Training("full"), Training("lora")]
+    if not (usual and plain and spec.training in known):
+        return 4
+    return max(1, known.index(spec.training))
 
 
 def first_verdict(plan: Sequence[Series]) -> tuple[Series, ...]:
-    """Those of an ordered plan without which there is no verdict: up to full fine-tuning and LoRA."""
+    """Those of an ordered plan without which there is no verdict: up to full fine-tuning and LoRA with AdamW."""
     ordered = by_telling(plan)
     attacks = [series for series in ordered if series.first.subject == "model"]
-    needed = [series for series in attacks if _rank(series) < 3] or attacks[:1]
+    needed = [series for series in attacks if _rank(series) < 4] or attacks[:1]
     last = max((ordered.index(series) for series in needed), default=0)
     return ordered[: last + 1]
 
@@ -195,7 +210,7 @@ def fitting_budget(options: AttackOptions, plan: Sequence[Series], speed: Speed,
     for budget in BUDGETS:
         chosen = _lowered(options, budget)
         held_out = chosen.eval_sequences + max(1, chosen.eval_sequences // 4)
-        seconds = sum(expected_runs(series) * speed.run(_on(series.first, chosen), held_out) for series in verdict)
+        seconds = sum(verdict_runs(series) * speed.run(_on(series.first, chosen), held_out) for series in verdict)
         if seconds / chosen.jobs <= FOR_A_VERDICT * limit:
             break
     return chosen

@@ -13,6 +13,7 @@ from specdef_cli.attack.cost import (
     expected_runs,
     first_verdict,
     fitting_budget,
+    verdict_runs,
 )
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series
@@ -104,8 +105,7 @@ def foresee(
     verdict = {id(series) for series in first_verdict(plan)}
     attacks = []
     for series in by_telling(plan):
-        grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
-        finished = sum(load(spec) is not None for spec in grid)
+        finished = _finished(series, load)
         missing = max(expected_runs(series) - finished, 0)
         seconds = None if speed is None else missing * speed.run(series.first, held_out) / options.jobs
         attacks.append(
@@ -114,7 +114,10 @@ def foresee(
             )
         )
     total = None if speed is None else sum(attack.seconds or 0.0 for attack in attacks)
-    until = None if speed is None else sum(attack.seconds or 0.0 for attack in attacks if attack.first_verdict)
+    until = None
+    if speed is not None:
+        runs = ((series, max(verdict_runs(series) - _finished(series, load), 0)) for series in first_verdict(plan))
+        until = sum(count * speed.run(series.first, held_out) for series, count in runs) / options.jobs
     return Forecast(
         model=names[0],
         control=names[1],
@@ -128,6 +131,12 @@ def foresee(
         time_limit=options.time_limit,
         cheaper=_cheaper(options, plan, speed, total),
     )
+
+
+def _finished(series: Series, load: Callable[[RunSpec], RunResult | None]) -> int:
+    """How many of the runs that a series begins with are in the store."""
+    grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
+    return sum(load(spec) is not None for spec in grid)
 
 
 def budget_in_words(options: AttackOptions) -> str:

@@ -240,6 +240,8 @@ def _not_finished(options: AttackOptions, outcome: Outcome) -> list[str]:
         said.append(
             f"Cut short by the time limit, so that better learning rates may exist: {'; '.join(outcome.cut_short)}."
         )
+    if outcome.coarse:
+        said.append(f"Best learning rate known to a decade only, for want of time: {'; '.join(outcome.coarse)}.")
     return said
 
 

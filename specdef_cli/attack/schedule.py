@@ -21,7 +21,7 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
 from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
 from specdef_cli.attack.results import RunResult
-from specdef_cli.attack.search import best_rate, next_rates
+from specdef_cli.attack.search import best_rate, is_refinement, next_rates
 from specdef_cli.attack.spec import RunSpec
 
 Execute = Callable[[RunSpec, Callable[[int, float | None], None]], RunResult]
@@ -36,13 +36,15 @@ class Outcome:
         runs: Every run, by series in the order of the plan, largest learning rate first.
         left_out: Series that the model has nothing for: the label, and why.
         not_reached: Labels of series that the time did not suffice for, in the order in which they would have come.
-        cut_short: Labels of series that were begun, and lack runs.
+        cut_short: Labels of series that were begun, and whose best learning rate may be another decade's.
+        coarse: Labels of series whose best learning rate is known to a decade only.
     """
 
     runs: tuple[RunResult, ...]
     left_out: tuple[tuple[str, str], ...]
     not_reached: tuple[str, ...] = ()
     cut_short: tuple[str, ...] = ()
+    coarse: tuple[str, ...] = ()
 
 
 @dataclass
@@ -51,6 +53,7 @@ class _Progress:
 
     Attributes:
         rank: Its place in the order in which runs are made.
+        refining: Whether what is under way, or comes next, only halves the steps around the best learning rate.
     """
 
     series: Series
@@ -59,6 +62,7 @@ class _Progress:
     outstanding: set[RunSpec] = field(default_factory=set)
     left_out: str | None = None
     complete: bool = False
+    refining: bool = False
 
     def ready(self) -> tuple[RunSpec, ...]:
         """Runs that can be started now, given what is finished and what is under way."""
@@ -71,11 +75,17 @@ class _Progress:
         else:
             found = {spec.learning_rate: run for spec, run in self.results.items() if spec.seed == first}
             rates = next_rates(series.grid, found)
+            self.refining = not rates or is_refinement(rates, found)
             specs = series.runs(rates, [first]) if rates else series.runs([best_rate(found)], others)
         wanted = tuple(spec for spec in specs if spec not in self.results)
         self.outstanding |= set(wanted)
         self.complete = not wanted
         return wanted
+
+    @property
+    def turn(self) -> tuple[bool, int]:
+        """What comes first: every attack at its best decade, before any at a rate that is known more closely."""
+        return self.refining, self.rank
 
     @property
     def remaining(self) -> int:
@@ -110,8 +120,8 @@ def run_all(
         execute: Runs one.
         load, save: The store.
         jobs: Runs at a time.
-        order: The same series in the order in which they are run, one to its end before the next where one run is made
-            at a time; empty is the order of the plan.
+        order: The same series in the order in which they are run, one to its best decade before the next where one run
+            is made at a time; the steps around the best rates are halved after that. Empty is the order of the plan.
         deadline: Says whether one more run may start.
         on_progress: Called as runs start, step and end; in this process.
 
@@ -157,7 +167,7 @@ def run_all(
                 if deadline is not None and not deadline.allows():
                     queue.clear()
                     break
-                progress, spec = queue.pop(min(range(len(queue)), key=lambda place: queue[place][0].rank))
+                progress, spec = queue.pop(min(range(len(queue)), key=lambda place: queue[place][0].turn))
                 if progress.left_out is not None:
                     progress.outstanding.discard(spec)
                     continue
@@ -191,7 +201,8 @@ def run_all(
             (progress.series.first.label, progress.left_out) for progress in under_way if progress.left_out is not None
         ),
         not_reached=tuple(progress.series.first.label for progress in lacking if not progress.results),
-        cut_short=tuple(progress.series.first.label for progress in lacking if progress.results),
+        cut_short=tuple(each.series.first.label for each in lacking if each.results and not each.refining),
+        coarse=tuple(each.series.first.label for each in lacking if each.results and each.refining),
     )
 
 

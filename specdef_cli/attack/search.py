@@ -45,6 +45,11 @@ def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[
     return _upwards(tried, runs) or _downwards(tried, runs) or _closer(tried, runs)
 
 
+def is_refinement(rates: Sequence[float], runs: Mapping[float, RunResult]) -> bool:
+    """Whether rates lie between those that were tried: the best decade is known, and what is left is to halve steps."""
+    return bool(rates and runs) and all(min(runs) < rate < max(runs) for rate in rates)
+
+
 def best_rate(runs: Mapping[float, RunResult]) -> float:
     """The rate with the lowest held-out loss; the largest of equals."""
     return min(runs, key=lambda rate: (runs[rate].best is None, runs[rate].best or 0.0, -rate))

@@ -214,6 +214,10 @@ def attack_command(
         "freeze-compensation": freeze_compensation,
     }  # fmt: skip
     named = [name for name, wanted in flags.items() if wanted]
+    if limit is not None and not any(
+        (suite, variant, training, optimizer, lr, lr_sweep, named, expand, expansion, train)
+    ):
+        suite = "quick"  # what walks through where anything does, and what everybody tries
     chosen = load_suite(suite) if suite is not None else None
     given = {
         "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "eval_every": eval_every,

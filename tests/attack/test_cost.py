@@ -18,6 +18,7 @@ from test_search import GRID, make_series, result, run_plan
 from specdef_cli.attack import AttackOptions, plan_attack
 from specdef_cli.attack.cost import (
     BUDGETS,
+    DECADE_RUNS,
     SEARCHED_RUNS,
     Deadline,
     Speed,
@@ -53,11 +54,11 @@ def test_a_run_costs_its_tokens() -> None:
 def test_the_most_telling_attacks_come_first_and_each_after_its_control() -> None:
     plan = [
         series("full", optimizer="sgd", control=True), series(control=True), series("lora", control=True),
-        series("full", optimizer="sgd"), series("lora"), series(), series(variant="collapse"),
+        series("full", optimizer="sgd"), series("lora"), series(), series(variant="collapse"), series("hira"),
     ]  # fmt: skip
-    expected = [plan[place] for place in (1, 6, 5, 2, 4, 0, 3)]
+    expected = [plan[place] for place in (1, 6, 7, 5, 2, 4, 0, 3)]
     assert [id(each) for each in by_telling(plan)] == [id(each) for each in expected]
-    assert [id(each) for each in first_verdict(plan)] == [id(each) for each in expected[:5]]
+    assert [id(each) for each in first_verdict(plan)] == [id(each) for each in expected[:6]]
 
 
 def test_a_budget_fits_its_time_limit_and_what_the_user_gave_stays() -> None:
@@ -71,7 +72,7 @@ def test_a_budget_fits_its_time_limit_and_what_the_user_gave_stays() -> None:
             plan[0].first, steps=chosen.steps, batch_size=chosen.batch_size, sequence_length=chosen.sequence_length,
             eval_every=chosen.eval_interval,
         )  # fmt: skip
-        return 3 * SEARCHED_RUNS * speed.run(run, held_out)
+        return 3 * DECADE_RUNS * speed.run(run, held_out)
 
     budgets = [fitting_budget(options, plan, speed, limit) for limit in (1e6, 900.0, 300.0)]
     assert budgets[0].steps == 30
@@ -107,11 +108,17 @@ def test_a_plan_stops_at_its_deadline_with_the_most_telling_runs_done() -> None:
         return result(run, 1e-4)
 
     plan = [make_series("last"), make_series("first"), make_series("second")]
-    outcome, _ = run_plan(plan, execute, order=[plan[1], plan[2], plan[0]], deadline=TenRuns(1e9))
-    assert [run.training.name for run in made] == ["first"] * 6 + ["second"] * 4
-    assert outcome.not_reached == (plan[0].first.label,)
-    assert outcome.cut_short == (plan[2].first.label,)
+    order = [plan[1], plan[2], plan[0]]
+    labels = [series.first.label for series in order]
+    outcome, _ = run_plan(plan, execute, order=order, deadline=TenRuns(1e9))
+    assert [run.training.name for run in made] == ["first"] * 4 + ["second"] * 4 + ["last"] * 2
+    assert (outcome.coarse, outcome.cut_short, outcome.not_reached) == (tuple(labels[:2]), (labels[2],), ())
     assert len(outcome.runs) == 10
+    everything, _ = run_plan(plan, execute, order=order)
+    assert [run.training.name for run in made[10:]] == ["first"] * 4 + ["second"] * 4 + ["last"] * 4 + [
+        "first", "first", "second", "second", "last", "last",
+    ]  # fmt: skip
+    assert (everything.coarse, everything.cut_short, everything.not_reached) == ((), (), ())
 
 
 def test_a_deadline_lets_the_first_run_start_and_none_that_would_end_after_it() -> None:
