@@ -60,6 +60,8 @@ class AttackOptions:
         free: Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be
             lowered to suit the size of the model and the time limit.
         time_limit: Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first.
+        report_to: Experiment trackers that the Trainer reports runs to: ``tensorboard`` (files in ``out/logs``),
+            ``wandb``, ``trackio``, ``mlflow``.
         seeds: One run each for adapters' and paths' initial values, dropout and data order.
         jobs: Runs at a time, each in a process of its own and, where there are several GPUs, on one of its own.
         dtype: The dtype of training. float32 unless memory forbids: in bfloat16, small rates round to nothing, which
@@ -102,6 +104,7 @@ class AttackOptions:
     eval_sequences: int = 64
     free: tuple[str, ...] = ()
     time_limit: float | None = None
+    report_to: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     jobs: int = 1
     dtype: Dtype = "float32"

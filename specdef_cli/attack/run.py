@@ -33,6 +33,7 @@ from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.tasks import task_of
+from specdef_cli.attack.tracking import NOWHERE, Tracking, require_trackers
 from specdef_cli.attack.trainer import Memory, quiet, train_run
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.destination import require_outside
@@ -45,7 +46,7 @@ from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.vocabulary import require_in_vocabulary
 
-RUNS_DIRECTORY = "runs"
+RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
 
 SAME_START = 0.01
 """Starting losses that differ by more than this share are worth a warning."""
@@ -164,6 +165,7 @@ def _prepare(options: AttackOptions) -> _Prepared:
         require_sound(each, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, each)
     task, head = task_of(control_directory, options.task)
+    require_trackers(options.report_to)
     if options.eval_tasks:
         require_harness()
     options = default_budget(options, control_directory)
@@ -190,6 +192,7 @@ def _prepare(options: AttackOptions) -> _Prepared:
         Memory(options.gradient_accumulation, options.gradient_checkpointing),
         options.trust_remote_code,
         options.eval_task_path,
+        Tracking(options.report_to, options.out / LOGS_DIRECTORY),
     )
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
     return _Prepared(options, control_name, target, data, make_plan(options, target), train, store, began)
@@ -211,7 +214,7 @@ def _prepare_and_measure(options: AttackOptions, *, measure: bool) -> tuple[_Pre
 
 def _measured(prepared: _Prepared) -> Speed:
     def train(spec: RunSpec, data: AttackData) -> RunResult:
-        return replace(prepared.train, data=data)(spec, lambda step, loss: None)
+        return replace(prepared.train, data=data, tracking=NOWHERE)(spec, lambda step, loss: None)
 
     return measure_speed(prepared.plan[0].first, prepared.data, train)
 
@@ -255,6 +258,7 @@ class TrainRun:
     memory: Memory
     trust_remote_code: bool
     eval_task_path: Path | None
+    tracking: Tracking = NOWHERE
 
     def __call__(self, spec: RunSpec, on_step: Callable[[int, float | None], None]) -> RunResult:
         """Run ``spec``.
@@ -270,6 +274,7 @@ class TrainRun:
                 directory,
                 self.data,
                 memory=self.memory,
+                tracking=self.tracking,
                 on_step=on_step,
                 trust_remote_code=self.trust_remote_code,
                 eval_task_path=self.eval_task_path,

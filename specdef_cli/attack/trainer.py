@@ -32,6 +32,7 @@ from specdef_cli.attack.recorder import ATTACK, RETAINED, Recorder
 from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.tasks import auto_class
+from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime.configuration_specdef import SpecDefLinear
 from specdef_cli.runtime.load import load_model, load_tokenizer
@@ -57,6 +58,7 @@ def train_run(
     data: AttackData,
     *,
     memory: Memory = Memory(),
+    tracking: Tracking = NOWHERE,
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     trust_remote_code: bool = False,
     eval_task_path: Path | None = None,
@@ -70,6 +72,7 @@ def train_run(
         directory: The checkpoint, base or hardened.
         data: The tokens; the same object for the control and the attack.
         memory: How memory is kept down.
+        tracking: Where the run is reported to as it goes.
         on_step: Called after each optimizer step.
         trust_remote_code: Passed on to transformers.
         eval_task_path: Where the user's own tasks of lm-eval are.
@@ -95,10 +98,11 @@ def train_run(
         model = spec.training.apply(model, spec.task)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         recorder = Recorder(on_step, spec.stop_at_divergence)
-        trainer = make_trainer(spec, model, data, recorder, scratch, memory)
-        began = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - began
+        with tracking.run(spec):  # the callbacks look where to write when the Trainer is made
+            trainer = make_trainer(spec, model, data, recorder, scratch, memory, tracking)
+            began = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - began
         accuracy = {}
         if spec.eval_tasks:
             tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -256,6 +260,7 @@ def make_trainer(
     recorder: Recorder,
     scratch: str,
     memory: Memory = Memory(),
+    tracking: Tracking = NOWHERE,
 ) -> Trainer:
     """The Trainer of a run, silent and without checkpoints.
 
@@ -297,7 +302,7 @@ def make_trainer(
         # The filter replaces a loss that is not finite by the mean of earlier ones, which would hide a divergence.
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to="none",
+        **tracking.arguments(spec),
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],

@@ -118,6 +118,10 @@ def attack_command(
             "and stop then.",
         ),
     ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Report runs to tensorboard (files in OUT/logs), wandb, trackio or mlflow (repeatable)."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and how long it takes on this machine, and stop.")
     ] = False,
@@ -262,6 +266,7 @@ def attack_command(
         dtype=dtype,
         free=free,
         time_limit=limit,
+        report_to=tuple(report_to or ()),
         trust_remote_code=trust_remote_code,
         revision=revision,
         token=token,
