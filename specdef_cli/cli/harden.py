@@ -67,7 +67,7 @@ def harden_command(
     profile: Annotated[
         Literal["coverage", "quantizable"] | None,
         typer.Option(
-            help="What a fold reaches: every pair, or only what later block quantization survives.",
+            help="What a fold reaches: every pair, or only queries and keys, which quantizers survive.",
             show_default="coverage",
         ),
     ] = None,
