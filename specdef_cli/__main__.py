@@ -1,13 +1,13 @@
 """``python -m specdef_cli``, which ``accelerate launch -m specdef_cli`` needs; ``specdef`` is the same."""
 
 from specdef_cli.cli import app
-from specdef_cli.cli.startup import collect_less_garbage, quiet_torchao
+from specdef_cli.cli.startup import collect_less_garbage, quiet_engines
 
 
 def main() -> None:
     """Run the command line in a process of its own."""
     collect_less_garbage()
-    quiet_torchao()
+    quiet_engines()
     app.main()
 
 

@@ -37,6 +37,7 @@ from specdef_cli.certify.deployment import (
 from specdef_cli.certify.deployment.measure import is_causal
 from specdef_cli.certify.deployment.tools import missing
 from specdef_cli.checkpoint.stream import write_durably
+from specdef_cli.cli.startup import quiet_engines
 from specdef_cli.runtime import load_tokenizer
 
 PACKAGES = (
@@ -147,7 +148,8 @@ def outcome(trial: Trial, name: str, cells: Path) -> Outcome:
 
 
 def measured(trial: Trial, name: str, path: Path) -> None:
-    """Measure a cell, and keep it unless a tool is missing."""
+    """Measure a cell, and keep it."""
+    quiet_engines()
     found = measure_format(trial, name)
     write_durably(path, json.dumps(asdict(found)))
 

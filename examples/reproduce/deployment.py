@@ -14,14 +14,16 @@ from pathlib import Path
 
 from setting import base_text
 
-from specdef_cli.certify.deployment import FORMATS, DeploymentFigure, measure_deployment, token_batch
+from specdef_cli.certify.deployment import DEFAULT_FORMATS, FORMATS, DeploymentFigure, measure_deployment, token_batch
 
 
 def cell(figure: DeploymentFigure) -> str:
     """The hardened loss and what became of it."""
     if figure.status == "skipped":
         return f"skipped: {figure.note}"
-    return f"{figure.status} ({'no finite loss' if figure.hardened is None else f'{figure.hardened:.3f}'})"
+    if figure.status == "refused":
+        return f"refused: {figure.note}"
+    return f"{figure.verdict} ({'no finite loss' if figure.hardened is None else f'{figure.hardened:.3f}'})"
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("base", type=Path)
     parser.add_argument("hardened", type=Path, nargs="+", help="hardened directories; a column each")
-    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", default=list(DEFAULT_FORMATS), choices=list(FORMATS))
     parser.add_argument("--sequences", type=int, default=16)
     arguments = parser.parse_args()
     _, held_out = base_text()
@@ -44,7 +46,7 @@ def main() -> None:
         base = "" if row[0].base is None else f"{row[0].base:.3f}"
         notes = "; ".join(dict.fromkeys(figure.note for figure in row if figure.note and figure.status != "skipped"))
         cells = " | ".join(cell(figure) for figure in row)
-        print(f"| {FORMATS[row[0].format].description} | {base} | {cells} | {notes} |")
+        print(f"| {row[0].tool}, {FORMATS[row[0].format].description} | {base} | {cells} | {notes} |")
 
 
 if __name__ == "__main__":

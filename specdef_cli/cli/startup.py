@@ -24,9 +24,9 @@ def collect_less_garbage() -> None:
     atexit.register(gc.freeze)
 
 
-def quiet_torchao() -> None:
-    """Keep torchao, which transformers imports where it is installed, from warning of kernels for other machines."""
-    for name in ("torchao", "torch.utils._pytree"):
+def quiet_engines() -> None:
+    """Keep torchao (imported by transformers) from warning of other machines' kernels, bitsandbytes of every cast."""
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
