@@ -11,6 +11,7 @@ from pathlib import Path
 
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.hardening.options import HardenOptions, MethodChoice
 from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan
 
@@ -31,6 +32,7 @@ class PlanSummary:
         parameters_added: By compensation layers.
         left: Parameters of the tensors that stay as they are, by their name within a block. They train as before.
         bytes_before, bytes_after: Size of all tensors.
+        lost: Formats that the result is not expected to survive.
         notes: What was decided and why.
     """
 
@@ -44,6 +46,7 @@ class PlanSummary:
     left: Mapping[str, int]
     bytes_before: int
     bytes_after: int
+    lost: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -109,6 +112,7 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
         left=dict(left.most_common()),
         bytes_before=checkpoint.nbytes,
         bytes_after=plan.nbytes,
+        lost=lost_formats(plan.folded, inserted=bool(plan.inserted)),
         notes=plan.notes,
     )
 

@@ -305,6 +305,7 @@ def test_inspect_fits_a_screen_and_lists_layers_when_asked(llama: Path) -> None:
     assert "Recommended: fold" in words
     assert "undo it in one pass" in words
     assert "embed_tokens" in words
+    assert "does not survive: float16 weights" in words
     assert "model.layers.1.mlp.down_proj" not in screen
     assert "model.layers.1.mlp.down_proj" in call_cli("inspect", llama, "--layers").stdout
 
