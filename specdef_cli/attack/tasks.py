@@ -57,9 +57,12 @@ def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
             return task, head
     if architecture in _flat(_READS_IMAGES):
         return "causal-lm", head
+    possible = [task for task, names in _NAMES.items() if config.get("model_type") in names]
     raise SpecDefError(
         f"the architecture {architecture} is neither a language model nor a classifier of text or images",
-        f"Say what to train it for, which adds a head: --task {', '.join(_NAMES)}.",
+        f"Say what to train it for, which adds a head: --task {' or '.join(possible)}."
+        if possible
+        else "Train it with a script of its own: no attack of this package is made for it.",
     )
 
 

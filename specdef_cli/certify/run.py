@@ -119,6 +119,8 @@ def certify(
     resistance = None
     if options.attacks is not None:  # refused, if at all, before anything is measured
         resistance = read_resistance(options.attacks, checkpoint_fingerprint(directory))
+    else:
+        _require_attackable(base_directory, options)
 
     on_progress("function")
     trust = options.trust_remote_code
@@ -206,6 +208,27 @@ def _curvature(
             return None, found
         figures.append(found)
     return (figures[0], figures[1]), ""
+
+
+def _require_attackable(base: Path, options: CertifyOptions) -> None:
+    """Refuse a model that the quick suite has no data for.
+
+    Raises:
+        SpecDefError: It is a classifier, or its architecture says of no task.
+    """
+    attacked = f"specdef attack {options.model} --control {options.base or 'BASE'}"
+    try:
+        task, _ = task_of(base, None)
+    except SpecDefError as error:
+        hint = error.hint
+        if "--task" in hint:
+            hint = f"Attack it first, `{attacked} --task …`, and give its report.json with --attacks. {error.hint}"
+        raise SpecDefError(error.problem, hint) from error
+    if task in ("sequence-classification", "image-classification"):
+        raise SpecDefError(
+            f"{options.model} is a classifier, and the quick suite has no labelled data for it",
+            f"Attack it first, `{attacked} --dataset …`, and give its report.json with --attacks.",
+        )
 
 
 def _attack(options: CertifyOptions, base: Path, on_attack: Callable[[ProgressEvent], None]) -> Resistance:
