@@ -108,10 +108,10 @@ def certify(
     manifest = read_manifest(directory)
     base_model = _base(options)
     base_directory = base_model.directory
-    _require_attackable(options, base_directory)
     for each in (base_directory, directory):
         require_sound(each, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, each)
+    _require_attackable(options, base_directory)
     writable_ancestor(options.out)
     compute_devices(options.device, process_state())  # refused, if at all, before anything is measured
     base, hardened = open_checkpoint(base_directory), open_checkpoint(directory)
@@ -119,8 +119,6 @@ def certify(
     resistance = None
     if options.attacks is not None:  # refused, if at all, before anything is measured
         resistance = read_resistance(options.attacks, checkpoint_fingerprint(directory))
-    else:
-        _require_attackable(base_directory, options)
 
     on_progress("function")
     trust = options.trust_remote_code
@@ -210,27 +208,6 @@ def _curvature(
     return (figures[0], figures[1]), ""
 
 
-def _require_attackable(base: Path, options: CertifyOptions) -> None:
-    """Refuse a model that the quick suite has no data for.
-
-    Raises:
-        SpecDefError: It is a classifier, or its architecture says of no task.
-    """
-    attacked = f"specdef attack {options.model} --control {options.base or 'BASE'}"
-    try:
-        task, _ = task_of(base, None)
-    except SpecDefError as error:
-        hint = error.hint
-        if "--task" in hint:
-            hint = f"Attack it first, `{attacked} --task …`, and give its report.json with --attacks. {error.hint}"
-        raise SpecDefError(error.problem, hint) from error
-    if task in ("sequence-classification", "image-classification"):
-        raise SpecDefError(
-            f"{options.model} is a classifier, and the quick suite has no labelled data for it",
-            f"Attack it first, `{attacked} --dataset …`, and give its report.json with --attacks.",
-        )
-
-
 def _attack(options: CertifyOptions, base: Path, on_attack: Callable[[ProgressEvent], None]) -> Resistance:
     attacks = _attack_options(options, base)
     report = attack(attacks, on_progress=on_attack)
@@ -268,12 +245,25 @@ def plan_certify(options: CertifyOptions) -> Forecast | None:
 
 
 def _require_attackable(options: CertifyOptions, base: Path) -> None:
-    """Refuse a classifier without a report: attacks need labelled data, which only ``specdef attack`` takes."""
-    if options.attacks is None and "classification" in task_of(base, None)[0]:
+    """Refuse a classifier, or a model of no known task, without a report: only ``specdef attack`` takes what it needs.
+
+    Raises:
+        SpecDefError: naming the command that makes the report.
+    """
+    if options.attacks is not None:
+        return
+    attacked = f"specdef attack {options.model} --control {base}"
+    try:
+        task, _ = task_of(base, None)
+    except SpecDefError as error:
+        if "--task" not in error.hint:
+            raise
+        hint = f"Run `{attacked} --task …`, then certify with --attacks attack/report.json. {error.hint}"
+        raise SpecDefError(error.problem, hint) from error
+    if "classification" in task:
         raise SpecDefError(
             f"{options.model} is a classifier, and attacks on it need labelled data",
-            f"Run `specdef attack {options.model} --control {base} --dataset …`, then certify with --attacks "
-            "attack/report.json.",
+            f"Run `{attacked} --dataset …`, then certify with --attacks attack/report.json.",
         )
 
 

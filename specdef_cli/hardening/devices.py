@@ -32,7 +32,7 @@ def _chosen_devices(device: str | None, state: PartialState) -> tuple[torch.devi
     if device is not None:
         try:
             chosen = torch.device(device)
-            torch.empty(0, device=chosen)
+            torch.empty(1, device=chosen).item()  # the meta device holds no values
         except (RuntimeError, AssertionError) as error:
             raise SpecDefError(f"device {device!r} is not available here", "Use --device cpu or cuda.") from error
         return (chosen,)
