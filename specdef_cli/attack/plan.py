@@ -13,7 +13,6 @@ from specdef_cli.attack.suite import AttackTable
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant, informed_variants
-from specdef_cli.checkpoint.manifest import Manifest
 
 MOST_RATES = 12
 """More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
@@ -41,15 +40,6 @@ class Series:
         """The runs at some rates with some seeds."""
         seeds = tuple(seeds)
         return tuple(replace(self.first, learning_rate=rate, seed=seed) for rate in rates for seed in seeds)
-
-
-def largest_alpha(manifest: Manifest | None) -> float:
-    """The largest factor by which any layer or channel was inflated; 1 for an ordinary model."""
-    if manifest is None:
-        return 1.0
-    alphas = [layer.alpha for layer in manifest.inserted]
-    alphas += [2.0 ** abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
-    return max(alphas, default=1.0)
 
 
 def default_learning_rates(optimizer: str, alpha: float) -> tuple[float, ...]:
@@ -92,7 +82,7 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
 def _series(
     options: AttackOptions, table: AttackTable, target: Target, training: Training, optimizer: str, variant: Variant
 ) -> Series:
-    alpha = largest_alpha(target.manifest) if variant.choice.trains_inflated else 1.0
+    alpha = target.alpha if variant.choice.trains_inflated else 1.0
     grid: tuple[float, ...] = OPTIMIZERS.choose(optimizer).learning_rates
     if _fixed(table):
         grid = tuple(sorted(table.learning_rates, reverse=True))  # type: ignore[arg-type]
@@ -120,7 +110,9 @@ def _series(
         eval_tasks=options.eval_tasks,
         stop_at_divergence=options.stop_at_divergence,
     )
-    return Series(first, grid, table.learning_rates == "search", options.seeds, options.suite is not None)
+    # What nobody named may turn out to have nothing to work on; a report then says so.
+    optional = options.suite is not None or variant not in (Variant(), *options.variants)
+    return Series(first, grid, table.learning_rates == "search", options.seeds, optional)
 
 
 def _fixed(table: AttackTable) -> bool:

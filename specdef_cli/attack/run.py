@@ -24,14 +24,14 @@ from specdef_cli.attack.cost import Deadline, Speed, by_telling, default_budget,
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
 from specdef_cli.attack.forecast import Forecast, budget_in_words, foresee
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.plan import Series, largest_alpha, make_plan
+from specdef_cli.attack.plan import Series, make_plan
 from specdef_cli.attack.recorder import ProgressHook
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, RunResult
 from specdef_cli.attack.retained import retained_sequences
 from specdef_cli.attack.schedule import Outcome, run_all
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
-from specdef_cli.attack.target import Target
+from specdef_cli.attack.target import Target, largest_alpha
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.tracking import NOWHERE, Tracking, require_trackers
 from specdef_cli.attack.trainer import Memory, quiet, train_run
@@ -39,9 +39,12 @@ from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive, writable_ancestor
+from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve, resolve_base
 from specdef_cli.durations import in_words
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.plan import native_config
+from specdef_cli.hardening.recognise import Recognised, recognise
 from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.vocabulary import require_in_vocabulary
@@ -105,10 +108,9 @@ def attack(
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
     )
-    left_out = tuple(f"Left out, {label}: {reason}." for label, reason in outcome.left_out)
-    return replace(
-        report, notes=(*_not_finished(options, outcome), *_notes(options, prepared.target, report), *left_out)
-    )
+    left_out = tuple(f"Not tried: {label}: {reason}." for label, reason in outcome.left_out)
+    first = (*_found(prepared.target), *_not_tried(options, prepared.target), *left_out)
+    return replace(report, notes=(*first, *_not_finished(options, outcome), *_notes(options, prepared.target, report)))
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:
@@ -183,6 +185,7 @@ def _prepare(options: AttackOptions) -> _Prepared:
         data=data.fingerprint,
         control=checkpoint_fingerprint(control_directory),
         model=checkpoint_fingerprint(directory),
+        recognised=_recognised(directory, options.trust_remote_code),
         control_model=lambda: _meta_model(control_directory, options.trust_remote_code),
     )
     train = TrainRun(
@@ -230,7 +233,7 @@ def _forecast(prepared: _Prepared, speed: Speed | None) -> Forecast:
         speed=speed,
         load=prepared.store.load,
         assumed=_assumed(options, grids, prepared.control_name, data),
-        notes=_not_tried(options, prepared.target),
+        notes=[*_found(prepared.target), *_not_tried(options, prepared.target)],
     )
 
 
@@ -298,6 +301,12 @@ def is_main_process() -> bool:
     return bool(process_state().is_main_process)
 
 
+def _recognised(directory: Path, trust_remote_code: bool) -> Recognised:
+    checkpoint = open_checkpoint(directory)
+    config = native_config(checkpoint, trust_remote_code=trust_remote_code)
+    return recognise(checkpoint, config, trust_remote_code=trust_remote_code)
+
+
 def _meta_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     return meta_model(config, trust_remote_code=trust_remote_code)
@@ -361,8 +370,7 @@ def _assumed(options: AttackOptions, specs: Sequence[RunSpec], control: str, dat
 
 
 def _notes(options: AttackOptions, target: Target, report: AttackReport) -> tuple[str, ...]:
-    manifest = target.manifest
-    notes = list(_not_tried(options, target))
+    notes = []
     if len(options.seeds) == 1:
         notes.append("One seed: differences of a few thousandths of a nat are noise.")
     if options.dtype != "float32":
@@ -370,9 +378,8 @@ def _notes(options: AttackOptions, target: Target, report: AttackReport) -> tupl
             f"Trained in {options.dtype}: small learning rates may round to no change, which flatters a defence. "
             "Train in float32 to be sure."
         )
-    if options.learning_rates and manifest is not None:
-        alpha = largest_alpha(manifest)
-        hidden = max(options.learning_rates) / alpha
+    if options.learning_rates and target.alpha > 1:
+        hidden = max(options.learning_rates) / target.alpha
         if min(options.learning_rates) > hidden:
             notes.append(
                 f"The learning rates given do not reach below η₀/α = {hidden:.0e}, where Adam trains a hardened model "
@@ -392,6 +399,14 @@ def _notes(options: AttackOptions, target: Target, report: AttackReport) -> tupl
                 "its true best may lie beyond."
             )
     return tuple(notes)
+
+
+def _found(target: Target) -> list[str]:
+    """How the model was made, where no manifest says so."""
+    if target.manifest is not None:
+        return []
+    found = target.recognised.sentence or "Nothing in the weights shows that this package hardened it."
+    return [f"The model comes without a manifest. {found}"]
 
 
 def _not_tried(options: AttackOptions, target: Target) -> list[str]:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from specdef_cli.attack.variants.table import Construction
-from specdef_cli.checkpoint.manifest import Manifest
+from specdef_cli.checkpoint.manifest import Construction, Manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from specdef_cli.hardening.recognise import Recognised
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 
@@ -23,6 +24,7 @@ class Target:
         manifest: ``None`` for a model that comes without one.
         task: What it is trained for.
         data, control, model: Fingerprints.
+        recognised: What the model's weights show of how it was made.
         control_model: Makes the control on the meta device, for trainings that depend on what a model consists of.
     """
 
@@ -31,17 +33,36 @@ class Target:
     data: str
     control: str
     model: str
+    recognised: Recognised
     control_model: Callable[[], PreTrainedModel]
 
     @property
     def constructions(self) -> frozenset[Construction]:
-        """What the model has of what hardening makes."""
+        """What the model has of what hardening makes, by its manifest and by its weights.
+
+        A model without a manifest counts as folded, whatever its weights show: to rebalance an ordinary model costs an
+        attack, and to leave it out where a fold is too small to be seen would flatter the model.
+        """
         if self.manifest is None:
-            return frozenset()
+            return self.recognised.constructions | {"folded"}
         inserted: set[Construction] = {"inserted"} if self.manifest.inserted else set()
-        return frozenset(inserted | ({"folded"} if self.manifest.folded else set()))
+        return self.recognised.constructions | inserted | ({"folded"} if self.manifest.folded else set())
 
     @property
     def inserted(self) -> tuple[str, ...]:
         """Module paths of inserted layers."""
-        return tuple(layer.module for layer in self.manifest.inserted) if self.manifest else ()
+        return tuple(layer.module for layer in self.manifest.inserted) if self.manifest else self.recognised.inserted
+
+    @property
+    def alpha(self) -> float:
+        """The largest factor by which any layer or channel is inflated; 1 for an ordinary model."""
+        return max(largest_alpha(self.manifest), self.recognised.alpha)
+
+
+def largest_alpha(manifest: Manifest | None) -> float:
+    """The largest factor by which a manifest says that any layer or channel was inflated; 1 without one."""
+    if manifest is None:
+        return 1.0
+    alphas = [layer.alpha for layer in manifest.inserted]
+    alphas += [2.0 ** abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
+    return max(alphas, default=1.0)

@@ -20,6 +20,7 @@ MANIFEST_NAME = "specdef.json"
 FORMAT_VERSION = 1
 
 Method = Literal["insert", "fold", "mixed"]
+Construction = Literal["inserted", "folded"]
 Gauge = Literal["rotated", "symmetric"]
 Schedule = Literal["constant", "staircase"]
 Profile = Literal["coverage", "quantizable"]

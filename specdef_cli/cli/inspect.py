@@ -68,7 +68,10 @@ def survey_summary(found: Survey) -> Group:
     from rich.filesize import decimal
     from rich.table import Table
 
+    shown = [found.recognised.sentence] if found.recognised and found.recognised.sentence else []
     state = f"hardened ({found.manifest.method})" if found.manifest else "not hardened"
+    if shown and not found.manifest:
+        state = "hardened, without a manifest"
     dtypes = ", ".join(sorted({layer.dtype for layer in found.layers}))
     headline = (
         f"{found.model.name}: {found.architecture}, {found.parameters:,} parameters, {decimal(found.nbytes)} in "
@@ -89,6 +92,9 @@ def survey_summary(found: Survey) -> Group:
         )
     if all(layer.sigma is None for layer in found.layers):
         table.caption, table.caption_justify = "σ₁ of every layer: --layers", "left"
+    if found.manifest is None and shown:
+        what_next = f"`specdef attack {found.model.name} --control BASE` undoes it and says what it is worth."
+        return Group(headline, table, "", *shown, what_next)
     if found.outlook is not None:
         return Group(headline, table, "", *outlook_lines(found.outlook))
     return Group(headline, table, "", *_hardened_lines(found))

@@ -11,13 +11,13 @@ from pathlib import Path
 from specdef_cli.architectures.names import match_names, meta_model
 from specdef_cli.checkpoint.library import DIFFUSERS
 from specdef_cli.checkpoint.manifest import is_hardened, read_manifest
-from specdef_cli.checkpoint.reader import open_checkpoint
+from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.plan import native_config, require_complete, require_floating, require_hardenable
 from specdef_cli.hardening.survey import as_original
 from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.shim import is_shim
+from specdef_cli.runtime.shim import is_shim, shim_layers
 
 
 def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> None:
@@ -68,10 +68,8 @@ def require_sound(directory: Path, *, trust_remote_code: bool = False) -> None:
     manifest = read_manifest(directory) if is_hardened(directory) else None
     if manifest is None:
         if is_shim(checkpoint.config):
-            raise SpecDefError(
-                f"{directory} has a hardened model's config.json and no manifest",
-                "Restore its files, or harden the base model again.",
-            )
+            _require_factors(checkpoint)
+            return
         require_hardenable(checkpoint)
     else:
         require_as_described(checkpoint, manifest)
@@ -82,3 +80,19 @@ def require_sound(directory: Path, *, trust_remote_code: bool = False) -> None:
     names = match_names(model, shapes)
     require_complete(model, names, shapes)
     require_floating(model, names, original)
+
+
+def _require_factors(checkpoint: Checkpoint) -> None:
+    """Refuse a model with inserted layers and without a manifest whose factors are not those that config.json names."""
+    for module, spec in shim_layers(checkpoint.config).items():
+        factors = {
+            f"{module}.inflated.weight": (spec.out_features, spec.in_features),
+            f"{module}.compensation.weight": (spec.out_features, spec.out_features),
+        }
+        for name, shape in factors.items():
+            header = checkpoint.tensors.get(name)
+            if header is None or tuple(header.shape) != shape:
+                raise SpecDefError(
+                    f"{checkpoint.directory} has no tensor {name} of shape {list(shape)}, which its config.json names",
+                    "Restore its files, or harden the base model again.",
+                )

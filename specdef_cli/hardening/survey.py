@@ -21,8 +21,9 @@ from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.insert import read_weight
 from specdef_cli.hardening.outlook import Outlook, outlook
 from specdef_cli.hardening.plan import RESIDUAL_WRITERS, native_config, require_complete
+from specdef_cli.hardening.recognise import Recognised, recognise
 from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.shim import unshim_config
+from specdef_cli.runtime.shim import shim_layers, unshim_config
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 EFFECTIVE_RANK_PROBES = 64
@@ -74,6 +75,7 @@ class Survey:
         manifest: If it is hardened.
         layers: Its linear layers.
         outlook: What hardening would do; ``None`` if it is hardened.
+        recognised: What the weights show of hardening; ``None`` where they would have to be downloaded to see.
     """
 
     model: Resolved
@@ -83,6 +85,7 @@ class Survey:
     manifest: Manifest | None
     layers: tuple[LayerSurvey, ...]
     outlook: Outlook | None
+    recognised: Recognised | None
 
 
 def survey(
@@ -132,15 +135,18 @@ def _survey(
     if "quantization_config" not in original.config:  # packed weights have shapes of their own
         require_complete(skeleton, match_names(skeleton, shapes), shapes)
     inserted = {layer.tensor: layer for layer in manifest.inserted} if manifest else {}
+    # A model with inserted layers and without a manifest still says in config.json which layers they are.
+    factors = {f"{module}.weight": f"{module}.inflated.weight" for module in shim_layers(checkpoint.config)}
+    factors |= {tensor: layer.inflated_tensor for tensor, layer in inserted.items()}
     place = compute_devices(device, process_state(device))[0]
     layers = []
     for site in linear_sites(native, shapes, model=skeleton, trust_remote_code=trust_remote_code):
         replaced = inserted.get(site.tensor)
-        header = checkpoint.tensors[replaced.inflated_tensor if replaced else site.tensor]
+        header = checkpoint.tensors[factors.get(site.tensor, site.tensor)]
         sigma = rank = None
         if spectra and header.dtype in FLOATING_DTYPES:
             seed = layer_seed(0, site.tensor)
-            if replaced:
+            if site.tensor in factors:
                 weight = checkpoint.read(header.name).to(place).float()
             else:
                 weight = read_weight(checkpoint, site, place)
@@ -161,6 +167,9 @@ def _survey(
                 default=site.role in RESIDUAL_WRITERS,
             )
         )
+    recognised = None
+    if checkpoint.arriving is None or spectra:
+        recognised = recognise(checkpoint, native, trust_remote_code=trust_remote_code)
     return Survey(
         model=resolved,
         architecture=type(skeleton).__name__,
@@ -168,15 +177,20 @@ def _survey(
         nbytes=checkpoint.nbytes,
         manifest=manifest,
         layers=tuple(layers),
-        outlook=None if manifest else outlook(checkpoint, trust_remote_code=trust_remote_code),
+        outlook=None if manifest or factors else outlook(checkpoint, trust_remote_code=trust_remote_code),
+        recognised=recognised,
     )
 
 
 def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint:
     """The checkpoint as its original architecture describes it: native config, tombstones with the weights' shapes."""
-    if manifest is None:
-        return checkpoint
     tensors = dict(checkpoint.tensors)
+    if manifest is None:
+        for module, spec in shim_layers(checkpoint.config).items():
+            if f"{module}.weight" in tensors:
+                shape = (spec.out_features, spec.in_features)
+                tensors[f"{module}.weight"] = replace(tensors[f"{module}.weight"], shape=shape)
+        return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
     for layer in manifest.inserted:
         shape = (layer.out_features, layer.in_features)
         tombstone = tensors[layer.tensor]

@@ -110,7 +110,8 @@ def summary(report: AttackReport) -> tuple[str, ...]:
     sentences = [verdict_line(found)] if plain or informed else []
     if len(plain) <= MAX_SENTENCES:
         sentences += [_control_sentence(each) for each in controls]
-        sentences += [_plain_sentence(report, each) for each in plain]
+        undone = any(each.verdict == "not slowed" for each in informed)
+        sentences += [_plain_sentence(report, each, verdict=not undone) for each in plain]
     else:
         sentences += [_control_sentence(controls[0]), *_overview(plain)]
     if informed:
@@ -237,7 +238,8 @@ def _control_sentence(finding: Finding) -> str:
     )
 
 
-def _plain_sentence(report: AttackReport, finding: Finding) -> str:
+def _plain_sentence(report: AttackReport, finding: Finding, *, verdict: bool) -> str:
+    """What one attack reached, with its verdict; without it where others undo the hardening, which is the verdict."""
     name = "hardened model" if report.hardening else "model"
     trained = ", ".join((finding.attack.training.label, *_recipe(finding.attack)[1:]))
     if finding.share is None:
@@ -254,7 +256,7 @@ def _plain_sentence(report: AttackReport, finding: Finding) -> str:
     if rates[-1] < usual[-1]:
         best = f"{percent(finding.share)} (at η = {rate(finding.learning_rate)})"
         text += f"; over all rates down to {rate(rates[-1])}, {best}"
-    return f"{text}: {finding.verdict}."
+    return f"{text}: {finding.verdict}." if verdict else f"{text}."
 
 
 def _overview(plain: Sequence[Finding]) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.manifest import BaseModel, FoldedPair, InsertedLayer, Manifest, ScaledSlice
+from specdef_cli.cli.attack import attack_command
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.recognise import Recognised
 
 LAYER = InsertedLayer("a", "a.weight", 4, 4, None, False, 1e4, 1, "rotated", (1.0,), 0.0)
 INSERT = Manifest("0", "insert", BaseModel("base"), "float32", 0, "constant", inserted=(LAYER,))
@@ -39,7 +42,7 @@ def control_model() -> LlamaForCausalLM:
 
 
 def target(manifest: Manifest | None) -> Target:
-    return Target(manifest, "causal-lm", "d", "c", "m", control_model)
+    return Target(manifest, "causal-lm", "d", "c", "m", Recognised(), control_model)
 
 
 def series(manifest: Manifest | None = INSERT, **options: Any) -> tuple[Series, ...]:
@@ -218,3 +221,17 @@ def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:
 def test_expand_refusals(text: str, kind: str) -> None:
     with pytest.raises(SpecDefError):
         variants_of(expand=text, expansions=[kind])
+
+
+def test_help_shows_the_defaults_that_hold() -> None:
+    """Options that a suite may set have no default of their own on the command line, only the words of one."""
+    hints = get_type_hints(attack_command, include_extras=True)
+    fields = {field.name: field.default for field in dataclasses.fields(AttackOptions)}
+    compared = set()
+    for name, parameter in inspect.signature(attack_command).parameters.items():
+        (option, *_) = hints[name].__metadata__
+        shown = option.show_default if parameter.default is None else parameter.default
+        if name in fields and isinstance(fields[name], int | float) and shown is not None:
+            assert str(shown) == str(fields[name]), name
+            compared.add(name)
+    assert {"steps", "batch_size", "sequence_length", "eval_sequences", "weight_decay", "max_grad_norm"} <= compared

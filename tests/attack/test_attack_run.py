@@ -22,9 +22,12 @@ from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
+from specdef_cli.report import findings, summary
 from specdef_cli.runtime import load_model, load_tokenizer
 
 HardenDirectory = Callable[..., Path]
@@ -208,7 +211,7 @@ def test_other_adapters_train_little_and_something(hardened: Path, tmp_path: Pat
 
 def test_parameter_groups_cover_every_parameter_once(base: Path, hardened: Path) -> None:
     model = load_model(base)
-    target = Target(None, "causal-lm", "", "", "", lambda: model)
+    target = Target(None, "causal-lm", "", "", "", Recognised(), lambda: model)
     groups = Training("groups").on(target)
     names = [group.name for group in groups]
     assert names == [f"{kind} alone" for kind in (
@@ -379,8 +382,38 @@ def test_refusals(base: Path, hardened: Path, tmp_path: Path, changes: dict[str,
 
 def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Path) -> None:
     result = attack(options(base, tmp_path, control=base, trainings=("full",), learning_rates=(1e-3,)))
-    assert [run.spec.subject for run in result.runs] == ["control", "model"]
+    assert [(run.spec.subject, str(run.spec.variant)) for run in result.runs] == [
+        ("control", "plain"), ("model", "plain"), ("model", "rebalance"),
+    ]  # fmt: skip
     assert result.share(result.attacks[1]) == pytest.approx(1.0)
+    assert "Nothing in the weights" in result.notes[0]
+
+
+def test_a_fold_that_comes_without_its_manifest_is_undone_all_the_same(base: Path, tmp_path: Path) -> None:
+    assert harden(HardenOptions(str(base), tmp_path / "fold", method="fold", verify=False)) is not None
+    (tmp_path / "fold" / MANIFEST_NAME).unlink()
+    result = attack(
+        options(tmp_path / "fold", tmp_path / "out", control=base, trainings=("full",), learning_rates=(1e-3,))
+    )
+    _, plain, rebalanced = findings(result)
+    assert str(rebalanced.attack.variant) == "rebalance"
+    assert (rebalanced.share or 0) >= 0.95
+    assert (plain.share or 0) < 0.5
+    assert "The weights show a fold" in result.notes[0]
+    assert any("do not reach below η₀/α" in note for note in result.notes)
+    assert not any("stopped" in sentence for sentence in summary(result))
+
+
+def test_inserted_layers_without_their_manifest_are_collapsed(base: Path, hardened: Path, tmp_path: Path) -> None:
+    shutil.copytree(hardened, tmp_path / "bare")
+    (tmp_path / "bare" / MANIFEST_NAME).unlink()
+    result = attack(
+        options(tmp_path / "bare", tmp_path / "out", control=base, trainings=("full",), learning_rates=(1e-3,))
+    )
+    shares = {str(finding.attack.variant): finding.share for finding in findings(result)[1:]}
+    assert {"collapse", "rebalance"} <= set(shares)
+    assert shares["collapse"] == pytest.approx(1, abs=0.05)
+    assert "The weights show inserted pairs: 4 layers" in result.notes[0]
 
 
 def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(base: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import transformers
 from tiny_families import CASES, build_config, randomize, write_case
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.attack.variants.rebalance import channel_exponents, rebalance
+from specdef_cli.attack.variants.rebalance import rebalance
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.recognise import channel_exponents
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 

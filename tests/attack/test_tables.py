@@ -25,6 +25,7 @@ from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import VARIANTS, Variant, VariantChoice
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.runtime import load_model
 
 TABLES = {"variant": VARIANTS, "training": TRAININGS, "optimizer": OPTIMIZERS}
@@ -61,7 +62,7 @@ def trained_names(model: torch.nn.Module) -> set[str]:
 
 
 def target_of(base: Path, hardened: Path) -> Target:
-    return Target(read_manifest(hardened), "causal-lm", "", "", "", lambda: load_model(base))
+    return Target(read_manifest(hardened), "causal-lm", "", "", "", Recognised(), lambda: load_model(base))
 
 
 @pytest.mark.parametrize("kind", TABLES)

@@ -16,6 +16,7 @@ from specdef_cli.attack.trainings.full import train_only
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 
@@ -36,7 +37,7 @@ def trained_names(model: torch.nn.Module) -> set[str]:
 
 
 def target_of(model: LlamaForCausalLM) -> Target:
-    return Target(None, "causal-lm", "", "", "", lambda: model)
+    return Target(None, "causal-lm", "", "", "", Recognised(), lambda: model)
 
 
 def test_adapters_stand_after_every_attention_and_mlp(llama: LlamaForCausalLM) -> None:

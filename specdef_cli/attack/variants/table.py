@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from specdef_cli.attack.table import Factor, Table, checked_factor
 from specdef_cli.attack.variants.growth import Growth
+from specdef_cli.checkpoint.manifest import Construction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Knowledge = Literal["none", "construction", "growth"]
-Construction = Literal["inserted", "folded"]
 Scope = Literal["inserted", "folded", "any"]
 
 INFORMED: Final = "informed"

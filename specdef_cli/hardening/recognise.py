@@ -1,0 +1,207 @@
+"""What hardening leaves in the weights, read off them: nobody who publishes a model has to say how it was made.
+
+A fold scales a few channels of a symmetric pair by large powers of two and divides their partners by them. How much
+larger one side is than its channels usually are, against how much smaller the other side is, gives the factor. An
+inserted pair is two matrices, one after the other, whose product has far smaller singular values than they have.
+
+A channel's size is the median of its weights' absolute values: a fold changes few channels of each pair, so that what
+other pairs did to single entries of the same row or column does not move a median.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from specdef_cli.architectures.names import meta_model
+from specdef_cli.architectures.pairs import Side, SymmetricPair, symmetries
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES
+from specdef_cli.checkpoint.manifest import Construction
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.spectral.subspace import layer_seed, top_subspace
+
+NATURAL_OCTAVES = 6
+"""So far do channels of a trained model stand out by themselves: at most 1 in pairs of value and output or query and
+key, 3 in MLPs, 6 between norms and what reads them (SmolLM2-135M; 1, 2 and – in Gemma 3 270M). The least that a fold
+does is 8.
+"""
+
+SAMPLE = 512
+"""Weights of a channel that are enough to see a factor of hundreds."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What was found in the weights of a model.
+
+    Attributes:
+        folded: Names of symmetric pairs with channels that are scaled against each other.
+        octaves: The largest power of two among those, as a whole number; 0 where there is none.
+        inserted: Paths of layers that are a pair of matrices.
+        alpha: The largest factor by which anything is inflated; 1 where nothing is.
+    """
+
+    folded: tuple[str, ...] = ()
+    octaves: int = 0
+    inserted: tuple[str, ...] = ()
+    alpha: float = 1.0
+
+    @property
+    def constructions(self) -> frozenset[Construction]:
+        """How the model was hardened, as far as it shows."""
+        found: set[Construction] = {"folded"} if self.folded else set()
+        return frozenset(found | ({"inserted"} if self.inserted else set()))
+
+    @property
+    def sentence(self) -> str | None:
+        """For people; ``None`` where nothing was found."""
+        parts = []
+        if self.folded:
+            parts.append(f"a fold: {len(self.folded)} symmetric pairs have channels scaled by up to 2^{self.octaves}")
+        if self.inserted:
+            parts.append(
+                f"inserted pairs: {len(self.inserted)} layers are a product C·W~ with α about {self.alpha:.0e}"
+            )
+        return f"The weights show {' and '.join(parts)}." if parts else None
+
+
+def recognise(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Recognised:
+    """Look at the weights of a checkpoint, one symmetric pair in memory at a time.
+
+    Args:
+        checkpoint: As it lies on disk, hardened or not.
+        config: The model's native config.
+        trust_remote_code: As in :func:`~specdef_cli.architectures.names.meta_model`.
+
+    Raises:
+        SpecDefError: A tensor cannot be read.
+    """
+    model = meta_model(config, trust_remote_code=trust_remote_code)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
+    readable = {name for name, header in checkpoint.tensors.items() if header.dtype in FLOATING_DTYPES}
+    replaced = [f"{layer}.weight" for layer, _, _ in _candidates(shapes)]
+    native = shapes | {name: expected[name] for name in replaced if name in expected}
+    pairs = symmetries(config, native, model=model).pairs
+    intact = [
+        pair
+        for pair in pairs
+        if pair.channels > 1 and all(side.tensor in readable and shapes[side.tensor] == native[side.tensor]
+                                     for side in pair.sides)
+    ]  # fmt: skip
+    return recognised_in(_Reading(checkpoint.read, shapes), intact)
+
+
+def recognised_in(tensors: Mapping[str, Tensor], pairs: Sequence[SymmetricPair]) -> Recognised:
+    """The same for tensors by name and the symmetric pairs of their model."""
+    folded, octaves = [], 0
+    for pair in pairs:
+        largest = int(channel_exponents(pair, tensors, sample=SAMPLE).abs().max())
+        if largest > NATURAL_OCTAVES:
+            folded.append(pair.name)
+            octaves = max(octaves, largest)
+    inserted, alpha = [], 2.0**octaves
+    shapes = tensors.shapes if isinstance(tensors, _Reading) else {n: tuple(t.shape) for n, t in tensors.items()}
+    for layer, inflated, compensation in _candidates(shapes):
+        factor = inflation(tensors[inflated], tensors[compensation])
+        if factor > 2**NATURAL_OCTAVES:
+            inserted.append(layer)
+            alpha = max(alpha, factor)
+    return Recognised(tuple(folded), octaves, tuple(inserted), alpha)
+
+
+def inflation(inflated: Tensor, compensation: Tensor) -> float:
+    """σ₁(W~)·σ₁(C)/σ₁(C·W~): α for a pair, whatever its gauge; about 1 for matrices that do not cancel.
+
+    Args:
+        inflated: W~, shape [m, n].
+        compensation: C, shape [m, m].
+    """
+    first, second = inflated.float(), compensation.float()
+    values = [float(top_subspace(matrix, 1, layer_seed(0, "recognise")).singular_values[0])
+              for matrix in (first, second, second @ first)]  # fmt: skip
+    return values[0] * values[1] / values[2] if values[2] > 0 else 1.0
+
+
+def channel_exponents(pair: SymmetricPair, tensors: Mapping[str, Tensor], *, sample: int | None = None) -> Tensor:
+    """The power of two by which each channel of a pair seems to be scaled, shape [channels], whole numbers.
+
+    Half the difference between how far (in octaves) the channel stands out on the sides that a fold multiplies, and
+    on those that it divides. What a channel weighs naturally stands out on both and cancels.
+
+    Args:
+        pair: With several channels.
+        tensors: Parameters by name.
+        sample: As in :func:`channel_sizes`.
+    """
+    found: dict[int, list[Tensor]] = {1: [], -1: []}
+    for side in pair.sides:
+        sizes = channel_sizes(side, tensors[side.tensor], sample=sample)
+        if bool((sizes > 0).all()):
+            octaves = sizes.log2()
+            found[side.power].append(octaves - octaves.median())
+    if not found[1] or not found[-1]:
+        return torch.zeros(pair.channels, dtype=torch.int64)
+    multiplied, divided = (torch.stack(found[power]).mean(0) for power in (1, -1))
+    return ((multiplied - divided) / 2).round().long()
+
+
+def channel_sizes(side: Side, tensor: Tensor, *, sample: int | None = None) -> Tensor:
+    """The median absolute weight of each channel, shape [channels].
+
+    Args:
+        side: With several channels.
+        tensor: What it is a side of.
+        sample: Weights of each row that are looked at, at most, evenly spaced; all by default.
+    """
+    if side.indices is None:
+        raise AssertionError(f"{side.tensor}: a pair of several channels names their indices")
+    axis = side.axis
+    if side.block is not None:
+        tensor, axis = tensor[side.block], axis - 1
+    index = torch.tensor(side.indices, device=tensor.device)  # [channels, entries]
+    rows = tensor.movedim(axis, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
+    stride = 1 if sample is None else max(1, rows.shape[1] // sample)
+    chosen = rows[:, ::stride][index.flatten()].float().abs()
+    return chosen.reshape(len(side.indices), -1).median(-1).values.cpu()
+
+
+class _Reading(Mapping[str, Tensor]):
+    """A checkpoint's tensors, each read when it is asked for and not kept."""
+
+    def __init__(self, read: Callable[[str], Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _candidates(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, str]]:
+    """What may be an inserted pair by its shapes: its path, W~ [m, n] and C [m, m], the only matrices under it."""
+    matrices: dict[str, list[str]] = {}
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        if len(shape) == 2 and parts[-1] == "weight" and len(parts) > 2:
+            matrices.setdefault(".".join(parts[:-2]), []).append(name)
+    found = []
+    for path, names in matrices.items():
+        if len(names) == 2:
+            for inflated, compensation in (names, names[::-1]):
+                rows = shapes[inflated][0]
+                # Of two square ones either may be the compensation: the product is the same size, and the order of
+                # their names in this package's files is known.
+                if tuple(shapes[compensation]) == (rows, rows) and not inflated.endswith(".compensation.weight"):
+                    found.append((path, inflated, compensation))
+                    break
+    return found

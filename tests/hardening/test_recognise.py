@@ -1,0 +1,91 @@
+"""What hardening leaves in the weights is found there, and nothing is found in ordinary models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import CASES, write_case
+
+from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME
+from specdef_cli.checkpoint.reader import open_checkpoint
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.plan import native_config
+from specdef_cli.hardening.recognise import NATURAL_OCTAVES, Recognised, inflation, recognise, recognised_in
+from specdef_cli.hardening.run import harden
+
+TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
+
+
+def found_in(directory: Path) -> Recognised:
+    checkpoint = open_checkpoint(directory)
+    return recognise(checkpoint, native_config(checkpoint, trust_remote_code=False))
+
+
+def bare(base: Path, out: Path, **options: object) -> Path:
+    """A hardened directory without its manifest."""
+    assert harden(HardenOptions(str(base), out, verify=False, **options)) is not None  # type: ignore[arg-type]
+    (out / MANIFEST_NAME).unlink()
+    return out
+
+
+def test_nothing_is_found_in_a_trained_model() -> None:
+    assert found_in(TINY_LLAMA) == Recognised()
+    assert Recognised().sentence is None
+
+
+@pytest.mark.parametrize("profile", ["coverage", "quantizable"])
+def test_a_fold_of_a_trained_model_is_found_with_its_largest_exponent(tmp_path: Path, profile: str) -> None:
+    result = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "fold", method="fold", profile=profile, verify=False))  # type: ignore[arg-type]
+    assert result is not None
+    (tmp_path / "fold" / MANIFEST_NAME).unlink()
+    found = found_in(tmp_path / "fold")
+    assert set(found.folded) == {pair.name for pair in result.manifest.folded}
+    largest = max(abs(exponent) for pair in result.manifest.folded for exponent in pair.exponents)
+    assert abs(found.octaves - largest) <= 2
+    assert found.alpha == 2.0**found.octaves
+    assert (found.inserted, found.constructions) == ((), {"folded"})
+    assert f"2^{found.octaves}" in str(found.sentence)
+
+
+@pytest.mark.parametrize("gauge", ["rotated", "symmetric"])
+def test_inserted_pairs_are_found_with_their_alpha(tmp_path: Path, gauge: str) -> None:
+    found = found_in(bare(TINY_LLAMA, tmp_path / "insert", method="insert", alpha=1e4, top_k=4, gauge=gauge))
+    assert len(found.inserted) == 8
+    assert all(path.endswith(("o_proj", "down_proj")) for path in found.inserted)
+    assert found.alpha == pytest.approx(1e4, rel=0.1)
+    assert found.constructions == {"inserted"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_familys_fold_is_found(case: str, tmp_path: Path) -> None:
+    base = write_case(case, tmp_path / "base")
+    before = found_in(base)
+    assert before.folded == ()
+    after = found_in(bare(base, tmp_path / "fold", method="fold"))
+    assert after.folded
+    assert after.octaves > NATURAL_OCTAVES
+
+
+def test_two_matrices_that_do_not_cancel_are_no_pair() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(16, size, generator=generator) for size in (24, 16))
+    assert inflation(first, second) < 4
+    assert recognised_in({"block.a.weight": first, "block.b.weight": second}, ()) == Recognised()
+    weight = second.inverse() @ first
+    assert inflation(weight, second) > 4
+
+
+def test_a_channel_that_is_large_by_nature_is_no_fold() -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(8, 64, generator=generator), torch.randn(64, 8, generator=generator)
+    up[5] *= 2**10
+    down[:, 5] *= 2**10
+    each = tuple((channel,) for channel in range(8))
+    pair = SymmetricPair("mlp", "up_down", 8, (Side("up", 0, each, 1), Side("down", 1, each, -1)))
+    assert recognised_in({"up": up, "down": down}, [pair]) == Recognised()
+    up[2] *= 2**9
+    down[:, 2] /= 2**9
+    assert recognised_in({"up": up, "down": down}, [pair]) == Recognised(("mlp",), 9, (), 2.0**9)
