@@ -24,10 +24,10 @@ from specdef_cli.checkpoint.manifest import Construction
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
-NATURAL_OCTAVES = 6
+NATURAL_OCTAVES = 4
+NATURAL_OCTAVES_OF_NORMS = 6
 """So far do channels of a trained model stand out by themselves: at most 1 in pairs of value and output or query and
-key, 3 in MLPs, 6 between norms and what reads them (SmolLM2-135M; 1, 2 and – in Gemma 3 270M). The least that a fold
-does is 8.
+key, 3 in MLPs, 6 between norms and what reads them (SmolLM2-135M; 1, 2 and none such in Gemma 3 270M).
 """
 
 SAMPLE = 512
@@ -101,7 +101,7 @@ def recognised_in(tensors: Mapping[str, Tensor], pairs: Sequence[SymmetricPair])
     folded, octaves = [], 0
     for pair in pairs:
         largest = int(channel_exponents(pair, tensors, sample=SAMPLE).abs().max())
-        if largest > NATURAL_OCTAVES:
+        if largest > (NATURAL_OCTAVES_OF_NORMS if pair.kind == "norm_readers" else NATURAL_OCTAVES):
             folded.append(pair.name)
             octaves = max(octaves, largest)
     inserted, alpha = [], 2.0**octaves
