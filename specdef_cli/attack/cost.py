@@ -110,6 +110,20 @@ def measure_speed(first: RunSpec, data: AttackData, train: Callable[[RunSpec, At
     return Speed(max(load, 0.0), step, FORWARD_SHARE * step)
 
 
+def speed_of(finished: RunResult, held_out: int) -> Speed:
+    """What a finished run tells of the cost of another one; loading is not known from it.
+
+    Args:
+        finished: A run that made at least one step.
+        held_out: Sequences that every evaluation of it took.
+    """
+    spec = finished.spec
+    trained = finished.train[-1].step * spec.batch_size * spec.sequence_length
+    evaluated = len(finished.evaluations) * held_out * spec.sequence_length
+    step = finished.seconds / (trained + FORWARD_SHARE * evaluated)
+    return Speed(0.0, step, FORWARD_SHARE * step)
+
+
 def _part(examples: Examples, count: int) -> Examples:
     return Subset(examples, range(min(count, len(examples))))  # type: ignore[arg-type]
 

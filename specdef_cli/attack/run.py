@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 import specdef_cli
 from specdef_cli.architectures.names import meta_model
 from specdef_cli.attack.accuracy import require_harness
-from specdef_cli.attack.cost import Deadline, Speed, by_telling, default_budget, fitting_budget, measure_speed
+from specdef_cli.attack.cost import Deadline, Speed, by_telling, default_budget, fitting_budget, measure_speed, speed_of
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
 from specdef_cli.attack.forecast import Forecast, budget_in_words, foresee
 from specdef_cli.attack.options import AttackOptions
@@ -153,6 +153,11 @@ class _Prepared:
     store: RunStore
     began: float
 
+    @property
+    def held_out(self) -> int:
+        """Sequences that every evaluation takes."""
+        return len(self.data.held_out) + (len(self.data.retained) if self.data.retained is not None else 0)
+
     def time_left(self) -> float:
         """Seconds of the time limit."""
         return (self.options.time_limit or 0.0) - (time.monotonic() - self.began)
@@ -216,6 +221,13 @@ def _prepare_and_measure(options: AttackOptions, *, measure: bool) -> tuple[_Pre
 
 
 def _measured(prepared: _Prepared) -> Speed:
+    """From a run of the control that is there already, else from two steps of it."""
+    control = prepared.plan[0]
+    for spec in control.runs(control.grid, control.seeds):
+        finished = prepared.store.load(spec)
+        if finished is not None and finished.train:
+            return speed_of(finished, prepared.held_out)
+
     def train(spec: RunSpec, data: AttackData) -> RunResult:
         return replace(prepared.train, data=data, tracking=NOWHERE)(spec, lambda step, loss: None)
 
@@ -229,7 +241,7 @@ def _forecast(prepared: _Prepared, speed: Speed | None) -> Forecast:
         options,
         prepared.plan,
         names=(str(options.model), prepared.control_name, data.name),
-        held_out=len(data.held_out) + (len(data.retained) if data.retained is not None else 0),
+        held_out=prepared.held_out,
         speed=speed,
         load=prepared.store.load,
         assumed=_assumed(options, grids, prepared.control_name, data),

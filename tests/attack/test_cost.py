@@ -15,7 +15,7 @@ from commands import Result, call_cli, environment
 from test_optimizers import spec
 from test_search import GRID, make_series, result, run_plan
 
-from specdef_cli.attack import AttackOptions, plan_attack
+from specdef_cli.attack import AttackOptions, attack, plan_attack
 from specdef_cli.attack.cost import (
     BUDGETS,
     DECADE_RUNS,
@@ -182,6 +182,22 @@ def test_a_plan_says_what_will_be_run_and_keeps_nothing(hardened: Path, base: Pa
     assert forecast.seconds > 0
     assert not (tmp_path / "out").exists()
     assert json.dumps(forecast.budget) == '"4 steps of 4 sequences of 32 tokens, float32"'
+
+
+def test_a_finished_run_of_the_control_is_not_measured_again(
+    hardened: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = AttackOptions(
+        model=hardened, control=base, out=tmp_path, trainings=("full",), learning_rates=(1e-4,), steps=2, batch_size=2,
+        sequence_length=16, eval_sequences=2,
+    )  # fmt: skip
+    report = attack(options)
+    monkeypatch.setattr("specdef_cli.attack.run.measure_speed", None)
+    forecast = plan_attack(options)
+    assert [planned.finished for planned in forecast.attacks] == [planned.runs for planned in forecast.attacks]
+    assert forecast.seconds == forecast.verdict_seconds == 0
+    another = plan_attack(replace(options, learning_rates=(1e-4, 1e-5)))
+    assert another.seconds == pytest.approx(len(report.runs) * report.runs[0].seconds, rel=1e-6)
 
 
 def attack_command(hardened: Path, base: Path, out: Path, *more: str) -> Result:
