@@ -193,7 +193,7 @@ def default_budget(options: AttackOptions, control: Path) -> AttackOptions:
     parameters = sum(math.prod(header.shape) for header in open_checkpoint(control).tensors.values())
     speed = _NOMINAL_SPEED["accelerator" if torch.accelerator.is_available() else "cpu"]
     lowered = options
-    for budget in BUDGETS:
+    for budget in ({}, *BUDGETS):  # first of all as it is
         lowered = _lowered(options, budget)
         tokens = lowered.steps * lowered.batch_size * lowered.sequence_length
         if 6 * parameters * tokens <= speed * _NOMINAL_SECONDS:
@@ -205,7 +205,7 @@ def _lowered(options: AttackOptions, budget: Mapping[str, int]) -> AttackOptions
     changes: dict[str, Any] = {
         name: min(value, getattr(options, name)) for name, value in budget.items() if name in options.free
     }
-    if "eval_every" in options.free and budget is not BUDGETS[0]:
+    if "eval_every" in options.free and budget:
         changes["eval_every"] = max(1, changes.get("steps", options.steps) // EVALUATIONS)
     return replace(options, **changes)
 
@@ -221,7 +221,7 @@ def fitting_budget(options: AttackOptions, plan: Sequence[Series], speed: Speed,
     """
     verdict = first_verdict(plan)
     chosen = options
-    for budget in BUDGETS:
+    for budget in ({}, *BUDGETS):  # first of all as it is
         chosen = _lowered(options, budget)
         held_out = chosen.eval_sequences + max(1, chosen.eval_sequences // 4)
         seconds = sum(verdict_runs(series) * speed.run(_on(series.first, chosen), held_out) for series in verdict)

@@ -205,7 +205,7 @@ def attack_command(
 
     from specdef_cli.attack import AttackOptions, Forecast, attack, is_main_process, plan_attack
     from specdef_cli.attack.spellings import trainings_of, variants_of
-    from specdef_cli.attack.suite import BUDGET, load_suite
+    from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
     from specdef_cli.cli.plan import plan_screen
     from specdef_cli.report import attacks_table, report_dict, runs_table, summary, write_report
     from specdef_cli.report.conditions import Condition
@@ -230,10 +230,10 @@ def attack_command(
     budget: dict[str, Any] = {**(chosen.budget if chosen else {}), **{k: v for k, v in given.items() if v is not None}}
     if "seeds" in budget:
         budget["seeds"] = tuple(range(budget["seeds"]))
-    free = () if suite is not None else tuple(name for name in BUDGET if name != "seeds" and name not in budget)
-    if limit is not None:
-        free = tuple(name for name in BUDGET if name != "seeds" and given[name] is None)
-        lr_sweep = lr_sweep or (chosen is None and not lr)
+    # What the user gave stays: by a flag, or in a suite of the user's own.
+    kept = given if chosen is None or suite in suite_names() or limit is not None else budget
+    free = tuple(name for name in BUDGET if name != "seeds" and kept.get(name) is None)
+    lr_sweep = lr_sweep or (limit is not None and chosen is None and not lr)
     options = AttackOptions(
         model=model,
         out=out,

@@ -50,4 +50,4 @@ def plan_screen(forecast: Forecast) -> Group:
     if forecast.cheaper:
         said.append(f"Cheaper: {forecast.cheaper}")
     said += [f"assumed: {text}" for text in forecast.assumed] + [f"note: {text}" for text in forecast.notes]
-    return Group(facts, Padding(rows, (1, 0)), Text("\n".join(said)))
+    return Group(facts, Padding(rows, (1, 0), expand=False), Text("\n".join(said)))
