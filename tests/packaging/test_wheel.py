@@ -49,14 +49,15 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedP
     return process
 
 
-def test_the_core_has_none_of_the_extras(binaries: Path, tmp_path: Path) -> None:
+def test_the_core_lacks_something_of_every_extra(binaries: Path, tmp_path: Path) -> None:
+    """Not all of it: torch brings jinja2, for one."""
     program = (
         "import json; from specdef_cli.extras import EXTRA_MODULES, missing_modules;"
-        "print(json.dumps({extra: missing_modules(extra) == EXTRA_MODULES[extra] for extra in EXTRA_MODULES}))"
+        "print(json.dumps({extra: missing_modules(extra) for extra in EXTRA_MODULES}))"
     )
     found = json.loads(run(binaries / "python", "-c", program, cwd=tmp_path).stdout)
-    # transformers itself brings pillow, or not, depending on its version; the others are ours alone.
-    assert all(found[extra] for extra in ("deploy", "diffusion", "eval", "report")), found
+    assert all(found.values()), found
+    assert "matplotlib" in found["report"]
 
 
 def test_harden_inspect_load_and_collapse(binaries: Path, tmp_path: Path) -> None:
