@@ -127,8 +127,9 @@ reproduce-wmdp: install  ## the paper's main experiment, on the tiny Llama with 
 	  UTILITY_TASKS=standin_python EVAL_TASK_PATH=examples/reproduce/standin STEPS=4 PAPER_DTYPE=float32 \
 	  CERTIFY=--no-deployment JOBS=$(JOBS) OUT=$(DEMO)/wmdp bash examples/reproduce/llama_wmdp.sh
 
-# Directories whose tests need neither training nor a process of their own, but for a few.
-QUICK := tests/spectral tests/checkpoint tests/report tests/architectures
+# Tests that need neither training nor a process of their own.
+QUICK := tests/spectral tests/report tests/architectures tests/documentation \
+  $(addprefix tests/checkpoint/test_,manifest.py reader.py shards.py stream.py output.py downloads.py)
 
 check: lint  ## style, types and the quick tests: before every commit
 	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadfile $(QUICK)
