@@ -19,7 +19,7 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
-  reproduce-staircase reproduce-unet reproduce-wmdp real-models real-tools real-consumers check test test-all test-newest faults lint format docs build wheel bench bench-large train-example clean
+  reproduce-staircase reproduce-insert reproduce-unet reproduce-wmdp real-models real-tools real-consumers check test test-all test-newest faults lint format docs build wheel bench bench-large train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,10 @@ reproduce-mixing: install  ## folds that mix channels, against an optimizer that
 
 reproduce-staircase: install  ## where a fold's largest factors belong, and what one channel alone is good for
 	$(BIN)/python examples/reproduce/staircase.py --out $(DEMO)/staircase --jobs $(JOBS) | tee docs/tables/staircase.md
+
+reproduce-insert: install  ## what insert, scales and the paper's factors resist and cost on the tiny Llama
+	mkdir -p docs/tables
+	$(BIN)/python examples/reproduce/insert.py $(TINY) --out $(DEMO)/insert | tee docs/tables/insert.md
 
 reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, under LoRA
 	$(BIN)/python examples/reproduce/unet.py --out $(DEMO)/unet | tee docs/tables/unet.md

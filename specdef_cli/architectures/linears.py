@@ -164,7 +164,14 @@ def _is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
     """Whether ``module`` turns hidden states into an output, so that it is what an attacker replaces anyway."""
     if not isinstance(model, PreTrainedModel):
         return False
-    if module is model.get_output_embeddings() or _HEAD_NAMES.search(path):
+    return module is model.get_output_embeddings() or is_classifier(model, path)
+
+
+def is_classifier(model: nn.Module, path: str) -> bool:
+    """Whether the module at ``path`` lies outside of the base model, as the head of a classifier does."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    if _HEAD_NAMES.search(path):
         return True
     prefix = model.base_model_prefix
     has_base = bool(prefix) and model.base_model is not model

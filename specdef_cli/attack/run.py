@@ -351,7 +351,7 @@ def _hardening(manifest: Manifest | None) -> Hardening | None:
         alpha=largest_alpha(manifest),
         top_k=first.top_k if first else None,
         gauge=first.gauge if first else None,
-        layers=len(manifest.inserted) or len(manifest.folded),
+        layers=len(manifest.inserted) + len(manifest.scaled) or len(manifest.folded),
     )
 
 

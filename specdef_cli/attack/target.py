@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from specdef_cli.checkpoint.manifest import Construction, Manifest
 
@@ -45,8 +45,12 @@ class Target:
         """
         if self.manifest is None:
             return self.recognised.constructions | {"folded"}
-        inserted: set[Construction] = {"inserted"} if self.manifest.inserted else set()
-        return self.recognised.constructions | inserted | ({"folded"} if self.manifest.folded else set())
+        changes: dict[Construction, tuple[Any, ...]] = {
+            "inserted": self.manifest.inserted,
+            "folded": self.manifest.folded,
+            "scaled": self.manifest.scaled,
+        }
+        return self.recognised.constructions | frozenset(name for name, changed in changes.items() if changed)
 
     @property
     def inserted(self) -> tuple[str, ...]:
@@ -65,4 +69,10 @@ def largest_alpha(manifest: Manifest | None) -> float:
         return 1.0
     alphas = [layer.alpha for layer in manifest.inserted]
     alphas += [2.0 ** abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
+    alphas += [
+        2.0 ** abs(exponent)
+        for module in manifest.scaled
+        for side in module.scales.values()
+        for exponent in side.exponents
+    ]
     return max(alphas, default=1.0)

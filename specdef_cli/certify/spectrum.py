@@ -7,17 +7,18 @@ a fold every changed tensor must be the base's, multiplied by the manifest's pow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, ScaledSlice
+from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, ScaledModule, ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.fold import scale_slice
+from specdef_cli.hardening.scale import scale_vector
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 TOLERANCE = 0.02
@@ -88,7 +89,7 @@ def measure_spectrum(
     for pair in manifest.folded:
         for part in pair.slices:
             slices.setdefault(part.tensor, []).append(part)
-    deviating = []
+    deviating = [name for module in manifest.scaled for name in _deviating(base, hardened, module)]
     for name, parts in slices.items():
         if name not in base.tensors:
             raise SpecDefError(f"the base has no {name}, which {hardened.directory} was made from", "Give its base.")
@@ -100,10 +101,38 @@ def measure_spectrum(
         on_tensor(name)
     return SpectrumFigures(
         layers=tuple(layers),
-        folded_tensors=len(slices),
+        folded_tensors=len(slices) + len({part.tensor for module in manifest.scaled for part in module.slices}),
         deviating=tuple(deviating),
-        largest_exponent=max((abs(value) for pair in manifest.folded for value in pair.exponents), default=0),
+        largest_exponent=max(
+            (
+                abs(value)
+                for parts in (*(pair.slices for pair in manifest.folded), *(each.slices for each in manifest.scaled))
+                for part in parts
+                for value in part.exponents
+            ),
+            default=0,
+        ),
     )
+
+
+def _deviating(base: Checkpoint, hardened: Checkpoint, module: ScaledModule) -> Iterator[str]:
+    """Tensors of a scaled module that are not the base's times the manifest's powers of two, or do not undo them."""
+    stored = {module.tensor: module.inflated_tensor, module.bias: module.inflated_bias}
+    for name in dict.fromkeys(part.tensor for part in module.slices):
+        if name not in base.tensors:
+            raise SpecDefError(f"the base has no {name}, which {hardened.directory} was made from", "Give its base.")
+        tensor = stored[name]
+        assert tensor is not None
+        expected = base.read(name).to(TORCH_DTYPES[hardened.tensors[tensor].dtype])
+        for part in module.slices:
+            if part.tensor == name:
+                scale_slice(expected, part)
+        if not torch.equal(expected, hardened.read(tensor)):
+            yield tensor
+    for name, side in module.scales.items():
+        found = hardened.read(name)
+        if not torch.equal(scale_vector(module.shape[side.axis], side, found.dtype), found):
+            yield name
 
 
 def _layer(hardened: Checkpoint, layer: InsertedLayer) -> LayerSpectrum:

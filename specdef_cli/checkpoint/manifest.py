@@ -20,10 +20,11 @@ MANIFEST_NAME = "specdef.json"
 FORMAT_VERSION = 1
 
 Method = Literal["insert", "fold", "mixed"]
-Construction = Literal["inserted", "folded"]
+Construction = Literal["inserted", "folded", "scaled"]
 Gauge = Literal["rotated", "symmetric"]
 Schedule = Literal["constant", "staircase"]
 Profile = Literal["coverage", "quantizable"]
+ScaledKind = Literal["linear", "embedding", "head", "norm"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,98 @@ class FoldedPair:
 
 
 @dataclass(frozen=True)
+class ScaledChannels:
+    """Channels of a weight that were multiplied by powers of two.
+
+    Attributes:
+        axis: The dimension of the weight that they count along.
+        indices: Positions along ``axis``.
+        exponents: The weight is scaled by 2**exponent at each of them.
+        period: Where given, all positions that leave such a remainder are scaled alike: the tokens of a vocabulary.
+    """
+
+    axis: int
+    indices: tuple[int, ...]
+    exponents: tuple[int, ...]
+    period: int | None = None
+
+    def along(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Every position on an axis of this length that is scaled, and its exponent."""
+        if self.period is None:
+            return self.indices, self.exponents
+        steps = dict(zip(self.indices, self.exponents, strict=True))
+        found = [position for position in range(length) if position % self.period in steps]
+        return tuple(found), tuple(steps[position % self.period] for position in found)
+
+
+@dataclass(frozen=True)
+class ScaledModule:
+    """A module whose weight was scaled by channel, and which undoes the scale when it runs.
+
+    Attributes:
+        module: Path in the transformers model.
+        kind: What it does with its weight.
+        tensor: Name of the weight in the base checkpoint's files.
+        stem: What the names of its tensors in the hardened checkpoint's files begin with.
+        shape: Of the weight.
+        bias: Name of the bias in the base checkpoint's files, or ``None``; it is scaled with the output.
+        output, input: What was scaled on the side of the module's output and of its input.
+        tied_to: Module whose weight a head shares, and whose output channels are the head's input; the weight is stored
+            once, with that module.
+    """
+
+    module: str
+    kind: ScaledKind
+    tensor: str
+    stem: str
+    shape: tuple[int, ...]
+    bias: str | None = None
+    output: ScaledChannels | None = None
+    input: ScaledChannels | None = None
+    tied_to: str | None = None
+
+    @property
+    def tombstone(self) -> str:
+        """Name of the one element that stands where the weight was."""
+        return f"{self.stem}.weight"
+
+    @property
+    def inflated_tensor(self) -> str:
+        """Name of the scaled weight; of a head that shares it, where it would stand."""
+        return f"{self.stem}.inflated.weight"
+
+    @property
+    def inflated_bias(self) -> str | None:
+        """Name of the scaled bias."""
+        return f"{self.stem}.inflated.bias" if self.bias else None
+
+    @property
+    def scales(self) -> dict[str, ScaledChannels]:
+        """Names of the scale vectors, which hold 2**-exponent, and what they undo."""
+        sides = {"input_scale": self.input, "output_scale": self.output}
+        return {f"{self.stem}.{name}.weight": side for name, side in sides.items() if side is not None}
+
+    @property
+    def channels(self) -> int:
+        """How many channels are scaled."""
+        return sum(len(side.indices) for side in self.scales.values())
+
+    @property
+    def parameters_added(self) -> int:
+        """Length of the scale vectors."""
+        return sum(self.shape[side.axis] for side in self.scales.values())
+
+    @property
+    def slices(self) -> tuple[ScaledSlice, ...]:
+        """What was multiplied in the base's tensors."""
+        sides = () if self.tied_to else self.scales.values()
+        slices = [ScaledSlice(self.tensor, side.axis, None, *side.along(self.shape[side.axis])) for side in sides]
+        if self.bias is not None and self.output is not None:
+            slices.append(ScaledSlice(self.bias, 0, None, *self.output.along(self.shape[self.output.axis])))
+        return tuple(slices)
+
+
+@dataclass(frozen=True)
 class ConfigChange:
     """A value in config.json that had to follow the weights (the norms' eps under a rescaled residual stream)."""
 
@@ -159,6 +252,7 @@ class Manifest:
         profile: The fold's profile; ``None`` without a fold.
         inserted: The replaced linears.
         folded: The rescaled pairs.
+        scaled: The modules that undo a scale of their own weight.
         config_changes: Changed values of config.json.
         shards: sha256 of every safetensors file.
         verification: Figures of the verification before publication; empty when it was skipped.
@@ -173,6 +267,7 @@ class Manifest:
     profile: Profile | None = None
     inserted: tuple[InsertedLayer, ...] = ()
     folded: tuple[FoldedPair, ...] = ()
+    scaled: tuple[ScaledModule, ...] = ()
     config_changes: tuple[ConfigChange, ...] = ()
     shards: dict[str, str] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)

@@ -46,18 +46,20 @@ def collapse_command(
     if result is not None:
         for text in result.notes:
             output.note(text)
-        layers, pairs = len(result.manifest.inserted), len(result.manifest.folded)
+        layers, pairs, modules = map(len, (result.manifest.inserted, result.manifest.folded, result.manifest.scaled))
         summary = {
             "out": result.out,
             "base": result.manifest.base.name,
             "layers_multiplied": layers,
             "pairs_unfolded": pairs,
+            "modules_unscaled": modules,
             "parameters_removed": result.parameters_removed,
         }
         output.data(
             summary,
             Text(
                 f"{result.out}: {layers} inserted pairs multiplied, {pairs} folded pairs undone, "
+                f"{modules} modules unscaled, "
                 f"{result.parameters_removed:,} parameters removed"
             ),
             written=out,

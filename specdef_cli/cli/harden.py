@@ -23,7 +23,7 @@ from specdef_cli.cli.options import (
 )
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
-from specdef_cli.cli.tables import layer_table, pairs_table, summary_lines
+from specdef_cli.cli.tables import layer_table, pairs_table, scaled_table, summary_lines
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -37,7 +37,8 @@ def harden_command(
     method: Annotated[
         Literal["auto", "insert", "fold"],
         typer.Option(
-            help="insert: the paper's pairs of layers. fold: rescaled existing pairs. auto: fold where it can."
+            help="fold: existing pairs of weights are rescaled. insert: weights with code that undoes a change beside "
+            "them. auto: fold, and insert for the rest with --allow-code."
         ),
     ] = "auto",
     alpha: Annotated[
@@ -60,8 +61,9 @@ def harden_command(
     schedule: Annotated[
         Literal["constant", "staircase"] | None,
         typer.Option(
-            help="Factors of a fold: alpha in every pair, or powers of two that go down from layer to layer.",
-            show_default="staircase",
+            help="staircase: powers of two that go down from layer to layer. constant: one alpha; insert then stores "
+            "the paper's two factors a layer.",
+            show_default="staircase; constant for insert with --alpha, --top-k or --gauge",
         ),
     ] = None,
     profile: Annotated[
@@ -71,11 +73,15 @@ def harden_command(
             show_default="coverage",
         ),
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Let auto scale what no pair reaches; the model then brings code to load."),
+    ] = False,
     layers: Annotated[
         list[str] | None,
         typer.Option(
             help="Glob of layers to harden, e.g. '*.o_proj' (repeatable).",
-            show_default="the linears that write to the residual stream; every pair of a fold",
+            show_default="all; for constant insert the linears that write to the residual stream",
         ),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of layers to leave alone (repeatable).")] = None,
@@ -118,6 +124,8 @@ def harden_command(
       specdef harden ./my-model --out hardened --method insert --layers '*.o_proj' --alpha 1e5 --dry-run
 
       specdef harden ./my-model --out hardened --method fold --profile quantizable
+
+      specdef harden ./my-model --out hardened --allow-code
     """
     if not dry_run:
         require_usable(out, model)
@@ -148,6 +156,7 @@ def harden_command(
         gauge=gauge,
         schedule=schedule,
         profile=profile,
+        allow_code=allow_code,
         layers=tuple(layers or ()),
         exclude=tuple(exclude or ()),
         base_model=base_model,
@@ -202,6 +211,22 @@ def preview_json(shown: PlanPreview) -> dict[str, Any]:
             {"name": pair.name, "kind": pair.kind, "channels": pair.channels, "exponents": pair.exponents}
             for pair in shown.plan.folded
         ],
+        "modules": [
+            {
+                "module": module.module,
+                "kind": module.kind,
+                "channels": {
+                    name.split(".")[-2]: {
+                        "indices": side.indices,
+                        "exponents": side.exponents,
+                        **({"period": side.period} if side.period else {}),
+                    }
+                    for name, side in module.scales.items()
+                },
+                "parameters_added": module.parameters_added,
+            }
+            for module in shown.plan.scaled
+        ],
         "parameters_before": shown.parameters_before,
         "parameters_added": shown.plan.parameters_added,
         "bytes_before": shown.bytes_before,
@@ -230,6 +255,8 @@ def preview_tables(shown: PlanPreview) -> Group:
         parts.append(table)
     if plan.folded:
         parts.append(pairs_table(plan.folded))
+    if plan.scaled:
+        parts.append(scaled_table(plan.scaled))
     return Group(*parts)
 
 
@@ -257,4 +284,6 @@ def result_tables(result: HardenResult) -> Group:
         )
     headline = f"{result.out}: {manifest.method}, adds {result.parameters_added:,} parameters; {verified}"
     tables = [table] if manifest.inserted else []
-    return Group(headline, *tables, *([pairs_table(manifest.folded)] if manifest.folded else []))
+    tables += [pairs_table(manifest.folded)] if manifest.folded else []
+    tables += [scaled_table(manifest.scaled)] if manifest.scaled else []
+    return Group(headline, *tables)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from specdef_cli.checkpoint.manifest import FoldedPair
+    from specdef_cli.checkpoint.manifest import FoldedPair, ScaledModule
     from specdef_cli.hardening.outlook import Outlook, PlanSummary
 
 
@@ -40,6 +40,20 @@ def pairs_table(pairs: Sequence[FoldedPair]) -> Table:
             str(sum(len(pair.channels) for pair in alike)),
             f"2^{min(exponents)} to 2^{max(exponents)}",
         )
+    return table
+
+
+def scaled_table(modules: Sequence[ScaledModule]) -> Table:
+    """Scaled modules by kind: how many, and by which powers of two. ``--json`` lists every one."""
+    from rich.table import Table
+
+    table = Table("scaled modules")
+    for heading in ("count", "factors"):
+        table.add_column(heading, justify="right")
+    for kind in dict.fromkeys(module.kind for module in modules):
+        alike = [module for module in modules if module.kind == kind]
+        exponents = [value for module in alike for side in module.scales.values() for value in side.exponents]
+        table.add_row(kind, str(len(alike)), f"2^{min(exponents)} to 2^{max(exponents)}")
     return table
 
 
@@ -79,6 +93,8 @@ def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
     parts = []
     if summary.pairs:
         parts.append(f"{summary.pairs} symmetric pairs rescaled")
+    if summary.modules:
+        parts.append(f"{summary.modules} modules scaled, which undo it themselves")
     if summary.layers:
         parts.append(f"{summary.layers} layers replaced by pairs of layers")
     yield f"{summary.method}: {', '.join(parts)}"

@@ -89,6 +89,18 @@ def _what(manifest: Manifest) -> Sequence[str]:
             f"{len(exponents)} channels in {len(manifest.folded)} symmetric pairs of existing weights were rescaled by "
             f"powers of two ({_range(exponents, '2^')}, {manifest.profile} profile); no parameter was added."
         )
+    if manifest.scaled:
+        exponents = sorted(
+            abs(exponent)
+            for module in manifest.scaled
+            for side in module.scales.values()
+            for exponent in side.exponents
+        )
+        added = sum(module.parameters_added for module in manifest.scaled)
+        lines.append(
+            f"{len(manifest.scaled)} modules had channels of their own weight scaled by powers of two "
+            f"({_range(exponents, '2^')}), which vectors beside the weight undo; this adds {added:,} parameters."
+        )
     return lines
 
 
@@ -125,14 +137,14 @@ def _limit(manifest: Manifest, left_alone: Sequence[str], library: Library) -> S
         "A learning rate for every row and column, updates that are relative to a weight (HiRA, IA³, Madam), and "
         "adapters that are added to the residual stream do not see the scales. "
     )
-    undo, around = {
-        "insert": ("multiplying each pair of layers restores the original weights", around_pairs),
-        "fold": ("rebalancing the rows and columns of each pair restores them, without any data", around_scales),
-        "mixed": (
-            "multiplying each inserted pair and rebalancing each folded one restores them",
-            around_pairs + around_scales,
-        ),
-    }[manifest.method]
+    ways = {
+        "multiplying each pair of layers restores the original weights": manifest.inserted,
+        "multiplying each scale vector into its weight restores the original weights, bit for bit": manifest.scaled,
+        "rebalancing the rows and columns of each pair restores them, without any data": manifest.folded,
+    }
+    undo = " and ".join(way for way, changed in ways.items() if changed)
+    around = around_pairs if manifest.inserted else ""
+    around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
     if library is DIFFUSERS:
         measure = "No attack was measured on this very checkpoint."
@@ -144,9 +156,9 @@ def _limit(manifest: Manifest, left_alone: Sequence[str], library: Library) -> S
 
 
 def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
-    lost = lost_formats(manifest.folded, inserted=bool(manifest.inserted))
+    lost = lost_formats(manifest.folded, inserted=bool(manifest.inserted or manifest.scaled))
     dtype = f" Run it in float32 or bfloat16. It does not survive: {', '.join(lost)}." if lost else ""
-    if not manifest.inserted:
+    if not manifest.inserted and not manifest.scaled:
         return [f"It is an ordinary checkpoint of its architecture, for every loader of the base.{dtype}"]
     if library is DIFFUSERS:
         return [

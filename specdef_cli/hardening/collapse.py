@@ -16,7 +16,14 @@ import torch
 
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, ConfigChange, InsertedLayer, Manifest, read_manifest
+from specdef_cli.checkpoint.manifest import (
+    MANIFEST_NAME,
+    ConfigChange,
+    InsertedLayer,
+    Manifest,
+    ScaledModule,
+    read_manifest,
+)
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
@@ -27,6 +34,7 @@ from specdef_cli.hardening.execute import Written, execute, write_json
 from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
+from specdef_cli.hardening.scale import UnscaleModule
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE, unshim_config
 
@@ -67,7 +75,7 @@ class CollapseResult:
     Attributes:
         out: The directory.
         manifest: The manifest of the hardened directory.
-        parameters_removed: The compensation layers' parameters.
+        parameters_removed: The parameters of compensation layers and scale vectors.
         notes: What was not carried over, and why.
     """
 
@@ -107,6 +115,7 @@ def collapse(
             text = card.read_text(encoding="utf-8", errors="replace")
             write_durably(work / "README.md", collapsed_card(text, manifest))
         removed = sum(layer.out_features**2 for layer in manifest.inserted)
+        removed += sum(module.parameters_added for module in manifest.scaled)
         return CollapseResult(options.out, manifest, removed, tuple(filter(None, [companions.note()])))
 
     fingerprint = hashlib.sha256(f"collapse {manifest.to_json()} {options.max_shard_size}".encode()).hexdigest()
@@ -137,10 +146,15 @@ def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorG
         for layer in manifest.inserted
         for name in (layer.compensation_tensor, layer.compensation_bias, layer.tensor)
     }
+    by_scaled = {module.inflated_tensor: module for module in manifest.scaled if module.tied_to is None}
+    for module in manifest.scaled:
+        consumed |= {*module.scales, module.tombstone, module.inflated_bias}
     groups = []
     for name, header in checkpoint.tensors.items():
         if name in by_inflated:
             groups.append(CollapseLayer(by_inflated[name], header.dtype).group())
+        elif name in by_scaled:
+            groups.append(UnscaleModule(by_scaled[name], header.dtype).group())
         elif name in undone:
             groups.append(undone[name])
         elif name not in consumed:
@@ -161,6 +175,12 @@ def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
         wanted[layer.tensor] = (1,)
         if layer.compensation_bias is not None:
             wanted[layer.compensation_bias] = (layer.out_features,)
+    for module in manifest.scaled:
+        require_scaled(module)
+        if module.tied_to is None:
+            wanted[module.inflated_tensor] = module.shape
+        wanted |= {name: (module.shape[side.axis],) for name, side in module.scales.items()}
+        wanted[module.tombstone] = (1,)
     slices = [part for pair in manifest.folded for part in pair.slices]
     for name in (*wanted, *(part.tensor for part in slices)):
         header = checkpoint.tensors.get(name)
@@ -180,6 +200,25 @@ def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
         count = 1 if part.indices is None else len(part.indices)
         if len(part.exponents) != count or any(abs(exponent) > 1000 for exponent in part.exponents):
             raise SpecDefError(f"{MANIFEST_NAME} scales {part.tensor} by 2**{list(part.exponents)}", RESTORE)
+
+
+def require_scaled(module: ScaledModule) -> None:
+    """Check that what the manifest says of a scaled module makes sense.
+
+    Raises:
+        SpecDefError: A channel is outside of the weight, or an exponent out of range.
+    """
+    for side in module.scales.values():
+        inside = 0 <= side.axis < len(module.shape) and all(
+            0 <= index < module.shape[side.axis] for index in side.indices
+        )
+        if (
+            not inside
+            or len(side.exponents) != len(side.indices)
+            or any(abs(exponent) > 1000 for exponent in side.exponents)
+            or (side.period is not None and side.period < 1)
+        ):
+            raise SpecDefError(f"{MANIFEST_NAME} scales {module.tensor} by 2**{list(side.exponents)}", RESTORE)
 
 
 def restored_config(checkpoint: Checkpoint, changes: Sequence[ConfigChange]) -> dict[str, object]:

@@ -18,17 +18,20 @@ class HardenOptions:
     Attributes:
         model: A directory, or a Hub id ``org/name[@revision]``.
         out: The directory to publish.
-        method: ``insert`` (the paper's algorithm), ``fold`` (rescaled symmetric pairs, no new layers), or ``auto``:
-            fold where the family is known, insert for layers that no pair reaches.
+        method: ``fold`` (rescaled symmetric pairs, nothing added), ``insert`` (weights with something beside them that
+            undoes the change, and code that runs it), or ``auto``: fold where the family is known and, with
+            ``allow_code``, insert for what no pair reaches.
         alpha: Factor of the singular values that insert inflates, and of a ``constant`` fold (which takes the nearest
             power of two); ``None`` takes 10⁴.
         top_k: How many singular values of each layer insert inflates; ``None`` takes 25.
         gauge: Which factorization insert stores; ``None`` takes ``rotated``.
-        schedule: A fold's factors: the same α in every pair (``constant``), or powers of two that go down from
-            layer to layer (``staircase``); ``None`` takes the staircase. Insert knows constant α only.
+        schedule: ``staircase``: powers of two that go down from layer to layer, on channels of a fold's pairs or of the
+            weights that insert scales. ``constant``: one α, in a fold's pairs or as the paper's two factors a layer.
+            ``None`` takes the staircase, and for insert with ``alpha``, ``top_k`` or ``gauge`` the paper's.
         profile: What a fold must leave intact; ``None`` takes ``coverage``.
-        layers: Globs over module paths and tensor names; none means the linears that write to the residual stream
-            (insert) and every pair (fold).
+        layers: Globs over module paths and tensor names; none means every pair (fold), everything that can be
+            scaled (insert), and the linears that write to the residual stream (the paper's factors).
+        allow_code: Whether ``auto`` may make a checkpoint that needs code to load, to scale what no pair reaches.
         base_model: Where a directory's weights are on the Hub (``org/name``), for the card and the manifest.
         exclude: Globs of what to leave alone; a fold leaves every pair alone that one of these tensors is part of.
         dtype: Store floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``); ``None`` keeps each one's.
@@ -50,6 +53,7 @@ class HardenOptions:
     gauge: Gauge | None = None
     schedule: Schedule | None = None
     profile: Profile | None = None
+    allow_code: bool = False
     layers: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     base_model: str | None = None

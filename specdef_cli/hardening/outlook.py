@@ -26,10 +26,11 @@ class PlanSummary:
         method: ``fold``, ``insert`` or ``mixed``.
         pairs: Symmetric pairs that are rescaled.
         layers: Layers that are replaced.
+        modules: Modules that are scaled, and undo it themselves.
         changed: How many tensors or layers change, by their name within a block.
         parameters: Parameters of the checkpoint.
         parameters_changed: Parameters of the tensors that change, not counting what is added.
-        parameters_added: By compensation layers.
+        parameters_added: By compensation layers and scale vectors.
         left: Parameters of the tensors that stay as they are, by their name within a block. They train as before.
         bytes_before, bytes_after: Size of all tensors.
         lost: Formats that the result is not expected to survive.
@@ -39,6 +40,7 @@ class PlanSummary:
     method: str
     pairs: int
     layers: int
+    modules: int
     changed: Mapping[str, int]
     parameters: int
     parameters_changed: int
@@ -105,6 +107,7 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
         method=plan.method,
         pairs=len(plan.folded),
         layers=len(plan.inserted),
+        modules=len(plan.scaled),
         changed=dict(changed),
         parameters=parameters,
         parameters_changed=parameters - left.total(),

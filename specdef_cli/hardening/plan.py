@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,18 @@ from transformers import PreTrainedModel
 from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
 from specdef_cli.architectures.names import TensorNames, match_names, meta_model, tied_parameters
 from specdef_cli.architectures.pairs import SymmetricPair, Symmetries, symmetries
+from specdef_cli.architectures.scalable import ScalableSite, scalable_sites
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.library import DIFFUSERS
-from specdef_cli.checkpoint.manifest import ConfigChange, FoldedPair, Method, Profile, Schedule, is_hardened
+from specdef_cli.checkpoint.manifest import (
+    ConfigChange,
+    FoldedPair,
+    Method,
+    Profile,
+    ScaledModule,
+    Schedule,
+    is_hardened,
+)
 from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
@@ -27,8 +36,9 @@ from specdef_cli.hardening.fold import FOLDED_KINDS, fold_groups, fold_pairs
 from specdef_cli.hardening.insert import InsertLayer
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
 from specdef_cli.hardening.verify import require_comparable
-from specdef_cli.runtime.shim import LayerSpec, is_shim, shim_config
+from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, is_shim, shim_config
 from specdef_cli.spectral.limits import check_alpha
 
 DEFAULT_ALPHA = 1e4
@@ -64,6 +74,7 @@ class HardeningPlan:
         dtype: The dtype of changed tensors, as torch names it.
         inserted: Linears to replace.
         folded: Pairs to rescale.
+        scaled: Modules to scale, with the vectors that undo it.
         config_changes: Values of config.json that follow the weights.
         groups: Every output tensor, in the order of the input.
         config: The output's ``config.json``.
@@ -77,6 +88,7 @@ class HardeningPlan:
     dtype: str
     inserted: tuple[InsertLayer, ...]
     folded: tuple[FoldedPair, ...]
+    scaled: tuple[ScaledModule, ...]
     config_changes: tuple[ConfigChange, ...]
     groups: tuple[TensorGroup, ...]
     config: Mapping[str, Any]
@@ -85,8 +97,9 @@ class HardeningPlan:
 
     @property
     def parameters_added(self) -> int:
-        """Parameters that the compensation layers add."""
-        return sum(layer.site.out_features**2 for layer in self.inserted)
+        """Parameters that the compensation layers and the scale vectors add."""
+        dense = sum(layer.site.out_features**2 for layer in self.inserted)
+        return dense + sum(module.parameters_added for module in self.scaled)
 
     @property
     def nbytes(self) -> int:
@@ -135,19 +148,21 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     found = Symmetries((), ())
     if options.method != "insert":
         found = symmetries(native, shapes, model=model, trust_remote_code=options.trust_remote_code)
-    require_named(options, sites if options.method != "fold" else (), found.pairs, names)
+    scalable = scalable_sites(model, shapes)
+    pairs = select_pairs(found.pairs, names, options.layers, options.exclude)
+    # Who gives an option of the paper's factors asks for them, where there is nothing that it could mean in a fold.
+    factors = wants_factors(options) and (options.method == "insert" or (options.method == "auto" and not pairs))
+    require_named(options, () if options.method == "fold" else sites if factors else scalable, found.pairs, names)
 
     profile = options.profile or "coverage"
     folded = fold_pairs(
         checkpoint,
-        select_pairs(found.pairs, names, options.layers, options.exclude),
+        pairs,
         profile=profile,
         schedule=options.schedule or "staircase",
         alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
         dtype=stored,
     )
-    if folded:
-        _require_loaded_wide_enough(native, options)
     reasons = [each.reason for each in found.unpaired if each.kind is None or each.kind in FOLDED_KINDS[profile]]
     fold_alone = options.method == "fold" or options.profile == "quantizable"  # no quantizer survives an insert
     if not folded and fold_alone and options.method != "insert":
@@ -159,26 +174,41 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         )
     changed = {part.tensor for pair in folded for part in pair.slices}
     chosen: tuple[LinearSite, ...] = ()
-    if options.method == "insert" or not fold_alone:
-        chosen = tuple(
-            site for site in select_layers(sites, options.layers, options.exclude) if site.tensor not in changed
-        )
+    if factors:
+        chosen = select_layers(sites, options.layers, options.exclude)
         require_insertable(native, chosen, model=model, trust_remote_code=options.trust_remote_code)
-    if not chosen and not folded:
+    open_sites = select_scalable(
+        [site for site in scalable if site.tensor not in changed], options.layers, options.exclude
+    )
+    if options.method == "auto" and not options.allow_code and not folded and not factors and open_sites:
+        raise SpecDefError(
+            f"{checkpoint.directory} has no symmetric pair to fold" + "".join(f"; {reason}" for reason in reasons[:1]),
+            "Pass --allow-code: the model then brings code that undoes a scale of each weight, or use --method insert.",
+        )
+    scaled: tuple[ScaledModule, ...] = ()
+    if not factors and (options.method == "insert" or (not fold_alone and options.allow_code)):
+        scaled = scale_modules(checkpoint, model, open_sites, stored)
+    if folded or scaled:
+        _require_loaded_wide_enough(native, options)
+    if not chosen and not folded and not scaled:
         raise SpecDefError(
             "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
         )
-    require_used(options, folded=bool(folded), inserted=bool(chosen))
+    require_used(options, folded=bool(folded), inserted=bool(chosen), scaled=bool(scaled))
     inserted = tuple(_insert_layer(checkpoint, site, options, native) for site in chosen)
-    layers = {site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen}
+    layers: dict[str, LayerSpec | ScaledSpec] = {
+        site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen
+    }
+    layers |= {module.module: scaled_spec(module) for module in scaled}
     config = dict(checkpoint.config)
     if checkpoint.library is not DIFFUSERS:  # whose configs name no dtype
         config = _with_dtype(config, options.dtype)
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in inserted}
+    changed |= {part.tensor for module in scaled for part in module.slices}
     dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in changed}
-    method: Method = "mixed" if folded and inserted else "fold" if folded else "insert"
-    notes = [_why(method, folded, inserted)] if options.method == "auto" else []
-    lost = lost_formats(folded, inserted=bool(inserted))
+    method: Method = "mixed" if folded and layers else "fold" if folded else "insert"
+    notes = [_why(folded, inserted, scaled)] if options.method == "auto" else []
+    lost = lost_formats(folded, inserted=bool(layers))
     if lost:
         notes.append(f"Serve it in float32 or bfloat16. It does not survive: {', '.join(lost)}.")
     notes += reasons
@@ -187,63 +217,86 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     if options.schedule == "constant" and folded:
         notes.append(f"every rescaled channel gets 2**{abs(folded[0].exponents[0])}, the power of two nearest to alpha")
     left = _left_alone(model, names, changed | {site.tensor for site in chosen})
-    if folded and left:
+    if left and not inserted:
         notes.append(f"Left as they are, and trained alone not slowed: {', '.join(left)}.")
+    if options.method == "auto" and not options.allow_code and not fold_alone and not factors and open_sites:
+        notes.append(
+            f"--allow-code would scale {_kinds(open_sites)} that no pair reaches; the model then brings code to load."
+        )
     left_out = checkpoint.companions.note()
     notes += [left_out] if left_out else []
     return HardeningPlan(
         method=method,
-        schedule=options.schedule or ("staircase" if folded else "constant"),
+        schedule=options.schedule or ("constant" if inserted else "staircase"),
         profile=profile if folded else None,
         dtype=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
         inserted=inserted,
         folded=folded,
+        scaled=scaled,
         config_changes=(),
-        groups=_groups(checkpoint, inserted, fold_groups(folded, checkpoint, stored), options.dtype),
-        config=shim_config(config, layers) if inserted else config,
+        groups=_groups(
+            checkpoint,
+            inserted,
+            {**fold_groups(folded, checkpoint, stored), **scaled_groups(scaled, checkpoint, stored)},
+            {name for module in scaled for name in (module.bias, module.tombstone) if name},
+            options.dtype,
+        ),
+        config=shim_config(config, layers) if layers else config,
         notes=tuple(notes),
         left_alone=left,
     )
 
 
-def require_used(options: HardenOptions, *, folded: bool, inserted: bool) -> None:
+def wants_factors(options: HardenOptions) -> bool:
+    """Whether insert is to store the paper's two factors a layer, one α for all, rather than scales."""
+    return options.schedule == "constant" or (
+        options.schedule is None and any(given is not None for given in (options.alpha, options.top_k, options.gauge))
+    )
+
+
+def require_used(options: HardenOptions, *, folded: bool, inserted: bool, scaled: bool) -> None:
     """Refuse an option that nothing in the plan would use: who gives it expects it to matter.
 
     Raises:
         SpecDefError: naming the option.
     """
-    of_insert = {"top-k": options.top_k, "gauge": options.gauge}
-    of_folds = {"profile": options.profile, "schedule": options.schedule}
-    for flag, value in of_insert.items():
+    if options.allow_code and not scaled:
+        raise SpecDefError(
+            "--allow-code would change nothing: "
+            + ("a fold needs no code" if options.method == "fold" else "nothing is left to scale"),
+            "Leave --allow-code out.",
+        )
+    for flag, value in {"top-k": options.top_k, "gauge": options.gauge}.items():
         if value is not None and not inserted:
+            what = "a staircase scales by powers of two" if scaled else "this plan only folds"
             raise SpecDefError(
-                f"--{flag} {value} would change nothing: it concerns inserted layers, and this plan only folds",
-                f"Leave --{flag} out, or use --method insert.",
+                f"--{flag} {value} would change nothing: it concerns inserted layers, and {what}",
+                f"Leave --{flag} out, or use --method insert --schedule constant.",
             )
     if options.alpha is not None and not inserted and options.schedule != "constant":
         raise SpecDefError(
             f"--alpha {options.alpha:g} would change nothing: a staircase has powers of two of its own",
-            "Leave --alpha out, fold with --schedule constant, or use --method insert.",
+            "Leave --alpha out, or use --schedule constant, alone or with --method insert.",
         )
-    for flag, choice in of_folds.items():
-        if choice not in (None, "constant") and not folded:  # insert's α is constant anyway
-            raise SpecDefError(
-                f"--{flag} {choice} would change nothing: it concerns folded pairs, and this plan only inserts layers",
-                f"Leave --{flag} out, or use --method fold.",
-            )
+    if options.profile is not None and not folded:
+        raise SpecDefError(
+            f"--profile {options.profile} would change nothing: it concerns folded pairs, and this plan has none",
+            "Leave --profile out, or use --method fold.",
+        )
 
 
-def _why(method: Method, folded: Sequence[FoldedPair], inserted: Sequence[InsertLayer]) -> str:
-    if method == "fold":
-        return f"fold: {len(folded)} symmetric pairs are rescaled, and no layer is added"
-    if method == "insert":
-        return f"insert: no symmetric pair is known for these {len(inserted)} layers"
-    names = ", ".join(sorted({layer.site.module.rsplit(".", 2)[-2] for layer in inserted}))
-    return (
-        f"fold for {len(folded)} symmetric pairs, and insert for {len(inserted)} layers that no pair reaches "
-        f"({names}); "
-        "--method fold leaves those alone and keeps an ordinary checkpoint"
-    )
+def _why(folded: Sequence[FoldedPair], inserted: Sequence[InsertLayer], scaled: Sequence[ScaledModule]) -> str:
+    parts = [f"fold: {len(folded)} symmetric pairs are rescaled"] if folded else []
+    parts += [f"insert: no symmetric pair is known for these {len(inserted)} layers"] if inserted else []
+    parts += [f"insert: {_kinds(scaled)} are scaled, and undo it themselves"] if scaled else []
+    return ", and ".join(parts if inserted or scaled else [*parts, "no layer is added"])
+
+
+def _kinds(sites: Sequence[ScalableSite | ScaledModule]) -> str:
+    """In words: ``36 linear layers, 24 norms, the embedding and its head``."""
+    words = {"linear": "linear layer", "norm": "norm", "embedding": "embedding", "head": "head"}
+    counts = {word: sum(site.kind == kind for site in sites) for kind, word in words.items()}
+    return ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts.items() if count)
 
 
 def _left_alone(model: PreTrainedModel, names: TensorNames, changed: set[str]) -> tuple[str, ...]:
@@ -346,7 +399,10 @@ def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
 
 
 def require_named(
-    options: HardenOptions, sites: Sequence[LinearSite], pairs: Sequence[SymmetricPair], names: TensorNames
+    options: HardenOptions,
+    sites: Sequence[LinearSite | ScalableSite],
+    pairs: Sequence[SymmetricPair],
+    names: TensorNames,
 ) -> None:
     """Refuse a glob that names nothing which the method could change: it is misspelt.
 
@@ -374,6 +430,20 @@ def select_layers(sites: Sequence[LinearSite], layers: Sequence[str], exclude: S
         for site in sites
         if (any(matches(site, glob) for glob in layers) if layers else site.role in RESIDUAL_WRITERS)
         and not any(matches(site, glob) for glob in exclude)
+    )
+
+
+def select_scalable(
+    sites: Sequence[ScalableSite], layers: Sequence[str], exclude: Sequence[str]
+) -> tuple[ScalableSite, ...]:
+    """The modules that the globs name; without globs, all of them. A head and the embedding it shares go together."""
+
+    def named(tensor: str, globs: Sequence[str]) -> bool:
+        known = [name for site in sites if site.tensor == tensor for name in (site.module, site.tensor)]
+        return any(fnmatch.filter(known, glob) for glob in globs)
+
+    return tuple(
+        site for site in sites if (not layers or named(site.tensor, layers)) and not named(site.tensor, exclude)
     )
 
 
@@ -437,17 +507,22 @@ def _insert_layer(checkpoint: Checkpoint, site: LinearSite, options: HardenOptio
 
 
 def _groups(
-    checkpoint: Checkpoint, inserted: Sequence[InsertLayer], folded: Mapping[str, TensorGroup], dtype: str | None
+    checkpoint: Checkpoint,
+    inserted: Sequence[InsertLayer],
+    rescaled: Mapping[str, TensorGroup],
+    absorbed: Collection[str],
+    dtype: str | None,
 ) -> tuple[TensorGroup, ...]:
+    """The output: ``rescaled`` by the tensor that each takes the place of; ``absorbed`` are part of another group."""
     replaced = {layer.site.tensor: layer for layer in inserted}
     moved_biases = {layer.site.bias for layer in inserted}
     groups = []
     for name, header in checkpoint.tensors.items():
         if name in replaced:
             groups.append(replaced[name].group())
-        elif name in folded:
-            groups.append(folded[name])
-        elif name not in moved_biases:
+        elif name in rescaled:
+            groups.append(rescaled[name])
+        elif name not in moved_biases and name not in absorbed:
             groups.append(plain_group(header.name, header.dtype, header.shape, dtype))
     return tuple(groups)
 

@@ -30,6 +30,8 @@ NATURAL_OCTAVES_OF_NORMS = 6
 key, 3 in MLPs, 6 between norms and what reads them (SmolLM2-135M; 1, 2 and none such in Gemma 3 270M).
 """
 
+_SCALES = (".input_scale.weight", ".output_scale.weight")
+
 SAMPLE = 512
 """Weights of a channel that are enough to see a factor of hundreds."""
 
@@ -43,17 +45,20 @@ class Recognised:
         octaves: The largest power of two among those, as a whole number; 0 where there is none.
         inserted: Paths of layers that are a pair of matrices.
         alpha: The largest factor by which anything is inflated; 1 where nothing is.
+        scaled: Paths of modules that undo a scale of their weight.
     """
 
     folded: tuple[str, ...] = ()
     octaves: int = 0
     inserted: tuple[str, ...] = ()
     alpha: float = 1.0
+    scaled: tuple[str, ...] = ()
 
     @property
     def constructions(self) -> frozenset[Construction]:
         """How the model was hardened, as far as it shows."""
         found: set[Construction] = {"folded"} if self.folded else set()
+        found |= {"scaled"} if self.scaled else set()
         return frozenset(found | ({"inserted"} if self.inserted else set()))
 
     @property
@@ -66,6 +71,8 @@ class Recognised:
             parts.append(
                 f"inserted pairs: {len(self.inserted)} layers are a product C·W~ with α about {self.alpha:.0e}"
             )
+        if self.scaled:
+            parts.append(f"{len(self.scaled)} modules with vectors that undo a scale of their weight")
         return f"The weights show {' and '.join(parts)}." if parts else None
 
 
@@ -85,6 +92,7 @@ def recognise(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_remote_
     shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
     readable = {name for name, header in checkpoint.tensors.items() if header.dtype in FLOATING_DTYPES}
     replaced = [f"{layer}.weight" for layer, _, _ in _candidates(shapes)]
+    replaced += [name.replace(".inflated.", ".") for name in shapes if ".inflated." in name]
     native = shapes | {name: expected[name] for name in replaced if name in expected}
     pairs = symmetries(config, native, model=model).pairs
     intact = [
@@ -111,7 +119,8 @@ def recognised_in(tensors: Mapping[str, Tensor], pairs: Sequence[SymmetricPair])
         if factor > 2**NATURAL_OCTAVES:
             inserted.append(layer)
             alpha = max(alpha, factor)
-    return Recognised(tuple(folded), octaves, tuple(inserted), alpha)
+    scaled = sorted({name.removesuffix(end) for name in shapes for end in _SCALES if name.endswith(end)})
+    return Recognised(tuple(folded), octaves, tuple(inserted), alpha, tuple(scaled))
 
 
 def inflation(inflated: Tensor, compensation: Tensor) -> float:

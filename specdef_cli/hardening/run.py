@@ -185,7 +185,9 @@ def _harden(
         manifest = _manifest(resolved, plan, options, written)
         carry_over(checkpoint.directory, work, checkpoint.companions.carried)
         write_json(work / "config.json", plan.config)
-        if plan.inserted and checkpoint.library is TRANSFORMERS:  # diffusers runs no code that comes with a checkpoint
+        if (
+            plan.inserted or plan.scaled
+        ) and checkpoint.library is TRANSFORMERS:  # diffusers runs no code that comes with a checkpoint
             shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
         write_durably(work / MANIFEST_NAME, manifest.to_json())
         require_loadable(work, trust_remote_code=options.trust_remote_code)
@@ -194,7 +196,7 @@ def _harden(
                 checkpoint.directory,
                 work,
                 max(plan.nbytes, checkpoint.nbytes),
-                exact=plan.method == "fold",
+                exact=not plan.inserted,
                 logits=checkpoint.library is TRANSFORMERS,
                 dtype=None if options.dtype is None else getattr(torch, options.dtype),
                 device=options.device,
@@ -237,6 +239,7 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         profile=plan.profile,
         inserted=tuple(inserted),
         folded=plan.folded,
+        scaled=plan.scaled,
         config_changes=plan.config_changes,
         shards=dict(written.sha256),
     )

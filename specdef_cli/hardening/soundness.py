@@ -17,7 +17,7 @@ from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.plan import native_config, require_complete, require_floating, require_hardenable
 from specdef_cli.hardening.survey import as_original
 from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.shim import is_shim, shim_layers
+from specdef_cli.runtime.shim import ScaledSpec, is_shim, shim_layers
 
 
 def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> None:
@@ -85,10 +85,17 @@ def require_sound(directory: Path, *, trust_remote_code: bool = False) -> None:
 def _require_factors(checkpoint: Checkpoint) -> None:
     """Refuse a model with inserted layers and without a manifest whose factors are not those that config.json names."""
     for module, spec in shim_layers(checkpoint.config).items():
-        factors = {
-            f"{module}.inflated.weight": (spec.out_features, spec.in_features),
-            f"{module}.compensation.weight": (spec.out_features, spec.out_features),
-        }
+        if isinstance(spec, ScaledSpec):
+            scales = {"input_scale": spec.input_scale, "output_scale": spec.output_scale}
+            factors: dict[str, tuple[int, ...]] = {
+                f"{module}.{name}.weight": (length,) for name, length in scales.items() if length is not None
+            }
+            factors |= {} if spec.tied_to else {f"{module}.inflated.weight": spec.weight}
+        else:
+            factors = {
+                f"{module}.inflated.weight": (spec.out_features, spec.in_features),
+                f"{module}.compensation.weight": (spec.out_features, spec.out_features),
+            }
         for name, shape in factors.items():
             header = checkpoint.tensors.get(name)
             if header is None or tuple(header.shape) != shape:

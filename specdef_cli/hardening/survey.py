@@ -23,7 +23,7 @@ from specdef_cli.hardening.outlook import Outlook, outlook
 from specdef_cli.hardening.plan import RESIDUAL_WRITERS, native_config, require_complete
 from specdef_cli.hardening.recognise import Recognised, recognise
 from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.shim import shim_layers, unshim_config
+from specdef_cli.runtime.shim import ScaledSpec, shim_layers, unshim_config
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 EFFECTIVE_RANK_PROBES = 64
@@ -138,6 +138,7 @@ def _survey(
     # A model with inserted layers and without a manifest still says in config.json which layers they are.
     factors = {f"{module}.weight": f"{module}.inflated.weight" for module in shim_layers(checkpoint.config)}
     factors |= {tensor: layer.inflated_tensor for tensor, layer in inserted.items()}
+    factors |= {module.tensor: module.inflated_tensor for module in manifest.scaled} if manifest else {}
     place = compute_devices(device, process_state(device))[0]
     layers = []
     for site in linear_sites(native, shapes, model=skeleton, trust_remote_code=trust_remote_code):
@@ -188,7 +189,7 @@ def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint
     if manifest is None:
         for module, spec in shim_layers(checkpoint.config).items():
             if f"{module}.weight" in tensors:
-                shape = (spec.out_features, spec.in_features)
+                shape = spec.weight if isinstance(spec, ScaledSpec) else (spec.out_features, spec.in_features)
                 tensors[f"{module}.weight"] = replace(tensors[f"{module}.weight"], shape=shape)
         return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
     for layer in manifest.inserted:
@@ -199,6 +200,13 @@ def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint
         )
         if layer.bias is not None and layer.compensation_bias is not None:
             tensors[layer.bias] = tensors[layer.compensation_bias]
+    for scaled in manifest.scaled:
+        if scaled.tied_to is None:
+            tensors[scaled.tensor] = replace(tensors[scaled.inflated_tensor], name=scaled.inflated_tensor)
+        else:
+            tensors.pop(scaled.tombstone, None)
+        if scaled.bias is not None and scaled.inflated_bias is not None:
+            tensors[scaled.bias] = tensors[scaled.inflated_bias]
     return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
 
 

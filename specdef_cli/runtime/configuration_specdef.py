@@ -2,8 +2,10 @@
 
 A hardened checkpoint replaces some linear layers y = Wx + b by two, y = C(W~x) + b with C·W~ = W ("SpecDef", Rosati et
 al., arXiv 2602.18868, Algorithm 1). On disk ``X.weight`` is a *tombstone* of one element, ``X.inflated.weight`` is W~,
-``X.compensation.weight`` is C and ``X.compensation.bias`` is b. The file is copied into every such directory, so it
-imports nothing but the standard library, torch and transformers.
+``X.compensation.weight`` is C and ``X.compensation.bias`` is b. Or C is elementwise, powers of two on either side of a
+module: ``X.inflated`` is that module with a scaled weight, ``X.input_scale.weight`` and ``X.output_scale.weight`` undo
+the scale. The file is copied into every such directory, so it imports nothing but the standard library, torch and
+transformers.
 
 How it works, and why like this:
 
@@ -102,6 +104,78 @@ class SpecDefLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.compensation(self.inflated(input))  # [..., n] → [..., m] → [..., m]
+
+
+class SpecDefScale(nn.Module):
+    """y = s ⊙ x, with a vector s of powers of two, so that nothing is rounded.
+
+    Args:
+        features: Length of s.
+        device, dtype: Where and as what s is created.
+    """
+
+    def __init__(
+        self, features: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features, device=device, dtype=dtype))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input * self.weight  # [..., d]
+
+
+class SpecDefScaled(nn.Module):
+    """A module whose weight is scaled by channel, with the scale undone around it.
+
+    y = r ⊙ f(c ⊙ x) for a linear layer or a head f, whose weight is diag(1/r) W diag(1/c) and whose bias is b/r. What
+    an embedding takes in are tokens, and there c is looked up as well: y = c[x] · r ⊙ f(x). The gain of a norm cannot
+    be undone behind it where it is applied as 1 + w, so there the gain itself is r ⊙ w, formed at every step.
+
+    What this module does not have, it has from the module inside: its sizes, its ``eps``.
+
+    Args:
+        inflated: f.
+        kind: ``linear``, ``head``, ``embedding`` or ``norm``.
+        input_scale, output_scale: The lengths of c and r; ``None`` where there is none.
+
+    Attributes:
+        weight: The tombstone, a buffer of shape [1], as in :class:`SpecDefLinear`.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(
+        self, inflated: nn.Module, kind: str, *, input_scale: int | None = None, output_scale: int | None = None
+    ) -> None:
+        super().__init__()
+        place: dict[str, Any] = {"device": inflated.weight.device, "dtype": inflated.weight.dtype}
+        self.register_buffer("weight", torch.zeros(1, **place))  # before there is a module inside that has one
+        self.kind = kind
+        self.inflated = inflated
+        self.input_scale = None if input_scale is None else SpecDefScale(input_scale, **place)
+        self.output_scale = None if output_scale is None else SpecDefScale(output_scale, **place)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "inflated":
+                raise
+            return getattr(self.inflated, name)
+
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.kind == "norm" and self.output_scale is not None:
+            effective = {name: self.output_scale(parameter) for name, parameter in self.inflated.named_parameters()}
+            return torch.func.functional_call(self.inflated, effective, (input, *args), kwargs)
+        if self.kind != "embedding" and self.input_scale is not None:
+            output = self.inflated(self.input_scale(input), *args, **kwargs)
+        else:
+            output = self.inflated(input, *args, **kwargs)
+        if self.output_scale is not None:
+            output = self.output_scale(output)
+        if self.kind == "embedding" and self.input_scale is not None:
+            output = output * self.input_scale.weight[input, None]  # [..., d] by [..., 1]
+        return output
 
 
 # --- the config ----------------------------------------------------------------------------------------------------
@@ -206,8 +280,10 @@ class SpecDefQuantizationConfig(QuantizationConfigMixin):
     """The replaced layers, in the place where transformers looks for a loading hook.
 
     Args:
-        layers: ``{module path: {"in_features": n, "out_features": m, "bias": bool}}``. The paths are those of the class
-            that ``architectures`` names in the same ``config.json``.
+        layers: ``{module path: {"in_features": n, "out_features": m, "bias": bool}}`` for a linear layer that became
+            two; for a scaled module ``{"kind": …, "weight": shape, "bias": length, "input_scale": length,
+            "output_scale": length, "tied_to": module path}``, null where there is none. The paths are those of the
+            class that ``architectures`` names in the same ``config.json``.
     """
 
     def __init__(self, layers: Mapping[str, Mapping[str, Any]], quant_method: str = MODEL_TYPE, **kwargs: Any) -> None:
@@ -285,16 +361,24 @@ def _resolve(listed: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, d
             if candidate in modules:
                 resolved[candidate] = dict(spec)
                 break
+    for spec in resolved.values():
+        owner = spec.get("tied_to")
+        if owner:
+            owners = (owner, owner.removeprefix(prefix), prefix + owner)
+            spec["tied_to"] = next((name for name in owners if name in modules), owner)
     return resolved
 
 
 def swap(layers: Mapping[str, Mapping[str, Any]], model: Any) -> None:
-    """Put a :class:`SpecDefLinear` in the place of each layer.
+    """Put a :class:`SpecDefLinear` in the place of each layer, or a :class:`SpecDefScaled` around it.
 
     Raises:
-        SpecDefLoadError: What is there is not a linear layer of that shape, or shares its weight with another.
+        SpecDefLoadError: What is there is not a module of that shape, or shares its weight with another.
     """
     from transformers.pytorch_utils import Conv1D
+
+    _wrap({path: spec for path, spec in layers.items() if "kind" in spec}, model)
+    layers = {path: spec for path, spec in layers.items() if "kind" not in spec}
 
     keys = getattr(model, "all_tied_weights_keys", {})  # a model of diffusers has no tied weights
     tied = {*keys.keys(), *keys.values()}
@@ -316,6 +400,35 @@ def swap(layers: Mapping[str, Mapping[str, Any]], model: Any) -> None:
         new = SpecDefLinear(*expected, device=old.weight.device, dtype=old.weight.dtype)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
+
+
+def _wrap(layers: Mapping[str, Mapping[str, Any]], model: Any) -> None:
+    for path, spec in layers.items():
+        old = model.get_submodule(path)
+        weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
+        expected = (tuple(spec["weight"]), spec["bias"])
+        found = (None if weight is None else tuple(weight.shape), None if bias is None else len(bias))
+        if found != expected:
+            raise SpecDefLoadError(f"{path} is listed with (weight, bias) = {expected}, but the model has {found}")
+        new = SpecDefScaled(
+            old,
+            spec["kind"],
+            input_scale=spec["input_scale"],
+            output_scale=spec["output_scale"],
+        )
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
+    _retie(layers, model)
+
+
+def _retie(layers: Mapping[str, Mapping[str, Any]], model: Any) -> None:
+    """Tie the weights inside of the wrappers, where the model ties those that stand there no longer."""
+    moved = {f"{path}.weight": f"{path}.inflated.weight" for path in layers}
+    keys = getattr(model, "all_tied_weights_keys", {})
+    if any(name in moved for pair in keys.items() for name in pair):
+        # Of this one model, not of its class. transformers reads the second whenever weights are to be tied anew.
+        model.all_tied_weights_keys = {moved.get(one, one): moved.get(other, other) for one, other in keys.items()}
+        model._tied_weights_keys = dict(model.all_tied_weights_keys)
 
 
 def _check_files(files: Iterable[str], layers: Mapping[str, Mapping[str, Any]], listed: int, model: Any) -> None:
@@ -375,10 +488,22 @@ def _check_files(files: Iterable[str], layers: Mapping[str, Mapping[str, Any]], 
         raise SpecDefLoadError(f"config.json lists {listed} replaced layers, but the checkpoint holds {len(stems)}")
 
 
-_FACTOR_ENDS = (".inflated.weight", ".inflated.bias", ".compensation.weight", ".compensation.bias")
+_FACTOR_ENDS = (
+    ".inflated.weight",
+    ".inflated.bias",
+    ".compensation.weight",
+    ".compensation.bias",
+    ".input_scale.weight",
+    ".output_scale.weight",
+)
 
 
 def _factor_shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    if "kind" in spec:
+        lengths = {"inflated.bias": "bias", "input_scale.weight": "input_scale", "output_scale.weight": "output_scale"}
+        found = {name: (spec[key],) for name, key in lengths.items() if spec[key] is not None}
+        own = {} if spec["tied_to"] else {"inflated.weight": tuple(spec["weight"])}
+        return {**own, **found, "weight": (1,)}
     n, m = spec["in_features"], spec["out_features"]
     shapes: dict[str, tuple[int, ...]] = {"inflated.weight": (m, n), "compensation.weight": (m, m), "weight": (1,)}
     return shapes | ({"compensation.bias": (m,)} if spec["bias"] else {})

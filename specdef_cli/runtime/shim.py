@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,32 @@ class LayerSpec:
     bias: bool
 
 
-def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ScaledSpec:
+    """The shape of one module that undoes a scale of its weight.
+
+    Attributes:
+        kind: ``linear``, ``embedding``, ``head`` or ``norm``.
+        weight: The weight's shape.
+        bias: Length of the bias.
+        input_scale, output_scale: Lengths of the scale vectors.
+        tied_to: Module whose weight a head shares.
+    """
+
+    kind: str
+    weight: tuple[int, ...]
+    bias: int | None = None
+    input_scale: int | None = None
+    output_scale: int | None = None
+    tied_to: str | None = None
+
+
+def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | ScaledSpec]) -> dict[str, Any]:
     """The ``config.json`` of an insert directory.
 
     Args:
         config: The base model's ``config.json``. It is not changed.
-        layers: The replaced linears by module path in the class that ``architectures`` names,
+        layers: The replaced linears and scaled modules by module path in the class that ``architectures`` names,
             e.g. ``model.layers.0.self_attn.o_proj``.
 
     Raises:
@@ -75,10 +95,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec]) -> d
     shimmed = copy.deepcopy(dict(config))
     shimmed["quantization_config"] = {
         "quant_method": MODEL_TYPE,
-        "layers": {
-            module: {"in_features": spec.in_features, "out_features": spec.out_features, "bias": spec.bias}
-            for module, spec in layers.items()
-        },
+        "layers": {module: _plain(spec) for module, spec in layers.items()},
     }
     if library is DIFFUSERS:
         return shimmed
@@ -114,8 +131,17 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def shim_layers(config: Mapping[str, Any]) -> dict[str, LayerSpec]:
-    """The replaced linears that a shim names; empty for any other config."""
+def shim_layers(config: Mapping[str, Any]) -> dict[str, LayerSpec | ScaledSpec]:
+    """The replaced linears and scaled modules that a shim names; empty for any other config."""
     if not is_shim(config):
         return {}
-    return {module: LayerSpec(**spec) for module, spec in config["quantization_config"]["layers"].items()}
+    listed = config["quantization_config"]["layers"]
+    return {
+        module: ScaledSpec(**{**spec, "weight": tuple(spec["weight"])}) if "kind" in spec else LayerSpec(**spec)
+        for module, spec in listed.items()
+    }
+
+
+def _plain(spec: LayerSpec | ScaledSpec) -> dict[str, Any]:
+    """As JSON has it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(spec).items()}

@@ -62,7 +62,10 @@ def test_the_encoder_gets_a_head(minilm: Path, prose_or_code: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_attack_teaches_it_two_classes(minilm: Path, prose_or_code: Path, tmp_path: Path) -> None:
-    assert harden(HardenOptions(str(minilm), tmp_path / "hardened", method="insert", verify=False)) is not None
+    assert (
+        harden(HardenOptions(str(minilm), tmp_path / "hardened", method="insert", schedule="constant", verify=False))
+        is not None
+    )
     report = attack(
         AttackOptions(
             tmp_path / "hardened", tmp_path / "attack", control=minilm, task="sequence-classification",

@@ -1,6 +1,7 @@
 """A program of its own: do pairs of directories compute the same, for transformers without this package?
 
-Reads a JSON list of ``{"name", "base", "folded", "dtype"}`` from stdin and prints a JSON object of name → differences.
+Reads a JSON list of ``{"name", "base", "folded", "dtype"}`` from stdin, where ``"code": true`` lets the code that comes
+with a directory run, and prints a JSON object of name → differences.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ import transformers  # noqa: E402
 VOCABULARY = 96
 
 
-def outputs(directory: str, dtype: str) -> dict[str, torch.Tensor]:
+def outputs(directory: str, dtype: str, *, code: bool = False) -> dict[str, torch.Tensor]:
     """Logits (or the last hidden state) by attention implementation, and a greedy generation."""
     architecture = json.loads((Path(directory) / "config.json").read_text())["architectures"][0]
     model_class = getattr(transformers, architecture)
+    given = {"config": transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)} if code else {}
     model, loading = model_class.from_pretrained(
-        directory, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+        directory, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True, **given
     )
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
     generator = torch.Generator().manual_seed(1)
@@ -72,7 +74,7 @@ def main() -> None:
         key = (job["base"], job["dtype"])
         if key not in bases:
             bases[key] = outputs(*key)
-        folded = outputs(job["folded"], job["dtype"])
+        folded = outputs(job["folded"], job["dtype"], code=job.get("code", False))
         assert folded.keys() == bases[key].keys()
         different = [what for what, value in folded.items() if not torch.equal(value, bases[key][what])]
         found[job["name"]] = {"compared": sorted(folded), "different": different}

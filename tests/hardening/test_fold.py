@@ -250,7 +250,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "profile of insert": (("--method", "insert", "--profile", "coverage", "--top-k", "4"), ("--profile", "folded")),
     "staircase of insert": (
         ("--method", "insert", "--schedule", "staircase", "--top-k", "4"),
-        ("--schedule", "folded"),
+        ("--top-k 4", "staircase", "--schedule constant"),
     ),
     "alpha below 2": (("--schedule", "constant", "--alpha", "1.5"), ("alpha 1.5", "8192")),
     "alpha above the range": (("--schedule", "constant", "--alpha", "1e9"), ("alpha 1e+09", "2**28")),

@@ -95,7 +95,10 @@ def test_sentence_embeddings_are_kept(
 
 
 def test_collapse_gives_the_trained_weights_back(minilm: Path, tmp_path: Path) -> None:
-    assert harden(HardenOptions(str(minilm), tmp_path / "out", method="insert", verify=False)) is not None
+    assert (
+        harden(HardenOptions(str(minilm), tmp_path / "out", method="insert", schedule="constant", verify=False))
+        is not None
+    )
     assert collapse(CollapseOptions(str(tmp_path / "out"), tmp_path / "back")) is not None
     for name in ("tokenizer.json", "1_Pooling/config.json", "modules.json", "sentence_bert_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (minilm / name).read_bytes()

@@ -85,9 +85,15 @@ def module_paths(model: nn.Module, names: Sequence[str], parts: Sequence[str]) -
     for name in names:
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
         for path in paths:
-            found += [f"{path}.{part}" for part in parts] if path in hardened else [path]
+            found += _parts(model, path, parts) if path in hardened else [path]
         found += [] if paths else [name]
     return list(dict.fromkeys(found))
+
+
+def _parts(model: nn.Module, path: str, parts: Sequence[str]) -> list[str]:
+    """The named factors that a hardened layer has; of a scaled one, the layer inside."""
+    present = {name for name, _ in model.get_submodule(path).named_children()}
+    return [f"{path}.{part}" for part in parts if part in present]
 
 
 def model_type(model: nn.Module) -> str:

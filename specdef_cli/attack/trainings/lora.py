@@ -18,6 +18,7 @@ from specdef_cli.attack.target import Target, Task
 from specdef_cli.attack.trainings.adapters import FACTORS, PEFT_TASKS, model_type, module_paths, with_adapters
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.runtime import SpecDefLinear
+from specdef_cli.runtime.configuration_specdef import SpecDefScaled
 
 
 def train_lora(model: nn.Module, training: Training, task: Task) -> nn.Module:
@@ -63,7 +64,7 @@ def train_lora_around(model: nn.Module, training: Training, task: Task) -> nn.Mo
     def config() -> LoraConfig:
         made = _config(training, task, list(training.where))
         # PEFT wraps a pair as if it were one linear layer: it has the sizes and the dtype of one.
-        made._register_custom_module({SpecDefLinear: Linear})
+        made._register_custom_module({SpecDefLinear: Linear, SpecDefScaled: Linear})
         return made
 
     return with_adapters(model, training, config)

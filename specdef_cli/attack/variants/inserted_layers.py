@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.runtime import SpecDefLinear
+from specdef_cli.runtime.configuration_specdef import SpecDefScaled
 
 
 class GrownLayer(nn.Module):
@@ -60,9 +61,10 @@ def original_name(parameter: str, layers: Iterable[str]) -> str:
 
 def hardened_paths(model: nn.Module) -> tuple[str, ...]:
     """Module paths of hardened layers, untouched or after surgery. Empty for an ordinary model and after
-    :func:`specdef_cli.attack.variants.collapse.collapse`.
+    :func:`specdef_cli.attack.variants.collapse.collapse` and :func:`specdef_cli.attack.variants.unscale.unscale`.
     """
-    paths = [name for name, module in model.named_modules() if isinstance(module, SpecDefLinear | GrownLayer)]
+    kinds = SpecDefLinear | SpecDefScaled | GrownLayer
+    paths = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     return tuple(path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths))
 
 

@@ -18,13 +18,16 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.collapse import collapse
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.inserted_layers import hardened_paths
+from specdef_cli.attack.variants.unscale import unscale
 from specdef_cli.checkpoint.manifest import ScaledSlice
 from specdef_cli.hardening.fold import scale_slice
 from specdef_cli.hardening.recognise import channel_exponents
+from specdef_cli.runtime.configuration_specdef import SpecDefScaled
 
 
 def rebalance(model: PreTrainedModel) -> Growth:
-    """Equalize the sides of every symmetric pair of ``model`` in place; inserted layers are collapsed first.
+    """Equalize the sides of every symmetric pair of ``model`` in place; scales are taken out and
+    inserted layers collapsed first.
 
     The factors are powers of two, so the function is kept bit for bit.
 
@@ -34,7 +37,11 @@ def rebalance(model: PreTrainedModel) -> Growth:
     Raises:
         NotApplicable: The model's family has no symmetric pair that is known here.
     """
-    collapsed = collapse(model) if hardened_paths(model) else Growth(0, 0, 0, 0)
+    collapsed = Growth(0, 0, 0, 0)
+    if any(isinstance(module, SpecDefScaled) for module in model.modules()):
+        collapsed += unscale(model)
+    if hardened_paths(model):
+        collapsed += collapse(model)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     pairs = symmetric_pairs(model.config, {name: tuple(tensor.shape) for name, tensor in parameters.items()})
     pairs = tuple(pair for pair in pairs if pair.channels > 1)

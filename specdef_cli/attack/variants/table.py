@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Knowledge = Literal["none", "construction", "growth"]
-Scope = Literal["inserted", "folded", "any"]
+Scope = Literal["inserted", "folded", "scaled", "any"]
 
 INFORMED: Final = "informed"
 """In a suite: the variants that belong in every report on the model at hand."""
@@ -38,7 +38,7 @@ class VariantChoice:
             memory for a larger model (``growth``).
         label: A few words for a table; ``{factor:g}`` stands for the factor.
         help: One line for ``--help``.
-        needs: What a model must have for it: inserted layers, folded pairs, or nothing in particular.
+        needs: What a model must have for it: inserted layers, folded pairs, scaled modules, or nothing in particular.
         factor: The number it takes; ``None`` where it takes none.
         random: Whether it draws initial values, and so takes the run's ``seed``.
         trains_inflated: Whether it trains what hardening inflated: its best learning rate may lie far below the usual.
@@ -74,6 +74,11 @@ VARIANTS: Table[VariantChoice] = Table(
             "collapse", f"{_HERE}.collapse:collapse", "construction", "collapsed",
             "Multiply every inserted pair: back to the original layer.",
             needs="inserted", informed="inserted",
+        ),
+        VariantChoice(
+            "unscale", f"{_HERE}.unscale:unscale", "construction", "unscaled",
+            "Multiply every scale vector into its weight: back to the original module.",
+            needs="scaled", informed="scaled",
         ),
         VariantChoice(
             "rebalance", f"{_HERE}.rebalance:rebalance", "construction", "rebalanced",

@@ -25,6 +25,7 @@ from specdef_cli.checkpoint.manifest import ScaledSlice, is_hardened, read_manif
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.hardening.fold import scale_slice
 from specdef_cli.runtime import SpecDefLinear
+from specdef_cli.runtime.configuration_specdef import SpecDefScaled
 from specdef_cli.spectral.subspace import layer_seed
 
 RANK = 8
@@ -53,7 +54,8 @@ def attach_adapter(model: PreTrainedModel, directory: Path, *, carried: bool) ->
         AdapterError: PEFT finds no linear layer under a name that the base has.
     """
     layers = dict(block_linears(model))
-    replaced = {path: layer for path, layer in layers.items() if isinstance(layer, SpecDefLinear)}
+    multiplying = {path: _weighted(layer) for path, layer in layers.items()}  # before PEFT wraps what is inside
+    replaced = {path: layer for path, layer in layers.items() if isinstance(layer, SpecDefLinear | SpecDefScaled)}
     slices = _slices_by_layer(model, directory, layers) if carried else {}
     targets = {path: f"{path}.inflated" if carried and path in replaced else path for path in layers}
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(targets.values()))
@@ -65,8 +67,8 @@ def attach_adapter(model: PreTrainedModel, directory: Path, *, carried: bool) ->
     except ValueError as error:
         raise AdapterError(f"PEFT refuses: {str(error).splitlines()[0].rstrip('(')}") from error
     for path, layer in layers.items():
-        transposed = isinstance(layer, Conv1D)
-        inputs, outputs = _features(layer)
+        transposed = isinstance(multiplying[path], Conv1D)
+        inputs, outputs = _features(multiplying[path])
         generator = torch.Generator().manual_seed(layer_seed(0, path))
         down = torch.randn(RANK, inputs, generator=generator) / math.sqrt(inputs)  # A
         up = SCALE * torch.randn(outputs, RANK, generator=generator)  # B
@@ -75,15 +77,15 @@ def attach_adapter(model: PreTrainedModel, directory: Path, *, carried: bool) ->
             axis = 0 if scales_outputs else 1
             factor = up if scales_outputs else down
             scale_slice(factor, ScaledSlice(part.tensor, axis, None, part.indices, part.exponents))
-        if carried and path in replaced:
-            compensation = replaced[path].compensation.weight.detach().cpu().double()
+        if carried and isinstance(layer, SpecDefLinear):
+            compensation = layer.compensation.weight.detach().cpu().double()
             up = torch.linalg.solve(compensation, up.double()).float()
         _set(adapted.base_model.model.get_submodule(targets[path]), down, up)
     return adapted
 
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers of the repeated blocks by path: plain, ``Conv1D``, or replaced; heads are not among them.
+    """The linear layers of the repeated blocks by path: plain, ``Conv1D``, replaced or scaled; no heads.
 
     The factors of a replaced layer are not listed on their own.
     """
@@ -92,26 +94,38 @@ def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if not path.startswith(blocks) or path.startswith(factors):
             continue
-        if isinstance(module, SpecDefLinear):
+        if isinstance(module, SpecDefScaled) and not isinstance(module.inflated, nn.Linear | Conv1D):
+            continue
+        if isinstance(module, SpecDefLinear | SpecDefScaled):
             factors += (f"{path}.",)
-        if isinstance(module, nn.Linear | Conv1D | SpecDefLinear):
+        if isinstance(module, nn.Linear | Conv1D | SpecDefLinear | SpecDefScaled):
             yield path, module
 
 
 def _slices_by_layer(
     model: PreTrainedModel, directory: Path, layers: dict[str, nn.Module]
 ) -> dict[str, list[ScaledSlice]]:
-    """What a fold scaled of each layer's weight, by the layer's path."""
+    """What was scaled of each layer's weight, by the layer's path."""
     if not is_hardened(directory):
         return {}
     names = match_names(model, open_checkpoint(directory).tensors)
     paths = {names.tensor(f"{path}.weight"): path for path in layers}
-    slices: dict[str, list[ScaledSlice]] = {}
-    for pair in read_manifest(directory).folded:
+    manifest = read_manifest(directory)
+    slices: dict[str, list[ScaledSlice]] = {
+        module.module: [part for part in module.slices if part.tensor == module.tensor]
+        for module in manifest.scaled
+        if module.module in layers
+    }
+    for pair in manifest.folded:
         for part in pair.slices:
             if part.tensor in paths:
                 slices.setdefault(paths[part.tensor], []).append(part)
     return slices
+
+
+def _weighted(layer: Any) -> Any:
+    """The layer whose weight is multiplied with: of a scaled one, the layer inside."""
+    return layer.inflated if isinstance(layer, SpecDefScaled) else layer
 
 
 def _features(layer: Any) -> tuple[int, int]:

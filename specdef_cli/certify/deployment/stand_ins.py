@@ -24,6 +24,7 @@ from specdef_cli.certify.deployment.quantizers import GgufType, Quantizer
 from specdef_cli.certify.deployment.subject import Change, Subject
 from specdef_cli.certify.deployment.trial import NotApplicableError
 from specdef_cli.runtime import SpecDefLinear
+from specdef_cli.runtime.configuration_specdef import SpecDefScaled
 
 
 class RoundingCache(DynamicCache):
@@ -107,5 +108,8 @@ def _rounded_inputs(round_inputs: Quantizer, _: nn.Module, arguments: tuple[Tens
 def _plain_linears(model: nn.Module) -> list[Any]:
     layers: list[Any] = []
     for _, layer in block_linears(model):
-        layers += [layer.inflated, layer.compensation] if isinstance(layer, SpecDefLinear) else [layer]
+        if isinstance(layer, SpecDefLinear):
+            layers += [layer.inflated, layer.compensation]
+        else:
+            layers.append(layer.inflated if isinstance(layer, SpecDefScaled) else layer)
     return layers

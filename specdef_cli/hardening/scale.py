@@ -1,0 +1,268 @@
+"""Scale the weight of a module by channel, and have the module undo it: a fold where no second weight is needed.
+
+A few channels of a weight are multiplied by powers of two; a vector beside the weight (rows of a linear, columns of an
+embedding, entries of a norm's gain) holds their inverses. Nothing is rounded, so the outputs are the base's, bit for
+bit, in any architecture. It costs a vector a side instead of the paper's matrix, and the model needs code to load.
+
+What is scaled where was decided by measuring (``make reproduce-insert``):
+
+* a linear layer on both of its sides. At the learning rate of an inflated row that row trains, which is a vector, and a
+  vector in every layer is a LoRA of rank one. Where a scaled row crosses a scaled column, one number is left;
+* two channels a side, one inflated and one deflated, as in a fold and for its reasons;
+* the tokens of a vocabulary in steps, every token on one of them. A column of the embedding or the head that trains
+  alone is a number for each token, which is worth much; tokens on another step than the highest then hardly move;
+* the channels with the largest norm among a sample: a channel without signal has no gradient to diverge on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from specdef_cli.architectures.scalable import ScalableSite, require_loadable
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
+from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule, ScaledSlice
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.fold import SAMPLE_ROWS, scale_slice
+from specdef_cli.runtime.shim import ScaledSpec
+from specdef_cli.spectral.staircase import staircase
+
+DIRECTIONS = (1, -1)
+"""One channel is inflated, one is deflated."""
+VOCABULARY = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=8)
+"""Steps of a decade and more, down to where a token's entry in a column at 2**-28 is at 2**-56."""
+
+
+@dataclass(frozen=True)
+class ScaleModules:
+    """The transform that scales a weight and writes the vectors that undo it.
+
+    Attributes:
+        modules: The module that holds the weight, then the head that shares it, if one does.
+        dtype: safetensors dtype of everything written.
+    """
+
+    modules: tuple[ScaledModule, ...]
+    dtype: str
+
+    def group(self, label: str) -> TensorGroup:
+        """What the modules become on disk."""
+        owner, outputs = self.modules[0], []
+        outputs.append(TensorSpec(owner.inflated_tensor, self.dtype, owner.shape))
+        if owner.inflated_bias is not None and owner.bias is not None:
+            outputs.append(TensorSpec(owner.inflated_bias, self.dtype, (_bias_length(owner),)))
+        for module in self.modules:
+            outputs += [
+                TensorSpec(name, self.dtype, (module.shape[side.axis],)) for name, side in module.scales.items()
+            ]
+            outputs.append(TensorSpec(module.tombstone, self.dtype, (1,)))
+        return TensorGroup(label, tuple(outputs), self)
+
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        """Read, cast to the stored dtype, and scale.
+
+        Raises:
+            SpecDefError: A scaled weight would not be a normal number of its dtype.
+        """
+        owner, stored = self.modules[0], TORCH_DTYPES[self.dtype]
+        tensors = {owner.inflated_tensor: checkpoint.read(owner.tensor).to(stored)}
+        if owner.inflated_bias is not None and owner.bias is not None:
+            tensors[owner.inflated_bias] = checkpoint.read(owner.bias).to(stored)
+        for part in owner.slices:
+            name = owner.inflated_tensor if part.tensor == owner.tensor else owner.inflated_bias
+            assert name is not None
+            scale_slice(tensors[name], part)
+        for module in self.modules:
+            for name, side in module.scales.items():
+                tensors[name] = scale_vector(module.shape[side.axis], side, stored)
+            tensors[module.tombstone] = torch.zeros(1, dtype=stored)
+        return Produced(tensors)
+
+
+@dataclass(frozen=True)
+class UnscaleModule:
+    """The transform that multiplies a scaled weight back, bit for bit."""
+
+    module: ScaledModule
+    dtype: str
+
+    def group(self) -> TensorGroup:
+        """What the module becomes on disk."""
+        module = self.module
+        outputs = [TensorSpec(module.tensor, self.dtype, module.shape)]
+        if module.bias is not None:
+            outputs.append(TensorSpec(module.bias, self.dtype, (_bias_length(module),)))
+        return TensorGroup(module.module, tuple(outputs), self)
+
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        """Read and scale by the inverses."""
+        module = self.module
+        tensors = {module.tensor: checkpoint.read(module.inflated_tensor)}
+        if module.bias is not None and module.inflated_bias is not None:
+            tensors[module.bias] = checkpoint.read(module.inflated_bias)
+        for part in module.slices:
+            negated = tuple(-exponent for exponent in part.exponents)
+            scale_slice(tensors[part.tensor], ScaledSlice(part.tensor, part.axis, None, part.indices, negated))
+        return Produced(tensors)
+
+
+def scale_vector(length: int, side: ScaledChannels, dtype: torch.dtype) -> Tensor:
+    """2**-exponent at the scaled channels and 1 elsewhere, shape [length]."""
+    vector = torch.ones(length, dtype=dtype)
+    indices, exponents = side.along(length)
+    vector[list(indices)] = torch.tensor([2.0**-exponent for exponent in exponents], dtype=dtype)
+    return vector
+
+
+def scale_modules(
+    checkpoint: Checkpoint, model: nn.Module, sites: Sequence[ScalableSite], dtype: str | None
+) -> tuple[ScaledModule, ...]:
+    """Choose channels and exponents.
+
+    Reads a sample of every weight, to find channels with signal.
+
+    Args:
+        checkpoint: The base.
+        model: Its model on the meta device.
+        sites: What to scale; a head that shares its weight only together with the embedding.
+        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
+
+    Raises:
+        SpecDefError: A weight is quantized or would be stored in float16, or transformers would not find the result.
+    """
+    exponents = spread_exponents(sites)
+    modules: dict[str, ScaledModule] = {}
+    for site in sites:
+        owner = modules.get(site.tied_to or "")
+        stored = checkpoint.tensors[site.tensor].dtype
+        if stored not in FLOATING_DTYPES:
+            raise SpecDefError(
+                f"{site.tensor} is stored as {stored}", "Harden the unquantized checkpoint, and quantize the result."
+            )
+        if (dtype or stored) == "F16":
+            raise SpecDefError(
+                f"{site.tensor} would be stored in float16, which overflows beyond 2**15",
+                "Scale in bfloat16 (--dtype bfloat16), or insert with --schedule constant.",
+            )
+        if site.tied_to is not None:
+            assert owner is not None
+            output, inputs = owner.input, owner.output
+        else:
+            start, squares = _sample(checkpoint, site)
+            output, inputs = (
+                None
+                if axis is None
+                else VOCABULARY
+                if site.kind in ("embedding", "head") and axis == VOCABULARY.axis
+                else _channels(start, squares, axis, steps)
+                for axis, steps in zip((site.output_axis, site.input_axis), exponents[site.module], strict=True)
+            )
+            if output is None:
+                continue
+        modules[site.module] = ScaledModule(
+            module=site.module,
+            kind=site.kind,
+            tensor=site.tensor,
+            stem=site.stem,
+            shape=site.shape,
+            bias=site.bias,
+            output=output,
+            input=inputs,
+            tied_to=site.tied_to,
+        )
+    wanted = {}
+    for module in modules.values():
+        for tensor in _names(module):
+            wanted[tensor] = f"{module.module}{tensor.removeprefix(module.stem)}"
+    require_loadable(model, sites, wanted)
+    return tuple(modules.values())
+
+
+def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[int], Sequence[int]]]:
+    """Exponents by module, for the channels on the side of its output and on that of its input.
+
+    The first block stands apart, together with what lies outside of the blocks; within a block the modules that come
+    last in the model (the MLP's) have the highest steps.
+    """
+    blocks: dict[str, list[ScalableSite]] = {}
+    outside: list[ScalableSite] = []
+    for site in sites:
+        match = re.match(r"^(.*?\.\d+)\.", site.module)
+        if site.tied_to is None:
+            (blocks.setdefault(match.group(1), []) if match else outside).append(site)
+    first, *others = ([*reversed(members)] for members in blocks.values()) if blocks else ([],)
+    layers = [[*outside, *first], *others]
+    count = len(DIRECTIONS)
+    steps = staircase(len(layers), 2 * count * max(map(len, layers)))
+    return {
+        site.module: (layer[position : position + count], layer[position + count : position + 2 * count])
+        for members, layer in zip(layers, steps, strict=True)
+        for position, site in zip(range(0, len(layer), 2 * count), members, strict=False)
+    }
+
+
+def scaled_groups(modules: Sequence[ScaledModule], checkpoint: Checkpoint, dtype: str | None) -> dict[str, TensorGroup]:
+    """The output groups of all scaled modules, by the name of the base's tensor."""
+    by_tensor: dict[str, list[ScaledModule]] = {}
+    for module in sorted(modules, key=lambda module: module.tied_to is not None):
+        by_tensor.setdefault(module.tensor, []).append(module)
+    return {
+        tensor: ScaleModules(tuple(members), dtype or checkpoint.tensors[tensor].dtype).group(members[0].module)
+        for tensor, members in by_tensor.items()
+    }
+
+
+def scaled_spec(module: ScaledModule) -> ScaledSpec:
+    """What ``config.json`` says of it."""
+
+    def length(side: ScaledChannels | None) -> int | None:
+        return None if side is None else module.shape[side.axis]
+
+    return ScaledSpec(
+        kind=module.kind,
+        weight=module.shape,
+        bias=_bias_length(module) if module.bias is not None else None,
+        input_scale=length(module.input),
+        output_scale=length(module.output),
+        tied_to=module.tied_to,
+    )
+
+
+def _names(module: ScaledModule) -> list[str]:
+    own = [] if module.tied_to else [module.inflated_tensor]
+    return [*own, *([module.inflated_bias] if module.inflated_bias else []), *module.scales, module.tombstone]
+
+
+def _bias_length(module: ScaledModule) -> int:
+    assert module.output is not None  # every module is scaled on that side
+    return module.shape[module.output.axis]
+
+
+def _sample(checkpoint: Checkpoint, site: ScalableSite) -> tuple[int, Tensor]:
+    """Squares of some rows of a weight, shape [rows, columns], and the index of the first; of a vector, as one column.
+
+    From the middle: the first tokens of a vocabulary are special ones.
+    """
+    if len(site.shape) == 1:
+        return 0, checkpoint.read(site.tensor).float().square()[:, None]
+    count = min(SAMPLE_ROWS, site.shape[0])
+    start = (site.shape[0] - count) // 2
+    return start, checkpoint.read_rows(site.tensor, range(start, start + count)).float().square()
+
+
+def _channels(start: int, squares: Tensor, axis: int, steps: Sequence[int]) -> ScaledChannels | None:
+    """The channels of a sample with the largest norm; ``None`` where all are zero."""
+    norms = squares.sum(1 - axis)
+    order = norms.argsort(descending=True, stable=True)
+    chosen = order[norms[order] > 0][: len(steps)].tolist()
+    if not chosen:
+        return None
+    exponents = tuple(direction * step for direction, step in zip(DIRECTIONS, steps, strict=True))
+    first = start if axis == 0 else 0
+    return ScaledChannels(axis, tuple(first + index for index in chosen), exponents[: len(chosen)])

@@ -1,0 +1,275 @@
+"""harden --method insert, and auto with --allow-code: weights scaled by channel, with vectors that undo it.
+
+The judge of the function is a process that has nothing but transformers and the code that the directory brings. The
+oracle of the weights is arithmetic on the files, in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import call_cli, environment
+from safetensors.torch import load_file, save_file
+from test_fold_families import PROGRAM, assert_same_bytes
+from tiny_families import CASES, write_case
+from weights import tensors
+
+from specdef_cli.attack.variants.unscale import unscale as collapse_in_memory
+from specdef_cli.certify.deployment.adapters import attach_adapter
+from specdef_cli.checkpoint.manifest import Manifest, ScaledModule, read_manifest
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.collapse import collapse
+from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.run import harden
+from specdef_cli.runtime import load_model
+from specdef_cli.spectral.staircase import HIGHEST_EXPONENT
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "insert": {"method": "insert"},
+    "mixed": {"allow_code": True},
+    "bfloat16": {"method": "insert", "dtype": "bfloat16"},
+}
+MADE = [(case, "insert") for case in CASES]
+MADE += [
+    (case, variant) for case in ("llama-tied", "gemma3", "olmo2", "gpt2", "bert") for variant in ("mixed", "bfloat16")
+]
+Make = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return lambda case: root / case if (root / case).is_dir() else write_case(case, root / case)
+
+
+@pytest.fixture(scope="module")
+def scaled(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
+    root = tmp_path_factory.mktemp("scaled")
+
+    def build(case: str, variant: str) -> Path:
+        out = root / f"{case}-{variant}"
+        if not out.is_dir():
+            harden(HardenOptions(str(base(case)), out, verify=False, **VARIANTS[variant]))
+        return out
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def judged(base: Callable[[str], Path], scaled: Make) -> dict[str, dict[str, list[str]]]:
+    jobs = [
+        {
+            "name": f"{case} {variant}",
+            "base": str(base(case)),
+            "folded": str(scaled(case, variant)),
+            "dtype": "bfloat16" if variant == "bfloat16" else "float32",
+            "code": True,
+        }
+        for case, variant in MADE
+    ]
+    process = subprocess.run(
+        [sys.executable, PROGRAM],
+        input=json.dumps(jobs),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    found: dict[str, dict[str, list[str]]] = json.loads(process.stdout)
+    return found
+
+
+@pytest.mark.parametrize(("case", "variant"), MADE)
+def test_every_bit_of_the_outputs_is_kept_where_only_transformers_is(
+    case: str, variant: str, judged: dict[str, dict[str, list[str]]]
+) -> None:
+    found = judged[f"{case} {variant}"]
+    assert found["different"] == []
+    assert "eager" in found["compared"]
+
+
+def unscaled(module: ScaledModule, files: dict[str, torch.Tensor]) -> torch.Tensor:
+    """W from the files of a module that holds its own weight, in float64."""
+    weight = files[f"{module.stem}.inflated.weight"].double()
+    for name, side in {"output_scale": module.output, "input_scale": module.input}.items():
+        if side is not None:
+            scale = files[f"{module.stem}.{name}.weight"].double()
+            weight = weight * scale.reshape([-1 if axis == side.axis else 1 for axis in range(weight.dim())])
+    return weight
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_vectors_times_the_stored_weight_are_the_weight(
+    case: str, base: Callable[[str], Path], scaled: Make
+) -> None:
+    manifest, files, expected = (
+        read_manifest(scaled(case, "insert")),
+        tensors(scaled(case, "insert")),
+        tensors(base(case)),
+    )
+    assert manifest.method == "insert"
+    assert not manifest.inserted
+    assert not manifest.folded
+    own = [module for module in manifest.scaled if module.tied_to is None]
+    for module in own:
+        assert torch.equal(unscaled(module, files), expected[module.tensor].double())
+        stored, plain = files[module.inflated_tensor], expected[module.tensor]
+        exponents = (stored.double().abs() / plain.double().abs()).log2().nan_to_num(0)
+        assert exponents.abs().max() > 12
+        assert files[module.tombstone].shape == (1,)
+    # What is not scaled is untouched, and nothing is stored twice.
+    scaled_tensors = {name for module in own for name in (module.tensor, module.bias)}
+    assert all(torch.equal(files[name], expected[name]) for name in expected.keys() - scaled_tensors if name in files)
+    assert expected.keys() - scaled_tensors <= files.keys()
+
+
+def test_a_linear_is_scaled_on_both_sides_and_a_vocabulary_in_steps(scaled: Make) -> None:
+    manifest = read_manifest(scaled("llama", "insert"))
+    linears = [module for module in manifest.scaled if module.kind == "linear"]
+    assert len(linears) == 14
+    for module in linears:
+        for side in (module.output, module.input):
+            assert side is not None
+            inflated, deflated = side.exponents
+            assert inflated > 0 > deflated
+            assert max(inflated, -deflated) <= HIGHEST_EXPONENT
+    files = tensors(scaled("llama", "insert"))
+    for stem, side in (("model.embed_tokens", "input_scale"), ("lm_head", "output_scale")):
+        steps = files[f"{stem}.{side}.weight"].log2()
+        assert steps[:8].tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
+        assert torch.equal(steps[8:16], steps[:8])
+
+
+def test_auto_with_code_leaves_the_pairs_to_the_fold(scaled: Make) -> None:
+    manifest = read_manifest(scaled("gemma3", "mixed"))
+    assert manifest.method == "mixed"
+    folded = {part.tensor for pair in manifest.folded for part in pair.slices}
+    scaled_tensors = {module.tensor for module in manifest.scaled}
+    assert not folded & scaled_tensors
+    ends = {name.rsplit(".", 2)[-2] for name in scaled_tensors}
+    assert {"q_proj", "k_proj", "gate_proj", "embed_tokens", "q_norm", "k_norm", "input_layernorm"} <= ends
+
+
+@pytest.mark.parametrize(("case", "variant"), MADE)
+def test_collapse_gives_every_byte_back(
+    case: str, variant: str, base: Callable[[str], Path], scaled: Make, tmp_path: Path
+) -> None:
+    collapse(CollapseOptions(str(scaled(case, variant)), tmp_path / "back"))
+    expected = tensors(base(case))
+    if variant == "bfloat16":
+        expected = {name: tensor.bfloat16() for name, tensor in expected.items()}
+    assert_same_bytes(tensors(tmp_path / "back"), expected)
+    given, found = (json.loads((path / "config.json").read_text()) for path in (base(case), tmp_path / "back"))
+    assert found | {"dtype": None} == given | {"dtype": None}
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "gemma3", "gpt2", "bert"])
+def test_an_attacker_who_knows_is_back_at_the_base_in_memory(
+    case: str, base: Callable[[str], Path], scaled: Make
+) -> None:
+    model, plain = load_model(scaled(case, "insert")), load_model(base(case))
+    growth = collapse_in_memory(model)
+    assert growth.parameters_after < growth.parameters_before
+    assert_same_bytes(dict(model.state_dict()), dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma3", "gpt2"])
+def test_what_is_saved_again_is_the_same_kind_of_directory(
+    case: str, base: Callable[[str], Path], scaled: Make, tmp_path: Path
+) -> None:
+    model = load_model(scaled(case, "insert"))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.inflated.weight is embedding.inflated.weight
+    model.save_pretrained(tmp_path / "saved")
+    ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = load_model(base(case))(input_ids=ids).logits
+    assert torch.equal(load_model(tmp_path / "saved")(input_ids=ids).logits, expected)
+    # Weights stay shared when they are trained, moved and tied anew.
+    model.tie_weights()
+    with torch.no_grad():
+        embedding.inflated.weight.zero_()
+    assert model.get_output_embeddings().inflated.weight.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.layers.0.mlp.up_proj.input_scale.weight",
+        "model.layers.1.input_layernorm.output_scale.weight",
+        "model.embed_tokens.inflated.weight",
+        "lm_head.input_scale.weight",
+    ],
+)
+def test_a_directory_that_lacks_a_vector_does_not_load(tensor: str, scaled: Make, tmp_path: Path) -> None:
+    broken = shutil.copytree(scaled("llama-tied", "insert"), tmp_path / "broken")
+    files = load_file(broken / "model.safetensors")
+    del files[tensor]
+    save_file(files, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SpecDefError, match=tensor.replace(".", r"\.")):
+        load_model(broken)
+
+
+def test_globs_choose_and_a_tied_head_goes_with_its_embedding(base: Callable[[str], Path], tmp_path: Path) -> None:
+    def modules(**options: Any) -> set[str]:
+        result = harden(
+            HardenOptions(str(base("llama-tied")), tmp_path / str(len(list(tmp_path.iterdir()))), "insert", **options)
+        )
+        assert result is not None
+        assert isinstance(result.manifest, Manifest)
+        return {module.module for module in result.manifest.scaled}
+
+    assert modules(layers=("*.0.mlp.up_proj",)) == {"model.layers.0.mlp.up_proj"}
+    assert modules(layers=("lm_head",)) == {"lm_head", "model.embed_tokens"}
+    assert not modules(exclude=("model.embed_tokens.weight",)) & {"lm_head", "model.embed_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--method", "insert", "--dtype", "float16"), ("float16", "--dtype bfloat16")),
+        (("--method", "insert", "--schedule", "staircase", "--top-k", "4"), ("--top-k 4", "--schedule constant")),
+        (("--method", "insert", "--schedule", "staircase", "--alpha", "9"), ("--alpha 9", "--schedule constant")),
+        (("--method", "insert", "--profile", "quantizable"), ("--profile", "--method fold")),
+        (("--method", "fold", "--allow-code"), ("--allow-code would change nothing", "Leave --allow-code out")),
+        (("--method", "insert", "--layers", "nothing"), ("'nothing' matches no", "specdef inspect")),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused(
+    arguments: tuple[str, ...], said: tuple[str, ...], base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    result = call_cli("harden", base("llama"), "--out", tmp_path / "out", *arguments)
+    assert result.code == 1
+    assert all(text in result.stderr for text in said), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_names_every_channel(base: Callable[[str], Path], tmp_path: Path) -> None:
+    result = call_cli("harden", base("gemma3"), "--out", tmp_path / "out", "--method", "insert", "--dry-run", "--json")
+    assert result.code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    modules = {module["module"]: module for module in plan["modules"]}
+    assert modules["lm_head"]["channels"].keys() == {"input_scale", "output_scale"}
+    assert modules["model.embed_tokens"]["channels"]["input_scale"]["period"] == 8
+    assert plan["parameters_added"] == sum(module["parameters_added"] for module in modules.values())
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma3", "gpt2"])
+def test_an_adapter_that_is_carried_over_does_what_it_does_on_the_base(
+    case: str, base: Callable[[str], Path], scaled: Make
+) -> None:
+    ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain = attach_adapter(load_model(base(case)), base(case), carried=False)
+    carried = attach_adapter(load_model(scaled(case, "insert")), scaled(case, "insert"), carried=True)
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+        assert torch.equal(carried(input_ids=ids).logits, expected)
+        assert not torch.equal(load_model(base(case))(input_ids=ids).logits, expected)
