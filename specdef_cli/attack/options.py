@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from specdef_cli.attack.budget import Budget, Dtype, Schedule
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
-from specdef_cli.attack.spec import Dtype, Schedule
 from specdef_cli.attack.suite import AttackTable, RatePolicy, Suite
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
@@ -17,8 +17,8 @@ from specdef_cli.errors import SpecDefError
 
 
 @dataclass(frozen=True)
-class AttackOptions:
-    """Everything an attack depends on.
+class AttackOptions(Budget):
+    """Everything an attack depends on, besides the budget of a run (:class:`Budget`).
 
     Attributes:
         model: The directory under attack (or a Hub id).
@@ -33,7 +33,6 @@ class AttackOptions:
         label_column, image_column: Columns of the dataset; of classification alone.
         retained: Text, as ``dataset``, that the attacker wants to keep the model's ability on; ``None`` is the source
             of Python's standard library, and ``none`` leaves that measurement out.
-        eval_tasks: Tasks of lm-eval on which accuracy is measured after every run (``specdef-cli[eval]``).
         eval_task_path: A directory with tasks of the user's own, as lm-eval's ``--include_path``.
         task: ``None`` is what the control's architecture says.
         suite: Which attacks to run. It takes the place of the fields from ``variants`` to ``search``.
@@ -45,16 +44,8 @@ class AttackOptions:
         learning_rates: Rates that every attack and the control run at. Empty means decades that go on below η₀/α for
             the hardened model.
         search: Search the best learning rate of every attack, from those decades on, until it is bracketed.
-        schedule, warmup_steps: The learning rate's course.
-        max_grad_norm: Gradient clipping, as the Trainer does it; 0 turns it off.
-        weight_decay: As the optimizer takes it.
-        steps: Optimizer steps of every run.
-        batch_size: Sequences of a step, over all processes and passes together.
         gradient_accumulation: Passes that the sequences of a step are split into, to save memory.
         gradient_checkpointing: Compute activations again in the backward pass, to save memory.
-        sequence_length: Tokens of a sequence.
-        stop_at_divergence: Whether a run ends where its held-out loss passes twice its start. Some come back after
-            thousands of steps.
         eval_every: Steps between evaluations; ``None`` is a tenth of the steps.
         eval_sequences: Held-out sequences that are evaluated, at most.
         free: Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be
@@ -64,8 +55,6 @@ class AttackOptions:
             ``wandb``, ``trackio``, ``mlflow``.
         seeds: One run each for adapters' and paths' initial values, dropout and data order.
         jobs: Runs at a time, each in a process of its own and, where there are several GPUs, on one of its own.
-        dtype: The dtype of training. float32 unless memory forbids: in bfloat16, small rates round to nothing, which
-            flatters a defence. ``mixed`` keeps float32 parameters and computes in bfloat16.
         trust_remote_code: Passed on to transformers for models that carry their own code.
         revision, token: Passed on to the Hub.
     """
@@ -81,7 +70,6 @@ class AttackOptions:
     label_column: str = "label"
     image_column: str = "image"
     retained: str | None = None
-    eval_tasks: tuple[str, ...] = ()
     eval_task_path: Path | None = None
     task: Task | None = None
     suite: Suite | None = None
@@ -90,16 +78,8 @@ class AttackOptions:
     optimizers: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
     search: bool = False
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    steps: int = 30
-    batch_size: int = 16
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
-    sequence_length: int = 128
-    stop_at_divergence: bool = True
     eval_every: int | None = None
     eval_sequences: int = 64
     free: tuple[str, ...] = ()
@@ -107,7 +87,6 @@ class AttackOptions:
     report_to: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     jobs: int = 1
-    dtype: Dtype = "float32"
     trust_remote_code: bool = False
     revision: str | None = None
     token: str | None = None

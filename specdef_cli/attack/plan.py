@@ -97,18 +97,9 @@ def _series(
         training=training,
         optimizer=optimizer,
         learning_rate=grid[0],
-        schedule=options.schedule,
-        warmup_steps=options.warmup_steps,
-        max_grad_norm=options.max_grad_norm,
-        weight_decay=options.weight_decay,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
         eval_every=options.eval_interval,
         seed=options.seeds[0],
-        dtype=options.dtype,
-        eval_tasks=options.eval_tasks,
-        stop_at_divergence=options.stop_at_divergence,
+        **options.budget,
     )
     # What nobody named may turn out to have nothing to work on; a report then says so.
     optional = options.suite is not None or variant not in (Variant(), *options.variants)

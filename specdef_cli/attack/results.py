@@ -11,7 +11,9 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
+
+from pydantic import TypeAdapter
 
 from specdef_cli.attack.spec import RunSpec, Subject
 from specdef_cli.attack.trainings.table import Training
@@ -173,23 +175,9 @@ class RunResult:
         """
         return next((point for point in self.evaluations if point.loss is not None and point.loss <= loss), None)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RunResult:
-        """The inverse of :meth:`to_dict`."""
-        return cls(
-            **{
-                **data,
-                "spec": RunSpec.from_dict(data["spec"]),
-                "train": tuple(TrainPoint(**point) for point in data["train"]),
-                "evaluations": tuple(EvalPoint(**point) for point in data["evaluations"]),
-                "divergence": Divergence(**data["divergence"]) if data["divergence"] else None,
-                "growth": Growth(**data["growth"]) if data["growth"] else None,
-            }
-        )
+RUN_RECORD = TypeAdapter(RunResult)
+"""Reads and writes a finished run as JSON data."""
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,28 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter
+
+from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 
-Schedule = Literal["constant", "linear", "cosine"]
-Dtype = Literal["float32", "bfloat16", "float16", "mixed", "auto"]
 Subject = Literal["control", "model"]
 RUN_FORMAT = 4
 """Raised whenever the same specification would give another curve, so that older files are not taken for it."""
 
 
+VariantText = Annotated[Variant, PlainValidator(Variant.parse), PlainSerializer(str, return_type=str)]
+TrainingText = Annotated[Training, PlainValidator(Training.parse), PlainSerializer(str, return_type=str)]
+
+
 @dataclass(frozen=True)
-class RunSpec:
-    """One training run.
+class RunSpec(Budget):
+    """One training run. In a record, variant and training stand as users write them.
 
     Attributes:
         subject: Whether the control or the model under attack is trained.
@@ -35,34 +40,24 @@ class RunSpec:
         data: Fingerprint of the tokens that are trained on and evaluated.
         variant: What happens to the model before training.
         training: What is trained.
-        Others: As in :class:`specdef_cli.attack.options.AttackOptions`.
+        optimizer, learning_rate, eval_every, seed: As in :class:`specdef_cli.attack.options.AttackOptions`.
     """
 
     subject: Subject
     checkpoint: str
     data: str
     task: Task
-    variant: Variant
-    training: Training
+    variant: VariantText
+    training: TrainingText
     optimizer: str
     learning_rate: float
-    schedule: Schedule
-    warmup_steps: int
-    max_grad_norm: float
-    weight_decay: float
-    steps: int
-    batch_size: int
-    sequence_length: int
     eval_every: int
     seed: int
-    dtype: Dtype
-    eval_tasks: tuple[str, ...] = ()
-    stop_at_divergence: bool = True
 
     @property
     def run_id(self) -> str:
         """Sixteen hexadecimal digits that stand for this specification."""
-        described = self.to_dict()
+        described = _RECORD.dump_python(self, mode="json")
         text = json.dumps({"format": RUN_FORMAT, **described}, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -82,25 +77,8 @@ class RunSpec:
         what = f"{subject}, {self.variant.label}" if self.variant.label else subject
         return f"{what} · {self.training.label} · {self.optimizer}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data, with the variant and the training as users write them."""
-        described = {name: getattr(self, name) for name in (field.name for field in dataclasses.fields(self))}
-        spelled = {"variant": str(self.variant), "training": str(self.training), "eval_tasks": list(self.eval_tasks)}
-        return described | spelled
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RunSpec:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            SpecDefError: The variant or the training is unknown here.
-        """
-        nested = {
-            "variant": Variant.parse(data["variant"]),
-            "training": Training.parse(data["training"]),
-            "eval_tasks": tuple(data["eval_tasks"]),
-        }
-        return cls(**{**data, **nested})
+_RECORD = TypeAdapter(RunSpec)
 
 
 def checkpoint_fingerprint(directory: Path) -> str:

@@ -11,7 +11,7 @@ import secrets
 from dataclasses import replace
 from pathlib import Path
 
-from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.results import RUN_RECORD, RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.errors import SpecDefError
 
@@ -31,15 +31,16 @@ class RunStore:
     def load(self, spec: RunSpec) -> RunResult | None:
         """The finished run of ``spec``, or ``None``. A file of another specification or format counts as none."""
         try:
-            result = RunResult.from_dict(json.loads(self.path(spec).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, SpecDefError):
+            result = RUN_RECORD.validate_python(json.loads(self.path(spec).read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, SpecDefError):
             return None
         # The names of trainings do not tell runs apart, so what was asked for may be called otherwise.
         return replace(result, spec=spec) if result.spec == spec else None
 
     def save(self, result: RunResult) -> None:
         """Keep a finished run; atomic, so that a crash leaves either nothing or all of it."""
-        write_atomic(self.path(result.spec), json.dumps(result.to_dict(), indent=1, allow_nan=False).encode())
+        record = RUN_RECORD.dump_python(result, mode="json")
+        write_atomic(self.path(result.spec), json.dumps(record, indent=1, allow_nan=False).encode())
 
     def remove_unfinished(self) -> None:
         """Remove what writes that were killed have left; only for whoever is alone in writing here."""

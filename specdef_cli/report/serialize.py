@@ -12,7 +12,14 @@ import io
 import json
 from typing import Any
 
-from specdef_cli.attack.results import CONTROL_SHARE, DIVERGENCE_FACTOR, UTILITY_LIMIT, AttackReport, RunResult
+from specdef_cli.attack.results import (
+    CONTROL_SHARE,
+    DIVERGENCE_FACTOR,
+    RUN_RECORD,
+    UTILITY_LIMIT,
+    AttackReport,
+    RunResult,
+)
 from specdef_cli.report.findings import STOPPED_SHARE, Finding, findings, summary
 
 SCHEMA_NAME = "specdef-attack-report/2"
@@ -113,7 +120,7 @@ def _run(report: AttackReport, run: RunResult) -> dict[str, Any]:
     return {
         "id": run.spec.run_id,
         "label": run.spec.label,
-        "spec": run.spec.to_dict(),
+        "spec": RUN_RECORD.dump_python(run, mode="json")["spec"],
         "loss": {"start": run.start, "best": run.best, "final": run.final},
         "best_step": run.best_step,
         "steps_to_control": reached and reached.step,

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from specdef_cli.attack.results import (
+    RUN_RECORD,
     AttackReport,
     DataSummary,
     Divergence,
@@ -222,7 +223,8 @@ def test_json_is_strict_and_documented(report: AttackReport) -> None:
 
 def test_runs_survive_json(report: AttackReport) -> None:
     for each in report.runs:
-        assert RunResult.from_dict(json.loads(json.dumps(each.to_dict(), allow_nan=False))) == each
+        record = RUN_RECORD.dump_python(each, mode="json")
+        assert RUN_RECORD.validate_python(json.loads(json.dumps(record, allow_nan=False))) == each
 
 
 def test_csv(report: AttackReport) -> None:
