@@ -41,7 +41,7 @@ class OptimizerChoice:
             aren't clipped: a step is gradient over curvature, and to clip one of them would shrink it by the
             gradient's norm, which hardening inflates.
         elementwise: Whether every entry is updated by itself. The others have to see whole tensors, not shards.
-        requires: A library that neither this package nor its extras install; the optimizer is refused without it.
+        requires: A library that the extra for attacks does not install; the optimizer is refused without it.
         matrix_option: A parameter group's option that tells hidden matrices (true) from everything else (false).
     """
 
