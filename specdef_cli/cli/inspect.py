@@ -119,6 +119,9 @@ def _hardened_lines(found: Survey) -> Iterable[str]:
     if manifest.inserted:
         added = sum(layer.compensation_parameters for layer in found.layers if layer.alpha is not None)
         parts.append(f"{len(manifest.inserted)} layers were replaced, which added {added:,} parameters")
+    if manifest.scaled:
+        added = sum(module.parameters_added for module in manifest.scaled)
+        parts.append(f"{len(manifest.scaled)} modules were scaled, which added {added:,} parameters")
     yield f"Hardened by specdef-cli {manifest.specdef_version} from {manifest.base.name}: {'; '.join(parts)}."
     yield f"`specdef attack {found.model.name}` says what it is worth; `specdef collapse` undoes it."
 
