@@ -17,11 +17,6 @@ def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokeni
     """Tokenized texts of the named data set, cut off at the sequence length."""
     column = options.text_column or "text"
     pad_with_something(tokenizer)
-    if tokenizer.pad_token_id is None:
-        raise SpecDefError(
-            "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
-            'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
-        )
 
     def encode(value: object) -> Example | None:
         text = as_text(value, column, str(options.dataset))
@@ -30,6 +25,11 @@ def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokeni
         return dict(tokenizer(text, truncation=True, max_length=options.sequence_length))
 
     halves = labelled_halves(options, "texts", column, encode, head)
+    if tokenizer.pad_token_id is None:
+        raise SpecDefError(
+            "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
+            'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
+        )
     return AttackData(
         name=str(options.dataset),
         train=Examples(halves.train),
