@@ -115,7 +115,7 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
         left=dict(left.most_common()),
         bytes_before=checkpoint.nbytes,
         bytes_after=plan.nbytes,
-        lost=lost_formats(plan.folded, inserted=bool(plan.inserted)),
+        lost=lost_formats(plan.folded, inserted=bool(plan.inserted or plan.scaled)),
         notes=plan.notes,
     )
 
