@@ -25,7 +25,9 @@ from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import VARIANTS, Variant, VariantChoice
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import Recognised
+from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 
 TABLES = {"variant": VARIANTS, "training": TRAININGS, "optimizer": OPTIMIZERS}
@@ -50,6 +52,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hardened(base: Path, harden_directory: Callable[..., Path]) -> Path:
     return harden_directory(base, base.parent / "hardened", 1e3, 4, "*.up_proj", "*.down_proj")
+
+
+@pytest.fixture(scope="module")
+def scaled(base: Path) -> Path:
+    """Hardened by scale vectors."""
+    directory = base.parent / "scaled"
+    assert harden(HardenOptions(str(base), directory, method="insert", verify=False)) is not None
+    return directory
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -80,8 +90,10 @@ def test_every_row_says_what_it_is(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_keeps_the_function_and_leaves_something_to_train(name: str, hardened: Path) -> None:
-    model = load_model(hardened)
+def test_every_variant_keeps_the_function_and_leaves_something_to_train(
+    name: str, hardened: Path, scaled: Path
+) -> None:
+    model = load_model(scaled if VARIANTS[name].needs == "scaled" else hardened)
     before, parameters = logits(model), sum(parameter.numel() for parameter in model.parameters())
     growth = Variant(name).apply(model, 0)
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
@@ -95,15 +107,26 @@ def test_every_variant_keeps_the_function_and_leaves_something_to_train(name: st
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_changes_what_is_trained(name: str, hardened: Path) -> None:
+def test_a_variant_changes_what_is_trained(name: str, hardened: Path, scaled: Path) -> None:
     """Otherwise it would be the plain attack by another name."""
-    plain, model = load_model(hardened), load_model(hardened)
+    directory = scaled if VARIANTS[name].needs == "scaled" else hardened
+    plain, model = load_model(directory), load_model(directory)
     Variant(name).apply(model, 0)
     before, after = dict(plain.named_parameters()), dict(model.named_parameters())
     same = trained_names(plain) == trained_names(model) and all(
         torch.equal(parameter, before[key]) for key, parameter in after.items()
     )
     assert same == (name == "plain")
+
+
+@pytest.mark.parametrize("variant", ["width:2", "depth:2"])
+def test_scaled_modules_are_grown_beside_like_a_fold(variant: str, scaled: Path) -> None:
+    model = load_model(scaled)
+    before = logits(model)
+    Variant.parse(variant).apply(model, 0)
+    assert torch.equal(logits(model), before)
+    assert not any("inflated" in name or "scale" in name for name in trained_names(model))
+    assert any(".grown." in name for name in trained_names(model))
 
 
 @pytest.mark.parametrize("name", TRAININGS)

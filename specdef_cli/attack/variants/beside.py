@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 
 from specdef_cli.architectures.families import FAMILIES
 from specdef_cli.architectures.linears import writers
-from specdef_cli.architectures.names import repeated_blocks
+from specdef_cli.architectures.names import meta_model, repeated_blocks
 from specdef_cli.architectures.pairs import symmetries
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.inserted_layers import count_parameters
+from specdef_cli.runtime.configuration_specdef import SpecDefScaled
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
@@ -80,7 +81,8 @@ def _grow(
     before = sum(count_parameters(block) for block in places.values())
     freeze_scaled(model, places)
     added = 0
-    ends = tuple(writers(model))
+    scaled = any(isinstance(module, SpecDefScaled) for module in model.modules())
+    ends = writers(meta_model(model.config) if scaled else model)  # as they were before hardening
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number, (path, block) in enumerate(places.items()):
@@ -95,13 +97,16 @@ def _grow(
 
 
 def freeze_scaled(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> None:
-    """Freeze what a fold can have scaled: every side of a symmetric pair, and the blocks as a whole."""
+    """Freeze what can have been scaled: every side of a symmetric pair, scaled modules, and the blocks as a whole."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     for pair in symmetries(model.config, shapes, model=model).pairs:
         if pair.kind != "residual_stream":
             for side in pair.sides:
                 parameters[side.tensor].requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, SpecDefScaled):
+            module.requires_grad_(False)
     for block in blocks.values():
         block.requires_grad_(False)
 

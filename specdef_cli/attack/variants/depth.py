@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from specdef_cli.attack.variants.beside import grow_between
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.attack.variants.inserted_layers import GrownLayer, hardened_paths, linear_like, replace_layers
+from specdef_cli.attack.variants.inserted_layers import GrownLayer, linear_like, replace_layers
 from specdef_cli.runtime import SpecDefLinear
 
 
@@ -52,7 +52,7 @@ def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> Growth:
     Raises:
         NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
     """
-    if not hardened_paths(model):
+    if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
         return grow_between(model, factor, seed)
 
     def build(pair: SpecDefLinear) -> nn.Module:

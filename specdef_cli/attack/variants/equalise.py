@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair, symmetries
+from specdef_cli.architectures.pairs import Side, SymmetricPair, symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
 
@@ -29,7 +29,7 @@ def equalise(model: PreTrainedModel) -> Growth:
     """
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    found = symmetries(model.config, shapes, model=model).pairs
+    found = symmetric_pairs(model.config, shapes)
     # Gains first, as converters do: afterwards a column of up weighs what it does to its input.
     order = ("norm_readers", "up_down", "value_output")
     pairs = sorted((pair for pair in found if pair.kind in order), key=lambda pair: order.index(pair.kind))

@@ -13,7 +13,6 @@ from specdef_cli.attack.variants.inserted_layers import (
     GrownLayer,
     count_parameters,
     freeze,
-    hardened_paths,
     replace_layers,
 )
 from specdef_cli.runtime import SpecDefLinear
@@ -58,7 +57,7 @@ def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
     Raises:
         NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
     """
-    if not hardened_paths(model):
+    if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
         return grow_beside(model, factor, seed)
     generator = torch.Generator().manual_seed(seed)
 
