@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks [NAME …]``: print the tables of the README."""
+"""``python -m tests.benchmarks [NAME …]``: print the tables of docs/speed.md."""
 
 from __future__ import annotations
 

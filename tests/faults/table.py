@@ -1,4 +1,4 @@
-"""What was tried against each kind of fault, and what held: a pytest plugin that ends a run with the README's table.
+"""What was tried against each kind of fault, and what held: a pytest plugin that ends a run with a table of it.
 
 A test says itself where it counts: ``@pytest.mark.fault("disk full")``. Only what is given to a command is marked. A
 test that tries many inputs in a loop says how many, ``inputs=12``; if it fails, none of them counts as held. What was
