@@ -19,7 +19,7 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
-  reproduce-staircase reproduce-insert reproduce-unet reproduce-wmdp real-models real-tools real-consumers check test test-all test-newest faults lint format docs build wheel bench bench-large train-example clean
+  reproduce-staircase reproduce-insert reproduce-unet reproduce-wmdp real-models real-tools real-consumers check test test-all test-newest faults lint format schema docs build wheel bench bench-large train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -161,6 +161,9 @@ lint: install  ## style, formatting and types
 format: install  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schema: install  ## specdef_cli/report/schema.json, from the definition of report.json
+	$(BIN)/python -m specdef_cli.report.schema
 
 docs: install  ## the documentation, as pages in build/site; fetches nothing
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'

@@ -31,6 +31,7 @@ DIVERGENCE_FACTOR = 2.0
 UTILITY_LIMIT = 0.10
 """A model has kept its utility while its perplexity on retained text is at most this share above the start's."""
 
+RunOutcome = Literal["finished", "worse", "diverged"]
 DivergenceReason = Literal[
     "training loss is not finite",
     "held-out loss is not finite",
@@ -94,7 +95,7 @@ class RunResult:
     accuracy: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
-    def outcome(self) -> Literal["finished", "worse", "diverged"]:
+    def outcome(self) -> RunOutcome:
         """How the run ended: within its budget, within it but above its start, or given up."""
         if self.given_up:
             return "diverged"

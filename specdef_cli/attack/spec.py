@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
@@ -57,9 +57,13 @@ class RunSpec(Budget):
     @property
     def run_id(self) -> str:
         """Sixteen hexadecimal digits that stand for this specification."""
-        described = _RECORD.dump_python(self, mode="json")
-        text = json.dumps({"format": RUN_FORMAT, **described}, sort_keys=True, allow_nan=False)
+        text = json.dumps({"format": RUN_FORMAT, **self.record}, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return _RECORD.dump_python(self, mode="json")
 
     @property
     def attack(self) -> RunSpec:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from specdef_cli.attack.results import AttackReport
 from specdef_cli.errors import SpecDefError
-from specdef_cli.report import report_dict
-from specdef_cli.report.serialize import SCHEMA_NAME
+from specdef_cli.report.document import ReportDocument, read_report
+from specdef_cli.report.serialize import report_document
 
 
 @dataclass(frozen=True)
@@ -66,31 +64,21 @@ def read_resistance(path: Path, checkpoint: str) -> Resistance:
     Raises:
         SpecDefError: It is not a report, or not of this model.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema"] != SCHEMA_NAME:
-            raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA_NAME!r}")
-        attacked = {run["spec"]["checkpoint"] for run in data["runs"] if run["spec"]["subject"] == "model"}
-        resistance = _resistance(data)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise SpecDefError(
-            f"{path} is not an attack report: {error}", "Give the report.json that `specdef attack` wrote."
-        ) from error
+    document = read_report(path)
+    attacked = {run.spec.checkpoint for run in document.runs if run.spec.subject == "model"}
+    if not attacked:
+        raise SpecDefError(f"{path} is an attack report without runs", "Give a finished report of `specdef attack`.")
     if attacked != {checkpoint}:
         raise SpecDefError(
-            f"{path} is a report on {resistance.model}, whose weights are not the ones to be certified",
+            f"{path} is a report on {_public(document.model.name)}, whose weights are not the ones to be certified",
             "Attack this very directory, or leave --attacks out.",
         )
-    return resistance
+    return _resistance(document)
 
 
 def resistance_of(report: AttackReport) -> Resistance:
     """The figures of a report in memory."""
-    return _resistance(report_dict(report))
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None else float(value)
+    return _resistance(report_document(report))
 
 
 def _public(name: str) -> str:
@@ -98,25 +86,22 @@ def _public(name: str) -> str:
     return Path(name).name if Path(name).expanduser().exists() else name
 
 
-def _resistance(data: dict[str, Any]) -> Resistance:
-    spec = data["runs"][0]["spec"]
+def _resistance(document: ReportDocument) -> Resistance:
+    spec = document.runs[0].spec
     return Resistance(
-        model=_public(data["model"]["name"]),
-        data=_public(data["data"]["name"]),
-        budget=(
-            f"{spec['steps']} steps of {spec['batch_size']} sequences of {spec['sequence_length']} tokens, "
-            f"{spec['dtype']}"
-        ),
+        model=_public(document.model.name),
+        data=_public(document.data.name),
+        budget=f"{spec.steps} steps of {spec.batch_size} sequences of {spec.sequence_length} tokens, {spec.dtype}",
         attacks=tuple(
             AttackFigure(
-                label=attack["label"],
-                knowledge=attack["knowledge"],
-                learning_rate=float(attack["best"]["learning_rate"]),
-                share=_number(attack["share_of_control"]),
-                share_of_best=_number(attack["share_of_best_control"]),
-                verdict=attack["verdict"],
+                label=attack.label,
+                knowledge=attack.knowledge,
+                learning_rate=attack.best.learning_rate,
+                share=attack.share_of_control,
+                share_of_best=attack.share_of_best_control,
+                verdict=attack.verdict,
             )
-            for attack in data["attacks"]
-            if attack["subject"] == "model"
+            for attack in document.attacks
+            if attack.subject == "model"
         ),
     )

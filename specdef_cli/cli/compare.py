@@ -34,7 +34,8 @@ def compare_command(
     from specdef_cli.extras import require_extra
 
     require_extra("report", "reports")
-    from specdef_cli.report.comparison import compare, comparison_markdown, read_report
+    from specdef_cli.report.comparison import compare, comparison_markdown
+    from specdef_cli.report.document import read_report
 
     comparison = compare([read_report(path) for path in reports])
     if markdown and not as_json:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.report.document import AttackPart, ReportDocument
 from specdef_cli.report.findings import number, percent, rate
-from specdef_cli.report.serialize import SCHEMA_NAME
 
 
 @dataclass(frozen=True)
@@ -71,39 +68,21 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """The contents of a ``report.json``, or of the one in a directory.
-
-    Raises:
-        SpecDefError: There is none, or it is not an attack report.
-    """
-    file = path / "report.json" if path.is_dir() else path
-    try:
-        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if data["schema"] != SCHEMA_NAME:
-            raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA_NAME!r}")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SpecDefError(
-            f"{file} is not an attack report: {error}", "Give the report.json that `specdef attack` wrote."
-        ) from error
-    return data
-
-
-def compare(reports: Sequence[dict[str, Any]]) -> Comparison:
+def compare(reports: Sequence[ReportDocument]) -> Comparison:
     """Put reports side by side.
 
     Args:
-        reports: Contents of their files (:func:`read_report`), one for each model.
+        reports: Their contents (:func:`specdef_cli.report.document.read_report`), one for each model.
     """
-    controls: dict[str, dict[str, Any]] = {}
-    columns: list[dict[str, dict[str, Any]]] = []
+    controls: dict[str, AttackPart] = {}
+    columns: list[dict[str, AttackPart]] = []
     for report in reports:
         column = {}
-        for attack in report["attacks"]:
-            if attack["subject"] == "control":
+        for attack in report.attacks:
+            if attack.subject == "control":
                 controls.setdefault(_recipe(attack), attack)
             else:
-                first = "" if attack["variant"] == "plain" else f"{attack['variant']}: "
+                first = "" if attack.variant == "plain" else f"{attack.variant}: "
                 column[first + _recipe(attack)] = attack
         columns.append(column)
     rows = []
@@ -114,13 +93,13 @@ def compare(reports: Sequence[dict[str, Any]]) -> Comparison:
             ComparedAttack(
                 attack=name,
                 control=_learned(control) if control else "–",
-                control_share=control["share_of_best_control"] if control else None,
+                control_share=control.share_of_best_control if control else None,
                 cells=tuple(None if attack is None else _cell(attack) for attack in attacks),
             )
         )
     return Comparison(
-        models=tuple(Path(report["model"]["name"]).name for report in reports),
-        verdicts=tuple(report["summary"][0] for report in reports),
+        models=tuple(Path(report.model.name).name for report in reports),
+        verdicts=tuple(report.summary[0] for report in reports),
         rows=tuple(rows),
         notes=_differences(reports),
     )
@@ -137,35 +116,33 @@ def comparison_markdown(comparison: Comparison) -> str:
     return "\n".join([*lines, *(f"- {note}" for note in comparison.notes)]) + "\n"
 
 
-def _recipe(attack: dict[str, Any]) -> str:
-    return f"{attack['trained']}, {attack['optimizer']}"
+def _recipe(attack: AttackPart) -> str:
+    return f"{attack.trained}, {attack.optimizer}"
 
 
-def _learned(control: dict[str, Any]) -> str:
-    best = control["best"]
-    return f"{number(control['start'])} → {number(best['loss'])} ({rate(best['learning_rate'])})"
+def _learned(control: AttackPart) -> str:
+    best = control.best
+    return f"{number(control.start)} → {number(best.loss)} ({rate(best.learning_rate)})"
 
 
-def _cell(attack: dict[str, Any]) -> Cell:
-    best = attack["best"]
+def _cell(attack: AttackPart) -> Cell:
+    best = attack.best
     return Cell(
-        share=attack["share_of_control"],
-        share_of_best=attack["share_of_best_control"],
-        learning_rate=best["learning_rate"],
-        loss=best["loss"],
-        verdict=attack["verdict"],
+        share=attack.share_of_control,
+        share_of_best=attack.share_of_best_control,
+        learning_rate=best.learning_rate,
+        loss=best.loss,
+        verdict=attack.verdict,
     )
 
 
-def _differences(reports: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def _differences(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
     """What reports must share to be comparable: the data and the budget."""
     notes = []
-    if len({report["data"]["fingerprint"] for report in reports}) > 1:
+    if len({report.data.fingerprint for report in reports}) > 1:
         notes.append("The reports were made on different data; their columns cannot be compared.")
     budgets = {
-        tuple(run["spec"][key] for key in ("steps", "batch_size", "sequence_length"))
-        for report in reports
-        for run in report["runs"]
+        (run.spec.steps, run.spec.batch_size, run.spec.sequence_length) for report in reports for run in report.runs
     }
     if len(budgets) > 1:
         told = "; ".join(f"{steps} steps of {batch} × {length} tokens" for steps, batch, length in sorted(budgets))

@@ -1,7 +1,7 @@
 """``report.json`` and ``curves.csv``: the report for programs.
 
-``schema.json`` beside this file is the documented shape of ``report.json``. Keys are only ever added under one schema
-name. Numbers that are not finite are null.
+Its shape is :class:`specdef_cli.report.document.ReportDocument`, for others ``schema.json`` beside this file. Numbers
+that are not finite are null.
 """
 
 from __future__ import annotations
@@ -12,48 +12,67 @@ import io
 import json
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from specdef_cli.attack.results import (
     CONTROL_SHARE,
     DIVERGENCE_FACTOR,
-    RUN_RECORD,
     UTILITY_LIMIT,
     AttackReport,
     RunResult,
 )
+from specdef_cli.attack.variants.growth import Growth
+from specdef_cli.report.document import (
+    SCHEMA_NAME,
+    AttackPart,
+    Best,
+    ControlPart,
+    Curve,
+    Definitions,
+    GrowthPart,
+    ModelPart,
+    ReportDocument,
+    RunLoss,
+    RunParameters,
+    RunPart,
+    SpecPart,
+)
 from specdef_cli.report.findings import STOPPED_SHARE, Finding, findings, summary
-
-SCHEMA_NAME = "specdef-attack-report/2"
 
 CURVE_COLUMNS = (
     "run", "label", "subject", "variant", "trained", "optimizer", "learning_rate", "seed",
     "step", "train_loss", "grad_norm", "eval_loss", "retained_loss", "seconds",
 )  # fmt: skip
 
+_SPEC = TypeAdapter(SpecPart)
+
+
+def report_document(report: AttackReport) -> ReportDocument:
+    """A report as ``report.json`` holds it."""
+    return ReportDocument(
+        schema=SCHEMA_NAME,
+        summary=summary(report),
+        model=ModelPart(name=report.model, hardening=report.hardening),
+        control=ControlPart(name=report.control),
+        data=report.data,
+        assumed=report.assumed,
+        notes=report.notes,
+        definitions=Definitions(
+            control_share=CONTROL_SHARE,
+            divergence_factor=DIVERGENCE_FACTOR,
+            stopped_share=STOPPED_SHARE,
+            utility_limit=UTILITY_LIMIT,
+        ),
+        versions=report.versions,
+        device=report.device,
+        attacks=tuple(_attack(finding) for finding in findings(report)),
+        runs=tuple(_run(report, run) for run in report.runs),
+    )
+
 
 def report_dict(report: AttackReport) -> dict[str, Any]:
     """A report as plain JSON data, as ``schema.json`` describes it."""
-    return {
-        "schema": SCHEMA_NAME,
-        "summary": list(summary(report)),
-        "model": {
-            "name": report.model,
-            "hardening": dataclasses.asdict(report.hardening) if report.hardening else None,
-        },
-        "control": {"name": report.control},
-        "data": dataclasses.asdict(report.data),
-        "assumed": list(report.assumed),
-        "notes": list(report.notes),
-        "definitions": {
-            "control_share": CONTROL_SHARE,
-            "divergence_factor": DIVERGENCE_FACTOR,
-            "stopped_share": STOPPED_SHARE,
-            "utility_limit": UTILITY_LIMIT,
-        },
-        "versions": report.versions,
-        "device": report.device,
-        "attacks": [_attack(each) for each in findings(report)],
-        "runs": [_run(report, run) for run in report.runs],
-    }
+    return report_document(report).model_dump(mode="json", by_alias=True)
 
 
 def report_json(report: AttackReport) -> str:
@@ -85,64 +104,58 @@ def curves_csv(report: AttackReport) -> str:
     return text.getvalue()
 
 
-def _attack(finding: Finding) -> dict[str, Any]:
+def _attack(finding: Finding) -> AttackPart:
     spec = finding.attack.runs[0].spec
-    return {
-        "label": finding.attack.label,
-        "subject": spec.subject,
-        "variant": str(spec.variant),
-        "knowledge": finding.attack.knowledge,
-        "training": str(spec.training),
-        "trained": spec.training.label,
-        "optimizer": spec.optimizer,
-        "learning_rates": list(finding.attack.learning_rates),
-        "best": {"learning_rate": finding.learning_rate, "loss": finding.best},
-        "start": finding.start,
-        "share_of_control": finding.share,
-        "share_of_best_control": finding.share_of_best,
-        "share_of_control_over_seeds": finding.share_range and list(finding.share_range),
-        "share_of_control_at_its_rates": finding.usual_share,
-        "share_of_control_with_utility_kept": finding.useful_share,
-        "control_share_with_utility_kept": finding.control_useful_share,
-        "divergent_learning_rate": finding.divergent_rate,
-        "steps_to_control": finding.steps_to_control,
-        "seconds_to_control": finding.seconds_to_control,
-        "parameters_times": finding.parameters_times,
-        "flops_times": finding.flops_times,
-        "verdict": finding.verdict,
-        "runs": [run.spec.run_id for run in finding.attack.runs],
-    }
+    return AttackPart(
+        label=finding.attack.label,
+        subject=spec.subject,
+        variant=str(spec.variant),
+        knowledge=finding.attack.knowledge,
+        training=str(spec.training),
+        trained=spec.training.label,
+        optimizer=spec.optimizer,
+        learning_rates=finding.attack.learning_rates,
+        best=Best(learning_rate=finding.learning_rate, loss=finding.best),
+        start=finding.start,
+        share_of_control=finding.share,
+        share_of_best_control=finding.share_of_best,
+        share_of_control_over_seeds=finding.share_range,
+        share_of_control_at_its_rates=finding.usual_share,
+        share_of_control_with_utility_kept=finding.useful_share,
+        control_share_with_utility_kept=finding.control_useful_share,
+        divergent_learning_rate=finding.divergent_rate,
+        steps_to_control=finding.steps_to_control,
+        seconds_to_control=finding.seconds_to_control,
+        parameters_times=finding.parameters_times,
+        flops_times=finding.flops_times,
+        verdict=finding.verdict,
+        runs=tuple(run.spec.run_id for run in finding.attack.runs),
+    )
 
 
-def _run(report: AttackReport, run: RunResult) -> dict[str, Any]:
-    growth = run.growth
+def _run(report: AttackReport, run: RunResult) -> RunPart:
     reached = report.reached_control(run)
-    return {
-        "id": run.spec.run_id,
-        "label": run.spec.label,
-        "spec": RUN_RECORD.dump_python(run, mode="json")["spec"],
-        "loss": {"start": run.start, "best": run.best, "final": run.final},
-        "best_step": run.best_step,
-        "steps_to_control": reached and reached.step,
-        "first_grad_norm": run.first_grad_norm,
-        "parameters": {
-            "total": run.parameters,
-            "trainable": run.trainable_parameters,
-            "times": report.parameters_times(run),
-        },
-        "growth": growth
-        and {
-            **dataclasses.asdict(growth),
-            "parameters_added": growth.parameters_added,
-            "layers_times": growth.times,
-        },
-        "flops_per_step": run.flops_per_step,
-        "accuracy": run.accuracy,
-        "outcome": run.outcome,
-        "divergence": run.divergence and dataclasses.asdict(run.divergence),
-        "seconds": run.seconds,
-        "curve": {
-            "train": [dataclasses.asdict(point) for point in run.train],
-            "evaluations": [dataclasses.asdict(point) for point in run.evaluations],
-        },
-    }
+    return RunPart(
+        id=run.spec.run_id,
+        label=run.spec.label,
+        spec=_SPEC.validate_python(run.spec.record),
+        loss=RunLoss(start=run.start, best=run.best, final=run.final),
+        best_step=run.best_step,
+        steps_to_control=None if reached is None else reached.step,
+        first_grad_norm=run.first_grad_norm,
+        parameters=RunParameters(
+            total=run.parameters, trainable=run.trainable_parameters, times=report.parameters_times(run)
+        ),
+        growth=None if run.growth is None else _growth(run.growth),
+        flops_per_step=run.flops_per_step,
+        accuracy=run.accuracy,
+        outcome=run.outcome,
+        divergence=run.divergence,
+        seconds=run.seconds,
+        curve=Curve(train=run.train, evaluations=run.evaluations),
+    )
+
+
+def _growth(growth: Growth) -> GrowthPart:
+    added, times = growth.parameters_added, growth.times
+    return GrowthPart(**dataclasses.asdict(growth), parameters_added=added, layers_times=times)

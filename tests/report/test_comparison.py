@@ -12,24 +12,51 @@ from typer.testing import CliRunner
 
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError
-from specdef_cli.report.comparison import compare, comparison_markdown, read_report
-from specdef_cli.report.serialize import SCHEMA_NAME
+from specdef_cli.report.comparison import Comparison, compare, comparison_markdown
+from specdef_cli.report.document import SCHEMA_NAME, ReportDocument, read_report
 
 
 def attack(subject: str, share: float, *, variant: str = "plain", trained: str = "full") -> dict[str, Any]:
+    nothing = dict.fromkeys(
+        (
+            "share_of_control_over_seeds", "share_of_control_at_its_rates", "share_of_control_with_utility_kept",
+            "control_share_with_utility_kept", "divergent_learning_rate", "steps_to_control", "seconds_to_control",
+        )
+    )  # fmt: skip
     return {
-        "subject": subject, "variant": variant, "trained": trained, "optimizer": "adamw", "start": 3.0,
-        "best": {"learning_rate": 1e-3, "loss": 3.0 - 2 * share}, "share_of_control": share,
-        "share_of_best_control": share / 2, "verdict": "stopped" if share <= 0.05 else "not slowed",
+        **nothing, "label": "l", "subject": subject, "variant": variant, "knowledge": "none", "training": trained,
+        "trained": trained, "optimizer": "adamw", "learning_rates": [1e-3], "start": 3.0, "parameters_times": 1.0,
+        "flops_times": 1.0, "best": {"learning_rate": 1e-3, "loss": 3.0 - 2 * share}, "share_of_control": share,
+        "share_of_best_control": share / 2, "verdict": "stopped" if share <= 0.05 else "not slowed", "runs": ["r"],
     }  # fmt: skip
 
 
 def report(name: str, *attacks: dict[str, Any]) -> dict[str, Any]:
-    spec = {"steps": 30, "batch_size": 8, "sequence_length": 64}
-    return {
-        "schema": SCHEMA_NAME, "summary": [f"Verdict of {name}."], "model": {"name": f"somewhere/{name}"},
-        "data": {"fingerprint": "d"}, "attacks": [attack("control", 1.0), *attacks], "runs": [{"spec": spec}],
+    spec = {
+        "subject": "model", "checkpoint": "c", "data": "d", "task": "causal-lm", "variant": "brought:2",
+        "training": "full", "optimizer": "adamw", "learning_rate": 1e-3, "eval_every": 3, "seed": 0, "steps": 30,
+        "batch_size": 8, "sequence_length": 64,
     }  # fmt: skip
+    run = {
+        "id": "r", "label": "l", "spec": spec, "loss": {"start": 3.0, "best": 1.0, "final": None}, "best_step": 3,
+        "steps_to_control": None, "first_grad_norm": None, "parameters": {"total": 1, "trainable": 1, "times": 1.0},
+        "growth": None, "flops_per_step": 1, "accuracy": {}, "outcome": "finished", "divergence": None, "seconds": 1.0,
+        "curve": {"train": [], "evaluations": []},
+    }  # fmt: skip
+    return {
+        "schema": SCHEMA_NAME, "summary": [f"Verdict of {name}."],
+        "model": {"name": f"somewhere/{name}", "hardening": None}, "control": {"name": "base"},
+        "assumed": [], "notes": [], "versions": {}, "device": "cpu",
+        "data": {"name": "prose", "train_sequences": 9, "held_out_sequences": 1, "fingerprint": "d"},
+        "definitions": {
+            "control_share": 0.95, "divergence_factor": 2.0, "stopped_share": 0.05, "utility_limit": 0.1,
+        },
+        "attacks": [attack("control", 1.0), *attacks], "runs": [run], "a_later_key": 1,
+    }  # fmt: skip
+
+
+def compared(*reports: dict[str, Any]) -> Comparison:
+    return compare([ReportDocument.model_validate(data) for data in reports])
 
 
 FOLD = report("fold", attack("model", 0.01), attack("model", 1.0, variant="rebalance"))
@@ -37,7 +64,7 @@ INSERT = report("insert", attack("model", 0.77))
 
 
 def test_each_model_has_its_column() -> None:
-    comparison = compare([FOLD, INSERT])
+    comparison = compared(FOLD, INSERT)
     assert comparison.models == ("fold", "insert")
     cells = {row.attack: [cell and cell.share for cell in row.cells] for row in comparison.rows}
     assert cells == {"full, adamw": [0.01, 0.77], "rebalance: full, adamw": [1.0, None]}
@@ -46,7 +73,7 @@ def test_each_model_has_its_column() -> None:
 
 
 def test_markdown() -> None:
-    lines = comparison_markdown(compare([FOLD, INSERT])).splitlines()
+    lines = comparison_markdown(compared(FOLD, INSERT)).splitlines()
     assert lines[0] == "| attack | control: loss (best η), of the best control | fold | insert |"
     assert lines[2] == "| full, adamw | 3.000 → 1.000 (1e-3), 50 % | 1 % (1e-3) | 77 % (1e-3) |"
     assert "- fold: Verdict of fold." in lines
@@ -60,8 +87,8 @@ def test_what_cannot_be_compared_is_said(path: tuple[Any, ...], word: str) -> No
     place = other
     for key in path[:-1]:
         place = place[key]
-    place[path[-1]] = 99
-    assert any(word in note for note in compare([FOLD, other]).notes)
+    place[path[-1]] = type(place[path[-1]])(99)
+    assert any(word in note for note in compared(FOLD, other).notes)
 
 
 def test_the_command_reads_files_and_directories(tmp_path: Path) -> None:
@@ -76,6 +103,14 @@ def test_the_command_reads_files_and_directories(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["compare", *paths])
     assert "77 % (1e-3)" in shown.stdout
     assert "Verdict of insert." in shown.stdout
+
+
+def test_a_key_of_the_wrong_kind_is_named(tmp_path: Path) -> None:
+    wrong = copy.deepcopy(FOLD)
+    del wrong["attacks"][1]["best"]["loss"]
+    (tmp_path / "report.json").write_text(json.dumps(wrong))
+    with pytest.raises(SpecDefError, match=r"attacks\.1\.best\.loss: Field required"):
+        read_report(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", json.dumps({"schema": "another/1"})])

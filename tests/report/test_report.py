@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from html.parser import HTMLParser
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -30,10 +31,13 @@ from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
+from specdef_cli.report.document import ReportDocument
 from specdef_cli.report.findings import rate, size
 from specdef_cli.report.matrix import coverage_matrix
-from specdef_cli.report.serialize import CURVE_COLUMNS, curves_csv, report_json
+from specdef_cli.report.schema import SCHEMA_FILE, schema_text
+from specdef_cli.report.serialize import CURVE_COLUMNS, curves_csv, report_document, report_json
 
+SCHEMA = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
 NASTY = "<script>alert('x')</script> & \"[bold]quoted[/bold]\""
 
 
@@ -211,14 +215,43 @@ def test_json_is_strict_and_documented(report: AttackReport) -> None:
         raise AssertionError(token)
 
     data = json.loads(report_json(report), parse_constant=refuse)
-    schema = json.loads((files("specdef_cli.report") / "schema.json").read_text())
-    jsonschema.validate(data, schema)
+    jsonschema.validate(data, SCHEMA)
+    assert data["schema"] == "specdef-attack-report/2"
     assert data["runs"][1]["loss"] == {"start": 3.0, "best": 2.98, "final": None}
     assert data["runs"][1]["divergence"] == {"step": 2, "reason": "training loss is not finite"}
     assert data["runs"][4]["growth"]["parameters_added"] == 1000
-    jsonschema.validate({**data, "a_later_key": 1}, schema)  # a consumer who validates does not break at it
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**data, "attacks": [{}]}, schema)
+    assert data["runs"][0]["spec"].keys() == {field.name for field in fields(RunSpec)}
+
+
+def objects(data: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], dict[str, Any]]]:
+    """Every object of some JSON data with the way to it."""
+    if isinstance(data, dict):
+        yield path, data
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        yield from objects(value, (*path, key))
+
+
+def test_later_keys_break_no_consumer_and_missing_ones_do(report: AttackReport) -> None:
+    """At every object of the document, those apart whose keys are names: versions and accuracies."""
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    places = [path for path, _ in objects(report_dict(report)) if path[-1:] not in (("versions",), ("accuracy",))]
+    assert len(places) > 40
+    for path in places:
+        data = report_dict(report)
+        place = dict(objects(data))[path]
+        place["a_later_key"] = 1
+        assert validator.is_valid(data), path
+        assert ReportDocument.model_validate(data) == report_document(report)
+        for key in [key for key in place if key != "a_later_key"]:
+            value = place.pop(key)
+            assert not validator.is_valid(data), (path, key)
+            place[key] = value
+
+
+def test_the_schema_is_what_the_code_writes() -> None:
+    """`make schema` writes it."""
+    assert schema_text() == SCHEMA_FILE.read_text(encoding="utf-8")
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
 def test_runs_survive_json(report: AttackReport) -> None:
