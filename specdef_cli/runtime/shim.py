@@ -117,6 +117,9 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The base model's ``config.json``: the inverse of :func:`shim_config`.
 
     A config that is not a shim comes back as an equal copy.
+
+    Raises:
+        SpecDefError: It is a shim that names no native model type.
     """
     plain = copy.deepcopy(dict(config))
     if not is_shim(config):
@@ -124,7 +127,10 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     plain.pop("quantization_config", None)
     if library_of(config) is DIFFUSERS:
         return plain
-    plain["model_type"] = plain.pop(BASE_MODEL_TYPE_KEY)
+    native = plain.pop(BASE_MODEL_TYPE_KEY, None)
+    if not isinstance(native, str) or not native:
+        raise _incomplete(BASE_MODEL_TYPE_KEY)
+    plain["model_type"] = native
     plain.pop("auto_map", None)
     if BASE_AUTO_MAP_KEY in plain:
         plain["auto_map"] = plain.pop(BASE_AUTO_MAP_KEY)
@@ -132,14 +138,30 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shim_layers(config: Mapping[str, Any]) -> dict[str, LayerSpec | ScaledSpec]:
-    """The replaced linears and scaled modules that a shim names; empty for any other config."""
+    """The replaced linears and scaled modules that a shim names; empty for any other config.
+
+    Raises:
+        SpecDefError: It is a shim that names none, or not as this version writes them.
+    """
     if not is_shim(config):
         return {}
-    listed = config["quantization_config"]["layers"]
-    return {
-        module: ScaledSpec(**{**spec, "weight": tuple(spec["weight"])}) if "kind" in spec else LayerSpec(**spec)
-        for module, spec in listed.items()
-    }
+    try:
+        listed = config["quantization_config"]["layers"]
+        layers = {
+            module: ScaledSpec(**{**spec, "weight": tuple(spec["weight"])}) if "kind" in spec else LayerSpec(**spec)
+            for module, spec in listed.items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:  # another value than JSON of that form
+        raise _incomplete("quantization_config.layers") from error
+    if not layers:
+        raise _incomplete("quantization_config.layers")
+    return layers
+
+
+def _incomplete(key: str) -> SpecDefError:
+    return SpecDefError(
+        f"a hardened model's config.json has no usable {key}", "Restore its files, or harden the base model again."
+    )
 
 
 def _plain(spec: LayerSpec | ScaledSpec) -> dict[str, Any]:

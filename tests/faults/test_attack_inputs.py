@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import assert_refused, call_cli, snapshot
-from mutations import DOWN, Mutation, config, content, edit_json, element, raw_bytes, spoiled, tensor
+from mutations import DOWN, REMOVED, Mutation, config, content, edit_json, element, raw_bytes, spoiled, tensor
 from safetensors.torch import load_file
 from small_attack import SMALL, finished_runs
 from test_fuzz import MUTATIONS, ODD_VALUES
@@ -61,7 +61,16 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "W~ missing": (tensor(INFLATED, None), (INFLATED, "missing")),
     "W~ in int8": (tensor(INFLATED, lambda weight: weight.to(torch.int8)), (INFLATED, "I8", "specdef.json")),
     "manifest not JSON": (content("specdef.json", "{"), ("specdef.json", "not a valid manifest")),
-    "manifest gone": (lambda directory: (directory / "specdef.json").unlink(), ("no manifest",)),
+    "manifest gone, and the list of layers": (
+        lambda directory: (
+            (directory / "specdef.json").unlink() or edit_json("config.json", quantization_config=REMOVED)(directory)
+        ),
+        ("hardened model's config.json", "quantization_config.layers"),
+    ),
+    "manifest gone, and a layer": (
+        lambda directory: (directory / "specdef.json").unlink() or tensor(INFLATED, None)(directory),
+        (INFLATED, "config.json names"),
+    ),
     "truncated": (raw_bytes(lambda data: data[:-5]), ("model.safetensors",)),
     "weights behind a link": (
         lambda directory: (
@@ -83,8 +92,24 @@ def test_a_damaged_hardened_directory(
     directory = spoiled(hardened, tmp_path, mutation)
     options = ("--control", llama, *SMALL) if command == "attack" else ("--base", llama, "--text", text, "--quiet")
     result = call_cli(command, directory, *options, "--out", outside / "out")
-    words = ("specdef.json",) if (command, name) == ("certify", "manifest gone") else words
+    if command == "certify" and name.startswith("manifest gone"):
+        words = ("specdef.json",)
     assert_refused(result, *words, empty=outside)
+
+
+@pytest.mark.fault("broken checkpoint given to attack", inputs=2)
+def test_a_hardened_directory_without_its_manifest(
+    hardened: Path, llama: Path, text: Path, tmp_path: Path, outside: Path
+) -> None:
+    """The weights say enough for an attack; a certificate is of what a manifest claims."""
+    directory = spoiled(hardened, tmp_path, lambda directory: (directory / "specdef.json").unlink())
+    certifying = ("--base", llama, "--text", text, "--quiet")
+    assert_refused(call_cli("certify", directory, *certifying, "--out", outside / "out"), "specdef.json", empty=outside)
+    result = call_cli("attack", directory, "--control", llama, *SMALL, "--out", tmp_path / "attack")
+    assert result.code == 0, result.stderr
+    report = json.loads((tmp_path / "attack" / "report.json").read_text())
+    assert "The weights show inserted pairs" in " ".join(report["notes"])
+    assert {attack["variant"] for attack in report["attacks"]} >= {"plain", "collapse"}
 
 
 def unknown_tokens(directory: Path) -> None:
