@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from specdef_cli.attack.budget import Budget, Dtype, Schedule
+from specdef_cli.attack.target import Task
 from specdef_cli.cli.options import Json, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import work_alone_if_stale
+
+DEFAULTS = Budget()
 
 
 def attack_command(
@@ -50,7 +55,7 @@ def attack_command(
     ] = None,
     eval_task_path: Annotated[Path | None, typer.Option(help="Directory with lm-eval tasks of your own.")] = None,
     task: Annotated[
-        Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"] | None,
+        Task | None,
         typer.Option(help="What to train for.", show_default="what the control's architecture says"),
     ] = None,
     suite: Annotated[
@@ -83,28 +88,33 @@ def attack_command(
     lr_sweep: Annotated[
         bool, typer.Option("--lr-sweep", help="Search every attack's best learning rate until it is bracketed.")
     ] = False,
-    schedule: Annotated[Literal["constant", "linear", "cosine"], typer.Option(help="Course of the rate.")] = "constant",
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,
+    schedule: Annotated[Schedule, typer.Option(help="Course of the rate.")] = DEFAULTS.schedule,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = DEFAULTS.warmup_steps,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = DEFAULTS.max_grad_norm,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = DEFAULTS.weight_decay,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of every run.", show_default="30, fewer for a large model")
+        int | None,
+        typer.Option(help="Optimizer steps of every run.", show_default=f"{DEFAULTS.steps}, fewer for a large model"),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.", show_default="16")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences a step.", show_default=f"{DEFAULTS.batch_size}")
+    ] = None,
     gradient_accumulation: Annotated[
         int, typer.Option(help="Passes that a step's sequences are split into, to save memory.")
     ] = 1,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to save memory.")
     ] = False,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="128")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a sequence.", show_default=f"{DEFAULTS.sequence_length}")
+    ] = None,
     stop_at_divergence: Annotated[
         bool,
         typer.Option(
             "--stop-at-divergence/--no-stop-at-divergence",
             help="End a run where its held-out loss passes twice the start; some come back after thousands of steps.",
         ),
-    ] = True,
+    ] = DEFAULTS.stop_at_divergence,
     eval_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations.", show_default="a tenth of the steps")
     ] = None,
@@ -151,9 +161,7 @@ def attack_command(
     train: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Train only these parameters (repeatable).")
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "mixed", "auto"], typer.Option(help="dtype of training.")
-    ] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="dtype of training.")] = DEFAULTS.dtype,
     out: Annotated[Path, typer.Option("--out", "-o", help="Runs and report; finished runs found there are kept.")] = (
         Path("attack")
     ),
@@ -191,6 +199,7 @@ def attack_command(
 
       specdef attack hardened --control ./base --dataset notes.jsonl --recipe lora --lr 1e-4 --lr 1e-5 --steps 200
     """
+    arguments = locals()
     from specdef_cli.extras import require_extra
 
     require_extra("attack", "attacks")
@@ -234,44 +243,21 @@ def attack_command(
     kept = given if chosen is None or suite in suite_names() or limit is not None else budget
     free = tuple(name for name in BUDGET if name != "seeds" and kept.get(name) is None)
     lr_sweep = lr_sweep or (limit is not None and chosen is None and not lr)
-    options = AttackOptions(
-        model=model,
-        out=out,
-        runs=runs,
-        control=control,
-        dataset=dataset,
-        dataset_config=dataset_config,
-        dataset_split=dataset_split,
-        text_column=text_column,
-        label_column=label_column,
-        image_column=image_column,
-        retained=retained,
-        eval_tasks=tuple(eval_task or ()),
-        eval_task_path=eval_task_path,
-        task=task,
-        suite=chosen,
-        variants=variants_of(variant or (), expand=expand, expansions=expansion or (), flags=named),
-        trainings=trainings_of(training or (), globs=train or (), targets=lora_targets or (), rank=lora_rank),
-        optimizers=tuple(optimizer or ()),
-        learning_rates=tuple(lr or ()),
-        search=lr_sweep,
-        stop_at_divergence=stop_at_divergence,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        max_grad_norm=max_grad_norm,
-        weight_decay=weight_decay,
-        jobs=jobs,
-        gradient_accumulation=gradient_accumulation,
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,
-        free=free,
-        time_limit=limit,
-        report_to=tuple(report_to or ()),
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-        token=token,
-        **budget,
-    )
+    fields = {field.name for field in dataclasses.fields(AttackOptions)}
+    alike = {name: value for name, value in arguments.items() if name in fields and value is not None}
+    called_otherwise = {
+        "suite": chosen,
+        "variants": variants_of(variant or (), expand=expand, expansions=expansion or (), flags=named),
+        "trainings": trainings_of(training or (), globs=train or (), targets=lora_targets or (), rank=lora_rank),
+        "optimizers": tuple(optimizer or ()),
+        "learning_rates": tuple(lr or ()),
+        "search": lr_sweep,
+        "eval_tasks": tuple(eval_task or ()),
+        "report_to": tuple(report_to or ()),
+        "free": free,
+        "time_limit": limit,
+    }
+    options = AttackOptions(**alike | called_otherwise | budget)
     if dry_run:
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))
