@@ -16,10 +16,12 @@ MODEL ?= $(TINY)
 REAL := models
 REAL_NAMES := smollm2-135m-instruct $(if $(GEMMA),gemma-3-270m)
 JOBS ?= 2
+# A real model fills both cores by itself; on a GPU, more runs at a time keep it busy.
+ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
-  reproduce-staircase reproduce-insert reproduce-unet reproduce-wmdp real-models real-tools real-consumers check test test-all test-newest faults lint format schema docs build wheel bench bench-large train-example clean
+  reproduce-staircase reproduce-insert reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack check test test-all test-newest faults lint format schema docs build wheel bench bench-large train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,7 +67,7 @@ $(REAL)/tools/.installed: $(VENV)/.installed
 CONSUMED := fold quantizable insert
 $(REAL)/hardened/%-fold: REAL_OPTIONS = --method fold --profile coverage
 $(REAL)/hardened/%-quantizable: REAL_OPTIONS = --method fold --profile quantizable
-$(REAL)/hardened/%-insert: REAL_OPTIONS = --method insert --alpha 1e4 --top-k 25
+$(REAL)/hardened/%-insert: REAL_OPTIONS = --method insert
 define harden_real
 $(REAL)/hardened/%-$(1): | real-models
 	$(BIN)/specdef harden $(REAL)/$$* $$(REAL_OPTIONS) --out $$@
@@ -78,6 +80,26 @@ real-consumers: real-models real-tools $(REAL_NAMES:%=docs/tables/consumers-%.md
 docs/tables/consumers-%.md: $(addprefix $(REAL)/hardened/%-,$(CONSUMED)) FORCE
 	LLAMA_CPP=$(REAL)/tools/llama.cpp PATH="$$PATH:$(abspath $(REAL)/tools/mergekit/bin)" $(BIN)/python \
 	  examples/real/consumers.py --base $(REAL)/$* $(CONSUMED:%=$(REAL)/hardened/$*-%) --cells $(REAL)/cells --out $@
+
+# The ways of hardening that the attack on real models compares, and a stack of 60 layers beside those models.
+ATTACKED := fold fold-scales insert insert-paper
+$(REAL)/hardened/%-fold-scales: REAL_OPTIONS = --method auto --allow-code
+$(REAL)/hardened/%-insert-paper: REAL_OPTIONS = --method insert --schedule constant --alpha 1e4 --top-k 25
+$(foreach name,fold-scales insert-paper,$(eval $(call harden_real,$(name))))
+.SECONDARY: $(foreach model,$(REAL_NAMES) deep-60,$(ATTACKED:%=$(REAL)/hardened/$(model)-%)) $(REAL)/deep-60
+ATTACK_MINUTES ?= 15
+real-attack: real-models $(REAL_NAMES:%=docs/tables/attack-%.md) docs/tables/attack-deep-60.md  ## who gets how far on real models and on 60 layers, as docs/tables/attack-*.md; ATTACK_MINUTES=15 a hardened model
+
+$(REAL)/deep-60: | install
+	$(BIN)/python examples/real/deep_stack.py $(TINY) --layers 60 --out $@
+
+$(ATTACKED:%=$(REAL)/hardened/deep-60-%): | $(REAL)/deep-60
+
+docs/tables/attack-%.md: $(addprefix $(REAL)/hardened/%-,$(ATTACKED)) FORCE
+	for name in $(ATTACKED); do \
+	  $(BIN)/specdef attack $(REAL)/hardened/$*-$$name --control $(REAL)/$* --suite examples/real/attack.toml \
+	    --time-limit $(ATTACK_MINUTES)m --jobs $(ATTACK_JOBS) --runs $(REAL)/runs --out $(REAL)/attacks/$*-$$name --quiet >/dev/null; done
+	$(BIN)/specdef compare $(ATTACKED:%=$(REAL)/attacks/$*-%) --markdown | tee $@
 
 FORCE:
 
