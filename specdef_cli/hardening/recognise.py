@@ -10,7 +10,7 @@ other pairs did to single entries of the same row or column does not move a medi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,9 +91,11 @@ def recognise(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_remote_
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
     readable = {name for name, header in checkpoint.tensors.items() if header.dtype in FLOATING_DTYPES}
-    replaced = [f"{layer}.weight" for layer, _, _ in _candidates(shapes)]
-    replaced += [name.replace(".inflated.", ".") for name in shapes if ".inflated." in name]
-    native = shapes | {name: expected[name] for name in replaced if name in expected}
+    replaced = {f"{layer}.weight" for layer, _, _ in _candidates(shapes)}
+    replaced |= {f"{module}.weight" for module in _scaled_modules(shapes)}
+    # A head that shares the embedding's weight has a tombstone here, and no tensor in the original architecture.
+    native = {name: shape for name, shape in shapes.items() if name not in replaced}
+    native |= {name: expected[name] for name in replaced if name in expected}
     pairs = symmetries(config, native, model=model).pairs
     intact = [
         pair
@@ -119,8 +121,12 @@ def recognised_in(tensors: Mapping[str, Tensor], pairs: Sequence[SymmetricPair])
         if factor > 2**NATURAL_OCTAVES:
             inserted.append(layer)
             alpha = max(alpha, factor)
-    scaled = sorted({name.removesuffix(end) for name in shapes for end in _SCALES if name.endswith(end)})
-    return Recognised(tuple(folded), octaves, tuple(inserted), alpha, tuple(scaled))
+    return Recognised(tuple(folded), octaves, tuple(inserted), alpha, tuple(sorted(_scaled_modules(shapes))))
+
+
+def _scaled_modules(names: Iterable[str]) -> set[str]:
+    """Paths of the modules with vectors that undo a scale."""
+    return {name.removesuffix(end) for name in names for end in _SCALES if name.endswith(end)}
 
 
 def inflation(inflated: Tensor, compensation: Tensor) -> float:

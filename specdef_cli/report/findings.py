@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specdef_cli.attack.results import CONTROL_SHARE, UTILITY_LIMIT, Attack, AttackReport, RunResult
+from specdef_cli.attack.search import next_rates
 
 STOPPED_SHARE = 0.05
 """At or below this share of the control's progress an attack counts as stopped, within its budget."""
@@ -25,8 +26,8 @@ STRONGEST = 3
 MAX_NAMED = 6
 """Attacks that the verdict names; more are counted."""
 
-Verdict = Literal["control", "stopped", "slowed", "not slowed", "unknown"]
-VERDICTS: tuple[Verdict, ...] = ("stopped", "slowed", "not slowed")
+Verdict = Literal["control", "stopped", "not settled", "slowed", "not slowed", "unknown"]
+VERDICTS: tuple[Verdict, ...] = ("stopped", "not settled", "slowed", "not slowed")
 
 KNOWLEDGE_WORDS = {
     "none": "knows only recipes",
@@ -54,7 +55,8 @@ class Finding:
         steps_to_control: When :meth:`AttackReport.reached_control`, for the first seed.
         seconds_to_control: The same in seconds of training and evaluation.
         parameters_times, flops_times: Parameters, and operations of a step, over the control's.
-        verdict: ``stopped`` (share ≤ 5 %), ``not slowed`` (≥ 95 %), ``slowed`` between.
+        verdict: ``stopped`` (share ≤ 5 %), ``not slowed`` (≥ 95 %), ``slowed`` between; ``not settled`` for a share
+            ≤ 5 % at learning rates that do not bracket the best one.
     """
 
     attack: Attack
@@ -89,7 +91,8 @@ def verdict_line(found: Sequence[Finding]) -> str:
     if plain:
         held = sum(finding.verdict == "stopped" for finding in plain)
         parts.append(f"Holds against {held} of {len(plain)} recipes tried")
-    for verdict, words in (("not slowed", "not slowed"), ("slowed", "only slowed")):
+    shown = (("not slowed", "not slowed"), ("slowed", "only slowed"), ("not settled", "rate not bracketed"))
+    for verdict, words in shown:
         names = [_short_name(finding) for finding in plain if finding.verdict == verdict]
         if names:
             parts.append(f"{words}: {_listed(names)}")
@@ -215,7 +218,20 @@ def _verdict(attack: Attack, share: float | None) -> Verdict:
         return "control"
     if share is None:
         return "unknown"
-    return "stopped" if share <= STOPPED_SHARE else "not slowed" if share >= CONTROL_SHARE else "slowed"
+    if share > STOPPED_SHARE:
+        return "not slowed" if share >= CONTROL_SHARE else "slowed"
+    return "stopped" if _bracketed(attack) else "not settled"
+
+
+def _bracketed(attack: Attack) -> bool:
+    """Whether a search would end with the learning rates that were tried.
+
+    What is left to train of a hardened model may be a few numbers, which train in a window of half a decade. Rates that
+    stepped over it look like a defence.
+    """
+    first = attack.runs[0].spec.seed
+    runs = {run.spec.learning_rate: run for run in attack.runs if run.spec.seed == first}
+    return bool(runs) and not next_rates(attack.learning_rates, runs)
 
 
 def _what(finding: Finding) -> str:

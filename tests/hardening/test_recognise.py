@@ -92,3 +92,18 @@ def test_a_channel_that_is_large_by_nature_is_no_fold() -> None:
     up[2] *= 2**9
     down[:, 2] /= 2**9
     assert recognised_in({"up": up, "down": down}, [pair]) == Recognised(("mlp",), 9, (), 2.0**9)
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma3", "gpt2"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_scaled_modules_are_found_where_the_head_shares_the_embedding(
+    tmp_path: Path, case: str, manifest: bool
+) -> None:
+    """The head has a tombstone on disk, and no weight of its own in the original architecture."""
+    base = write_case(case, tmp_path / "base")
+    assert harden(HardenOptions(str(base), tmp_path / "scaled", method="insert", verify=False)) is not None
+    if not manifest:
+        (tmp_path / "scaled" / MANIFEST_NAME).unlink()
+    found = found_in(tmp_path / "scaled")
+    assert "lm_head" in found.scaled
+    assert "scaled" in found.constructions

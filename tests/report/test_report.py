@@ -72,6 +72,13 @@ def run(
     )
 
 
+def around(rate: float = 1e-3, **changes: Any) -> tuple[RunResult, ...]:
+    """The runs with which a search that found ``rate`` ends: a larger rate diverges, smaller ones move nothing."""
+    above = run("model", [3.0, 7.0], learning_rate=3 * rate, diverged=True, **changes)
+    factors = (0.3, 0.1, 0.03, 0.01)
+    return above, *(run("model", [3.0, 3.0], learning_rate=rate * factor, **changes) for factor in factors)
+
+
 @pytest.fixture
 def report() -> AttackReport:
     """Control 3 → 1 (progress 2); plain 1 % at its rate and 50 % below; collapse 96 %; width 100 %."""
@@ -107,9 +114,19 @@ def test_shares_and_verdicts(report: AttackReport) -> None:
     assert (width.parameters_times, plain.parameters_times) == (1.5, 1.2)
 
 
-def test_stopped_and_unknown(report: AttackReport) -> None:
-    stopped = replace(report, runs=report.runs[:2])
-    assert findings(stopped)[1].verdict == "stopped"
+def test_stopped_needs_rates_that_bracket_the_best(report: AttackReport) -> None:
+    """At one rate the model diverges: a better one may lie below. When two below it move nothing, it is stopped."""
+    runs = (run("control", [3.0, 1.0]), run("model", [3.0, 2.98], diverged=True))
+    once = replace(report, runs=runs)
+    assert findings(once)[1].verdict == "not settled"
+    assert "rate not bracketed: full" in summary(once)[0]
+    assert "Holds against 0 of 1" in summary(once)[0]
+    settled = replace(report, runs=(*runs, *around()))
+    assert findings(settled)[1].verdict == "stopped"
+    assert "Holds against 1 of 1" in summary(settled)[0]
+
+
+def test_unknown(report: AttackReport) -> None:
     stuck = replace(report, runs=(run("control", [3.0, 3.1]), run("model", [3.0, 2.0])))
     assert findings(stuck)[1].verdict == "unknown"
     assert "cannot be compared" in " ".join(summary(stuck))
@@ -187,9 +204,10 @@ def test_many_attacks_are_counted_and_the_strongest_named(report: AttackReport) 
     losses = {"adamw": 2.99, "sgd": 2.98, "lion": 2.0, "muon": 1.0, "soap": 2.97, "madam": 2.96}
     runs = [run("control", [3.0, 1.0], optimizer=name) for name in losses]
     runs += [run("model", [3.0, loss], optimizer=name) for name, loss in losses.items()]
+    runs += [each for name in ("adamw", "sgd", "soap", "madam") for each in around(optimizer=name)]
     text = " ".join(summary(replace(report, runs=tuple(runs))))
     assert "Of 6 attacks" in text
-    assert "4 stopped, 1 slowed, 1 not slowed" in text
+    assert "4 stopped, 0 not settled, 1 slowed, 1 not slowed" in text
     assert (
         "1.000 by full, muon (100 % of its own control's progress, 100 % of the best control's); 2.000 by full, lion"
         in text
@@ -336,7 +354,7 @@ def test_size(count: int, text: str) -> None:
 def test_the_verdict_comes_first_and_names_what_walks_through(report: AttackReport) -> None:
     """Full training is stopped, norms alone are not slowed, embeddings only slowed, and collapsing undoes it all."""
     runs = (
-        run("control", [3.0, 1.0]), run("model", [3.0, 2.95]),
+        run("control", [3.0, 1.0]), run("model", [3.0, 2.95], learning_rate=1e-2), *around(1e-2),
         run("control", [3.0, 2.0], train=("*norm*",)), run("model", [3.0, 2.0], train=("*norm*",)),
         run("control", [3.0, 2.0], train=("*embed*",)), run("model", [3.0, 2.5], train=("*embed*",)),
         run("model", [3.0, 1.0], kind="collapse"),
