@@ -110,9 +110,7 @@ class AttackPart(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class SpecPart(Budget):
-    """What was run. As :class:`specdef_cli.attack.spec.RunSpec`, with variants and trainings as text: a report may name
-    some that another package brought.
-    """
+    """What was run. Variants and trainings are text here, since a report may name some that another package brought."""
 
     subject: Subject
     checkpoint: str

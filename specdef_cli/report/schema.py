@@ -6,6 +6,7 @@ python -m specdef_cli.report.schema    # writes the file again
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,17 @@ class _Written(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
+    def dataclass_schema(self, schema: Any) -> JsonSchemaValue:
+        return {**super().dataclass_schema(schema), "description": _plain(schema["cls"].__doc__)}
+
     def default_schema(self, schema: Any) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
+
+
+def _plain(docstring: str) -> str:
+    """The first paragraph, without the marks that documentation is made from."""
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    return re.sub(r"(?::\w+:)?`+([^`]+)`+", r"\1", paragraph)
 
 
 def schema_text() -> str:
