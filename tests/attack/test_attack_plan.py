@@ -9,9 +9,11 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.plan import Series, default_learning_rates, make_plan
@@ -22,6 +24,7 @@ from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.manifest import BaseModel, FoldedPair, InsertedLayer, Manifest, ScaledSlice
+from specdef_cli.cli.app import app
 from specdef_cli.cli.attack import attack_command
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import Recognised
@@ -246,3 +249,46 @@ def test_help_shows_the_defaults_that_hold() -> None:
             assert str(shown).split(",")[0] == str(fields[name]), name
             compared.add(name)
     assert {"steps", "batch_size", "sequence_length", "eval_sequences", "weight_decay", "max_grad_norm"} <= compared
+
+
+GIVEN = {
+    "control": "base", "dataset": "prose.txt", "dataset_config": "en", "dataset_split": "test", "text_column": "body",
+    "label_column": "kind", "image_column": "photo", "retained": "none", "eval_task_path": Path("tasks"),
+    "task": "masked-lm", "schedule": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5, "weight_decay": 0.1,
+    "steps": 7, "batch_size": 6, "gradient_accumulation": 2, "sequence_length": 32, "eval_every": 5,
+    "eval_sequences": 9, "dtype": "mixed", "jobs": 2, "runs": Path("runs"), "out": Path("o"), "revision": "r",
+    "token": "t",
+}  # fmt: skip
+GIVEN_OTHERWISE = {
+    "--eval-task a --eval-task b": ("eval_tasks", ("a", "b")), "--optimizer sgd": ("optimizers", ("sgd",)),
+    "--lr 1e-3 --lr 1e-4": ("learning_rates", (1e-3, 1e-4)), "--report-to wandb": ("report_to", ("wandb",)),
+    "--seeds 2": ("seeds", (0, 1)), "--gradient-checkpointing": ("gradient_checkpointing", True),
+    "--no-stop-at-divergence": ("stop_at_divergence", False), "--trust-remote-code": ("trust_remote_code", True),
+    "--time-limit 2m": ("time_limit", 120.0), "--collapse": ("variants", (Variant("collapse"),)),
+    "--recipe ia3": ("trainings", (Training("ia3"),)),
+}  # fmt: skip
+
+
+def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything at once, each at another value than its default; what is left is the suite's or the search's."""
+    taken: list[AttackOptions] = []
+
+    def take(options: AttackOptions) -> None:
+        taken.append(options)
+        raise typer.Exit
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("specdef_cli.attack.run.plan_attack", take)
+    for name in ("base", "hardened", "tasks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "prose.txt").write_text("words")
+    given = [part for name, value in GIVEN.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    more = [part for text in GIVEN_OTHERWISE for part in text.split()]
+    result = CliRunner().invoke(app, ["attack", "hardened", "--dry-run", *given, *more])
+    assert result.exit_code == 0, result.output
+    expected = {"model": "hardened", **GIVEN, **dict(GIVEN_OTHERWISE.values())}
+    assert {name: getattr(taken[0], name) for name in expected} == expected
+    defaults = AttackOptions(model="", out=Path())
+    assert all(getattr(defaults, name) != value for name, value in expected.items())
+    assert {field.name for field in dataclasses.fields(AttackOptions)} - set(expected) == {"suite", "search", "free"}
