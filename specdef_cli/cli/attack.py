@@ -232,10 +232,7 @@ def attack_command(
     ):
         suite = "quick"  # what walks through where anything does, and what everybody tries
     chosen = load_suite(suite) if suite is not None else None
-    given = {
-        "steps": steps, "batch_size": batch_size, "sequence_length": sequence_length, "eval_every": eval_every,
-        "eval_sequences": eval_sequences, "seeds": seeds,
-    }  # fmt: skip
+    given = {name: arguments[name] for name in BUDGET}
     budget: dict[str, Any] = {**(chosen.budget if chosen else {}), **{k: v for k, v in given.items() if v is not None}}
     if "seeds" in budget:
         budget["seeds"] = tuple(range(budget["seeds"]))
