@@ -23,7 +23,7 @@ Method = Literal["insert", "fold", "mixed"]
 Construction = Literal["inserted", "folded", "scaled"]
 Gauge = Literal["rotated", "symmetric"]
 Schedule = Literal["constant", "staircase"]
-Profile = Literal["coverage", "quantizable"]
+Profile = Literal["coverage", "bfloat16", "quantizable"]
 ScaledKind = Literal["linear", "embedding", "head", "norm"]
 
 

@@ -67,9 +67,10 @@ def harden_command(
         ),
     ] = None,
     profile: Annotated[
-        Literal["coverage", "quantizable"] | None,
+        Literal["coverage", "bfloat16", "quantizable"] | None,
         typer.Option(
-            help="What a fold reaches: every pair, or only queries and keys, which quantizers survive.",
+            help="coverage: every pair, within a float16 cache. bfloat16: further, and the cache must be bfloat16 or "
+            "float32. quantizable: only queries and keys, which quantizers survive.",
             show_default="coverage",
         ),
     ] = None,

@@ -12,7 +12,8 @@ What is scaled where was decided by measuring (docs/decisions.md):
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
   attacker may train either side alone;
 * exponents that differ from pair to pair (:mod:`specdef_cli.spectral.staircase`), in the ranges of
-  :data:`EXPONENTS`. What a key/value cache holds stays within float16;
+  :data:`EXPONENTS`. What a key/value cache holds stays within float16, but in the profile ``bfloat16``, which reaches
+  further for it;
 * ``quantizable`` scales queries against keys alone. Both are rows of their weights, and quantizers give every row its
   own scales; a column shares scales with its neighbours, in the weight and in the activations that it reads;
 * not the residual stream: it is one scale, so a sweep finds the shifted learning rate, and embeddings stay open.
@@ -50,8 +51,11 @@ CACHED_EXPONENT = 9
 65504, and in trained models they reach about a hundred."""
 
 ATTENTION, CACHED, MLP = "attention norm", "cached", "MLP"
-"""What pairs are apart for their exponents (:func:`_region`): the norm before attention, what attention's cache holds,
+"""What pairs are apart for their exponents (:func:`_regions`): the norm before attention, what attention's cache holds,
 and everything else."""
+
+EVERYWHERE = "everywhere"
+"""One staircase for all pairs, where a profile sets none apart."""
 
 EXPONENTS: dict[Profile, dict[str, tuple[int, int]]] = {
     "coverage": {
@@ -59,13 +63,16 @@ EXPONENTS: dict[Profile, dict[str, tuple[int, int]]] = {
         ATTENTION: (HIGHEST_EXPONENT + 1, HIGHEST_CROSSING - CACHED_EXPONENT),
         CACHED: (CACHED_EXPONENT, CACHED_EXPONENT),
     },
+    "bfloat16": {EVERYWHERE: (LOWEST_EXPONENT, HIGHEST_EXPONENT)},
     "quantizable": {CACHED: (6, 8)},
 }
 """Lowest and highest exponent by profile and region. Where two pairs scale the rows and the columns of one tensor,
 their exponents add up to at most :data:`~specdef_cli.spectral.staircase.HIGHEST_CROSSING`."""
 
+EVERY_KIND = ("value_output", "up_down", "query_key", "norm_readers")
 FOLDED_KINDS: dict[Profile, tuple[str, ...]] = {
-    "coverage": ("value_output", "up_down", "query_key", "norm_readers"),
+    "coverage": EVERY_KIND,
+    "bfloat16": EVERY_KIND,
     "quantizable": ("query_key",),
 }
 
@@ -159,11 +166,12 @@ def fold_pairs(
         exponents = {}
         regions = _regions(used)
         for region, (lowest, highest) in EXPONENTS[profile].items():
-            alike = [pair for pair in used if regions[pair.name] == region]
+            alike = [pair for pair in used if region in (EVERYWHERE, regions[pair.name])]
             exponents |= spread(alike, len(DIRECTIONS), partial(staircase, lowest=lowest, highest=highest))
     folded = []
     for pair in used:
-        channels = _channels(checkpoint, pair, len(DIRECTIONS))
+        middling = pair.kind in CACHED_KINDS and profile != "bfloat16"
+        channels = _channels(checkpoint, pair, len(DIRECTIONS), middling=middling)
         signed = [direction * exponent for direction, exponent in zip(DIRECTIONS, exponents[pair.name], strict=True)]
         if channels:
             folded.append(_folded(pair, channels, signed[: len(channels)]))
@@ -242,8 +250,8 @@ def _folded(pair: SymmetricPair, channels: Sequence[int], exponents: Sequence[in
     return FoldedPair(pair.name, pair.kind, tuple(channels), tuple(exponents), tuple(slices))
 
 
-def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int) -> tuple[int, ...]:
-    """The ``count`` channels with the largest norm, or from the middle of the ranking where a cache holds their values.
+def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int, *, middling: bool) -> tuple[int, ...]:
+    """The ``count`` channels with the largest norm, or from the middle of the ranking: a float16 cache holds these.
 
     Never one of zeros, which no factor changes.
     """
@@ -254,7 +262,7 @@ def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int) -> tuple[
     order = norms.argsort(descending=True, stable=True)
     order = order[norms[order] > 0]
     count = min(count, pair.channels - 1, len(order))
-    start = (len(order) - count) // 2 if pair.kind in CACHED_KINDS else 0
+    start = (len(order) - count) // 2 if middling else 0
     return tuple(order[start : start + count].tolist())
 
 

@@ -211,6 +211,20 @@ def test_a_staircase_is_the_default_and_the_card_says_what_holds(llama: Path, tm
     assert "secure" not in card.lower()
 
 
+def test_the_bfloat16_profile_reaches_further_and_says_what_that_costs(llama: Path, tmp_path: Path) -> None:
+    """One staircase over all pairs; what a cache holds goes beyond float16, and rows and columns still add up to 56."""
+    out = tmp_path / "out"
+    result = call_cli("harden", llama, "--out", out, "--profile", "bfloat16")
+    assert result.code == 0, result.stderr
+    manifest = read_manifest(out)
+    assert manifest.verification["equal"]
+    cached = [pair for pair in manifest.folded if pair.kind in ("value_output", "query_key")]
+    assert min(abs(exponent) for pair in cached for exponent in pair.exponents) >= 13
+    assert max(abs(exponent) for pair in manifest.folded for exponent in pair.exponents) == 28
+    for text in ((out / "README.md").read_text(), result.stderr.replace("\n", " ")):
+        assert "float16 key/value cache" in text
+
+
 def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_path: Path) -> None:
     for options, lost in (
         (("--method", "fold"), "float16 weights, 8- and 4-bit quantization (bitsandbytes, GGUF), float8."),
