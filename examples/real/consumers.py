@@ -4,6 +4,7 @@
 
 Every cell (a checkpoint, a row) runs in a process of its own, since a tool may crash, and is kept under ``--cells`` by
 a key of the weights, the row, the text and the tools' releases: a run that was cut off goes on where it was.
+With ``--minutes`` no cell is started later than that, and missing ones say so; ``--minutes 0`` prints what is there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import pydoc_data.topics
 import shutil
@@ -54,6 +56,8 @@ PACKAGES = (
 SECONDS = 900
 """A cell that takes longer is stopped."""
 
+UNFINISHED = "not measured yet (the time was up)"
+
 
 def main() -> None:
     """Measure what is not yet measured, and print the table."""
@@ -64,6 +68,7 @@ def main() -> None:
     parser.add_argument("--group", default="", help="tools whose rows are wanted, with commas between them")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell later than this")
     parser.add_argument("--cells", type=Path, default=Path("models/cells"), help="where finished cells are kept")
     parser.add_argument("--out", type=Path, help="a file for the table, besides the output")
     arguments = parser.parse_args()
@@ -77,11 +82,12 @@ def main() -> None:
     tokens = None
     if is_causal(arguments.base):
         tokens = evaluation_tokens(arguments.base, arguments.sequences, arguments.length)
+    last_start = time.monotonic() + 60 * arguments.minutes
     columns: dict[str, dict[str, Outcome]] = {}
     for directory in (arguments.base, *arguments.hardened):
         with gguf_files(arguments.cells, directory) as scratch:
             trial = Trial(directory, arguments.base, scratch, tokens)
-            columns[str(directory)] = {name: outcome(trial, name, arguments.cells) for name in rows}
+            columns[str(directory)] = {name: outcome(trial, name, arguments.cells, last_start) for name in rows}
     table = markdown(arguments.base, columns, "relative error" if tokens is None else "loss", tokens)
     print(table)
     if arguments.out is not None:
@@ -125,11 +131,13 @@ def gguf_files(cells: Path, directory: Path) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
-def outcome(trial: Trial, name: str, cells: Path) -> Outcome:
-    """A cell: the one that is kept, or measured in a process of its own."""
+def outcome(trial: Trial, name: str, cells: Path, last_start: float) -> Outcome:
+    """A cell: the one that is kept, or measured in a process of its own unless it is later than ``last_start``."""
     path = cells / f"{key(trial, name)}.json"
     if not path.is_file():
         start = time.monotonic()
+        if start >= last_start:
+            return Outcome("skipped", note=UNFINISHED)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["specdef_cli.certify.deployment"])
         process = context.Process(target=measured, args=(trial, name, path))
@@ -173,7 +181,7 @@ def _release(package: str) -> str:
 def markdown(base: Path, columns: dict[str, dict[str, Outcome]], measure: str, tokens: torch.Tensor | None) -> str:
     """The table: the base's loss, then what became of each hardened checkpoint; refusals and skips in words below."""
     of_base, *others = columns.values()
-    names = [Path(name).name for name in list(columns)[1:]]
+    names = [Path(name).name.removeprefix(f"{base.name}-") for name in list(columns)[1:]]
     what = "relative error of the outputs" if tokens is None else f"nats a token, {tokens.numel():,} tokens"
     lines = [f"| tool | what | {base.name} | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(names)]
     remarks: dict[str, list[str]] = {}

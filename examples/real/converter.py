@@ -8,6 +8,7 @@ pip compares the archive's SHA-256 with the one below. What is there already is 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,8 @@ def main() -> None:
     if target.is_dir():
         print(f"{target}: there already")
         return
+    # A stopped job is sent SIGTERM, which would leave the archive in a hidden directory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped; nothing was written"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converter-", dir=target.parent) as scratch:
         place = Path(scratch)

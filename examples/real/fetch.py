@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,8 @@ def main() -> None:
     parser.add_argument("models", nargs="+", choices=list(MODELS))
     parser.add_argument("--out", type=Path, required=True, help="the directory that the models' directories go into")
     arguments = parser.parse_args()
+    # A stopped job is sent SIGTERM, which would leave hundreds of megabytes in a hidden directory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped; nothing was written"))
     for name in arguments.models:
         target = arguments.out / name
         if target.is_dir():
@@ -107,6 +110,10 @@ def gguf_file(source: Source, scratch: Path) -> Path:
 
 def dequantized(gguf: Path, out: Path) -> Path:
     """Save a GGUF file's model in bfloat16, with its tokenizer, as a checkpoint that says nothing of GGUF."""
+    from specdef_cli.cli.startup import quiet_engines
+
+    quiet_engines()  # before transformers imports torchao
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

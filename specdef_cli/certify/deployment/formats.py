@@ -83,6 +83,10 @@ def _torchao(description: str, stand_in: Format | None, name: str, **options: An
     return Format(description, "torchao", change=torchao(name, **options), stand_in=stand_in)
 
 
+CONVERTED = ("F16", "Q8_0")
+"""Types that llama.cpp's converter writes itself, and its quantizer too."""
+
+
 def _llama_cpp(settings: Settings, words: str, stand_in: Format | None = None) -> Format:
     def score(trial: Trial) -> Score:
         return Score(gguf_loss(trial, settings))
@@ -111,6 +115,8 @@ def _llama_cpp_rows() -> dict[str, Format]:
         rows[f"{name}/f32-cache/no-flash"] = _llama_cpp(
             Settings(kind, "f32", False), ", float32 cache, no flash attention"
         )
+        if kind in CONVERTED:
+            rows[f"{name}/converter"] = _llama_cpp(Settings(kind, by_converter=True), ", written by the converter")
     return rows
 
 

@@ -28,11 +28,14 @@ class Settings:
         kind: A type of ``llama-quantize``: F32, F16, BF16, Q8_0, Q4_0, Q4_K_M …
         cache: The key/value cache's type; float16 is llama.cpp's default.
         flash_attention: Whether it is on; llama.cpp's default takes it where it can, and on CPUs it can.
+        by_converter: Whether the converter writes that type itself, which checks no value; else the quantizer does,
+            which stops where a block is not finite.
     """
 
     kind: str
     cache: str = "f16"
     flash_attention: bool = True
+    by_converter: bool = False
 
 
 def gguf_loss(trial: Trial, settings: Settings) -> float:
@@ -44,23 +47,28 @@ def gguf_loss(trial: Trial, settings: Settings) -> float:
     """
     tokens = trial.scratch / "tokens.npy"
     np.save(tokens, trial.required_tokens().numpy(force=True).astype(np.int32))
-    path = gguf_file(trial, settings.kind)
+    path = gguf_file(trial, settings.kind, by_converter=settings.by_converter)
     flash_attention = "on" if settings.flash_attention else "off"
     output = _run("llama.cpp", [*_worker(), "loss", path, tokens, settings.cache, flash_attention])
     return float(json.loads(output.splitlines()[-1])["loss"])
 
 
-def gguf_file(trial: Trial, kind: str) -> Path:
-    """The checkpoint as a GGUF file of a type, made where it is not there yet: converted to float32, then quantized.
+def gguf_file(trial: Trial, kind: str, *, by_converter: bool = False) -> Path:
+    """The checkpoint as a GGUF file of a type, made where it is not there yet.
+
+    Args:
+        trial: The checkpoint.
+        kind: The type. F32 is always the converter's.
+        by_converter: Whether the converter writes it; else its float32 file is quantized.
 
     Raises:
         RefusedError: The converter or the quantizer ends with an error.
     """
-    path = trial.scratch / f"{kind}.gguf"
+    path = trial.scratch / f"{kind}{'-converted' if by_converter else ''}.gguf"
     if path.is_file():
         return path
     unfinished = path.with_suffix(".part")
-    if kind == "F32":
+    if by_converter or kind == "F32":
         converter = program(CONVERTER)
         assert converter is not None, "the converter is missing, which was asked before"
         command: list[Path | str] = [
@@ -68,7 +76,7 @@ def gguf_file(trial: Trial, kind: str) -> Path:
             converter,
             trial.directory.resolve(),
             "--outtype",
-            "f32",
+            kind.lower(),
             "--outfile",
             unfinished,
         ]

@@ -98,7 +98,7 @@ def measure_format(trial: Trial, name: str) -> Outcome:
     except (NotApplicableError, MissingPackageError) as error:
         return Outcome("skipped", note=str(error), simulated=simulated)
     except Exception as error:  # whatever the tool raises is its way to refuse
-        return Outcome("refused", note=first_line(error), simulated=simulated)
+        return Outcome("refused", note=_refusal(error, trial.directory), simulated=simulated)
     return Outcome("measured", value if math.isfinite(value) else None, simulated, note)
 
 
@@ -128,6 +128,13 @@ def require_room(trial: Trial, wanted: Format) -> None:
     free = shutil.disk_usage(trial.scratch).free
     if wanted.tool in PROGRAMS and 2 * needed > free:
         raise NotApplicableError(f"its files take {2 * needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of disk are free")
+
+
+def _refusal(error: Exception, directory: Path) -> str:
+    """A tool's message in one line, without the directory: checkpoints that are refused alike read alike."""
+    if isinstance(error, SpecDefError):
+        return error.problem.removeprefix(f"{directory} cannot be loaded: ")
+    return first_line(error)
 
 
 def _by_forward_pass(trial: Trial, wanted: Format) -> Score:
