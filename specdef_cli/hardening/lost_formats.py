@@ -2,7 +2,9 @@
 
 A factor does harm where a format gives one scale to neighbours, or ends at 65504. Rows of a weight have scales of their
 own in every format that is common today; columns share theirs, in the weight and in the activations that are read, so
-that an inflated column takes its neighbours' digits. Measured with the real tools (docs/formats.md).
+that an inflated column takes its neighbours' digits. Measured with the real tools (docs/formats.md): a fold is garbage
+there without a message, but for llama.cpp's quantizer, which stops; where code comes with the model, llama.cpp and
+bitsandbytes stop before they begin, and float16 is garbage all the same.
 """
 
 from __future__ import annotations

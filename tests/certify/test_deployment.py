@@ -195,6 +195,17 @@ def test_inserted_layers_keep_their_function_but_not_in_int8(insert: Path, token
         assert one(TINY_LLAMA, insert, tokens, name).status == expected, name
 
 
+def test_a_refusal_is_in_the_tools_words_and_names_no_directory(
+    insert: Path, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    if missing("bitsandbytes"):
+        pytest.skip(missing("bitsandbytes"))
+    refused = measure_format(Trial(insert, TINY_LLAMA, tmp_path, tokens), "nf4")
+    assert (refused.kind, refused.value, refused.simulated) == ("refused", None, False)
+    assert "BitsAndBytesConfig" in refused.note
+    assert str(insert) not in refused.note
+
+
 def logits(model: torch.nn.Module) -> torch.Tensor:
     ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
