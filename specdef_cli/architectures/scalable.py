@@ -59,8 +59,9 @@ class ScalableSite:
 def scalable_sites(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ScalableSite, ...]:
     """All modules that can be scaled, in the model's order.
 
-    Left out: the heads of classifiers, which an attacker replaces anyway; position embeddings; weights that
-    transformers merges from or splits into several tensors (Mixtral's experts).
+    Left out: the heads of classifiers, which an attacker replaces anyway; position embeddings; embeddings of models
+    that have no one kind of input (CLIP); weights that transformers merges from or splits into several tensors
+    (Mixtral's experts).
 
     Args:
         model: The model on the meta device.
@@ -68,7 +69,7 @@ def scalable_sites(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> t
     """
     names = match_names(model, shapes)
     tied = tied_parameters(model)
-    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    embedding = _input_embeddings(model)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     looked_up = next((path for path, module in model.named_modules() if module is embedding), "")
     sites = []
@@ -100,6 +101,13 @@ def scalable_sites(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> t
         if len(tied) != 2 or len(heads) != 1 or heads[0].bias is not None:
             sites = [site for site in sites if site.kind != "embedding" and site.tied_to is None]
     return tuple(sites)
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:  # raised for models of several inputs: none of them is the input
+        return None
 
 
 def _kind(

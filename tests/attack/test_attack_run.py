@@ -271,7 +271,7 @@ def test_a_variant_that_leaves_nothing_to_train(hardened: Path) -> None:
 def test_the_builtin_text_is_split_by_document(base: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(base)
     data = load_data(options(base, tmp_path, steps=50, batch_size=8, sequence_length=64, eval_sequences=100),
-                     "causal-lm", tokenizer, 0)  # fmt: skip
+                     "causal-lm", tokenizer)  # fmt: skip
     assert (data.name, len(data.train), len(data.held_out)) == (BUILTIN_NAME, 400, 100)
     train = tokenizer.decode(data.train.tokens.flatten())  # type: ignore[union-attr]
     held_out = tokenizer.decode(data.held_out.tokens.flatten())  # type: ignore[union-attr]
