@@ -131,7 +131,7 @@ class SpecDefScaled(nn.Module):
     an embedding takes in are tokens, and there c is looked up as well: y = c[x] · r ⊙ f(x). The gain of a norm cannot
     be undone behind it where it is applied as 1 + w, so there the gain itself is r ⊙ w, formed at every step.
 
-    What this module does not have, it has from the module inside: its sizes, its ``eps``.
+    What this module does not have, it has from the module inside: its sizes, its ``eps``; no methods and no modules.
 
     Args:
         inflated: f.
@@ -161,7 +161,12 @@ class SpecDefScaled(nn.Module):
         except AttributeError:
             if name == "inflated":
                 raise
-            return getattr(self.inflated, name)
+            found = getattr(self.inflated, name)
+            # An adapter's ways to merge and its base layer are the inside's alone: PEFT would put that in this one's
+            # place, and the scales would be gone without a message.
+            if callable(found):
+                raise
+            return found
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.kind == "norm" and self.output_scale is not None:

@@ -190,6 +190,13 @@ def test_an_adapter_of_the_base_is_lost(fold: Path, insert: Path, tokens: torch.
     assert "SpecDefLinear" in refused.note
 
 
+def test_a_merged_adapter_leaves_the_scales_where_they_are(tmp_path: Path, tokens: torch.Tensor) -> None:
+    out = tmp_path / "scaled"
+    harden(HardenOptions(str(TINY_LLAMA), out, method="insert", verify=False))
+    for name in ("lora", "lora-merged"):
+        assert one(TINY_LLAMA, out, tokens, name).status == "kept", name
+
+
 def test_inserted_layers_keep_their_function_but_not_in_int8(insert: Path, tokens: torch.Tensor) -> None:
     for name, expected in {"kv-float8": "kept", "lora-merged": "kept", "torchao-int8": "broken"}.items():
         assert one(TINY_LLAMA, insert, tokens, name).status == expected, name
