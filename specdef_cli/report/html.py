@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -135,7 +136,12 @@ def _definitions() -> str:
 
 
 def _setting(report: AttackReport) -> list[str]:
-    lines = [f"Model: {report.model}", f"Control: {report.control}"]
+    hashes = {run.spec.subject: run.spec.checkpoint for run in report.runs}
+    lines = [
+        f"Date of this page: {date.today().isoformat()}",
+        f"Model: {report.model} (fingerprint {hashes.get('model', '–')})",
+        f"Control: {report.control} (fingerprint {hashes.get('control', '–')})",
+    ]
     if report.hardening is not None:
         hard = report.hardening
         details = [f"largest α = {hard.alpha:g}"]
@@ -144,8 +150,8 @@ def _setting(report: AttackReport) -> list[str]:
         unit = "pairs" if hard.method == "fold" else "layers"
         lines.append(f"Hardening: {hard.method}, {', '.join(details)}, {hard.layers} {unit}")
     lines.append(
-        f"Data: {report.data.name}; {report.data.train_sequences} sequences to train on, "
-        f"{report.data.held_out_sequences} held out"
+        f"Data: {report.data.name} (fingerprint {report.data.fingerprint}); {report.data.train_sequences} sequences to "
+        f"train on, {report.data.held_out_sequences} held out"
     )
     lines += [f"Assumed. {sentence}" for sentence in report.assumed]
     lines.append(f"Device: {report.device}; {sum(run.seconds for run in report.runs):.0f} s of training and evaluation")
