@@ -82,6 +82,7 @@ def copied(directory: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_an_unhardened_copy_keeps_everything_to_the_last_bit(tmp_path: Path, tokens: torch.Tensor) -> None:
     seen: list[DeploymentFigure] = []
     figures = measure_deployment(TINY_LLAMA, copied(TINY_LLAMA, tmp_path / "copy"), tokens, on_figure=seen.append)
