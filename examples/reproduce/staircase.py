@@ -147,7 +147,7 @@ class Experiment:
         tensors = load_file(BASE / "model.safetensors")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         pairs = symmetric_pairs(AutoConfig.from_pretrained(BASE), shapes)
-        result = harden(HardenOptions(str(BASE), scratch / "harden", method="fold"))
+        result = harden(HardenOptions(str(BASE), scratch / "harden", method="fold", profile="bfloat16"))
         assert result is not None
         chosen = {pair.name: pair.channels for pair in result.manifest.folded}
         return cls(tensors, {pair.name: pair for pair in pairs}, chosen, scratch, options)

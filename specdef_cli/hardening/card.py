@@ -147,6 +147,7 @@ def _limit(manifest: Manifest, left_alone: Sequence[str], library: Library) -> S
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
     if library is DIFFUSERS:
+        left_alone = (*left_alone, "convolutions")  # no construction reaches them
         measure = "No attack was measured on this very checkpoint."
     free = f"Trained alone as fast as before: {', '.join(left_alone)}. " if left_alone else ""
     return [

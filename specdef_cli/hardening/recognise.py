@@ -137,8 +137,11 @@ def inflation(inflated: Tensor, compensation: Tensor) -> float:
         compensation: C, shape [m, m].
     """
     first, second = inflated.float(), compensation.float()
+    product = second @ first
+    if not all(bool(matrix.isfinite().all()) for matrix in (first, second, product)):
+        return 1.0  # a broken model: there is nothing to recognise
     values = [float(top_subspace(matrix, 1, layer_seed(0, "recognise")).singular_values[0])
-              for matrix in (first, second, second @ first)]  # fmt: skip
+              for matrix in (first, second, product)]  # fmt: skip
     return values[0] * values[1] / values[2] if values[2] > 0 else 1.0
 
 

@@ -151,7 +151,7 @@ def test_harden_from_the_cache_records_the_commit(llama: Path, tmp_path: Path) -
     )
     assert result.code == 0, result.stderr
     manifest = json.loads((out / "specdef.json").read_text())
-    assert manifest["base"] == {"name": "org/name", "revision": "v1", "commit": COMMITS["v1"]}
+    assert manifest["base"] == {"name": "org/name", "revision": "v1", "commit": COMMITS["v1"], "hub_id": None}
     assert json.loads(result.stdout)["manifest"]["base"] == manifest["base"]
     assert (out / "which.txt").read_text() == "v1"
     assert not (out / "which.txt").is_symlink()
@@ -188,7 +188,7 @@ def test_harden_from_the_hub(llama: Path, tmp_path: Path, online: Online) -> Non
         assert "model.safetensors" in hub.downloaded()
         assert any(authorization == f"Bearer {TOKEN}" for _, _, authorization in hub.seen)
         manifest = json.loads((tmp_path / "out" / "specdef.json").read_text())
-        assert manifest["base"] == {"name": "org/name", "revision": "main", "commit": COMMITS["main"]}
+        assert manifest["base"] == {"name": "org/name", "revision": "main", "commit": COMMITS["main"], "hub_id": None}
         written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
         assert TOKEN.encode() not in written
         assert TOKEN not in result.stdout + result.stderr
