@@ -110,17 +110,17 @@ def summary(report: AttackReport) -> tuple[str, ...]:
     controls = [each for each in found if each.verdict == "control"]
     plain = [each for each in found if each.attack.subject == "model" and each.attack.knowledge == "none"]
     informed = [each for each in found if each.attack.knowledge != "none" and each.share is not None]
+    undone = any(each.verdict == "not slowed" for each in informed)
     sentences = [verdict_line(found)] if plain or informed else []
     if len(plain) <= MAX_SENTENCES:
         sentences += [_control_sentence(each) for each in controls]
-        undone = any(each.verdict == "not slowed" for each in informed)
         sentences += [_plain_sentence(report, each, verdict=not undone) for each in plain]
     else:
         sentences += [_control_sentence(controls[0]), *_overview(plain)]
     if informed:
         listed = "; ".join(f"{_what(each)} {percent(each.share)}" for each in informed)
         sentences.append(f"Attackers who know the construction reached, of the control's progress: {listed}.")
-        if any(each.verdict == "not slowed" for each in informed):
+        if undone:
             sentences.append(
                 "So whoever looks at how the model was made is not held up: this raises a cost, it locks nothing."
             )

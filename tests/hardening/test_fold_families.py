@@ -89,6 +89,11 @@ def judged(base: Callable[[str], Path], folded: Fold) -> dict[str, dict[str, lis
         for variant in VARIANTS
         if not (variant == "quantizable" and "query_key" not in KINDS[case])
     ]
+    return judged_elsewhere(jobs)
+
+
+def judged_elsewhere(jobs: list[dict[str, Any]]) -> dict[str, dict[str, list[str]]]:
+    """What a process that has nothing but transformers finds, by the name of each job."""
     process = subprocess.run(
         [sys.executable, PROGRAM],
         input=json.dumps(jobs),

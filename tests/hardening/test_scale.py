@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import call_cli, environment
+from commands import call_cli
 from safetensors.torch import load_file, save_file
-from test_fold_families import PROGRAM, assert_same_bytes
+from test_fold_families import assert_same_bytes, judged_elsewhere
 from tiny_families import CASES, write_case
 from weights import tensors
 
@@ -75,17 +73,7 @@ def judged(base: Callable[[str], Path], scaled: Make) -> dict[str, dict[str, lis
         }
         for case, variant in MADE
     ]
-    process = subprocess.run(
-        [sys.executable, PROGRAM],
-        input=json.dumps(jobs),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    found: dict[str, dict[str, list[str]]] = json.loads(process.stdout)
-    return found
+    return judged_elsewhere(jobs)
 
 
 @pytest.mark.parametrize(("case", "variant"), MADE)

@@ -7,15 +7,16 @@ attacker who sees through a diagonal gauge without knowing of it. No library tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from specdef_cli.attack.optimizers.by_weight import WeightwiseOptimizer
 
 
-class Madam(Optimizer):
+class Madam(WeightwiseOptimizer):
     """``w ← w · exp(−η · sign(w) · ĝ)`` with ``ĝ`` the gradient over its root mean square.
 
     The paper's training from scratch also bounds every weight by three times its tensor's initial root mean square.
@@ -41,27 +42,14 @@ class Madam(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "bound": bound, "weight_decay": weight_decay, "eps": eps})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update; weight decay is decoupled, as in AdamW."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    _update(weight, weight.grad.float(), self.state[weight], group)
-        return loss
-
-
-def _update(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    if not state:
-        # float32 whatever the weights are: squares of small gradients leave bfloat16's steps behind.
-        state.update(step=0, mean_square=torch.zeros_like(weight, dtype=torch.float32))
-    state["step"] += 1
-    mean_square = state["mean_square"].lerp_(gradient.square(), 1 - group["beta"])
-    size = mean_square.sqrt().div_(math.sqrt(1 - group["beta"] ** state["step"])).add_(group["eps"])
-    normalized = (gradient / size).clamp_(-group["bound"], group["bound"])
-    change = normalized.mul_(weight.sign()).add_(group["weight_decay"]).mul_(-group["lr"]).exp_()
-    weight.mul_(change.to(weight.dtype))
+    def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """One update; weight decay is decoupled, as in AdamW."""
+        if not state:
+            # float32 whatever the weights are: squares of small gradients leave bfloat16's steps behind.
+            state.update(step=0, mean_square=torch.zeros_like(weight, dtype=torch.float32))
+        state["step"] += 1
+        mean_square = state["mean_square"].lerp_(gradient.square(), 1 - group["beta"])
+        size = mean_square.sqrt().div_(math.sqrt(1 - group["beta"] ** state["step"])).add_(group["eps"])
+        normalized = (gradient / size).clamp_(-group["bound"], group["bound"])
+        change = normalized.mul_(weight.sign()).add_(group["weight_decay"]).mul_(-group["lr"]).exp_()
+        weight.mul_(change.to(weight.dtype))

@@ -6,15 +6,16 @@ large hardening made it. pytorch_optimizer has the sign and the trust ratios, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from specdef_cli.attack.optimizers.by_weight import WeightwiseOptimizer
 
 
-class NormalizedSGD(Optimizer):
+class NormalizedSGD(WeightwiseOptimizer):
     """``w ← w − η·m`` with ``m`` the running mean of ``g / rms(g)``, over the whole tensor or over each row.
 
     Args:
@@ -35,20 +36,11 @@ class NormalizedSGD(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "per": per, "momentum": momentum, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    mean = self.state[weight].setdefault("mean", torch.zeros_like(weight, dtype=torch.float32))
-                    mean.lerp_(_normalized(weight.grad.float(), group["per"]), 1 - group["momentum"])
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(mean.to(weight.dtype), alpha=-group["lr"])
-        return loss
+    def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """One update."""
+        mean = state.setdefault("mean", torch.zeros_like(weight, dtype=torch.float32))
+        mean.lerp_(_normalized(gradient, group["per"]), 1 - group["momentum"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(mean.to(weight.dtype), alpha=-group["lr"])
 
 
 def _normalized(gradient: Tensor, per: str) -> Tensor:
