@@ -22,7 +22,7 @@ if os.environ.get("CI"):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function from family, dtype and shard size to a directory that must not be changed."""
-    from tiny_models import write_model
+    from tests.tiny_models import write_model
 
     root = tmp_path_factory.mktemp("tiny")
     made: dict[str, Path] = {}

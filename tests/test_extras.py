@@ -10,11 +10,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, environment, run_cli
 
 import specdef_cli
 from specdef_cli import extras
 from specdef_cli.extras import EXTRA_MODULES, MissingExtraError, missing_modules, require_extra
+from tests.commands import REPOSITORY, environment, run_cli
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import REPOSITORY
 from diffusers import UNet2DConditionModel
+
+from tests.commands import REPOSITORY
 
 UNET: dict[str, Any] = {
     "sample_size": 8,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_families import CASES, write_case
+
+from tests.tiny_families import CASES, write_case
 
 
 @pytest.fixture(scope="session")

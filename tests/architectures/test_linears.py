@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_families import CASES, build_config, read_config, read_shapes, write_case
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.architectures import LinearSite, linear_sites, match_names, meta_model, require_insertable
 from specdef_cli.errors import SpecDefError
+from tests.tiny_families import CASES, build_config, read_config, read_shapes, write_case
 
 
 def sites_of(directory: Path) -> tuple[LinearSite, ...]:

@@ -15,10 +15,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_families import CASES, VOCABULARY, read_config, read_shapes, write_case
 
 from specdef_cli.architectures import SymmetricPair, symmetric_pairs, symmetries, unpaired
 from specdef_cli.errors import SpecDefError
+from tests.tiny_families import CASES, VOCABULARY, read_config, read_shapes, write_case
 
 ATTENTION = ["value_output", "query_key"]
 STANDARD = ["value_output", "query_key", "up_down", "norm_readers", "residual_stream"]

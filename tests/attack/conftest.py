@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, BaseModel, InsertedLayer, Manifest
 from specdef_cli.runtime.shim import SHIM_SOURCE, LayerSpec, shim_config
+from tests.byte_tokenizer import byte_tokenizer
 
 HardenDirectory = Callable[..., Path]
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import TWO_PROCESSES
 
 from specdef_cli.attack import AttackOptions, attack
+from tests.commands import TWO_PROCESSES
 
 SCRIPT = """
 import sys

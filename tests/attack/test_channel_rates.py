@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import write_case
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +14,7 @@ from specdef_cli.attack.variants.channel_rates import channel_scales, scale_rate
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
+from tests.tiny_families import write_case
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
 

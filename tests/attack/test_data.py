@@ -12,9 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
 from PIL import Image
-from test_optimizers import spec
 from transformers import ViTConfig, ViTForImageClassification
 
 from specdef_cli.attack import AttackOptions
@@ -23,6 +21,8 @@ from specdef_cli.attack.data.images import PixelTransform, load_pixel_transform
 from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.trainer import load_for_training, train_run
 from specdef_cli.errors import SpecDefError
+from tests.attack.test_optimizers import spec
+from tests.byte_tokenizer import byte_tokenizer
 
 CLASSES = 3
 

@@ -13,7 +13,6 @@ import datasets
 import pytest
 import torch
 import zstandard
-from byte_tokenizer import byte_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +20,7 @@ from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import AttackData, load_data
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
+from tests.byte_tokenizer import byte_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '[/]' }}{% endfor %}"

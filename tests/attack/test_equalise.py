@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_rebalance import logits
-from tiny_families import CASES, build_config, write_case
 
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.equalise import equalise
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
+from tests.attack.test_rebalance import logits
+from tests.tiny_families import CASES, build_config, write_case
 
 
 @pytest.mark.parametrize("case", CASES)

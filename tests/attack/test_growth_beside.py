@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_rebalance import logits
-from tiny_families import CASES, write_case
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.beside import outermost_block_paths
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.runtime import load_model
+from tests.attack.test_rebalance import logits
+from tests.tiny_families import CASES, write_case
 
 BLOCK = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
 TOKENS = torch.arange(40).view(2, 20) % 64

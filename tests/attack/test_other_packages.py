@@ -9,7 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from commands import environment, run_cli
+
+from tests.commands import environment, run_cli
 
 PAGE = Path(__file__).parents[2] / "docs/add-an-attack.md"
 SMALL = ("--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--eval-sequences", "2", "--retained", "none")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_families import CASES, build_config, randomize, write_case
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.attack.variants.rebalance import rebalance
@@ -16,6 +15,7 @@ from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import channel_exponents
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
+from tests.tiny_families import CASES, build_config, randomize, write_case
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
 

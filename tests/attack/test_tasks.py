@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from byte_tokenizer import byte_tokenizer
-from test_data_forms import encoder_tokenizer
-from test_optimizers import spec
 from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -25,6 +22,9 @@ from specdef_cli.attack.trainer import load_for_training, train_run
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
+from tests.attack.test_data_forms import encoder_tokenizer
+from tests.attack.test_optimizers import spec
+from tests.byte_tokenizer import byte_tokenizer
 
 TEXT = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}
 DECODER = {**TEXT, "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 256, "pad_token_id": 257}

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rebalance import logits
-from tiny_families import CASES, write_case
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.errors import NotApplicable
@@ -19,6 +17,8 @@ from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
+from tests.attack.test_rebalance import logits
+from tests.tiny_families import CASES, write_case
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from commands import assert_refused, call_cli
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, attack
@@ -21,6 +20,7 @@ from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.report import write_report
+from tests.commands import assert_refused, call_cli
 
 TEXT = " ".join(f"w{number % 90 + 3}" for number in range(3000))
 

@@ -13,7 +13,6 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import write_case
 from transformers import PreTrainedModel
 
 from specdef_cli.certify.deployment import (
@@ -37,6 +36,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import SpecDefLinear, load_model
+from tests.tiny_families import write_case
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model"
 

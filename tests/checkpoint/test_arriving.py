@@ -20,8 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import TWO_PROCESSES, Result, assert_refused, call_cli, command, environment, snapshot
-from hub_server import COMMITS, Hub, eventually, model_files, serving, variables
 from huggingface_hub import constants, snapshot_download
 
 from specdef_cli.checkpoint import arriving as arriving_weights
@@ -29,6 +27,8 @@ from specdef_cli.checkpoint.output import check_output, work_directory
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
 from specdef_cli.errors import SpecDefError
+from tests.commands import TWO_PROCESSES, Result, assert_refused, call_cli, command, environment, snapshot
+from tests.hub_server import COMMITS, Hub, eventually, model_files, serving, variables
 
 Usage = namedtuple("Usage", "total used free")
 TinyModel = Callable[..., Path]

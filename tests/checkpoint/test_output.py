@@ -10,12 +10,12 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from commands import environment
 
 from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
 from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
 from specdef_cli.errors import SpecDefError
+from tests.commands import environment
 
 Usage = namedtuple("Usage", "total used free")
 

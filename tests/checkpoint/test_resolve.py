@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import assert_refused, environment, run_cli
-from hub_server import COMMITS, Hub, model_files, serving, variables
 
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
+from tests.commands import assert_refused, environment, run_cli
+from tests.hub_server import COMMITS, Hub, model_files, serving, variables
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
 

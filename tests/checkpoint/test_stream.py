@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import snapshot
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -21,6 +20,7 @@ from specdef_cli.checkpoint.reader import Checkpoint, ResumableError, open_check
 from specdef_cli.checkpoint.shards import OutputShard, Produced, TensorGroup, TensorSpec, plan_shards
 from specdef_cli.checkpoint.stream import Progress, file_sha256, read_record, write_durably, write_shards
 from specdef_cli.errors import SpecDefError
+from tests.commands import snapshot
 
 CPU = torch.device("cpu")
 LAYERS = 6

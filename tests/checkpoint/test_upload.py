@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Result, assert_refused, run_cli
-from hub_server import Hub, serving, variables
+
+from tests.commands import Result, assert_refused, run_cli
+from tests.hub_server import Hub, serving, variables
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import assert_refused, call_cli, environment, run_cli, run_program, snapshot
 from safetensors.torch import load_file
 
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.trainings.table import TRAININGS
 from specdef_cli.attack.variants.table import VARIANTS
 from specdef_cli.cli.startup import COLLECT_AFTER
+from tests.commands import assert_refused, call_cli, environment, run_cli, run_program, snapshot
 
 TinyModel = Callable[..., Path]
 COMMANDS = ("harden", "attack", "certify", "collapse", "inspect", "card", "push", "verify-certificate")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from commands import REPOSITORY
 
 from specdef_cli.cli import app
+from tests.commands import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import environment
 
 from specdef_cli.attack.suite import load_suite
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
+from tests.commands import environment
 
 REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
 SCRIPT, SUITE, STANDIN = REPRODUCE / "llama_wmdp.sh", REPRODUCE / "llama_wmdp.toml", REPRODUCE / "standin"

@@ -14,10 +14,10 @@ from types import ModuleType
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from weights import tensors
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.checkpoint.manifest import read_manifest
+from tests.weights import tensors
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "reproduce"
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import call_cli
 
-# Ways to spoil a directory, and points to die at, are those of the hardening tests.
-sys.path.append(str(Path(__file__).parents[1] / "hardening"))
+from tests.commands import call_cli
 
 
 @pytest.fixture(scope="session")

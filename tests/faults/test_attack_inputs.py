@@ -12,13 +12,25 @@ from typing import Any
 
 import pytest
 import torch
-from commands import assert_refused, call_cli, snapshot
-from mutations import DOWN, REMOVED, Mutation, config, content, edit_json, element, raw_bytes, spoiled, tensor
 from safetensors.torch import load_file
-from small_attack import SMALL, finished_runs
-from test_fuzz import MUTATIONS, ODD_VALUES
-from test_refusals import INPUTS
 from transformers import LlamaForCausalLM
+
+from tests.commands import assert_refused, call_cli, snapshot
+from tests.faults.small_attack import SMALL, finished_runs
+from tests.hardening.mutations import (
+    DOWN,
+    REMOVED,
+    Mutation,
+    config,
+    content,
+    edit_json,
+    element,
+    raw_bytes,
+    spoiled,
+    tensor,
+)
+from tests.hardening.test_fuzz import MUTATIONS, ODD_VALUES
+from tests.hardening.test_refusals import INPUTS
 
 INFLATED = "model.layers.0.mlp.down_proj.inflated.weight"
 # Where an attack says something else than `harden` of the same directory.

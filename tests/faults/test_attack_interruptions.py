@@ -14,10 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import REPOSITORY, assert_refused, call_cli, command, environment
-from small_attack import RUNS, SMALL, finished_runs, identities, visible
 
 from specdef_cli.checkpoint.output import exclusive
+from tests.commands import REPOSITORY, assert_refused, call_cli, command, environment
+from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, visible
 
 REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
 # Where an attack can die, in order: before a run, while it is kept (before and within the write), in the report.

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import assert_refused, call_cli, snapshot
-from small_attack import RUNS, SMALL, finished_runs, identities, visible
 
 from specdef_cli.checkpoint.output import work_directory
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
+from tests.commands import assert_refused, call_cli, snapshot
+from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, visible
 
 
 class SmallDisk:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from commands import assert_refused, call_cli, snapshot
-from mutations import Mutation, content, edit_json, spoiled
 from safetensors.torch import load_file, save_file
-from tiny_models import forward
 from transformers import LlamaForCausalLM
 
 from specdef_cli.runtime import load_model
+from tests.commands import assert_refused, call_cli, snapshot
+from tests.hardening.mutations import Mutation, content, edit_json, spoiled
+from tests.tiny_models import forward
 
 FOLD = ("--method", "fold")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

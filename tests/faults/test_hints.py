@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from commands import assert_refused, call_cli
-from mutations import config, edit_json, spoiled
-from small_attack import SMALL
 
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.errors import SpecDefError
+from tests.commands import assert_refused, call_cli
+from tests.faults.small_attack import SMALL
+from tests.hardening.mutations import config, edit_json, spoiled
 
 FOLD = ("--method", "fold", "--quiet")
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from commands import assert_refused, call_cli, snapshot
-from mutations import config, spoiled
 
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.hardening import soundness
 from specdef_cli.runtime import load_model
+from tests.commands import assert_refused, call_cli, snapshot
+from tests.hardening.mutations import config, spoiled
 
 TEXT = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Result, assert_refused, call_cli
-from mutations import Mutation, config, content, spoiled
-from small_attack import SMALL, finished_runs
 
 from specdef_cli.runtime import load_model
+from tests.commands import Result, assert_refused, call_cli
+from tests.faults.small_attack import SMALL, finished_runs
+from tests.hardening.mutations import Mutation, config, content, spoiled
 
 FOLD = ("--method", "fold", "--quiet")
 INSERT = ("--method", "insert", "--top-k", "4", "--quiet")

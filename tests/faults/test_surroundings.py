@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, assert_refused, call_cli, command, environment
-from hub_server import Hub, serving, variables
 
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.streams import SafeStream, safe_streams
 from specdef_cli.errors import SpecDefError
 from specdef_cli.redact import clean_token, redact
 from specdef_cli.runtime.launcher import forget_stale_launcher
+from tests.commands import REPOSITORY, assert_refused, call_cli, command, environment
+from tests.hub_server import Hub, serving, variables
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
 FOLD = ("--method", "fold", "--quiet")

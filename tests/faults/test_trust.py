@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from commands import Result, assert_refused, call_cli
-from mutations import config, content
-from small_attack import SMALL
+
+from tests.commands import Result, assert_refused, call_cli
+from tests.faults.small_attack import SMALL
+from tests.hardening.mutations import config, content
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
 PICKLES = ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "adapter_model.bin", "state.ckpt", "data.pkl")

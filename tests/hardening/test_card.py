@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from commands import assert_refused, call_cli
 from huggingface_hub import ModelCard, ModelCardData
 
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS
 from specdef_cli.checkpoint.manifest import BaseModel, base_of, read_manifest
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
+from tests.commands import assert_refused, call_cli
 
 
 def card_data(directory: Path) -> dict[str, object]:

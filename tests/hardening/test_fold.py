@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from commands import assert_refused, call_cli
 from safetensors.torch import load_file, save_file
-from tiny_families import write_case
 from transformers import AutoModelForCausalLM
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
@@ -23,6 +21,8 @@ from specdef_cli.hardening.fold import SAMPLE_ROWS, fold_pairs, inverse, scale_s
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
+from tests.commands import assert_refused, call_cli
+from tests.tiny_families import write_case
 
 # --- gradients -------------------------------------------------------------------------------------------------------
 

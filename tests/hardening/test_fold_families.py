@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from commands import call_cli, environment
-from tiny_families import CASES, write_case
-from weights import tensors
 
 from specdef_cli.checkpoint.manifest import Manifest, read_manifest
 from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime.shim import SHIM_SOURCE
+from tests.commands import call_cli, environment
+from tests.tiny_families import CASES, write_case
+from tests.weights import tensors
 
 # Case → kinds that a fold uses there. up_down is absent where an activation stands between the two weights,
 # norm_readers where gains are stored as 1+w or do not exist, query_key and value_output where a clamp follows.

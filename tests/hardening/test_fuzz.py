@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from commands import assert_refused, call_cli
 from safetensors.torch import load_file, save_file
-from tiny_models import forward
 from transformers import LlamaForCausalLM
 
 from specdef_cli.runtime import load_model
+from tests.commands import assert_refused, call_cli
+from tests.tiny_models import forward
 
 ODD_VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 3, 2**40, -0.5, 1e400, "", "x", "0", [], {}, [1], {"a": 1}, [None]),

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import FAMILIES, README, forward
 from transformers import AutoConfig, PreTrainedModel
-from weights import assert_collapsed, relative, tensors
 
 import specdef_cli  # noqa: F401
 from specdef_cli.checkpoint.manifest import InsertedLayer, read_manifest
@@ -20,6 +18,8 @@ from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import SpecDefLinear, load_model
+from tests.tiny_models import FAMILIES, README, forward
+from tests.weights import assert_collapsed, relative, tensors
 
 TinyModel = Callable[..., Path]
 ALPHA, TOP_K = 1e4, 4

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Result, call_cli, environment, snapshot
 
 from specdef_cli.checkpoint.output import work_directory
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
+from tests.commands import Result, call_cli, environment, snapshot
 
 TinyModel = Callable[..., Path]
 WRITE = "specdef_cli.checkpoint.stream._write_group"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import TWO_PROCESSES, call_cli, environment, snapshot
 
 from specdef_cli.checkpoint.manifest import read_manifest
+from tests.commands import TWO_PROCESSES, call_cli, environment, snapshot
 
 pytestmark = pytest.mark.slow
 

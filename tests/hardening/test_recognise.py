@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import CASES, write_case
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
@@ -15,6 +14,7 @@ from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.plan import native_config
 from specdef_cli.hardening.recognise import NATURAL_OCTAVES, Recognised, inflation, recognise, recognised_in
 from specdef_cli.hardening.run import harden
+from tests.tiny_families import CASES, write_case
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
 

@@ -13,13 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from commands import assert_refused, call_cli, snapshot
-from mutations import DOWN, REMOVED, Mutation, config, content, edit_json, element, raw_bytes, spoiled, tensor
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.hardening import insert
 from specdef_cli.runtime import load_model
 from specdef_cli.spectral.reparameterize import Factors
+from tests.commands import assert_refused, call_cli, snapshot
+from tests.hardening.mutations import (
+    DOWN,
+    REMOVED,
+    Mutation,
+    config,
+    content,
+    edit_json,
+    element,
+    raw_bytes,
+    spoiled,
+    tensor,
+)
 
 TinyModel = Callable[..., Path]
 Usage = namedtuple("Usage", "total used free")

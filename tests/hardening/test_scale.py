@@ -14,11 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import call_cli
 from safetensors.torch import load_file, save_file
-from test_fold_families import assert_same_bytes, judged_elsewhere
-from tiny_families import CASES, write_case
-from weights import tensors
 
 from specdef_cli.attack.variants.unscale import unscale as collapse_in_memory
 from specdef_cli.certify.deployment.adapters import attach_adapter
@@ -29,6 +25,10 @@ from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT
+from tests.commands import call_cli
+from tests.hardening.test_fold_families import assert_same_bytes, judged_elsewhere
+from tests.tiny_families import CASES, write_case
+from tests.weights import tensors
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "insert": {"method": "insert"},

@@ -12,12 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import assert_refused, call_cli, environment, run_program
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import tiny_unet, write_pipeline
-from weights import assert_collapsed, relative, tensors
 
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
@@ -28,6 +25,9 @@ from specdef_cli.hardening.plan import HardeningPlan
 from specdef_cli.hardening.run import harden, preview
 from specdef_cli.hardening.survey import survey
 from specdef_cli.runtime import SpecDefLinear, load_model
+from tests.commands import assert_refused, call_cli, environment, run_program
+from tests.tiny_pipeline import tiny_unet, write_pipeline
+from tests.weights import assert_collapsed, relative, tensors
 
 PROCESS = Path(__file__).with_name("plain_diffusers.py")
 SINGLE, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"

@@ -13,7 +13,8 @@ import venv
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY
+
+from tests.commands import REPOSITORY
 
 pytestmark = pytest.mark.slow
 TINY = REPOSITORY / "examples/tiny_llama/model"

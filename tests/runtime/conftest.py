@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import REPOSITORY, run_program
+
+from tests.commands import REPOSITORY, run_program
 
 SCENARIOS = Path(__file__).with_name("scenarios.py")
 
@@ -18,7 +19,7 @@ SCENARIOS = Path(__file__).with_name("scenarios.py")
 @pytest.fixture(scope="session")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``<family>-base`` and ``<family>`` for every family of ``hand_hardened.FAMILIES``."""
-    from hand_hardened import FAMILIES, harden, make_base
+    from tests.runtime.hand_hardened import FAMILIES, harden, make_base
 
     root = tmp_path_factory.mktemp("hardened")
     for family in FAMILIES:

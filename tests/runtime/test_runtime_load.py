@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from hand_hardened import ALPHA, TOP_K, edit_config, edit_tensors, factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenarios import difference, swapped
 from transformers import AutoModel, BertForMaskedLM, LlamaForCausalLM, LlamaModel, ViTImageProcessorPil
 
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import SpecDefLinear, load_model, load_tokenizer
+from tests.runtime.hand_hardened import ALPHA, TOP_K, edit_config, edit_tensors, factors
+from tests.runtime.scenarios import difference, swapped
 
 
 @pytest.mark.parametrize(("family", "cls"), [("llama", LlamaForCausalLM), ("bert", BertForMaskedLM)])

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hand_hardened import FAMILIES, LAYERS, edit_config, edit_tensors
 
 from specdef_cli.runtime.shim import SHIM_SOURCE
+from tests.runtime.hand_hardened import FAMILIES, LAYERS, edit_config, edit_tensors
 
 Scenario = Callable[..., dict[str, Any]]
 
