@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
     from specdef_cli.attack.run import attack
     from specdef_cli.certify.certificate import Certificate
-    from specdef_cli.certify.run import CertifyOptions, certify
+    from specdef_cli.certify.options import CertifyOptions
+    from specdef_cli.certify.run import certify
     from specdef_cli.errors import SpecDefError
     from specdef_cli.hardening.collapse import CollapseResult, collapse
     from specdef_cli.hardening.options import CollapseOptions, HardenOptions
@@ -42,7 +43,7 @@ _PUBLIC = {
     "AttackOptions": "specdef_cli.attack.options",
     "AttackReport": "specdef_cli.attack.results",
     "Certificate": "specdef_cli.certify.certificate",
-    "CertifyOptions": "specdef_cli.certify.run",
+    "CertifyOptions": "specdef_cli.certify.options",
     "CollapseOptions": "specdef_cli.hardening.options",
     "CollapseResult": "specdef_cli.hardening.collapse",
     "HardenOptions": "specdef_cli.hardening.options",

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from specdef_cli.option import option
+
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float16", "mixed", "auto"]
 
@@ -28,16 +30,22 @@ class Budget:
             thousands of steps.
     """
 
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    steps: int = 30
-    batch_size: int = 16
-    sequence_length: int = 128
-    dtype: Dtype = "float32"
-    eval_tasks: tuple[str, ...] = ()
-    stop_at_divergence: bool = True
+    schedule: Schedule = option("constant", "Course of the rate.")
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    max_grad_norm: float = option(1.0, "Gradient clipping; 0 turns it off.")
+    weight_decay: float = option(0.0, "Weight decay.")
+    steps: int = option(30, "Optimizer steps of every run; by default fewer for a large model.")
+    batch_size: int = option(16, "Sequences a step.")
+    sequence_length: int = option(128, "Tokens a sequence.")
+    dtype: Dtype = option("float32", "dtype of training.")
+    eval_tasks: tuple[str, ...] = option(
+        (), "Task of lm-eval to measure accuracy on after every run; needs the extra eval.", "--eval-task"
+    )
+    stop_at_divergence: bool = option(
+        True,
+        "End a run where its held-out loss passes twice the start; some come back after thousands of steps.",
+        "--stop-at-divergence/--no-stop-at-divergence",
+    )
 
     @property
     def budget(self) -> dict[str, Any]:

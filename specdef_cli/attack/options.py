@@ -14,6 +14,7 @@ from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import INFORMED, Variant
 from specdef_cli.errors import SpecDefError
+from specdef_cli.option import flag_of, option
 
 
 @dataclass(frozen=True)
@@ -60,33 +61,58 @@ class AttackOptions(Budget):
     """
 
     model: str | Path
-    out: Path
-    runs: Path | None = None
-    control: str | Path | None = None
-    dataset: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str | None = None
-    text_column: str | None = None
-    label_column: str = "label"
-    image_column: str = "image"
-    retained: str | None = None
-    eval_task_path: Path | None = None
-    task: Task | None = None
+    out: Path = option(Path("attack"), "Runs and report; finished runs found there are kept.", "--out", "-o")
+    runs: Path | None = option(
+        None, "Keep finished runs here, to share the control's between reports.", shown_default="OUT/runs"
+    )
+    control: str | Path | None = option(
+        None,
+        "The undefended model; trained on the same budget.",
+        metavar="BASE",
+        shown_default="the manifest's base",
+    )
+    dataset: str | None = option(
+        None,
+        "Hub id, file (JSONL, CSV, text, Parquet, …) or directory.",
+        shown_default="prose that Python ships with",
+    )
+    dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
+    dataset_split: str | None = option(None, "Split of the dataset.", shown_default="train")
+    text_column: str | None = option(
+        None, "Column with the text.", shown_default="messages, prompt, instruction or text"
+    )
+    label_column: str = option("label", "Column with the label (classification).")
+    image_column: str = option("image", "Column with the image.")
+    retained: str | None = option(
+        None,
+        "Text on which the model's ability is watched, as --dataset; none leaves it out.",
+        shown_default="Python's standard library",
+    )
+    eval_task_path: Path | None = option(None, "Directory with lm-eval tasks of your own.")
+    task: Task | None = option(None, "What to train for.", shown_default="what the control's architecture says")
     suite: Suite | None = None
-    variants: tuple[Variant | str, ...] = ()
-    trainings: tuple[Training | str, ...] = ()
-    optimizers: tuple[str, ...] = ()
-    learning_rates: tuple[float, ...] = ()
-    search: bool = False
-    gradient_accumulation: int = 1
-    gradient_checkpointing: bool = False
-    eval_every: int | None = None
-    eval_sequences: int = 64
+    variants: tuple[str | Variant, ...] = option(
+        (), "What is done to the model first, e.g. width:2 or freeze-compensation.", "--variant"
+    )
+    trainings: tuple[str | Training, ...] = option(
+        (),
+        "What is trained, e.g. full@*norm* or lora:16@q_proj,v_proj.",
+        "--training",
+        "--recipe",
+        shown_default="full and lora",
+    )
+    optimizers: tuple[str, ...] = option((), "Optimizer, e.g. adamw or sgd.", "--optimizer", shown_default="adamw")
+    learning_rates: tuple[float, ...] = option((), "Learning rate.", "--lr", shown_default="decades down to below η₀/α")
+    search: bool = option(False, "Search every attack's best learning rate until it is bracketed.", "--lr-sweep")
+    gradient_accumulation: int = option(1, "Passes that a step's sequences are split into, to save memory.")
+    gradient_checkpointing: bool = option(False, "Compute activations twice, to save memory.")
+    eval_every: int | None = option(None, "Steps between evaluations.", shown_default="a tenth of the steps")
+    eval_sequences: int = option(64, "Held-out sequences.")
     free: tuple[str, ...] = ()
     time_limit: float | None = None
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[str, ...] = option((), "Report runs to tensorboard (files in OUT/logs), wandb, trackio or mlflow.")
     seeds: tuple[int, ...] = (0,)
-    jobs: int = 1
+    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j")
     trust_remote_code: bool = False
     revision: str | None = None
     token: str | None = None
@@ -159,14 +185,8 @@ class AttackOptions(Budget):
         return self.eval_every or max(1, self.steps // 10)
 
 
-_FLAGS = {
-    "variants": "--variant", "trainings": "--training", "optimizers": "--optimizer", "learning_rates": "--lr",
-    "search": "--lr-sweep",
-}  # fmt: skip
-
-
 def _flag(name: str) -> str:
-    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    return flag_of(AttackOptions, name)
 
 
 def _positive(name: str, value: int) -> None:

@@ -1,14 +1,40 @@
-"""Checks of a hardened checkpoint against its base: what was promised, measured."""
+"""Checks of a hardened checkpoint against its base: what was promised, measured.
 
-# ruff: noqa: E402 (the imports below need what is asked for first)
-from specdef_cli.extras import require_extra
+The public names are imported on their first use: what ``--help`` says of the options needs neither transformers nor
+torch.
+"""
 
-require_extra("attack", "certificates")
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
+if TYPE_CHECKING:
+    from specdef_cli.certify.certificate import Certificate, Claim
+    from specdef_cli.certify.options import CertifyOptions
+    from specdef_cli.certify.run import certify
 
 from specdef_cli.callable_package import make_callable
-from specdef_cli.certify.certificate import Certificate, Claim
-from specdef_cli.certify.run import CertifyOptions, certify
 
-__all__ = ["Certificate", "CertifyOptions", "Claim", "certify"]
+_PUBLIC = {
+    "Certificate": "specdef_cli.certify.certificate",
+    "CertifyOptions": "specdef_cli.certify.options",
+    "Claim": "specdef_cli.certify.certificate",
+    "certify": "specdef_cli.certify.run",
+}
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
 
 make_callable(__name__)

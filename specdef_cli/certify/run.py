@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from specdef_cli.extras import require_extra
+
+require_extra("attack", "certificates")
+
+# ruff: noqa: E402 (what is imported below needs the extra)
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -30,6 +34,7 @@ from specdef_cli.certify.certificate import (
 from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curvature
 from specdef_cli.certify.deployment import DEFAULT_FORMATS, DeploymentFigure, measure_deployment, token_batch
 from specdef_cli.certify.function import measure_function
+from specdef_cli.certify.options import CertifyOptions
 from specdef_cli.certify.provenance import provenance
 from specdef_cli.certify.resistance import Resistance, read_resistance, resistance_of
 from specdef_cli.certify.spectrum import measure_spectrum
@@ -49,43 +54,6 @@ from specdef_cli.runtime.vocabulary import require_in_vocabulary
 
 SEQUENCES, LENGTH = 32, 128
 CURVATURE_SEQUENCES, CURVATURE_LENGTH = 4, 64
-
-
-@dataclass(frozen=True)
-class CertifyOptions:
-    """Options of :func:`certify`.
-
-    Attributes:
-        model: The hardened directory (or a Hub id).
-        out: Where the certificate is written, and the attack report where one is made.
-        base: What it was made from; ``None`` takes the base that the manifest names.
-        attacks: A ``report.json`` on this model; ``None`` runs the quick suite.
-        text: A text file to measure loss on; ``None`` is the source of Python's standard library.
-        formats: Deployment formats; empty leaves that part out.
-        curvature: Whether the Hessian is measured.
-        card: Whether a local model's card and directory get the certificate too.
-        statement: Whether the certificate is written as an in-toto statement too.
-        jobs: Attack runs at a time.
-        device: Where the curvature and the deployment formats are measured. The function is always compared on the CPU,
-            where a fresh process must give the same bits.
-        trust_remote_code: Whether the base's own Python code may run.
-        revision, token: Passed on to the Hub.
-    """
-
-    model: str
-    out: Path
-    base: str | None = None
-    attacks: Path | None = None
-    text: Path | None = None
-    formats: tuple[str, ...] = DEFAULT_FORMATS
-    curvature: bool = True
-    card: bool = True
-    statement: bool = False
-    jobs: int = 1
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    revision: str | None = None
-    token: str | None = None
 
 
 def certify(
@@ -128,9 +96,10 @@ def certify(
     on_progress("curvature")
     curvature, reason = _curvature(base_directory, directory, tokens, options)
     deployment: tuple[DeploymentFigure, ...] = ()
-    if options.formats:
+    formats = DEFAULT_FORMATS if options.formats is None else options.formats
+    if formats:
         deployment = measure_deployment(
-            base_directory, directory, tokens, options.formats, device=options.device, trust_remote_code=trust,
+            base_directory, directory, tokens, formats, device=options.device, trust_remote_code=trust,
             on_figure=lambda figure: on_progress(f"deployment: {figure.format}"),
         )  # fmt: skip
     if resistance is None:

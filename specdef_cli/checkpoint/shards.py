@@ -20,9 +20,6 @@ from torch import Tensor
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.errors import SpecDefError
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -150,20 +147,3 @@ def assign_shards(shards: Sequence[OutputShard], processes: int) -> tuple[tuple[
 def _work(shard: OutputShard) -> float:
     # Making a tensor costs about ten times as much as copying it (tests/benchmarks); the estimate need not be good.
     return sum(group.nbytes * (10 if group.transform else 1) for group in shard.groups)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB`` or ``500MB``.
-
-    Raises:
-        SpecDefError: It is not a positive number with a unit.
-    """
-    unit = text.strip().upper().lstrip("0123456789.")
-    number = text.strip()[: len(text.strip()) - len(unit)]
-    try:
-        size = int(float(number) * UNITS[unit.strip()])
-    except (KeyError, ValueError, OverflowError) as error:
-        raise SpecDefError(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
-    if size <= 0:
-        raise SpecDefError(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
-    return size

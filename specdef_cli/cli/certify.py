@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.cli.options import Json, Quiet, Revision, Token, TrustRemoteCode
+from specdef_cli.certify.options import CertifyOptions
+from specdef_cli.cli.derive import takes
+from specdef_cli.cli.options import DryRun, Json, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import work_alone_if_stale
@@ -18,45 +19,19 @@ if TYPE_CHECKING:
     from specdef_cli.certify.certificate import Certificate
 
 
+@takes(CertifyOptions)
 def certify_command(
     model: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
-    ] = ("hardened"),
-    base: Annotated[
-        str | None, typer.Option(help="What it was made from.", show_default="the base that the manifest names")
-    ] = None,
-    attacks: Annotated[
-        Path | None,
-        typer.Option(metavar="REPORT", help="report.json of an attack on it.", show_default="the quick suite is run"),
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text to measure loss on.", show_default="Python's standard library")
-    ] = None,
-    deployment: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="Deployment format to try (repeatable).", show_default="those that take seconds"),
-    ] = None,
+    ] = "hardened",
     no_deployment: Annotated[bool, typer.Option("--no-deployment", help="Try no deployment formats.")] = False,
-    no_curvature: Annotated[bool, typer.Option("--no-curvature", help="Do not measure the Hessian.")] = False,
-    no_card: Annotated[
-        bool, typer.Option("--no-card", help="Leave the model's directory and its card as they are.")
-    ] = False,
-    statement: Annotated[
-        bool, typer.Option("--statement", help="Write certificate.intoto.json too, which in-toto's tools can sign.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be measured and attacked, how long that takes; stop.")
-    ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Attack runs at a time.")] = 1,
-    device: Annotated[str, typer.Option(help="Where curvature and formats are measured, e.g. cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the certificate and the attack report go.")] = (
-        Path("certificate")
-    ),
+    dry_run: DryRun = False,
     revision: Revision = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    **given: Any,
 ) -> None:
     """Measure a hardened checkpoint: function kept, spectrum as planned, curvature, attacks, formats.
 
@@ -75,36 +50,24 @@ def certify_command(
     from specdef_cli.errors import SpecDefError
 
     # Before torch is imported, which takes longer than everything that can be wrong here.
-    require_models(model, base, "--base")
-    for option, path in (("--text", text), ("--attacks", attacks)):
+    require_models(model, given.get("base"), "--base")
+    for option in ("--text", "--attacks"):
+        path = given.get(option.removeprefix("--"))
         if path is not None and not path.is_file():
             raise SpecDefError(f"{option} {path} is not a file", "Check the path.")
     from specdef_cli.certify.deployment import DEFAULT_FORMATS
-    from specdef_cli.certify.run import CertifyOptions, certify, plan_certify
+    from specdef_cli.certify.run import certify, plan_certify
     from specdef_cli.cli.plan import plan_screen
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)
-    formats = () if no_deployment else tuple(deployment or DEFAULT_FORMATS)
-    options = CertifyOptions(
-        model=model,
-        out=out,
-        base=base,
-        attacks=attacks,
-        text=text,
-        formats=formats,
-        curvature=not no_curvature,
-        card=not no_card,
-        statement=statement,
-        jobs=jobs,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-        token=token,
-    )
+    if no_deployment:
+        given["formats"] = ()
+    options = CertifyOptions(model, **given, trust_remote_code=trust_remote_code, revision=revision, token=token)
     if dry_run:
         forecast = plan_certify(options)
-        parts = ("function", "spectrum", *["curvature"] * options.curvature, *(f"format {each}" for each in formats))
+        formats = DEFAULT_FORMATS if options.formats is None else options.formats
+        parts = ("function", "spectrum", *["curvature"] * options.curvature, *(f"format {name}" for name in formats))
         table = Group(Text(f"measured: {', '.join(parts)}"), *([plan_screen(forecast)] if forecast else []))
         output.data({"measured": parts, "attacks": forecast}, table)
         return
@@ -115,8 +78,8 @@ def certify_command(
             bar.log(name)
 
         certificate = certify(options, part, RunProgress(bar).show)
-    output.data(certificate, certificate_tables(certificate), written=out / "certificate.json")
-    output.note(f"certificate: {out / 'certificate.json'}")
+    output.data(certificate, certificate_tables(certificate), written=options.out / "certificate.json")
+    output.note(f"certificate: {options.out / 'certificate.json'}")
     if not certificate.holds:
         raise typer.Exit(1)
 

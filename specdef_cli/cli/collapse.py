@@ -6,6 +6,8 @@ from specdef_cli.checkpoint.destination import require_usable
 from specdef_cli.cli.options import Device, Json, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
+from specdef_cli.hardening.options import CollapseOptions
+from specdef_cli.sizes import parse_size
 
 
 def collapse_command(
@@ -25,18 +27,16 @@ def collapse_command(
 
       specdef collapse hardened --out original
     """
+    options = CollapseOptions(model, out, parse_size(max_shard_size), device, revision, token, resume)
     require_usable(out, model)
     prefer_huge_pages()
 
     from rich.text import Text
 
-    from specdef_cli.checkpoint.shards import parse_size
     from specdef_cli.hardening.collapse import collapse
-    from specdef_cli.hardening.options import CollapseOptions
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)
-    options = CollapseOptions(model, out, parse_size(max_shard_size), device, revision, token, resume)
     with output.progress("collapsing") as bar:
         result = collapse(
             options,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdef_cli.checkpoint.destination import require_usable
+from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import (
     CreatePr,
     Device,
@@ -24,6 +24,8 @@ from specdef_cli.cli.options import (
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
 from specdef_cli.cli.tables import layer_table, pairs_table, scaled_table, summary_lines
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.sizes import parse_size
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -31,80 +33,16 @@ if TYPE_CHECKING:
     from specdef_cli.hardening.run import HardenResult, PlanPreview
 
 
+@takes(HardenOptions)
 def harden_command(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to publish; must not exist.")] = Path("hardened"),
-    method: Annotated[
-        Literal["auto", "insert", "fold"],
-        typer.Option(
-            help="fold: existing pairs of weights are rescaled. insert: weights with code that undoes a change beside "
-            "them. auto: fold, and insert for the rest with --allow-code."
-        ),
-    ] = "auto",
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Factor of the inflated singular values (insert) or of the rescaled channels (constant fold).",
-            show_default="1e4",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Singular values inflated in each layer (insert).", show_default="25")
-    ] = None,
-    gauge: Annotated[
-        Literal["rotated", "symmetric"] | None,
-        typer.Option(
-            help="Which factorization insert stores; symmetric is the paper's, and needs float32.",
-            show_default="rotated",
-        ),
-    ] = None,
-    schedule: Annotated[
-        Literal["constant", "staircase"] | None,
-        typer.Option(
-            help="staircase: powers of two that go down from layer to layer. constant: one alpha; insert then stores "
-            "the paper's two factors a layer.",
-            show_default="staircase; constant for insert with --alpha, --top-k or --gauge",
-        ),
-    ] = None,
-    profile: Annotated[
-        Literal["coverage", "bfloat16", "quantizable"] | None,
-        typer.Option(
-            help="coverage: every pair, within a float16 cache. bfloat16: further, and the cache must be bfloat16 or "
-            "float32. quantizable: only queries and keys, which quantizers survive.",
-            show_default="coverage",
-        ),
-    ] = None,
-    allow_code: Annotated[
-        bool,
-        typer.Option("--allow-code", help="Let auto scale what no pair reaches; the model then brings code to load."),
-    ] = False,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Glob of layers to harden, e.g. '*.o_proj' (repeatable).",
-            show_default="all; for constant insert the linears that write to the residual stream",
-        ),
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Glob of layers to leave alone (repeatable).")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Store floating tensors in this dtype.", show_default="each tensor's own"),
-    ] = None,
     max_shard_size: MaxShardSize = "5GB",
     device: Device = None,
     revision: Revision = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
-    seed: Annotated[int, typer.Option(help="Seed of the randomized basis (insert).")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and what it costs.")] = False,
     resume: Resume = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Publish without comparing the result with the base.")
-    ] = False,
-    base_model: Annotated[
-        str | None,
-        typer.Option(metavar="ORG/NAME", help="Where a directory's weights are on the Hub, for the card."),
-    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and what it costs.")] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the published directory to org/name.")
     ] = None,
@@ -115,6 +53,7 @@ def harden_command(
     create_pr: CreatePr = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    **given: Any,
 ) -> None:
     """Harden a checkpoint against fine-tuning without changing what it computes.
 
@@ -128,14 +67,22 @@ def harden_command(
 
       specdef harden ./my-model --out hardened --allow-code
     """
+    options = HardenOptions(
+        model,
+        **given,
+        max_shard_size=parse_size(max_shard_size),
+        device=device,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+        resume=resume,
+    )
     if not dry_run:
-        require_usable(out, model)
+        require_usable(options.out, model)
     prefer_huge_pages()
 
-    from specdef_cli.checkpoint.shards import parse_size
     from specdef_cli.checkpoint.stream import Progress
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
-    from specdef_cli.hardening.options import HardenOptions
     from specdef_cli.hardening.plan import HardeningPlan
     from specdef_cli.hardening.run import harden, preview
 
@@ -148,29 +95,6 @@ def harden_command(
             require_writable(destination)
     elif private or create_pr or push_revision is not None:
         raise typer.BadParameter("--private, --push-revision and --create-pr need --push-to-hub")
-    options = HardenOptions(
-        model=model,
-        out=out,
-        method=method,
-        alpha=alpha,
-        top_k=top_k,
-        gauge=gauge,
-        schedule=schedule,
-        profile=profile,
-        allow_code=allow_code,
-        layers=tuple(layers or ()),
-        exclude=tuple(exclude or ()),
-        base_model=base_model,
-        dtype=dtype,
-        max_shard_size=parse_size(max_shard_size),
-        device=device,
-        revision=revision,
-        token=token,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
-        resume=resume,
-        verify=not no_verify,
-    )
     with output.progress("planning" if dry_run else "hardening") as bar:
 
         def begin(plan: HardeningPlan) -> None:
@@ -188,9 +112,9 @@ def harden_command(
     if dry_run:
         output.data(preview_json(shown), preview_tables(shown))
     elif result is not None:
-        output.data(result, result_tables(result), written=out)
+        output.data(result, result_tables(result), written=options.out)
         if destination is not None:
-            output.note(f"uploaded: {push(out, destination)}")
+            output.note(f"uploaded: {push(options.out, destination)}")
 
 
 def preview_json(shown: PlanPreview) -> dict[str, Any]:

@@ -37,3 +37,4 @@ CreatePr = Annotated[bool, typer.Option("--create-pr", help="Upload as a pull re
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no notes.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it takes on this machine, and stop.")]

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from specdef_cli.checkpoint.manifest import Gauge, Profile, Schedule
+from specdef_cli.option import option
 
 MethodChoice = Literal["auto", "insert", "fold"]
+StoredDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,54 @@ class HardenOptions:
     """
 
     model: str
-    out: Path
-    method: MethodChoice = "auto"
-    alpha: float | None = None
-    top_k: int | None = None
-    gauge: Gauge | None = None
-    schedule: Schedule | None = None
-    profile: Profile | None = None
-    allow_code: bool = False
-    layers: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    base_model: str | None = None
-    dtype: str | None = None
+    out: Path = option(Path("hardened"), "Directory to publish; must not exist.", "--out", "-o")
+    method: MethodChoice = option(
+        "auto",
+        "fold: existing pairs of weights are rescaled. insert: weights with code that undoes a change beside them. "
+        "auto: fold, and insert for the rest with --allow-code.",
+    )
+    alpha: float | None = option(
+        None,
+        "Factor of the inflated singular values (insert) or of the rescaled channels (constant fold).",
+        shown_default="1e4",
+    )
+    top_k: int | None = option(None, "Singular values inflated in each layer (insert).", shown_default="25")
+    gauge: Gauge | None = option(
+        None,
+        "Which factorization insert stores; symmetric is the paper's, and needs float32.",
+        shown_default="rotated",
+    )
+    schedule: Schedule | None = option(
+        None,
+        "staircase: powers of two that go down from layer to layer. constant: one alpha; insert then stores the "
+        "paper's two factors a layer.",
+        shown_default="staircase; constant for insert with --alpha, --top-k or --gauge",
+    )
+    profile: Profile | None = option(
+        None,
+        "coverage: every pair, within a float16 cache. bfloat16: further, and the cache must be bfloat16 or float32. "
+        "quantizable: only queries and keys, which quantizers survive.",
+        shown_default="coverage",
+    )
+    allow_code: bool = option(False, "Let auto scale what no pair reaches; the model then brings code to load.")
+    layers: tuple[str, ...] = option(
+        (),
+        "Glob of layers to harden, e.g. '*.o_proj'.",
+        shown_default="all; for constant insert the linears that write to the residual stream",
+    )
+    exclude: tuple[str, ...] = option((), "Glob of layers to leave alone.")
+    base_model: str | None = option(
+        None, "Where a directory's weights are on the Hub, for the card.", metavar="ORG/NAME"
+    )
+    dtype: StoredDtype | None = option(None, "Store floating tensors in this dtype.", shown_default="each tensor's own")
     max_shard_size: int = 5 * 10**9
     device: str | None = None
     revision: str | None = None
     token: str | None = None
     trust_remote_code: bool = False
-    seed: int = 0
+    seed: int = option(0, "Seed of the randomized basis (insert).")
     resume: bool = False
-    verify: bool = True
+    verify: bool = option(True, "Publish without comparing the result with the base.", " /--no-verify")
 
 
 @dataclass(frozen=True)

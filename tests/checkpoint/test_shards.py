@@ -6,7 +6,6 @@ import itertools
 import json
 import struct
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,12 +14,10 @@ from specdef_cli.checkpoint.shards import (
     TensorGroup,
     TensorSpec,
     assign_shards,
-    parse_size,
     plan_shards,
     shard_header,
     shard_index,
 )
-from specdef_cli.errors import SpecDefError
 
 
 def group(name: str, size: int, dtype: str = "U8") -> TensorGroup:
@@ -117,21 +114,3 @@ def test_every_shard_has_one_process_and_none_is_overloaded(sizes: list[int], pr
     # Longest processing time first is at most 4/3 of the optimum, which is at least the mean and the largest.
     loads = [sum(shard.nbytes for shard in part) for part in parts]
     assert max(loads) <= 4 / 3 * max(sum(sizes) / processes, max(sizes), sum(sorted(sizes)[-processes - 1 :][:2]))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), (" 1.5 kb ", 1500), ("2GiB", 2**31), ("1tb", 10**12)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
-    "text", ["", "5", "GB", "-5GB", "0GB", "0.0001KB", "5 GBs", "1..5GB", "nanGB", "infGB", "1e3GB", "9" * 400 + "GB"]
-)
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(SpecDefError) as raised:
-        parse_size(text)
-    assert repr(text) in raised.value.problem
-    assert "5GB" in raised.value.hint
