@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from specdef_cli import HardenOptions, harden, load_tokenizer
-from specdef_cli.architectures import SymmetricPair, symmetric_pairs
+from specdef_cli.architectures import Skeleton, SymmetricPair, symmetries
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.suite import AttackTable, Suite
 from specdef_cli.attack.trainings.table import Training
@@ -146,7 +146,7 @@ class Experiment:
         """Harden the tiny Llama, to learn which channels it takes."""
         tensors = load_file(BASE / "model.safetensors")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        pairs = symmetric_pairs(AutoConfig.from_pretrained(BASE), shapes)
+        pairs = symmetries(Skeleton.of(AutoConfig.from_pretrained(BASE), shapes)).pairs
         result = harden(HardenOptions(str(BASE), scratch / "harden", method="fold", profile="bfloat16"))
         assert result is not None
         chosen = {pair.name: pair.channels for pair in result.manifest.folded}

@@ -5,29 +5,19 @@ never builds the model with its weights.
 """
 
 from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
-from specdef_cli.architectures.names import TensorNames, match_names, meta_model
-from specdef_cli.architectures.pairs import (
-    Side,
-    SymmetricPair,
-    Symmetries,
-    Unpaired,
-    symmetric_pairs,
-    symmetries,
-    unpaired,
-)
+from specdef_cli.architectures.pairs import Side, SymmetricPair, Symmetries, Unpaired
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.architectures.symmetries import symmetric_pairs, symmetries
 
 __all__ = [
     "LinearSite",
     "Side",
+    "Skeleton",
     "SymmetricPair",
     "Symmetries",
-    "TensorNames",
     "Unpaired",
     "linear_sites",
-    "match_names",
-    "meta_model",
     "require_insertable",
     "symmetric_pairs",
     "symmetries",
-    "unpaired",
 ]

@@ -11,16 +11,21 @@ What decides whether a symmetry holds:
 - A gated MLP is linear in its up branch. An ungated one is only positively homogeneous, and only with some activations.
 - A norm's gain (and bias) is followed by the linears that read it, unless its output is also added to the residual
   stream (post-norm: BERT) or the gain is stored as 1+w, which does not scale exactly (Gemma).
-- A norm without its ε does not see the scale of its input; ε is in the config, where it can follow.
+
+The scale of the residual stream is a symmetry too, if the norms' ε in config.json follows. It is not looked for,
+because it is not folded (docs/decisions.md).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # act(λx) = λ·act(x) for λ > 0, exactly so in floating point when λ is a power of two.
 HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "leaky_relu", "linear"})
+
+Role = Literal["attention_output", "mlp_down", "other"]
+"""What a linear layer writes to: the residual stream, as the last one of an attention or an MLP, or something else."""
 
 
 @dataclass(frozen=True)
@@ -118,25 +123,17 @@ class Family:
 
     Attributes:
         stacks: Usually one; the encoder comes first.
-        embeddings: Parameters that start the residual stream, relative to the body. Those that are absent are skipped.
-        eps: The config key of every norm's ε; ``None`` where it is not in the config.
         gain: How norms store their gain: as such, as 1+w, or not at all.
-        stream: Where the norms sit: before each sublayer, after the addition (BERT), or on each sublayer's output
-            (OLMo 2). ``input_and_output`` is Gemma's: both before it and on its output.
-        output_norms: The norms after the addition or on the outputs, relative to the block; in block order.
-        embedding_norm: A norm on the sum of the embeddings, relative to the body.
+        output_norms: The norms on the sublayers' outputs (OLMo 2, Gemma) or after the addition (BERT), relative to the
+            block; in block order.
         heads: Suffix of the model's class name → what reads the final hidden state, relative to the whole model.
             ``None`` stands for the output embeddings.
         unpaired: Parameters of a block (by the end of their name) that no symmetry involves, and why.
     """
 
     stacks: tuple[Stack, ...]
-    embeddings: tuple[str, ...] = ("embed_tokens.weight",)
-    eps: str | None = "rms_norm_eps"
     gain: Literal["plain", "one_plus", "none"] = "plain"
-    stream: Literal["pre_norm", "post_norm", "output_norm", "input_and_output"] = "pre_norm"
     output_norms: tuple[str, ...] = ()
-    embedding_norm: str | None = None
     heads: tuple[tuple[str, str | None], ...] = (
         ("ForCausalLM", None),
         ("ForSequenceClassification", "score"),
@@ -144,6 +141,11 @@ class Family:
         ("ForQuestionAnswering", "qa_outputs"),
     )
     unpaired: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_post_norm(self) -> bool:
+        """Whether norms come after the addition, so that what they put out is the residual stream."""
+        return any(stack.final_norm is None for stack in self.stacks)
 
 
 def _decoder(*sublayers: Attention | Mlp | Experts) -> tuple[Stack, ...]:
@@ -158,7 +160,6 @@ _GEMMA_MLP = Mlp(norm="pre_feedforward_layernorm")
 _GEMMA = Family(
     _decoder(_SELF_ATTENTION, _GEMMA_MLP),
     gain="one_plus",
-    stream="input_and_output",
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
@@ -173,15 +174,7 @@ _BERT = Family(
             None,
         ),
     ),
-    embeddings=(
-        "embeddings.word_embeddings.weight",
-        "embeddings.position_embeddings.weight",
-        "embeddings.token_type_embeddings.weight",
-    ),
-    eps="layer_norm_eps",
-    stream="post_norm",
     output_norms=("attention.output.LayerNorm", "output.LayerNorm"),
-    embedding_norm="embeddings.LayerNorm",
     heads=(
         ("ForMaskedLM", "cls.predictions.transform.dense"),
         ("ForSequenceClassification", "bert.pooler.dense"),
@@ -189,13 +182,8 @@ _BERT = Family(
         ("ForQuestionAnswering", "qa_outputs"),
     ),
 )
-_ROBERTA = Family(
-    _BERT.stacks,
-    embeddings=_BERT.embeddings,
-    eps="layer_norm_eps",
-    stream="post_norm",
-    output_norms=_BERT.output_norms,
-    embedding_norm=_BERT.embedding_norm,
+_ROBERTA = replace(
+    _BERT,
     heads=(
         ("ForMaskedLM", "lm_head.dense"),
         ("ForSequenceClassification", "classifier.dense"),
@@ -228,8 +216,6 @@ _T5 = Family(
             "decoder.final_layer_norm",
         ),
     ),
-    embeddings=("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
-    eps="layer_norm_epsilon",
     heads=(("T5ForConditionalGeneration", None),),
     unpaired=(("relative_attention_bias.weight", "it is added to the scores, and a softmax follows"),),
 )
@@ -241,25 +227,19 @@ FAMILIES: dict[str, Family] = {
     "Qwen2Model": _LLAMA,
     "Qwen3Model": Family(_decoder(_NORMED_ATTENTION, Mlp())),
     "Gemma2Model": _GEMMA,
-    "Gemma3TextModel": Family(
-        _decoder(_NORMED_ATTENTION, _GEMMA_MLP),
-        gain="one_plus",
-        stream="input_and_output",
-        output_norms=_GEMMA.output_norms,
-    ),
+    "Gemma3TextModel": replace(_GEMMA, stacks=_decoder(_NORMED_ATTENTION, _GEMMA_MLP)),
     "Phi3Model": Family(
         _decoder(
             Attention("self_attn", "qkv_proj", "qkv_proj", "qkv_proj", fused="stacked"),
             Mlp(gate="gate_up_proj", up="gate_up_proj", fused=True),
         )
     ),
-    "OlmoModel": Family(_decoder(Attention("self_attn", clip="clip_qkv"), Mlp()), eps=None, gain="none"),
+    "OlmoModel": Family(_decoder(Attention("self_attn", clip="clip_qkv"), Mlp()), gain="none"),
     "Olmo2Model": Family(
         _decoder(
             Attention("self_attn", query_norm="q_norm", key_norm="k_norm", norm_width="all_heads", norm=None),
             Mlp(norm=None),
         ),
-        stream="output_norm",
         output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
     "GPT2Model": Family(
@@ -273,8 +253,6 @@ FAMILIES: dict[str, Family] = {
                 "ln_f",
             ),
         ),
-        embeddings=("wte.weight", "wpe.weight"),
-        eps="layer_norm_epsilon",
         heads=(("LMHeadModel", None), ("ForSequenceClassification", "score"), ("ForTokenClassification", "classifier")),
     ),
     "GPTNeoXModel": Family(
@@ -295,8 +273,6 @@ FAMILIES: dict[str, Family] = {
                 "final_layer_norm",
             ),
         ),
-        embeddings=("embed_in.weight",),
-        eps="layer_norm_eps",
         heads=(("ForCausalLM", None), ("ForSequenceClassification", "score"), ("ForTokenClassification", "classifier")),
     ),
     "BertModel": _BERT,
@@ -312,14 +288,6 @@ FAMILIES: dict[str, Family] = {
                 "layernorm",
             ),
         ),
-        embeddings=(
-            "embeddings.cls_token",
-            "embeddings.mask_token",
-            "embeddings.position_embeddings",
-            "embeddings.patch_embeddings.projection.weight",
-            "embeddings.patch_embeddings.projection.bias",
-        ),
-        eps="layer_norm_eps",
         heads=(("ForImageClassification", "classifier"),),
     ),
     **dict.fromkeys(("T5Model", "T5EncoderModel", "T5ForConditionalGeneration"), _T5),
@@ -343,3 +311,8 @@ FAMILIES: dict[str, Family] = {
         unpaired=(("self_attn.sinks", "they are scores of their own, and a softmax follows"),),
     ),
 }
+
+DENOISER_WRITERS: dict[str, dict[str, Role]] = {
+    "UNet2DConditionModel": {"to_out.0": "attention_output", "ff.net.2": "mlp_down"},
+}
+"""Of diffusers' models, which have no symmetric pairs: class → ends of the paths of what writes to the stream."""

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.architectures.linears import is_classifier
-from specdef_cli.architectures.names import TensorNames, match_names, tied_parameters
+from specdef_cli.architectures.names import match_names
+from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import ScaledKind
 from specdef_cli.errors import SpecDefError
 
@@ -56,24 +57,19 @@ class ScalableSite:
     tied_to: str | None = None
 
 
-def scalable_sites(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ScalableSite, ...]:
+def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
     """All modules that can be scaled, in the model's order.
 
     Left out: the heads of classifiers, which an attacker replaces anyway; position embeddings; embeddings of models
     that have no one kind of input (CLIP); weights that transformers merges from or splits into several tensors
     (Mixtral's experts).
-
-    Args:
-        model: The model on the meta device.
-        shapes: Tensor name on disk → shape.
     """
-    names = match_names(model, shapes)
-    tied = tied_parameters(model)
+    model, names, tied = skeleton.model, skeleton.names, skeleton.tied
     embedding = _input_embeddings(model)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    looked_up = next((path for path, module in model.named_modules() if module is embedding), "")
+    looked_up = next((path for path, module in skeleton.modules.items() if module is embedding), "")
     sites = []
-    for path, module in model.named_modules():
+    for path, module in skeleton.modules.items():
         kind = _kind(model, path, module, embedding, head)
         if kind is None:
             continue
@@ -86,7 +82,7 @@ def scalable_sites(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> t
             or (parameter in tied and kind not in ("head", "embedding"))
         ):
             continue
-        shape = shapes[tensor]
+        shape = skeleton.shapes[tensor]
         output, inputs = _AXES[kind]
         if isinstance(module, Conv1D):
             output, inputs = 1, 0
@@ -125,18 +121,18 @@ def _kind(
     return None
 
 
-def require_loadable(model: nn.Module, sites: Sequence[ScalableSite], wanted: Mapping[str, str]) -> None:
+def require_findable(skeleton: Skeleton, sites: Sequence[ScalableSite], wanted: Mapping[str, str]) -> None:
     """Check that transformers will find the new tensors under the names that are written.
 
     Args:
-        model: The model on the meta device.
+        skeleton: The model.
         sites: The modules that are scaled.
         wanted: Tensor name on disk → the parameter that it must become.
 
     Raises:
         SpecDefError: One of transformers' renamings leads elsewhere.
     """
-    found: TensorNames = match_names(model, wanted, added=wanted.values())
+    found = match_names(skeleton.model, wanted, added=wanted.values())
     for tensor, parameter in wanted.items():
         if found.parameters.get(tensor) != parameter:
             module = next((site.module for site in sites if tensor.startswith(f"{site.stem}.")), tensor)

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import specdef_cli
-from specdef_cli.architectures.names import meta_model
+from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.attack.accuracy import require_harness
 from specdef_cli.attack.cost import Deadline, Speed, by_telling, default_budget, fitting_budget, measure_speed, speed_of
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
@@ -43,8 +43,7 @@ from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve, resolve_base
 from specdef_cli.durations import in_words
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.plan import native_config
-from specdef_cli.hardening.recognise import Recognised, recognise
+from specdef_cli.hardening.recognise import recognise
 from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.vocabulary import require_in_vocabulary
@@ -168,9 +167,10 @@ def _prepare(options: AttackOptions) -> _Prepared:
     writable_ancestor(options.out)
     directory, manifest = _subject(options)
     control_name, control_directory = _control(options, directory, manifest)
-    for each in (directory, control_directory):
-        require_sound(each, trust_remote_code=options.trust_remote_code)
-        require_outside(options.out, each)
+    skeletons: dict[Path, Skeleton] = {}
+    for place in (directory, control_directory):
+        skeletons[place] = require_sound(place, trust_remote_code=options.trust_remote_code)
+        require_outside(options.out, place)
     task, head = task_of(control_directory, options.task)
     require_trackers(options.report_to)
     if options.eval_tasks:
@@ -190,8 +190,8 @@ def _prepare(options: AttackOptions) -> _Prepared:
         data=data.fingerprint,
         control=checkpoint_fingerprint(control_directory),
         model=checkpoint_fingerprint(directory),
-        recognised=_recognised(directory, options.trust_remote_code),
-        control_model=lambda: _meta_model(control_directory, options.trust_remote_code),
+        recognised=recognise(open_checkpoint(directory), skeletons[directory]),
+        control_model=lambda: skeletons[control_directory].model,
     )
     train = TrainRun(
         control_directory,
@@ -311,17 +311,6 @@ class TrainRun:
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return bool(process_state().is_main_process)
-
-
-def _recognised(directory: Path, trust_remote_code: bool) -> Recognised:
-    checkpoint = open_checkpoint(directory)
-    config = native_config(checkpoint, trust_remote_code=trust_remote_code)
-    return recognise(checkpoint, config, trust_remote_code=trust_remote_code)
-
-
-def _meta_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    return meta_model(config, trust_remote_code=trust_remote_code)
 
 
 def _subject(options: AttackOptions) -> tuple[Path, Manifest | None]:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, ScaledModule, ScaledSlice
+from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.collapse import require_as_described
-from specdef_cli.hardening.fold import scale_slice
 from specdef_cli.hardening.scale import scale_vector
+from specdef_cli.hardening.soundness import require_as_described
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 TOLERANCE = 0.02

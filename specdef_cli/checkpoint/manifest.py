@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.errors import SpecDefError
 
 MANIFEST_NAME = "specdef.json"
@@ -97,25 +98,6 @@ class InsertedLayer:
     def compensation_bias(self) -> str | None:
         """Name of the bias in the hardened checkpoint's files; it is added after C, so its values are unchanged."""
         return f"{self.tensor.removesuffix('.weight')}.compensation.bias" if self.bias else None
-
-
-@dataclass(frozen=True)
-class ScaledSlice:
-    """Part of one tensor, multiplied by powers of two.
-
-    Attributes:
-        tensor: Name in the checkpoint's files.
-        axis: The dimension that ``indices`` count along.
-        block: Index on dimension 0 of a tensor that stacks experts, or ``None``; ``axis`` counts dimension 0 too.
-        indices: Positions along ``axis``; ``None`` means the whole tensor (or the whole block).
-        exponents: The slice is scaled by 2**exponent: one for each index, or one alone where ``indices`` is ``None``.
-    """
-
-    tensor: str
-    axis: int
-    block: int | None
-    indices: tuple[int, ...] | None
-    exponents: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -230,15 +212,6 @@ class ScaledModule:
 
 
 @dataclass(frozen=True)
-class ConfigChange:
-    """A value in config.json that had to follow the weights (the norms' eps under a rescaled residual stream)."""
-
-    key: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
 class Manifest:
     """Everything that is known about a hardened directory.
 
@@ -253,7 +226,6 @@ class Manifest:
         inserted: The replaced linears.
         folded: The rescaled pairs.
         scaled: The modules that undo a scale of their own weight.
-        config_changes: Changed values of config.json.
         shards: sha256 of every safetensors file.
         verification: Figures of the verification before publication; empty when it was skipped.
     """
@@ -268,7 +240,6 @@ class Manifest:
     inserted: tuple[InsertedLayer, ...] = ()
     folded: tuple[FoldedPair, ...] = ()
     scaled: tuple[ScaledModule, ...] = ()
-    config_changes: tuple[ConfigChange, ...] = ()
     shards: dict[str, str] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
 
@@ -295,6 +266,8 @@ class Manifest:
                     f"{origin} has format {version!r}; this version reads format {FORMAT_VERSION}",
                     "Install the release of specdef-cli that wrote it.",
                 )
+            if data.get("config_changes") == []:  # early manifests have this field, always empty
+                del data["config_changes"]
             manifest = _parse(cls, data, "the manifest")
             assert isinstance(manifest, cls)
             return manifest

@@ -15,30 +15,21 @@ from pathlib import Path
 import torch
 
 from specdef_cli.checkpoint.companions import carry_over
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import (
-    MANIFEST_NAME,
-    ConfigChange,
-    InsertedLayer,
-    Manifest,
-    ScaledModule,
-    read_manifest,
-)
+from specdef_cli.checkpoint.headers import TORCH_DTYPES
+from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import Progress, write_durably
-from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import collapsed_card
 from specdef_cli.hardening.execute import Written, execute, write_json
 from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
 from specdef_cli.hardening.scale import UnscaleModule
+from specdef_cli.hardening.soundness import require_as_described
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE, unshim_config
-
-RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ def collapse(
         companions = checkpoint.companions
         carry_over(checkpoint.directory, work, companions.carried)
         (work / SHIM_SOURCE.name).unlink(missing_ok=True)
-        write_json(work / "config.json", restored_config(checkpoint, manifest.config_changes))
+        write_json(work / "config.json", unshim_config(checkpoint.config))
         card = checkpoint.directory / "README.md"
         if card.is_file():
             text = card.read_text(encoding="utf-8", errors="replace")
@@ -160,70 +151,3 @@ def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorG
         elif name not in consumed:
             groups.append(plain_group(name, header.dtype, header.shape, None))
     return tuple(groups)
-
-
-def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
-    """Check that every tensor that the manifest names is there, in the shape that it says.
-
-    Raises:
-        SpecDefError: naming the tensor.
-    """
-    wanted: dict[str, tuple[int, ...]] = {}
-    for layer in manifest.inserted:
-        wanted[layer.inflated_tensor] = (layer.out_features, layer.in_features)
-        wanted[layer.compensation_tensor] = (layer.out_features, layer.out_features)
-        wanted[layer.tensor] = (1,)
-        if layer.compensation_bias is not None:
-            wanted[layer.compensation_bias] = (layer.out_features,)
-    for module in manifest.scaled:
-        require_scaled(module)
-        if module.tied_to is None:
-            wanted[module.inflated_tensor] = module.shape
-        wanted |= {name: (module.shape[side.axis],) for name, side in module.scales.items()}
-        wanted[module.tombstone] = (1,)
-    slices = [part for pair in manifest.folded for part in pair.slices]
-    for name in (*wanted, *(part.tensor for part in slices)):
-        header = checkpoint.tensors.get(name)
-        if header is None:
-            raise SpecDefError(f"{name} is missing from {checkpoint.directory}", RESTORE)
-        shape = wanted.get(name, header.shape)
-        if header.shape != shape or header.dtype not in FLOATING_DTYPES:
-            raise SpecDefError(
-                f"{name} is {header.dtype} {list(header.shape)}, but {MANIFEST_NAME} says floating {list(shape)}",
-                RESTORE,
-            )
-    for part in slices:
-        shape = checkpoint.tensors[part.tensor].shape
-        inside = 0 <= part.axis < len(shape) and (part.block is None or 0 <= part.block < shape[0])
-        if not inside or not all(0 <= index < shape[part.axis] for index in part.indices or ()):
-            raise SpecDefError(f"{part.tensor} is {list(shape)}, smaller than {MANIFEST_NAME} says", RESTORE)
-        count = 1 if part.indices is None else len(part.indices)
-        if len(part.exponents) != count or any(abs(exponent) > 1000 for exponent in part.exponents):
-            raise SpecDefError(f"{MANIFEST_NAME} scales {part.tensor} by 2**{list(part.exponents)}", RESTORE)
-
-
-def require_scaled(module: ScaledModule) -> None:
-    """Check that what the manifest says of a scaled module makes sense.
-
-    Raises:
-        SpecDefError: A channel is outside of the weight, or an exponent out of range.
-    """
-    for side in module.scales.values():
-        inside = 0 <= side.axis < len(module.shape) and all(
-            0 <= index < module.shape[side.axis] for index in side.indices
-        )
-        if (
-            not inside
-            or len(side.exponents) != len(side.indices)
-            or any(abs(exponent) > 1000 for exponent in side.exponents)
-            or (side.period is not None and side.period < 1)
-        ):
-            raise SpecDefError(f"{MANIFEST_NAME} scales {module.tensor} by 2**{list(side.exponents)}", RESTORE)
-
-
-def restored_config(checkpoint: Checkpoint, changes: Sequence[ConfigChange]) -> dict[str, object]:
-    """``config.json`` of the original architecture."""
-    config = unshim_config(checkpoint.config)
-    for change in changes:
-        config[change.key] = change.before
-    return config

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import FoldedPair, Profile, ScaledSlice, Schedule
+from specdef_cli.checkpoint.manifest import FoldedPair, Profile, Schedule
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.staircase import HIGHEST_CROSSING, HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, staircase
 
@@ -95,37 +96,6 @@ class ScaleTensor:
         for part in self.slices:
             scale_slice(tensor, part)
         return Produced({self.tensor: tensor})
-
-
-def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
-    """Multiply a slice of ``tensor`` by powers of two in place.
-
-    Raises:
-        SpecDefError: The result would be rounded (a subnormal number, or overflow).
-    """
-    target = tensor if part.block is None else tensor[part.block]
-    axis = part.axis if part.block is None else part.axis - 1
-    factors = torch.tensor([2.0**exponent for exponent in part.exponents], dtype=torch.float64, device=tensor.device)
-    if part.indices is None:
-        old, index = target, None
-    else:
-        index = torch.tensor(part.indices, device=tensor.device)
-        old = target.index_select(axis, index)
-        factors = factors.reshape([-1 if dimension == axis else 1 for dimension in range(target.dim())])
-    wanted = old.double() * factors
-    new = wanted.to(tensor.dtype)
-    # A subnormal result may still be stored exactly, but kernels flush subnormals to zero.
-    flushed = (new != 0) & (new.abs().double() < torch.finfo(tensor.dtype).tiny)
-    if not torch.equal(new.double(), wanted) or bool(flushed.any()):
-        raise SpecDefError(
-            f"{part.tensor}: scaling by powers of two up to 2**{max(map(abs, part.exponents))} leaves the range of "
-            f"{str(tensor.dtype).removeprefix('torch.')}",
-            "Store bfloat16 or float32 (--dtype), or give a smaller --alpha with --schedule constant.",
-        )
-    if index is None:
-        target.copy_(new)
-    else:
-        target.index_copy_(axis, index, new)
 
 
 def fold_pairs(
@@ -228,18 +198,13 @@ def inverse(pair: FoldedPair) -> FoldedPair:
         kind=pair.kind,
         channels=pair.channels,
         exponents=tuple(-exponent for exponent in pair.exponents),
-        slices=tuple(
-            ScaledSlice(part.tensor, part.axis, part.block, part.indices, tuple(-value for value in part.exponents))
-            for part in pair.slices
-        ),
+        slices=tuple(part.inverse for part in pair.slices),
     )
 
 
 def _folded(pair: SymmetricPair, channels: Sequence[int], exponents: Sequence[int]) -> FoldedPair:
     slices = []
     for side in pair.sides:
-        if side.indices is None:
-            raise AssertionError(f"{pair.name} has one channel, and only pairs with several are folded")
         indices = [index for channel in channels for index in side.indices[channel]]
         powers = [
             side.power * exponent
@@ -255,8 +220,7 @@ def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int, *, middli
 
     Never one of zeros, which no factor changes.
     """
-    sides = [side for side in pair.sides if side.indices is not None]
-    matrices = [side for side in sides if len(checkpoint.tensors[side.tensor].shape) > 1] or sides
+    matrices = [side for side in pair.sides if len(checkpoint.tensors[side.tensor].shape) > 1] or pair.sides
     side = min(matrices, key=lambda side: _bytes_to_measure(checkpoint, side))
     norms = _channel_norms(checkpoint, side)
     order = norms.argsort(descending=True, stable=True)

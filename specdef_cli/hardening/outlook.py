@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.hardening.options import HardenOptions, MethodChoice
 from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan
+from specdef_cli.hardening.soundness import require_hardenable
 
 METHODS: tuple[MethodChoice, ...] = ("fold", "insert")
 
@@ -74,18 +76,19 @@ class Outlook:
     default: PlanSummary | Obstacle
 
 
-def outlook(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Outlook:
+def outlook(checkpoint: Checkpoint, skeleton: Skeleton) -> Outlook:
     """Plan every method, from headers and a sample of the weights; nothing is computed or written.
 
     Args:
         checkpoint: The base.
-        trust_remote_code: Whether code that comes with it may run.
+        skeleton: Its model.
     """
 
     def attempt(method: MethodChoice) -> PlanSummary | Obstacle:
-        options = HardenOptions(str(checkpoint.directory), Path(), method=method, trust_remote_code=trust_remote_code)
+        options = HardenOptions(str(checkpoint.directory), Path(), method=method)
         try:
-            return summarize(make_plan(checkpoint, options), checkpoint)
+            require_hardenable(checkpoint)
+            return summarize(make_plan(checkpoint, skeleton, options), checkpoint)
         except SpecDefError as error:
             return Obstacle(method, error.problem, error.hint)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import re
@@ -11,23 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
-from specdef_cli.architectures.names import TensorNames, match_names, meta_model, tied_parameters
-from specdef_cli.architectures.pairs import SymmetricPair, Symmetries, symmetries
+from specdef_cli.architectures.pairs import Symmetries
 from specdef_cli.architectures.scalable import ScalableSite, scalable_sites
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.library import DIFFUSERS
-from specdef_cli.checkpoint.manifest import (
-    ConfigChange,
-    FoldedPair,
-    Method,
-    Profile,
-    ScaledModule,
-    Schedule,
-    is_hardened,
-)
+from specdef_cli.checkpoint.manifest import FoldedPair, Method, Profile, ScaledModule, Schedule
 from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
@@ -37,8 +28,10 @@ from specdef_cli.hardening.insert import InsertLayer
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
+from specdef_cli.hardening.selection import require_named, select_layers, select_pairs, select_scalable
+from specdef_cli.hardening.soundness import require_whole
 from specdef_cli.hardening.verify import require_comparable
-from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, is_shim, shim_config
+from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, shim_config
 from specdef_cli.spectral.limits import check_alpha
 
 DEFAULT_ALPHA = 1e4
@@ -48,7 +41,6 @@ QUANTIZABLE_LIMIT = (
     "The quantizable profile slows queries and keys that are trained alone, and nothing else: in formats that quantize "
     "activations in blocks, whatever trains a block trains at one rate."
 )
-RESIDUAL_WRITERS = ("attention_output", "mlp_down")
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,6 @@ class HardeningPlan:
         inserted: Linears to replace.
         folded: Pairs to rescale.
         scaled: Modules to scale, with the vectors that undo it.
-        config_changes: Values of config.json that follow the weights.
         groups: Every output tensor, in the order of the input.
         config: The output's ``config.json``.
         notes: What was decided and why, for the user.
@@ -89,7 +80,6 @@ class HardeningPlan:
     inserted: tuple[InsertLayer, ...]
     folded: tuple[FoldedPair, ...]
     scaled: tuple[ScaledModule, ...]
-    config_changes: tuple[ConfigChange, ...]
     groups: tuple[TensorGroup, ...]
     config: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -123,36 +113,35 @@ class HardeningPlan:
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
+def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions) -> HardeningPlan:
     """Decide what to change.
+
+    Args:
+        checkpoint: The base.
+        skeleton: Its model.
+        options: What the user asked for.
 
     Raises:
         SpecDefError: The checkpoint cannot be hardened, or an option does not fit it.
     """
-    require_hardenable(checkpoint)
     if options.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.base_model):
         raise SpecDefError(f"--base-model {options.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
     require_modules(checkpoint.directory)
     if options.dtype is not None and options.dtype not in DTYPES:
         raise SpecDefError(f"dtype {options.dtype!r} is not known", f"Use one of {', '.join(DTYPES)}.")
-    native = native_config(checkpoint, trust_remote_code=options.trust_remote_code)
-    model = meta_model(native, trust_remote_code=options.trust_remote_code)
-    shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
-    names = match_names(model, shapes)
-    require_complete(model, names, shapes)
-    require_floating(model, names, checkpoint)
+    require_whole(skeleton, checkpoint)
     if options.verify:
-        require_comparable(model)
-    sites = linear_sites(native, shapes, model=model, trust_remote_code=options.trust_remote_code)
+        require_comparable(skeleton.model)
+    sites = linear_sites(skeleton)
     stored = SAFETENSORS_DTYPES[DTYPES[options.dtype]] if options.dtype else None
-    found = Symmetries((), ())
-    if options.method != "insert":
-        found = symmetries(native, shapes, model=model, trust_remote_code=options.trust_remote_code)
-    scalable = scalable_sites(model, shapes)
-    pairs = select_pairs(found.pairs, names, options.layers, options.exclude)
+    found = Symmetries((), ()) if options.method == "insert" else symmetries(skeleton)
+    scalable = scalable_sites(skeleton)
+    pairs = select_pairs(found.pairs, skeleton.names, options.layers, options.exclude)
     # Who gives an option of the paper's factors asks for them, where there is nothing that it could mean in a fold.
     factors = wants_factors(options) and (options.method == "insert" or (options.method == "auto" and not pairs))
-    require_named(options, () if options.method == "fold" else sites if factors else scalable, found.pairs, names)
+    require_named(
+        options, () if options.method == "fold" else sites if factors else scalable, found.pairs, skeleton.names
+    )
 
     profile = options.profile or "coverage"
     folded = fold_pairs(
@@ -163,7 +152,7 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
         dtype=stored,
     )
-    reasons = [each.reason for each in found.unpaired if each.kind is None or each.kind in FOLDED_KINDS[profile]]
+    reasons = [note.reason for note in found.unpaired if note.kind is None or note.kind in FOLDED_KINDS[profile]]
     fold_alone = options.method == "fold" or options.profile == "quantizable"  # no quantizer survives an insert
     if not folded and fold_alone and options.method != "insert":
         raise SpecDefError(
@@ -176,7 +165,7 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
     chosen: tuple[LinearSite, ...] = ()
     if factors:
         chosen = select_layers(sites, options.layers, options.exclude)
-        require_insertable(native, chosen, model=model, trust_remote_code=options.trust_remote_code)
+        require_insertable(skeleton, chosen)
     open_sites = select_scalable(
         [site for site in scalable if site.tensor not in changed], options.layers, options.exclude
     )
@@ -187,15 +176,15 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         )
     scaled: tuple[ScaledModule, ...] = ()
     if not factors and (options.method == "insert" or (not fold_alone and options.allow_code)):
-        scaled = scale_modules(checkpoint, model, open_sites, stored)
+        scaled = scale_modules(checkpoint, skeleton, open_sites, stored)
     if folded or scaled:
-        _require_loaded_wide_enough(native, options)
+        _require_loaded_wide_enough(skeleton.config, options)
     if not chosen and not folded and not scaled:
         raise SpecDefError(
             "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
         )
     require_used(options, folded=bool(folded), inserted=bool(chosen), scaled=bool(scaled))
-    inserted = tuple(_insert_layer(checkpoint, site, options, native) for site in chosen)
+    inserted = tuple(_insert_layer(checkpoint, site, options, skeleton.config) for site in chosen)
     layers: dict[str, LayerSpec | ScaledSpec] = {
         site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen
     }
@@ -216,7 +205,7 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         notes.append(QUANTIZABLE_LIMIT)
     if options.schedule == "constant" and folded:
         notes.append(f"every rescaled channel gets 2**{abs(folded[0].exponents[0])}, the power of two nearest to alpha")
-    left = _left_alone(model, names, changed | {site.tensor for site in chosen})
+    left = _left_alone(skeleton, changed | {site.tensor for site in chosen})
     if left and not inserted:
         notes.append(f"Left as they are, and trained alone not slowed: {', '.join(left)}.")
     if options.method == "auto" and not options.allow_code and not fold_alone and not factors and open_sites:
@@ -233,7 +222,6 @@ def make_plan(checkpoint: Checkpoint, options: HardenOptions) -> HardeningPlan:
         inserted=inserted,
         folded=folded,
         scaled=scaled,
-        config_changes=(),
         groups=_groups(
             checkpoint,
             inserted,
@@ -299,169 +287,14 @@ def _kinds(sites: Sequence[ScalableSite | ScaledModule]) -> str:
     return ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts.items() if count)
 
 
-def _left_alone(model: PreTrainedModel, names: TensorNames, changed: set[str]) -> tuple[str, ...]:
+def _left_alone(skeleton: Skeleton, changed: set[str]) -> tuple[str, ...]:
     """The parameters that the plan does not change, the same name once for all blocks."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     left = dict.fromkeys(
         re.sub(r"^.*\.\d+\.", "", tensor).removesuffix(".weight")
-        for tensor, parameter in names.parameters.items()
-        if parameter in parameters and tensor not in changed
+        for tensor, parameter in skeleton.names.parameters.items()
+        if parameter in skeleton.parameters and tensor not in changed
     )
     return tuple(name for name in left if name.removesuffix(".bias") == name or name.removesuffix(".bias") not in left)
-
-
-def require_hardenable(checkpoint: Checkpoint) -> None:
-    """Refuse what is hardened already or quantized.
-
-    Raises:
-        SpecDefError: saying which.
-    """
-    directory = checkpoint.directory
-    if is_hardened(directory) or is_shim(checkpoint.config):
-        raise SpecDefError(f"{directory} is hardened already", "Give the base model, or run `specdef collapse` first.")
-    quantized = checkpoint.config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
-        raise SpecDefError(
-            f"{directory} is quantized ({method})", "Harden the unquantized checkpoint, and quantize the result."
-        )
-
-
-def require_complete(model: PreTrainedModel, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a checkpoint that lacks a parameter: transformers would fill it with random values, and only warn.
-
-    Args:
-        model: The model on the meta device.
-        names: Which tensor becomes which of its parameters.
-        shapes: Tensor name on disk → shape.
-
-    Raises:
-        SpecDefError: A parameter is missing, or has another shape than the model's.
-    """
-    tied = tied_parameters(model)
-    for parameter, expected in model.named_parameters():
-        tensor = names.tensor(parameter)
-        if parameter not in names.sources and parameter not in tied:
-            raise SpecDefError(
-                f"by config.json the model has {parameter}, but no tensor of the checkpoint becomes it",
-                "Fetch the checkpoint again, or use the config.json that belongs to it.",
-            )
-        if tensor is not None and tuple(shapes[tensor]) != tuple(expected.shape):
-            raise SpecDefError(
-                f"tensor {tensor} has shape {list(shapes[tensor])}, but config.json asks for {list(expected.shape)}",
-                "Use the config.json that belongs to this checkpoint (of a quantized one, the unquantized checkpoint).",
-            )
-
-
-def require_floating(model: PreTrainedModel, names: TensorNames, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that stores a parameter as integers or in eight bits.
-
-    Args:
-        model, names: As for :func:`require_complete`.
-        checkpoint: What is stored.
-
-    Raises:
-        SpecDefError: naming the tensor.
-    """
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for tensor, parameter in names.parameters.items():
-        dtype = checkpoint.tensors[tensor].dtype
-        if parameter in parameters and dtype not in FLOATING_DTYPES:
-            raise SpecDefError(
-                f"{tensor} is stored as {dtype}", "Harden the unquantized checkpoint, and quantize the result."
-            )
-
-
-def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
-    """transformers' config object of a checkpoint; diffusers has none, and ``config.json`` itself serves.
-
-    Raises:
-        SpecDefError: transformers does not know the model type, or the config is invalid.
-    """
-    from transformers import AutoConfig
-
-    if checkpoint.library is DIFFUSERS:
-        return checkpoint.config
-    try:
-        return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # transformers raises anything from ValueError to pydantic-like validation errors here.
-        if "trust_remote_code" in str(error):
-            raise SpecDefError(
-                f"{checkpoint.directory} needs Python code that comes with the model",
-                "Read that code, then pass --trust-remote-code.",
-            ) from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SpecDefError(
-            f"{checkpoint.directory}/config.json is not accepted by transformers: {reason[:300]}",
-            "Check model_type and the values in config.json.",
-        ) from error
-
-
-def require_named(
-    options: HardenOptions,
-    sites: Sequence[LinearSite | ScalableSite],
-    pairs: Sequence[SymmetricPair],
-    names: TensorNames,
-) -> None:
-    """Refuse a glob that names nothing which the method could change: it is misspelt.
-
-    Raises:
-        SpecDefError: naming the glob.
-    """
-    known = {name for site in sites for name in (site.module, site.tensor)}
-    known |= {name for pair in pairs for name in _names(pair, names)}
-    for glob in (*options.layers, *options.exclude):
-        if not fnmatch.filter(known, glob):
-            what = "linear layer" if sites or not pairs else "tensor of a symmetric pair"
-            raise SpecDefError(
-                f"{glob!r} matches no {what}", "`specdef inspect MODEL` lists the layers that can be named."
-            )
-
-
-def select_layers(sites: Sequence[LinearSite], layers: Sequence[str], exclude: Sequence[str]) -> tuple[LinearSite, ...]:
-    """The linears that the globs name; without globs, those that write to the residual stream."""
-
-    def matches(site: LinearSite, glob: str) -> bool:
-        return fnmatch.fnmatchcase(site.module, glob) or fnmatch.fnmatchcase(site.tensor, glob)
-
-    return tuple(
-        site
-        for site in sites
-        if (any(matches(site, glob) for glob in layers) if layers else site.role in RESIDUAL_WRITERS)
-        and not any(matches(site, glob) for glob in exclude)
-    )
-
-
-def select_scalable(
-    sites: Sequence[ScalableSite], layers: Sequence[str], exclude: Sequence[str]
-) -> tuple[ScalableSite, ...]:
-    """The modules that the globs name; without globs, all of them. A head and the embedding it shares go together."""
-
-    def named(tensor: str, globs: Sequence[str]) -> bool:
-        known = [name for site in sites if site.tensor == tensor for name in (site.module, site.tensor)]
-        return any(fnmatch.filter(known, glob) for glob in globs)
-
-    return tuple(
-        site for site in sites if (not layers or named(site.tensor, layers)) and not named(site.tensor, exclude)
-    )
-
-
-def select_pairs(
-    pairs: Sequence[SymmetricPair], names: TensorNames, layers: Sequence[str], exclude: Sequence[str]
-) -> tuple[SymmetricPair, ...]:
-    """The pairs that touch a tensor named by ``layers`` (any, without globs) and none named by ``exclude``."""
-
-    def touches(pair: SymmetricPair, globs: Sequence[str]) -> bool:
-        return any(fnmatch.filter(_names(pair, names), glob) for glob in globs)
-
-    return tuple(pair for pair in pairs if (not layers or touches(pair, layers)) and not touches(pair, exclude))
-
-
-def _names(pair: SymmetricPair, names: TensorNames) -> set[str]:
-    """What a user may call the tensors of a pair: as on disk or as in the model, with or without ``.weight``."""
-    found = {name for side in pair.sides for name in (side.tensor, names.parameters[side.tensor])}
-    return found | {name.removesuffix(".weight") for name in found}
 
 
 def _loaded_dtype(native: Any, options: HardenOptions) -> torch.dtype | None:

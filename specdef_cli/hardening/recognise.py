@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from specdef_cli.architectures.names import meta_model
-from specdef_cli.architectures.pairs import Side, SymmetricPair, symmetries
+from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import Construction
 from specdef_cli.checkpoint.reader import Checkpoint
@@ -76,19 +76,17 @@ class Recognised:
         return f"The weights show {' and '.join(parts)}." if parts else None
 
 
-def recognise(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Recognised:
+def recognise(checkpoint: Checkpoint, skeleton: Skeleton) -> Recognised:
     """Look at the weights of a checkpoint, one symmetric pair in memory at a time.
 
     Args:
         checkpoint: As it lies on disk, hardened or not.
-        config: The model's native config.
-        trust_remote_code: As in :func:`~specdef_cli.architectures.names.meta_model`.
+        skeleton: The model of its original architecture.
 
     Raises:
         SpecDefError: A tensor cannot be read.
     """
-    model = meta_model(config, trust_remote_code=trust_remote_code)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters()}
     shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
     readable = {name for name, header in checkpoint.tensors.items() if header.dtype in FLOATING_DTYPES}
     replaced = {f"{layer}.weight" for layer, _, _ in _candidates(shapes)}
@@ -96,7 +94,7 @@ def recognise(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_remote_
     # A head that shares the embedding's weight has a tombstone here, and no tensor in the original architecture.
     native = {name: shape for name, shape in shapes.items() if name not in replaced}
     native |= {name: expected[name] for name in replaced if name in expected}
-    pairs = symmetries(config, native, model=model).pairs
+    pairs = symmetries(skeleton.with_shapes(native)).pairs
     intact = [
         pair
         for pair in pairs
@@ -176,8 +174,6 @@ def channel_sizes(side: Side, tensor: Tensor, *, sample: int | None = None) -> T
         tensor: What it is a side of.
         sample: Weights of each row that are looked at, at most, evenly spaced; all by default.
     """
-    if side.indices is None:
-        raise AssertionError(f"{side.tensor}: a pair of several channels names their indices")
     axis = side.axis
     if side.block is not None:
         tensor, axis = tensor[side.block], axis - 1

@@ -15,6 +15,7 @@ import torch
 
 from specdef_cli import __version__
 from specdef_cli.architectures.linears import LinearSite
+from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.library import TRANSFORMERS
@@ -28,7 +29,7 @@ from specdef_cli.hardening.execute import Written, execute, write_json
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
-from specdef_cli.hardening.soundness import require_loadable
+from specdef_cli.hardening.soundness import require_hardenable, require_loadable
 from specdef_cli.hardening.verify import verify
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE
@@ -100,7 +101,9 @@ def open_model(
                 resolving(options.model, revision=options.revision, token=options.token, on_download=on_download)
             )
         checkpoint = open_checkpoint(resolved.directory, arriving)
-        yield resolved, checkpoint, make_plan(checkpoint, options)
+        require_hardenable(checkpoint)
+        skeleton = Skeleton.read(checkpoint, trust_remote_code=options.trust_remote_code)
+        yield resolved, checkpoint, make_plan(checkpoint, skeleton, options)
 
 
 def preview(
@@ -240,6 +243,5 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         inserted=tuple(inserted),
         folded=plan.folded,
         scaled=plan.scaled,
-        config_changes=plan.config_changes,
         shards=dict(written.sha256),
     )

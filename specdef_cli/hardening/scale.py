@@ -21,15 +21,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from specdef_cli.architectures.scalable import ScalableSite, require_loadable
+from specdef_cli.architectures.scalable import ScalableSite, require_findable
+from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule, ScaledSlice
+from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.checkpoint.slices import scale_slice
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import SAMPLE_ROWS, scale_slice
+from specdef_cli.hardening.fold import SAMPLE_ROWS
 from specdef_cli.runtime.shim import ScaledSpec
 from specdef_cli.spectral.staircase import staircase
 
@@ -107,8 +109,7 @@ class UnscaleModule:
         if module.bias is not None and module.inflated_bias is not None:
             tensors[module.bias] = checkpoint.read(module.inflated_bias)
         for part in module.slices:
-            negated = tuple(-exponent for exponent in part.exponents)
-            scale_slice(tensors[part.tensor], ScaledSlice(part.tensor, part.axis, None, part.indices, negated))
+            scale_slice(tensors[part.tensor], part.inverse)
         return Produced(tensors)
 
 
@@ -121,7 +122,7 @@ def scale_vector(length: int, side: ScaledChannels, dtype: torch.dtype) -> Tenso
 
 
 def scale_modules(
-    checkpoint: Checkpoint, model: nn.Module, sites: Sequence[ScalableSite], dtype: str | None
+    checkpoint: Checkpoint, skeleton: Skeleton, sites: Sequence[ScalableSite], dtype: str | None
 ) -> tuple[ScaledModule, ...]:
     """Choose channels and exponents.
 
@@ -129,7 +130,7 @@ def scale_modules(
 
     Args:
         checkpoint: The base.
-        model: Its model on the meta device.
+        skeleton: Its model.
         sites: What to scale; a head that shares its weight only together with the embedding.
         dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
 
@@ -180,7 +181,7 @@ def scale_modules(
     for module in modules.values():
         for tensor in _names(module):
             wanted[tensor] = f"{module.module}{tensor.removeprefix(module.stem)}"
-    require_loadable(model, sites, wanted)
+    require_findable(skeleton, sites, wanted)
     return tuple(modules.values())
 
 

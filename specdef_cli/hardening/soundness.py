@@ -1,23 +1,96 @@
-"""Is a directory what its config.json and its manifest say? Asked before a model of it is loaded.
+"""Is a directory what its config.json and its manifest say? Asked before a model is hardened, loaded or published.
 
-transformers fills what is missing with random values and casts what is quantized, and only warns. Whoever trains or
-measures such a model gets figures, and they mean nothing.
+transformers fills what is missing with random values and casts what is quantized, and only warns. Figures measured on
+such a model would mean nothing.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from specdef_cli.architectures.names import match_names, meta_model
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.library import DIFFUSERS
-from specdef_cli.checkpoint.manifest import is_hardened, read_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.collapse import require_as_described
-from specdef_cli.hardening.plan import native_config, require_complete, require_floating, require_hardenable
-from specdef_cli.hardening.survey import as_original
 from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.shim import ScaledSpec, is_shim, shim_layers
+from specdef_cli.runtime.shim import ScaledSpec, is_shim, shim_layers, unshim_config
+
+RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."
+MAX_EXPONENT = 1000
+"""No power of two beyond is a number of any dtype here."""
+
+
+def require_sound(directory: Path, *, trust_remote_code: bool = False) -> Skeleton:
+    """Refuse a base or hardened directory that transformers could only load as something else than it is.
+
+    Reads headers only.
+
+    Args:
+        directory: The checkpoint.
+        trust_remote_code: Whether code that comes with it may run.
+
+    Returns:
+        The model of its original architecture, without weights.
+
+    Raises:
+        SpecDefError: It is not a model of transformers; a file is missing, corrupt or leaves the directory; a tensor is
+            missing, quantized, or of another shape than config.json or the manifest says.
+    """
+    checkpoint = open_checkpoint(directory)
+    if checkpoint.library is DIFFUSERS:
+        raise SpecDefError(
+            f"{directory} is a model of diffusers, and only models of transformers are attacked and certified",
+            "Train it in its pipeline, as examples/reproduce/unet.py does.",
+        )
+    manifest = read_manifest(directory) if is_hardened(directory) else None
+    if manifest is None:
+        if is_shim(checkpoint.config):
+            _require_factors(checkpoint)
+            return Skeleton.read(as_original(checkpoint, None), trust_remote_code=trust_remote_code)
+        require_hardenable(checkpoint)
+    original = as_original(checkpoint, manifest)
+    skeleton = Skeleton.read(original, trust_remote_code=trust_remote_code)
+    require_whole(skeleton, original)
+    return skeleton
+
+
+def require_hardenable(checkpoint: Checkpoint) -> None:
+    """Refuse what is hardened already or quantized.
+
+    Raises:
+        SpecDefError: saying which.
+    """
+    directory = checkpoint.directory
+    if is_hardened(directory) or is_shim(checkpoint.config):
+        raise SpecDefError(f"{directory} is hardened already", "Give the base model, or run `specdef collapse` first.")
+    quantized = checkpoint.config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        raise SpecDefError(
+            f"{directory} is quantized ({method})", "Harden the unquantized checkpoint, and quantize the result."
+        )
+
+
+def require_whole(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that lacks a parameter, or stores one as integers or in eight bits.
+
+    Args:
+        skeleton: Its model.
+        checkpoint: What is stored.
+
+    Raises:
+        SpecDefError: naming the parameter or the tensor.
+    """
+    skeleton.require_complete()
+    for tensor, parameter in skeleton.names.parameters.items():
+        dtype = checkpoint.tensors[tensor].dtype
+        if parameter in skeleton.parameters and dtype not in FLOATING_DTYPES:
+            raise SpecDefError(
+                f"{tensor} is stored as {dtype}", "Harden the unquantized checkpoint, and quantize the result."
+            )
 
 
 def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> None:
@@ -46,40 +119,95 @@ def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> Non
         )
 
 
-def require_sound(directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse a base or hardened directory that transformers could only load as something else than it is.
-
-    Reads headers only.
+def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint:
+    """The checkpoint as its original architecture describes it: native config, tombstones with the weights' shapes.
 
     Args:
-        directory: The checkpoint.
-        trust_remote_code: Whether code that comes with it may run.
+        checkpoint: Hardened or not.
+        manifest: Its manifest; ``None`` where it has none.
 
     Raises:
-        SpecDefError: It is not a model of transformers; a file is missing, corrupt or leaves the directory; a tensor is
-            missing, quantized, or of another shape than config.json or the manifest says.
+        SpecDefError: A tensor is not there as the manifest describes it.
     """
-    checkpoint = open_checkpoint(directory)
-    if checkpoint.library is DIFFUSERS:
-        raise SpecDefError(
-            f"{directory} is a model of diffusers, and only models of transformers are attacked and certified",
-            "Train it in its pipeline, as examples/reproduce/unet.py does.",
-        )
-    manifest = read_manifest(directory) if is_hardened(directory) else None
+    tensors = dict(checkpoint.tensors)
     if manifest is None:
-        if is_shim(checkpoint.config):
-            _require_factors(checkpoint)
-            return
-        require_hardenable(checkpoint)
-    else:
-        require_as_described(checkpoint, manifest)
-    original = as_original(checkpoint, manifest)
-    config = native_config(original, trust_remote_code=trust_remote_code)
-    model = meta_model(config, trust_remote_code=trust_remote_code)
-    shapes = {name: header.shape for name, header in original.tensors.items()}
-    names = match_names(model, shapes)
-    require_complete(model, names, shapes)
-    require_floating(model, names, original)
+        for module, spec in shim_layers(checkpoint.config).items():
+            if f"{module}.weight" in tensors:
+                shape = spec.weight if isinstance(spec, ScaledSpec) else (spec.out_features, spec.in_features)
+                tensors[f"{module}.weight"] = replace(tensors[f"{module}.weight"], shape=shape)
+        return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
+    require_as_described(checkpoint, manifest)
+    for layer in manifest.inserted:
+        shape = (layer.out_features, layer.in_features)
+        tensors[layer.tensor] = replace(tensors[layer.tensor], shape=shape[::-1] if layer.transposed else shape)
+        if layer.bias is not None and layer.compensation_bias is not None:
+            tensors[layer.bias] = tensors[layer.compensation_bias]
+    for scaled in manifest.scaled:
+        if scaled.tied_to is None:
+            tensors[scaled.tensor] = replace(tensors[scaled.inflated_tensor], name=scaled.inflated_tensor)
+        else:
+            tensors.pop(scaled.tombstone, None)
+        if scaled.bias is not None and scaled.inflated_bias is not None:
+            tensors[scaled.bias] = tensors[scaled.inflated_bias]
+    return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
+
+
+def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Check that every tensor that the manifest names is there, in the shape that it says.
+
+    Raises:
+        SpecDefError: naming the tensor.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for layer in manifest.inserted:
+        wanted[layer.inflated_tensor] = (layer.out_features, layer.in_features)
+        wanted[layer.compensation_tensor] = (layer.out_features, layer.out_features)
+        wanted[layer.tensor] = (1,)
+        if layer.compensation_bias is not None:
+            wanted[layer.compensation_bias] = (layer.out_features,)
+    for module in manifest.scaled:
+        _require_scaled(module)
+        if module.tied_to is None:
+            wanted[module.inflated_tensor] = module.shape
+        wanted |= {name: (module.shape[side.axis],) for name, side in module.scales.items()}
+        wanted[module.tombstone] = (1,)
+    slices = [part for pair in manifest.folded for part in pair.slices]
+    for name in (*wanted, *(part.tensor for part in slices)):
+        header = checkpoint.tensors.get(name)
+        if header is None:
+            raise SpecDefError(f"{name} is missing from {checkpoint.directory}", RESTORE)
+        shape = wanted.get(name, header.shape)
+        if header.shape != shape or header.dtype not in FLOATING_DTYPES:
+            raise SpecDefError(
+                f"{name} is {header.dtype} {list(header.shape)}, but {MANIFEST_NAME} says floating {list(shape)}",
+                RESTORE,
+            )
+    for part in slices:
+        shape = checkpoint.tensors[part.tensor].shape
+        inside = 0 <= part.axis < len(shape) and (part.block is None or 0 <= part.block < shape[0])
+        if not inside or not all(0 <= index < shape[part.axis] for index in part.indices):
+            raise SpecDefError(f"{part.tensor} is {list(shape)}, smaller than {MANIFEST_NAME} says", RESTORE)
+        if len(part.exponents) != len(part.indices) or any(abs(power) > MAX_EXPONENT for power in part.exponents):
+            raise SpecDefError(f"{MANIFEST_NAME} scales {part.tensor} by 2**{list(part.exponents)}", RESTORE)
+
+
+def _require_scaled(module: ScaledModule) -> None:
+    """Check that what the manifest says of a scaled module makes sense.
+
+    Raises:
+        SpecDefError: A channel is outside of the weight, or an exponent out of range.
+    """
+    for side in module.scales.values():
+        inside = 0 <= side.axis < len(module.shape) and all(
+            0 <= index < module.shape[side.axis] for index in side.indices
+        )
+        if (
+            not inside
+            or len(side.exponents) != len(side.indices)
+            or any(abs(exponent) > MAX_EXPONENT for exponent in side.exponents)
+            or (side.period is not None and side.period < 1)
+        ):
+            raise SpecDefError(f"{MANIFEST_NAME} scales {module.tensor} by 2**{list(side.exponents)}", RESTORE)
 
 
 def _require_factors(checkpoint: Checkpoint) -> None:

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from specdef_cli.architectures.linears import linear_sites
-from specdef_cli.architectures.names import match_names, meta_model
+from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
-from specdef_cli.hardening.collapse import require_as_described
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.insert import read_weight
 from specdef_cli.hardening.outlook import Outlook, outlook
-from specdef_cli.hardening.plan import RESIDUAL_WRITERS, native_config, require_complete
 from specdef_cli.hardening.recognise import Recognised, recognise
+from specdef_cli.hardening.selection import RESIDUAL_WRITERS
+from specdef_cli.hardening.soundness import as_original
 from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.shim import ScaledSpec, shim_layers, unshim_config
+from specdef_cli.runtime.shim import shim_layers
+from specdef_cli.spectral.effective_rank import effective_rank
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
-
-EFFECTIVE_RANK_PROBES = 64
 
 
 @dataclass(frozen=True)
@@ -126,14 +124,10 @@ def _survey(
     on_progress: Callable[[Progress], None],
 ) -> Survey:
     manifest = read_manifest(resolved.directory) if is_hardened(resolved.directory) else None
-    if manifest is not None:
-        require_as_described(checkpoint, manifest)
     original = as_original(checkpoint, manifest)
-    native = native_config(original, trust_remote_code=trust_remote_code)
-    shapes = {name: header.shape for name, header in original.tensors.items()}
-    skeleton = meta_model(native, trust_remote_code=trust_remote_code)
+    skeleton = Skeleton.read(original, trust_remote_code=trust_remote_code)
     if "quantization_config" not in original.config:  # packed weights have shapes of their own
-        require_complete(skeleton, match_names(skeleton, shapes), shapes)
+        skeleton.require_complete()
     inserted = {layer.tensor: layer for layer in manifest.inserted} if manifest else {}
     # A model with inserted layers and without a manifest still says in config.json which layers they are.
     factors = {f"{module}.weight": f"{module}.inflated.weight" for module in shim_layers(checkpoint.config)}
@@ -141,7 +135,7 @@ def _survey(
     factors |= {module.tensor: module.inflated_tensor for module in manifest.scaled} if manifest else {}
     place = compute_devices(device, process_state(device))[0]
     layers = []
-    for site in linear_sites(native, shapes, model=skeleton, trust_remote_code=trust_remote_code):
+    for site in linear_sites(skeleton):
         replaced = inserted.get(site.tensor)
         header = checkpoint.tensors[factors.get(site.tensor, site.tensor)]
         sigma = rank = None
@@ -170,62 +164,14 @@ def _survey(
         )
     recognised = None
     if checkpoint.arriving is None or spectra:
-        recognised = recognise(checkpoint, native, trust_remote_code=trust_remote_code)
+        recognised = recognise(checkpoint, skeleton)
     return Survey(
         model=resolved,
-        architecture=type(skeleton).__name__,
+        architecture=type(skeleton.model).__name__,
         parameters=sum(torch.Size(header.shape).numel() for header in checkpoint.tensors.values()),
         nbytes=checkpoint.nbytes,
         manifest=manifest,
         layers=tuple(layers),
-        outlook=None if manifest or factors else outlook(checkpoint, trust_remote_code=trust_remote_code),
+        outlook=None if manifest or factors else outlook(checkpoint, skeleton),
         recognised=recognised,
     )
-
-
-def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint:
-    """The checkpoint as its original architecture describes it: native config, tombstones with the weights' shapes."""
-    tensors = dict(checkpoint.tensors)
-    if manifest is None:
-        for module, spec in shim_layers(checkpoint.config).items():
-            if f"{module}.weight" in tensors:
-                shape = spec.weight if isinstance(spec, ScaledSpec) else (spec.out_features, spec.in_features)
-                tensors[f"{module}.weight"] = replace(tensors[f"{module}.weight"], shape=shape)
-        return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
-    for layer in manifest.inserted:
-        shape = (layer.out_features, layer.in_features)
-        tombstone = tensors[layer.tensor]
-        tensors[layer.tensor] = type(tombstone)(
-            **{**vars(tombstone), "shape": shape[::-1] if layer.transposed else shape}
-        )
-        if layer.bias is not None and layer.compensation_bias is not None:
-            tensors[layer.bias] = tensors[layer.compensation_bias]
-    for scaled in manifest.scaled:
-        if scaled.tied_to is None:
-            tensors[scaled.tensor] = replace(tensors[scaled.inflated_tensor], name=scaled.inflated_tensor)
-        else:
-            tensors.pop(scaled.tombstone, None)
-        if scaled.bias is not None and scaled.inflated_bias is not None:
-            tensors[scaled.bias] = tensors[scaled.inflated_bias]
-    return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
-
-
-def effective_rank(weight: Tensor, seed: int) -> float:
-    """(Σσ²)²/Σσ⁴, the participation ratio of the squared singular values, between 1 and the rank.
-
-    Σσ⁴ = ‖W Wᵀ‖_F² is estimated with Gaussian probes (Hutchinson), so that no decomposition is needed; where the
-    matrix is no larger than the probes it is exact.
-
-    Args:
-        weight: W, shape [m, n].
-        seed: Seed of the probes.
-    """
-    total = weight.double().square().sum()
-    rows = weight.shape[0]
-    if min(weight.shape) <= EFFECTIVE_RANK_PROBES * 4:
-        gram = weight.double() @ weight.double().mT if rows <= weight.shape[1] else weight.double().mT @ weight.double()
-        return float(total**2 / gram.square().sum())
-    generator = torch.Generator().manual_seed(seed)
-    probes = torch.randn(rows, EFFECTIVE_RANK_PROBES, generator=generator).to(weight.device, weight.dtype)
-    fourth = (weight @ (weight.mT @ probes)).double().square().sum() / EFFECTIVE_RANK_PROBES
-    return float(total**2 / fourth)

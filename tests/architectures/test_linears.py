@@ -11,13 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures import LinearSite, linear_sites, match_names, meta_model, require_insertable
+from specdef_cli.architectures import LinearSite, Skeleton, linear_sites, require_insertable
+from specdef_cli.architectures.meta_model import meta_model
 from specdef_cli.errors import SpecDefError
 from tests.tiny_families import CASES, build_config, read_config, read_shapes, write_case
 
 
+def skeleton_of(directory: Path) -> Skeleton:
+    return Skeleton.of(read_config(directory), read_shapes(directory))
+
+
 def sites_of(directory: Path) -> tuple[LinearSite, ...]:
-    return linear_sites(read_config(directory), read_shapes(directory))
+    return linear_sites(skeleton_of(directory))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,20 +67,20 @@ def test_heads_embeddings_and_tied_weights_are_no_sites(checkpoints: dict[str, P
 
 def test_structural_roles_agree_with_the_table(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     by_table = {case: sites_of(checkpoints[case]) for case in CASES}
-    monkeypatch.setattr("specdef_cli.architectures.linears._ROLES", {})
+    monkeypatch.setattr("specdef_cli.architectures.body.FAMILIES", {})
     for case in CASES:
         assert sites_of(checkpoints[case]) == by_table[case], case
 
 
 def test_experts_on_disk_are_many_to_one(checkpoints: dict[str, Path]) -> None:
     directory = checkpoints["mixtral"]
-    names = match_names(meta_model(read_config(directory)), read_shapes(directory))
+    names = skeleton_of(directory).names
     down = "model.layers.0.mlp.experts.down_proj"
     assert names.sources[down] == tuple(
         f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight" for expert in range(4)
     )
     assert names.tensor(down) is None
-    assert not names.unused
+    assert set(names.parameters) == set(read_shapes(directory))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,7 +89,7 @@ def test_inserted_names_reach_their_modules(checkpoints: dict[str, Path], case: 
     directory = checkpoints[case]
     config = read_config(directory)
     sites = sites_of(directory)
-    require_insertable(config, sites)
+    require_insertable(skeleton_of(directory), sites)
 
     tensors = load_file(directory / "model.safetensors")
     expected = {}
@@ -133,14 +138,14 @@ def test_a_renaming_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPa
         lambda model: [WeightRenaming(r"encoder\.layer\.(\d+)\.output\.dense\.weight", r"layers.\1.mlp.fc2.weight")],
     )
     with pytest.raises(SpecDefError, match="inflated"):
-        require_insertable(read_config(directory), sites)
+        require_insertable(skeleton_of(directory), sites)
 
 
 def test_shapes_that_contradict_the_config_are_refused(checkpoints: dict[str, Path]) -> None:
     shapes = read_shapes(checkpoints["llama"])
     name = "model.layers.1.mlp.down_proj.weight"
     with pytest.raises(SpecDefError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has shape \[32, 40\]"):
-        linear_sites(read_config(checkpoints["llama"]), {**shapes, name: (32, 40)})
+        linear_sites(Skeleton.of(read_config(checkpoints["llama"]), {**shapes, name: (32, 40)}))
 
 
 def test_unknown_and_untrusted_architectures_are_refused() -> None:

@@ -22,7 +22,8 @@ from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.checkpoint.manifest import BaseModel, FoldedPair, InsertedLayer, Manifest, ScaledSlice
+from specdef_cli.checkpoint.manifest import BaseModel, FoldedPair, InsertedLayer, Manifest
+from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import Recognised

@@ -10,12 +10,11 @@ import pytest
 
 from specdef_cli.checkpoint.manifest import (
     BaseModel,
-    ConfigChange,
     FoldedPair,
     InsertedLayer,
     Manifest,
-    ScaledSlice,
 )
+from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.errors import SpecDefError
 
 LAYER = InsertedLayer(
@@ -26,7 +25,7 @@ PAIR = FoldedPair(
     "value_output",
     (3, 1),
     (13, -13),
-    (ScaledSlice("v.weight", 0, None, (3, 1), (13, -13)), ScaledSlice("o.weight", 1, 2, None, (1,))),
+    (ScaledSlice("v.weight", 0, None, (3, 1), (13, -13)), ScaledSlice("o.weight", 1, 2, (0,), (1,))),
 )
 MANIFEST = Manifest(
     specdef_version="0.1.0",
@@ -38,7 +37,6 @@ MANIFEST = Manifest(
     profile="coverage",
     inserted=(LAYER, dataclasses.replace(LAYER, bias=None)),
     folded=(PAIR,),
-    config_changes=(ConfigChange("rms_norm_eps", 1e-6, 4e-6),),
     shards={"model.safetensors": "00"},
     verification={"relative": 0.1, "equal": False, "odd": [1, None]},
 )
@@ -50,6 +48,10 @@ def test_round_trip() -> None:
     assert LAYER.compensation_tensor == "model.o_proj.compensation.weight"
     assert LAYER.compensation_bias == "model.o_proj.compensation.bias"
     assert dataclasses.replace(LAYER, bias=None).compensation_bias is None
+
+
+def test_an_early_manifest_has_an_empty_field_more() -> None:
+    assert Manifest.from_json(edited(["config_changes"], [])) == MANIFEST
 
 
 def edited(path: list[Any], value: Any) -> str:
@@ -83,7 +85,8 @@ def edited(path: list[Any], value: Any) -> str:
         (["folded", 0, "channels"], 3),
         (["shards"], []),
         (["shards", "model.safetensors"], 0),
-        (["config_changes", 0, "before"], "1e-6"),
+        (["folded", 0, "slices", 1, "indices"], None),
+        (["config_changes"], [{"key": "rms_norm_eps", "before": 1e-6, "after": 4e-6}]),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, list) else None,
 )

@@ -14,15 +14,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.checkpoint.manifest import ScaledSlice, read_manifest
-from specdef_cli.checkpoint.reader import open_checkpoint
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import SAMPLE_ROWS, fold_pairs, inverse, scale_slice
+from specdef_cli.hardening.fold import SAMPLE_ROWS, fold_pairs, inverse
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
 from tests.commands import assert_refused, call_cli
 from tests.tiny_families import write_case
+
+
+def opened(directory: Path) -> tuple[Checkpoint, Skeleton]:
+    checkpoint = open_checkpoint(directory)
+    return checkpoint, Skeleton.read(checkpoint)
+
 
 # --- gradients -------------------------------------------------------------------------------------------------------
 
@@ -167,7 +175,7 @@ def test_what_would_be_rounded_or_flushed_is_refused_and_left_as_it_was(dtype: t
 
 def test_a_fold_and_its_inverse_leave_every_bit(tmp_path: Path) -> None:
     base = write_case("mixtral", tmp_path / "base")
-    plan = make_plan(open_checkpoint(base), HardenOptions(str(base), tmp_path / "x", method="fold"))
+    plan = make_plan(*opened(base), HardenOptions(str(base), tmp_path / "x", method="fold"))
     tensors = load_file(base / "model.safetensors")
     for pair in (*plan.folded, *map(inverse, plan.folded)):
         for part in pair.slices:
@@ -323,7 +331,7 @@ def test_a_weight_that_would_leave_the_range_is_refused_by_name(llama: Path, tmp
     shutil.copytree(llama, directory)
     tensors = load_file(directory / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
-    plan = make_plan(open_checkpoint(directory), HardenOptions(str(directory), tmp_path / "x", method="fold"))
+    plan = make_plan(*opened(directory), HardenOptions(str(directory), tmp_path / "x", method="fold"))
     column = next(pair.channels[0] for pair in plan.folded if pair.name == "model.layers.0.mlp.up_down")
     tensors[name][0, column] = 1e-37
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})

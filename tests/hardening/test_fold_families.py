@@ -241,4 +241,3 @@ def test_the_notes_name_what_is_left_and_why(base: Callable[[str], Path], tmp_pa
     assert "1+w" not in notes("gemma2", "--profile", "quantizable")
     assert "self_attn.v_proj" in notes("llama", "--profile", "quantizable")
     assert "self_attn.q_proj" not in notes("llama", "--profile", "quantizable")
-    assert "residual_stream" not in notes("gemma2") + notes("olmo")

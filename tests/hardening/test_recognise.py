@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.hardening.plan import native_config
 from specdef_cli.hardening.recognise import NATURAL_OCTAVES, Recognised, inflation, recognise, recognised_in
 from specdef_cli.hardening.run import harden
 from tests.tiny_families import CASES, write_case
@@ -21,7 +21,7 @@ TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
 
 def found_in(directory: Path) -> Recognised:
     checkpoint = open_checkpoint(directory)
-    return recognise(checkpoint, native_config(checkpoint, trust_remote_code=False))
+    return recognise(checkpoint, Skeleton.read(checkpoint))
 
 
 def bare(base: Path, out: Path, **options: object) -> Path:

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from specdef_cli.architectures.families import FAMILIES
 from specdef_cli.architectures.linears import writers
-from specdef_cli.architectures.names import meta_model, repeated_blocks
-from specdef_cli.architectures.pairs import symmetries
+from specdef_cli.architectures.meta_model import meta_model
+from specdef_cli.architectures.names import repeated_blocks
+from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.inserted_layers import count_parameters
@@ -99,11 +100,9 @@ def _grow(
 def freeze_scaled(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> None:
     """Freeze what can have been scaled: every side of a symmetric pair, scaled modules, and the blocks as a whole."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    for pair in symmetries(model.config, shapes, model=model).pairs:
-        if pair.kind != "residual_stream":
-            for side in pair.sides:
-                parameters[side.tensor].requires_grad_(False)
+    for pair in symmetric_pairs(model):
+        for side in pair.sides:
+            parameters[side.tensor].requires_grad_(False)
     for module in model.modules():
         if isinstance(module, SpecDefScaled):
             module.requires_grad_(False)
@@ -141,7 +140,7 @@ def _fresh_block(model: PreTrainedModel, path: str, number: int, share: float, e
         if name.endswith(("down_proj", "down_proj_bias")):
             nn.init.zeros_(parameter)
     family = FAMILIES.get(type(owner).__name__)
-    if family is not None and family.stream == "post_norm":
+    if family is not None and family.is_post_norm:
         for norm in family.output_norms:  # what it reads is normalized already, and must come out as it was
             fresh.set_submodule(norm, nn.Identity())
     return fresh.to(like.device, like.dtype).requires_grad_(True).train(block.training)

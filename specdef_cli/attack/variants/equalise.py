@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair, symmetric_pairs
+from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
 
@@ -28,8 +29,7 @@ def equalise(model: PreTrainedModel) -> Growth:
         NotApplicable: The model's family has no such pair that is known here.
     """
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    found = symmetric_pairs(model.config, shapes)
+    found = symmetric_pairs(model)
     # Gains first, as converters do: afterwards a column of up weighs what it does to its input.
     order = ("norm_readers", "up_down", "value_output")
     pairs = sorted((pair for pair in found if pair.kind in order), key=lambda pair: order.index(pair.kind))
@@ -73,7 +73,6 @@ def _range_factors(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:
 def _channel_values(side: Side, tensor: Tensor) -> Tensor:
     """The entries of each channel, shape [channels, entries], float64."""
     target, axis = _target(side, tensor)
-    assert side.indices is not None, f"{side.tensor}: a pair of several channels names their indices"
     index = torch.tensor(side.indices, device=tensor.device)
     return target.movedim(axis, 0)[index.flatten()].double().reshape(len(side.indices), -1)
 
@@ -81,7 +80,6 @@ def _channel_values(side: Side, tensor: Tensor) -> Tensor:
 def _multiply(side: Side, tensor: Tensor, factors: Tensor) -> None:
     """Multiply each channel's slice in place."""
     target, axis = _target(side, tensor)
-    assert side.indices is not None
     index = torch.tensor(side.indices, device=tensor.device)  # [channels, positions]
     spread = factors.to(tensor.device)[:, None].expand(index.shape).flatten()
     rows = target.movedim(axis, 0)  # a view

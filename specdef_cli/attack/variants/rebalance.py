@@ -13,14 +13,14 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.pairs import Side, symmetric_pairs
+from specdef_cli.architectures.pairs import Side
+from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.collapse import collapse
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.inserted_layers import hardened_paths
 from specdef_cli.attack.variants.unscale import unscale
-from specdef_cli.checkpoint.manifest import ScaledSlice
-from specdef_cli.hardening.fold import scale_slice
+from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.hardening.recognise import channel_exponents
 from specdef_cli.runtime.configuration_specdef import SpecDefScaled
 
@@ -43,8 +43,7 @@ def rebalance(model: PreTrainedModel) -> Growth:
     if hardened_paths(model):
         collapsed += collapse(model)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
-    pairs = symmetric_pairs(model.config, {name: tuple(tensor.shape) for name, tensor in parameters.items()})
-    pairs = tuple(pair for pair in pairs if pair.channels > 1)
+    pairs = tuple(pair for pair in symmetric_pairs(model) if pair.channels > 1)
     if not pairs:
         raise NotApplicable(
             f"{type(model).__name__} has no symmetric pair that could be rebalanced",
@@ -63,7 +62,6 @@ def rebalance(model: PreTrainedModel) -> Growth:
 
 def undoing_slice(side: Side, exponents: Tensor) -> ScaledSlice:
     """The slice of one side's tensor that takes ``exponents`` (shape [channels]) out of it."""
-    assert side.indices is not None
     channels = exponents.nonzero().flatten().tolist()
     indices = [index for channel in channels for index in side.indices[channel]]
     powers = [-side.power * int(exponents[channel]) for channel in channels for _ in side.indices[channel]]

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.architectures.names import match_names, repeated_blocks
-from specdef_cli.checkpoint.manifest import ScaledSlice, is_hardened, read_manifest
+from specdef_cli.checkpoint.manifest import is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.hardening.fold import scale_slice
+from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.runtime import SpecDefLinear
 from specdef_cli.runtime.configuration_specdef import SpecDefScaled
 from specdef_cli.spectral.subspace import layer_seed

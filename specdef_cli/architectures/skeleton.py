@@ -1,0 +1,123 @@
+"""The model of a checkpoint without its weights, built once: everything about names and shapes is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from specdef_cli.architectures.meta_model import meta_model, native_config
+from specdef_cli.architectures.names import TensorNames, match_names, tied_parameters
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.errors import SpecDefError
+
+WRONG_CONFIG = "Use the config.json that belongs to this checkpoint (of a quantized one, the unquantized checkpoint)."
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model's modules on the meta device, and the tensors on disk that become its parameters.
+
+    Attributes:
+        config: The model's native config; of a model of diffusers, its ``config.json``.
+        model: The model; its class is the one that ``architectures`` names.
+        shapes: Tensor name on disk → shape.
+        names: Which tensor becomes which parameter.
+        tied: Parameters that share their storage with another one.
+    """
+
+    config: Any
+    model: nn.Module
+    shapes: Mapping[str, Shape]
+    names: TensorNames
+    tied: frozenset[str]
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Skeleton:
+        """The model that a checkpoint's ``config.json`` describes.
+
+        Args:
+            checkpoint: With the names of the original architecture.
+            trust_remote_code: Whether code that comes with it may run.
+
+        Raises:
+            SpecDefError: The config is not accepted, or no model can be built from it.
+        """
+        config = native_config(checkpoint, trust_remote_code=trust_remote_code)
+        shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
+        return cls.of(config, shapes, trust_remote_code=trust_remote_code)
+
+    @classmethod
+    def of(cls, config: Any, shapes: Mapping[str, Shape], *, trust_remote_code: bool = False) -> Skeleton:
+        """The same from a native config and the shapes of the tensors on disk.
+
+        Raises:
+            SpecDefError: No model can be built from the config.
+        """
+        model = meta_model(config, trust_remote_code=trust_remote_code)
+        return cls(config, model, shapes, match_names(model, shapes), tied_parameters(model))
+
+    @classmethod
+    def around(cls, model: Any) -> Skeleton:
+        """The skeleton of a model in memory, whose parameters take the place of the tensors on disk."""
+        shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+        return cls(model.config, model, shapes, match_names(model, shapes), tied_parameters(model))
+
+    def with_shapes(self, shapes: Mapping[str, Shape]) -> Skeleton:
+        """The same model beside other tensors on disk."""
+        if dict(shapes) == dict(self.shapes):
+            return self
+        return replace(self, shapes=shapes, names=match_names(self.model, shapes))
+
+    @cached_property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Every parameter by name; tied ones under each of their names."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
+    @cached_property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Every module by its path."""
+        return dict(self.model.named_modules())
+
+    def require_shape(self, tensor: str, expected: Shape, place: str) -> None:
+        """Check the shape of one tensor on disk.
+
+        Args:
+            tensor: Its name.
+            expected: What the model needs.
+            place: Where it is needed, for the error.
+
+        Raises:
+            SpecDefError: naming the tensor and both shapes.
+        """
+        shape = tuple(self.shapes[tensor])
+        if shape != expected:
+            raise SpecDefError(
+                f"tensor {tensor} has shape {list(shape)}, but by config.json {place} needs {list(expected)}",
+                WRONG_CONFIG,
+            )
+
+    def require_complete(self) -> None:
+        """Refuse a checkpoint that lacks a parameter: transformers would fill it with random values, and only warn.
+
+        Raises:
+            SpecDefError: A parameter is missing, or has another shape than the model's.
+        """
+        for parameter, expected in self.model.named_parameters():
+            tensor = self.names.tensor(parameter)
+            if parameter not in self.names.sources and parameter not in self.tied:
+                raise SpecDefError(
+                    f"by config.json the model has {parameter}, but no tensor of the checkpoint becomes it",
+                    "Fetch the checkpoint again, or use the config.json that belongs to it.",
+                )
+            if tensor is not None and tuple(self.shapes[tensor]) != tuple(expected.shape):
+                raise SpecDefError(
+                    f"tensor {tensor} has shape {list(self.shapes[tensor])}, but config.json asks for "
+                    f"{list(expected.shape)}",
+                    WRONG_CONFIG,
+                )

@@ -1,0 +1,62 @@
+"""Part of a tensor that is multiplied by powers of two, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from specdef_cli.errors import SpecDefError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScaledSlice:
+    """Part of one tensor, multiplied by powers of two.
+
+    Attributes:
+        tensor: Name in the checkpoint's files.
+        axis: The dimension that ``indices`` count along.
+        block: Index on dimension 0 of a tensor that stacks experts, or ``None``; ``axis`` counts dimension 0 too.
+        indices: Positions along ``axis``.
+        exponents: The slice at each of them is scaled by 2**exponent.
+    """
+
+    tensor: str
+    axis: int
+    block: int | None
+    indices: tuple[int, ...]
+    exponents: tuple[int, ...]
+
+    @property
+    def inverse(self) -> ScaledSlice:
+        """What undoes it, bit for bit."""
+        negated = tuple(-exponent for exponent in self.exponents)
+        return ScaledSlice(self.tensor, self.axis, self.block, self.indices, negated)
+
+
+def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
+    """Multiply a slice of ``tensor`` by powers of two in place.
+
+    Raises:
+        SpecDefError: The result would be rounded (a subnormal number, or overflow).
+    """
+    import torch  # here: a manifest, which lists slices, is read without it
+
+    target = tensor if part.block is None else tensor[part.block]
+    axis = part.axis if part.block is None else part.axis - 1
+    factors = torch.tensor([2.0**exponent for exponent in part.exponents], dtype=torch.float64, device=tensor.device)
+    index = torch.tensor(part.indices, device=tensor.device)
+    old = target.index_select(axis, index)
+    wanted = old.double() * factors.reshape([-1 if dimension == axis else 1 for dimension in range(target.dim())])
+    new = wanted.to(tensor.dtype)
+    # A subnormal result may still be stored exactly, but kernels flush subnormals to zero.
+    flushed = (new != 0) & (new.abs().double() < torch.finfo(tensor.dtype).tiny)
+    if not torch.equal(new.double(), wanted) or bool(flushed.any()):
+        raise SpecDefError(
+            f"{part.tensor}: scaling by powers of two up to 2**{max(map(abs, part.exponents))} leaves the range of "
+            f"{str(tensor.dtype).removeprefix('torch.')}",
+            "Store bfloat16 or float32 (--dtype), or give a smaller --alpha with --schedule constant.",
+        )
+    target.index_copy_(axis, index, new)
