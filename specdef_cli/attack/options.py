@@ -25,6 +25,7 @@ class AttackOptions(Budget):
         model: The directory under attack (or a Hub id).
         out: Where finished runs and the report are kept.
         runs: Where finished runs are kept instead, to share the control's between reports.
+        manifest: ``specdef.json`` where it does not lie in the model's directory.
         control: The undefended model, a directory or a Hub id; ``None`` is the base that the model's manifest names.
         dataset: A Hub id, or a JSONL, JSON, CSV, text or parquet file; ``None`` is English prose that every Python
             installation has.
@@ -113,6 +114,7 @@ class AttackOptions(Budget):
     report_to: tuple[str, ...] = option((), "Report runs to tensorboard (files in OUT/logs), wandb, trackio or mlflow.")
     seeds: tuple[int, ...] = (0,)
     jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j")
+    manifest: Path | None = None
     trust_remote_code: bool = False
     revision: str | None = None
     token: str | None = None

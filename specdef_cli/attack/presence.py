@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from specdef_cli.checkpoint.manifest import base_of, is_hardened, read_manifest
+from specdef_cli.checkpoint.manifest import base_of, is_hardened, keep_elsewhere, read_manifest
 from specdef_cli.checkpoint.resolve import locate
 from specdef_cli.errors import SpecDefError
 
@@ -19,18 +19,21 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
 
 
-def require_models(model: str, control: str | None, option: str) -> None:
+def require_models(model: str, control: str | None, option: str, manifest: Path | None = None) -> None:
     """Refuse models that are not there.
 
     Args:
         model: What is attacked or certified.
         control: The undefended model; ``None`` is the one that the manifest names.
         option: What names the control.
+        manifest: What ``--manifest`` names.
 
     Raises:
         SpecDefError: naming the one that is missing.
     """
     directory = _local(model)
+    if directory is not None:
+        keep_elsewhere(directory, manifest)
     if control is not None:
         _local(control)
     elif directory is not None and is_hardened(directory):

@@ -40,7 +40,7 @@ from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive, writable_ancestor
 from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.checkpoint.resolve import resolve, resolve_base
+from specdef_cli.checkpoint.resolve import resolve, resolve_base, resolve_hardened
 from specdef_cli.durations import in_words
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
@@ -314,7 +314,8 @@ def is_main_process() -> bool:
 
 
 def _subject(options: AttackOptions) -> tuple[Path, Manifest | None]:
-    directory = resolve(str(options.model), revision=options.revision, token=options.token).directory
+    model = resolve_hardened(str(options.model), options.manifest, revision=options.revision, token=options.token)
+    directory = model.directory
     return directory, read_manifest(directory) if is_hardened(directory) else None
 
 

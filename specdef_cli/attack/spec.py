@@ -19,7 +19,7 @@ from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, find_manifest
 
 Subject = Literal["control", "model"]
 RUN_FORMAT = 4
@@ -93,11 +93,13 @@ def checkpoint_fingerprint(directory: Path) -> str:
     run.
     """
     digest = hashlib.sha256()
-    manifest = directory / MANIFEST_NAME
-    for path in (manifest, directory / "config.json"):
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    if not manifest.is_file():
+    manifest = find_manifest(directory)
+    if manifest is not None:
+        digest.update(MANIFEST_NAME.encode() + b"\0" + manifest.read_bytes())
+    config = directory / "config.json"
+    if config.is_file():
+        digest.update(config.name.encode() + b"\0" + config.read_bytes())
+    if manifest is None:
         for path in sorted(directory.glob("*.safetensors")):
             stat = path.stat()
             digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())

@@ -15,6 +15,7 @@ class CertifyOptions:
     Attributes:
         model: The hardened directory (or a Hub id).
         out: Where the certificate is written, and the attack report where one is made.
+        manifest: ``specdef.json`` where it does not lie in the model's directory.
         base: What it was made from; ``None`` takes the base that the manifest names.
         attacks: A ``report.json`` on this model; ``None`` runs the quick suite.
         text: A text file to measure loss on; ``None`` is the source of Python's standard library.
@@ -44,6 +45,7 @@ class CertifyOptions:
     statement: bool = option(False, "Write certificate.intoto.json too, which in-toto's tools can sign.")
     jobs: int = option(1, "Attack runs at a time.", "--jobs", "-j")
     device: str = option("cpu", "Where curvature and formats are measured, e.g. cuda.")
+    manifest: Path | None = None
     trust_remote_code: bool = False
     revision: str | None = None
     token: str | None = None

@@ -43,7 +43,7 @@ from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.resolve import Resolved, resolve, resolve_base
+from specdef_cli.checkpoint.resolve import Resolved, resolve, resolve_base, resolve_hardened
 from specdef_cli.checkpoint.stream import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices
@@ -71,7 +71,7 @@ def certify(
     Raises:
         SpecDefError: A model cannot be read, the base is not known, or an option does not fit.
     """
-    hardened_model = resolve(options.model, revision=options.revision, token=options.token)
+    hardened_model = _hardened(options)
     directory = hardened_model.directory
     manifest = read_manifest(directory)
     base_model = _base(options)
@@ -131,11 +131,15 @@ def certify(
     return certificate
 
 
+def _hardened(options: CertifyOptions) -> Resolved:
+    return resolve_hardened(options.model, options.manifest, revision=options.revision, token=options.token)
+
+
 def _base(options: CertifyOptions) -> Resolved:
     """The base: as named, or as the manifest names it."""
     if options.base is not None:
         return resolve(options.base, token=options.token)
-    directory = resolve(options.model, revision=options.revision, token=options.token).directory
+    directory = _hardened(options).directory
     return resolve_base(read_manifest(directory), directory, token=options.token, option="--base")
 
 
@@ -191,6 +195,7 @@ def _attack_options(options: CertifyOptions, base: Path) -> AttackOptions:
     return AttackOptions(
         model=options.model,
         out=options.out / "attack",
+        manifest=options.manifest,
         control=base,
         suite=suite,
         free=("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences"),

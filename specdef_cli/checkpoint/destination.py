@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from specdef_cli.errors import SpecDefError
@@ -44,3 +45,24 @@ def is_taken(final: Path) -> bool:
     if final.is_symlink() or final.name in {"", ".."}:
         return True
     return final.exists() and not (final.is_dir() and not any(final.iterdir()))
+
+
+def require_manifest_place(path: Path, out: Path) -> None:
+    """Refuse a place for a manifest that is taken, lies in the published directory, or cannot be written to.
+
+    Raises:
+        SpecDefError: naming it.
+    """
+    if path.exists() or path.is_symlink():
+        raise SpecDefError(f"--manifest-out {path} exists already", "Choose another file, or remove it first.")
+    if path.resolve().is_relative_to(out.resolve()):
+        raise SpecDefError(
+            f"--manifest-out {path} lies in the directory that is published",
+            "Choose a file outside of it, or leave the option out.",
+        )
+    existing = next(parent for parent in path.resolve().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise SpecDefError(
+            f"--manifest-out {path} cannot be written: {existing} is not a directory that can be written to",
+            "Choose another file.",
+        )

@@ -27,6 +27,9 @@ Schedule = Literal["constant", "staircase"]
 Profile = Literal["coverage", "bfloat16", "quantizable"]
 ScaledKind = Literal["linear", "embedding", "head", "norm"]
 
+_ELSEWHERE: dict[Path, Path] = {}
+"""Manifests that do not lie in their directories, by the directory (:func:`keep_elsewhere`)."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -302,9 +305,35 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     raise TypeError(f"{where} is {value!r}")
 
 
+def keep_elsewhere(directory: Path, manifest: Path | None) -> None:
+    """Have this process read the manifest of a directory from a file that does not lie in it.
+
+    Args:
+        directory: A hardened directory.
+        manifest: What ``--manifest`` names; ``None`` changes nothing.
+
+    Raises:
+        SpecDefError: There is no such file, or the directory has a manifest of its own.
+    """
+    if manifest is None:
+        return
+    if not manifest.is_file():
+        raise SpecDefError(f"--manifest {manifest} is not a file", "Give what `specdef harden --manifest-out` wrote.")
+    own = directory / MANIFEST_NAME
+    if own.is_file() and not own.samefile(manifest):
+        raise SpecDefError(f"{directory} has a {MANIFEST_NAME} of its own", "Leave --manifest out, or remove that one.")
+    _ELSEWHERE[directory.resolve()] = manifest
+
+
+def find_manifest(directory: Path) -> Path | None:
+    """Where the manifest of a directory lies: in it, or where :func:`keep_elsewhere` was told; ``None``: nowhere."""
+    path = directory / MANIFEST_NAME
+    return path if path.is_file() else _ELSEWHERE.get(directory.resolve())
+
+
 def is_hardened(directory: Path) -> bool:
-    """Whether ``directory`` carries a manifest."""
-    return (directory / MANIFEST_NAME).is_file()
+    """Whether ``directory`` has a manifest."""
+    return find_manifest(directory) is not None
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -313,11 +342,12 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         SpecDefError: There is none, or it is not valid.
     """
-    path = directory / MANIFEST_NAME
-    if not path.is_file():
+    path = find_manifest(directory)
+    if path is None:
         raise SpecDefError(
             f"{directory} has no {MANIFEST_NAME}, so it is not a hardened checkpoint",
-            f"Give a directory that `specdef harden` wrote; after save_pretrained, copy its {MANIFEST_NAME} along.",
+            f"Give a directory that `specdef harden` wrote. A {MANIFEST_NAME} that lies elsewhere is named with "
+            "--manifest; after save_pretrained, copy it along.",
         )
     return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import DryRunError
 from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.hub import Commit, download_all, not_available
-from specdef_cli.checkpoint.manifest import Manifest, base_of
+from specdef_cli.checkpoint.manifest import Manifest, base_of, keep_elsewhere
 from specdef_cli.errors import SpecDefError
 from specdef_cli.redact import clean_token
 
@@ -79,6 +79,19 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
     commit, missing = where
     download_all(commit, [file.filename for file in missing])
     return resolved(commit)
+
+
+def resolve_hardened(
+    model: str, manifest: Path | None, *, revision: str | None = None, token: str | None = None
+) -> Resolved:
+    """Find a hardened model as :func:`resolve` does, and its manifest where ``--manifest`` names one elsewhere.
+
+    Raises:
+        SpecDefError: As :func:`resolve` and :func:`keep_elsewhere`.
+    """
+    found = resolve(model, revision=revision, token=token)
+    keep_elsewhere(found.directory, manifest)
+    return found
 
 
 def locate(model: str, revision: str | None, token: str | None) -> Resolved | tuple[Commit, list[DryRunFileInfo]]:

@@ -8,7 +8,7 @@ import typer
 
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.cli.derive import takes
-from specdef_cli.cli.options import DryRun, Json, Quiet, Revision, Token, TrustRemoteCode
+from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import work_alone_if_stale
@@ -70,6 +70,7 @@ def attack_command(
             help="Exit with 1 if any attack on the model meets this, e.g. 'steps_to_control<500' (repeatable).",
         ),
     ] = None,
+    manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
     token: Token = None,
@@ -103,7 +104,7 @@ def attack_command(
 
     # Before torch is imported, which takes longer than everything that can be wrong here.
     limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
-    require_models(model, given.get("control"), "--control")
+    require_models(model, given.get("control"), "--control", manifest)
     require_data(given.get("dataset"))
     from rich.console import Group
 
@@ -144,6 +145,7 @@ def attack_command(
         trainings=trainings,
         free=tuple(name for name in BUDGET if name != "seeds" and name not in kept),
         time_limit=limit,
+        manifest=manifest,
         revision=revision,
         token=token,
         trust_remote_code=trust_remote_code,

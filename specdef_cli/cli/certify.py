@@ -8,7 +8,7 @@ import typer
 
 from specdef_cli.certify.options import CertifyOptions
 from specdef_cli.cli.derive import takes
-from specdef_cli.cli.options import DryRun, Json, Quiet, Revision, Token, TrustRemoteCode
+from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import work_alone_if_stale
@@ -25,6 +25,7 @@ def certify_command(
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
     ] = "hardened",
     no_deployment: Annotated[bool, typer.Option("--no-deployment", help="Try no deployment formats.")] = False,
+    manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
     token: Token = None,
@@ -50,7 +51,7 @@ def certify_command(
     from specdef_cli.errors import SpecDefError
 
     # Before torch is imported, which takes longer than everything that can be wrong here.
-    require_models(model, given.get("base"), "--base")
+    require_models(model, given.get("base"), "--base", manifest)
     for option in ("--text", "--attacks"):
         path = given.get(option.removeprefix("--"))
         if path is not None and not path.is_file():
@@ -63,7 +64,9 @@ def certify_command(
     work_alone_if_stale(output)
     if no_deployment:
         given["formats"] = ()
-    options = CertifyOptions(model, **given, trust_remote_code=trust_remote_code, revision=revision, token=token)
+    options = CertifyOptions(
+        model, **given, manifest=manifest, trust_remote_code=trust_remote_code, revision=revision, token=token
+    )
     if dry_run:
         forecast = plan_certify(options)
         formats = DEFAULT_FORMATS if options.formats is None else options.formats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from specdef_cli.checkpoint.destination import require_usable
-from specdef_cli.cli.options import Device, Json, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
+from specdef_cli.cli.options import Device, Json, Manifest, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
 from specdef_cli.hardening.options import CollapseOptions
@@ -13,6 +13,7 @@ from specdef_cli.sizes import parse_size
 def collapse_command(
     model: Model,
     out: Out,
+    manifest: Manifest = None,
     max_shard_size: MaxShardSize = "5GB",
     device: Device = None,
     revision: Revision = None,
@@ -26,8 +27,10 @@ def collapse_command(
     Examples:
 
       specdef collapse hardened --out original
+
+      specdef collapse org/name --manifest specdef.json --out original
     """
-    options = CollapseOptions(model, out, parse_size(max_shard_size), device, revision, token, resume)
+    options = CollapseOptions(model, out, manifest, parse_size(max_shard_size), device, revision, token, resume)
     require_usable(out, model)
     prefer_huge_pages()
 

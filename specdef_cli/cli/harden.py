@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.checkpoint.destination import require_usable
+from specdef_cli.checkpoint.destination import require_manifest_place, require_usable
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import (
     CreatePr,
@@ -66,6 +66,8 @@ def harden_command(
       specdef harden ./my-model --out hardened --method fold --profile quantizable
 
       specdef harden ./my-model --out hardened --allow-code
+
+      specdef harden ./my-model --out hardened --manifest-out specdef.json
     """
     options = HardenOptions(
         model,
@@ -79,6 +81,8 @@ def harden_command(
     )
     if not dry_run:
         require_usable(options.out, model)
+    if options.manifest_out is not None:
+        require_manifest_place(options.manifest_out, options.out)
     prefer_huge_pages()
 
     from specdef_cli.checkpoint.stream import Progress
@@ -113,6 +117,11 @@ def harden_command(
         output.data(preview_json(shown), preview_tables(shown))
     elif result is not None:
         output.data(result, result_tables(result), written=options.out)
+        if options.manifest_out is not None:
+            output.note(
+                f"{options.manifest_out} is the way back: `specdef collapse {options.out} --manifest "
+                f"{options.manifest_out}`. Certify, attack and inspect take it too."
+            )
         if destination is not None:
             output.note(f"uploaded: {push(options.out, destination)}")
 

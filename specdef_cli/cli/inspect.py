@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdef_cli.cli.options import Device, Json, Model, Quiet, Revision, Token, TrustRemoteCode
+from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import work_alone_if_stale
 from specdef_cli.cli.tables import outlook_lines
@@ -24,6 +24,7 @@ def inspect_command(
     every_layer: Annotated[
         bool, typer.Option("--layers", help="List every layer with its σ₁ and effective rank (reads all weights).")
     ] = False,
+    manifest: Manifest = None,
     device: Device = None,
     revision: Revision = None,
     token: Token = None,
@@ -50,6 +51,7 @@ def inspect_command(
     with output.progress("reading") as bar:
         found = survey(
             model,
+            manifest=manifest,
             revision=revision,
             token=token,
             device=device,

@@ -11,6 +11,12 @@ from specdef_cli.redact import clean_token
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id org/name[@revision].")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to publish; must not exist.", show_default=False)]
+Manifest = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="specdef.json, where it does not lie in the directory.", show_default="the directory's"
+    ),
+]
 MaxShardSize = Annotated[str, typer.Option(help="Largest safetensors file, e.g. 5GB or 500MB.")]
 Device = Annotated[
     str | None, typer.Option(help="Where to compute, e.g. cpu or cuda:0.", show_default="every GPU, else the CPU")

@@ -44,8 +44,8 @@ def push_command(
     require_writable(destination)
     if no_manifest:
         output.note(
-            f"{MANIFEST_NAME} stays here: collapse and certify need it, and `specdef attack` finds out less of the "
-            "model. It hides little: the changed channels stand out by their norms, and inserted layers by their names."
+            f"{MANIFEST_NAME} stays here: collapse, certify, attack and inspect take it with --manifest. "
+            "It hides little: the changed channels stand out by their norms, and inserted layers by their names."
         )
     elif is_hardened(directory):
         output.note(

@@ -18,7 +18,7 @@ from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.resolve import resolve
+from specdef_cli.checkpoint.resolve import resolve_hardened
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import Progress, write_durably
 from specdef_cli.hardening.card import collapsed_card
@@ -90,7 +90,7 @@ def collapse(
         SpecDefError: The directory is not hardened or not complete, or the disk; nothing was published.
     """
     with process_state(options.device).main_process_first():
-        resolved = resolve(options.model, revision=options.revision, token=options.token)
+        resolved = resolve_hardened(options.model, options.manifest, revision=options.revision, token=options.token)
     manifest = read_manifest(resolved.directory)
     checkpoint = open_checkpoint(resolved.directory)
     groups = collapse_groups(checkpoint, manifest)

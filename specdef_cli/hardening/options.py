@@ -20,6 +20,7 @@ class HardenOptions:
     Attributes:
         model: A directory, or a Hub id ``org/name[@revision]``.
         out: The directory to publish.
+        manifest_out: Where ``specdef.json`` goes instead of into the published directory; ``None`` leaves it there.
         method: ``fold`` (rescaled symmetric pairs, nothing added), ``insert`` (weights with something beside them that
             undoes the change, and code that runs it), or ``auto``: fold where the family is known and, with
             ``allow_code``, insert for what no pair reaches.
@@ -49,6 +50,12 @@ class HardenOptions:
 
     model: str
     out: Path = option(Path("hardened"), "Directory to publish; must not exist.", "--out", "-o")
+    manifest_out: Path | None = option(
+        None,
+        "Write specdef.json, which says what was changed, to this file and not into the directory.",
+        metavar="FILE",
+        shown_default="OUT/specdef.json",
+    )
     method: MethodChoice = option(
         "auto",
         "fold: existing pairs of weights are rescaled. insert: weights with code that undoes a change beside them. "
@@ -105,6 +112,7 @@ class CollapseOptions:
     Attributes:
         model: A hardened directory or Hub id.
         out: The directory to publish.
+        manifest: ``specdef.json`` where it does not lie in the model's directory.
         max_shard_size: Largest output file in bytes.
         device: Where to multiply; ``None`` takes every GPU there is, else the CPU.
         revision: Branch, tag or commit on the Hub.
@@ -114,6 +122,7 @@ class CollapseOptions:
 
     model: str
     out: Path
+    manifest: Path | None = None
     max_shard_size: int = 5 * 10**9
     device: str | None = None
     revision: str | None = None

@@ -18,11 +18,13 @@ from specdef_cli.architectures.linears import LinearSite
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
+from specdef_cli.checkpoint.destination import require_manifest_place
 from specdef_cli.checkpoint.library import TRANSFORMERS
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, BaseModel, InsertedLayer, Manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress, write_durably
+from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.execute import Written, execute, write_json
@@ -172,9 +174,14 @@ def harden(
     Raises:
         SpecDefError: The input, an option, or the disk; nothing was published.
     """
+    if options.manifest_out is not None:
+        require_manifest_place(options.manifest_out, options.out)
     with open_model(options, on_download) as (resolved, checkpoint, plan):
         on_plan(plan)
-        return _harden(resolved, checkpoint, plan, options, on_progress)
+        result = _harden(resolved, checkpoint, plan, options, on_progress)
+    if result is not None and options.manifest_out is not None:
+        _move_manifest(options.out, options.manifest_out)
+    return result
 
 
 def _harden(
@@ -245,3 +252,21 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         scaled=plan.scaled,
         shards=dict(written.sha256),
     )
+
+
+def _move_manifest(directory: Path, path: Path) -> None:
+    """Move the manifest out of a hardened directory, which it leaves once it is whole in the other place.
+
+    Raises:
+        SpecDefError: It cannot be written there, and is still in the directory.
+    """
+    own = directory / MANIFEST_NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, own.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecDefError(
+            f"{path} cannot be written: {error.strerror or error}",
+            f"{directory} is complete and holds {MANIFEST_NAME}; move that before you publish.",
+        ) from error
+    own.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -11,7 +12,7 @@ from specdef_cli.architectures.linears import linear_sites
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
+from specdef_cli.checkpoint.manifest import Manifest, is_hardened, keep_elsewhere, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
@@ -89,6 +90,7 @@ class Survey:
 def survey(
     model: str,
     *,
+    manifest: Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     device: str | None = None,
@@ -101,6 +103,7 @@ def survey(
 
     Args:
         model, revision, token: As for :func:`specdef_cli.checkpoint.resolve.resolve`.
+        manifest: ``specdef.json`` where it does not lie in the model's directory.
         device: Where spectra are computed.
         trust_remote_code: Whether the model's own Python code may run.
         spectra: Whether every layer is read, for its σ₁ and effective rank. Without them headers and a sample are read.
@@ -111,6 +114,7 @@ def survey(
         SpecDefError: The model cannot be found or read.
     """
     with resolving(model, revision=revision, token=token, on_download=on_download) as (resolved, arriving):
+        keep_elsewhere(resolved.directory, manifest)
         checkpoint = open_checkpoint(resolved.directory, arriving)
         return _survey(resolved, checkpoint, device, trust_remote_code, spectra, on_progress)
 

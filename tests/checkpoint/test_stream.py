@@ -164,8 +164,7 @@ def test_records_carry_the_hash_and_the_figures(
 
 
 def test_a_resumed_run_repeats_no_finished_shard(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    calls: list[str] = []
+    whole, calls = tmp_path / "whole", []
     shards = plan(checkpoint, calls)
     write(checkpoint, shards, whole)
     expected = snapshot(whole)

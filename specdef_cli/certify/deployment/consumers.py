@@ -182,8 +182,10 @@ def merged_with_base(trial: Trial) -> Score:
     Raises:
         RefusedError: mergekit ends with an error.
     """
-    recipe, out = trial.scratch / "merge.yml", trial.scratch / "merged"
-    models = [{"model": str(path.resolve()), "parameters": {"weight": 0.5}} for path in (trial.base, trial.directory)]
+    recipe, out, other = trial.scratch / "merge.yml", trial.scratch / "merged", trial.scratch / "other"
+    other.unlink(missing_ok=True)
+    other.symlink_to(trial.directory.resolve())  # mergekit refuses a model twice, and the base is merged with itself
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (trial.base.resolve(), other)]
     recipe.write_text(json.dumps({"merge_method": "linear", "models": models, "dtype": "float32"}), encoding="utf-8")
     tool = program("mergekit-yaml")
     assert tool is not None, "mergekit is missing, which was asked before"

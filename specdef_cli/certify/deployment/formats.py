@@ -79,8 +79,10 @@ def _bitsandbytes(description: str, loading: Callable[[], dict[str, Any]], stand
     return Format(description, "bitsandbytes", None, loading, stand_in=stand_in)
 
 
-def _torchao(description: str, stand_in: Format | None, name: str, **options: Any) -> Format:
-    return Format(description, "torchao", change=torchao(name, **options), stand_in=stand_in)
+def _torchao(
+    description: str, stand_in: Format | None, name: str, *, by_default: bool = True, **options: Any
+) -> Format:
+    return Format(description, "torchao", change=torchao(name, **options), stand_in=stand_in, by_default=by_default)
 
 
 CONVERTED = ("F16", "Q8_0")
@@ -146,6 +148,9 @@ FORMATS: Mapping[str, Format] = {
     "torchao-int8": _torchao("int8 weights", _rounded(quantizers.int8_rows), "Int8WeightOnlyConfig"),
     "torchao-int4": _torchao(
         "int4 weights, groups of 64", None, "IntxWeightOnlyConfig", weight_dtype="int4", granularity=("PerGroup", 64)
+    ),
+    "torchao-int4-packed": _torchao(
+        "int4 weights, groups of 64, packed for a GPU", None, "Int4WeightOnlyConfig", by_default=False, group_size=64
     ),
     "float8-row": Format(
         "float8, weights and activations, a scale a row", "vLLM", stand_in=_rounded(_float8_row, _float8_row)

@@ -67,7 +67,19 @@ def gguf_file(trial: Trial, kind: str, *, by_converter: bool = False) -> Path:
     path = trial.scratch / f"{kind}{'-converted' if by_converter else ''}.gguf"
     if path.is_file():
         return path
-    unfinished = path.with_suffix(".part")
+    refused, unfinished = path.with_suffix(".refused"), path.with_suffix(".part")
+    if refused.is_file():  # the float32 file is asked for by most rows
+        raise RefusedError(refused.read_text(encoding="utf-8"))
+    try:
+        _write(trial, kind, unfinished, by_converter)
+    except RefusedError as error:
+        refused.write_text(str(error), encoding="utf-8")
+        raise
+    unfinished.rename(path)
+    return path
+
+
+def _write(trial: Trial, kind: str, out: Path, by_converter: bool) -> None:
     if by_converter or kind == "F32":
         converter = program(CONVERTER)
         assert converter is not None, "the converter is missing, which was asked before"
@@ -78,13 +90,11 @@ def gguf_file(trial: Trial, kind: str, *, by_converter: bool = False) -> Path:
             "--outtype",
             kind.lower(),
             "--outfile",
-            unfinished,
+            out,
         ]
         _run("llama.cpp's converter", command)
     else:
-        _run("llama.cpp's quantizer", [*_worker(), "quantize", gguf_file(trial, "F32"), unfinished, kind])
-    unfinished.rename(path)
-    return path
+        _run("llama.cpp's quantizer", [*_worker(), "quantize", gguf_file(trial, "F32"), out, kind])
 
 
 def _worker() -> list[Path | str]:

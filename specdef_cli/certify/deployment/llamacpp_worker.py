@@ -21,7 +21,7 @@ def quantize(source: str, target: str, kind: str) -> None:
     names = {"F32": "LLAMA_FTYPE_ALL_F32"}
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, names.get(kind, f"LLAMA_FTYPE_MOSTLY_{kind}"))
-    parameters.nthread = os.cpu_count() or 1
+    parameters.nthread = threads()
     if llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters)):
         sys.exit(1)  # it has said why
 
@@ -36,7 +36,7 @@ def loss(model: str, tokens: str, cache: str, flash_attention: str) -> None:
     length = sequences.shape[1]
     llama = llama_cpp.Llama(
         model, n_ctx=length, n_batch=length, n_ubatch=length, n_gpu_layers=0, logits_all=True, verbose=False,
-        n_threads=os.cpu_count() or 1, n_threads_batch=os.cpu_count() or 1,
+        n_threads=threads(), n_threads_batch=threads(),
         flash_attn=flash_attention == "on", type_k=types[cache], type_v=types[cache],
     )  # fmt: skip
     total = 0.0
@@ -48,6 +48,11 @@ def loss(model: str, tokens: str, cache: str, flash_attention: str) -> None:
         normalizers = np.log(np.exp(logits - highest).sum(-1)) + highest[:, 0]
         total += float((normalizers - logits[np.arange(length - 1), sequence[1:]]).mean())
     print(json.dumps({"loss": total / len(sequences)}))
+
+
+def threads() -> int:
+    """As many as there are cores, or as OpenMP is told to take, so that several of these can share a machine."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ PACKAGES = {
 
 PROGRAMS = {
     "llama.cpp": (CONVERTER, f"name the directory of llama.cpp's sources in the environment variable {LLAMA_CPP}"),
-    "mergekit": ("mergekit-yaml", "put mergekit-yaml on the path"),
+    "mergekit": ("mergekit-yaml", "install mergekit"),
 }
 """By the tool's name: the program that is needed, and what to do without it."""
 

@@ -1,0 +1,114 @@
+"""A manifest that is kept out of the published directory, and the commands that are told where it lies."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.commands import assert_refused, call_cli, run_cli, snapshot
+from tests.faults.small_attack import SMALL
+
+
+@pytest.fixture
+def hardened(llama: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A hardened directory without its manifest, and the manifest."""
+    out, manifest = tmp_path / "hardened", tmp_path / "keys" / "hardened.json"
+    done = run_cli("harden", llama, "--out", out, "--manifest-out", manifest)
+    assert done.code == 0, done.stderr
+    assert f"specdef collapse {out} --manifest {manifest}" in done.stderr
+    return out, manifest
+
+
+def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_path: Path) -> None:
+    out, manifest = hardened
+    assert not (out / "specdef.json").exists()
+    assert json.loads(manifest.read_text())["method"] == "fold"
+
+    refused = run_cli("collapse", out, "--out", tmp_path / "plain")
+    assert_refused(refused, f"{out} has no specdef.json", "--manifest")
+    back = run_cli("collapse", out, "--manifest", manifest, "--out", tmp_path / "plain", "--quiet")
+    assert back.code == 0, back.stderr
+    found, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "plain", llama))
+    assert {name: tensor.numpy().tobytes() for name, tensor in found.items()} == {
+        name: tensor.numpy().tobytes() for name, tensor in expected.items()
+    }
+
+    without = json.loads(run_cli("inspect", out, "--json").stdout)
+    told = json.loads(run_cli("inspect", out, "--manifest", manifest, "--json").stdout)
+    assert without["manifest"] is None
+    assert told["manifest"]["folded"] == json.loads(manifest.read_text())["folded"]
+
+    # The base comes from the manifest, and the report is of these weights to certify too.
+    attacked = run_cli("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", *SMALL)
+    assert attacked.code == 0, attacked.stderr
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number % 90 + 3}" for number in range(3000)))
+    certified = run_cli(
+        "certify", out, "--manifest", manifest, "--attacks", tmp_path / "attack" / "report.json", "--text", text,
+        "--no-deployment", "--no-curvature", "--out", tmp_path / "certificate", "--json",
+    )  # fmt: skip
+    assert certified.code == 0, certified.stderr
+    claims = {claim["name"]: claim["holds"] for claim in json.loads(certified.stdout)["claims"]}
+    assert True in claims.values(), claims
+    assert False not in claims.values(), claims
+    assert not (out / "specdef.json").exists()
+
+
+@pytest.mark.fault("broken input given to harden", inputs=3)
+def test_places_that_are_refused_before_the_work(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hardened"
+    taken = tmp_path / "taken.json"
+    taken.write_text("mine")
+    before = snapshot(tmp_path)
+    closed = tmp_path / "taken.json" / "below.json"
+    for place, words in (
+        (taken, "exists already"),
+        (out / "specdef.json", "lies in the directory that is published"),
+        (closed, "is not a directory that can be written to"),
+    ):
+        for more in ((), ("--dry-run",)):
+            refused = call_cli("harden", llama, "--out", out, "--manifest-out", place, *more)
+            assert_refused(refused, str(place), words)
+    assert snapshot(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken.json"]
+
+
+@pytest.mark.fault("broken input given to collapse", inputs=3)
+def test_manifests_that_are_refused(llama: Path, hardened: tuple[Path, Path], tmp_path: Path) -> None:
+    out, manifest = hardened
+    nowhere = tmp_path / "nowhere.json"
+    arguments = ("collapse", out, "--out", tmp_path / "plain", "--manifest")
+    assert_refused(call_cli(*arguments, nowhere), f"--manifest {nowhere} is not a file", "--manifest-out")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert_refused(call_cli(*arguments, broken), str(broken), "not a valid manifest")
+    os.link(manifest, out / "specdef.json")  # the same one is no contradiction
+    assert call_cli(*arguments, manifest, "--quiet").code == 0
+    other = tmp_path / "other.json"
+    other.write_text(manifest.read_text())
+    assert_refused(call_cli("inspect", out, "--manifest", other), "a specdef.json of its own", "Leave --manifest out")
+    assert not (tmp_path / "plain" / "specdef.json").exists()
+
+
+def test_a_place_that_fails_after_the_work_leaves_the_manifest_in_the_directory(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specdef_cli.hardening import run
+
+    manifest = tmp_path / "keys.json"
+    write = run.write_durably
+
+    def fails(path: Path, text: str) -> None:
+        if path == manifest:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(run, "write_durably", fails)
+    out = tmp_path / "hardened"
+    assert_refused(call_cli("harden", llama, "--out", out, "--manifest-out", manifest), str(manifest), "No space left")
+    assert json.loads((out / "specdef.json").read_text())["method"] == "fold"
+    assert not manifest.exists()
