@@ -46,6 +46,8 @@ class AttackOptions(Budget):
         learning_rates: Rates that every attack and the control run at. Empty means decades that go on below η₀/α for
             the hardened model.
         search: Search the best learning rate of every attack, from those decades on, until it is bracketed.
+        thorough: Make every run of a search in full and search every attack, also what is sure not to change its best
+            (:mod:`specdef_cli.attack.prospects`); about twice as long.
         gradient_accumulation: Passes that the sequences of a step are split into, to save memory.
         gradient_checkpointing: Compute activations again in the backward pass, to save memory.
         eval_every: Steps between evaluations; ``None`` is a tenth of the steps.
@@ -105,6 +107,7 @@ class AttackOptions(Budget):
     optimizers: tuple[str, ...] = option((), "Optimizer, e.g. adamw or sgd.", "--optimizer", shown_default="adamw")
     learning_rates: tuple[float, ...] = option((), "Learning rate.", "--lr", shown_default="decades down to below η₀/α")
     search: bool = option(False, "Search every attack's best learning rate until it is bracketed.", "--lr-sweep")
+    thorough: bool = option(False, "Make every run of a search in full, also those that cannot become its best.")
     gradient_accumulation: int = option(1, "Passes that a step's sequences are split into, to save memory.")
     gradient_checkpointing: bool = option(False, "Compute activations twice, to save memory.")
     eval_every: int | None = option(None, "Steps between evaluations.", shown_default="a tenth of the steps")

@@ -26,6 +26,7 @@ class Series:
         first: The run at the first rate and seed.
         grid: The rates to begin with, largest first.
         search: Whether further rates are tried until the best one is bracketed.
+        thorough: Whether every run of a search is made in full.
         seeds: Without a search every rate is run with every seed; with it, all but the first only at the best rate.
         optional: Whether it may be left out where the model has nothing that it could train.
     """
@@ -35,6 +36,12 @@ class Series:
     search: bool
     seeds: tuple[int, ...]
     optional: bool
+    thorough: bool = False
+
+    @property
+    def hurried(self) -> bool:
+        """Whether its runs end as soon as they cannot become the best; never where they may diverge and come back."""
+        return self.search and not self.thorough and self.first.stop_at_divergence
 
     def runs(self, rates: Iterable[float], seeds: Iterable[int]) -> tuple[RunSpec, ...]:
         """The runs at some rates with some seeds."""
@@ -64,7 +71,8 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
     """Every attack, the controls first: one for each training and optimizer, on the same budget and data.
 
     Without rates of the user's, the control and attacks on what is, or has again become, an ordinary model begin with
-    the optimizer's usual rates; where an inflated factor is in the way, the decades go on below η₀/α.
+    the optimizer's usual rates, a search with the second largest, which is the best or next to it. Where an inflated
+    factor is in the way, the decades go on below η₀/α.
     """
     controls: list[Series] = []
     attacks: list[Series] = []
@@ -73,7 +81,7 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
             for variant in _variants(table, target):
                 series = _series(options, table, target, training, optimizer, variant)
                 attacks.append(series)
-                grid = series.grid if _fixed(table) else OPTIMIZERS.choose(optimizer).learning_rates
+                grid = series.grid if _fixed(table) else _usual_rates(options, table, optimizer)
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
     return tuple(_once(controls) + _once(attacks))
@@ -83,7 +91,7 @@ def _series(
     options: AttackOptions, table: AttackTable, target: Target, training: Training, optimizer: str, variant: Variant
 ) -> Series:
     alpha = target.alpha if variant.choice.trains_inflated else 1.0
-    grid: tuple[float, ...] = OPTIMIZERS.choose(optimizer).learning_rates
+    grid = _usual_rates(options, table, optimizer)
     if _fixed(table):
         grid = tuple(sorted(table.learning_rates, reverse=True))  # type: ignore[arg-type]
     elif alpha > 1:
@@ -103,7 +111,13 @@ def _series(
     )
     # What nobody named may turn out to have nothing to work on; a report then says so.
     optional = options.suite is not None or variant not in (Variant(), *options.variants)
-    return Series(first, grid, table.learning_rates == "search", options.seeds, optional)
+    return Series(first, grid, table.learning_rates == "search", options.seeds, optional, options.thorough)
+
+
+def _usual_rates(options: AttackOptions, table: AttackTable, optimizer: str) -> tuple[float, ...]:
+    """What a model that nothing was inflated in begins with."""
+    rates = OPTIMIZERS.choose(optimizer).learning_rates
+    return rates[1:2] if table.learning_rates == "search" and not options.thorough else rates
 
 
 def _fixed(table: AttackTable) -> bool:

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from specdef_cli.attack.prospects import is_hopeless
 from specdef_cli.attack.results import (
+    BATCHES_BEYOND_TWICE,
     BEYOND_TWICE,
     DIVERGENCE_FACTOR,
     Divergence,
@@ -22,6 +24,9 @@ from specdef_cli.attack.results import (
     EvalPoint,
     TrainPoint,
 )
+
+BATCHES = 2
+"""So many batches in a row beyond twice the first one's loss are no chance."""
 
 ATTACK, RETAINED = "attack", "retained"
 """What the data sets that are evaluated are called in the Trainer's metrics."""
@@ -60,12 +65,21 @@ class Recorder(TrainerCallback):
         on_step: Called after every optimizer step with its number and its loss.
         stop_at_divergence: Whether a run ends where its held-out loss passes twice its start. One whose loss is not a
             finite number ends in any case: nothing comes back from there.
+        to_beat: Progress of the best run so far of the search that this run belongs to: it ends once it cannot get
+            further. ``None`` for a run that is made in full.
     """
 
-    def __init__(self, on_step: Callable[[int, float | None], None], stop_at_divergence: bool = True) -> None:
+    def __init__(
+        self,
+        on_step: Callable[[int, float | None], None],
+        stop_at_divergence: bool = True,
+        to_beat: float | None = None,
+    ) -> None:
         self.train: list[TrainPoint] = []
         self.evaluations: list[EvalPoint] = []
         self.divergence: Divergence | None = None
+        self.stopped: int | None = None
+        self._to_beat = to_beat
         self._stop_at_divergence = stop_at_divergence
         self._ended = False
         self._on_step = on_step
@@ -90,6 +104,8 @@ class Recorder(TrainerCallback):
         self.train.append(TrainPoint(state.global_step, loss, grad_norm))
         if loss is None:
             self._diverged(state, control, "training loss is not finite")
+        elif self._to_beat is not None and self._batches_beyond_twice():
+            self._diverged(state, control, BATCHES_BEYOND_TWICE)
         self._on_step(state.global_step, loss)
 
     def on_evaluate(
@@ -116,13 +132,25 @@ class Recorder(TrainerCallback):
             self._diverged(state, control, "held-out loss is not finite")
         elif start is not None and loss > DIVERGENCE_FACTOR * start:
             self._diverged(state, control, BEYOND_TWICE)
+        elif self._to_beat is not None and is_hopeless(self.evaluations, state.max_steps, self._to_beat):
+            self.stopped = state.global_step
+            self._end(control)
+
+    def _batches_beyond_twice(self) -> bool:
+        first, last = self.train[0].loss, self.train[-BATCHES:]
+        return first is not None and all(
+            point.loss is not None and point.loss > DIVERGENCE_FACTOR * first for point in last
+        )
 
     def _diverged(self, state: TrainerState, control: TrainerControl, reason: DivergenceReason) -> None:
-        self._ended = self._stop_at_divergence or reason != BEYOND_TWICE
-        if self.divergence is None or self._ended:
+        ends = self._stop_at_divergence or reason != BEYOND_TWICE
+        if self.divergence is None or ends:
             self.divergence = Divergence(state.global_step, reason)
-        if not self._ended:
-            return
+        if ends:
+            self._end(control)
+
+    def _end(self, control: TrainerControl) -> None:
+        self._ended = True
         control.should_training_stop = True
         control.should_evaluate = False
 

@@ -275,8 +275,10 @@ class TrainRun:
     eval_task_path: Path | None
     tracking: Tracking = NOWHERE
 
-    def __call__(self, spec: RunSpec, on_step: Callable[[int, float | None], None]) -> RunResult:
-        """Run ``spec``.
+    def __call__(
+        self, spec: RunSpec, on_step: Callable[[int, float | None], None], to_beat: float | None = None
+    ) -> RunResult:
+        """Run ``spec``, which a search ends once it cannot get further than ``to_beat`` (nats of progress).
 
         Raises:
             SpecDefError: As :func:`train_run`, a sequence is longer than a table of positions in the model, or the
@@ -293,6 +295,7 @@ class TrainRun:
                 on_step=on_step,
                 trust_remote_code=self.trust_remote_code,
                 eval_task_path=self.eval_task_path,
+                to_beat=to_beat,
             )
         except IndexError as error:
             # The tokens themselves are known to be in the vocabulary.
@@ -439,13 +442,14 @@ def _cut_note(report: AttackReport) -> list[str]:
 
 
 def _start_note(report: AttackReport) -> str | None:
-    """Hardening keeps the function, so every run starts at the control's loss; if not, shares mean little."""
+    """Hardening keeps the function, so every run starts at the control's loss, unless the attack itself breaks it."""
     for each in report.attacks:
         control = report.control_of(each)
         start, expected = each.best_run.start, control.best_run.start if control else None
         if start is not None and expected is not None and abs(start - expected) > SAME_START * expected:
             return (
                 f"{each.label} starts at a held-out loss of {start:.3f} and its control at {expected:.3f}: the control "
-                "is not the model that was hardened, or hardening changed its function. Shares of progress mean little."
+                "is not the model that was hardened, hardening changed its function, or what this attack adds does not "
+                "get along with scaled weights. Progress counts from the control's start."
             )
     return None

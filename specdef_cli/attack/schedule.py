@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,13 +19,16 @@ from dataclasses import dataclass, field, replace
 from specdef_cli.attack.cost import Deadline, expected_runs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
+from specdef_cli.attack.prospects import trains_as_control
 from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
 from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.search import best_rate, is_refinement, next_rates
 from specdef_cli.attack.spec import RunSpec
 
-Execute = Callable[[RunSpec, Callable[[int, float | None], None]], RunResult]
-"""(what to run, a hook for each step) → the result. Picklable, where runs get processes of their own."""
+Execute = Callable[[RunSpec, Callable[[int, float | None], None], float | None], RunResult]
+"""(what to run, a hook for each step, the progress that it has to beat) → the result. Picklable, where runs get
+processes of their own.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,20 @@ class _Progress:
 
     Attributes:
         rank: Its place in the order in which runs are made.
+        hasty: Whether time is limited: every attack gets to its best decade before any is searched more closely.
+        control: The series of its control; ``None`` for a control's own.
+        follows: Whether the control's best rates are taken over, as the first of them gave the control's curve.
+        to_beat: Progress of its best run when the runs that are under way were chosen. What one of them finds does not
+            change what becomes of the others: the same runs are made with every number of jobs.
         refining: Whether what is under way, or comes next, only halves the steps around the best learning rate.
     """
 
     series: Series
     rank: int
+    hasty: bool = False
+    control: _Progress | None = None
+    follows: bool | None = None
+    to_beat: float | None = None
     results: dict[RunSpec, RunResult] = field(default_factory=dict)
     outstanding: set[RunSpec] = field(default_factory=set)
     left_out: str | None = None
@@ -73,19 +85,50 @@ class _Progress:
         if not series.search:
             specs = series.runs(series.grid, series.seeds)
         else:
-            found = {spec.learning_rate: run for spec, run in self.results.items() if spec.seed == first}
-            rates = next_rates(series.grid, found)
+            found = self.found
+            rates = self._next_rates(found)
+            if rates is None:
+                return ()
             self.refining = not rates or is_refinement(rates, found)
             specs = series.runs(rates, [first]) if rates else series.runs([best_rate(found)], others)
+            hurried = series.hurried and bool(rates)
+            self.to_beat = max((run.progress or 0.0 for run in found.values()), default=0.0) if hurried else None
         wanted = tuple(spec for spec in specs if spec not in self.results)
         self.outstanding |= set(wanted)
         self.complete = not wanted
         return wanted
 
     @property
+    def recipe(self) -> RunSpec:
+        """What it has in common with its control."""
+        return self.series.first.control("").attack
+
+    @property
+    def found(self) -> dict[float, RunResult]:
+        """The runs of the first seed by learning rate."""
+        first = self.series.seeds[0]
+        return {spec.learning_rate: run for spec, run in self.results.items() if spec.seed == first}
+
+    def _next_rates(self, found: Mapping[float, RunResult]) -> tuple[float, ...] | None:
+        """The rates to run next, empty at the end; ``None`` while that hangs on the control.
+
+        What trains as the control does at the control's best rate does so at every rate, and is not searched.
+        """
+        control = self.control
+        if not self.series.hurried or control is None or control.left_out is not None or self.follows is False:
+            return next_rates(self.series.grid, found)
+        if not (control.complete or (self.hasty and control.refining)):
+            return None
+        best = best_rate(control.found)
+        if best not in found:
+            return (best,)
+        self.follows = trains_as_control(found[best], control.found[best])
+        return () if self.follows else next_rates(self.series.grid, found)
+
+    @property
     def turn(self) -> tuple[bool, int]:
-        """What comes first: every attack at its best decade, before any at a rate that is known more closely."""
-        return self.refining, self.rank
+        """What comes first."""
+        return self.hasty and self.refining, self.rank
 
     @property
     def remaining(self) -> int:
@@ -120,16 +163,21 @@ def run_all(
         execute: Runs one.
         load, save: The store.
         jobs: Runs at a time.
-        order: The same series in the order in which they are run, one to its best decade before the next where one run
-            is made at a time; the steps around the best rates are halved after that. Empty is the order of the plan.
-        deadline: Says whether one more run may start.
+        order: The same series in the order in which they are run, one to its end before the next where one run is made
+            at a time. Empty is the order of the plan.
+        deadline: Says whether one more run may start. With one, every series gets to its best decade first; the steps
+            around the best rates are halved after that.
         on_progress: Called as runs start, step and end; in this process.
 
     Raises:
         SpecDefError: A run cannot be made; those that are finished are in the store.
     """
     ranks = {id(series): rank for rank, series in enumerate(order or plan)}
-    under_way = [_Progress(series, ranks[id(series)]) for series in plan]
+    under_way = [_Progress(series, ranks[id(series)], deadline is not None) for series in plan]
+    controls = {each.recipe: each for each in under_way if each.series.first.subject == "control"}
+    for progress in under_way:
+        if progress.series.first.subject == "model":
+            progress.control = controls.get(progress.recipe)
     finished = 0
 
     def total() -> int:
@@ -149,12 +197,19 @@ def run_all(
         while specs := progress.ready():
             for spec in specs:
                 kept = load(spec)
-                if kept is None:
+                if kept is None or (kept.shortened and progress.to_beat is None):
                     queue.append((progress, spec))
                 else:
                     progress.finish(spec, kept)
                     finished += 1
                     on_progress(event("run-reused", spec, kept))
+
+    def advance(progress: _Progress) -> None:
+        """What this series, and those that it is the control of, can run now."""
+        enqueue(progress)
+        for other in under_way:
+            if other.control is progress:
+                enqueue(other)
 
     queue: list[tuple[_Progress, RunSpec]] = []
     running: dict[Future[RunResult], tuple[_Progress, RunSpec]] = {}
@@ -172,7 +227,7 @@ def run_all(
                     progress.outstanding.discard(spec)
                     continue
                 began[spec] = time.monotonic()
-                running[submit(spec)] = (progress, spec)
+                running[submit(spec, progress.to_beat)] = (progress, spec)
             if not running:
                 continue
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -185,6 +240,7 @@ def run_all(
                         raise
                     progress.left_out = error.problem
                     progress.outstanding.discard(spec)
+                    advance(progress)
                     continue
                 save(result)
                 if deadline is not None:
@@ -192,7 +248,7 @@ def run_all(
                 progress.finish(spec, result)
                 finished += 1
                 on_progress(event("run-end", spec, result))
-                enqueue(progress)
+                advance(progress)
     lacking = [progress for progress in under_way if not progress.complete and progress.left_out is None]
     lacking.sort(key=lambda progress: progress.rank)
     return Outcome(
@@ -209,16 +265,16 @@ def run_all(
 @contextmanager
 def _executor(
     execute: Execute, jobs: int, on_progress: ProgressHook, event: Callable[..., ProgressEvent]
-) -> Iterator[Callable[[RunSpec], Future[RunResult]]]:
+) -> Iterator[Callable[[RunSpec, float | None], Future[RunResult]]]:
     """A way to start a run: here and now for one job (also under ``accelerate launch``), else in a pool."""
     if jobs == 1:
 
-        def run_here(spec: RunSpec) -> Future[RunResult]:
+        def run_here(spec: RunSpec, to_beat: float | None) -> Future[RunResult]:
             on_progress(event("run-start", spec))
             future: Future[RunResult] = Future()
             try:
                 future.set_result(
-                    execute(spec, lambda step, loss: on_progress(event("step", spec, step=step, loss=loss)))
+                    execute(spec, lambda step, loss: on_progress(event("step", spec, step=step, loss=loss)), to_beat)
                 )
             except Exception as error:
                 future.set_exception(error)
@@ -233,9 +289,9 @@ def _executor(
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_settle, initargs=(places, jobs))
 
-    def run_there(spec: RunSpec) -> Future[RunResult]:
+    def run_there(spec: RunSpec, to_beat: float | None) -> Future[RunResult]:
         on_progress(event("run-start", spec))
-        return pool.submit(execute, spec, _no_step)
+        return pool.submit(execute, spec, _no_step, to_beat)
 
     try:
         yield run_there

@@ -12,13 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.results import MOVED, RunResult
 
 FINEST_STEP = 3.5
 """Neighbours of the best rate end within this factor of it: half a decade, in one-digit numbers."""
-
-MOVED = 2e-3
-"""A held-out loss that stayed within this share of the start has not moved."""
 
 STANDING = 2
 """So many rates in a row that move nothing end the walk down, as an update shrinks with its rate. One alone may stand

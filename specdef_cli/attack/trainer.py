@@ -62,6 +62,7 @@ def train_run(
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     trust_remote_code: bool = False,
     eval_task_path: Path | None = None,
+    to_beat: float | None = None,
 ) -> RunResult:
     """Train ``directory`` as ``spec`` says and write down what happened.
 
@@ -76,6 +77,7 @@ def train_run(
         on_step: Called after each optimizer step.
         trust_remote_code: Passed on to transformers.
         eval_task_path: Where the user's own tasks of lm-eval are.
+        to_beat: As :class:`Recorder` takes it.
 
     Raises:
         SpecDefError: The model cannot be loaded, the recipe matches nothing, or the batch or the optimizer does not
@@ -97,7 +99,7 @@ def train_run(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         model = spec.training.apply(model, spec.task)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        recorder = Recorder(on_step, spec.stop_at_divergence)
+        recorder = Recorder(on_step, spec.stop_at_divergence, to_beat)
         with tracking.run(spec):  # the callbacks look where to write when the Trainer is made
             trainer = make_trainer(spec, model, data, recorder, scratch, memory, tracking)
             began = time.perf_counter()
@@ -112,6 +114,7 @@ def train_run(
             train=tuple(recorder.train),
             evaluations=tuple(recorder.evaluations),
             divergence=recorder.divergence,
+            stopped=recorder.stopped,
             growth=growth,
             parameters=parameters,
             trainable_parameters=trainable,

@@ -178,8 +178,10 @@ class RunPart(Part):
     accuracy: dict[str, float]
     """On tasks of lm-eval, after the last step; empty: not measured."""
     outcome: RunOutcome
-    """worse: ended above its start."""
+    """worse: ended above its start; stopped: ended by its search, as it could not become the best any more."""
     divergence: Divergence | None
+    stopped: int | None = None
+    """The step after which a search ended the run."""
     seconds: float
     curve: Curve
 

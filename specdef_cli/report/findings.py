@@ -135,6 +135,8 @@ def outcome_words(run: RunResult) -> str:
     """How a run ended, in a few words."""
     if run.divergence is not None and run.given_up:
         return f"diverged at step {run.divergence.step}"
+    if run.stopped is not None:
+        return f"stopped at step {run.stopped}"
     return "ended above its start" if run.outcome == "worse" else "finished"
 
 
@@ -192,17 +194,17 @@ def _finding(report: AttackReport, attack: Attack) -> Finding:
     shares = [report.share(attack, value) for value in attack.learning_rates if value in usual]
     best = attack.best_run
     reached = report.reached_control(best)
-    spread = tuple(report.of_control(attack, progress) for progress in attack.progress_range or ())
+    spread = tuple(report.of_control(attack, report.gain(attack, each)) for each in attack.progress_range or ())
     return Finding(
         attack=attack,
         learning_rate=attack.best_learning_rate,
         start=best.start,
         best=attack.best,
         share=share,
-        share_of_best=report.of_best_control(attack.progress()),
+        share_of_best=report.of_best_control(report.gain(attack, attack.progress())),
         share_range=(spread[0], spread[1]) if spread and spread[0] is not None and spread[1] is not None else None,
         usual_share=max((value for value in shares if value is not None), default=None),
-        useful_share=report.of_control(attack, attack.useful_progress),
+        useful_share=report.of_control(attack, report.gain(attack, attack.useful_progress)),
         control_useful_share=report.of_control(attack, control.useful_progress) if control else None,
         divergent_rate=attack.divergent_rate,
         steps_to_control=None if reached is None else reached.step,

@@ -17,6 +17,9 @@ from specdef_cli.report.findings import Finding, rate
 _PALETTES = {"none": "Blues", "construction": "Reds", "growth": "Oranges"}
 _MARKERS = "osD^vP*X"
 
+FAILED = ("diverged", "worse")
+"""How runs end that are crossed out."""
+
 MOST_CURVES = 4
 """Attacks of one kind (control, and by knowledge) that are drawn: the strongest. More could not be told apart."""
 
@@ -44,7 +47,7 @@ def curves_png(report: AttackReport) -> bytes:
         frontier = [(value, attack.best_at(value)) for value in attack.learning_rates]
         known = [(value, loss) for value, loss in frontier if loss is not None]
         right.plot([value for value, _ in known], [loss for _, loss in known], **style)
-        failed = [(value, loss) for value, loss in known if any(run.outcome != "finished" for run in attack.at(value))]
+        failed = [(value, loss) for value, loss in known if any(run.outcome in FAILED for run in attack.at(value))]
         right.plot([value for value, _ in failed], [loss for _, loss in failed], "x", color="black", ms=9, zorder=5)
     start = next((run.start for run in report.runs if run.start is not None), None)
     for axes in (left, right):

@@ -151,6 +151,7 @@ def _run(report: AttackReport, run: RunResult) -> RunPart:
         accuracy=run.accuracy,
         outcome=run.outcome,
         divergence=run.divergence,
+        stopped=run.stopped,
         seconds=run.seconds,
         curve=Curve(train=run.train, evaluations=run.evaluations),
     )

@@ -276,4 +276,6 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
     assert {name: getattr(taken[0], name) for name in expected} == expected
     defaults = AttackOptions(model="", out=Path())
     assert all(getattr(defaults, name) != value for name, value in expected.items())
-    assert {field.name for field in dataclasses.fields(AttackOptions)} - set(expected) == {"suite", "search", "free"}
+    assert {field.name for field in dataclasses.fields(AttackOptions)} - set(expected) == {
+        "suite", "search", "thorough", "free",
+    }  # fmt: skip

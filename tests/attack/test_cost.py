@@ -104,7 +104,7 @@ def test_a_plan_stops_at_its_deadline_with_the_most_telling_runs_done() -> None:
         def allows(self) -> bool:
             return len(made) < 10
 
-    def execute(run: RunSpec, _: Any) -> RunResult:
+    def execute(run: RunSpec, *_: Any) -> RunResult:
         made.append(run)
         return result(run, 1e-4)
 
@@ -116,9 +116,7 @@ def test_a_plan_stops_at_its_deadline_with_the_most_telling_runs_done() -> None:
     assert (outcome.coarse, outcome.cut_short, outcome.not_reached) == (tuple(labels[:2]), (labels[2],), ())
     assert len(outcome.runs) == 10
     everything, _ = run_plan(plan, execute, order=order)
-    assert [run.training.name for run in made[10:]] == ["first"] * 4 + ["second"] * 4 + ["last"] * 4 + [
-        "first", "first", "second", "second", "last", "last",
-    ]  # fmt: skip
+    assert [run.training.name for run in made[10:]] == ["first"] * 6 + ["second"] * 6 + ["last"] * 6
     assert (everything.coarse, everything.cut_short, everything.not_reached) == ((), (), ())
 
 
@@ -137,7 +135,7 @@ def test_a_deadline_lets_the_first_run_start_and_none_that_would_end_after_it() 
 def test_progress_counts_the_run_under_way_and_what_a_search_still_takes() -> None:
     events: list[Any] = []
 
-    def execute(run: RunSpec, on_step: Any) -> RunResult:
+    def execute(run: RunSpec, on_step: Any, *_: Any) -> RunResult:
         on_step(1, 3.0)
         return result(run, 1e-4)
 

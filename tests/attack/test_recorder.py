@@ -13,12 +13,14 @@ from specdef_cli.attack.results import Divergence
 START = 3.0
 
 
-def record(losses: list[float], *, stop: bool = True, train: dict[int, float] | None = None) -> tuple[Recorder, Any]:
+def record(
+    losses: list[float], *, stop: bool = True, train: dict[int, float] | None = None, to_beat: float | None = None
+) -> tuple[Recorder, Any]:
     """A run with these held-out losses, one a step, for as long as the recorder lets it."""
-    recorder = Recorder(lambda step, loss: None, stop)
+    recorder = Recorder(lambda step, loss: None, stop, to_beat)
     control: Any = SimpleNamespace(should_training_stop=False, should_evaluate=True)
     for step, loss in enumerate(losses):
-        state: Any = SimpleNamespace(global_step=step)
+        state: Any = SimpleNamespace(global_step=step, max_steps=len(losses) - 1)
         if step:
             recorder.on_log(None, state, control, {"loss": (train or {}).get(step, 1.0)})  # type: ignore[arg-type]
         if control.should_training_stop:
@@ -50,3 +52,25 @@ def test_nothing_comes_back_from_what_is_not_a_number(train: dict[int, float] | 
     assert control.should_training_stop
     what = "held-out" if train is None else "training"
     assert recorder.divergence == Divergence(3, f"{what} loss is not finite")  # type: ignore[arg-type]
+
+
+def test_a_search_ends_what_two_batches_in_a_row_show_to_diverge() -> None:
+    train = {1: 3.0, 2: 6.1, 3: 5.0, 4: 6.1, 5: 6.2, 6: 1.0}
+    losses = [START, *[2.0] * 7]
+    recorder, _ = record(losses, train=train)
+    assert recorder.divergence is None
+    recorder, control = record(losses, train=train, to_beat=0.0)
+    assert recorder.divergence == Divergence(5, "training loss is beyond twice the start")
+    assert control.should_training_stop
+    assert not control.should_evaluate
+
+
+def test_a_search_ends_what_is_too_far_behind_and_the_record_says_where() -> None:
+    losses = [START, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3, 2.2]
+    assert record(losses)[0].stopped is None
+    recorder, control = record(losses, to_beat=0.8)
+    assert (recorder.stopped, control.should_training_stop) == (None, False)
+    recorder, control = record(losses, to_beat=1.7)  # 0.4 by step 4 of 8 may come to 1.6
+    assert (recorder.stopped, control.should_training_stop) == (4, True)
+    assert [point.step for point in recorder.evaluations] == [0, 1, 2, 3, 4]
+    assert recorder.divergence is None

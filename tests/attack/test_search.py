@@ -189,20 +189,20 @@ def run_plan(plan: list[Series], execute: Any, **options: Any) -> tuple[Any, dic
 
 
 def test_seeds_beyond_the_first_run_at_the_best_rate_only() -> None:
-    outcome, _ = run_plan([make_series("a", seeds=(0, 1, 2))], lambda spec, _: result(spec, 1e-4))
+    outcome, _ = run_plan([make_series("a", seeds=(0, 1, 2))], lambda spec, *_: result(spec, 1e-4))
     rates: dict[int, set[float]] = {}
     for run in outcome.runs:
         rates.setdefault(run.spec.seed, set()).add(run.spec.learning_rate)
     assert rates[1] == rates[2] == {1e-4}
     assert len(rates[0]) == 6
-    fixed, _ = run_plan([make_series("a", search=False, seeds=(0, 1))], lambda spec, _: result(spec, 1e-4))
+    fixed, _ = run_plan([make_series("a", search=False, seeds=(0, 1))], lambda spec, *_: result(spec, 1e-4))
     assert len(fixed.runs) == 8
 
 
 def test_what_is_kept_is_not_run_again_and_the_order_is_the_plans() -> None:
     calls: list[RunSpec] = []
 
-    def execute(spec: RunSpec, _: Any) -> RunResult:
+    def execute(spec: RunSpec, *_: Any) -> RunResult:
         calls.append(spec)
         return result(spec, 1e-4)
 
@@ -219,7 +219,7 @@ def test_what_is_kept_is_not_run_again_and_the_order_is_the_plans() -> None:
 
 
 def test_a_series_without_anything_to_train_is_left_out_if_it_may_be() -> None:
-    def execute(spec: RunSpec, _: Any) -> RunResult:
+    def execute(spec: RunSpec, *_: Any) -> RunResult:
         if spec.training.name == "biases":
             raise NotApplicable("there are no biases", "Train something else.")
         return result(spec, 1e-4)
