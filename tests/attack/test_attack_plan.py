@@ -277,5 +277,5 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
     defaults = AttackOptions(model="", out=Path())
     assert all(getattr(defaults, name) != value for name, value in expected.items())
     assert {field.name for field in dataclasses.fields(AttackOptions)} - set(expected) == {
-        "suite", "search", "thorough", "free",
+        "suite", "search", "thorough", "free", "manifest",
     }  # fmt: skip
