@@ -26,7 +26,7 @@ def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) ->
     Raises:
         SpecDefError: transformers does not know the model type, or the config is invalid.
     """
-    if checkpoint.library is DIFFUSERS:
+    if not checkpoint.library.has_model_types:
         return checkpoint.config
     try:
         return transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)

@@ -17,7 +17,6 @@ from specdef_cli.architectures.scalable import ScalableSite, scalable_sites
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.library import DIFFUSERS
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, Profile, ScaledModule, Schedule
 from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
@@ -190,7 +189,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     }
     layers |= {module.module: scaled_spec(module) for module in scaled}
     config = dict(checkpoint.config)
-    if checkpoint.library is not DIFFUSERS:  # whose configs name no dtype
+    if checkpoint.library.names_dtype:
         config = _with_dtype(config, options.dtype)
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in inserted}
     changed |= {part.tensor for module in scaled for part in module.slices}

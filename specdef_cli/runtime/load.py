@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from specdef_cli.checkpoint.library import DIFFUSERS, diffusers_missing, library_of
+from specdef_cli.checkpoint.library import diffusers_missing, library_of
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError
 from specdef_cli.runtime.register import register
@@ -61,7 +61,7 @@ def load_model(
     if not (path / "config.json").is_file():
         raise SpecDefError(f"{directory} has no config.json", "Give a directory with a checkpoint.")
     try:
-        if library_of(json.loads((path / "config.json").read_text(encoding="utf-8"))) is DIFFUSERS:
+        if not library_of(json.loads((path / "config.json").read_text(encoding="utf-8"))).has_model_types:
             return _load_denoiser(path, dtype=None if dtype == "auto" else dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = _model_class(path, config, auto_class, trust_remote_code)

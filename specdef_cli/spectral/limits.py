@@ -11,8 +11,8 @@ import math
 
 import torch
 
-from specdef_cli.checkpoint.manifest import Gauge
 from specdef_cli.errors import SpecDefError
+from specdef_cli.spectral.gauges import Gauge
 
 # A relative error of y = C(W~x) above this is a different function, not rounding: bfloat16 weights alone give 2e-3.
 RECONSTRUCTION_TOLERANCE = 1e-2

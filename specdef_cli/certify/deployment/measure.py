@@ -28,7 +28,7 @@ from specdef_cli.certify.deployment.tools import PROGRAMS, missing
 from specdef_cli.certify.deployment.trial import NotApplicableError, Trial, first_line, load, next_token_loss
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.verify import fixed_inputs
+from specdef_cli.runtime.fixed_batch import fixed_inputs
 
 
 def measure_deployment(
