@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, diffusers_missing
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line
 
 DIFFUSION_MODELS = ("UNet2DConditionModel",)
 """The classes of diffusers that can be hardened."""
@@ -96,9 +96,8 @@ def _building(name: str, library: Library) -> Iterator[None]:
     except SpecDefError:
         raise
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise SpecDefError(
-            f"{name} cannot be built from this config.json: {first_line}",
+            f"{name} cannot be built from this config.json: {first_line(error)}",
             f"Check that config.json belongs to this checkpoint and that {library.name} supports the model.",
         ) from error
 

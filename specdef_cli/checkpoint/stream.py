@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.headers import SAFETENSORS_DTYPES
 from specdef_cli.checkpoint.reader import Checkpoint, ResumableError
 from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
@@ -134,16 +135,6 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file, as hexadecimal digits."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is on disk, whole, when this returns, or not there at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 class _ShardFile:

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from specdef_cli.checkpoint.companions import carry_over
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve_hardened
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
-from specdef_cli.checkpoint.stream import Progress, write_durably
+from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.card import collapsed_card
 from specdef_cli.hardening.execute import published, write_json
 from specdef_cli.hardening.fold import fold_groups, inverse

@@ -21,6 +21,7 @@ from specdef_cli.checkpoint.manifest import FoldedPair, Method, Profile, ScaledM
 from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import FOLDED_KINDS, fold_groups, fold_pairs
 from specdef_cli.hardening.insert import InsertLayer
@@ -35,7 +36,6 @@ from specdef_cli.spectral.limits import check_alpha
 
 DEFAULT_ALPHA = 1e4
 DEFAULT_TOP_K = 25
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 QUANTIZABLE_LIMIT = (
     "The quantizable profile slows queries and keys that are trained alone, and nothing else: in formats that quantize "
     "activations in blocks, whatever trains a block trains at one rate."
@@ -217,7 +217,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
         method=method,
         schedule=options.schedule or ("constant" if inserted else "staircase"),
         profile=profile if folded else None,
-        dtype=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        dtype=", ".join(sorted(dtype_name(dtype) for dtype in dtypes)),
         inserted=inserted,
         folded=folded,
         scaled=scaled,

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from specdef_cli import __version__
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.destination import require_manifest_place
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, BaseModel, InsertedLayer, Manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
-from specdef_cli.checkpoint.stream import Progress, write_durably
+from specdef_cli.checkpoint.stream import Progress
+from specdef_cli.dtypes import DTYPES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.execute import Written, published, write_json
@@ -179,7 +179,7 @@ def _verification(checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOp
         max(plan.nbytes, checkpoint.nbytes),
         exact=not plan.inserted,
         logits=checkpoint.library.has_logits,
-        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
         device=options.device,
         trust_remote_code=options.trust_remote_code,
     )

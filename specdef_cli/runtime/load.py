@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from specdef_cli.checkpoint.library import diffusers_missing, library_of
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError
 from specdef_cli.runtime.register import register
 
@@ -79,8 +79,7 @@ def load_model(
     except Exception as error:
         # Unknown model types, damaged files, tensors of another shape, code that may not run: transformers raises
         # anything from OSError to what its libraries raise.
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SpecDefError(f"{directory} cannot be loaded: {reason}", _hint(path)) from error
+        raise SpecDefError(f"{directory} cannot be loaded: {first_line(error)}", _hint(path)) from error
 
 
 def _load_denoiser(path: Path, **kwargs: Any) -> Any:
@@ -116,9 +115,8 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
             try:
                 return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)
             except Exception as error:  # tokenizers raises plain ones
-                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 raise SpecDefError(
-                    f"the tokenizer or image processor in {directory} cannot be loaded: {reason}",
+                    f"the tokenizer or image processor in {directory} cannot be loaded: {first_line(error)}",
                     "Copy the files of the base model over it.",
                 ) from error
     return None
