@@ -112,7 +112,7 @@ def locate(model: str, revision: str | None, token: str | None) -> Resolved | tu
                 token=token,
                 ignore_patterns=IGNORED_DOWNLOADS,
                 dry_run=True,
-                tqdm_class=_Unseen,
+                tqdm_class=_HiddenBar,
             )
         except DryRunError:  # the Hub cannot be asked: the cache may have it nevertheless
             files = []
@@ -180,7 +180,7 @@ def resolved(commit: Commit) -> Resolved:
     return Resolved(commit.directory, commit.repository, commit.revision or "main", commit.sha)
 
 
-class _Unseen(tqdm):
+class _HiddenBar(tqdm):
     """A bar for looking only."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

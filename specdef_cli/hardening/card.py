@@ -61,11 +61,11 @@ def _repository_card(card: str) -> RepoCard:
 
 def section(manifest: Manifest, left_alone: Sequence[str], library: Library) -> str:
     """The section on SpecDef: what was changed, what it costs, what it does not resist."""
-    parts = (_what(manifest), _limit(manifest, left_alone, library), _loading(manifest, library))
+    parts = (_changes(manifest), _limit(manifest, left_alone, library), _loading(manifest, library))
     return "\n\n".join((HEADING, *("\n".join(lines) for lines in parts)))
 
 
-def _what(manifest: Manifest) -> Sequence[str]:
+def _changes(manifest: Manifest) -> Sequence[str]:
     origin = (manifest.base.hub_name or "the base model") + (
         f" at {manifest.base.commit}" if manifest.base.commit else ""
     )

@@ -26,6 +26,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Before our own module, which it registers as soon as it is there (register.py): not while that is half imported.
+    # A cycle: configuration_specdef imports transformers.quantizers.auto, whose callback (register.py) imports
+    # configuration_specdef. With the former imported first, the callback finds the latter whole.
     importlib.import_module("transformers.quantizers.auto")
     return getattr(importlib.import_module(_HOMES[name]), name)
