@@ -34,8 +34,7 @@ from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.tasks import auto_class
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.configuration_specdef import SpecDefLinear, SpecDefScaled
-from specdef_cli.runtime.load import load_model, load_tokenizer
+from specdef_cli.runtime import SpecDefLinear, SpecDefScaled, load_model, load_tokenizer
 from specdef_cli.runtime.processes import process_state
 
 

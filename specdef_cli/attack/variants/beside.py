@@ -27,7 +27,7 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.inserted_layers import count_parameters
 from specdef_cli.errors import first_line
-from specdef_cli.runtime.configuration_specdef import SpecDefScaled
+from specdef_cli.runtime import SpecDefScaled
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 

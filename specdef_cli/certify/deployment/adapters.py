@@ -25,8 +25,7 @@ from specdef_cli.checkpoint.manifest import is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import first_line
-from specdef_cli.runtime import SpecDefLinear
-from specdef_cli.runtime.configuration_specdef import SpecDefScaled
+from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
 from specdef_cli.spectral.subspace import layer_seed
 
 RANK = 8
