@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import pydoc_data.topics
+import resource
 import shutil
 import sys
 import time
@@ -41,8 +42,8 @@ from specdef_cli.certify.deployment import (
 )
 from specdef_cli.certify.deployment.measure import is_causal
 from specdef_cli.certify.deployment.tools import missing
-from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.stream import write_durably
 from specdef_cli.cli.startup import quiet_engines
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.runtime import load_tokenizer
@@ -186,8 +187,7 @@ def outcome(trial: Trial, name: str, bench: Bench) -> Outcome:
     """A cell: the one that is kept, or measured in a process of its own unless it is too late for that."""
     path = bench.cells / f"{key(trial, name)}.json"
     if not path.is_file():
-        start = time.monotonic()
-        if start >= bench.last_start:
+        if time.monotonic() >= bench.last_start:
             return Outcome("skipped", note=UNFINISHED)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["specdef_cli.certify.deployment"])
@@ -202,10 +202,6 @@ def outcome(trial: Trial, name: str, bench: Bench) -> Outcome:
             how = f"crashed (signal {-process.exitcode})" if (process.exitcode or 0) < 0 else "failed"
             # Not kept: memory may have been short, and the next run finds out.
             return Outcome("refused", note=f"the process {how}")
-        print(
-            f"{trial.directory.name} {name}: {path.read_text()} {time.monotonic() - start:.0f} s",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
     return Outcome(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -214,6 +210,9 @@ def measured(trial: Trial, name: str, path: Path) -> None:
     quiet_engines()
     found = measure_format(trial, name)
     write_durably(path, json.dumps(asdict(found)))
+    usages = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    print(f"{trial.directory.name} {name}: {found}, {seconds:.0f} s of CPU", file=sys.stderr, flush=True)
 
 
 def key(trial: Trial, name: str) -> str:

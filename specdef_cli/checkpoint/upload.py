@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
+from specdef_cli.checkpoint.hub import first_line
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, is_hardened, read_manifest
-from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.errors import SpecDefError
 
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 

@@ -30,8 +30,7 @@ from specdef_cli.sizes import parse_size
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-    from specdef_cli.hardening.preview import PlanPreview
-    from specdef_cli.hardening.run import HardenResult
+    from specdef_cli.hardening.run import HardenResult, PlanPreview
 
 
 @takes(HardenOptions)
@@ -89,8 +88,7 @@ def harden_command(
     from specdef_cli.checkpoint.stream import Progress
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
     from specdef_cli.hardening.plan import HardeningPlan
-    from specdef_cli.hardening.preview import preview
-    from specdef_cli.hardening.run import harden
+    from specdef_cli.hardening.run import harden, preview
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)

@@ -106,8 +106,7 @@ def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
     more = [f"{len(left) - MOST_NAMES} more"] if len(left) > MOST_NAMES else []
     if left:
         lines.append(f"leaves these, which train as before: {', '.join(left[:MOST_NAMES] + more)}")
-    if summary.lost:
-        lines.append(f"does not survive: {', '.join(summary.lost)}")
+    lines.append(f"does not survive: {', '.join(summary.lost)}")
     added = "no parameter added"
     if summary.parameters_added:
         grown = summary.bytes_after - summary.bytes_before

@@ -9,11 +9,11 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import RepoCard
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from specdef_cli.checkpoint.library import TRANSFORMERS, Library
+from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.extras import INSTALLATION
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
-from specdef_cli.hardening.lost_formats import lost_formats
+from specdef_cli.hardening.lost_formats import lost_formats, serving_advice
 
 HEADING = "## SpecDef"
 
@@ -61,11 +61,11 @@ def _repository_card(card: str) -> RepoCard:
 
 def section(manifest: Manifest, left_alone: Sequence[str], library: Library) -> str:
     """The section on SpecDef: what was changed, what it costs, what it does not resist."""
-    parts = (_changes(manifest), _limit(manifest, left_alone, library), _loading(manifest, library))
+    parts = (_what(manifest), _limit(manifest, left_alone, library), _loading(manifest, library))
     return "\n\n".join((HEADING, *("\n".join(lines) for lines in parts)))
 
 
-def _changes(manifest: Manifest) -> Sequence[str]:
+def _what(manifest: Manifest) -> Sequence[str]:
     origin = (manifest.base.hub_name or "the base model") + (
         f" at {manifest.base.commit}" if manifest.base.commit else ""
     )
@@ -146,7 +146,7 @@ def _limit(manifest: Manifest, left_alone: Sequence[str], library: Library) -> S
     around = around_pairs if manifest.inserted else ""
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
-    if not library.is_attacked:
+    if library is DIFFUSERS:
         left_alone = (*left_alone, "convolutions")  # no construction reaches them
         measure = "No attack was measured on this very checkpoint."
     free = f"Trained alone as fast as before: {', '.join(left_alone)}. " if left_alone else ""
@@ -158,15 +158,15 @@ def _limit(manifest: Manifest, left_alone: Sequence[str], library: Library) -> S
 
 def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
     lost = lost_formats(manifest.folded, inserted=bool(manifest.inserted or manifest.scaled))
-    dtype = f" Run it in float32 or bfloat16. It does not survive: {', '.join(lost)}." if lost else ""
+    advice = serving_advice(lost)
     if not manifest.inserted and not manifest.scaled:
-        return [f"It is an ordinary checkpoint of its architecture, for every loader of the base.{dtype}"]
-    if not library.runs_code:
+        return [f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"]
+    if library is DIFFUSERS:
         return [
             "Load it, alone or in the place of the base in its pipeline, with diffusers "
-            f"installed, after {INSTALLATION} and `import specdef_cli`; without that, diffusers refuses it.{dtype}"
+            f"installed, after {INSTALLATION} and `import specdef_cli`; without that, diffusers refuses it. {advice}"
         ]
     return [
         "Load it with `trust_remote_code=True` (the code is `configuration_specdef.py` in this repository), or without "
-        f"after {INSTALLATION} and `import specdef_cli`.{dtype}"
+        f"after {INSTALLATION} and `import specdef_cli`. {advice}"
     ]

@@ -5,6 +5,8 @@ own in every format that is common today; columns share theirs, in the weight an
 that an inflated column takes its neighbours' digits. Measured with the real tools (docs/formats.md): a fold is garbage
 there without a message, but for llama.cpp's quantizer, which stops; where code comes with the model, llama.cpp and
 bitsandbytes stop before they begin, and float16 is garbage all the same.
+
+A merge adds the weights of two models: a scaled channel and its plain one give neither.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from specdef_cli.hardening.fold import CACHED_EXPONENT, CACHED_KINDS
 
 BLOCKS = ("float16 weights", "8- and 4-bit quantization (bitsandbytes, GGUF)", "float8")
 CACHE = "a float16 key/value cache (llama.cpp's default)"
+MERGES = "merging with models that are not hardened alike"
 
 
 def lost_formats(folded: Sequence[FoldedPair], *, inserted: bool) -> tuple[str, ...]:
@@ -26,11 +29,18 @@ def lost_formats(folded: Sequence[FoldedPair], *, inserted: bool) -> tuple[str, 
         inserted: Whether layers were replaced.
 
     Returns:
-        Names for a sentence; empty where none is known.
+        Names for a sentence.
     """
     rows_alone = all(pair.kind == "query_key" for pair in folded) and not _beyond_float16(folded)
     found = BLOCKS if inserted or not rows_alone else ()
-    return (*found, CACHE) if _beyond_float16(folded) else found
+    cache = (CACHE,) if _beyond_float16(folded) else ()
+    return (*found, *cache, MERGES)
+
+
+def serving_advice(lost: Sequence[str]) -> str:
+    """What :func:`lost_formats` found, in a sentence or two."""
+    dtype = "" if set(lost) <= {MERGES} else "Serve it in float32 or bfloat16. "
+    return f"{dtype}It does not survive: {', '.join(lost)}."
 
 
 def _beyond_float16(folded: Sequence[FoldedPair]) -> bool:

@@ -11,9 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.certify.deployment import FORMATS, Trial, measure_deployment, measure_format, token_batch
-from specdef_cli.certify.deployment.tools import missing
+from specdef_cli.certify.deployment.tools import LLAMA_CPP, missing
+from tests.commands import REPOSITORY, run_cli
+from tests.consumer_tables import TABLES, generator
 
-SMOLLM2 = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
+SMOLLM2 = REPOSITORY / "models" / "smollm2-135m-instruct"
+CONVERTED = REPOSITORY / "models" / "tools" / "llama.cpp"
+"""Where `make real-tools` puts llama.cpp's converter."""
+
 ENGINES = [
     name
     for name, row in FORMATS.items()
@@ -58,3 +63,37 @@ def test_an_engine_costs_the_base_little_and_sees_a_damaged_model(
     assert plain is not None
     assert figure.base == pytest.approx(plain, abs=0.5)  # four bits cost a model of this size up to 0.4 nats
     assert figure.status in {"broken", "refused"}, figure
+
+
+WAYS = {"fold": (), "quantizable": ("--profile", "quantizable")}
+"""Ways of hardening whose cells are measured again, by the name of their column in the table."""
+
+CELLS = [
+    (way, name)
+    for way in WAYS
+    for name in ("float32", "static-cache", "float16", "nf4", "torchao-int8", "gguf-f32", "gguf-f16/converter", "merge")
+]
+
+
+@pytest.fixture(scope="module")
+def hardened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model hardened by the command, each way."""
+    root = tmp_path_factory.mktemp("hardened")
+    for way, options in WAYS.items():
+        done = run_cli("harden", SMOLLM2, "--method", "fold", *options, "--out", root / way, "--quiet")
+        assert done.code == 0, done.stderr
+    return {way: root / way for way in WAYS}
+
+
+@pytest.mark.parametrize(("way", "name"), CELLS)
+def test_a_cell_of_the_table_comes_out_as_it_stands_there(
+    way: str, name: str, hardened: dict[str, Path], tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if CONVERTED.is_dir():
+        monkeypatch.setenv(LLAMA_CPP, str(CONVERTED))
+    row = FORMATS[name]
+    if missing(row.tool):
+        pytest.skip(missing(row.tool))
+    table = generator("consumers").read_table((TABLES / f"consumers-{SMOLLM2.name}.md").read_text(encoding="utf-8"))
+    figure = measure_deployment(SMOLLM2, hardened[way], tokens[:, :128], [name])[0]
+    assert figure.verdict == table.verdicts[row.tool, row.description][way], figure

@@ -210,7 +210,8 @@ def test_a_staircase_is_the_default_and_the_card_says_what_holds(llama: Path, tm
     card = (out / "README.md").read_text()
     assert "bit for bit" in card
     assert "rebalancing" in card
-    assert "does not survive" not in card
+    assert "It does not survive: merging with models that are not hardened alike.\n" in card
+    assert "float32 or bfloat16" not in card
     assert "compensation" not in card
     free = card.partition("as fast as before: ")[2].partition(".  ")[0]
     assert all(name in free for name in ("lm_head", "model.embed_tokens", "mlp.down_proj", "self_attn.v_proj"))
@@ -235,12 +236,15 @@ def test_the_bfloat16_profile_reaches_further_and_says_what_that_costs(llama: Pa
 
 def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_path: Path) -> None:
     for options, lost in (
-        (("--method", "fold"), "float16 weights, 8- and 4-bit quantization (bitsandbytes, GGUF), float8."),
+        (("--method", "fold"), "float16 weights, 8- and 4-bit quantization (bitsandbytes, GGUF), float8, merging "),
         (
             ("--method", "insert", "--top-k", "4"),
-            "float16 weights, 8- and 4-bit quantization (bitsandbytes, GGUF), float8.",
+            "float16 weights, 8- and 4-bit quantization (bitsandbytes, GGUF), float8, merging ",
         ),
-        (("--schedule", "constant", "--alpha", "1024"), "float8, a float16 key/value cache (llama.cpp's default)."),
+        (
+            ("--schedule", "constant", "--alpha", "1024"),
+            "float8, a float16 key/value cache (llama.cpp's default), merging ",
+        ),
     ):
         out = tmp_path / options[1]
         result = call_cli("harden", llama, "--out", out, *options)

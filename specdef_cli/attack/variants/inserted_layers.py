@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
+from specdef_cli.runtime import SpecDefLinear
+from specdef_cli.runtime.configuration_specdef import SpecDefScaled
 
 
 class GrownLayer(nn.Module):

@@ -1,1 +1,0 @@
-"""Tensor maths alone: subspaces, factorizations, eigenvalues, staircases, limits. Knows no checkpoint and no model."""

@@ -1,0 +1,117 @@
+"""Tables of what users' tools make of hardened models: the summary is counted from them, and ``harden`` agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from specdef_cli.hardening import lost_formats
+from tests.commands import REPOSITORY
+from tests.consumer_tables import generator, measured_tables
+
+consumers, readme = generator("consumers"), generator("readme")
+
+FIRST = """\
+one: nats a token, 8 tokens.
+
+| tool | what | base | fold | insert |
+|---|---|---|---|---|
+| transformers | float32 | 3.4 | kept: 3.4 | kept: 3.4 |
+| transformers | bfloat16 | 3.4 | degraded: 3.5 | kept: 3.4 |
+| transformers | float16 | 3.4 | broken, silently: not finite | kept (simulated): 3.4 |
+| llama.cpp | Q4_0 | 3.4 | refused | refused |
+
+What `harden` says that each does not survive:
+
+- fold: float16 weights; float8
+- insert: nothing
+
+Refused, or not measured:
+
+- llama.cpp, Q4_0, fold: no
+"""
+SECOND = """\
+two: nats a token, 8 tokens.
+
+| tool | what | base | fold |
+|---|---|---|---|
+| transformers | float32 | 2.4 | kept: 2.4 |
+| transformers | float16 | 2.4 | kept: 2.4 |
+
+What `harden` says that each does not survive:
+
+- fold: nothing
+"""
+
+
+def test_the_summary_counts_every_verdict_of_every_model() -> None:
+    tables = [consumers.read_table(text) for text in (FIRST, SECOND)]
+    assert tables[0].lost == {"fold": ("float16 weights", "float8"), "insert": ()}
+    assert tables[0].verdicts["transformers", "float16"] == {"fold": "broken, silently", "insert": "kept (simulated)"}
+    rows = [line for line in consumers.summary(tables).splitlines() if line.startswith("| transformers")]
+    assert [[cell.strip() for cell in row.strip("|").split("|")][2:] for row in rows] == [
+        ["kept 2, degraded 1 of 3", "kept (one alone)"],
+        ["kept 1, broken, silently 1 of 2", "kept (simulated) (one alone)"],
+    ]
+    assert "insert cannot be made of two." in consumers.summary(tables)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "# A page\n", FIRST.replace("| tool |", "| what |"), FIRST.replace("kept: 3.4 | kept", "fine: 3.4 | fine")],
+)
+def test_what_is_no_table(text: str) -> None:
+    with pytest.raises((ValueError, IndexError, StopIteration)):
+        consumers.read_table(text)
+
+
+def test_the_readme_has_the_summary_of_the_tables_that_are_here() -> None:
+    tables = measured_tables()
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    if not tables:
+        pytest.skip("`make real-consumers` was not run")
+    found = consumers.summary(consumers.read_table(path.read_text(encoding="utf-8")) for path in tables)
+    assert readme.with_table(text, "real-consumers", found) == text, "`make real-consumers` writes it"
+
+
+TRAINED = {
+    ("PEFT", "LoRA attached, trained, merged, reloaded"),
+    ("TRL", "SFTTrainer with its defaults, after 5 steps"),
+}
+"""Rows that train: to break there is what hardening is for."""
+
+
+def names(row: tuple[str, str]) -> str:
+    """The format that ``harden`` would name a row by."""
+    tool, what = row
+    if tool == "mergekit":
+        return lost_formats.MERGES
+    if what.startswith(("float16", "F16")):
+        return lost_formats.BLOCKS[0]
+    if tool == "bitsandbytes" or what.startswith(("Q", "int8", "int4")):
+        return lost_formats.BLOCKS[1]
+    if what.startswith("float8"):
+        return lost_formats.BLOCKS[2]
+    if tool == "llama.cpp" and "float32 cache" not in what:
+        return lost_formats.CACHE
+    return ""
+
+
+@pytest.mark.parametrize("path", measured_tables(), ids=lambda path: path.stem)
+def test_harden_names_what_the_tools_did_not_keep(path: Path) -> None:
+    """Of every way and row: kept, or among what ``harden`` and the card say that it does not survive."""
+    table = consumers.read_table(path.read_text(encoding="utf-8"))
+    for row, verdicts in table.verdicts.items():
+        for way, verdict in verdicts.items():
+            if row not in TRAINED and verdict != "kept":
+                assert names(row) in table.lost[way], (path.stem, row, way, verdict)
+
+
+@pytest.mark.parametrize("path", measured_tables(), ids=lambda path: path.stem)
+def test_harden_names_nothing_that_the_tools_kept(path: Path) -> None:
+    table = consumers.read_table(path.read_text(encoding="utf-8"))
+    for way, lost in table.lost.items():
+        for name in lost:
+            verdicts = {verdicts[way] for row, verdicts in table.verdicts.items() if names(row) == name}
+            assert not verdicts or verdicts != {"kept"}, (path.stem, way, name)
