@@ -16,6 +16,9 @@ from specdef_cli.attack.variants.table import INFORMED, Variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import flag_of, option
 
+NO_RETAINED = "none"
+"""Leaves out what is measured on retained text."""
+
 
 @dataclass(frozen=True)
 class AttackOptions(Budget):

@@ -16,10 +16,9 @@ from specdef_cli.attack.data import Examples, load_data
 from specdef_cli.attack.data.encoders import CausalEncoder
 from specdef_cli.attack.data.forms import Text
 from specdef_cli.attack.data.tokens import stacked
-from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.options import NO_RETAINED, AttackOptions
 
 BUILTIN_NAME = "the source of Python's standard library"
-NONE = "none"
 
 SEQUENCES_OF_A_FILE = 2
 """So that the text is of many files, however few sequences are evaluated."""
@@ -34,7 +33,7 @@ def retained_sequences(options: AttackOptions, tokenizer: PreTrainedTokenizerBas
         SpecDefError: The data set that the options name cannot be read.
     """
     count = max(1, options.eval_sequences // 4)
-    if options.retained == NONE:
+    if options.retained == NO_RETAINED:
         return None
     if options.retained is not None:
         named = replace(

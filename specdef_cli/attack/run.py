@@ -39,6 +39,7 @@ from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive, writable_ancestor
+from specdef_cli.checkpoint.presence import no_base
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve, resolve_base, resolve_hardened
 from specdef_cli.durations import in_words
@@ -327,10 +328,7 @@ def _control(options: AttackOptions, directory: Path, manifest: Manifest | None)
     if options.control is not None:
         return str(options.control), resolve(str(options.control), token=options.token).directory
     if manifest is None:
-        raise SpecDefError(
-            f"{options.model} has no manifest that names its base, so there is nothing to compare it with",
-            "Name the undefended model with --control.",
-        )
+        raise no_base(options.model, "--control")
     found = resolve_base(manifest, directory, token=options.token, option="--control")
     return manifest.base.name, found.directory
 

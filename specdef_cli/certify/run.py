@@ -32,7 +32,13 @@ from specdef_cli.certify.certificate import (
     spectrum_claim,
 )
 from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curvature
-from specdef_cli.certify.deployment import DEFAULT_FORMATS, DeploymentFigure, measure_deployment, token_batch
+from specdef_cli.certify.deployment import (
+    DEFAULT_FORMATS,
+    DeploymentFigure,
+    measure_deployment,
+    require_formats,
+    token_batch,
+)
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.options import CertifyOptions
 from specdef_cli.certify.provenance import provenance
@@ -71,6 +77,8 @@ def certify(
     Raises:
         SpecDefError: A model cannot be read, the base is not known, or an option does not fit.
     """
+    formats = DEFAULT_FORMATS if options.formats is None else options.formats
+    require_formats(formats)
     hardened_model = _hardened(options)
     directory = hardened_model.directory
     manifest = read_manifest(directory)
@@ -96,7 +104,6 @@ def certify(
     on_progress("curvature")
     curvature, reason = _curvature(base_directory, directory, tokens, options)
     deployment: tuple[DeploymentFigure, ...] = ()
-    formats = DEFAULT_FORMATS if options.formats is None else options.formats
     if formats:
         deployment = measure_deployment(
             base_directory, directory, tokens, formats, device=options.device, trust_remote_code=trust,

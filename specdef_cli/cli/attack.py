@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.options import NO_RETAINED, AttackOptions
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
@@ -99,24 +99,16 @@ def attack_command(
     from specdef_cli.extras import require_extra
 
     require_extra("attack", "attacks")
-    from specdef_cli.attack.presence import require_data, require_models
-    from specdef_cli.durations import parse_duration
-
     # Before torch is imported, which takes longer than everything that can be wrong here.
-    limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
-    require_models(model, given.get("control"), "--control", manifest)
-    require_data(given.get("dataset"))
-    from rich.console import Group
-
-    from specdef_cli.attack import Forecast, attack, is_main_process, plan_attack
+    from specdef_cli.attack.presence import require_data
     from specdef_cli.attack.spellings import trainings_of, variants_of
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
-    from specdef_cli.cli.plan import plan_screen
-    from specdef_cli.report import attacks_table, report_dict, runs_table, summary, write_report
-    from specdef_cli.report.conditions import Condition
+    from specdef_cli.attack.tracking import require_trackers
+    from specdef_cli.checkpoint.presence import require_models
+    from specdef_cli.cli.conditions import Condition
+    from specdef_cli.durations import parse_duration
 
-    output = Output(as_json, quiet)
-    work_alone_if_stale(output)
+    limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
     conditions = [Condition.parse(text) for text in fail_if or []]
     flags = {
         "collapse": collapse, "rebalance": rebalance, "channel-rates": channel_rates,
@@ -150,6 +142,20 @@ def attack_command(
         token=token,
         trust_remote_code=trust_remote_code,
     )
+    require_models(model, given.get("control"), "--control", manifest)
+    require_data(options.dataset)
+    if options.retained != NO_RETAINED:
+        require_data(options.retained)
+    require_trackers(options.report_to)
+
+    from rich.console import Group
+
+    from specdef_cli.attack import Forecast, attack, is_main_process, plan_attack
+    from specdef_cli.cli.plan import plan_screen
+    from specdef_cli.report import attacks_table, report_dict, runs_table, summary, write_report
+
+    output = Output(as_json, quiet)
+    work_alone_if_stale(output)
     if dry_run:
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))

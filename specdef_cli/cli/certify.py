@@ -47,10 +47,11 @@ def certify_command(
     from rich.console import Group
     from rich.text import Text
 
-    from specdef_cli.attack.presence import require_models
+    from specdef_cli.checkpoint.presence import require_hardened, require_models
     from specdef_cli.errors import SpecDefError
 
     # Before torch is imported, which takes longer than everything that can be wrong here.
+    require_hardened(model, manifest)
     require_models(model, given.get("base"), "--base", manifest)
     for option in ("--text", "--attacks"):
         path = given.get(option.removeprefix("--"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from specdef_cli.checkpoint.destination import require_usable
+from specdef_cli.checkpoint.presence import require_hardened
 from specdef_cli.cli.options import Device, Json, Manifest, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
@@ -31,6 +32,7 @@ def collapse_command(
       specdef collapse org/name --manifest specdef.json --out original
     """
     options = CollapseOptions(model, out, manifest, parse_size(max_shard_size), device, revision, token, resume)
+    require_hardened(model, manifest)
     require_usable(out, model)
     prefer_huge_pages()
 

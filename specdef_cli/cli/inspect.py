@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specdef_cli.checkpoint.presence import require_model
 from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import work_alone_if_stale
@@ -42,6 +43,7 @@ def inspect_command(
 
       specdef inspect hardened --json
     """
+    require_model(model, manifest)
     from rich.console import Group
 
     from specdef_cli.hardening.survey import survey

@@ -55,9 +55,7 @@ def measure_deployment(
     Raises:
         SpecDefError: A format is unknown, or a directory holds no checkpoint.
     """
-    for name in formats:
-        if name not in FORMATS:
-            raise SpecDefError(f"there is no deployment format {name!r}", f"Choose from {', '.join(FORMATS)}.")
+    require_formats(formats)
     measured = tokens if is_causal(base) else None
     measure: Measure = "relative error" if measured is None else "loss"
     figures = []
@@ -74,6 +72,17 @@ def measure_deployment(
             figures.append(compare(name, FORMATS[name].tool, measure, of_base, of_hardened))
             on_figure(figures[-1])
     return tuple(figures)
+
+
+def require_formats(formats: Sequence[str]) -> None:
+    """Refuse names that no format has.
+
+    Raises:
+        SpecDefError: naming the first.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise SpecDefError(f"there is no deployment format {name!r}", f"Choose from {', '.join(FORMATS)}.")
 
 
 def measure_format(trial: Trial, name: str) -> Outcome:

@@ -10,10 +10,13 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from specdef_cli.attack.results import AttackReport
 from specdef_cli.errors import SpecDefError
-from specdef_cli.report.findings import Finding, findings
+
+if TYPE_CHECKING:
+    from specdef_cli.attack.results import AttackReport
+    from specdef_cli.report.findings import Finding
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -58,6 +61,8 @@ class Condition:
 
     def met_by(self, report: AttackReport) -> tuple[Finding, ...]:
         """The attacks without knowledge of the construction that meet the condition."""
+        from specdef_cli.report.findings import findings
+
         met = []
         for finding in findings(report):
             if finding.attack.subject != "model" or finding.attack.knowledge != "none":

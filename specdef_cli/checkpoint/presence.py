@@ -1,0 +1,84 @@
+"""Are there the models that a command names? Asked before anything heavy is imported: a wrong path is told in a moment.
+
+What lies on the Hub is asked for later, when it is downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from specdef_cli.checkpoint.manifest import base_of, is_hardened, keep_elsewhere, read_manifest
+from specdef_cli.checkpoint.resolve import locate
+from specdef_cli.errors import SpecDefError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
+
+
+def require_model(model: str, manifest: Path | None = None) -> Path | None:
+    """Refuse a model that is not there.
+
+    Args:
+        model: A directory or a Hub id.
+        manifest: What ``--manifest`` names.
+
+    Returns:
+        Its directory on this disk; ``None`` for a Hub id.
+
+    Raises:
+        SpecDefError: It is a path to nothing, or to a file.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        keep_elsewhere(path, manifest)
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+        locate(model, None, None)  # which says what is wrong with it, and asks nobody
+    return None
+
+
+def require_hardened(model: str, manifest: Path | None = None) -> None:
+    """Refuse a model that is not there, or that no manifest belongs to.
+
+    Raises:
+        SpecDefError: Either is so, or the manifest is not valid.
+    """
+    directory = require_model(model, manifest)
+    if directory is not None:
+        read_manifest(directory)
+
+
+def require_models(model: str, base: str | None, option: str, manifest: Path | None = None) -> None:
+    """Refuse models that are not there.
+
+    Args:
+        model: What is attacked or certified.
+        base: The undefended model; ``None`` is the one that the manifest names.
+        option: What names the base.
+        manifest: What ``--manifest`` names.
+
+    Raises:
+        SpecDefError: naming the one that is missing.
+    """
+    directory = require_model(model, manifest)
+    if base is not None:
+        require_model(base)
+    elif directory is not None:
+        if not is_hardened(directory):
+            raise no_base(model, option)
+        name, _ = base_of(read_manifest(directory), directory)
+        try:
+            require_model(name)
+        except SpecDefError as error:
+            raise SpecDefError(
+                f"the base {name} that the manifest of {model} names is not available: {error.problem}",
+                f"Give its directory or Hub id with {option}.",
+            ) from error
+
+
+def no_base(model: str | Path, option: str) -> SpecDefError:
+    """What is said of a model without a manifest where its base is not named either."""
+    return SpecDefError(
+        f"{model} has no manifest that names its base, so there is nothing to compare it with",
+        f"Name the undefended model with {option}.",
+    )

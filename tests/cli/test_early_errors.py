@@ -1,0 +1,53 @@
+"""What a user gets wrong is told before anything heavy is imported, wherever it can be known then."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import environment
+
+HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib"}
+CODE = (
+    "import json, runpy, sys\n"
+    "sys.argv = ['specdef', *json.loads(sys.argv[1])]\n"
+    "try:\n    runpy.run_module('specdef_cli', run_name='__main__')\n"
+    "except SystemExit as leaving:\n    code = leaving.code\n"
+    "print(json.dumps([code, sorted({name.split('.')[0] for name in sys.modules})]), file=sys.stderr)"
+)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "harden model --out there", "harden nowhere/ --out new", "harden model --out new --max-shard-size 5",
+        "attack model", "attack nowhere/", "attack model --control nowhere/", "attack model --control model --steps 0",
+        "attack model --control model --lr -1", "attack model --control model --training fulll",
+        "attack model --control model --variant widht:2", "attack model --control model --optimizer adamm",
+        "attack model --control model --suite quik", "attack model --control model --fail-if steps<",
+        "attack model --control model --time-limit soon", "attack model --control model --dataset missing.jsonl",
+        "attack model --control model --retained missing.txt", "attack model --control model --report-to wandbb",
+        "certify nowhere/", "certify model", "certify model --text missing.txt", "collapse model --out new",
+        "inspect nowhere/",
+    ],
+)  # fmt: skip
+def test_it_is_told_before_anything_heavy_is_imported(arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("something")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    process = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps(arguments.split())],
+        env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    *said, last = process.stderr.splitlines()
+    code, modules = json.loads(last)
+    assert code == 1
+    assert said[0].startswith("error: ")
+    assert said[1].startswith("hint: ")
+    assert not HEAVY & set(modules)
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "model"}, "nothing was written"
