@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from specdef_cli.errors import SpecDefError
     from specdef_cli.hardening.collapse import CollapseResult, collapse
     from specdef_cli.hardening.options import CollapseOptions, HardenOptions
-    from specdef_cli.hardening.run import HardenResult, PlanPreview, harden, preview
+    from specdef_cli.hardening.preview import PlanPreview, preview
+    from specdef_cli.hardening.run import HardenResult, harden
     from specdef_cli.hardening.survey import Survey
     from specdef_cli.hardening.survey import survey as inspect
     from specdef_cli.report.write import write_report
@@ -48,7 +49,7 @@ _PUBLIC = {
     "CollapseResult": "specdef_cli.hardening.collapse",
     "HardenOptions": "specdef_cli.hardening.options",
     "HardenResult": "specdef_cli.hardening.run",
-    "PlanPreview": "specdef_cli.hardening.run",
+    "PlanPreview": "specdef_cli.hardening.preview",
     "SpecDefError": "specdef_cli.errors",
     "SpecDefLinear": "specdef_cli.runtime",
     "Survey": "specdef_cli.hardening.survey",
@@ -59,7 +60,7 @@ _PUBLIC = {
     "inspect": "specdef_cli.hardening.survey:survey",
     "load_model": "specdef_cli.runtime",
     "load_tokenizer": "specdef_cli.runtime",
-    "preview": "specdef_cli.hardening.run",
+    "preview": "specdef_cli.hardening.preview",
     "write_report": "specdef_cli.report.write",
 }
 _CALLABLE_PACKAGES = ("attack", "certify")

@@ -1,10 +1,12 @@
-"""The one exception that users see.
+"""The one exception that users see, and what is quoted in it.
 
 Everything a user can get wrong (a path, a value, a checkpoint) is reported as a :class:`SpecDefError`: one line that
 names the value at fault, and one line that says what to do about it. Anything else that escapes is a defect of ours.
 """
 
 from __future__ import annotations
+
+from specdef_cli.redact import redact
 
 
 class SpecDefError(Exception):
@@ -26,3 +28,12 @@ class SpecDefError(Exception):
     def __reduce__(self) -> tuple[type[SpecDefError], tuple[str, str]]:
         # Exceptions pickle by `args`, which holds one of our two arguments; worker processes send these home.
         return type(self), (self.problem, self.hint)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line: its first with text in it, else its type.
+
+    Without the token that an HTTP client may quote.
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return redact(next(filter(None, lines), type(error).__name__))

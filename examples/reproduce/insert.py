@@ -31,7 +31,8 @@ from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.suite import AttackTable, Suite
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.hardening.verify import compare_outputs, model_outputs
+from specdef_cli.hardening.verify import compare_outputs
+from specdef_cli.runtime.fixed_batch import model_outputs
 
 CONSTRUCTIONS: Mapping[str, dict[str, Any]] = {
     "fold": {"method": "fold"},

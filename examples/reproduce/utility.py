@@ -31,6 +31,7 @@ from specdef_cli import HardenOptions, SpecDefError, harden, load_model, load_to
 from specdef_cli.attack.trainer import quiet
 from specdef_cli.certify.deployment import next_token_loss, token_batch
 from specdef_cli.checkpoint.manifest import Gauge
+from specdef_cli.dtypes import dtype_name
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
 
 BASE = TINY_LLAMA / "model"
@@ -99,7 +100,7 @@ class Column:
     @property
     def name(self) -> str:
         """The dtype without ``torch.``."""
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
 
 def observe(model: PreTrainedModel, tokens: Tensor) -> Observed:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, diffusers_missing
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line
 
 DIFFUSION_MODELS = ("UNet2DConditionModel",)
 """The classes of diffusers that can be hardened."""
@@ -26,7 +26,7 @@ def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) ->
     Raises:
         SpecDefError: transformers does not know the model type, or the config is invalid.
     """
-    if checkpoint.library is DIFFUSERS:
+    if not checkpoint.library.has_model_types:
         return checkpoint.config
     try:
         return transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
@@ -96,9 +96,8 @@ def _building(name: str, library: Library) -> Iterator[None]:
     except SpecDefError:
         raise
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise SpecDefError(
-            f"{name} cannot be built from this config.json: {first_line}",
+            f"{name} cannot be built from this config.json: {first_line(error)}",
             f"Check that config.json belongs to this checkpoint and that {library.name} supports the model.",
         ) from error
 

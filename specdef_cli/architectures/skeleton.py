@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from specdef_cli.architectures.meta_model import meta_model, native_config
@@ -64,9 +65,13 @@ class Skeleton:
 
     @classmethod
     def around(cls, model: Any) -> Skeleton:
-        """The skeleton of a model in memory, whose parameters take the place of the tensors on disk."""
+        """The skeleton of a model in memory, whose parameters take the place of the tensors on disk. Where layers were
+        inserted, its modules are the original architecture's, and the parameters of those layers are missing.
+        """
         shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
-        return cls(model.config, model, shapes, match_names(model, shapes), tied_parameters(model))
+        with torch.device("meta"):
+            native = type(model)(model.config)
+        return cls(model.config, native, shapes, match_names(native, shapes), tied_parameters(native))
 
     def with_shapes(self, shapes: Mapping[str, Shape]) -> Skeleton:
         """The same model beside other tensors on disk."""

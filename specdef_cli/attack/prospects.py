@@ -6,7 +6,8 @@ Every rule is a pure function of curves. What they save and what they miss was m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from specdef_cli.attack.results import MOVED, EvalPoint, RunResult
 
@@ -23,6 +24,28 @@ STILL = 1e-4
 
 SAME = 1e-3
 """Held-out losses that agree to this share are the same."""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """What a search knows before a run of it.
+
+    Attributes:
+        progress: Of its best run so far (nats): what has to be beaten.
+        start: The evaluation at step 0, which is the same at every learning rate; ``None`` before the first run.
+    """
+
+    progress: float = 0.0
+    start: EvalPoint | None = None
+
+    @classmethod
+    def of(cls, runs: Iterable[RunResult]) -> Lead:
+        """What finished runs of one attack tell."""
+        finished = [run for run in runs if run.evaluations]
+        if not finished:
+            return cls()
+        start = replace(finished[0].evaluations[0], seconds=0.0)
+        return cls(max(run.progress or 0.0 for run in finished), start)
 
 
 def is_hopeless(evaluations: Sequence[EvalPoint], steps: int, to_beat: float) -> bool:

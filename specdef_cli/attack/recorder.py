@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from specdef_cli.attack.prospects import is_hopeless
+from specdef_cli.attack.prospects import Lead, is_hopeless
 from specdef_cli.attack.results import (
     BATCHES_BEYOND_TWICE,
     BEYOND_TWICE,
@@ -65,21 +65,21 @@ class Recorder(TrainerCallback):
         on_step: Called after every optimizer step with its number and its loss.
         stop_at_divergence: Whether a run ends where its held-out loss passes twice its start. One whose loss is not a
             finite number ends in any case: nothing comes back from there.
-        to_beat: Progress of the best run so far of the search that this run belongs to: it ends once it cannot get
-            further. ``None`` for a run that is made in full.
+        lead: What the search that this run belongs to has found: the run ends once it cannot get further, and is not
+            evaluated at step 0 where that is known. ``None`` for a run that is made in full.
     """
 
     def __init__(
         self,
         on_step: Callable[[int, float | None], None],
         stop_at_divergence: bool = True,
-        to_beat: float | None = None,
+        lead: Lead | None = None,
     ) -> None:
         self.train: list[TrainPoint] = []
-        self.evaluations: list[EvalPoint] = []
+        self.evaluations: list[EvalPoint] = [lead.start] if lead is not None and lead.start is not None else []
         self.divergence: Divergence | None = None
         self.stopped: int | None = None
-        self._to_beat = to_beat
+        self._lead = lead
         self._stop_at_divergence = stop_at_divergence
         self._ended = False
         self._on_step = on_step
@@ -104,7 +104,7 @@ class Recorder(TrainerCallback):
         self.train.append(TrainPoint(state.global_step, loss, grad_norm))
         if loss is None:
             self._diverged(state, control, "training loss is not finite")
-        elif self._to_beat is not None and self._batches_beyond_twice():
+        elif self._lead is not None and self._batches_beyond_twice():
             self._diverged(state, control, BATCHES_BEYOND_TWICE)
         self._on_step(state.global_step, loss)
 
@@ -132,7 +132,7 @@ class Recorder(TrainerCallback):
             self._diverged(state, control, "held-out loss is not finite")
         elif start is not None and loss > DIVERGENCE_FACTOR * start:
             self._diverged(state, control, BEYOND_TWICE)
-        elif self._to_beat is not None and is_hopeless(self.evaluations, state.max_steps, self._to_beat):
+        elif self._lead is not None and is_hopeless(self.evaluations, state.max_steps, self._lead.progress):
             self.stopped = state.global_step
             self._end(control)
 

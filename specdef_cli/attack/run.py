@@ -25,6 +25,7 @@ from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
 from specdef_cli.attack.forecast import Forecast, budget_in_words, foresee
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series, make_plan
+from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import ProgressHook
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, RunResult
 from specdef_cli.attack.retained import retained_sequences
@@ -277,9 +278,9 @@ class TrainRun:
     tracking: Tracking = NOWHERE
 
     def __call__(
-        self, spec: RunSpec, on_step: Callable[[int, float | None], None], to_beat: float | None = None
+        self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
     ) -> RunResult:
-        """Run ``spec``, which a search ends once it cannot get further than ``to_beat`` (nats of progress).
+        """Run ``spec``, which a search ends once it cannot get further than its lead.
 
         Raises:
             SpecDefError: As :func:`train_run`, a sequence is longer than a table of positions in the model, or the
@@ -296,7 +297,7 @@ class TrainRun:
                 on_step=on_step,
                 trust_remote_code=self.trust_remote_code,
                 eval_task_path=self.eval_task_path,
-                to_beat=to_beat,
+                lead=lead,
             )
         except IndexError as error:
             # The tokens themselves are known to be in the vocabulary.

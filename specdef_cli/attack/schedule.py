@@ -19,14 +19,14 @@ from dataclasses import dataclass, field, replace
 from specdef_cli.attack.cost import Deadline, expected_runs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
-from specdef_cli.attack.prospects import trains_as_control
+from specdef_cli.attack.prospects import Lead, trains_as_control
 from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
 from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.search import best_rate, is_refinement, next_rates
 from specdef_cli.attack.spec import RunSpec
 
-Execute = Callable[[RunSpec, Callable[[int, float | None], None], float | None], RunResult]
-"""(what to run, a hook for each step, the progress that it has to beat) → the result. Picklable, where runs get
+Execute = Callable[[RunSpec, Callable[[int, float | None], None], Lead | None], RunResult]
+"""(what to run, a hook for each step, what its search knows) → the result. Picklable, where runs get
 processes of their own.
 """
 
@@ -59,8 +59,8 @@ class _Progress:
         hasty: Whether time is limited: every attack gets to its best decade before any is searched more closely.
         control: The series of its control; ``None`` for a control's own.
         follows: Whether the control's best rates are taken over, as the first of them gave the control's curve.
-        to_beat: Progress of its best run when the runs that are under way were chosen. What one of them finds does not
-            change what becomes of the others: the same runs are made with every number of jobs.
+        lead: What it knew when the runs that are under way were chosen. What one of them finds does not change what
+            becomes of the others: the same runs are made with every number of jobs.
         refining: Whether what is under way, or comes next, only halves the steps around the best learning rate.
     """
 
@@ -69,7 +69,7 @@ class _Progress:
     hasty: bool = False
     control: _Progress | None = None
     follows: bool | None = None
-    to_beat: float | None = None
+    lead: Lead | None = None
     results: dict[RunSpec, RunResult] = field(default_factory=dict)
     outstanding: set[RunSpec] = field(default_factory=set)
     left_out: str | None = None
@@ -92,7 +92,7 @@ class _Progress:
             self.refining = not rates or is_refinement(rates, found)
             specs = series.runs(rates, [first]) if rates else series.runs([best_rate(found)], others)
             hurried = series.hurried and bool(rates)
-            self.to_beat = max((run.progress or 0.0 for run in found.values()), default=0.0) if hurried else None
+            self.lead = Lead.of(found.values()) if hurried else None
         wanted = tuple(spec for spec in specs if spec not in self.results)
         self.outstanding |= set(wanted)
         self.complete = not wanted
@@ -197,7 +197,7 @@ def run_all(
         while specs := progress.ready():
             for spec in specs:
                 kept = load(spec)
-                if kept is None or (kept.shortened and progress.to_beat is None):
+                if kept is None or (kept.shortened and progress.lead is None):
                     queue.append((progress, spec))
                 else:
                     progress.finish(spec, kept)
@@ -227,7 +227,7 @@ def run_all(
                     progress.outstanding.discard(spec)
                     continue
                 began[spec] = time.monotonic()
-                running[submit(spec, progress.to_beat)] = (progress, spec)
+                running[submit(spec, progress.lead)] = (progress, spec)
             if not running:
                 continue
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -265,16 +265,16 @@ def run_all(
 @contextmanager
 def _executor(
     execute: Execute, jobs: int, on_progress: ProgressHook, event: Callable[..., ProgressEvent]
-) -> Iterator[Callable[[RunSpec, float | None], Future[RunResult]]]:
+) -> Iterator[Callable[[RunSpec, Lead | None], Future[RunResult]]]:
     """A way to start a run: here and now for one job (also under ``accelerate launch``), else in a pool."""
     if jobs == 1:
 
-        def run_here(spec: RunSpec, to_beat: float | None) -> Future[RunResult]:
+        def run_here(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
             on_progress(event("run-start", spec))
             future: Future[RunResult] = Future()
             try:
                 future.set_result(
-                    execute(spec, lambda step, loss: on_progress(event("step", spec, step=step, loss=loss)), to_beat)
+                    execute(spec, lambda step, loss: on_progress(event("step", spec, step=step, loss=loss)), lead)
                 )
             except Exception as error:
                 future.set_exception(error)
@@ -289,9 +289,9 @@ def _executor(
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_settle, initargs=(places, jobs))
 
-    def run_there(spec: RunSpec, to_beat: float | None) -> Future[RunResult]:
+    def run_there(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
         on_progress(event("run-start", spec))
-        return pool.submit(execute, spec, _no_step, to_beat)
+        return pool.submit(execute, spec, _no_step, lead)
 
     try:
         yield run_there

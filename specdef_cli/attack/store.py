@@ -7,15 +7,13 @@ resumes, adds a learning rate, or asks for one more expansion pays for the new r
 from __future__ import annotations
 
 import json
-import secrets
 from dataclasses import replace
 from pathlib import Path
 
 from specdef_cli.attack.results import RUN_RECORD, RunResult
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
 from specdef_cli.errors import SpecDefError
-
-UNFINISHED_SUFFIX = ".tmp"
 
 
 class RunStore:
@@ -40,20 +38,8 @@ class RunStore:
     def save(self, result: RunResult) -> None:
         """Keep a finished run; atomic, so that a crash leaves either nothing or all of it."""
         record = RUN_RECORD.dump_python(result, mode="json")
-        write_atomic(self.path(result.spec), json.dumps(record, indent=1, allow_nan=False).encode())
+        write_durably(self.path(result.spec), json.dumps(record, indent=1, allow_nan=False))
 
     def remove_unfinished(self) -> None:
         """Remove what writes that were killed have left; only for whoever is alone in writing here."""
-        for path in self.directory.glob(f".*{UNFINISHED_SUFFIX}"):
-            path.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary sibling's name, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED_SUFFIX}")
-    try:
-        sibling.write_bytes(data)
-        sibling.replace(path)
-    finally:
-        sibling.unlink(missing_ok=True)
+        remove_unfinished(self.directory)

@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, Protocol, TypeVar
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line
 
 
 class Row(Protocol):
@@ -82,8 +82,9 @@ class Table(Mapping[str, RowType], Generic[RowType]):
         try:
             row = point.load()
         except Exception as error:  # code of another package: anything can happen when it is imported
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise SpecDefError(f"the {origin} cannot be imported: {reason}", "Repair or uninstall it.") from error
+            raise SpecDefError(
+                f"the {origin} cannot be imported: {first_line(error)}", "Repair or uninstall it."
+            ) from error
         if not isinstance(row, self._row_type) or row.name != point.name:
             raise SpecDefError(
                 f"the {origin} is {row!r}, not a {self._row_type.__name__} of that name",

@@ -28,14 +28,14 @@ from specdef_cli.attack.accuracy import task_accuracy
 from specdef_cli.attack.data import AttackData
 from specdef_cli.attack.optimizers.groups import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS, OptimizerChoice
+from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import ATTACK, RETAINED, Recorder
 from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.tasks import auto_class
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.configuration_specdef import SpecDefLinear, SpecDefScaled
-from specdef_cli.runtime.load import load_model, load_tokenizer
+from specdef_cli.runtime import SpecDefLinear, SpecDefScaled, load_model, load_tokenizer
 from specdef_cli.runtime.processes import process_state
 
 
@@ -62,7 +62,7 @@ def train_run(
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     trust_remote_code: bool = False,
     eval_task_path: Path | None = None,
-    to_beat: float | None = None,
+    lead: Lead | None = None,
 ) -> RunResult:
     """Train ``directory`` as ``spec`` says and write down what happened.
 
@@ -77,7 +77,7 @@ def train_run(
         on_step: Called after each optimizer step.
         trust_remote_code: Passed on to transformers.
         eval_task_path: Where the user's own tasks of lm-eval are.
-        to_beat: As :class:`Recorder` takes it.
+        lead: As :class:`Recorder` takes it.
 
     Raises:
         SpecDefError: The model cannot be loaded, the recipe matches nothing, or the batch or the optimizer does not
@@ -99,7 +99,7 @@ def train_run(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         model = spec.training.apply(model, spec.task)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        recorder = Recorder(on_step, spec.stop_at_divergence, to_beat)
+        recorder = Recorder(on_step, spec.stop_at_divergence, lead)
         with tracking.run(spec):  # the callbacks look where to write when the Trainer is made
             trainer = make_trainer(spec, model, data, recorder, scratch, memory, tracking)
             began = time.perf_counter()
@@ -298,7 +298,7 @@ def make_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         eval_strategy="steps",
         eval_steps=spec.eval_every,
-        eval_on_start=True,
+        eval_on_start=not recorder.evaluations,
         logging_strategy="steps",
         logging_steps=1,
         logging_first_step=True,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from specdef_cli.attack.spec import checkpoint_fingerprint
 from specdef_cli.certify.resistance import AttackFigure, Resistance, read_resistance
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.checkpoint.stream import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
 

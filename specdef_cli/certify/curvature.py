@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.dtypes import dtype_name
+from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.spectral.lanczos import top_eigenpairs
 
 Loss = Callable[[], Tensor]
@@ -281,7 +282,7 @@ class HessianProducts:
             second = torch.autograd.grad(outputs, self.variables, directions, retain_graph=True, materialize_grads=True)
         except RuntimeError as error:
             raise SpecDefError(
-                f"the model has no second derivative: {str(error).splitlines()[0]}",
+                f"the model has no second derivative: {first_line(error)}",
                 "Load it with attn_implementation='eager'.",
             ) from error
         return torch.cat([each.detach().flatten() for each in second])
@@ -298,7 +299,7 @@ def differentiable_gradient(value: Tensor, variables: Sequence[Tensor]) -> tuple
         raise SpecDefError("there is no parameter to take the Hessian over", "Choose parameters that exist and train.")
     for variable in variables:
         if variable.dtype not in (torch.float32, torch.float64):
-            name = str(variable.dtype).removeprefix("torch.")
+            name = dtype_name(variable.dtype)
             raise SpecDefError(f"the Hessian cannot be measured in {name}", "Load the model in float32 or float64.")
     if not torch.isfinite(value):
         raise SpecDefError(

@@ -24,10 +24,10 @@ from specdef_cli.certify.curvature import (
 )
 from specdef_cli.runtime import SpecDefLinear, load_model, without_progress_bars
 
-MOST_FOR_DOUBLE = 5_000_000
+MAX_FOR_DOUBLE = 5_000_000
 """Parameters up to which float64 is used, and gradient descent is run to see where it diverges."""
 
-MOST_FOR_WHOLE = 100_000_000
+MAX_FOR_WHOLE = 100_000_000
 """Parameters up to which the whole Hessian is taken; beyond, its diagonal blocks, one for each layer."""
 
 MEMORY_PER_PARAMETER = 4 * 30
@@ -77,10 +77,10 @@ def measure_curvature(
     try:
         count = sum(parameter.numel() for parameter in model.parameters())
         available = _free_memory(model.device)
-        if count * MEMORY_PER_PARAMETER > available and count <= MOST_FOR_WHOLE:
+        if count * MEMORY_PER_PARAMETER > available and count <= MAX_FOR_WHOLE:
             needed = count * MEMORY_PER_PARAMETER
             return f"it takes about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
-        double = count <= MOST_FOR_DOUBLE and model.device.type != "mps"
+        double = count <= MAX_FOR_DOUBLE and model.device.type != "mps"
         return _figures(model.double() if double else model, tokens.to(model.device), count)
     finally:
         del model
@@ -96,7 +96,7 @@ def _figures(model: nn.Module, tokens: Tensor, count: int) -> CurvatureFigures:
     loss = model_loss(model, {"input_ids": tokens, "labels": tokens})
     parameters = list(trainable(model).values())
     block = None
-    if count <= MOST_FOR_WHOLE:
+    if count <= MAX_FOR_WHOLE:
         top = hessian_top(loss, parameters)
     else:
         blocks = hessian_top_by_group(loss, groups_by_layer(model))
@@ -106,6 +106,6 @@ def _figures(model: nn.Module, tokens: Tensor, count: int) -> CurvatureFigures:
         bound = max(each.value for each in compensation_bounds(model, loss).values())
     stable = largest_stable_rate(top)
     observed = None
-    if count <= MOST_FOR_DOUBLE:
+    if count <= MAX_FOR_DOUBLE:
         observed = observed_divergence_rate(loss, parameters, around=stable, steps=DESCENT_STEPS)
     return CurvatureFigures(top, block, bound, stable, observed)

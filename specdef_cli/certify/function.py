@@ -24,8 +24,9 @@ from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.verify import OutputComparison, compare_outputs, fixed_inputs, model_outputs
+from specdef_cli.hardening.verify import OutputComparison, compare_outputs
 from specdef_cli.runtime import load_model, without_progress_bars
+from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs
 from specdef_cli.runtime.shim import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
 
 PROMPT, CONTINUATION = 16, 32

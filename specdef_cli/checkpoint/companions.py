@@ -15,10 +15,9 @@ from pathlib import Path, PurePath
 
 from specdef_cli.checkpoint.headers import read_headers
 from specdef_cli.checkpoint.links import require_inside
+from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES
 from specdef_cli.errors import SpecDefError
 
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-OTHER_FORMATS = frozenset({".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".mlmodel", ".npz"})
 SAFETENSORS = ".safetensors"
 # Written anew for every output.
 REWRITTEN = frozenset({"config.json", "README.md", "specdef.json", "certificate.json"})
@@ -113,7 +112,7 @@ def _by_name(directory: Path, relative: Path) -> str | None:
         return "hidden"
     if not path.is_file():
         return "a link to a directory" if path.is_dir() else "no file"
-    if suffix in PICKLE_SUFFIXES:
+    if suffix in PICKLES:
         return "pickles are neither read nor copied"
     if suffix in OTHER_FORMATS:
         return "weights in another format, of the model as it was"

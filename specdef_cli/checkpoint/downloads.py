@@ -1,8 +1,8 @@
 """Files that arrive in the background, in the order in which they will be needed.
 
 A download is stopped through its progress bar: huggingface_hub tells the bar of every piece that has arrived, and a bar
-that raises ends the download as an error of the network would, temporary file included. A thread that hears nothing
-from the network is left behind; none of them keeps the process alive.
+that raises ends the download as an error of the network would, temporary file included. A thread blocked on the network
+is abandoned; threads are daemons and do not keep the process alive.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Downloads:
         self._lock = threading.Lock()
 
     def wait(self, name: str) -> None:
-        """Return once ``name`` is there; one that nobody was told to download is.
+        """Return once ``name`` is there. Names that are not in the queue are taken to be present already.
 
         A file that is waited for is the next to be downloaded, if its turn has not come yet.
 

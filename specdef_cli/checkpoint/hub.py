@@ -19,8 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm
 
 from specdef_cli.checkpoint.downloads import Downloads
-from specdef_cli.errors import SpecDefError
-from specdef_cli.redact import redact
+from specdef_cli.errors import SpecDefError, first_line
 
 PARTIAL_CONTENT = 206
 # As many as huggingface_hub takes for a snapshot.
@@ -123,8 +122,3 @@ def not_available(repository: str, revision: str | None, error: Exception) -> Sp
             "Free some space, or set HF_HOME to a directory on a larger disk.",
         )
     return SpecDefError(f"{repository} could not be fetched: {first_line(error)}", "Try again, or give a directory.")
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in a line, and without the token that an HTTP client may quote."""
-    return redact((str(error).strip() or type(error).__name__).splitlines()[0])

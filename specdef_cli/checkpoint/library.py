@@ -18,11 +18,23 @@ class Library:
         name: Its name, as it is imported.
         weights: The part of its weight files' names that does not vary.
         single_file_first: Whether it loads the single file where there is an index as well, and not the shards.
+        has_model_types: Whether ``config.json`` names a model type, for which the library has a config class.
+        runs_code: Whether it runs code that comes with a checkpoint.
+        names_dtype: Whether ``config.json`` names the dtype that a model is loaded in.
+        loads_without_weights: Whether it loads a model on the meta device.
+        has_logits: Whether its models' outputs are ones to choose among; a predicted noise is not.
+        is_attacked: Whether ``attack`` and ``certify`` know how to train its models.
     """
 
     name: str
     weights: str
     single_file_first: bool
+    has_model_types: bool
+    runs_code: bool
+    names_dtype: bool
+    loads_without_weights: bool
+    has_logits: bool
+    is_attacked: bool
 
     @property
     def single_file(self) -> str:
@@ -39,8 +51,28 @@ class Library:
         return f"{self.weights}-{number:05d}-of-{count:05d}.safetensors"
 
 
-TRANSFORMERS = Library("transformers", "model", single_file_first=True)
-DIFFUSERS = Library("diffusers", "diffusion_pytorch_model", single_file_first=False)
+TRANSFORMERS = Library(
+    name="transformers",
+    weights="model",
+    single_file_first=True,
+    has_model_types=True,
+    runs_code=True,
+    names_dtype=True,
+    loads_without_weights=True,
+    has_logits=True,
+    is_attacked=True,
+)
+DIFFUSERS = Library(
+    name="diffusers",
+    weights="diffusion_pytorch_model",
+    single_file_first=False,
+    has_model_types=False,
+    runs_code=False,
+    names_dtype=False,
+    loads_without_weights=False,
+    has_logits=False,
+    is_attacked=False,
+)
 
 
 def diffusers_missing(what: object) -> SpecDefError:

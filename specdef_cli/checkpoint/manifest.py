@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.errors import SpecDefError
+from specdef_cli.spectral.gauges import Gauge
 
 MANIFEST_NAME = "specdef.json"
 FORMAT_VERSION = 1
 
 Method = Literal["insert", "fold", "mixed"]
 Construction = Literal["inserted", "folded", "scaled"]
-Gauge = Literal["rotated", "symmetric"]
 Schedule = Literal["constant", "staircase"]
 Profile = Literal["coverage", "bfloat16", "quantizable"]
 ScaledKind = Literal["linear", "embedding", "head", "norm"]

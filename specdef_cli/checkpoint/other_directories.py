@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from specdef_cli.checkpoint.library import Library
+from specdef_cli.checkpoint.weight_formats import PICKLES
 from specdef_cli.errors import SpecDefError
 
 ADAPTER_CONFIG = "adapter_config.json"
-PICKLED_WEIGHTS = ("*pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED_WEIGHTS = ("*pytorch_model*.bin", *(f"*{suffix}" for suffix in PICKLES if suffix != ".bin"))
+"""Trainer keeps its arguments in a .bin file too."""
 WEIGHTED_MODULES = frozenset({"Dense", "LayerNorm", "LSTM", "CNN", "WeightedLayerPooling"})
 """Classes of sentence-transformers whose directories hold weights."""
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")

@@ -15,8 +15,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from specdef_cli.checkpoint.destination import is_taken, require_free, require_outside
+from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
 from specdef_cli.checkpoint.reader import ResumableError
-from specdef_cli.checkpoint.stream import RECORD_SUFFIX, write_durably
+from specdef_cli.checkpoint.stream import RECORD_SUFFIX
 from specdef_cli.errors import SpecDefError
 
 FINGERPRINT = ".plan"
@@ -113,6 +114,7 @@ def prepare(final: Path, fingerprint: str, *, resume: bool) -> Path:
                 f"the unfinished run of {final} had other options or another input",
                 "Run with the same options to resume, or without --resume to start again.",
             )
+        remove_unfinished(work)
         return work
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

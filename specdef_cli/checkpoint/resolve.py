@@ -20,24 +20,13 @@ from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.hub import Commit, download_all, not_available
 from specdef_cli.checkpoint.manifest import Manifest, base_of, keep_elsewhere
+from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.redact import clean_token
 
 # Weights in other formats are neither needed nor wanted: pickles run code when they are loaded. ``consolidated`` are
 # Mistral's own names for weights that are there a second time.
-IGNORED_DOWNLOADS = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx*",
-    "*.gguf",
-    "*.tflite",
-    "*.mlmodel",
-    "consolidated*.safetensors",
-]
+IGNORED_DOWNLOADS = [*(f"*{suffix}" for suffix in (*PICKLES, *OTHER_FORMATS)), "*.onnx*", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +112,7 @@ def locate(model: str, revision: str | None, token: str | None) -> Resolved | tu
                 token=token,
                 ignore_patterns=IGNORED_DOWNLOADS,
                 dry_run=True,
-                tqdm_class=_Unseen,
+                tqdm_class=_HiddenBar,
             )
         except DryRunError:  # the Hub cannot be asked: the cache may have it nevertheless
             files = []
@@ -191,7 +180,7 @@ def resolved(commit: Commit) -> Resolved:
     return Resolved(commit.directory, commit.repository, commit.revision or "main", commit.sha)
 
 
-class _Unseen(tqdm):
+class _HiddenBar(tqdm):
     """A bar for looking only."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

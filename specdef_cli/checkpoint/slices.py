@@ -44,6 +44,8 @@ def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
     """
     import torch  # here: a manifest, which lists slices, is read without it
 
+    from specdef_cli.dtypes import dtype_name
+
     target = tensor if part.block is None else tensor[part.block]
     axis = part.axis if part.block is None else part.axis - 1
     factors = torch.tensor([2.0**exponent for exponent in part.exponents], dtype=torch.float64, device=tensor.device)
@@ -56,7 +58,7 @@ def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
     if not torch.equal(new.double(), wanted) or bool(flushed.any()):
         raise SpecDefError(
             f"{part.tensor}: scaling by powers of two up to 2**{max(map(abs, part.exponents))} leaves the range of "
-            f"{str(tensor.dtype).removeprefix('torch.')}",
+            f"{dtype_name(tensor.dtype)}",
             "Store bfloat16 or float32 (--dtype), or give a smaller --alpha with --schedule constant.",
         )
     target.index_copy_(axis, index, new)

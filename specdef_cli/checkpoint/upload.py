@@ -9,9 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from specdef_cli.checkpoint.hub import first_line
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, is_hardened, read_manifest
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line
 
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 

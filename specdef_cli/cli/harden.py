@@ -31,7 +31,8 @@ from specdef_cli.sizes import parse_size
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-    from specdef_cli.hardening.run import HardenResult, PlanPreview
+    from specdef_cli.hardening.preview import PlanPreview
+    from specdef_cli.hardening.run import HardenResult
 
 
 @takes(HardenOptions)
@@ -90,7 +91,8 @@ def harden_command(
     from specdef_cli.checkpoint.stream import Progress
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
     from specdef_cli.hardening.plan import HardeningPlan
-    from specdef_cli.hardening.run import harden, preview
+    from specdef_cli.hardening.preview import preview
+    from specdef_cli.hardening.run import harden
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)

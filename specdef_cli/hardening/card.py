@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import RepoCard
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library
+from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.extras import INSTALLATION
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
@@ -61,11 +61,11 @@ def _repository_card(card: str) -> RepoCard:
 
 def section(manifest: Manifest, left_alone: Sequence[str], library: Library) -> str:
     """The section on SpecDef: what was changed, what it costs, what it does not resist."""
-    parts = (_what(manifest), _limit(manifest, left_alone, library), _loading(manifest, library))
+    parts = (_changes(manifest), _limit(manifest, left_alone, library), _loading(manifest, library))
     return "\n\n".join((HEADING, *("\n".join(lines) for lines in parts)))
 
 
-def _what(manifest: Manifest) -> Sequence[str]:
+def _changes(manifest: Manifest) -> Sequence[str]:
     origin = (manifest.base.hub_name or "the base model") + (
         f" at {manifest.base.commit}" if manifest.base.commit else ""
     )
@@ -146,7 +146,7 @@ def _limit(manifest: Manifest, left_alone: Sequence[str], library: Library) -> S
     around = around_pairs if manifest.inserted else ""
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
-    if library is DIFFUSERS:
+    if not library.is_attacked:
         left_alone = (*left_alone, "convolutions")  # no construction reaches them
         measure = "No attack was measured on this very checkpoint."
     free = f"Trained alone as fast as before: {', '.join(left_alone)}. " if left_alone else ""
@@ -161,7 +161,7 @@ def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
     advice = serving_advice(lost)
     if not manifest.inserted and not manifest.scaled:
         return [f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"]
-    if library is DIFFUSERS:
+    if not library.runs_code:
         return [
             "Load it, alone or in the place of the base in its pipeline, with diffusers "
             f"installed, after {INSTALLATION} and `import specdef_cli`; without that, diffusers refuses it. {advice}"

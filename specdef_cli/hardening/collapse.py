@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from specdef_cli.checkpoint.companions import carry_over
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve_hardened
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
-from specdef_cli.checkpoint.stream import Progress, write_durably
+from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.card import collapsed_card
-from specdef_cli.hardening.execute import Written, execute, write_json
+from specdef_cli.hardening.execute import published, write_json
 from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
@@ -96,31 +97,34 @@ def collapse(
     groups = collapse_groups(checkpoint, manifest)
     on_plan(groups)
 
-    def complete(work: Path, _: Written) -> CollapseResult:
-        companions = checkpoint.companions
-        carry_over(checkpoint.directory, work, companions.carried)
-        (work / SHIM_SOURCE.name).unlink(missing_ok=True)
-        write_json(work / "config.json", unshim_config(checkpoint.config))
-        card = checkpoint.directory / "README.md"
-        if card.is_file():
-            text = card.read_text(encoding="utf-8", errors="replace")
-            write_durably(work / "README.md", collapsed_card(text, manifest))
-        removed = sum(layer.out_features**2 for layer in manifest.inserted)
-        removed += sum(module.parameters_added for module in manifest.scaled)
-        return CollapseResult(options.out, manifest, removed, tuple(filter(None, [companions.note()])))
-
     fingerprint = hashlib.sha256(f"collapse {manifest.to_json()} {options.max_shard_size}".encode()).hexdigest()
-    return execute(
+    with published(
         checkpoint,
         groups,
         options.out,
         fingerprint,
-        complete=complete,
         max_shard_size=options.max_shard_size,
         device=options.device,
         resume=options.resume,
         on_progress=on_progress,
-    )
+    ) as written:
+        if written is None:
+            return None
+        _complete(checkpoint, manifest, written.work)
+    removed = sum(layer.out_features**2 for layer in manifest.inserted)
+    removed += sum(module.parameters_added for module in manifest.scaled)
+    return CollapseResult(options.out, manifest, removed, tuple(filter(None, [checkpoint.companions.note()])))
+
+
+def _complete(checkpoint: Checkpoint, manifest: Manifest, work: Path) -> None:
+    """Add what belongs to the collapsed model beside its weights."""
+    carry_over(checkpoint.directory, work, checkpoint.companions.carried)
+    (work / SHIM_SOURCE.name).unlink(missing_ok=True)
+    write_json(work / "config.json", unshim_config(checkpoint.config))
+    card = checkpoint.directory / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        write_durably(work / "README.md", collapsed_card(text, manifest))
 
 
 def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorGroup, ...]:

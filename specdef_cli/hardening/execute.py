@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import PartialState
 
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
 from specdef_cli.checkpoint.reader import Checkpoint, ResumableError
 from specdef_cli.checkpoint.shards import (
@@ -25,12 +27,10 @@ from specdef_cli.checkpoint.shards import (
     shard_header,
     shard_index,
 )
-from specdef_cli.checkpoint.stream import Progress, read_record, write_durably, write_shards
+from specdef_cli.checkpoint.stream import Progress, read_record, write_shards
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices, worker_count
 from specdef_cli.runtime.processes import process_state
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -38,42 +38,44 @@ class Written:
     """What the shards turned out to be.
 
     Attributes:
+        work: The directory that they are in until they are published.
         sha256: By file name.
         figures: What transforms said of their groups, by label.
     """
 
+    work: Path
     sha256: Mapping[str, str]
     figures: Mapping[str, Mapping[str, Any]]
 
 
-def execute(
+@contextmanager
+def published(
     checkpoint: Checkpoint,
     groups: Sequence[TensorGroup],
     out: Path,
     fingerprint: str,
     *,
-    complete: Callable[[Path, Written], Result],
     max_shard_size: int,
     device: str | None,
     resume: bool,
     on_progress: Callable[[Progress], None],
-) -> Result | None:
-    """Write ``groups`` as a checkpoint directory and publish it as ``out``.
+) -> Iterator[Written | None]:
+    """Write ``groups`` as shards into a work directory, which is published as ``out`` when the block ends.
+
+    In the block, the main process adds everything but weights and index, and verifies the result.
 
     Args:
         checkpoint: The input.
         groups: What to write, in order.
         out: The directory to publish.
         fingerprint: Identifies the plan for ``resume``.
-        complete: Adds everything but weights and index to the work directory, verifies it, and returns the result;
-            runs in the main process only.
         max_shard_size: Largest shard in bytes.
         device: Where to compute.
         resume: Keep finished shards of an interrupted run.
         on_progress: Called after each group.
 
-    Returns:
-        What ``complete`` returned in the main process; ``None`` in the others.
+    Yields:
+        What was written, in the main process; ``None`` in the others, which have nothing left to do.
 
     Raises:
         ResumableError: Nothing was published; what is finished is kept for ``resume``.
@@ -89,7 +91,8 @@ def execute(
         state.wait_for_everyone()  # until the main process has prepared the work directory
         _write(checkpoint, shards, work_directory(out), state, device, on_progress)
         state.wait_for_everyone()
-        return None
+        yield None
+        return
     with exclusive(out):
         try:
             work = prepare(out, fingerprint, resume=resume)
@@ -101,9 +104,8 @@ def execute(
                 write_durably(work / index[0], index[1])
             if arriving is not None:  # of a resumed run, not every shard was read
                 arriving.wait_for_all()
-            result = complete(work, _collect(work, shards))
+            yield _collect(work, shards)
             publish(out)
-            return result
         except ResumableError:
             raise
         except SpecDefError:
@@ -145,4 +147,4 @@ def _collect(work: Path, shards: Sequence[OutputShard]) -> Written:
             raise ResumableError(f"{shard.name} was not finished", "Run the same command with --resume.")
         sha256[shard.name] = record.sha256
         figures |= record.figures
-    return Written(sha256, figures)
+    return Written(work, sha256, figures)

@@ -16,7 +16,7 @@ What is scaled where was decided by measuring (docs/decisions.md):
   further for it;
 * ``quantizable`` scales queries against keys alone. Both are rows of their weights, and quantizers give every row its
   own scales; a column shares scales with its neighbours, in the weight and in the activations that it reads;
-* not the residual stream: it is one scale, so a sweep finds the shifted learning rate, and embeddings stay open.
+* not the residual stream: it has a single scale, which a learning-rate sweep recovers; embeddings stay unprotected.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.staircase import HIGHEST_CROSSING, HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, staircase
 
-# How many rows of a tensor are read to compare its columns: 128 entries tell a squared norm to about an eighth. A large
-# model has thousands of pairs, and one side of each is half of the checkpoint.
+# Column norms are estimated from 128 rows (about 12 % error); reading whole tensors would read half of the checkpoint.
 SAMPLE_ROWS = 128
 
 DIRECTIONS = (1, -1)
@@ -265,8 +264,8 @@ def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
     """Pairs grouped by the block they belong to (the first number in their name), in order.
 
     What stands outside of the blocks (a final norm and its head) goes with the first one. Within a block the MLP comes
-    first, then attention: where a staircase's two highest steps cross there is one number that trains, and one of the
-    MLP's is worth less to an attacker than one of a query or key (``make reproduce-staircase``).
+    before attention: the entry where the two largest factors meet stays trainable, and it helps an attacker less in an
+    MLP than in a query or key weight (``make reproduce-staircase``).
     """
     blocks: dict[str, list[SymmetricPair]] = {}
     outside: list[SymmetricPair] = []

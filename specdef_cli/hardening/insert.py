@@ -13,11 +13,12 @@ from torch import Tensor
 
 from specdef_cli.architectures.linears import LinearSite
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import Gauge, InsertedLayer
+from specdef_cli.checkpoint.manifest import InsertedLayer
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.blocks import product
+from specdef_cli.spectral.gauges import Gauge
 from specdef_cli.spectral.limits import RECONSTRUCTION_TOLERANCE, round_down
 from specdef_cli.spectral.reparameterize import (
     gaussian_probes,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specdef_cli.checkpoint.manifest import Gauge, Profile, Schedule
+from specdef_cli.checkpoint.manifest import Profile, Schedule
 from specdef_cli.option import option
+from specdef_cli.spectral.gauges import Gauge
 
 MethodChoice = Literal["auto", "insert", "fold"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]

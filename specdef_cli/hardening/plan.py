@@ -17,11 +17,11 @@ from specdef_cli.architectures.scalable import ScalableSite, scalable_sites
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.library import DIFFUSERS
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, Profile, ScaledModule, Schedule
 from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import FOLDED_KINDS, fold_groups, fold_pairs
 from specdef_cli.hardening.insert import InsertLayer
@@ -36,7 +36,6 @@ from specdef_cli.spectral.limits import check_alpha
 
 DEFAULT_ALPHA = 1e4
 DEFAULT_TOP_K = 25
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 QUANTIZABLE_LIMIT = (
     "The quantizable profile slows queries and keys that are trained alone, and nothing else: in formats that quantize "
     "activations in blocks, whatever trains a block trains at one rate."
@@ -132,16 +131,77 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     require_whole(skeleton, checkpoint)
     if options.verify:
         require_comparable(skeleton.model)
-    sites = linear_sites(skeleton)
     stored = SAFETENSORS_DTYPES[DTYPES[options.dtype]] if options.dtype else None
-    found = Symmetries((), ()) if options.method == "insert" else symmetries(skeleton)
-    scalable = scalable_sites(skeleton)
-    pairs = select_pairs(found.pairs, skeleton.names, options.layers, options.exclude)
-    # Who gives an option of the paper's factors asks for them, where there is nothing that it could mean in a fold.
-    factors = wants_factors(options) and (options.method == "insert" or (options.method == "auto" and not pairs))
-    require_named(
-        options, () if options.method == "fold" else sites if factors else scalable, found.pairs, skeleton.names
+    chosen = _choose(checkpoint, skeleton, options, stored)
+    inserted = tuple(_insert_layer(checkpoint, site, options, skeleton.config) for site in chosen.sites)
+    layers: dict[str, LayerSpec | ScaledSpec] = {
+        site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen.sites
+    }
+    layers |= {module.module: scaled_spec(module) for module in chosen.scaled}
+    config = dict(checkpoint.config)
+    if checkpoint.library.names_dtype:
+        config = _with_dtype(config, options.dtype)
+    method: Method = "mixed" if chosen.folded and layers else "fold" if chosen.folded else "insert"
+    multiplied = chosen.multiplied
+    dtypes = {TORCH_DTYPES[layer.dtype] for layer in inserted}
+    dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in multiplied}
+    unchanged = _unchanged(skeleton, multiplied | {site.tensor for site in chosen.sites})
+    return HardeningPlan(
+        method=method,
+        schedule=options.schedule or ("constant" if inserted else "staircase"),
+        profile=chosen.profile if chosen.folded else None,
+        dtype=", ".join(sorted(map(dtype_name, dtypes))),
+        inserted=inserted,
+        folded=chosen.folded,
+        scaled=chosen.scaled,
+        groups=_groups(
+            checkpoint,
+            inserted,
+            {**fold_groups(chosen.folded, checkpoint, stored), **scaled_groups(chosen.scaled, checkpoint, stored)},
+            {name for module in chosen.scaled for name in (module.bias, module.tombstone) if name},
+            options.dtype,
+        ),
+        config=shim_config(config, layers) if layers else config,
+        notes=_notes(checkpoint, options, chosen, unchanged),
+        left_alone=unchanged,
     )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is changed, and why not more.
+
+    Attributes:
+        profile: Of the fold.
+        folded, scaled: As in the plan.
+        sites: Linears that become two factors.
+        left: What could be scaled and is not part of a folded pair.
+        reasons: Why there are no more symmetric pairs, in sentences.
+    """
+
+    profile: Profile
+    folded: tuple[FoldedPair, ...]
+    sites: tuple[LinearSite, ...]
+    scaled: tuple[ScaledModule, ...]
+    left: tuple[ScalableSite, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def multiplied(self) -> set[str]:
+        """Tensors with entries that are multiplied by powers of two."""
+        slices = [part for pair in self.folded for part in pair.slices]
+        slices += [part for module in self.scaled for part in module.slices]
+        return {part.tensor for part in slices}
+
+
+def _choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, stored: str | None) -> _Choice:
+    sites, scalable = linear_sites(skeleton), scalable_sites(skeleton)
+    found = Symmetries((), ()) if options.method == "insert" else symmetries(skeleton)
+    pairs = select_pairs(found.pairs, skeleton.names, options.layers, options.exclude)
+    # Options of the paper's factors ask for them, where there is nothing that they could mean in a fold.
+    factors = wants_factors(options) and (options.method == "insert" or (options.method == "auto" and not pairs))
+    nameable = () if options.method == "fold" else sites if factors else scalable
+    require_named(options, nameable, found.pairs, skeleton.names)
 
     profile = options.profile or "coverage"
     folded = fold_pairs(
@@ -153,30 +213,28 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
         dtype=stored,
     )
     reasons = [note.reason for note in found.unpaired if note.kind is None or note.kind in FOLDED_KINDS[profile]]
-    fold_alone = options.method == "fold" or options.profile == "quantizable"  # no quantizer survives an insert
-    if not folded and fold_alone and options.method != "insert":
+    no_pair = f"{checkpoint.directory} has no symmetric pair to fold" + "".join(f"; {reason}" for reason in reasons[:1])
+    if not folded and _folds_alone(options):
         raise SpecDefError(
-            f"{checkpoint.directory} has no symmetric pair to fold" + "".join(f"; {reason}" for reason in reasons[:1]),
+            no_pair,
             "Use --profile coverage, for float32 and bfloat16 alone."
             if options.profile == "quantizable"
             else "Use --method insert" + (", or other --layers and --exclude." if found.pairs else "."),
         )
-    changed = {part.tensor for pair in folded for part in pair.slices}
+    in_pairs = {part.tensor for pair in folded for part in pair.slices}
+    left = select_scalable([site for site in scalable if site.tensor not in in_pairs], options.layers, options.exclude)
     chosen: tuple[LinearSite, ...] = ()
+    scaled: tuple[ScaledModule, ...] = ()
     if factors:
         chosen = select_layers(sites, options.layers, options.exclude)
         require_insertable(skeleton, chosen)
-    open_sites = select_scalable(
-        [site for site in scalable if site.tensor not in changed], options.layers, options.exclude
-    )
-    if options.method == "auto" and not options.allow_code and not folded and not factors and open_sites:
+    elif options.method == "insert" or (options.allow_code and not _folds_alone(options)):
+        scaled = scale_modules(checkpoint, skeleton, left, stored)
+    elif not folded and left:
         raise SpecDefError(
-            f"{checkpoint.directory} has no symmetric pair to fold" + "".join(f"; {reason}" for reason in reasons[:1]),
+            no_pair,
             "Pass --allow-code: the model then brings code that undoes a scale of each weight, or use --method insert.",
         )
-    scaled: tuple[ScaledModule, ...] = ()
-    if not factors and (options.method == "insert" or (not fold_alone and options.allow_code)):
-        scaled = scale_modules(checkpoint, skeleton, open_sites, stored)
     if folded or scaled:
         _require_loaded_wide_enough(skeleton.config, options)
     if not chosen and not folded and not scaled:
@@ -184,53 +242,35 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
             "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
         )
     require_used(options, folded=bool(folded), inserted=bool(chosen), scaled=bool(scaled))
-    inserted = tuple(_insert_layer(checkpoint, site, options, skeleton.config) for site in chosen)
-    layers: dict[str, LayerSpec | ScaledSpec] = {
-        site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen
-    }
-    layers |= {module.module: scaled_spec(module) for module in scaled}
-    config = dict(checkpoint.config)
-    if checkpoint.library is not DIFFUSERS:  # whose configs name no dtype
-        config = _with_dtype(config, options.dtype)
-    dtypes = {TORCH_DTYPES[layer.dtype] for layer in inserted}
-    changed |= {part.tensor for module in scaled for part in module.slices}
-    dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in changed}
-    method: Method = "mixed" if folded and layers else "fold" if folded else "insert"
-    notes = [_why(folded, inserted, scaled)] if options.method == "auto" else []
-    notes.append(serving_advice(lost_formats(folded, inserted=bool(layers))))
-    notes += reasons
-    if folded and profile == "quantizable":
+    return _Choice(profile, folded, chosen, scaled, left, tuple(reasons))
+
+
+def _folds_alone(options: HardenOptions) -> bool:
+    """Whether nothing but a fold is wanted; no quantizer survives an insert."""
+    return options.method == "fold" or (options.profile == "quantizable" and options.method != "insert")
+
+
+def _notes(
+    checkpoint: Checkpoint, options: HardenOptions, chosen: _Choice, unchanged: Sequence[str]
+) -> tuple[str, ...]:
+    """What was decided and why, for the user."""
+    code = bool(chosen.sites or chosen.scaled)
+    notes = [_summary(chosen)] if options.method == "auto" else []
+    notes.append(serving_advice(lost_formats(chosen.folded, inserted=code)))
+    notes += chosen.reasons
+    if chosen.folded and chosen.profile == "quantizable":
         notes.append(QUANTIZABLE_LIMIT)
-    if options.schedule == "constant" and folded:
-        notes.append(f"every rescaled channel gets 2**{abs(folded[0].exponents[0])}, the power of two nearest to alpha")
-    left = _left_alone(skeleton, changed | {site.tensor for site in chosen})
-    if left and not inserted:
-        notes.append(f"Left as they are, and trained alone not slowed: {', '.join(left)}.")
-    if options.method == "auto" and not options.allow_code and not fold_alone and not factors and open_sites:
+    if options.schedule == "constant" and chosen.folded:
+        exponent = abs(chosen.folded[0].exponents[0])
+        notes.append(f"every rescaled channel gets 2**{exponent}, the power of two nearest to alpha")
+    if unchanged and not chosen.sites:
+        notes.append(f"Left as they are, and trained alone not slowed: {', '.join(unchanged)}.")
+    if options.method == "auto" and not _folds_alone(options) and not code and chosen.left:
         notes.append(
-            f"--allow-code would scale {_kinds(open_sites)} that no pair reaches; the model then brings code to load."
+            f"--allow-code would scale {_kinds(chosen.left)} that no pair reaches; the model then brings code to load."
         )
     left_out = checkpoint.companions.note()
-    notes += [left_out] if left_out else []
-    return HardeningPlan(
-        method=method,
-        schedule=options.schedule or ("constant" if inserted else "staircase"),
-        profile=profile if folded else None,
-        dtype=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
-        inserted=inserted,
-        folded=folded,
-        scaled=scaled,
-        groups=_groups(
-            checkpoint,
-            inserted,
-            {**fold_groups(folded, checkpoint, stored), **scaled_groups(scaled, checkpoint, stored)},
-            {name for module in scaled for name in (module.bias, module.tombstone) if name},
-            options.dtype,
-        ),
-        config=shim_config(config, layers) if layers else config,
-        notes=tuple(notes),
-        left_alone=left,
-    )
+    return (*notes, left_out) if left_out else tuple(notes)
 
 
 def wants_factors(options: HardenOptions) -> bool:
@@ -271,11 +311,12 @@ def require_used(options: HardenOptions, *, folded: bool, inserted: bool, scaled
         )
 
 
-def _why(folded: Sequence[FoldedPair], inserted: Sequence[InsertLayer], scaled: Sequence[ScaledModule]) -> str:
+def _summary(chosen: _Choice) -> str:
+    folded, sites, scaled = chosen.folded, chosen.sites, chosen.scaled
     parts = [f"fold: {len(folded)} symmetric pairs are rescaled"] if folded else []
-    parts += [f"insert: no symmetric pair is known for these {len(inserted)} layers"] if inserted else []
+    parts += [f"insert: no symmetric pair is known for these {len(sites)} layers"] if sites else []
     parts += [f"insert: {_kinds(scaled)} are scaled, and undo it themselves"] if scaled else []
-    return ", and ".join(parts if inserted or scaled else [*parts, "no layer is added"])
+    return ", and ".join(parts if sites or scaled else [*parts, "no layer is added"])
 
 
 def _kinds(sites: Sequence[ScalableSite | ScaledModule]) -> str:
@@ -285,7 +326,7 @@ def _kinds(sites: Sequence[ScalableSite | ScaledModule]) -> str:
     return ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts.items() if count)
 
 
-def _left_alone(skeleton: Skeleton, changed: set[str]) -> tuple[str, ...]:
+def _unchanged(skeleton: Skeleton, changed: set[str]) -> tuple[str, ...]:
     """The parameters that the plan does not change, the same name once for all blocks."""
     left = dict.fromkeys(
         re.sub(r"^.*\.\d+\.", "", tensor).removesuffix(".weight")

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from specdef_cli import __version__
-from specdef_cli.architectures.linears import LinearSite
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.destination import require_manifest_place
-from specdef_cli.checkpoint.library import TRANSFORMERS
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, BaseModel, InsertedLayer, Manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
-from specdef_cli.checkpoint.stream import Progress, write_durably
+from specdef_cli.checkpoint.stream import Progress
+from specdef_cli.dtypes import DTYPES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import hardened_card
-from specdef_cli.hardening.devices import compute_devices
-from specdef_cli.hardening.execute import Written, execute, write_json
+from specdef_cli.hardening.execute import Written, published, write_json
 from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.soundness import require_hardenable, require_loadable
 from specdef_cli.hardening.verify import verify
@@ -56,36 +51,6 @@ class HardenResult:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class LayerPreview:
-    """A layer of a plan: its σ₁ before and after."""
-
-    site: LinearSite
-    alpha: float
-    sigma_before: float
-    sigma_after: float
-
-
-@dataclass(frozen=True)
-class PlanPreview:
-    """What :func:`harden` would do.
-
-    Attributes:
-        plan: The plan.
-        summary: The same in a few figures.
-        layers: σ₁ of each layer to be replaced.
-        bytes_before, bytes_after: Size of all tensors.
-        parameters_before: Number of parameters.
-    """
-
-    plan: HardeningPlan
-    summary: PlanSummary
-    layers: tuple[LayerPreview, ...]
-    parameters_before: int
-    bytes_before: int
-    bytes_after: int
-
-
 @contextmanager
 def open_model(
     options: HardenOptions, on_download: DownloadHook | None = None
@@ -106,51 +71,6 @@ def open_model(
         require_hardenable(checkpoint)
         skeleton = Skeleton.read(checkpoint, trust_remote_code=options.trust_remote_code)
         yield resolved, checkpoint, make_plan(checkpoint, skeleton, options)
-
-
-def preview(
-    options: HardenOptions,
-    on_plan: Callable[[HardeningPlan], None] = lambda _: None,
-    on_progress: Callable[[Progress], None] = lambda _: None,
-    on_download: DownloadHook | None = None,
-) -> PlanPreview:
-    """Compute all that :func:`harden` would change, and write nothing.
-
-    Args:
-        options: What to do.
-        on_plan: Called with the plan before anything is computed.
-        on_progress: Called after each group of tensors.
-        on_download: As for :func:`harden`.
-
-    Raises:
-        SpecDefError: As :func:`harden`, but for the output directory and the comparison with the base.
-    """
-    with open_model(options, on_download) as (_, checkpoint, plan):
-        on_plan(plan)
-        return _preview(checkpoint, plan, options, on_progress)
-
-
-def _preview(
-    checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOptions, on_progress: Callable[[Progress], None]
-) -> PlanPreview:
-    device = compute_devices(options.device, process_state(options.device))[0]
-    figures: dict[str, Mapping[str, Any]] = {}
-    for group in plan.groups:
-        if group.transform is not None:
-            figures[group.label] = group.transform(checkpoint, device).figures
-        on_progress(Progress(group.label, group.nbytes))
-    layers = []
-    for layer in plan.inserted:
-        sigma = figures[layer.site.module]["singular_values"][0]
-        layers.append(LayerPreview(layer.site, layer.alpha, sigma, sigma * layer.alpha))
-    return PlanPreview(
-        plan=plan,
-        summary=summarize(plan, checkpoint),
-        layers=tuple(layers),
-        parameters_before=sum(math.prod(header.shape) for header in checkpoint.tensors.values()),
-        bytes_before=checkpoint.nbytes,
-        bytes_after=plan.nbytes,
-    )
 
 
 def harden(
@@ -178,60 +98,28 @@ def harden(
         require_manifest_place(options.manifest_out, options.out)
     with open_model(options, on_download) as (resolved, checkpoint, plan):
         on_plan(plan)
-        result = _harden(resolved, checkpoint, plan, options, on_progress)
-    if result is not None and options.manifest_out is not None:
-        _move_manifest(options.out, options.manifest_out)
-    return result
-
-
-def _harden(
-    resolved: Resolved,
-    checkpoint: Checkpoint,
-    plan: HardeningPlan,
-    options: HardenOptions,
-    on_progress: Callable[[Progress], None],
-) -> HardenResult | None:
-    def complete(work: Path, written: Written) -> HardenResult:
-        manifest = _manifest(resolved, plan, options, written)
-        carry_over(checkpoint.directory, work, checkpoint.companions.carried)
-        write_json(work / "config.json", plan.config)
-        if (
-            plan.inserted or plan.scaled
-        ) and checkpoint.library is TRANSFORMERS:  # diffusers runs no code that comes with a checkpoint
-            shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
-        write_durably(work / MANIFEST_NAME, manifest.to_json())
-        require_loadable(work, trust_remote_code=options.trust_remote_code)
-        if options.verify:
-            figures = verify(
-                checkpoint.directory,
-                work,
-                max(plan.nbytes, checkpoint.nbytes),
-                exact=not plan.inserted,
-                logits=checkpoint.library is TRANSFORMERS,
-                dtype=None if options.dtype is None else getattr(torch, options.dtype),
-                device=options.device,
-                trust_remote_code=options.trust_remote_code,
+        with published(
+            checkpoint,
+            plan.groups,
+            options.out,
+            plan.fingerprint(checkpoint, resolved.commit),
+            max_shard_size=options.max_shard_size,
+            device=options.device,
+            resume=options.resume,
+            on_progress=on_progress,
+        ) as written:
+            if written is None:
+                return None
+            manifest = _manifest(resolved, plan, options, written)
+            _make_loadable(checkpoint, plan, manifest, written.work)
+            require_loadable(written.work, trust_remote_code=options.trust_remote_code)
+            manifest = dataclasses.replace(
+                manifest, verification=_verification(checkpoint, plan, options, written.work)
             )
-        else:
-            figures = {"skipped": "verification was switched off"}
-        manifest = dataclasses.replace(manifest, verification=figures)
-        write_durably(work / MANIFEST_NAME, manifest.to_json())
-        base_card = checkpoint.directory / "README.md"
-        text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else ""
-        write_durably(work / "README.md", hardened_card(text, manifest, plan.left_alone, checkpoint.library))
-        return HardenResult(options.out, manifest, plan.parameters_added, plan.nbytes - checkpoint.nbytes, plan.notes)
-
-    return execute(
-        checkpoint,
-        plan.groups,
-        options.out,
-        plan.fingerprint(checkpoint, resolved.commit),
-        complete=complete,
-        max_shard_size=options.max_shard_size,
-        device=options.device,
-        resume=options.resume,
-        on_progress=on_progress,
-    )
+            _describe(checkpoint, plan, manifest, written.work)
+    if options.manifest_out is not None:
+        _move_manifest(options.out, options.manifest_out)
+    return HardenResult(options.out, manifest, plan.parameters_added, plan.nbytes - checkpoint.nbytes, plan.notes)
 
 
 def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, written: Written) -> Manifest:
@@ -270,3 +158,36 @@ def _move_manifest(directory: Path, path: Path) -> None:
             f"{directory} is complete and holds {MANIFEST_NAME}; move that before you publish.",
         ) from error
     own.unlink()
+
+
+def _make_loadable(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manifest, work: Path) -> None:
+    """Add what a loader needs beside the weights: companions, ``config.json``, code, and the manifest."""
+    carry_over(checkpoint.directory, work, checkpoint.companions.carried)
+    write_json(work / "config.json", plan.config)
+    if (plan.inserted or plan.scaled) and checkpoint.library.runs_code:
+        shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
+    write_durably(work / MANIFEST_NAME, manifest.to_json())
+
+
+def _verification(checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOptions, work: Path) -> dict[str, Any]:
+    """Figures of the comparison with the base, or why there are none."""
+    if not options.verify:
+        return {"skipped": "verification was switched off"}
+    return verify(
+        checkpoint.directory,
+        work,
+        max(plan.nbytes, checkpoint.nbytes),
+        exact=not plan.inserted,
+        logits=checkpoint.library.has_logits,
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _describe(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manifest, work: Path) -> None:
+    """Write the manifest with its verification, and the model card."""
+    write_durably(work / MANIFEST_NAME, manifest.to_json())
+    base_card = checkpoint.directory / "README.md"
+    text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else ""
+    write_durably(work / "README.md", hardened_card(text, manifest, plan.left_alone, checkpoint.library))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
-from specdef_cli.checkpoint.library import DIFFUSERS
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.errors import SpecDefError
@@ -40,7 +39,7 @@ def require_sound(directory: Path, *, trust_remote_code: bool = False) -> Skelet
             missing, quantized, or of another shape than config.json or the manifest says.
     """
     checkpoint = open_checkpoint(directory)
-    if checkpoint.library is DIFFUSERS:
+    if not checkpoint.library.is_attacked:
         raise SpecDefError(
             f"{directory} is a model of diffusers, and only models of transformers are attacked and certified",
             "Train it in its pipeline, as examples/reproduce/unet.py does.",
@@ -107,7 +106,7 @@ def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> Non
     """
     checkpoint = open_checkpoint(directory)
     require_as_described(checkpoint, read_manifest(directory))
-    if checkpoint.library is DIFFUSERS:  # loads no model without its weights
+    if not checkpoint.library.loads_without_weights:
         return
     with without_progress_bars():
         _, found = load_model(directory, device="meta", output_loading_info=True, trust_remote_code=trust_remote_code)

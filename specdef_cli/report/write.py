@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.attack.store import write_atomic
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.report.html import report_html
 from specdef_cli.report.plot import curves_png
 from specdef_cli.report.serialize import curves_csv, report_json
@@ -23,12 +23,12 @@ def write_report(report: AttackReport, out: Path) -> tuple[Path, ...]:
     paths = tuple(out / name for name in ("report.html", "report.json", "curves.csv", "curves.png"))
     if process_state().is_main_process:
         image = curves_png(report)
-        contents = (
-            report_html(report, image).encode(),
-            report_json(report).encode(),
-            curves_csv(report).encode(),
+        contents: tuple[str | bytes, ...] = (
+            report_html(report, image),
+            report_json(report),
+            curves_csv(report),
             image,
         )
         for path, content in zip(paths, contents, strict=True):
-            write_atomic(path, content)
+            write_durably(path, content)
     return paths

@@ -93,8 +93,10 @@ def load_denoiser(
 
     checkpoint = open_checkpoint(directory)
     if dtype is None:
-        stored = {TORCH_DTYPES[each.dtype] for each in checkpoint.tensors.values() if each.dtype in FLOATING_DTYPES}
-        dtype = max(stored, key=lambda each: (each.itemsize, str(each)), default=None)
+        stored = {
+            TORCH_DTYPES[header.dtype] for header in checkpoint.tensors.values() if header.dtype in FLOATING_DTYPES
+        }
+        dtype = max(stored, key=lambda dtype: (dtype.itemsize, str(dtype)), default=None)
     if device is not None:
         kwargs.setdefault("device_map", {"": device})
     model_class = getattr(diffusers, checkpoint.config["_class_name"])

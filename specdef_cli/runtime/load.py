@@ -16,8 +16,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from specdef_cli.checkpoint.library import DIFFUSERS, diffusers_missing, library_of
-from specdef_cli.errors import SpecDefError
+from specdef_cli.checkpoint.library import diffusers_missing, library_of
+from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError
 from specdef_cli.runtime.register import register
 
@@ -61,7 +61,7 @@ def load_model(
     if not (path / "config.json").is_file():
         raise SpecDefError(f"{directory} has no config.json", "Give a directory with a checkpoint.")
     try:
-        if library_of(json.loads((path / "config.json").read_text(encoding="utf-8"))) is DIFFUSERS:
+        if not library_of(json.loads((path / "config.json").read_text(encoding="utf-8"))).has_model_types:
             return _load_denoiser(path, dtype=None if dtype == "auto" else dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = _model_class(path, config, auto_class, trust_remote_code)
@@ -79,8 +79,7 @@ def load_model(
     except Exception as error:
         # Unknown model types, damaged files, tensors of another shape, code that may not run: transformers raises
         # anything from OSError to what its libraries raise.
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SpecDefError(f"{directory} cannot be loaded: {reason}", _hint(path)) from error
+        raise SpecDefError(f"{directory} cannot be loaded: {first_line(error)}", _hint(path)) from error
 
 
 def _load_denoiser(path: Path, **kwargs: Any) -> Any:
@@ -116,9 +115,8 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
             try:
                 return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)
             except Exception as error:  # tokenizers raises plain ones
-                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 raise SpecDefError(
-                    f"the tokenizer or image processor in {directory} cannot be loaded: {reason}",
+                    f"the tokenizer or image processor in {directory} cannot be loaded: {first_line(error)}",
                     "Copy the files of the base model over it.",
                 ) from error
     return None

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.runtime.launcher import forget_stale_launcher
 
 # A process that has written its shards waits for the slowest one: for a large model, longer than any default.
@@ -32,7 +32,7 @@ def process_state(device: str | None = None) -> PartialState:
         return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         raise SpecDefError(
-            f"the processes that the environment speaks of cannot be joined: {str(error).splitlines()[0]}",
+            f"the processes that the environment speaks of cannot be joined: {first_line(error)}",
             "Run `unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT` to work alone, or start all processes "
             "with torchrun.",
         ) from error

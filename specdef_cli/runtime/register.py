@@ -52,8 +52,8 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _register_config() -> None:
-    # Our module imports the other registry. Import that one first, so that its callback never finds our module half
-    # imported; where the two are already being imported in the other order, this line does nothing.
+    # A cycle: importing configuration_specdef imports transformers.quantizers.auto, whose callback imports
+    # configuration_specdef. So the former's dependency comes first; if it is being imported already, this does nothing.
     import transformers.quantizers.auto  # noqa: F401
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from specdef_cli.checkpoint.library import DIFFUSERS, library_of
+from specdef_cli.checkpoint.library import library_of
 from specdef_cli.errors import SpecDefError
 
 SHIM_SOURCE = Path(__file__).with_name("configuration_specdef.py")
@@ -76,7 +76,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | Scal
         SpecDefError: The base has no ``model_type``, is a shim already, or is quantized.
     """
     library, native = library_of(config), config.get("model_type")
-    if library is not DIFFUSERS and not native:
+    if library.has_model_types and not native:
         raise SpecDefError(
             "config.json names no model_type, so transformers cannot tell which model it describes",
             "Add the model_type of the architecture to config.json.",
@@ -97,7 +97,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | Scal
         "quant_method": MODEL_TYPE,
         "layers": {module: _plain(spec) for module, spec in layers.items()},
     }
-    if library is DIFFUSERS:
+    if not library.has_model_types:
         return shimmed
     if "auto_map" in shimmed:
         # The base's own code would be looked up in a directory that does not hold it; transformers' classes serve.
@@ -107,7 +107,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | Scal
 
 def is_shim(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is that of an insert directory."""
-    if library_of(config) is DIFFUSERS:
+    if not library_of(config).has_model_types:
         listed = config.get("quantization_config")
         return isinstance(listed, Mapping) and listed.get("quant_method") == MODEL_TYPE
     return config.get("model_type") == MODEL_TYPE
@@ -125,7 +125,7 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if not is_shim(config):
         return plain
     plain.pop("quantization_config", None)
-    if library_of(config) is DIFFUSERS:
+    if not library_of(config).has_model_types:
         return plain
     native = plain.pop(BASE_MODEL_TYPE_KEY, None)
     if not isinstance(native, str) or not native:

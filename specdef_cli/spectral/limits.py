@@ -11,8 +11,9 @@ import math
 
 import torch
 
-from specdef_cli.checkpoint.manifest import Gauge
+from specdef_cli.dtypes import dtype_name
 from specdef_cli.errors import SpecDefError
+from specdef_cli.spectral.gauges import Gauge
 
 # A relative error of y = C(W~x) above this is a different function, not rounding: bfloat16 weights alone give 2e-3.
 RECONSTRUCTION_TOLERANCE = 1e-2
@@ -48,16 +49,15 @@ def check_alpha(alpha: float, gauge: Gauge, dtype: torch.dtype, where: str = "")
         raise SpecDefError(f"alpha is {alpha:g}; it must be a finite number of at least 1", "Give e.g. --alpha 1e4.")
     safe = largest_safe_alpha(gauge, dtype)
     if alpha > safe:
-        name = str(dtype).removeprefix("torch.")
         others = []
         if gauge == "symmetric" and alpha <= largest_safe_alpha("rotated", dtype):
             others.append("--gauge rotated")
         # float32 keeps more digits than bfloat16, and has the same range.
         wider = torch.float32 if gauge == "symmetric" else torch.bfloat16
         if dtype is not wider and alpha <= largest_safe_alpha(gauge, wider):
-            others.append(f"--dtype {str(wider).removeprefix('torch.')}")
+            others.append(f"--dtype {dtype_name(wider)}")
         raise SpecDefError(
-            f"alpha {alpha:g} would break the function in {name}{where} with the {gauge} gauge",
+            f"alpha {alpha:g} would break the function in {dtype_name(dtype)}{where} with the {gauge} gauge",
             ", or ".join([f"Use --alpha {safe:g} or less", *others]) + ".",
         )
 

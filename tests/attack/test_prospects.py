@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.attack.prospects import is_hopeless, trains_as_control
+from specdef_cli.attack.prospects import Lead, is_hopeless, trains_as_control
 from specdef_cli.attack.results import Divergence, EvalPoint, RunResult
 from specdef_cli.attack.spec import RunSpec
 from tests.attack.test_search import GRID, SPEC, make_series, result, run_plan
@@ -76,7 +76,7 @@ def plan_with_control(best: dict[str, float], **options: Any) -> tuple[Any, list
     """A control and an attack on parabolas with these best rates."""
     made: list[RunSpec] = []
 
-    def execute(spec: RunSpec, _: Any, to_beat: float | None) -> RunResult:
+    def execute(spec: RunSpec, _: Any, lead: Lead | None) -> RunResult:
         made.append(spec)
         return result(spec, best[spec.subject])
 
@@ -104,12 +104,12 @@ def test_anything_else_is_searched(best: float) -> None:
 
 def test_a_thorough_search_and_one_that_may_come_back_take_over_nothing() -> None:
     for changes in ({"thorough": True}, {"first": replace(make_series("a").first, stop_at_divergence=False)}):
-        asked: list[float | None] = []
+        asked: list[Lead | None] = []
         attack = replace(make_series("a"), **changes)
         control = replace(attack, first=attack.first.control("c"))
 
-        def execute(spec: RunSpec, _: Any, to_beat: float | None) -> RunResult:
-            asked.append(to_beat)  # noqa: B023
+        def execute(spec: RunSpec, _: Any, lead: Lead | None) -> RunResult:
+            asked.append(lead)  # noqa: B023
             return result(spec, 1e-4)
 
         outcome, _ = run_plan([control, attack], execute)
@@ -118,17 +118,18 @@ def test_a_thorough_search_and_one_that_may_come_back_take_over_nothing() -> Non
 
 
 def test_runs_have_to_beat_what_was_finished_when_they_were_chosen() -> None:
-    asked: dict[tuple[float, int], float | None] = {}
+    asked: dict[tuple[float, int], Lead | None] = {}
 
-    def execute(spec: RunSpec, _: Any, to_beat: float | None) -> RunResult:
-        asked[spec.learning_rate, spec.seed] = to_beat
+    def execute(spec: RunSpec, _: Any, lead: Lead | None) -> RunResult:
+        asked[spec.learning_rate, spec.seed] = lead
         return result(spec, 1e-4)
 
     run_plan([make_series("a", seeds=(0, 1))], execute)
+    start = EvalPoint(0, 3.0, 0.0)
     first = [asked[rate, 0] for rate in GRID]
-    assert first == [0.0, 0.0, 0.75, 0.75], "two at a time"
+    assert first == [Lead(), Lead(), Lead(0.75, start), Lead(0.75, start)], "two at a time"
     assert asked[1e-4, 1] is None, "another seed at the best rate is made in full"
-    assert asked[3e-4, 0] == 1.0
+    assert asked[3e-4, 0] == Lead(1.0, start)
 
 
 def test_a_shortened_run_serves_searches_alone() -> None:

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 
+from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import Recorder
-from specdef_cli.attack.results import Divergence
+from specdef_cli.attack.results import Divergence, EvalPoint
 
 START = 3.0
 
 
 def record(
-    losses: list[float], *, stop: bool = True, train: dict[int, float] | None = None, to_beat: float | None = None
+    losses: list[float], *, stop: bool = True, train: dict[int, float] | None = None, lead: Lead | None = None
 ) -> tuple[Recorder, Any]:
     """A run with these held-out losses, one a step, for as long as the recorder lets it."""
-    recorder = Recorder(lambda step, loss: None, stop, to_beat)
+    recorder = Recorder(lambda step, loss: None, stop, lead)
     control: Any = SimpleNamespace(should_training_stop=False, should_evaluate=True)
     for step, loss in enumerate(losses):
         state: Any = SimpleNamespace(global_step=step, max_steps=len(losses) - 1)
@@ -59,7 +60,7 @@ def test_a_search_ends_what_two_batches_in_a_row_show_to_diverge() -> None:
     losses = [START, *[2.0] * 7]
     recorder, _ = record(losses, train=train)
     assert recorder.divergence is None
-    recorder, control = record(losses, train=train, to_beat=0.0)
+    recorder, control = record(losses, train=train, lead=Lead())
     assert recorder.divergence == Divergence(5, "training loss is beyond twice the start")
     assert control.should_training_stop
     assert not control.should_evaluate
@@ -68,9 +69,14 @@ def test_a_search_ends_what_two_batches_in_a_row_show_to_diverge() -> None:
 def test_a_search_ends_what_is_too_far_behind_and_the_record_says_where() -> None:
     losses = [START, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3, 2.2]
     assert record(losses)[0].stopped is None
-    recorder, control = record(losses, to_beat=0.8)
+    recorder, control = record(losses, lead=Lead(0.8))
     assert (recorder.stopped, control.should_training_stop) == (None, False)
-    recorder, control = record(losses, to_beat=1.7)  # 0.4 by step 4 of 8 may come to 1.6
+    recorder, control = record(losses, lead=Lead(1.7))  # 0.4 by step 4 of 8 may come to 1.6
     assert (recorder.stopped, control.should_training_stop) == (4, True)
     assert [point.step for point in recorder.evaluations] == [0, 1, 2, 3, 4]
     assert recorder.divergence is None
+
+
+def test_what_is_known_of_the_start_is_not_evaluated_again() -> None:
+    recorder = Recorder(lambda step, loss: None, True, Lead(0.5, EvalPoint(0, START, 0.0)))
+    assert recorder.evaluations == [EvalPoint(0, START, 0.0)]

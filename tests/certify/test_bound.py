@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,22 +17,32 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.variants.depth import deepen
-from specdef_cli.certify.bound import compensation_bounds, exclusive_parameters, path_bound
+from specdef_cli.certify.bound import compensation_bounds
 from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainable
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import SpecDefLinear, load_model
-from specdef_cli.spectral.bound import SingularSubspace, product_bound
 
 REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
 
 
-@pytest.fixture(scope="module")
-def setting() -> ModuleType:
+def script(name: str) -> ModuleType:
+    """One of the reproductions, which are no package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPRODUCE))
-        return importlib.import_module("setting")
+        return importlib.import_module(name)
+
+
+path_bound, exclusive_parameters, product_bound, SingularSubspace = (
+    getattr(script("path_bound"), name)
+    for name in ("path_bound", "exclusive_parameters", "product_bound", "SingularSubspace")
+)
+
+
+@pytest.fixture(scope="module")
+def setting() -> ModuleType:
+    return script("setting")
 
 
 def mlp(widths: list[int], seed: int, examples: int = 5) -> tuple[nn.Sequential, Loss]:
@@ -57,7 +68,7 @@ def llama() -> tuple[LlamaForCausalLM, Loss]:
     return model, model_loss(model, {"input_ids": tokens, "labels": tokens})
 
 
-def subspaces(left: Tensor, right: Tensor) -> tuple[SingularSubspace, SingularSubspace]:
+def subspaces(left: Tensor, right: Tensor) -> tuple[Any, Any]:
     """All singular pairs of dense A [p, m] and C [n, q], one position."""
     _, values_left, vectors_left = torch.linalg.svd(left, full_matrices=False)
     vectors_right, values_right, _ = torch.linalg.svd(right, full_matrices=False)
@@ -88,7 +99,7 @@ def test_the_product_never_exceeds_what_it_bounds(sizes: tuple[int, int, int, in
     assert bound.alignment >= promised - 1e-9
 
 
-def _around(weight: Tensor, left: Tensor, right: Tensor) -> tuple[SingularSubspace, Tensor, SingularSubspace]:
+def _around(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Any, Tensor, Any]:
     before, after = subspaces(left, right)
     return before, weight, after
 

@@ -23,10 +23,10 @@ REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
 # Where an attack can die, in order: before a run, while it is kept (before and within the write), in the report.
 POINTS = [
     *(("specdef_cli.attack.run.train_run", call) for call in (1, 3)),
-    ("specdef_cli.attack.store.write_atomic", 2),
+    ("specdef_cli.attack.store.write_durably", 2),
     ("os.replace", 2),
     ("specdef_cli.report.write.curves_png", 1),
-    ("specdef_cli.report.write.write_atomic", 3),
+    ("specdef_cli.report.write.write_durably", 3),
 ]
 
 
@@ -114,7 +114,7 @@ def test_a_second_attack_on_the_same_directory_is_told(arguments: tuple[str, ...
 @pytest.mark.fault("two runs to one --out")
 def test_what_another_attack_may_be_writing_is_not_removed(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """Half a run file is removed by whoever holds the lock of its directory; from shared runs, by nobody."""
-    half = tmp_path / "out" / "runs" / ".0123.json.4567.tmp"
+    half = tmp_path / "out" / "runs" / ".0123.json.4567.partial"
     half.parent.mkdir(parents=True)
     half.write_text("{")
     with exclusive(tmp_path / "out"):

@@ -30,6 +30,7 @@ POINTS = [
     ("specdef_cli.hardening.run.verify", 1),
     ("specdef_cli.hardening.execute.publish", 1),
     *(("specdef_cli.checkpoint.output._flush", call) for call in (1, 5)),
+    *(("os.fsync", call) for call in (3, 5, 7, 9)),  # within a write, whose partial file may not be published
 ]
 
 

@@ -209,7 +209,9 @@ def test_a_directory_that_lacks_a_vector_does_not_load(tensor: str, scaled: Make
 def test_globs_choose_and_a_tied_head_goes_with_its_embedding(base: Callable[[str], Path], tmp_path: Path) -> None:
     def modules(**options: Any) -> set[str]:
         result = harden(
-            HardenOptions(str(base("llama-tied")), tmp_path / str(len(list(tmp_path.iterdir()))), "insert", **options)
+            HardenOptions(
+                str(base("llama-tied")), tmp_path / str(len(list(tmp_path.iterdir()))), method="insert", **options
+            )
         )
         assert result is not None
         assert isinstance(result.manifest, Manifest)

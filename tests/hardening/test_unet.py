@@ -22,7 +22,8 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.plan import HardeningPlan
-from specdef_cli.hardening.run import harden, preview
+from specdef_cli.hardening.preview import preview
+from specdef_cli.hardening.run import harden
 from specdef_cli.hardening.survey import survey
 from specdef_cli.runtime import SpecDefLinear, load_model
 from tests.commands import assert_refused, call_cli, environment, run_program

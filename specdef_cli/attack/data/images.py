@@ -17,7 +17,7 @@ from specdef_cli.attack.data.attack_data import AttackData
 from specdef_cli.attack.data.labelled import Example, Examples, labelled_halves
 from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line
 
 _DEFAULT_SIZE = 224
 _MODES = {1: "L", 3: "RGB"}
@@ -67,7 +67,7 @@ def load_pixel_transform(directory: Path, *, trust_remote_code: bool = False) ->
             processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise SpecDefError(
-            f"how {directory} reads images cannot be found out: {str(error).strip().splitlines()[0]}",
+            f"how {directory} reads images cannot be found out: {first_line(error)}",
             "Give a directory with an image classifier's config.json and, where it has one, its image processor.",
         ) from error
     channels = int(getattr(config, "num_channels", 3))

@@ -14,6 +14,7 @@ from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.inserted_layers import hardened_paths
+from specdef_cli.errors import first_line
 
 FACTORS = ("inflated", "compensation")
 """Of an inserted pair, as paths below the layer."""
@@ -42,8 +43,7 @@ def with_adapters(model: nn.Module, training: Training, make_config: Callable[[]
         return get_peft_model(model, make_config())
     except (ValueError, NotImplementedError, TypeError, AttributeError, KeyError, AssertionError) as error:
         raise NotApplicable(
-            f"{training.label} cannot be put on {','.join(training.where) or 'this model'}: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"{training.label} cannot be put on {','.join(training.where) or 'this model'}: {first_line(error)}",
             f"Name linear layers of this model, as in --training {training.method}@q_proj.",
         ) from error
 

@@ -17,8 +17,7 @@ from torch import nn
 from specdef_cli.attack.target import Target, Task
 from specdef_cli.attack.trainings.adapters import FACTORS, PEFT_TASKS, model_type, module_paths, with_adapters
 from specdef_cli.attack.trainings.table import Training
-from specdef_cli.runtime import SpecDefLinear
-from specdef_cli.runtime.configuration_specdef import SpecDefScaled
+from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
 
 
 def train_lora(model: nn.Module, training: Training, task: Task) -> nn.Module:

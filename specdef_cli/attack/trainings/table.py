@@ -129,6 +129,10 @@ TRAININGS: Table[TrainingChoice] = Table(
             function=f"{_HERE}.lora:train_dora", size=_RANK, where="modules", label_everywhere="DoRA all-linear",
         ),
         TrainingChoice(
+            "pissa", "PiSSA {where}", "LoRA that starts from the weights' principal directions (arXiv 2404.02948).",
+            function=f"{_HERE}.pissa:train_pissa", size=_RANK, where="modules", label_everywhere="PiSSA all-linear",
+        ),
+        TrainingChoice(
             "ia3", "IA³ {where}", "IA³ where PEFT puts it, or on the modules named.",
             function=f"{_HERE}.ia3:train_ia3", where="modules", label_everywhere="IA³",
         ),

@@ -26,7 +26,8 @@ from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.inserted_layers import count_parameters
-from specdef_cli.runtime.configuration_specdef import SpecDefScaled
+from specdef_cli.errors import first_line
+from specdef_cli.runtime import SpecDefScaled
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
@@ -129,7 +130,7 @@ def _fresh_block(model: PreTrainedModel, path: str, number: int, share: float, e
         fresh = type(block)(config, **index)
     except (TypeError, ValueError, AttributeError) as error:
         raise NotApplicable(
-            f"a fresh {type(block).__name__} cannot be made: {(str(error).splitlines() or ['unknown'])[0]}",
+            f"a fresh {type(block).__name__} cannot be made: {first_line(error)}",
             "Leave --expand out for this model.",
         ) from error
     fresh.apply(model._init_weights)

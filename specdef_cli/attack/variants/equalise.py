@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.architectures.pairs import SymmetricPair
 from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.variants.channels import channel_values, multiply_channels
 from specdef_cli.attack.variants.growth import Growth
 
 
@@ -45,7 +46,7 @@ def equalise(model: PreTrainedModel) -> Growth:
         if bool((factors == 1).all()):
             continue
         for side in pair.sides:
-            _multiply(side, tensors[side.tensor], factors**side.power)
+            multiply_channels(side, tensors[side.tensor], factors**side.power)
             touched.add(side.tensor)
         changed += 1
     count = sum(tensors[name].numel() for name in touched)
@@ -55,7 +56,7 @@ def equalise(model: PreTrainedModel) -> Growth:
 def _gain_factors(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:
     """What makes every gain 1, shape [channels]; a gain of zero stays."""
     gain = next(side for side in pair.sides if side.power == 1 and side.tensor.endswith("weight"))
-    sizes = _channel_values(gain, tensors[gain.tensor]).reshape(pair.channels, -1)[:, 0]
+    sizes = channel_values(gain, tensors[gain.tensor]).reshape(pair.channels, -1)[:, 0]
     return torch.where(sizes != 0, 1 / sizes, 1.0)
 
 
@@ -64,27 +65,7 @@ def _range_factors(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:
     ranges = {1: torch.zeros(pair.channels, dtype=torch.float64), -1: torch.zeros(pair.channels, dtype=torch.float64)}
     for side in pair.sides:
         if tensors[side.tensor].ndim > 1:  # biases follow
-            values = _channel_values(side, tensors[side.tensor]).abs().amax(1).cpu()
+            values = channel_values(side, tensors[side.tensor]).abs().amax(1).cpu()
             ranges[side.power] = torch.maximum(ranges[side.power], values)
     present = (ranges[1] > 0) & (ranges[-1] > 0)
     return torch.where(present, (ranges[-1] / ranges[1]).sqrt(), 1.0)
-
-
-def _channel_values(side: Side, tensor: Tensor) -> Tensor:
-    """The entries of each channel, shape [channels, entries], float64."""
-    target, axis = _target(side, tensor)
-    index = torch.tensor(side.indices, device=tensor.device)
-    return target.movedim(axis, 0)[index.flatten()].double().reshape(len(side.indices), -1)
-
-
-def _multiply(side: Side, tensor: Tensor, factors: Tensor) -> None:
-    """Multiply each channel's slice in place."""
-    target, axis = _target(side, tensor)
-    index = torch.tensor(side.indices, device=tensor.device)  # [channels, positions]
-    spread = factors.to(tensor.device)[:, None].expand(index.shape).flatten()
-    rows = target.movedim(axis, 0)  # a view
-    rows[index.flatten()] = (rows[index.flatten()].double() * spread.reshape(-1, *[1] * (rows.ndim - 1))).to(rows.dtype)
-
-
-def _target(side: Side, tensor: Tensor) -> tuple[Tensor, int]:
-    return (tensor, side.axis) if side.block is None else (tensor[side.block], side.axis - 1)

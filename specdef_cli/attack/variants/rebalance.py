@@ -22,7 +22,7 @@ from specdef_cli.attack.variants.inserted_layers import hardened_paths
 from specdef_cli.attack.variants.unscale import unscale
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.hardening.recognise import channel_exponents
-from specdef_cli.runtime.configuration_specdef import SpecDefScaled
+from specdef_cli.runtime import SpecDefScaled
 
 
 def rebalance(model: PreTrainedModel) -> Growth:

@@ -91,6 +91,11 @@ VARIANTS: Table[VariantChoice] = Table(
             trains_inflated=True,
         ),
         VariantChoice(
+            "smooth", f"{_HERE}.smooth:smooth", "none", "smoothed",
+            "What quantizers of activations do (SmoothQuant): ranges after norms into what reads them.",
+            trains_inflated=True,
+        ),
+        VariantChoice(
             "channel-rates", f"{_HERE}.channel_rates:scale_rates", "construction", "a rate for each channel",
             "A learning rate for every row and column, in proportion to its size.",
         ),

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.runtime.configuration_specdef import SpecDefScaled
+from specdef_cli.runtime import SpecDefScaled
 
 
 def unscale(model: nn.Module) -> Growth:

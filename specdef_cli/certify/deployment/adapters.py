@@ -24,8 +24,8 @@ from specdef_cli.architectures.names import match_names, repeated_blocks
 from specdef_cli.checkpoint.manifest import is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
-from specdef_cli.runtime import SpecDefLinear
-from specdef_cli.runtime.configuration_specdef import SpecDefScaled
+from specdef_cli.errors import first_line
+from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
 from specdef_cli.spectral.subspace import layer_seed
 
 RANK = 8
@@ -65,7 +65,7 @@ def attach_adapter(model: PreTrainedModel, directory: Path, *, carried: bool) ->
             warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers is renaming
             adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise AdapterError(f"PEFT refuses: {str(error).splitlines()[0].rstrip('(')}") from error
+        raise AdapterError(f"PEFT refuses: {first_line(error).rstrip('(')}") from error
     for path, layer in layers.items():
         transposed = isinstance(multiplying[path], Conv1D)
         inputs, outputs = _features(multiplying[path])

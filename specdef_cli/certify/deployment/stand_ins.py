@@ -23,8 +23,7 @@ from specdef_cli.certify.deployment.adapters import block_linears
 from specdef_cli.certify.deployment.quantizers import GgufType, Quantizer
 from specdef_cli.certify.deployment.subject import Change, Subject
 from specdef_cli.certify.deployment.trial import NotApplicableError
-from specdef_cli.runtime import SpecDefLinear
-from specdef_cli.runtime.configuration_specdef import SpecDefScaled
+from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
 
 
 class RoundingCache(DynamicCache):

@@ -147,8 +147,3 @@ def mean_loss(model: Any, tokens: Tensor) -> float:
 def next_token_loss(logits: Tensor, tokens: Tensor) -> float:
     """Mean next-token cross-entropy in nats; ``logits`` [1, length, vocabulary], ``tokens`` [1, length]."""
     return float(torch.nn.functional.cross_entropy(logits[0, :-1].double().cpu(), tokens[0, 1:].cpu()))
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

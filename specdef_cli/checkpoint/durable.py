@@ -1,0 +1,40 @@
+"""Small files that are on disk whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+UNFINISHED_SUFFIX = ".partial"
+"""What a write that was killed leaves is a hidden file of this suffix."""
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary sibling's name, flush it, and rename it into place.
+
+    Any number of processes may write the same file: whichever comes last wins, and no reader sees a part.
+
+    Args:
+        path: The file; its directory is made.
+        content: Text is written in UTF-8.
+
+    Raises:
+        OSError: The disk; an earlier file of that name is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED_SUFFIX}")
+    try:
+        with sibling.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        sibling.replace(path)
+    finally:
+        sibling.unlink(missing_ok=True)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what writes that were killed have left; only for whoever is alone in writing there."""
+    for path in directory.glob(f".*{UNFINISHED_SUFFIX}"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""A batch that a model takes, the same every time, and what the model computes on it: two models are compared by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdef_cli.checkpoint.reader import ResumableError
+
+BATCH, LENGTH = 2, 32
+
+
+def fixed_inputs(model: Any) -> dict[str, Any]:
+    """A deterministic batch of what the model takes: token ids, pixels, both, or noisy latents.
+
+    Raises:
+        ResumableError: The model's input is neither; the weights may be right.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    if not isinstance(model, PreTrainedModel):
+        return noisy_latents(model, generator)
+    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):  # CLIP and its kin
+        inputs = {**_token_ids(config, generator), **_pixels(config, generator)}
+    elif model.main_input_name == "input_ids":
+        inputs = _token_ids(config, generator)
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"].roll(1, dims=1)
+    elif model.main_input_name == "pixel_values":
+        inputs = _pixels(config, generator)
+    else:
+        raise no_batch(model, model.main_input_name)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _token_ids(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or LENGTH
+    size = (BATCH, max(1, min(LENGTH, positions - 2)))
+    # Low ids are often special (padding changes positions in RoBERTa), so they are left out where others exist.
+    low = 5 if text.vocab_size > 10 else 0
+    ids = torch.randint(low, text.vocab_size, size, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _pixels(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    vision = getattr(config, "vision_config", config)
+    side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+    return {"pixel_values": torch.randn(BATCH, vision.num_channels, side, side, generator=generator)}
+
+
+def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """A batch for a denoiser of diffusers (``UNet2DConditionModel``): latents, timesteps, and what conditions them.
+
+    Raises:
+        ResumableError: The model is conditioned on something else besides.
+    """
+    config = model.config
+    width = config.encoder_hid_dim or config.cross_attention_dim
+    if not isinstance(width, int) or config.encoder_hid_dim_type not in (None, "text_proj"):
+        raise no_batch(model, f"encoder states of kind {config.encoder_hid_dim_type}, width {width}")
+    if config.class_embed_type is not None or config.addition_embed_type not in (None, "text_time"):
+        raise no_batch(model, f"embeddings of kind {config.class_embed_type or config.addition_embed_type}")
+    side = 4 * 2 ** (len(config.block_out_channels) - 1)  # every block but the last halves it
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(BATCH, *shape, generator=generator).to(model.device, model.dtype)
+
+    inputs: dict[str, Any] = {
+        "sample": noise(config.in_channels, side, side),
+        "timestep": torch.tensor([50, 950], device=model.device),
+        "encoder_hidden_states": noise(LENGTH, width),
+    }
+    if config.num_class_embeds is not None:
+        inputs["class_labels"] = torch.zeros(BATCH, dtype=torch.long, device=model.device)
+    if config.addition_embed_type == "text_time":  # Stable Diffusion XL: a pooled text and six sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": noise(pooled), "time_ids": noise(6)}
+    return inputs
+
+
+def no_batch(model: Any, inputs: str) -> ResumableError:
+    """What to say of a model for which no batch can be made up.
+
+    Args:
+        model: The model.
+        inputs: What it takes.
+    """
+    return ResumableError(
+        f"{type(model).__name__} takes {inputs}, for which there is no fixed batch",
+        "Run the same command with --resume --no-verify, and compare the outputs yourself.",
+    )
+
+
+def model_outputs(model: Any) -> Tensor:
+    """What the model computes on the fixed batch, on the CPU: logits, else its first output, or both embeddings.
+
+    Raises:
+        ResumableError: It takes more than the batch holds.
+    """
+    inputs = fixed_inputs(model)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    try:
+        with torch.inference_mode():
+            outputs = model(**inputs)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise no_batch(model, f"more than {' and '.join(inputs)}") from error
+    return compared_output(outputs).cpu()
+
+
+def compared_output(outputs: Any) -> Tensor:
+    """Of a model's outputs, what is compared: logits, the embeddings of text and image, or else the first."""
+    if "text_embeds" in outputs and "image_embeds" in outputs:
+        return torch.cat([outputs["text_embeds"], outputs["image_embeds"]])
+    return outputs["logits"] if "logits" in outputs else outputs[0]

@@ -1,0 +1,1 @@
+"""Tensor maths alone: subspaces, factorizations, eigenvalues, staircases, limits. Knows no checkpoint and no model."""
