@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -301,11 +300,3 @@ def test_a_transform_that_makes_something_else_than_planned_is_our_defect(
     shard = OutputShard("model.safetensors", (TensorGroup("x", (TensorSpec("x", "F32", (2,)),), wrong),))
     with pytest.raises(AssertionError, match="x: planned"):
         write(checkpoint, [shard], tmp_path)
-
-
-def test_write_durably_replaces_whole_files(tmp_path: Path) -> None:
-    path = tmp_path / "record.json"
-    write_durably(path, json.dumps({"a": 1}))
-    write_durably(path, json.dumps({"a": 2}))
-    assert json.loads(path.read_text()) == {"a": 2}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]

@@ -1,0 +1,53 @@
+"""A model without weights: the same from a directory, from a config and from the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from specdef_cli.architectures import Skeleton, linear_sites, symmetric_pairs, symmetries
+from specdef_cli.architectures.skeleton import WRONG_CONFIG
+from specdef_cli.checkpoint.reader import open_checkpoint
+from specdef_cli.errors import SpecDefError
+from tests.tiny_families import CASES, read_config, read_shapes
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3-tied", "vit", "mixtral", "t5-untied", "bert"])
+def test_a_directory_a_config_and_a_model_in_memory_agree(checkpoints: dict[str, Path], case: str) -> None:
+    directory = checkpoints[case]
+    read = Skeleton.read(open_checkpoint(directory))
+    built = Skeleton.of(read_config(directory), read_shapes(directory))
+    assert (dict(read.shapes), read.names, read.tied) == (dict(built.shapes), built.names, built.tied)
+    assert symmetries(read) == symmetries(built)
+
+    model = getattr(transformers, CASES[case][0]).from_pretrained(directory)
+    inside = Skeleton.around(model)
+    assert set(inside.names.parameters) == set(inside.parameters)
+    # Names differ between disk and memory; what is found is the same under the names of the model.
+    parameters = read.names.parameters
+    assert {site.module for site in linear_sites(inside)} >= {site.module for site in linear_sites(read)}
+    on_disk = {pair.name: {parameters[side.tensor] for side in pair.sides} for pair in symmetries(read).pairs}
+    in_memory = {pair.name: {side.tensor for side in pair.sides} for pair in symmetric_pairs(model)}
+    assert on_disk.items() <= in_memory.items()
+
+
+def test_completeness_is_judged_by_the_model(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["llama"]
+    whole = Skeleton.of(read_config(directory), read_shapes(directory))
+    whole.require_complete()
+    shapes = dict(whole.shapes)
+    norm = "model.norm.weight"
+    lacking = whole.with_shapes({name: shape for name, shape in shapes.items() if name != norm})
+    with pytest.raises(SpecDefError, match=norm):
+        lacking.require_complete()
+    with pytest.raises(SpecDefError, match=rf"{norm} has shape \[33\]") as raised:
+        whole.with_shapes({**shapes, norm: (33,)}).require_complete()
+    assert raised.value.hint == WRONG_CONFIG
+
+
+def test_the_same_shapes_are_matched_once(checkpoints: dict[str, Path]) -> None:
+    skeleton = Skeleton.read(open_checkpoint(checkpoints["llama"]))
+    assert skeleton.with_shapes(dict(skeleton.shapes)) is skeleton
+    assert skeleton.with_shapes({}).model is skeleton.model
