@@ -7,6 +7,7 @@ It names every changed tensor, so that undoing the change is arithmetic and not 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -252,7 +253,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as the text of ``specdef.json``."""
-        return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1, sort_keys=False) + "\n"
+        return json.dumps({"format": FORMAT_VERSION, **vars(self)}, indent=1, default=vars) + "\n"
 
     @classmethod
     def from_json(cls, text: str, origin: str = MANIFEST_NAME) -> Manifest:
@@ -280,6 +281,10 @@ class Manifest:
             ) from error
 
 
+# Resolved once: a large model's manifest has thousands of slices.
+_field_types = functools.cache(typing.get_type_hints)
+
+
 def _parse(kind: Any, value: Any, where: str) -> Any:
     """``value`` (from JSON) as the type a field declares: data classes and tuples are built, the rest is checked."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -288,7 +293,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, dict):
             raise TypeError(f"{where} is {value!r}")
-        hints = typing.get_type_hints(kind)
+        hints = _field_types(kind)
         return kind(**{key: _parse(hints[key], item, f"{where}.{key}") for key, item in value.items()})
     if origin is tuple and isinstance(value, list):
         return tuple(_parse(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
