@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -215,7 +216,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.server_close()
 
 
-def variables(hub: Hub, directory: Path) -> dict[str, str]:
+def variables(hub: Hub, directory: Path) -> dict[str, Any]:
     """The environment in which ``hub`` is the Hub and the cache lies, empty at first, in ``directory``."""
     return {
         "HF_ENDPOINT": hub.address,

@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,8 +82,9 @@ def test_a_package_that_is_called_calls_its_function(monkeypatch: pytest.MonkeyP
     import specdef_cli.attack
 
     monkeypatch.setattr(specdef_cli.attack, "attack", lambda *given, **options: (given, options))
-    assert specdef_cli.attack(1, on_progress=2) == ((1,), {"on_progress": 2})  # type: ignore[operator]
-    assert specdef_cli.attack.options.AttackOptions is specdef_cli.AttackOptions
+    called: Any = specdef_cli.attack
+    assert called(1, on_progress=2) == ((1,), {"on_progress": 2})
+    assert called.options.AttackOptions is specdef_cli.AttackOptions
 
 
 def test_the_version_has_one_source() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import RepoCard
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest

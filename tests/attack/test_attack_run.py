@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import BUILTIN_NAME, load_data
+from specdef_cli.attack.data.attack_data import Examples
+from specdef_cli.attack.data.tokens import Sequences
 from specdef_cli.attack.results import AttackReport, RunResult
 from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target
@@ -139,11 +141,16 @@ def test_a_damaged_result_is_run_again(report: AttackReport, tmp_path: Path) -> 
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 
+def sequences(examples: Examples) -> torch.Tensor:
+    assert isinstance(examples, Sequences)
+    return examples.tokens
+
+
 def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path: Path) -> None:
     """Six sequences in batches of four, against the mean written down directly."""
     made = options(base, tmp_path, control=base, trainings=("full",), learning_rates=(1e-3,), steps=1, eval_sequences=6)
     data = load_data(made, "causal-lm", load_tokenizer(base))
-    tokens = data.held_out.tokens  # type: ignore[union-attr]
+    tokens = sequences(data.held_out)
     with torch.no_grad():
         logits = load_model(base, dtype=torch.float32)(input_ids=tokens).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -273,8 +280,8 @@ def test_the_builtin_text_is_split_by_document(base: Path, tmp_path: Path) -> No
     data = load_data(options(base, tmp_path, steps=50, batch_size=8, sequence_length=64, eval_sequences=100),
                      "causal-lm", tokenizer)  # fmt: skip
     assert (data.name, len(data.train), len(data.held_out)) == (BUILTIN_NAME, 400, 100)
-    train = tokenizer.decode(data.train.tokens.flatten())  # type: ignore[union-attr]
-    held_out = tokenizer.decode(data.held_out.tokens.flatten())  # type: ignore[union-attr]
+    train = tokenizer.decode(sequences(data.train).flatten())
+    held_out = tokenizer.decode(sequences(data.held_out).flatten())
     paragraphs = [part for part in held_out.split("\n\n") if len(part) > 80]
     assert len(paragraphs) > 5
     assert not any(part in train for part in paragraphs)
@@ -296,7 +303,7 @@ def test_files(base: Path, tmp_path: Path, kind: str) -> None:
     column = "text" if kind == "txt" else "body"
     data = load_data(options(base, tmp_path, dataset=str(path), text_column=column, steps=2), "causal-lm",
                      load_tokenizer(base))  # fmt: skip
-    decoded = load_tokenizer(base).decode(data.held_out.tokens[0])  # type: ignore[union-attr]
+    decoded = load_tokenizer(base).decode(sequences(data.held_out)[0])
     assert decoded.startswith("row 9 ")
     if kind != "txt":
         with pytest.raises(SpecDefError, match="no column 'text'"):
@@ -379,7 +386,7 @@ def test_classification(base: Path, harden_directory: HardenDirectory, tmp_path:
     ],
 )
 def test_refusals(base: Path, hardened: Path, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
-    known = {"base": base}
+    known: dict[str, Any] = {"base": base}
     resolved = {key: known.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(SpecDefError) as caught:
         attack(options(**{"model": hardened, "out": tmp_path, **resolved}))

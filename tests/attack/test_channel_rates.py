@@ -62,6 +62,8 @@ def test_a_step_is_the_scale_squared_for_plain_descent() -> None:
     twin = nn.Linear(6, 5)
     twin.load_state_dict({"weight": weight, "bias": bias})
     twin(inputs).square().sum().backward()
+    assert twin.weight.grad is not None
+    assert twin.bias.grad is not None
     scale_rates(layer)
     layer(inputs).square().sum().backward()
     torch.optim.SGD(layer.parameters(), lr=1e-3).step()

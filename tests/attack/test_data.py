@@ -75,7 +75,7 @@ def labels_of(data: Any) -> list[int]:
 
 def test_images_become_batches(vit: Path, parquet: Path) -> None:
     data = image_data(vit, parquet)
-    assert (len(data.train), len(data.held_out), data.labels, data.resize_head) == (8, 3, CLASSES, False)  # type: ignore[arg-type]
+    assert (len(data.train), len(data.held_out), data.labels, data.resize_head) == (8, 3, CLASSES, False)
     batch = data.collate([data.train[index] for index in range(8)])
     assert batch["pixel_values"].shape == (8, 1, 4, 6)
     assert batch["pixel_values"].dtype == torch.float32
@@ -195,6 +195,6 @@ def test_sorted_texts_are_drawn_from_every_class(tmp_path: Path) -> None:
     assert set(labels_of(data.train)) == {0, 1, 2}
     assert (data.labels, data.resize_head) == (3, True)
     names = ["glad", "mad", "sad"]  # numbered in sorted order
-    for index in range(len(data.train)):  # type: ignore[arg-type]
+    for index in range(len(data.train)):
         example = data.train[index]
         assert byte_tokenizer().decode(example["input_ids"]).startswith(names[example["label"]])

@@ -43,7 +43,9 @@ def answer(number: int) -> str:
     return f"it is {number + 1}."
 
 
-def messages(number: int, role: str = "role", content: str = "content", names: tuple[str, str] = ("user", "assistant")):
+def messages(
+    number: int, role: str = "role", content: str = "content", names: tuple[str, str] = ("user", "assistant")
+) -> list[dict[str, str]]:
     return [{role: names[0], content: question(number)}, {role: names[1], content: answer(number)}]
 
 
@@ -237,12 +239,18 @@ def test_a_base_model_reads_instructions_as_alpaca(tmp_path: Path) -> None:
     assert counted == f"{answer(0)}{END}"
 
 
+def stacked(data: AttackData, key: str) -> torch.Tensor:
+    return torch.stack([data.train[index][key] for index in range(len(data.train))])
+
+
 def test_every_sequence_begins_as_the_tokenizer_begins_one(tmp_path: Path) -> None:
     tokenizer = framed_tokenizer()
     path = a_file("data.jsonl", lines)(tmp_path, [{"text": f"{n:02} abcdefghij"} for n in range(200)])
     data = load(path, tokenizer, sequence_length=32)
     bos = tokenizer.bos_token_id
-    tokens, labels = (torch.stack([item[key] for item in data.train]) for key in ("input_ids", "labels"))
+    tokens, labels = (
+        torch.stack([data.train[index][key] for index in range(len(data.train))]) for key in ("input_ids", "labels")
+    )
     assert bool((tokens[:, 0] == bos).all())
     assert tokenizer.decode(tokens[0]) == f"<s>00 abcdefghij{END}<s>01 abcdefghij{END}<s>0"
     assert bool((labels[tokens == bos] == -100).all())
@@ -262,7 +270,9 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
     data = load(a_file("data.jsonl", lines)(tmp_path, rows))
     # Up to the tenth with text, which is held out and fills that half.
     assert data.remarks == ("Of 30 rows read, 20 without text left out.",)
-    assert END * 2 not in "".join(chat_tokenizer().decode(item["input_ids"]) for item in data.train)
+    assert END * 2 not in "".join(
+        chat_tokenizer().decode(data.train[index]["input_ids"]) for index in range(len(data.train))
+    )
 
 
 def test_answers_that_begin_too_late_are_left_out_and_said(tmp_path: Path) -> None:
@@ -332,7 +342,9 @@ def test_masked_text_is_framed_and_masked_once(tmp_path: Path) -> None:
     tokenizer = encoder_tokenizer()
     path = a_file("data.jsonl", lines)(tmp_path, [{"text": "abcdefghij " * 30} for _ in range(60)])
     data, again = (load(path, tokenizer, "masked-lm", sequence_length=64) for _ in range(2))
-    tokens, labels = (torch.stack([item[key] for item in data.train]) for key in ("input_ids", "labels"))
+    tokens, labels = (
+        torch.stack([data.train[index][key] for index in range(len(data.train))]) for key in ("input_ids", "labels")
+    )
     assert tokens.shape == (16, 64)
     assert bool((tokens[:, 0] == tokenizer.cls_token_id).all())
     assert bool((tokens[:, -1] == tokenizer.sep_token_id).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_depth_is_theorem_8(n: int, alpha: float) -> None:
     torch.manual_seed(1)
     linear = nn.Linear(24, 16)
     top = torch.linalg.matrix_norm(linear.weight.detach().double(), 2).item()
-    model = nn.Sequential(harden(linear, alpha))
+    model: Any = nn.Sequential(harden(linear, alpha))
     inflated = model[0].inflated.weight.detach().double()
     deepen(model, n)
     factors = [factor.weight.detach().double() for factor in model[0].factors]
@@ -135,7 +136,7 @@ def test_depth_is_theorem_8(n: int, alpha: float) -> None:
 def test_collapse_gives_the_original_weight_back() -> None:
     torch.manual_seed(2)
     linear = nn.Linear(24, 16)
-    model = nn.Sequential(harden(linear, 1e6))
+    model: Any = nn.Sequential(harden(linear, 1e6))
     collapse(model)
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model[0].weight, linear.weight, rtol=1e-5, atol=1e-6)
@@ -144,12 +145,12 @@ def test_collapse_gives_the_original_weight_back() -> None:
 
 def test_width_starts_at_zero_and_at_the_scale_of_its_input() -> None:
     torch.manual_seed(3)
-    model = nn.Sequential(harden(nn.Linear(256, 128)))
+    model: Any = nn.Sequential(harden(nn.Linear(256, 128)))
     widen(model, 2, seed=5)
     assert not model[0].up.weight.any()
     rows = torch.linalg.vector_norm(model[0].down.weight, dim=1)
     assert 0.9 < rows.mean() < 1.1
-    again = nn.Sequential(harden(nn.Linear(256, 128)))
+    again: Any = nn.Sequential(harden(nn.Linear(256, 128)))
     widen(again, 2, seed=5)
     assert torch.equal(again[0].down.weight, model[0].down.weight)
 

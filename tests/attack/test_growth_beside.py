@@ -60,10 +60,11 @@ def test_only_what_is_fresh_and_what_no_fold_scales_trains(llama: LlamaForCausal
 
 @pytest.mark.parametrize("variant", ["width:2", "depth:2"])
 def test_what_is_grown_is_drawn_by_the_seed_and_learns(variant: str, llama: LlamaForCausalLM) -> None:
-    first, same, other = (
-        Variant.parse(variant).apply(model, seed) and model
-        for model, seed in ((llama, 1), (_copy(llama), 1), (_copy(llama), 2))
-    )
+    def grown(model: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+        Variant.parse(variant).apply(model, seed)
+        return model
+
+    first, same, other = (grown(model, seed) for model, seed in ((llama, 1), (_copy(llama), 1), (_copy(llama), 2)))
     name = "model.layers.1.grown.0.mlp.up_proj.weight"
     weights = [dict(model.named_parameters())[name] for model in (first, same, other)]
     assert torch.equal(weights[0], weights[1])

@@ -117,8 +117,10 @@ def test_probes_are_plus_or_minus_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", SECOND_ORDER)
 def test_second_order_takes_eager_attention(name: str, base: Path, memorizable: AttackData) -> None:
-    assert load_for_training(spec(name), base, memorizable, False).config._attn_implementation == "eager"
-    assert load_for_training(spec("adamw"), base, memorizable, False).config._attn_implementation == "sdpa"
+    second_order: Any = load_for_training(spec(name), base, memorizable, False)
+    first_order: Any = load_for_training(spec("adamw"), base, memorizable, False)
+    assert second_order.config._attn_implementation == "eager"
+    assert first_order.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(("name", "clipped"), [("adahessian", False), ("sgd", True)])
@@ -258,7 +260,7 @@ def test_saving_memory_changes_no_curve(
 def test_saving_memory_is_refused_where_it_cannot_be(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
     with pytest.raises(SpecDefError, match="--optimizer sophia differentiates the gradient"):
         train_run(spec("sophia"), base, memorizable, memory=Memory(checkpointing=True))
-    model = load_for_training(spec("adamw"), base, memorizable, False)
+    model: Any = load_for_training(spec("adamw"), base, memorizable, False)
     model.supports_gradient_checkpointing = False
     recorder = Recorder(lambda step, loss: None)
     with pytest.raises(SpecDefError, match="LlamaForCausalLM does not support --gradient-checkpointing"):

@@ -39,7 +39,7 @@ def test_the_pages_package_adds_an_attack(base: Path, tmp_path: Path, installed:
     done = run_cli(*words, "--lr", "1e-2", *SMALL, "--json", "--quiet", cwd=tmp_path, PYTHONPATH=installed)
     assert done.code == 0, done.stderr
     attacks = {attack["variant"]: attack for attack in json.loads(done.stdout)["attacks"]}
-    assert set(attacks) == {"plain", "halve-mlp:4"}
+    assert set(attacks) == {"plain", "halve-mlp:4", "rebalance"}  # which needs no manifest
     added = attacks["halve-mlp:4"]
     assert (added["training"], added["optimizer"]) == ("last-linear", "signum")
     assert added["label"] == "hardened, MLP scaled by 1/4 · the last linear · signum"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -23,10 +23,10 @@ def record(
     for step, loss in enumerate(losses):
         state: Any = SimpleNamespace(global_step=step, max_steps=len(losses) - 1)
         if step:
-            recorder.on_log(None, state, control, {"loss": (train or {}).get(step, 1.0)})  # type: ignore[arg-type]
+            recorder.on_log(None, state, control, {"loss": (train or {}).get(step, 1.0)})
         if control.should_training_stop:
             break
-        recorder.on_evaluate(None, state, control, {"eval_attack_loss": loss})  # type: ignore[arg-type]
+        recorder.on_evaluate(None, state, control, {"eval_attack_loss": loss})
         if control.should_training_stop:
             break
     return recorder, control
@@ -51,8 +51,10 @@ def test_it_goes_on_where_it_is_asked_to_and_remembers_where_it_diverged() -> No
 def test_nothing_comes_back_from_what_is_not_a_number(train: dict[int, float] | None) -> None:
     recorder, control = record([START, 6.1, 2.0, float("inf") if train is None else 2.0, 2.0], stop=False, train=train)
     assert control.should_training_stop
-    what = "held-out" if train is None else "training"
-    assert recorder.divergence == Divergence(3, f"{what} loss is not finite")  # type: ignore[arg-type]
+    reason: Literal["training loss is not finite", "held-out loss is not finite"] = (
+        "held-out loss is not finite" if train is None else "training loss is not finite"
+    )
+    assert recorder.divergence == Divergence(3, reason)
 
 
 def test_a_search_ends_what_two_batches_in_a_row_show_to_diverge() -> None:

@@ -30,7 +30,7 @@ from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 
-TABLES = {"variant": VARIANTS, "training": TRAININGS, "optimizer": OPTIMIZERS}
+TABLES: dict[str, Table[Any]] = {"variant": VARIANTS, "training": TRAININGS, "optimizer": OPTIMIZERS}
 IN_FRONT = {method.name for method in PEFT_METHODS if method.on == "prompt"}
 """Trainings whose tokens are there from the first step on."""
 TOKENS = torch.arange(24)[None] * 7 % 250
@@ -77,7 +77,7 @@ def target_of(base: Path, hardened: Path) -> Target:
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_every_row_says_what_it_is(kind: str) -> None:
-    table: Table[Any] = TABLES[kind]
+    table = TABLES[kind]
     assert len(table) == len(set(table)) > 3
     for name, row in table.items():
         assert row.name == name

@@ -115,6 +115,7 @@ def test_a_language_model_is_trained_as_what_it_is(name: str, tmp_path: Path) ->
     result = train_run(spec("adamw", task=task, steps=4, eval_every=4, learning_rate=1e-2), directory, data)
     assert result.start == pytest.approx(5.58, abs=0.7)  # ln 264: chance
     assert result.best is not None
+    assert result.start is not None
     assert result.best < result.start - 0.5
 
 
@@ -175,12 +176,12 @@ def test_labels_of_every_shape_train(shape: str, tmp_path: Path) -> None:
     model: Any = load_for_training(run, directory, data, False)
     batch = data.collate([data.train[0], data.train[1]])
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.detach()
-    expected = {
+    losses: dict[str, Any] = {
         "single_label_classification": torch.nn.functional.cross_entropy,
         "multi_label_classification": torch.nn.functional.binary_cross_entropy_with_logits,
         "regression": torch.nn.functional.mse_loss,
-    }[problem](logits, batch["labels"])
-    torch.testing.assert_close(model(**batch).loss.detach(), expected)
+    }
+    torch.testing.assert_close(model(**batch).loss.detach(), losses[problem](logits, batch["labels"]))
     result = train_run(run, directory, data)
     assert (len(result.train), result.divergence) == (4, None)
     assert result.final != result.start

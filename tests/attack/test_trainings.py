@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_hira_moves_a_weight_by_a_share_of_itself(llama: LlamaForCausalLM) -> No
     scale[3] = 2.0**13
     with torch.no_grad():
         up *= scale
-    model = Training("hira", 4, ("up_proj",)).apply(llama, "causal-lm")
+    model: Any = Training("hira", 4, ("up_proj",)).apply(llama, "causal-lm")
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     with torch.no_grad():
         for factor in (layer.hira_A["default"], layer.hira_B["default"]):

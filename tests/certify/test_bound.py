@@ -164,7 +164,7 @@ def test_bounds_of_random_mlps_hold(
 
 def test_compensation_bound_by_hand(setting: ModuleType) -> None:
     # y = αw·x, z = c·y, loss = mean over examples of (z − t)²: ∂²loss/∂c² = 2·mean(y²), and the bound is all of it.
-    model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    model: Any = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
     inputs = torch.tensor([[1.0], [2.0], [-3.0]], dtype=torch.float64)
     setting.insert(model, ("0",), 100.0, 1)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_nf4_takes_the_nearest_code_of_each_block_of_64() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_four_bit_types_are_those_of_bitsandbytes(kind: str) -> None:
+def test_four_bit_types_are_those_of_bitsandbytes(kind: Literal["nf4", "fp4"]) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = gaussian(64, 192)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
@@ -76,7 +77,9 @@ def test_activations_of_llm_int8_keep_outliers_and_drown_nothing_but_overflow() 
 
 
 @pytest.mark.parametrize(("kind", "block"), [("Q8_0", 32), ("Q4_0", 32), ("Q4_K", 256)])
-def test_a_large_channel_drowns_its_block_of_activations_and_no_other(kind: str, block: int) -> None:
+def test_a_large_channel_drowns_its_block_of_activations_and_no_other(
+    kind: Literal["Q8_0", "Q4_0", "Q4_K"], block: int
+) -> None:
     inputs = gaussian(4, 512)
     assert relative_error(quantizers.gguf_activations(inputs, kind=kind), inputs) < 0.01
     inputs[:, 5] = 2.0**12

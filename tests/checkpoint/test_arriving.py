@@ -113,7 +113,8 @@ def test_the_last_shard_is_not_waited_for(
 
 
 def test_inspect_does_not_wait_either(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    last, wanted = shards(base)[-1], []
+    last = shards(base)[-1]
+    wanted: list[str] = []
     hub = Hub(model_files(base), withheld={last: lambda: len(wanted) > 2})
     original = arriving_weights.ArrivingWeights.wait
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,12 +168,12 @@ def test_harden_from_the_cache_records_the_commit(llama: Path, tmp_path: Path) -
 
 
 @pytest.fixture
-def online(tmp_path: Path) -> Callable[[Hub], dict[str, str]]:
+def online(tmp_path: Path) -> Callable[[Hub], dict[str, Any]]:
     """The environment in which ``hub`` is the Hub and the cache is empty."""
     return lambda hub: variables(hub, tmp_path)
 
 
-Online = Callable[[Hub], dict[str, str]]
+Online = Callable[[Hub], dict[str, Any]]
 
 
 def test_harden_from_the_hub(llama: Path, tmp_path: Path, online: Online) -> None:

@@ -164,7 +164,8 @@ def test_records_carry_the_hash_and_the_figures(
 
 
 def test_a_resumed_run_repeats_no_finished_shard(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    whole, calls = tmp_path / "whole", []
+    whole = tmp_path / "whole"
+    calls: list[str] = []
     shards = plan(checkpoint, calls)
     write(checkpoint, shards, whole)
     expected = snapshot(whole)

@@ -105,7 +105,7 @@ def test_the_stand_in_has_the_prompt_of_wmdp() -> None:
     lm_eval = pytest.importorskip("lm_eval")
     original = Path(lm_eval.__file__).parent / "tasks" / "wmdp" / "_default_template_yaml"
     wmdp = yaml.safe_load(original.read_text(encoding="utf-8"))
-    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
     loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
     ours = yaml.load((STANDIN / "sums.yaml").read_text(encoding="utf-8"), loader)
     for key in ("doc_to_text", "doc_to_choice", "doc_to_target", "output_type", "test_split", "num_fewshot"):

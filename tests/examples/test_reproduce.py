@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -238,7 +239,7 @@ def test_cells_tell_what_is_not_a_number(utility: ModuleType) -> None:
 
 
 @pytest.fixture
-def experiment(staircase: ModuleType, tmp_path: Path) -> object:
+def experiment(staircase: ModuleType, tmp_path: Path) -> Any:
     options = AttackOptions(
         model="", control=staircase.BASE, out=tmp_path / "attacks", runs=tmp_path / "runs", steps=2, batch_size=2,
         sequence_length=16, eval_every=2, eval_sequences=2,
@@ -246,7 +247,7 @@ def experiment(staircase: ModuleType, tmp_path: Path) -> object:
     return staircase.Experiment.of_tiny_llama(tmp_path, options)
 
 
-def test_a_fold_by_hand_is_hardens_own_fold(staircase: ModuleType, experiment: object, tmp_path: Path) -> None:
+def test_a_fold_by_hand_is_hardens_own_fold(staircase: ModuleType, experiment: Any, tmp_path: Path) -> None:
     exponents = {
         experiment.pairs[pair.name]: dict(zip(pair.channels, pair.exponents, strict=True))
         for pair in read_manifest(tmp_path / "harden").folded
@@ -272,7 +273,7 @@ def test_layouts_use_the_exponents_of_harden_in_another_order(staircase: ModuleT
 
 @pytest.mark.slow
 def test_layouts_and_single_channels_are_attacked(
-    staircase: ModuleType, experiment: object, monkeypatch: pytest.MonkeyPatch
+    staircase: ModuleType, experiment: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staircase, "LAYOUTS", {"downwards": staircase.downwards})
     monkeypatch.setattr(staircase, "ALONE", {name: staircase.ALONE[name] for name in ("lm_head", "up_proj")})

@@ -8,6 +8,7 @@ skipped was not tried. ``make test-all`` and ``make faults`` use this plugin.
 from __future__ import annotations
 
 from collections import Counter
+from typing import cast
 
 import pytest
 
@@ -60,7 +61,7 @@ class Outcomes:
         if report.when == "call" or report.failed:
             for name, value in report.user_properties:
                 if name == PROPERTY and not report.skipped:
-                    fault, inputs = value
+                    fault, inputs = cast("tuple[str, int]", value)
                     self.tried[fault] += inputs
                     self.held[fault] += inputs * report.passed
 

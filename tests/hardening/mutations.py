@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-Mutation = Callable[[Path], None]
+Mutation = Callable[[Path], object]
 DOWN = "model.layers.0.mlp.down_proj.weight"
 REMOVED = object()
 

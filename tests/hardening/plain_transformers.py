@@ -20,7 +20,7 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}")
 
 
-sys.meta_path.insert(0, Blocked())  # type: ignore[arg-type]
+sys.meta_path.insert(0, Blocked())
 
 import torch  # noqa: E402
 import transformers  # noqa: E402

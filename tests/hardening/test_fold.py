@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.manifest import Profile, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
@@ -51,7 +52,7 @@ def gradients(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("schedule", ["staircase", "constant"])
 def test_gradients_are_those_of_the_base_by_the_inverse_factors(
-    dtype: torch.dtype, schedule: str, tmp_path: Path
+    dtype: torch.dtype, schedule: Literal["staircase", "constant"], tmp_path: Path
 ) -> None:
     """∂L/∂(2^e·θ) = 2^-e·∂L/∂θ, bit for bit: nothing over- or underflows, not even where every exponent is the highest.
 
@@ -66,7 +67,7 @@ def test_gradients_are_those_of_the_base_by_the_inverse_factors(
         method="fold",
         schedule=schedule,
         alpha=alpha,
-        verify=False,  # type: ignore[arg-type]
+        verify=False,
     )
     result = harden(options)
     assert result is not None
@@ -90,11 +91,11 @@ def checkpoint_of(directory: Path, **tensors: torch.Tensor) -> Path:
     return directory
 
 
-def folded_channels(directory: Path, pair: SymmetricPair, profile: str = "coverage") -> tuple[int, ...]:
+def folded_channels(directory: Path, pair: SymmetricPair, profile: Profile = "coverage") -> tuple[int, ...]:
     (found,) = fold_pairs(
         open_checkpoint(directory),
         [pair],
-        profile=profile,  # type: ignore[arg-type]
+        profile=profile,
         schedule="staircase",
         alpha=2,
         dtype=None,

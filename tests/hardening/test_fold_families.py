@@ -36,7 +36,7 @@ KINDS = {
     "olmo-clip": {"up_down"},
 }
 # What loads each folded directory: the dtype, and how the directory was made.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
     "sharded": {"max_shard_size": 12_000},
@@ -67,8 +67,7 @@ def folded(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
     def build(case: str, variant: str) -> Path:
         out = root / f"{case}-{variant}"
         if (case, variant) not in made:
-            options: dict[str, Any] = VARIANTS[variant]
-            harden(HardenOptions(str(base(case)), out, method="fold", verify=False, **options))
+            harden(HardenOptions(str(base(case)), out, method="fold", verify=False, **VARIANTS[variant]))
             made.add((case, variant))
         return out
 

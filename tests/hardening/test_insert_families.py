@@ -15,7 +15,7 @@ import specdef_cli  # noqa: F401
 from specdef_cli.checkpoint.manifest import InsertedLayer, read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.collapse import collapse
-from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.options import CollapseOptions, HardenOptions, StoredDtype
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import SpecDefLinear, load_model
 from tests.tiny_models import FAMILIES, README, forward
@@ -221,7 +221,9 @@ def test_globs_choose_the_layers(
 
 
 @pytest.mark.parametrize(("dtype", "alpha"), [("bfloat16", 1e9), ("float16", 100.0), ("float32", 1e6)])
-def test_another_dtype_casts_every_floating_tensor(dtype: str, alpha: float, llama: Path, tmp_path: Path) -> None:
+def test_another_dtype_casts_every_floating_tensor(
+    dtype: StoredDtype, alpha: float, llama: Path, tmp_path: Path
+) -> None:
     options = HardenOptions(str(llama), tmp_path / "out", method="insert", alpha=alpha, top_k=TOP_K, dtype=dtype)
     result = harden(options)
     assert result is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdef_cli.hardening.collapse import collapse
-from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.options import CollapseOptions, HardenOptions, StoredDtype
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model, load_tokenizer
 
@@ -66,7 +66,7 @@ def base_embeddings(minilm: Path) -> Callable[[torch.dtype], torch.Tensor]:
 @pytest.mark.parametrize("alpha", [1e4, 1e9], ids=["1e4", "1e9"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_sentence_embeddings_are_kept(
-    dtype: str | None,
+    dtype: StoredDtype | None,
     alpha: float,
     minilm: Path,
     base_embeddings: Callable[[torch.dtype], torch.Tensor],

@@ -188,7 +188,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(case: str, llama: Path, tmp_path
     """Even where only the weights themselves tell."""
     change, arguments = DATA_DEPENDENT[case]
     directory = spoiled(llama, tmp_path, tensor(DOWN, change))
-    command = ("harden", directory, "--out", outside / "out", "--quiet", *arguments)
+    command: tuple[str | Path, ...] = ("harden", directory, "--out", outside / "out", "--quiet", *arguments)
     refused = call_cli(*command)
     assert_refused(refused, "layers.0.mlp.down_proj", empty=outside)
     assert call_cli(*command, "--dry-run") == refused
@@ -374,8 +374,8 @@ def test_inspect_refuses_a_device_and_nan(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.fault("disk full")
 def test_a_full_disk_in_the_middle_can_be_resumed(llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet")
-    arguments += ("--max-shard-size", "20KB")
+    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet",
+                 "--max-shard-size", "20KB")  # fmt: skip
     pwrite, written = os.pwrite, [0]
 
     def fill_up(descriptor: int, data: Any, position: int) -> int:

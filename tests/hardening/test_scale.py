@@ -131,8 +131,8 @@ def test_a_linear_is_scaled_on_both_sides_and_a_vocabulary_in_steps(scaled: Make
             assert inflated > 0 > deflated
             assert max(inflated, -deflated) <= HIGHEST_EXPONENT
     files = tensors(scaled("llama", "insert"))
-    for stem, side in (("model.embed_tokens", "input_scale"), ("lm_head", "output_scale")):
-        steps = files[f"{stem}.{side}.weight"].log2()
+    for stem, scale in (("model.embed_tokens", "input_scale"), ("lm_head", "output_scale")):
+        steps = files[f"{stem}.{scale}.weight"].log2()
         assert steps[:8].tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
         assert torch.equal(steps[8:16], steps[:8])
 

@@ -288,7 +288,7 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], An
 
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no compensation": (
         lambda at: edit_tensors(at, lambda t: t.pop(f"{LAYER}.compensation.weight")),
         f"{LAYER}.compensation.weight is missing",

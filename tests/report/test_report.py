@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
@@ -42,8 +42,8 @@ NASTY = "<script>alert('x')</script> & \"[bold]quoted[/bold]\""
 
 
 def run(
-    subject: str, losses: list[float | None], *, kind: str = "plain", learning_rate: float = 1e-3,
-    diverged: bool = False,
+    subject: Literal["control", "model"], losses: list[float | None], *, kind: str = "plain",
+    learning_rate: float = 1e-3, diverged: bool = False,
     seed: int = 0, recipe: str = "full", train: tuple[str, ...] = (), optimizer: str = "adamw",
     retained: list[float] | None = None,
 ) -> RunResult:  # fmt: skip
@@ -61,7 +61,7 @@ def run(
             TrainPoint(2, None if diverged else losses[0], None if diverged else 2.0),
         ),
         evaluations=tuple(
-            EvalPoint(10 * number, loss, number * 0.5, retained and retained[number])
+            EvalPoint(10 * number, loss, number * 0.5, retained[number] if retained else None)
             for number, loss in enumerate(losses)
         ),
         divergence=Divergence(2, "training loss is not finite") if diverged else None,
@@ -187,10 +187,11 @@ def test_the_best_rate_is_one_that_all_seeds_ran_at(report: AttackReport) -> Non
 
 def test_matrix(report: AttackReport) -> None:
     assert coverage_matrix(findings(report)) is None
+    subjects: tuple[Literal["control", "model"], ...] = ("control", "model")
     runs = tuple(
         run(subject, [3.0, loss], train=train, optimizer=optimizer)
         for optimizer in ("adamw", "sgd") for train in ((), ("*norm*",))
-        for subject, loss in (("control", 1.0), ("model", 2.0 if train else 2.9))
+        for subject, loss in zip(subjects, (1.0, 2.0 if train else 2.9), strict=True)
         if (optimizer, train) != ("sgd", ("*norm*",))
     )  # fmt: skip
     matrix = coverage_matrix(findings(replace(report, runs=runs)))

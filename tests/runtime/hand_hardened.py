@@ -225,7 +225,7 @@ def edit_config(directory: Path, change: Callable[[dict[str, Any]], None]) -> No
     path.write_text(json.dumps(config))
 
 
-def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Rewrite model.safetensors in place."""
     tensors = load_file(directory / "model.safetensors")
     change(tensors)

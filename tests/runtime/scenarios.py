@@ -12,6 +12,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,11 @@ def usage(root: str, work: str) -> dict[str, Any]:
     for device_map in ("cpu", "auto"):
         placed = AutoModelForCausalLM.from_pretrained(here, device_map=device_map, **TRUST)
         result[f"device_map_{device_map}"] = same(placed, model)
-    split = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    split: dict[str, str] = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     split |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    for name, device_map in (("split", split), ("disk", {"": "disk"})):
+    for name, layers in (("split", split), ("disk", {"": "disk"})):
         offloaded = AutoModelForCausalLM.from_pretrained(
-            here, device_map=device_map, offload_folder=f"{work}/{name}", **TRUST
+            here, device_map=layers, offload_folder=f"{work}/{name}", **TRUST
         )
         result[f"device_map_{name}"] = difference(offloaded, model) < 1e-6  # its tensors are not here to compare
 
@@ -349,9 +350,9 @@ def strangers(root: str, work: str) -> dict[str, Any]:
     result = {}
     for family, head in HEADS.items():
         auto = getattr(transformers, head)
-        result[f"{family} {head}"] = failure(lambda auto=auto, at=f"{root}/{family}": auto.from_pretrained(at))
+        result[f"{family} {head}"] = failure(partial(auto.from_pretrained, f"{root}/{family}"))
         result[f"{family} untrusted"] = failure(
-            lambda auto=auto, at=f"{root}/{family}": auto.from_pretrained(at, trust_remote_code=False)
+            partial(auto.from_pretrained, f"{root}/{family}", trust_remote_code=False)
         )
     result["config"] = failure(lambda: transformers.AutoConfig.from_pretrained(f"{root}/llama"))
     for family, name in (
@@ -367,7 +368,7 @@ def strangers(root: str, work: str) -> dict[str, Any]:
         ("mixtral", "MixtralForCausalLM"),
     ):
         native = getattr(transformers, name)
-        result[f"{family} {name}"] = failure(lambda native=native, at=f"{root}/{family}": native.from_pretrained(at))
+        result[f"{family} {name}"] = failure(partial(native.from_pretrained, f"{root}/{family}"))
     result["pipeline"] = failure(lambda: transformers.pipeline("text-generation", model=f"{root}/llama"))
     return result
 
@@ -378,10 +379,7 @@ def damaged(root: str, work: str, cases: dict[str, str]) -> dict[str, Any]:
     import transformers
 
     loaders = {name: getattr(transformers, auto) for name, auto in cases.items()}
-    result = {
-        name: failure(lambda auto=auto, at=f"{work}/{name}": auto.from_pretrained(at, **TRUST))
-        for name, auto in loaders.items()
-    }
+    result = {name: failure(partial(auto.from_pretrained, f"{work}/{name}", **TRUST)) for name, auto in loaders.items()}
     result["ignored mismatch"] = failure(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
             f"{work}/wrong shape", ignore_mismatched_sizes=True, **TRUST

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel, BertForMaskedLM, LlamaForCausalLM, LlamaModel, ViTImageProcessorPil
+from transformers import AutoModel, BertForMaskedLM, LlamaForCausalLM, LlamaModel, PreTrainedModel, ViTImageProcessorPil
 
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import SpecDefLinear, load_model, load_tokenizer
@@ -22,7 +22,9 @@ from tests.runtime.scenarios import difference, swapped
 
 
 @pytest.mark.parametrize(("family", "cls"), [("llama", LlamaForCausalLM), ("bert", BertForMaskedLM)])
-def test_base_and_hardened_directories_load_as_their_architecture(poisoned: Path, family: str, cls: type) -> None:
+def test_base_and_hardened_directories_load_as_their_architecture(
+    poisoned: Path, family: str, cls: type[PreTrainedModel]
+) -> None:
     base, model = load_model(poisoned / f"{family}-base"), load_model(poisoned / family)
     assert type(base) is type(model) is cls
     assert swapped(base) == []
@@ -73,7 +75,7 @@ def _needs_its_own_code(directory: Path) -> None:
     ],
 )
 def test_what_cannot_be_loaded_is_one_line_and_a_hint(
-    directories: Path, tmp_path: Path, damage: Callable[[Path], None], problem: str, hint: str
+    directories: Path, tmp_path: Path, damage: Callable[[Path], object], problem: str, hint: str
 ) -> None:
     at = tmp_path / "llama"
     shutil.copytree(directories / "llama", at)

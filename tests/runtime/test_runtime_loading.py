@@ -113,7 +113,7 @@ def test_nothing_loads_without_the_code(scenario: Scenario, poisoned: Path) -> N
 
 
 def test_damaged_directories_name_what_is_wrong(scenario: Scenario, directories: Path, tmp_path: Path) -> None:
-    cases: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
+    cases: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         "no compensation": (
             "llama", "AutoModelForCausalLM",
             lambda at: edit_tensors(at, lambda t: t.pop("model.layers.1.mlp.down_proj.compensation.weight")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_a_unit_vector_between_general_columns() -> None:
     seed=st.integers(0, 2**32),
 )
 def test_the_product_is_the_weight_whatever_the_basis(
-    build: type[Factors], rows: int, columns: int, top_k: int, log_alpha: float, seed: int
+    build: Callable[..., Factors], rows: int, columns: int, top_k: int, log_alpha: float, seed: int
 ) -> None:
     weight, alpha = random_weight(rows, columns, seed), 10.0**log_alpha
     factors = build(weight, random_basis(rows, min(top_k, rows), seed + 1), alpha)
@@ -104,7 +105,7 @@ def test_the_product_is_the_weight_whatever_the_basis(
 
 @pytest.mark.parametrize("build", GAUGES)
 @pytest.mark.parametrize(("rows", "columns", "top_k"), [(24, 40, 5), (40, 24, 5), (7, 7, 7), (1, 9, 1), (9, 1, 1)])
-def test_the_spectra_are_as_the_paper_says(build: type[Factors], rows: int, columns: int, top_k: int) -> None:
+def test_the_spectra_are_as_the_paper_says(build: Callable[..., Factors], rows: int, columns: int, top_k: int) -> None:
     alpha = 1e4
     weight = random_weight(rows, columns)
     left, singular_values, _ = torch.linalg.svd(weight, full_matrices=False)
@@ -149,7 +150,7 @@ def test_a_closed_form_by_hand() -> None:
     torch.testing.assert_close(rotated.compensation, compensation, rtol=1e-14, atol=1e-15)
 
 
-def stored_error(build: type[Factors], alpha: float, dtype: torch.dtype) -> float:
+def stored_error(build: Callable[..., Factors], alpha: float, dtype: torch.dtype) -> float:
     weight = random_weight(96, 128).float()
     factors = build(weight, top_subspace(weight, 8, seed=0).basis, alpha)
     stored = Factors(factors.inflated.to(dtype), factors.compensation.to(dtype))
@@ -185,7 +186,7 @@ def test_the_symmetric_gauge_repairs_a_basis_that_is_orthonormal_in_float32_only
 @pytest.mark.parametrize("build", GAUGES)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_factors_are_rounded_once_and_a_weight_is_taken_as_it_is_stored(
-    build: type[Factors], stored: torch.dtype
+    build: Callable[..., Factors], stored: torch.dtype
 ) -> None:
     weight, basis = random_weight(40, 56).to(stored), random_basis(40, 4, seed=2, dtype=torch.float32)
     before = weight.clone()
@@ -199,7 +200,7 @@ def test_factors_are_rounded_once_and_a_weight_is_taken_as_it_is_stored(
 @pytest.mark.parametrize("build", GAUGES)
 @pytest.mark.parametrize("elements", [1, 100, 1000])
 def test_blocks_of_rows_make_no_difference(
-    build: type[Factors], elements: int, monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., Factors], elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, basis = random_weight(24, 40), random_basis(24, 5, seed=1)
     whole = build(weight, basis, 1e3)

@@ -1,0 +1,140 @@
+"""Runs the computing parts of the package on the device of ``other_device``; prints how far each is from the CPU.
+
+    python -m tests.hardening.on_another_device CHECKPOINT
+
+A process of its own, because torch then counts an accelerator that other tests must not find. A tensor that was left on
+the CPU ends it with torch's own error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.attack.optimizers.groups import build_optimizer
+from specdef_cli.attack.optimizers.table import OPTIMIZERS
+from specdef_cli.certify.curvature import hessian_top
+from specdef_cli.checkpoint.reader import open_checkpoint
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.plan import make_plan
+from specdef_cli.spectral.effective_rank import effective_rank
+from specdef_cli.spectral.subspace import top_subspace
+from tests.hardening.other_device import other_device
+
+Check = Callable[[torch.device], float]
+"""Takes the other device and returns the largest difference from what the CPU computes."""
+
+CPU = torch.device("cpu")
+HARDENED: dict[str, dict[str, Any]] = {
+    "fold": {"method": "fold"},
+    "scales": {"method": "insert"},
+    "factors": {"method": "insert", "schedule": "constant", "alpha": 1e3, "top_k": 4},
+    "factors, symmetric gauge": {"method": "insert", "schedule": "constant", "alpha": 10.0, "gauge": "symmetric"},
+    "factors in bfloat16": {"method": "insert", "schedule": "constant", "alpha": 1e3, "dtype": "bfloat16"},
+}
+
+
+def main(directory: str) -> None:
+    """Print the distances as JSON, by name."""
+    with other_device() as elsewhere:
+        found = {name: check(elsewhere) for name, check in checks(Path(directory)).items()}
+    print(json.dumps(found))
+
+
+def checks(directory: Path) -> dict[str, Check]:
+    """What is run, by name."""
+    return {
+        **NUMERICAL,
+        **{name: partial(transforms, directory, options) for name, options in HARDENED.items()},
+        **{f"optimizer {name}": partial(step, name) for name in OPTIMIZERS},
+    }
+
+
+def subspace(rows: int, columns: int, device: torch.device) -> float:
+    """The basis and the singular values."""
+    weight = _gaussian(rows, columns)
+    here, there = (top_subspace(weight.to(place), 4, 0) for place in (CPU, device))
+    return max(distance(there.basis, here.basis), distance(there.singular_values, here.singular_values))
+
+
+def rank(device: torch.device) -> float:
+    """The effective rank."""
+    weight = _gaussian(300, 400)
+    return abs(effective_rank(weight.to(device), 0) - effective_rank(weight, 0))
+
+
+def _gaussian(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def transforms(directory: Path, options: dict[str, Any], device: torch.device) -> float:
+    """Every tensor that hardening computes."""
+    checkpoint = open_checkpoint(directory)
+    plan = make_plan(checkpoint, Skeleton.read(checkpoint), HardenOptions(str(directory), Path("unused"), **options))
+    largest = 0.0
+    for group in plan.groups:
+        if group.transform is not None:
+            here, there = (group.transform(checkpoint, place).tensors for place in (CPU, device))
+            largest = max(largest, *(float((there[name].to(CPU) - here[name]).abs().max()) for name in here))
+    return largest
+
+
+def hessian(device: torch.device) -> float:
+    """σ₁ of a network of two layers."""
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    inputs = torch.randn(5, 6, dtype=torch.float64)
+    found = []
+    for place in (CPU, device):
+        weights = {name: value.detach().to(place).requires_grad_() for name, value in network.named_parameters()}
+        loss = partial(_squares, network, weights, inputs.to(place))
+        found.append(hessian_top(loss, list(weights.values())).eigenvalue)
+    return abs(found[0] - found[1])
+
+
+def _squares(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    outputs: Tensor = torch.func.functional_call(network, weights, (inputs,))
+    return outputs.square().mean()
+
+
+def step(optimizer: str, device: torch.device) -> float:
+    """Three steps of an optimizer on one linear layer."""
+    results = []
+    for place in (CPU, device):
+        torch.manual_seed(0)  # some draw vectors
+        layer = nn.Linear(6, 4)
+        with torch.no_grad():
+            for number, parameter in enumerate(layer.parameters()):
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape) + number)
+        layer.weight, layer.bias = (nn.Parameter(value.detach().to(place)) for value in (layer.weight, layer.bias))
+        chosen = build_optimizer(OPTIMIZERS.choose(optimizer), layer, 1e-3)
+        for _ in range(3):
+            chosen.zero_grad()
+            layer(torch.linspace(-1, 2, 12, device=place).reshape(2, 6)).square().mean().backward(create_graph=True)
+            chosen.step()
+        results.append(layer.weight.detach())
+    return distance(results[1], results[0])
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference; the first tensor must be on the other device."""
+    assert found.device.type == "elsewhere", found.device
+    return float((found.to(CPU) - expected).abs().max())
+
+
+NUMERICAL: dict[str, Check] = {
+    "subspace by Krylov iteration": partial(subspace, 300, 400),
+    "subspace by SVD": partial(subspace, 20, 30),
+    "effective rank": rank,
+    "Hessian": hessian,
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1])
