@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +21,7 @@ def test_adapters_hold_the_largest_singular_directions_and_the_rest_is_frozen() 
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         before = model(tokens).logits
-    adapted = Training.parse("pissa:4").apply(model, "causal-lm")
+    adapted: Any = Training.parse("pissa:4").apply(model, "causal-lm")
     with torch.no_grad():
         torch.testing.assert_close(adapted(tokens).logits, before, rtol=1e-4, atol=1e-4)
     layer = adapted.base_model.model.model.layers[1].mlp.up_proj

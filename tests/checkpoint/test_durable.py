@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
 
 
