@@ -37,7 +37,7 @@ TOLERANCE = 1e-3
 MAX_PRODUCTS = 100
 
 BISECTION_RATIO = 1.05
-"""The rate at which descent diverges is located to within this factor."""
+"""The rate at which descent diverges is located to within this factor, where no other is asked for."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,13 @@ def largest_stable_rate(curvature: Curvature) -> float:
 
 
 def observed_divergence_rate(
-    loss: Loss, parameters: Sequence[Tensor], *, around: float, steps: int = 100, growth: float = 2.0
+    loss: Loss,
+    parameters: Sequence[Tensor],
+    *,
+    around: float,
+    steps: int = 100,
+    growth: float = 2.0,
+    ratio: float = BISECTION_RATIO,
 ) -> DivergenceRate:
     """By bisection, the learning rate at which plain full-batch gradient descent diverges.
 
@@ -215,6 +221,7 @@ def observed_divergence_rate(
         around: Where the search starts, e.g. 2/σ₁.
         steps: Steps of each trial.
         growth: How many times the start's loss counts as divergence.
+        ratio: The search ends once a stable and a divergent rate are within this factor of each other.
     """
 
     def diverges(rate: float) -> bool:
@@ -236,7 +243,7 @@ def observed_divergence_rate(
 
     stable, divergent = 0.0, math.inf
     rate = around
-    while not (stable and math.isfinite(divergent) and divergent / stable <= BISECTION_RATIO):
+    while not (stable and math.isfinite(divergent) and divergent / stable <= ratio):
         if diverges(rate):
             divergent = rate
         else:

@@ -34,6 +34,8 @@ MEMORY_PER_PARAMETER = 4 * 30
 """Bytes: Lanczos keeps some 26 vectors, and the graph of the gradient comes on top."""
 
 DESCENT_STEPS = 30
+DESCENT_RATIO = 1.25
+"""Where descent diverges is known to this factor: hardening moves it by orders of magnitude."""
 
 
 @dataclass(frozen=True)
@@ -107,5 +109,5 @@ def _figures(model: nn.Module, tokens: Tensor, count: int) -> CurvatureFigures:
     stable = largest_stable_rate(top)
     observed = None
     if count <= MAX_FOR_DOUBLE:
-        observed = observed_divergence_rate(loss, parameters, around=stable, steps=DESCENT_STEPS)
+        observed = observed_divergence_rate(loss, parameters, around=stable, steps=DESCENT_STEPS, ratio=DESCENT_RATIO)
     return CurvatureFigures(top, block, bound, stable, observed)
