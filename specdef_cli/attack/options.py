@@ -46,9 +46,9 @@ class AttackOptions(Budget):
         trainings: What is trained: ``full``, ``lora:16``, or the :class:`Training` itself. Empty means full and LoRA,
             and full alone for variants that do not undo the hardening.
         optimizers: Names of :data:`specdef_cli.attack.optimizers.table.OPTIMIZERS`; empty means adamw.
-        learning_rates: Rates that every attack and the control run at. Empty means decades that go on below η₀/α for
-            the hardened model.
-        search: Search the best learning rate of every attack, from those decades on, until it is bracketed.
+        learning_rates: Rates that every attack and the control run at. Empty leaves them to ``search``.
+        search: Search the best learning rate of every attack until it is bracketed, from decades on that go on below
+            η₀/α for the hardened model; otherwise those decades are all that is tried.
         thorough: Make every run of a search in full and search every attack, also what is sure not to change its best
             (:mod:`specdef_cli.attack.prospects`); about twice as long.
         gradient_accumulation: Passes that the sequences of a step are split into, to save memory.
@@ -108,8 +108,12 @@ class AttackOptions(Budget):
         shown_default="full and lora",
     )
     optimizers: tuple[str, ...] = option((), "Optimizer, e.g. adamw or sgd.", "--optimizer", shown_default="adamw")
-    learning_rates: tuple[float, ...] = option((), "Learning rate.", "--lr", shown_default="decades down to below η₀/α")
-    search: bool = option(False, "Search every attack's best learning rate until it is bracketed.", "--lr-sweep")
+    learning_rates: tuple[float, ...] = option((), "Learning rate.", "--lr", shown_default="searched")
+    search: bool = option(
+        True,
+        "Search every attack's best learning rate until it is bracketed, or try decades down to below η₀/α alone.",
+        "--lr-sweep/--no-lr-sweep",
+    )
     thorough: bool = option(False, "Make every run of a search in full, also those that cannot become its best.")
     gradient_accumulation: int = option(1, "Passes that a step's sequences are split into, to save memory.")
     gradient_checkpointing: bool = option(False, "Compute activations twice, to save memory.")
@@ -154,16 +158,13 @@ class AttackOptions(Budget):
                 raise SpecDefError(f"{_flag(name)} {getattr(self, name)} is negative", "Give 0 or more.")
         if not self.seeds:
             raise SpecDefError("no seed is given", "Give at least one seed.")
-        if self.learning_rates and self.search:
-            raise SpecDefError(
-                f"--lr {self.learning_rates[0]:g} and --lr-sweep contradict each other", "Give one of them."
-            )
         if self.suite is not None:
             self._refuse_beside_suite()
 
     def _refuse_beside_suite(self) -> None:
-        for name in ("variants", "trainings", "optimizers", "learning_rates", "search"):
-            if getattr(self, name):
+        decided = {name: getattr(self, name) for name in ("variants", "trainings", "optimizers", "learning_rates")}
+        for name, value in {**decided, "search": not self.search}.items():
+            if value:
                 raise SpecDefError(
                     f"{_flag(name)} stands beside the suite {self.suite.name if self.suite else ''}, which decides it",
                     "Leave the flag out, or copy the suite's file and edit it.",

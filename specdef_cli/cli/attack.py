@@ -127,8 +127,6 @@ def attack_command(
         budget["seeds"] = tuple(range(chosen.budget["seeds"]))
     # What the user gave stays: by a flag, or in a suite of the user's own.
     kept = given if chosen is None or suite in suite_names() or limit is not None else budget
-    if limit is not None and chosen is None and "learning_rates" not in given:
-        budget["search"] = True
     options = AttackOptions(
         **budget,
         model=model,

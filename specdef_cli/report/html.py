@@ -29,7 +29,7 @@ from specdef_cli.report.findings import (
     summary,
 )
 from specdef_cli.report.matrix import coverage_matrix
-from specdef_cli.report.plot import growth_png
+from specdef_cli.report.plot import curves_png, growth_png
 
 MAX_LISTED = 12
 """Attacks that are listed under a verdict at the head of the page; the tables below have them all."""
@@ -81,6 +81,7 @@ def report_html(report: AttackReport, image: bytes) -> str:
         slowed=_lines(found, "slowed"),
         not_slowed=_lines(found, "not slowed"),
         curves=_base64(image),
+        narrow_curves=_base64(curves_png(report, narrow=True)),
         matrix=coverage_matrix(found),
         attacks=_attacks_table(found),
         costs=_costs_table(report, found),
@@ -126,7 +127,8 @@ def _definitions() -> str:
         "The best control: the one of all trainings and optimizers tried that made most progress. "
         f"Stopped: at most {STOPPED_SHARE:.0%} of its control's progress at the best learning rate tried; "
         f"not slowed: at least {CONTROL_SHARE:.0%}. Not settled: it looks stopped, and the learning rates tried do not "
-        "bracket the best one, so a better one may lie between or below them; --lr-sweep goes on. "
+        "bracket the best one, so a better one may lie between or below them; a search (--lr-sweep) goes on. "
+        "Stopped at a step: a run that could not become the best of its search any more. "
         "Diverged: a loss or gradient that is not finite, "
         f"or a held-out loss beyond {DIVERGENCE_FACTOR:g} times the start. "
         f"Utility kept: perplexity on retained text at most {UTILITY_LIMIT:.0%} above the start's. "

@@ -24,17 +24,21 @@ MOST_CURVES = 4
 """Attacks of one kind (control, and by knowledge) that are drawn: the strongest. More could not be told apart."""
 
 
-def curves_png(report: AttackReport) -> bytes:
+def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
     """The plot as PNG bytes.
 
     Left: held-out loss over steps, each attack at its best learning rate. Right: best held-out loss over the learning
     rate, logarithmic, so that an attack which only wins at an unusual rate shows. Blue: attackers who know only
     recipes; red: who know the construction; orange: who also grow the model; black: the control.
+
+    Args:
+        report: What to draw.
+        narrow: One above the other, for a small screen.
     """
     # The object interface: pyplot would keep global state and may look for a display.
-    figure = Figure(figsize=(12, 6.2), layout="constrained")
+    figure = Figure(figsize=(5, 9.5) if narrow else (12, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(*((2, 1) if narrow else (1, 2)))
     drawn = _strongest(report)
     for attack, style in zip(drawn, _styles(drawn), strict=True):
         points = [point for point in attack.best_run.evaluations if point.loss is not None]
@@ -64,7 +68,7 @@ def curves_png(report: AttackReport) -> bytes:
     )
     right.xaxis.set_major_locator(LogLocator(numticks=15))
     right.xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=1 if narrow else 2, frameon=False, fontsize=8.5)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

@@ -211,7 +211,6 @@ def test_parameters_cannot_be_named_to_adapters() -> None:
         ({"steps": 0}, "--steps 0"),
         ({"sequence_length": 1}, "--sequence-length 1"),
         ({"optimizers": ("magic",)}, "'magic'"),
-        ({"learning_rates": (1e-3,), "search": True}, "--lr-sweep"),
         ({"suite": load_suite("quick"), "trainings": ("full@*.norm.*",)}, "quick"),
         ({"suite": load_suite("quick"), "optimizers": ("sgd",)}, "--optimizer"),
         ({"variants": ("grow:2",)}, "'grow'"),
