@@ -5,6 +5,8 @@ lists: what is trained × with which optimizer × after which change to the mode
 the command line. ``[budget]`` gives what a run may cost; flags of the command line win over it. The ones that come with
 the package are in ``suites/``.
 
+``every`` stands for every row of a table.
+
     [budget]
     steps = 30
 
@@ -18,15 +20,19 @@ the package are in ``suites/``.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
-from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import INFORMED, Variant
 from specdef_cli.errors import SpecDefError
+
+EVERY = "every"
+"""In a suite: all trainings, or all optimizers, that there are."""
 
 RatePolicy = Literal["grid", "search"]
 BUDGET = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences", "seeds")
@@ -113,13 +119,13 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
 
 
 def _table(table: dict[str, Any]) -> AttackTable:
-    optimizers = tuple(table.pop("optimizers", ("adamw",)))
+    optimizers = _all_of(OPTIMIZERS, table.pop("optimizers", ("adamw",)))
     for optimizer in optimizers:
         OPTIMIZERS.choose(optimizer)
     variants: tuple[Variant | Literal["informed"], ...] = tuple(
         INFORMED if variant == INFORMED else Variant.parse(variant) for variant in table.pop("variants", ("plain",))
     )
-    trainings = tuple(_training(entry) for entry in table.pop("trainings", ("full",)))
+    trainings = tuple(_training(entry) for entry in _all_of(TRAININGS, table.pop("trainings", ("full",))))
     rates = table.pop("learning_rates", "grid")
     if table:
         raise ValueError(f"[[attacks]] has no key {min(table)!r}")
@@ -130,6 +136,11 @@ def _table(table: dict[str, Any]) -> AttackTable:
     elif rates not in get_args(RatePolicy):
         raise ValueError(f"learning_rates = {rates!r} is neither a list nor one of {', '.join(get_args(RatePolicy))}")
     return AttackTable(trainings, optimizers, variants, rates)
+
+
+def _all_of(rows: Iterable[str], asked: Iterable[Any]) -> tuple[Any, ...]:
+    """What was asked for, with the names of all rows in the place of ``every``."""
+    return tuple(name for entry in asked for name in (rows if entry == EVERY else (entry,)))
 
 
 def _training(entry: str | dict[str, str]) -> Training:
