@@ -21,7 +21,7 @@ from specdef_cli.attack.spellings import trainings_of, variants_of
 from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.variants.table import VARIANTS, Variant
 from specdef_cli.checkpoint.manifest import BaseModel, FoldedPair, InsertedLayer, Manifest
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.cli.app import app
@@ -145,7 +145,7 @@ def test_keywords_are_spelled_out_for_the_model() -> None:
     inserted = {"lora-inflated", "lora-compensation", "lora-around"}
     assert folded == {name for name, choice in TRAININGS.items() if choice.function is not None} - inserted
     kinds = {each.first.variant.kind for each in series(FOLD, suite=load_suite("full"))}
-    assert kinds == {"plain", "equalise", "rebalance", "channel-rates", "width", "depth"}
+    assert kinds == {name for name, choice in VARIANTS.items() if choice.needs in ("any", "folded")}
 
 
 def test_a_name_does_not_make_another_run() -> None:
