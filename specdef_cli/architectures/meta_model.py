@@ -28,6 +28,11 @@ def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) ->
     """
     if not checkpoint.library.has_model_types:
         return checkpoint.config
+    if checkpoint.config.get("quantization_config") == {}:
+        raise SpecDefError(
+            f"{checkpoint.directory}/config.json has an empty quantization_config, which transformers cannot load",
+            "Remove that key if the weights are floating-point numbers.",
+        )
     try:
         return transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.models.auto import modeling_auto
 
 from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.target import Task
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 
 _NAMES: Mapping[Task, Mapping[str, Any]] = {
@@ -45,7 +45,7 @@ def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
     Raises:
         SpecDefError: The architecture says nothing of a task, or the model cannot be trained for the one asked for.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_config(directory)
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
     head = Head(labels, config.get("problem_type"))
     architecture = (config.get("architectures") or ["none named"])[0]
@@ -68,7 +68,7 @@ def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
 
 def auto_class(task: Task, directory: Path) -> Any:
     """The class of transformers that loads a checkpoint for a task."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_config(directory)
     architecture = (config.get("architectures") or [""])[0]
     if task == "causal-lm" and architecture in _flat(_READS_IMAGES) - _flat(_NAMES["causal-lm"]):
         return transformers.AutoModelForImageTextToText

@@ -196,7 +196,7 @@ def open_checkpoint(directory: Path, arriving: Arriving | None = None) -> Checkp
             require_inside(directory, directory / name)
     for companion in companion_files(directory):
         require_inside(directory, directory / companion)
-    config = _read_config(directory)
+    config = read_config(directory)
     library = library_of(config)
     require_plain(directory, config, library)
     here = (path.name for path in (directory / library.single_file, directory / library.index_file) if path.is_file())
@@ -223,7 +223,7 @@ def weight_files(directory: Path, arriving: Collection[str] = ()) -> tuple[str, 
     Raises:
         SpecDefError: ``config.json`` is missing or broken, or the index is.
     """
-    library = library_of(_read_config(directory))
+    library = library_of(read_config(directory))
     index_path = directory / library.index_file
     present = {path.name for path in (directory / library.single_file, index_path) if path.is_file()}
     if _entry_file(library, {*present, *arriving}) != library.index_file:
@@ -231,7 +231,12 @@ def weight_files(directory: Path, arriving: Collection[str] = ()) -> tuple[str, 
     return tuple(name for name in _ordered_shards(_weight_map(index_path)) if isinstance(name, str))
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """A directory's ``config.json``.
+
+    Raises:
+        SpecDefError: It is missing, cannot be read, or is not a JSON object.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise no_config(directory)

@@ -6,7 +6,6 @@ it: the package's own registration reads hardened directories.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from specdef_cli.checkpoint.library import diffusers_missing, library_of
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError
 from specdef_cli.runtime.register import register
@@ -58,10 +58,9 @@ def load_model(
     """
     register()
     path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise SpecDefError(f"{directory} has no config.json", "Give a directory with a checkpoint.")
+    library = library_of(read_config(path))
     try:
-        if not library_of(json.loads((path / "config.json").read_text(encoding="utf-8"))).has_model_types:
+        if not library.has_model_types:
             return _load_denoiser(path, dtype=None if dtype == "auto" else dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = _model_class(path, config, auto_class, trust_remote_code)
@@ -145,7 +144,7 @@ def _model_class(path: Path, config: Any, auto_class: Any, trust_remote_code: bo
 def _hint(path: Path) -> str:
     if not any(path.glob("*.safetensors")):
         return "Save it as safetensors; pickled weights (.bin, .pt) can run code and are not loaded."
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(path)
     if "auto_map" in config and config.get("model_type") != MODEL_TYPE:
         return "If it needs the code that comes with it, read that code and pass --trust-remote-code."
     return "Check the directory's files and the installed release of transformers."

@@ -124,9 +124,9 @@ DIRECTORIES: dict[str, Mutation] = {
 HARDENINGS = (FOLD, INSERT)
 
 
-@pytest.mark.fault("odd directories, configs and names, given to every command", inputs=4)
+@pytest.mark.fault("odd directories, configs and names, given to every command", inputs=6)
 @pytest.mark.parametrize("case", DIRECTORIES)
-def test_directories(case: str, llama: Path, tmp_path: Path) -> None:
+def test_directories(case: str, llama: Path, hardened: Path, tmp_path: Path) -> None:
     directory = spoiled(llama, tmp_path, DIRECTORIES[case])
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -138,6 +138,9 @@ def test_directories(case: str, llama: Path, tmp_path: Path) -> None:
             assert ends_well(planned)
             assert ends_well(call_cli("collapse", out, "--out", outside / f"back {number}", "--quiet"))
     ends_well(call_cli("inspect", directory, "--json"))
+    ends_well(call_cli("certify", hardened, "--base", directory, "--dry-run"))
+    spoilt = spoiled(hardened, tmp_path / "hardened", DIRECTORIES[case])
+    ends_well(call_cli("certify", spoilt, "--base", llama, "--dry-run"))
     result = call_cli("attack", directory, "--control", directory, *SMALL, "--out", tmp_path / "attack")
     if not ends_well(result):
         assert finished_runs(tmp_path / "attack") == {}

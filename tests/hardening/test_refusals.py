@@ -66,6 +66,7 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "AWQ": (config(quantization_config={"quant_method": "awq"}), ("quantized (awq)", "unquantized")),
     "MXFP4": (config(quantization_config={"quant_method": "mxfp4"}), ("quantized (mxfp4)", "unquantized")),
     "an odd quantization_config": (config(quantization_config="fp8"), ("quantized (fp8)", "unquantized")),
+    "an empty quantization_config": (config(quantization_config={}), ("empty quantization_config", "Remove that key")),
     "a wider model": (config(hidden_size=64), ("[96, 32]", "[96, 64]", "config.json")),
     "a larger vocabulary": (config(vocab_size=200), ("model.embed_tokens.weight", "[96, 32]", "[200, 32]")),
     "more layers": (config(num_hidden_layers=3), ("model.layers.2.", "no tensor of the checkpoint")),
