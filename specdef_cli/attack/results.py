@@ -11,6 +11,7 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Literal
 
 from pydantic import TypeAdapter
@@ -251,7 +252,7 @@ class Attack:
         losses = [run.best for run in self.at(learning_rate) if run.best is not None]
         return statistics.fmean(losses) if losses else None
 
-    @property
+    @cached_property
     def best_learning_rate(self) -> float:
         """The rate with the lowest mean best loss, of those that all seeds ran at; the largest of equals."""
         most = max(len(self.at(rate)) for rate in self.learning_rates)
@@ -338,7 +339,7 @@ class AttackReport:
     versions: dict[str, str]
     device: str
 
-    @property
+    @cached_property
     def attacks(self) -> tuple[Attack, ...]:
         """The runs, grouped by attack, in the order of the plan."""
         groups: dict[RunSpec, list[RunResult]] = {}
@@ -355,15 +356,13 @@ class AttackReport:
 
     def control_of(self, attack: Attack) -> Attack | None:
         """The control that was trained by the same recipe and optimizer on the same budget."""
-        wanted = attack.runs[0].spec.control("").attack
-        return next(
-            (
-                each
-                for each in self.attacks
-                if each.subject == "control" and each.runs[0].spec.control("").attack == wanted
-            ),
-            None,
-        )
+        return self._controls.get(attack.runs[0].spec.control("").attack)
+
+    @cached_property
+    def _controls(self) -> dict[RunSpec, Attack]:
+        """By what they have in common with the attacks that they are the control of."""
+        controls = (attack for attack in self.attacks if attack.subject == "control")
+        return {attack.runs[0].spec.control("").attack: attack for attack in controls}
 
     def share(self, attack: Attack, learning_rate: float | None = None) -> float | None:
         """Progress as a share of the control's at its best learning rate; ``None`` where the control made none."""
@@ -387,9 +386,13 @@ class AttackReport:
 
     def of_best_control(self, progress: float | None) -> float | None:
         """Some progress (nats) as a share of the most that any control of this report made."""
-        made = [attack.progress() or 0.0 for attack in self.attacks if attack.subject == "control"]
-        most = max(made, default=0.0)
+        most = self._most_of_a_control
         return None if progress is None or most <= 0 else progress / most
+
+    @cached_property
+    def _most_of_a_control(self) -> float:
+        """Progress (nats) of the control that made most."""
+        return max((attack.progress() or 0.0 for attack in self._controls.values()), default=0.0)
 
     def control_loss(self, attack: Attack) -> float | None:
         """The held-out loss that counts as the control's: :data:`CONTROL_SHARE` of its best progress made."""
