@@ -25,8 +25,11 @@ from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.checkpoint.reader import open_checkpoint
 
-SEARCHED_RUNS = 9
+SEARCHED_RUNS = 8
 """Runs of a search for a learning rate, on average over those of ``make attack-suite``."""
+
+SHORTENED = 0.6
+"""Of the time of a run in full, what a run takes on average in a search that ends what cannot become its best."""
 
 DECADE_RUNS = 5
 """Of these, what it takes to know the decade of the best rate; a first verdict needs no more."""
@@ -133,6 +136,18 @@ def expected_runs(series: Series) -> int:
     return SEARCHED_RUNS + len(series.seeds) - 1 if series.search else len(series.grid) * len(series.seeds)
 
 
+def seconds_of(series: Series, runs: int, speed: Speed, held_out: int) -> float:
+    """What some runs of a series take, about.
+
+    Args:
+        series: Its runs are of the size of its first one.
+        runs: How many of them.
+        speed: As measured.
+        held_out: Sequences that every evaluation takes.
+    """
+    return runs * speed.run(series.first, held_out) * (SHORTENED if series.hurried else 1.0)
+
+
 def verdict_runs(series: Series) -> int:
     """Runs of a series before a first verdict stands."""
     return min(DECADE_RUNS, expected_runs(series)) if series.search else expected_runs(series)
@@ -224,7 +239,8 @@ def fitting_budget(options: AttackOptions, plan: Sequence[Series], speed: Speed,
     for budget in ({}, *BUDGETS):  # first of all as it is
         chosen = _lowered(options, budget)
         held_out = chosen.eval_sequences + max(1, chosen.eval_sequences // 4)
-        seconds = sum(verdict_runs(series) * speed.run(_on(series.first, chosen), held_out) for series in verdict)
+        resized = [replace(series, first=_on(series.first, chosen)) for series in verdict]
+        seconds = sum(seconds_of(series, verdict_runs(series), speed, held_out) for series in resized)
         if seconds / chosen.jobs <= FOR_A_VERDICT * limit:
             break
     return chosen

@@ -13,6 +13,7 @@ from specdef_cli.attack.cost import (
     expected_runs,
     first_verdict,
     fitting_budget,
+    seconds_of,
     verdict_runs,
 )
 from specdef_cli.attack.options import AttackOptions
@@ -107,7 +108,7 @@ def foresee(
     for series in by_telling(plan):
         finished = _finished(series, load)
         missing = max(expected_runs(series) - finished, 0)
-        seconds = None if speed is None else missing * speed.run(series.first, held_out) / options.jobs
+        seconds = None if speed is None else seconds_of(series, missing, speed, held_out) / options.jobs
         attacks.append(
             PlannedAttack(
                 series.first.label, expected_runs(series), finished, series.search, seconds, id(series) in verdict
@@ -117,7 +118,7 @@ def foresee(
     until = None
     if speed is not None:
         runs = ((series, max(verdict_runs(series) - _finished(series, load), 0)) for series in first_verdict(plan))
-        until = sum(count * speed.run(series.first, held_out) for series, count in runs) / options.jobs
+        until = sum(seconds_of(series, count, speed, held_out) for series, count in runs) / options.jobs
     return Forecast(
         model=names[0],
         control=names[1],

@@ -17,6 +17,7 @@ from specdef_cli.attack.cost import (
     BUDGETS,
     DECADE_RUNS,
     SEARCHED_RUNS,
+    SHORTENED,
     Deadline,
     Speed,
     by_telling,
@@ -72,7 +73,7 @@ def test_a_budget_fits_its_time_limit_and_what_the_user_gave_stays() -> None:
             plan[0].first, steps=chosen.steps, batch_size=chosen.batch_size, sequence_length=chosen.sequence_length,
             eval_every=chosen.eval_interval,
         )  # fmt: skip
-        return 3 * DECADE_RUNS * speed.run(run, held_out)
+        return 3 * DECADE_RUNS * SHORTENED * speed.run(run, held_out)
 
     budgets = [fitting_budget(options, plan, speed, limit) for limit in (1e6, 900.0, 300.0)]
     assert budgets[0].steps == 30
