@@ -140,6 +140,12 @@ def outcome_words(run: RunResult) -> str:
     return "ended above its start" if run.outcome == "worse" else "finished"
 
 
+def trained_words(attack: Attack) -> str:
+    """What is trained, after what was done to the model: ``equalised: MLP alone``."""
+    variant = attack.variant.label
+    return f"{variant}: {attack.training.label}" if variant else attack.training.label
+
+
 def steps_words(report: AttackReport, run: RunResult) -> str:
     """Steps to the control's loss, or ``>N`` for a budget of N that did not get there."""
     if report.control_loss(Attack((run,))) is None:
@@ -315,9 +321,10 @@ def _loss_reached(finding: Finding) -> float:
 def _short_name(finding: Finding) -> str:
     """What is trained, with what was done to the model first and the optimizer where they are not the ordinary ones."""
     attack = finding.attack
-    optimizer = attack.optimizer if attack.optimizer != "adamw" else ""
-    trained = attack.training.label if attack.training.label != "full" or not optimizer else ""
-    return ", ".join(part for part in (attack.variant.label, trained, optimizer) if part)
+    if attack.optimizer == "adamw":
+        return trained_words(attack)
+    name = attack.optimizer if attack.training.label == "full" else f"{attack.training.label} with {attack.optimizer}"
+    return f"{attack.variant.label}: {name}" if attack.variant.label else name
 
 
 def _listed(names: Sequence[str]) -> str:

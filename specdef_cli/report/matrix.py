@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from specdef_cli.report.findings import Finding
+from specdef_cli.report.findings import Finding, trained_words
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class CoverageMatrix:
     """Findings by what is trained and by optimizer.
 
     Attributes:
-        rows: Labels of what is trained, in the order of the report.
+        rows: What is trained, after what was done to the model, in the order of the report.
         columns: Names of optimizers, likewise.
         cells: By (row, column); combinations that were not attacked are absent.
     """
@@ -30,7 +30,7 @@ class CoverageMatrix:
 def coverage_matrix(found: Sequence[Finding]) -> CoverageMatrix | None:
     """The matrix of a report's findings; ``None`` where there is one cell or none."""
     plain = [each for each in found if each.attack.subject == "model" and each.attack.knowledge == "none"]
-    cells = {(each.attack.training.label, each.attack.optimizer): each for each in plain}
+    cells = {(trained_words(each.attack), each.attack.optimizer): each for each in plain}
     if len(cells) < 2:
         return None
     rows, columns = (tuple(dict.fromkeys(key[axis] for key in cells)) for axis in (0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 from matplotlib import colormaps
@@ -58,6 +59,9 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
         if start is not None:
             axes.axhline(start, color="gray", lw=1, ls=":", zorder=0)
         _tidy(axes)
+    if narrow:
+        for axes in (left, right):
+            axes.title.set_fontsize(9.5)
     left.set(title="Each attack at its best learning rate", xlabel="optimizer step", ylabel="held-out loss (nats)")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(
@@ -116,16 +120,16 @@ def growth_png(found: Sequence[Finding]) -> bytes | None:
 
 
 def _strongest(report: AttackReport) -> tuple[Attack, ...]:
-    """Of each kind the attacks that got furthest, in the order of the report."""
+    """Of each kind the attacks that ended lowest, in the order of the report."""
     kinds: dict[str, list[Attack]] = {}
     for attack in report.attacks:
         kinds.setdefault("control" if attack.subject == "control" else attack.knowledge, []).append(attack)
-    kept = [
-        attack
-        for attacks in kinds.values()
-        for attack in sorted(attacks, key=lambda each: -(each.progress() or 0))[:MOST_CURVES]
-    ]
+    kept = [attack for attacks in kinds.values() for attack in sorted(attacks, key=_loss_reached)[:MOST_CURVES]]
     return tuple(attack for attack in report.attacks if attack in kept)
+
+
+def _loss_reached(attack: Attack) -> float:
+    return math.inf if attack.best is None else attack.best
 
 
 def _styles(attacks: tuple[Attack, ...]) -> list[dict[str, object]]:

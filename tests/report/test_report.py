@@ -32,7 +32,7 @@ from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
 from specdef_cli.report.document import ReportDocument
-from specdef_cli.report.findings import rate, size
+from specdef_cli.report.findings import outcome_words, rate, size
 from specdef_cli.report.matrix import coverage_matrix
 from specdef_cli.report.schema import SCHEMA_FILE, schema_text
 from specdef_cli.report.serialize import CURVE_COLUMNS, curves_csv, report_document, report_json
@@ -404,3 +404,32 @@ def test_the_terminal_keeps_whole_words(report: AttackReport, width: int) -> Non
     for word in ("collapsed", "adahessian", "slowed", "verdict", "control"):
         assert re.search(rf"(?<!\w){word}(?!\w)", text), text
     assert "…" not in text
+
+
+def test_a_model_that_was_converted_first_has_rows_of_its_own(report: AttackReport) -> None:
+    """Both are full fine-tuning by somebody who knows only recipes; neither may stand in the other's place."""
+    runs = (run("control", [3.0, 1.0]), run("model", [3.0, 2.9]), run("model", [3.0, 2.0], kind="equalise"))
+    found = findings(replace(report, runs=runs))
+    matrix = coverage_matrix(found)
+    assert matrix is not None
+    assert {row: cell.share for (row, _), cell in matrix.cells.items()} == pytest.approx(
+        {"full": 0.05, "equalised: full": 0.5}
+    )
+    assert "only slowed: equalised: full" in summary(replace(report, runs=runs))[0]
+
+
+def test_progress_counts_from_the_control_s_start(report: AttackReport) -> None:
+    """An adapter that breaks a hardened model at step 0 and mends half of that has brought its attacker nowhere."""
+    runs = (run("control", [3.0, 1.0]), run("model", [9.0, 5.0]), run("model", [3.5, 2.0], optimizer="sgd"))
+    runs = (*runs, run("control", [3.0, 1.0], optimizer="sgd"))
+    broken, mended = (each for each in findings(replace(report, runs=runs)) if each.verdict != "control")
+    assert (broken.share, broken.share_of_best) == (0.0, 0.0)
+    assert mended.share == pytest.approx(0.5)
+
+
+def test_a_run_that_its_search_stopped_says_so(report: AttackReport) -> None:
+    stopped = replace(run("model", [3.0, 2.9]), stopped=10)
+    assert (stopped.outcome, outcome_words(stopped)) == ("stopped", "stopped at step 10")
+    assert replace(stopped, evaluations=run("model", [3.0, 3.2]).evaluations).outcome == "worse"
+    written = report_dict(replace(report, runs=(run("control", [3.0, 1.0]), stopped)))
+    assert [part["stopped"] for part in written["runs"]] == [None, 10]
