@@ -15,12 +15,13 @@ from pathlib import Path, PurePath
 
 from specdef_cli.checkpoint.headers import read_headers
 from specdef_cli.checkpoint.links import require_inside
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES
 from specdef_cli.errors import SpecDefError
 
 SAFETENSORS = ".safetensors"
 # Written anew for every output.
-REWRITTEN = frozenset({"config.json", "README.md", "specdef.json", "certificate.json"})
+REWRITTEN = frozenset({"config.json", "README.md", MANIFEST_NAME, "certificate.json"})
 SHOWN = 8
 """How many files that are left out a note names one by one."""
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,42 +29,18 @@ from specdef_cli.checkpoint.headers import (
 )
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, library_of
 from specdef_cli.checkpoint.links import require_inside
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.other_directories import no_config, no_weights, require_plain
 from specdef_cli.errors import SpecDefError
+
+if TYPE_CHECKING:  # which opens checkpoints itself
+    from specdef_cli.checkpoint.arriving import ArrivingWeights
 
 INDEX_FILE = TRANSFORMERS.index_file
 
 
 class ResumableError(SpecDefError):
     """Neither the input nor an option is at fault (the disk is): what is finished is kept for ``--resume``."""
-
-
-class Arriving(Protocol):
-    """Shards that are on their way into the directory.
-
-    Attributes:
-        nbytes: What they take there.
-    """
-
-    nbytes: int
-
-    def __contains__(self, name: str) -> bool:
-        """Whether this shard is, or was, among them."""
-
-    def headers(self, name: str) -> Mapping[str, TensorHeader]:
-        """Its tensor headers, checked as :func:`read_headers` does."""
-
-    def part(self, name: str, begin: int, end: int) -> bytes | None:
-        """A few of its bytes from where it comes from; ``None`` if they have to be read in the directory."""
-
-    def wait(self, name: str) -> None:
-        """Return once it is in the directory, as any other shard is."""
-
-    def wait_for_all(self) -> None:
-        """Return once all are."""
-
-    def stop(self) -> None:
-        """Have whoever waits wait no longer."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,7 @@ class Checkpoint:
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
-    arriving: Arriving | None = None
+    arriving: ArrivingWeights | None = None
 
     @property
     def library(self) -> Library:
@@ -181,7 +157,7 @@ class Checkpoint:
             ) from error
 
 
-def open_checkpoint(directory: Path, arriving: Arriving | None = None) -> Checkpoint:
+def open_checkpoint(directory: Path, arriving: ArrivingWeights | None = None) -> Checkpoint:
     """Read ``config.json`` and the headers of every shard of a checkpoint directory.
 
     Args:
@@ -191,7 +167,7 @@ def open_checkpoint(directory: Path, arriving: Arriving | None = None) -> Checkp
     Raises:
         SpecDefError: Something is missing, corrupt, or unsafe to read.
     """
-    for name in ("config.json", INDEX_FILE, DIFFUSERS.index_file, "README.md", "specdef.json"):
+    for name in ("config.json", INDEX_FILE, DIFFUSERS.index_file, "README.md", MANIFEST_NAME):
         if (directory / name).exists():
             require_inside(directory, directory / name)
     for companion in companion_files(directory):
@@ -257,7 +233,7 @@ def _entry_file(library: Library, present: Collection[str]) -> str | None:
     return next((name for name in (order if library.single_file_first else order[::-1]) if name in present), None)
 
 
-def _arrives(arriving: Arriving | None, library: Library) -> bool:
+def _arrives(arriving: ArrivingWeights | None, library: Library) -> bool:
     return arriving is not None and library.single_file in arriving
 
 
@@ -274,13 +250,15 @@ def _ordered_shards(weight_map: Mapping[str, Any]) -> list[Any]:
     return sorted(set(weight_map.values()), key=str)
 
 
-def _shard_headers(directory: Path, shard: Any, index: str, arriving: Arriving | None) -> Mapping[str, TensorHeader]:
+def _shard_headers(
+    directory: Path, shard: Any, index: str, arriving: ArrivingWeights | None
+) -> Mapping[str, TensorHeader]:
     if arriving is not None and shard in arriving:
         return arriving.headers(shard)
     return read_headers(_inside(directory, shard, index))
 
 
-def _read_sharded(directory: Path, index_path: Path, arriving: Arriving | None) -> dict[str, TensorHeader]:
+def _read_sharded(directory: Path, index_path: Path, arriving: ArrivingWeights | None) -> dict[str, TensorHeader]:
     weight_map = _weight_map(index_path)
     tensors: dict[str, TensorHeader] = {}
     for shard in _ordered_shards(weight_map):

@@ -12,8 +12,8 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.smooth import smooth
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
-from specdef_cli.hardening.verify import fixed_inputs
 from specdef_cli.runtime import load_model
+from specdef_cli.runtime.fixed_batch import fixed_inputs
 from tests.attack.test_rebalance import logits
 from tests.tiny_families import CASES, write_case
 

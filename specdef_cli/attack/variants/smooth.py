@@ -17,7 +17,7 @@ from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.channels import channel_values, multiply_channels
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.hardening.verify import fixed_inputs
+from specdef_cli.runtime.fixed_batch import fixed_inputs
 
 
 def smooth(model: PreTrainedModel) -> Growth:
