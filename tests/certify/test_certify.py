@@ -268,7 +268,7 @@ def test_what_is_too_large_for_the_whole_hessian_is_measured_by_layers(
 ) -> None:
     tokens = torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(0))
     whole = measure_curvature(attacked[1], tokens)
-    monkeypatch.setattr(curvature_change, "MOST_FOR_WHOLE", 10)
+    monkeypatch.setattr(curvature_change, "MAX_FOR_WHOLE", 10)
     largest = measure_curvature(attacked[1], tokens)
     assert isinstance(whole, CurvatureFigures)
     assert isinstance(largest, CurvatureFigures)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.architectures.skeleton import Skeleton
@@ -21,7 +22,7 @@ from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import SAMPLE_ROWS, fold_pairs, inverse
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import HardenOptions, MethodChoice
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
 from tests.commands import assert_refused, call_cli
@@ -31,6 +32,24 @@ from tests.tiny_families import write_case
 def opened(directory: Path) -> tuple[Checkpoint, Skeleton]:
     checkpoint = open_checkpoint(directory)
     return checkpoint, Skeleton.read(checkpoint)
+
+
+@pytest.mark.parametrize(("method", "matches"), [("fold", 1), ("insert", 2), ("auto", 1)])
+def test_names_are_matched_once_a_plan(
+    method: MethodChoice, matches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In large models this takes most of a plan's time. The names that insert adds are matched beside the base's."""
+    base = write_case("llama", tmp_path / "base")
+    models = []
+
+    def counted(model: transformers.PreTrainedModel) -> list[object]:
+        models.append(model)
+        return get_model_conversion_mapping(model)
+
+    monkeypatch.setattr("specdef_cli.architectures.names.get_model_conversion_mapping", counted)
+    make_plan(*opened(base), HardenOptions(str(base), tmp_path / "x", method=method))
+    assert len(models) == matches
+    assert len({id(model) for model in models}) == 1
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
