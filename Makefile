@@ -23,7 +23,7 @@ ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
-  reproduce-staircase reproduce-insert reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack check test test-all test-newest faults lint format schema docs build wheel bench bench-large train-example clean
+  reproduce-staircase reproduce-insert reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack check test test-all test-newest faults lint format schema docs build wheel bench bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -214,6 +214,9 @@ bench: install  ## speed and memory, as ratios to cp, to torch.linalg.svd, and t
 
 bench-large: install  ## the same for a checkpoint of 10 GB, and times on paper for 8B, 70B, 405B
 	$(BIN)/python -m tests.benchmarks stream-large | tee docs/tables/bench-large.md
+
+gpu-check: install real-models  ## docs/tables/gpu.md: a GPU against the CPU, speed, an attack; needs a GPU and a CUDA build of torch
+	$(BIN)/python -m tests.benchmarks gpu | tee docs/tables/gpu.md
 
 train-example: install  ## train the shipped model again (about ten minutes)
 	$(BIN)/python examples/tiny_llama/train.py --out $(DEMO)/tiny_llama

@@ -1,16 +1,17 @@
-"""Runs the computing parts of the package on the device of ``other_device``; prints how far each is from the CPU.
+"""Runs the computing parts of the package on another device; prints how far each is from the CPU.
 
-    python -m tests.hardening.on_another_device CHECKPOINT
+    python -m tests.hardening.on_another_device CHECKPOINT [DEVICE]
 
-A process of its own, because torch then counts an accelerator that other tests must not find. A tensor that was left on
-the CPU ends it with torch's own error.
+Without a device it is the one of ``other_device``, and a process of its own because torch then counts an accelerator
+that other tests must not find. A tensor that was left on the CPU ends it with torch's own error.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,10 @@ HARDENED: dict[str, dict[str, Any]] = {
 }
 
 
-def main(directory: str) -> None:
+def main(directory: str, device: str | None = None) -> None:
     """Print the distances as JSON, by name."""
-    with other_device() as elsewhere:
-        found = {name: check(elsewhere) for name, check in checks(Path(directory)).items()}
+    with other_device() if device is None else nullcontext(torch.device(device)) as chosen:
+        found = {name: check(chosen) for name, check in checks(Path(directory)).items()}
     print(json.dumps(found))
 
 
@@ -59,10 +60,13 @@ def checks(directory: Path) -> dict[str, Check]:
 
 
 def subspace(rows: int, columns: int, device: torch.device) -> float:
-    """The basis and the singular values."""
+    """The projection onto the basis, which has no sign, and the singular values."""
     weight = _gaussian(rows, columns)
     here, there = (top_subspace(weight.to(place), 4, 0) for place in (CPU, device))
-    return max(distance(there.basis, here.basis), distance(there.singular_values, here.singular_values))
+    return max(
+        distance(there.basis @ there.basis.mT, here.basis @ here.basis.mT),
+        distance(there.singular_values, here.singular_values),
+    )
 
 
 def rank(device: torch.device) -> float:
@@ -76,15 +80,27 @@ def _gaussian(rows: int, columns: int) -> Tensor:
 
 
 def transforms(directory: Path, options: dict[str, Any], device: torch.device) -> float:
-    """Every tensor that hardening computes."""
+    """Every tensor that hardening computes; of two factors their product, relative to its largest value."""
     checkpoint = open_checkpoint(directory)
     plan = make_plan(checkpoint, Skeleton.read(checkpoint), HardenOptions(str(directory), Path("unused"), **options))
     largest = 0.0
     for group in plan.groups:
         if group.transform is not None:
-            here, there = (group.transform(checkpoint, place).tensors for place in (CPU, device))
-            largest = max(largest, *(float((there[name].to(CPU) - here[name]).abs().max()) for name in here))
+            here, there = (_products(group.transform(checkpoint, place).tensors) for place in (CPU, device))
+            largest = max(largest, *(_relative(there[name], here[name]) for name in here))
     return largest
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def _products(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: tensor.to(CPU).double() for name, tensor in tensors.items()}
+    for name in [name for name in found if name.endswith(".compensation.weight")]:
+        inflated = name.replace(".compensation.", ".inflated.")
+        found[inflated] = found.pop(name) @ found[inflated]
+    return found
 
 
 def hessian(device: torch.device) -> float:
@@ -125,7 +141,7 @@ def step(optimizer: str, device: torch.device) -> float:
 
 def distance(found: Tensor, expected: Tensor) -> float:
     """The largest difference; the first tensor must be on the other device."""
-    assert found.device.type == "elsewhere", found.device
+    assert found.device != CPU, found.device
     return float((found.to(CPU) - expected).abs().max())
 
 
@@ -137,4 +153,4 @@ NUMERICAL: dict[str, Check] = {
 }
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
