@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from specdef_cli.certify.bound import compensation_bounds
 from specdef_cli.certify.curvature import (
@@ -22,7 +21,7 @@ from specdef_cli.certify.curvature import (
     observed_divergence_rate,
     trainable,
 )
-from specdef_cli.runtime import SpecDefLinear, load_model, without_progress_bars
+from specdef_cli.runtime import SpecDefLinear
 
 MAX_FOR_DOUBLE = 5_000_000
 """Parameters up to which float64 is used, and gradient descent is run to see where it diverges."""
@@ -58,35 +57,29 @@ class CurvatureFigures:
 
 
 def measure_curvature(
-    directory: Path, tokens: Tensor, *, device: torch.device | str = "cpu", trust_remote_code: bool = False
+    model: PreTrainedModel, tokens: Tensor, *, device: torch.device | str = "cpu"
 ) -> CurvatureFigures | str:
     """Measure one causal language model.
 
     Args:
-        directory: A base or a hardened checkpoint.
+        model: Of a base or a hardened checkpoint. It is left in another dtype, and on ``device``.
         tokens: int64, shape [sequences, length]: the batch.
         device: Where to measure; of a device without float64, everything is measured in float32.
-        trust_remote_code: Whether code that comes with it may run.
 
     Returns:
         The figures, or why they were not measured.
 
     Raises:
-        SpecDefError: The directory cannot be loaded, or its loss is not finite.
+        SpecDefError: The model's loss is not finite.
     """
-    with without_progress_bars():
-        model = load_model(directory, dtype=torch.float32, device=device, trust_remote_code=trust_remote_code)
-    try:
-        count = sum(parameter.numel() for parameter in model.parameters())
-        available = _free_memory(model.device)
-        if count * MEMORY_PER_PARAMETER > available and count <= MAX_FOR_WHOLE:
-            needed = count * MEMORY_PER_PARAMETER
-            return f"it takes about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
-        double = count <= MAX_FOR_DOUBLE and model.device.type != "mps"
-        return _figures(model.double() if double else model, tokens.to(model.device), count)
-    finally:
-        del model
-        gc.collect()
+    model.to(device=torch.device(device), dtype=torch.float32)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    available = _free_memory(model.device)
+    if count * MEMORY_PER_PARAMETER > available and count <= MAX_FOR_WHOLE:
+        needed = count * MEMORY_PER_PARAMETER
+        return f"it takes about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
+    double = count <= MAX_FOR_DOUBLE and model.device.type != "mps"
+    return _figures(model.double() if double else model, tokens.to(model.device), count)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,13 @@ class _Observed:
 
 
 def measure_function(
-    base: Path, hardened: Path, manifest: Manifest, tokens: Tensor | None, *, trust_remote_code: bool = False
+    base: Path,
+    hardened: Path,
+    manifest: Manifest,
+    tokens: Tensor | None,
+    *,
+    trust_remote_code: bool = False,
+    on_model: Callable[[PreTrainedModel], None] = lambda _: None,
 ) -> FunctionFigures:
     """Compare two checkpoints on the CPU, one in memory at a time.
 
@@ -93,16 +100,18 @@ def measure_function(
         manifest: Of the hardened one.
         tokens: int64, shape [sequences, length], for a causal language model; ``None`` for others.
         trust_remote_code: Whether code that comes with the base may run.
+        on_model: Called with each model whose outputs are finite, the base first, once its function is known: for what
+            else is measured on it, so that it is loaded once. It may change the model.
 
     Raises:
         SpecDefError: A directory cannot be loaded, the hardened one brings code of its own that is not trusted, or the
             base's outputs are not finite.
     """
     run_code = _may_run_code(hardened, trust_remote_code)
-    before = _observe(base, tokens, trust_remote_code)
+    before = _observe(base, tokens, trust_remote_code, on_model)
     if not torch.isfinite(before.outputs).all():
         raise SpecDefError(f"the outputs of {base} hold NaN or infinity", "Repair its weights.")
-    after = _observe(hardened, tokens, trust_remote_code)
+    after = _observe(hardened, tokens, trust_remote_code, on_model)
     agreement = None
     if before.generated is not None and after.generated is not None:
         agreement = float((before.generated == after.generated).double().mean())
@@ -122,7 +131,9 @@ def measure_function(
     )
 
 
-def _observe(directory: Path, tokens: Tensor | None, trust_remote_code: bool) -> _Observed:
+def _observe(
+    directory: Path, tokens: Tensor | None, trust_remote_code: bool, on_model: Callable[[PreTrainedModel], None]
+) -> _Observed:
     with without_progress_bars():
         model = load_model(directory, trust_remote_code=trust_remote_code).eval()
     observed = _Observed(
@@ -131,6 +142,8 @@ def _observe(directory: Path, tokens: Tensor | None, trust_remote_code: bool) ->
         loss=None if tokens is None else mean_loss(model, tokens),
         generated=None if tokens is None else _greedy(model, tokens),
     )
+    if torch.isfinite(observed.outputs).all():
+        on_model(model)
     del model
     gc.collect()
     return observed

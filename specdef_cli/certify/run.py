@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specdef_cli import __version__
@@ -96,13 +97,14 @@ def certify(
     if options.attacks is not None:  # refused, if at all, before anything is measured
         resistance = read_resistance(options.attacks, checkpoint_fingerprint(directory))
 
+    curvature = _Curvatures(options, tokens, on_progress)
     on_progress("function")
     trust = options.trust_remote_code
-    function = measure_function(base_directory, directory, manifest, tokens, trust_remote_code=trust)
+    function = measure_function(
+        base_directory, directory, manifest, tokens, trust_remote_code=trust, on_model=curvature.measure
+    )
     on_progress("spectrum")
     spectrum = measure_spectrum(base, hardened, manifest)
-    on_progress("curvature")
-    curvature, reason = _curvature(base_directory, directory, tokens, options)
     deployment: tuple[DeploymentFigure, ...] = ()
     if formats:
         deployment = measure_deployment(
@@ -126,11 +128,11 @@ def certify(
         claims=(
             function_claim(function, manifest),
             spectrum_claim(spectrum),
-            curvature_claim(curvature, reason),
+            curvature_claim(curvature.both, curvature.reason or "the outputs are not finite"),
         ),
         function=function,
         spectrum=spectrum,
-        curvature=curvature,
+        curvature=curvature.both,
         deployment=deployment,
         resistance=resistance,
     )
@@ -171,21 +173,38 @@ def _text(options: CertifyOptions) -> str:
         raise SpecDefError(f"{options.text} cannot be read: {error.strerror}", "Give a text file.") from error
 
 
-def _curvature(
-    base: Path, hardened: Path, tokens: Tensor | None, options: CertifyOptions
-) -> tuple[tuple[CurvatureFigures, CurvatureFigures] | None, str]:
-    if not options.curvature:
-        return None, "it was left out"
-    if tokens is None:
-        return None, "only causal language models are measured on text"
-    batch = tokens[:CURVATURE_SEQUENCES, :CURVATURE_LENGTH]
-    figures = []
-    for directory in (base, hardened):
-        found = measure_curvature(directory, batch, device=options.device, trust_remote_code=options.trust_remote_code)
+class _Curvatures:
+    """The curvature of the base and of the hardened model, measured while each is loaded.
+
+    Attributes:
+        reason: Why they were not measured; empty where nothing is in the way.
+    """
+
+    def __init__(self, options: CertifyOptions, tokens: Tensor | None, on_progress: Callable[[str], None]) -> None:
+        self._device = options.device
+        self._tokens = tokens
+        self._on_progress = on_progress
+        self._found: list[CurvatureFigures] = []
+        self.reason = "" if options.curvature else "it was left out"
+        if options.curvature and tokens is None:
+            self.reason = "only causal language models are measured on text"
+
+    def measure(self, model: PreTrainedModel) -> None:
+        """Measure one model, the base first."""
+        if self.reason or self._tokens is None:
+            return
+        self._on_progress("curvature")
+        batch = self._tokens[:CURVATURE_SEQUENCES, :CURVATURE_LENGTH]
+        found = measure_curvature(model, batch, device=self._device)
         if isinstance(found, str):
-            return None, found
-        figures.append(found)
-    return (figures[0], figures[1]), ""
+            self.reason = found
+        else:
+            self._found.append(found)
+
+    @property
+    def both(self) -> tuple[CurvatureFigures, CurvatureFigures] | None:
+        """Of the base and of the hardened model; ``None`` where one of them was not measured."""
+        return (self._found[0], self._found[1]) if len(self._found) == 2 else None
 
 
 def _attack(options: CertifyOptions, base: Path, on_attack: Callable[[ProgressEvent], None]) -> Resistance:

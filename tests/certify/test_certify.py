@@ -20,6 +20,7 @@ from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.report import write_report
+from specdef_cli.runtime import load_model
 from tests.commands import assert_refused, call_cli
 
 TEXT = " ".join(f"w{number % 90 + 3}" for number in range(3000))
@@ -267,9 +268,9 @@ def test_what_is_too_large_for_the_whole_hessian_is_measured_by_layers(
     attacked: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(0))
-    whole = measure_curvature(attacked[1], tokens)
+    whole = measure_curvature(load_model(attacked[1]), tokens)
     monkeypatch.setattr(curvature_change, "MAX_FOR_WHOLE", 10)
-    largest = measure_curvature(attacked[1], tokens)
+    largest = measure_curvature(load_model(attacked[1]), tokens)
     assert isinstance(whole, CurvatureFigures)
     assert isinstance(largest, CurvatureFigures)
     assert whole.block is None
