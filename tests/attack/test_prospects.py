@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from specdef_cli.attack.prospects import Lead, is_hopeless, trains_as_control
-from specdef_cli.attack.results import Divergence, EvalPoint, RunResult
+from specdef_cli.attack.results import AttackReport, DataSummary, Divergence, EvalPoint, RunResult
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.report.findings import findings
 from tests.attack.test_search import GRID, SPEC, make_series, result, run_plan
 
 CONTROL = replace(SPEC, subject="control")
@@ -147,3 +148,38 @@ def test_a_shortened_run_serves_searches_alone() -> None:
 
             run_plan([make_series("a", search=search)], execute, kept={spec: shortened})
             assert (spec in made) is again
+
+
+def ended_early(run: RunResult, lead: Lead | None) -> RunResult:
+    """The run as a search would have it: with an evaluation at half time, and nothing after it where it is hopeless."""
+    start, final = (point.loss or 0.0 for point in (run.evaluations[0], run.evaluations[-1]))
+    half = EvalPoint(run.spec.steps // 2, start - (start - final) / 2, 0.5)
+    if lead is not None and is_hopeless((run.evaluations[0], half), run.spec.steps, lead.progress):
+        return replace(run, evaluations=(run.evaluations[0], half), stopped=half.step)
+    return replace(run, evaluations=(run.evaluations[0], half, run.evaluations[-1]))
+
+
+@pytest.mark.parametrize(("best", "width", "verdict"), [(2e-12, 0.01, "stopped"), (1e-7, 0.5, "not slowed")])
+def test_a_verdict_on_runs_that_ended_early_is_as_on_complete_ones(best: float, width: float, verdict: str) -> None:
+    """A window that is too narrow to be seen, and one that a model trains in as well as its control."""
+    verdicts = []
+    for lazy in (False, True):
+
+        def execute(spec: RunSpec, _: Any, lead: Lead | None) -> RunResult:
+            at, across = (1e-3, 1.0) if spec.subject == "control" else (best, width)
+            run = result(spec, at, across)
+            return ended_early(run, lead if lazy else None)  # noqa: B023
+
+        attack = replace(make_series("a"), grid=tuple(float(f"1e{exponent}") for exponent in range(-2, -15, -1)))
+        control = replace(attack, first=attack.first.control("c"), grid=(1e-3,))
+        outcome, _ = run_plan([control, attack], execute)
+        assert any(run.stopped for run in outcome.runs) is lazy
+        data = DataSummary("d", 1, 1, "f")
+        report = AttackReport("m", "c", None, data, outcome.runs, (), (), {}, "cpu")
+        (_, found) = findings(report)
+        verdicts.append((found.verdict, found.learning_rate))
+        few = [run for run in outcome.runs if run.spec.subject == "control" or run.spec.learning_rate > 1e-5]
+        (_, unsettled) = findings(replace(report, runs=tuple(few)))
+        assert unsettled.verdict == "not settled"
+    assert verdicts[0] == verdicts[1]
+    assert verdicts[0][0] == verdict
