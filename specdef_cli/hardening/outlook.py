@@ -16,6 +16,7 @@ from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.hardening.options import HardenOptions, MethodChoice
 from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan
 from specdef_cli.hardening.soundness import require_hardenable
+from specdef_cli.hardening.verify import require_comparable
 
 METHODS: tuple[MethodChoice, ...] = ("fold", "insert")
 
@@ -84,15 +85,28 @@ def outlook(checkpoint: Checkpoint, skeleton: Skeleton) -> Outlook:
         skeleton: Its model.
     """
 
+    incomparable = _incomparable(skeleton)
+
     def attempt(method: MethodChoice) -> PlanSummary | Obstacle:
-        options = HardenOptions(str(checkpoint.directory), Path(), method=method)
+        options = HardenOptions(str(checkpoint.directory), Path(), method=method, verify=False)
         try:
             require_hardenable(checkpoint)
+            if incomparable is not None:
+                raise incomparable
             return summarize(make_plan(checkpoint, skeleton, options), checkpoint)
         except SpecDefError as error:
             return Obstacle(method, error.problem, error.hint)
 
     return Outlook(tuple(attempt(method) for method in METHODS), attempt("auto"))
+
+
+def _incomparable(skeleton: Skeleton) -> SpecDefError | None:
+    """Why outputs could not be compared, if so; asked once for all methods, as it runs the model on the meta device."""
+    try:
+        require_comparable(skeleton.model)
+    except SpecDefError as error:
+        return error
+    return None
 
 
 def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:

@@ -38,7 +38,7 @@ def opened(directory: Path) -> tuple[Checkpoint, Skeleton]:
 def test_names_are_matched_once_a_plan(
     method: MethodChoice, matches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In large models this takes most of a plan's time. The names that insert adds are matched beside the base's."""
+    """On one model, too. The names that insert adds are matched beside the base's."""
     base = write_case("llama", tmp_path / "base")
     models = []
 
