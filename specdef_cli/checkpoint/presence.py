@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 from specdef_cli.checkpoint.manifest import base_of, is_hardened, keep_elsewhere, read_manifest
-from specdef_cli.checkpoint.resolve import locate
 from specdef_cli.errors import SpecDefError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
@@ -33,6 +32,8 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
         keep_elsewhere(path, manifest)
         return path
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+        from specdef_cli.checkpoint.resolve import locate  # here: --help needs no huggingface_hub
+
         locate(model, None, None)  # which says what is wrong with it, and asks nobody
     return None
 
