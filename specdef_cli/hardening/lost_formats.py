@@ -16,9 +16,14 @@ from collections.abc import Sequence
 from specdef_cli.checkpoint.manifest import FoldedPair
 from specdef_cli.hardening.fold import CACHED_EXPONENT, CACHED_KINDS
 
-BLOCKS = ("float16 weights", "8- and 4-bit quantization (bitsandbytes, GGUF)", "float8")
+FLOAT16 = "float16 weights"
+BLOCKS = "8- and 4-bit quantization (bitsandbytes, torchao, GGUF)"
+FLOAT8 = "float8"
 CACHE = "a float16 key/value cache (llama.cpp's default)"
 MERGES = "merging with models that are not hardened alike"
+
+NARROW_EXPONENT = CACHED_EXPONENT
+"""Factors up to this power of two leave weights within float16, and within float8 with a scale a row."""
 
 
 def lost_formats(folded: Sequence[FoldedPair], *, inserted: bool) -> tuple[str, ...]:
@@ -31,19 +36,18 @@ def lost_formats(folded: Sequence[FoldedPair], *, inserted: bool) -> tuple[str, 
     Returns:
         Names for a sentence.
     """
-    rows_alone = all(pair.kind == "query_key" for pair in folded) and not _beyond_float16(folded)
-    found = BLOCKS if inserted or not rows_alone else ()
-    cache = (CACHE,) if _beyond_float16(folded) else ()
-    return (*found, *cache, MERGES)
+    wide = inserted or _beyond(folded, NARROW_EXPONENT)
+    columns = wide or any(pair.kind != "query_key" for pair in folded)
+    cached = [pair for pair in folded if pair.kind in CACHED_KINDS]
+    expected = {FLOAT16: wide, BLOCKS: columns, FLOAT8: wide, CACHE: _beyond(cached, CACHED_EXPONENT), MERGES: True}
+    return tuple(name for name, lost in expected.items() if lost)
 
 
 def serving_advice(lost: Sequence[str]) -> str:
     """What :func:`lost_formats` found, in a sentence or two."""
-    dtype = "" if set(lost) <= {MERGES} else "Serve it in float32 or bfloat16. "
+    dtype = "Serve it in float32 or bfloat16. " if FLOAT16 in lost or CACHE in lost else ""
     return f"{dtype}It does not survive: {', '.join(lost)}."
 
 
-def _beyond_float16(folded: Sequence[FoldedPair]) -> bool:
-    return any(
-        abs(exponent) > CACHED_EXPONENT for pair in folded if pair.kind in CACHED_KINDS for exponent in pair.exponents
-    )
+def _beyond(folded: Sequence[FoldedPair], limit: int) -> bool:
+    return any(abs(exponent) > limit for pair in folded for exponent in pair.exponents)

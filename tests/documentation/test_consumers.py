@@ -88,11 +88,11 @@ def names(row: tuple[str, str]) -> str:
     if tool == "mergekit":
         return lost_formats.MERGES
     if what.startswith(("float16", "F16")):
-        return lost_formats.BLOCKS[0]
+        return lost_formats.FLOAT16
     if tool == "bitsandbytes" or what.startswith(("Q", "int8", "int4")):
-        return lost_formats.BLOCKS[1]
+        return lost_formats.BLOCKS
     if what.startswith("float8"):
-        return lost_formats.BLOCKS[2]
+        return lost_formats.FLOAT8
     if tool == "llama.cpp" and "float32 cache" not in what:
         return lost_formats.CACHE
     return ""

@@ -256,10 +256,13 @@ def test_the_bfloat16_profile_reaches_further_and_says_what_that_costs(llama: Pa
 
 def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_path: Path) -> None:
     for options, lost in (
-        (("--method", "fold"), "float16 weights, 8- and 4-bit quantization (bitsandbytes, GGUF), float8, merging "),
+        (
+            ("--method", "fold"),
+            "float16 weights, 8- and 4-bit quantization (bitsandbytes, torchao, GGUF), float8, merging ",
+        ),
         (
             ("--method", "insert", "--top-k", "4"),
-            "float16 weights, 8- and 4-bit quantization (bitsandbytes, GGUF), float8, merging ",
+            "float16 weights, 8- and 4-bit quantization (bitsandbytes, torchao, GGUF), float8, merging ",
         ),
         (
             ("--schedule", "constant", "--alpha", "1024"),
