@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from specdef_cli.attack.spec import checkpoint_fingerprint
 from specdef_cli.certify.deployment import (
@@ -113,7 +114,7 @@ def main() -> None:
         for tool in dict.fromkeys(FORMATS[name].tool for name in rows)
     ]
     columns: dict[Path, dict[str, Outcome]] = {directory: {} for directory in directories}
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    with alone(arguments.cells), ThreadPoolExecutor(arguments.jobs) as pool:
         running = [pool.submit(outcomes, bench, chain, arguments.base, tokens) for chain in chains]
         for (directory, _), found in zip(chains, running, strict=True):
             columns[directory] |= found.result()
@@ -168,6 +169,21 @@ def outcomes(
     with scratch_directory(bench.cells, directory, rows[0]) as scratch:
         trial = Trial(directory, base, scratch, tokens)
         return {name: outcome(trial, name, bench) for name in rows}
+
+
+@contextmanager
+def alone(cells: Path) -> Iterator[None]:
+    """Hold the directory of cells: a second run would remove the files that the first one converts."""
+    cells.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cells / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        sys.exit(f"error: another run measures in {cells}\nWait for it to finish, or give another --cells.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

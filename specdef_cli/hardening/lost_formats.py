@@ -6,6 +6,8 @@ that an inflated column takes its neighbours' digits. Measured with the real too
 there without a message, but for llama.cpp's quantizer, which stops; where code comes with the model, llama.cpp and
 bitsandbytes stop before they begin, and float16 is garbage all the same.
 
+Rows survive 4 bits, but not double quantization, whose scales of 64 weights share a scale of their own across rows.
+
 A merge adds the weights of two models: a scaled channel and its plain one give neither.
 """
 
@@ -18,6 +20,7 @@ from specdef_cli.hardening.fold import CACHED_EXPONENT, CACHED_KINDS
 
 FLOAT16 = "float16 weights"
 BLOCKS = "8- and 4-bit quantization (bitsandbytes, torchao, GGUF)"
+DOUBLE = "double quantization (bitsandbytes)"
 FLOAT8 = "float8"
 CACHE = "a float16 key/value cache (llama.cpp's default)"
 MERGES = "merging with models that are not hardened alike"
@@ -39,7 +42,14 @@ def lost_formats(folded: Sequence[FoldedPair], *, inserted: bool) -> tuple[str, 
     wide = inserted or _beyond(folded, NARROW_EXPONENT)
     columns = wide or any(pair.kind != "query_key" for pair in folded)
     cached = [pair for pair in folded if pair.kind in CACHED_KINDS]
-    expected = {FLOAT16: wide, BLOCKS: columns, FLOAT8: wide, CACHE: _beyond(cached, CACHED_EXPONENT), MERGES: True}
+    expected = {
+        FLOAT16: wide,
+        BLOCKS: columns,
+        DOUBLE: not columns,
+        FLOAT8: wide,
+        CACHE: _beyond(cached, CACHED_EXPONENT),
+        MERGES: True,
+    }
     return tuple(name for name, lost in expected.items() if lost)
 
 

@@ -82,13 +82,15 @@ TRAINED = {
 """Rows that train: to break there is what hardening is for."""
 
 
-def names(row: tuple[str, str]) -> str:
-    """The format that ``harden`` would name a row by."""
+def names(row: tuple[str, str], lost: tuple[str, ...]) -> str:
+    """The format that ``harden`` would name a row by, where it names these."""
     tool, what = row
     if tool == "mergekit":
         return lost_formats.MERGES
     if what.startswith(("float16", "F16")):
         return lost_formats.FLOAT16
+    if what.endswith("double quantization") and lost_formats.BLOCKS not in lost:
+        return lost_formats.DOUBLE
     if tool == "bitsandbytes" or what.startswith(("Q", "int8", "int4")):
         return lost_formats.BLOCKS
     if what.startswith("float8"):
@@ -105,7 +107,7 @@ def test_harden_names_what_the_tools_did_not_keep(path: Path) -> None:
     for row, verdicts in table.verdicts.items():
         for way, verdict in verdicts.items():
             if row not in TRAINED and verdict != "kept":
-                assert names(row) in table.lost[way], (path.stem, row, way, verdict)
+                assert names(row, table.lost[way]) in table.lost[way], (path.stem, row, way, verdict)
 
 
 @pytest.mark.parametrize("path", measured_tables(), ids=lambda path: path.stem)
@@ -113,5 +115,5 @@ def test_harden_names_nothing_that_the_tools_kept(path: Path) -> None:
     table = consumers.read_table(path.read_text(encoding="utf-8"))
     for way, lost in table.lost.items():
         for name in lost:
-            verdicts = {verdicts[way] for row, verdicts in table.verdicts.items() if names(row) == name}
+            verdicts = {verdicts[way] for row, verdicts in table.verdicts.items() if names(row, lost) == name}
             assert not verdicts or verdicts != {"kept"}, (path.stem, way, name)

@@ -230,7 +230,7 @@ def test_a_staircase_is_the_default_and_the_card_says_what_holds(llama: Path, tm
     card = (out / "README.md").read_text()
     assert "bit for bit" in card
     assert "rebalancing" in card
-    assert "It does not survive: merging with models that are not hardened alike.\n" in card
+    assert "It does not survive: double quantization (bitsandbytes), merging with models" in card
     assert "float32 or bfloat16" not in card
     assert "compensation" not in card
     free = card.partition("as fast as before: ")[2].partition(".  ")[0]
