@@ -72,8 +72,8 @@ CONSUMED_all-minilm-l6-v2 := fold quantizable insert insert-paper
 consumed = $(or $(CONSUMED_$(1)),$(CONSUMED))
 consumed_directories = $(foreach way,$(call consumed,$(1)),$(REAL)/hardened/$(1)-$(way))
 # Tokens a cell: the logits of 262,144 words are most of what Gemma costs.
-TOKENS_smollm2-135m-instruct := --sequences 8 --length 256
-TOKENS_gemma-3-270m := --sequences 4 --length 128
+TOKENS_smollm2-135m-instruct := --sequences 4 --length 256
+TOKENS_gemma-3-270m := --sequences 2 --length 128
 $(REAL)/hardened/%-fold: REAL_OPTIONS = --method fold
 $(REAL)/hardened/%-bfloat16: REAL_OPTIONS = --method fold --profile bfloat16
 $(REAL)/hardened/%-quantizable: REAL_OPTIONS = --method fold --profile quantizable
