@@ -81,6 +81,9 @@ TRAINED = {
 }
 """Rows that train: to break there is what hardening is for."""
 
+WITH_CODE = {"fold-scales", "insert", "insert-paper"}
+"""Ways whose models bring code to load, as `harden` says: a tool that runs none refuses them in any format."""
+
 
 def names(row: tuple[str, str], lost: tuple[str, ...]) -> str:
     """The format that ``harden`` would name a row by, where it names these."""
@@ -106,7 +109,7 @@ def test_harden_names_what_the_tools_did_not_keep(path: Path) -> None:
     table = consumers.read_table(path.read_text(encoding="utf-8"))
     for row, verdicts in table.verdicts.items():
         for way, verdict in verdicts.items():
-            if row not in TRAINED and verdict != "kept":
+            if row not in TRAINED and verdict != "kept" and not (way in WITH_CODE and verdict == "refused"):
                 assert names(row, table.lost[way]) in table.lost[way], (path.stem, row, way, verdict)
 
 
