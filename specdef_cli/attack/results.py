@@ -349,9 +349,12 @@ class AttackReport:
 
     def at_edge(self, attack: Attack) -> Literal["largest", "smallest"] | None:
         """Whether an attack did best at the end of its learning rates, so that its true best may lie beyond."""
-        rates = attack.learning_rates
+        rates, control = attack.learning_rates, self.control_of(attack)
         if len(rates) == 1 or not attack.progress():
             return None
+        taken_over = control is not None and set(rates) < set(control.learning_rates)
+        if control is not None and taken_over and attack.best_learning_rate == control.best_learning_rate:
+            return self.at_edge(control)  # which the control's other rates bracket
         return {rates[0]: "largest", rates[-1]: "smallest"}.get(attack.best_learning_rate)  # type: ignore[return-value]
 
     def control_of(self, attack: Attack) -> Attack | None:

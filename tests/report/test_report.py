@@ -433,3 +433,14 @@ def test_a_run_that_its_search_stopped_says_so(report: AttackReport) -> None:
     assert replace(stopped, evaluations=run("model", [3.0, 3.2]).evaluations).outcome == "worse"
     written = report_dict(replace(report, runs=(run("control", [3.0, 1.0]), stopped)))
     assert [part["stopped"] for part in written["runs"]] == [None, 10]
+
+
+def test_a_rate_that_was_taken_over_from_the_control_is_at_no_edge(report: AttackReport) -> None:
+    """Under a time limit a control's best decade is taken over, and later its best rate: both are the control's."""
+    rates = {1e-2: 2.0, 3e-3: 1.0, 1e-3: 1.5}
+    controls = tuple(run("control", [3.0, loss], learning_rate=rate) for rate, loss in rates.items())
+    followed = tuple(run("model", [3.0, rates[rate]], learning_rate=rate) for rate in (3e-3, 1e-3))
+    taken_over = replace(report, runs=(*controls, *followed))
+    assert [taken_over.at_edge(attack) for attack in taken_over.attacks] == [None, None]
+    alone = replace(report, runs=(*controls[:1], *followed))
+    assert alone.at_edge(alone.attacks[1]) == "largest"
