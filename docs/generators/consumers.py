@@ -92,7 +92,7 @@ def summary(tables: Iterable[ConsumerTable]) -> str:
     read = [table for table in tables if table.language_model]
     ways = list(dict.fromkeys(way for table in read for way in table.lost))
     named = {(tool, row) for tool, rows in GROUPS.values() for row in rows}
-    lines = [f"| tool | what | {' | '.join(ways)} |", "|---|---|" + "---|" * len(ways)]
+    lines = [f"| tool | what | {' | '.join(_heading(read, way) for way in ways)} |", "|---|---|" + "---|" * len(ways)]
     for title, (tools, rows) in GROUPS.items():
         wanted = [
             key
@@ -119,8 +119,13 @@ def _cell(tables: list[ConsumerTable], way: str, rows: list[tuple[str, str]]) ->
         text = counts[0][0]
     else:
         text = ", ".join(f"{verdict} {count}" for verdict, count in counts) + f" of {found.total()}"
-    # What one model alone shows is said to be so.
-    return text if len(with_it) == len(tables) else f"{text} ({', '.join(table.model for table in with_it)} alone)"
+    return text
+
+
+def _heading(tables: list[ConsumerTable], way: str) -> str:
+    """The way, and whose it is if not every model's."""
+    having = [table.model for table in tables if way in table.lost]
+    return way if len(having) == len(tables) else f"{way} ({', '.join(having)} alone)"
 
 
 def _severity(verdict: str) -> int:
