@@ -83,7 +83,8 @@ def test_harden_inspect_load_and_collapse(binaries: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("command", ["attack", "certify"])
 def test_a_command_without_its_extra_names_it_in_two_lines(binaries: Path, tmp_path: Path, command: str) -> None:
-    said = run(binaries / "specdef", command, TINY, cwd=tmp_path, code=1).stderr.splitlines()
+    run(binaries / "specdef", "harden", TINY, "--method", "fold", "--no-verify", "--out", "folded", cwd=tmp_path)
+    said = run(binaries / "specdef", command, "folded", cwd=tmp_path, code=1).stderr.splitlines()
     assert [line.split(":")[0] for line in said] == ["error", "hint"]
     assert "datasets" in said[0]
     assert said[1] == "hint: pip install 'specdef-cli[attack]'"
