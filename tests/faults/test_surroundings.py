@@ -252,10 +252,12 @@ def test_a_launch_that_can_be_joined_is_left_alone(environ: dict[str, str]) -> N
 
 @pytest.mark.fault("odd environments")
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_launch_that_cannot_be_joined(case: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_cannot_be_joined(
+    case: str, llama: Path, hardened: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in REFUSED[case].items():
         monkeypatch.setenv(name, value)
-    for arguments in (("inspect", llama), ("harden", llama, "--dry-run"), ("collapse", llama, "--out", "nowhere")):
+    for arguments in (("inspect", llama), ("harden", llama, "--dry-run"), ("collapse", hardened, "--out", "nowhere")):
         result = call_cli(*arguments)
         assert_refused(result, "unset", "torchrun")
     advised = result.stderr.split("`unset ")[1].split("`")[0].split()
