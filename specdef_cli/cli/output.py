@@ -43,7 +43,8 @@ class Output:
     def note(self, text: str) -> None:
         """Something the user should know, that is not data."""
         if not self.quiet:
-            self._stderr.print(escape(text), highlight=False)
+            # A command between backticks is copied, so no line break may stand in it.
+            self._stderr.print(escape(text), highlight=False, soft_wrap="`" in text)
 
     def data(self, result: Any, table: Any, *, written: Path | None = None) -> None:
         """The command's result: as JSON, or as a table (anything rich can render).

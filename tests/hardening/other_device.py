@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("elsewhere")
-DEVICE = torch.device("elsewhere", 0)
+DEVICE = torch.device("privateuseone", 0)
 
 aten = torch.ops.aten
 # Between devices by design: copies, and an index that torch moves itself.
@@ -84,6 +83,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def other_device() -> Iterator[torch.device]:
-    """Within it, ``DEVICE`` can be moved to and created on."""
+    """Within it, ``DEVICE`` can be moved to and created on. From then on torch counts it as this process's accelerator."""
+    _setup_privateuseone_for_python_backend("elsewhere")
     with _Creation():
         yield DEVICE
