@@ -83,7 +83,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def other_device() -> Iterator[torch.device]:
-    """Within it, ``DEVICE`` can be moved to and created on. From then on torch counts it as this process's accelerator."""
+    """Within it, ``DEVICE`` can be moved to and created on; torch counts it as the process's accelerator ever after."""
     _setup_privateuseone_for_python_backend("elsewhere")
     with _Creation():
         yield DEVICE
