@@ -49,6 +49,7 @@ def certify_command(
 
     from specdef_cli.checkpoint.presence import require_hardened, require_models
     from specdef_cli.errors import SpecDefError
+    from specdef_cli.extras import require_extra
 
     # Before torch is imported, which takes longer than everything that can be wrong here.
     require_hardened(model, manifest)
@@ -57,6 +58,7 @@ def certify_command(
         path = given.get(option.removeprefix("--"))
         if path is not None and not path.is_file():
             raise SpecDefError(f"{option} {path} is not a file", "Check the path.")
+    require_extra("attack", "certificates")
     from specdef_cli.certify.deployment import DEFAULT_FORMATS
     from specdef_cli.certify.run import certify, plan_certify
     from specdef_cli.cli.plan import plan_screen
