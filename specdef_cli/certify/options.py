@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from specdef_cli.errors import SpecDefError
 from specdef_cli.option import option
 
 
@@ -28,6 +29,9 @@ class CertifyOptions:
             where a fresh process must give the same bits.
         trust_remote_code: Whether the base's own Python code may run.
         revision, token: Passed on to the Hub.
+
+    Raises:
+        SpecDefError: ``jobs`` is not positive.
     """
 
     model: str
@@ -49,3 +53,7 @@ class CertifyOptions:
     trust_remote_code: bool = False
     revision: str | None = None
     token: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise SpecDefError(f"--jobs {self.jobs} is not positive", "Give 1 or more.")
