@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from specdef_cli.errors import SpecDefError
+
 
 @dataclass(frozen=True)
 class Spelling:
@@ -55,3 +57,15 @@ def flag_of(model: type, name: str) -> str:
     field = options_of(model).get(name)
     names = field.metadata["spelling"].names if field else ()
     return names[0].strip(" /").split("/")[0] if names else f"--{name.replace('_', '-')}"
+
+
+def require_positive(options: Any, *names: str) -> None:
+    """Refuse whole numbers below 1 among the fields of a class of options.
+
+    Raises:
+        SpecDefError: naming the flag and the number.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value < 1:
+            raise SpecDefError(f"{flag_of(type(options), name)} {value} is not positive", "Give 1 or more.")

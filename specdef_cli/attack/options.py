@@ -14,7 +14,7 @@ from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import INFORMED, Variant
 from specdef_cli.errors import SpecDefError
-from specdef_cli.option import flag_of, option
+from specdef_cli.option import flag_of, option, require_positive
 
 NO_RETAINED = "none"
 """Leaves out what is measured on retained text."""
@@ -140,16 +140,15 @@ class AttackOptions(Budget):
         _choice("dtype", self.dtype, get_args(Dtype))
         if self.task is not None:
             _choice("task", self.task, get_args(Task))
-        for name in (
-            "steps", "batch_size", "gradient_accumulation", "eval_sequences", "sequence_length", "jobs",
-        ):  # fmt: skip
-            _positive(name, getattr(self, name))
+        require_positive(
+            self, "steps", "batch_size", "gradient_accumulation", "eval_sequences", "sequence_length", "jobs"
+        )
         if self.sequence_length < 2:
             raise SpecDefError(
                 f"--sequence-length {self.sequence_length} leaves no token to predict", "Give 2 or more tokens."
             )
         if self.eval_every is not None:
-            _positive("eval_every", self.eval_every)
+            require_positive(self, "eval_every")
         for rate in self.learning_rates:
             if not (math.isfinite(rate) and rate > 0):
                 raise SpecDefError(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
@@ -196,11 +195,6 @@ class AttackOptions(Budget):
 
 def _flag(name: str) -> str:
     return flag_of(AttackOptions, name)
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise SpecDefError(f"{_flag(name)} {value} is not positive", "Give 1 or more.")
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

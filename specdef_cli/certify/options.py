@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.errors import SpecDefError
-from specdef_cli.option import option
+from specdef_cli.option import option, require_positive
 
 
 @dataclass(frozen=True)
@@ -55,5 +54,4 @@ class CertifyOptions:
     token: str | None = None
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise SpecDefError(f"--jobs {self.jobs} is not positive", "Give 1 or more.")
+        require_positive(self, "jobs")
