@@ -71,9 +71,8 @@ CONSUMED_gemma-3-270m := fold bfloat16 fold-scales insert insert-paper
 CONSUMED_all-minilm-l6-v2 := fold quantizable insert insert-paper
 consumed = $(or $(CONSUMED_$(1)),$(CONSUMED))
 consumed_directories = $(foreach way,$(call consumed,$(1)),$(REAL)/hardened/$(1)-$(way))
-# Tokens a cell: the logits of 262,144 words are most of what Gemma costs.
-TOKENS_smollm2-135m-instruct := --sequences 4 --length 256
-TOKENS_gemma-3-270m := --sequences 2 --length 128
+# 2,048 tokens a cell.
+TOKENS := --sequences 8 --length 256
 $(REAL)/hardened/%-fold: REAL_OPTIONS = --method fold
 $(REAL)/hardened/%-bfloat16: REAL_OPTIONS = --method fold --profile bfloat16
 $(REAL)/hardened/%-quantizable: REAL_OPTIONS = --method fold --profile quantizable
@@ -93,7 +92,7 @@ real-consumers: real-models real-tools $(patsubst %,docs/tables/consumers-%.md,$
 .SECONDEXPANSION:
 docs/tables/consumers-%.md: $$(call consumed_directories,$$*) FORCE
 	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/real/consumers.py --base $(REAL)/$* \
-	  $(call consumed_directories,$*) $(TOKENS_$*) --jobs $(JOBS) --cells $(REAL)/cells --out $@
+	  $(call consumed_directories,$*) $(TOKENS) --jobs $(JOBS) --cells $(REAL)/cells --out $@
 
 # The ways of hardening that the attack on real models compares, and a stack of 60 layers beside those models.
 ATTACKED := fold fold-scales insert insert-paper
