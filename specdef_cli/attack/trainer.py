@@ -36,6 +36,7 @@ from specdef_cli.attack.tasks import auto_class
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import SpecDefLinear, SpecDefScaled, load_model, load_tokenizer
+from specdef_cli.runtime.garbage import new_objects_only
 from specdef_cli.runtime.processes import process_state
 
 
@@ -85,7 +86,7 @@ def train_run(
     """
     state = process_state()
     _check_passes(spec, state, memory)
-    with quiet(), _older_objects_left_alone(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
+    with quiet(), new_objects_only(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
         # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same for
         # the control.
         set_seed(spec.seed)
@@ -326,20 +327,6 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-@contextlib.contextmanager
-def _older_objects_left_alone() -> Iterator[None]:
-    """Have garbage collections look at what is made from now on only.
-
-    The Trainer and Accelerate collect several times a run, and all that was imported before is a third of a second each
-    time, a quarter of a short run.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ are compared too, and the outputs are taken once more in a fresh process that on
 from __future__ import annotations
 
 import gc
-import math
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.certify.deployment import next_token_loss
+from specdef_cli.certify.deployment import mean_loss
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.stream import file_sha256
@@ -147,15 +146,6 @@ def _observe(
     del model
     gc.collect()
     return observed
-
-
-def mean_loss(model: PreTrainedModel, tokens: Tensor) -> float:
-    """Mean next-token cross-entropy in nats over sequences, shape [sequences, length], one at a time."""
-    losses = []
-    with torch.inference_mode():
-        for sequence in tokens.split(1):
-            losses.append(next_token_loss(model(input_ids=sequence).logits, sequence))
-    return math.fsum(losses) / len(losses)
 
 
 def _greedy(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ some rows have a stand-in that rounds weights and activations as the tool would,
 from specdef_cli.certify.deployment.figure import DeploymentFigure, Outcome, compare, judge
 from specdef_cli.certify.deployment.formats import DEFAULT_FORMATS, FORMATS, Format
 from specdef_cli.certify.deployment.measure import measure_deployment, measure_format, require_formats
-from specdef_cli.certify.deployment.trial import Trial, next_token_loss, token_batch
+from specdef_cli.certify.deployment.trial import Trial, mean_loss, next_token_loss, token_batch
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -19,6 +19,7 @@ __all__ = [
     "Trial",
     "compare",
     "judge",
+    "mean_loss",
     "measure_deployment",
     "measure_format",
     "next_token_loss",

@@ -24,6 +24,7 @@ from specdef_cli.certify.deployment.trial import (
     Trial,
     load,
     mean_loss,
+    mean_over_batches,
     next_token_loss,
 )
 from specdef_cli.runtime import load_tokenizer
@@ -46,16 +47,16 @@ def static_cache(trial: Trial) -> Score:
     from transformers import StaticCache
 
     tokens = trial.required_tokens()
-    losses = []
+
+    def logits(batch: Tensor) -> Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=batch.shape[1] + 8)
+        found: Tensor = model(input_ids=batch.to(model.device), past_key_values=cache, use_cache=True).logits
+        if not cache.get_seq_length():
+            raise NotApplicableError("the model did not use the key/value cache that it was given")
+        return found
+
     with trial.loaded(torch.float32) as model, torch.inference_mode():
-        for sequence in tokens.split(1):
-            cache = StaticCache(config=model.config, max_cache_len=sequence.shape[1] + 8)
-            inputs = sequence.to(model.device)
-            logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
-            if not cache.get_seq_length():
-                raise NotApplicableError("the model did not use the key/value cache that it was given")
-            losses.append(next_token_loss(logits, sequence))
-    return Score(math.fsum(losses) / len(losses))
+        return Score(mean_over_batches(tokens, model.config, logits))
 
 
 def long_input(trial: Trial) -> Score:

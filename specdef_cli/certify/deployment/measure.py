@@ -25,10 +25,11 @@ from specdef_cli.certify.deployment.quantizers import MissingPackageError
 from specdef_cli.certify.deployment.stand_ins import RoundingCache
 from specdef_cli.certify.deployment.subject import Change, Subject
 from specdef_cli.certify.deployment.tools import PROGRAMS, missing
-from specdef_cli.certify.deployment.trial import NotApplicableError, Trial, load, next_token_loss
+from specdef_cli.certify.deployment.trial import NotApplicableError, Trial, load, mean_over_batches
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.runtime.fixed_batch import fixed_inputs
+from specdef_cli.runtime.garbage import new_objects_only
 
 
 def measure_deployment(
@@ -59,7 +60,7 @@ def measure_deployment(
     measured = tokens if is_causal(base) else None
     measure: Measure = "relative error" if measured is None else "loss"
     figures = []
-    with tempfile.TemporaryDirectory(prefix="specdef-formats-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="specdef-formats-") as scratch, new_objects_only():
         trials = []
         for part, directory in (("base", base), ("hardened", hardened)):
             place = Path(scratch) / part
@@ -150,13 +151,14 @@ def _by_forward_pass(trial: Trial, wanted: Format) -> Score:
     if wanted.round_states is not None and trial.tokens is None:
         raise NotApplicableError("only the key/value cache of a causal language model is measured")
     with trial.loaded(wanted.dtype, **wanted.loading()) as model:
-        inputs = [fixed_inputs(model)] if trial.tokens is None else _token_inputs(trial.tokens, model.device)
         changed = wanted.change(Subject(trial.directory, model))
-        outputs = (_outputs(changed, each, wanted) for each in inputs)
         if trial.tokens is not None:
-            losses = [next_token_loss(logits, each["input_ids"]) for logits, each in zip(outputs, inputs, strict=True)]
-            return Score(math.fsum(losses) / len(losses), changed.note)
-        found = next(outputs)
+
+            def logits(batch: Tensor) -> Tensor:
+                return _outputs(changed, {"input_ids": batch.to(model.device)}, wanted)
+
+            return Score(mean_over_batches(trial.tokens, model.config, logits), changed.note)
+        found = _outputs(changed, fixed_inputs(model), wanted)
     return Score(_relative_error(found, _reference(trial, wanted.reference)), changed.note)
 
 
@@ -164,11 +166,6 @@ def _reference(trial: Trial, change: Change) -> Tensor:
     """The base's outputs in float32."""
     with load(trial.base, torch.float32, trial.device, trial.trust_remote_code) as model:
         return _outputs(change(Subject(trial.base, model)), fixed_inputs(model), FORMATS["float32"])
-
-
-def _token_inputs(tokens: Tensor, device: torch.device) -> list[dict[str, Tensor]]:
-    # One sequence at a time: the logits of a large vocabulary take more memory than the text.
-    return [{"input_ids": sequence.to(device)} for sequence in tokens.split(1)]
 
 
 def _outputs(subject: Subject, inputs: dict[str, Tensor], wanted: Format) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import load_model, load_tokenizer, without_progress_bars
+
+MAX_LOGITS = 2**24
+"""Logits of one forward pass: 128 MB in float64, in which their loss is taken."""
 
 
 class NotApplicableError(Exception):
@@ -130,20 +133,33 @@ def first_token(tokenizer: Any) -> int | None:
 
 
 def mean_loss(model: Any, tokens: Tensor) -> float:
-    """Mean next-token cross-entropy in nats of a plain forward pass, one sequence at a time; may be not finite.
+    """Mean next-token cross-entropy in nats of plain forward passes; may be not finite.
 
     Args:
         model: Takes ``input_ids`` and returns ``logits``.
         tokens: int64, shape [sequences, length].
     """
-    device = next(model.parameters()).device
-    losses = []
     with torch.inference_mode():
-        for sequence in tokens.split(1):  # the logits of a large vocabulary take more memory than the text
-            losses.append(next_token_loss(model(input_ids=sequence.to(device)).logits, sequence))
-    return math.fsum(losses) / len(losses)
+        return mean_over_batches(
+            tokens, model.config, lambda batch: model(input_ids=batch.to(next(model.parameters()).device)).logits
+        )
+
+
+def mean_over_batches(tokens: Tensor, config: Any, logits: Callable[[Tensor], Tensor]) -> float:
+    """Mean next-token cross-entropy in nats over sequences of one length.
+
+    Args:
+        tokens: int64, shape [sequences, length].
+        config: The model's, for the size of its vocabulary.
+        logits: From tokens [batch, length] to [batch, length, vocabulary].
+    """
+    # The logits of a large vocabulary take more memory than the text; a small model spends its time on calls.
+    size = max(1, MAX_LOGITS // (tokens.shape[1] * config.get_text_config().vocab_size))
+    losses = [len(batch) * next_token_loss(logits(batch), batch) for batch in tokens.split(size)]
+    return math.fsum(losses) / len(tokens)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> float:
-    """Mean next-token cross-entropy in nats; ``logits`` [1, length, vocabulary], ``tokens`` [1, length]."""
-    return float(torch.nn.functional.cross_entropy(logits[0, :-1].double().cpu(), tokens[0, 1:].cpu()))
+    """Mean next-token cross-entropy in nats; ``logits`` [batch, length, vocabulary], ``tokens`` [batch, length]."""
+    predictions, targets = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    return float(torch.nn.functional.cross_entropy(predictions.double().cpu(), targets.cpu()))
