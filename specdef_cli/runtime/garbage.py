@@ -14,7 +14,6 @@ def new_objects_only() -> Iterator[None]:
     Whoever loads one model after another collects between them, as the Trainer and Accelerate do several times a run;
     walking through torch and transformers takes a third of a second each time.
     """
-    gc.collect()  # a model that is garbage by now would stay until the end
     gc.freeze()
     try:
         yield
