@@ -164,7 +164,7 @@ reproduce-wmdp: install  ## the paper's main experiment, on the tiny Llama with 
 	  CERTIFY=--no-deployment JOBS=$(JOBS) OUT=$(DEMO)/wmdp bash examples/reproduce/llama_wmdp.sh
 
 # Tests that need neither training nor a process of their own.
-QUICK := tests/spectral tests/report tests/architectures tests/documentation \
+QUICK := tests/test_schemas.py tests/spectral tests/report tests/architectures tests/documentation \
   $(addprefix tests/checkpoint/test_,manifest.py reader.py shards.py stream.py output.py downloads.py)
 
 check: lint  ## style, types and the quick tests: before every commit
@@ -194,8 +194,8 @@ format: install  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schema: install  ## specdef_cli/report/schema.json, from the definition of report.json
-	$(BIN)/python -m specdef_cli.report.schema
+schema: install  ## the JSON Schemas of specdef.json, report.json and certificate.json, from their definitions
+	$(BIN)/python -m specdef_cli.schemas
 
 docs: install  ## the documentation, as pages in build/site; fetches nothing
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'

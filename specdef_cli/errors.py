@@ -6,7 +6,12 @@ names the value at fault, and one line that says what to do about it. Anything e
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from specdef_cli.redact import redact
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SpecDefError(Exception):
@@ -37,3 +42,14 @@ def first_line(error: BaseException) -> str:
     """
     lines = (line.strip() for line in str(error).splitlines())
     return redact(next(filter(None, lines), type(error).__name__))
+
+
+def first_violation(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong with a document, in one line: where, what is expected and found."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    if not where:  # not JSON at all: what is there is the whole text
+        return first["msg"]
+    found = first["input"]
+    there = f", not {found!r:.100}" if found is None or isinstance(found, str | int | float) else ""
+    return f"{where}: {first['msg']}{there}"

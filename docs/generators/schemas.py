@@ -9,7 +9,12 @@ from mkdocs.structure.files import File, Files
 
 PAGE = "reference/schemas.md"
 MODULES = "python.md#specdef_cli."
-REPORT_SCHEMA = Path(__file__).parents[2] / "specdef_cli/report/schema.json"
+ROOT = Path(__file__).parents[2]
+SCHEMAS = {
+    "specdef.json": "specdef_cli/checkpoint/schema.json",
+    "report.json": "specdef_cli/report/schema.json",
+    "certificate.json": "specdef_cli/certify/schema.json",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -27,18 +32,24 @@ def schemas_page() -> str:
             "| file | written by | what it is |",
             "|---|---|---|",
             f"| `specdef.json` | `harden` | the manifest: [`Manifest`]({MODULES}checkpoint.manifest.Manifest) |",
-            "| `report.json` | `attack` | every run and every finding: the schema below |",
+            "| `report.json` | `attack` | every run and every finding |",
             "| `curves.csv` | `attack` | one row for each evaluation of each run |",
             "| `certificate.json` | `certify` | claims, figures, hashes: "
             f"[`Certificate`]({MODULES}certify.certificate.Certificate) |",
             "",
-            "## report.json",
-            "",
-            '??? note "JSON Schema (`specdef_cli/report/schema.json`)"',
-            "",
-            "    ```json",
-            *(f"    {line}" for line in REPORT_SCHEMA.read_text(encoding="utf-8").splitlines()),
-            "    ```",
-            "",
+            *(line for name, path in SCHEMAS.items() for line in _schema(name, path)),
         )
+    )
+
+
+def _schema(name: str, path: str) -> tuple[str, ...]:
+    return (
+        f"## {name}",
+        "",
+        f'??? note "JSON Schema (`{path}`)"',
+        "",
+        "    ```json",
+        *(f"    {line}" for line in (ROOT / path).read_text(encoding="utf-8").splitlines()),
+        "    ```",
+        "",
     )

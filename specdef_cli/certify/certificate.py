@@ -6,11 +6,12 @@ attacks got through, which formats keep the function) stands beside the claims, 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Final, Literal
+
+from pydantic import TypeAdapter
 
 from specdef_cli.certify.curvature_change import CurvatureFigures
 from specdef_cli.certify.deployment import DeploymentFigure
@@ -21,7 +22,7 @@ from specdef_cli.certify.spectrum import TOLERANCE, SpectrumFigures
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Final = 2
 CERTIFICATE_NAME = "certificate.json"
 LOSS_TOLERANCE = 0.01
 """Nats by which the loss of an inserted model may differ from the base's: 1 % of perplexity."""
@@ -47,6 +48,8 @@ class Certificate:
     """Everything that was measured of a hardened checkpoint.
 
     Attributes:
+        format: Version of the file's shape, :data:`FORMAT_VERSION`.
+        holds: Whether no claim failed.
         specdef_version: The version of this package that measured.
         model, base: Hub ids, or the last part of the directories' paths.
         provenance: What exactly was measured, when, with what.
@@ -55,6 +58,8 @@ class Certificate:
         curvature: Before and after; ``None`` where it was not measured.
     """
 
+    format: Literal[2]
+    holds: bool
     specdef_version: str
     model: str
     base: str
@@ -66,15 +71,19 @@ class Certificate:
     deployment: tuple[DeploymentFigure, ...]
     resistance: Resistance
 
-    @property
-    def holds(self) -> bool:
-        """Whether no claim failed."""
-        return all(claim.holds is not False for claim in self.claims)
-
     def to_json(self) -> str:
         """The text of ``certificate.json``; numbers that are not finite are null."""
-        data = {"format": FORMAT_VERSION, "holds": self.holds, **dataclasses.asdict(self)}
-        return json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        data = json.loads(CERTIFICATE_RECORD.dump_json(self))
+        return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+CERTIFICATE_RECORD = TypeAdapter(Certificate)
+"""Reads and writes a certificate as JSON data."""
+
+
+def no_claim_failed(claims: Sequence[Claim]) -> bool:
+    """Whether a certificate with these claims holds."""
+    return all(claim.holds is not False for claim in claims)
 
 
 def function_claim(figures: FunctionFigures, manifest: Manifest) -> Claim:
@@ -177,11 +186,3 @@ def certificate_section(certificate: Certificate) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,10 +26,12 @@ from specdef_cli.attack.tasks import task_of
 from specdef_cli.certify.attack_section import attack_section, with_section
 from specdef_cli.certify.certificate import (
     CERTIFICATE_NAME,
+    FORMAT_VERSION,
     Certificate,
     certificate_section,
     curvature_claim,
     function_claim,
+    no_claim_failed,
     spectrum_claim,
 )
 from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curvature
@@ -85,9 +87,9 @@ def certify(
     manifest = read_manifest(directory)
     base_model = _base(options)
     base_directory = base_model.directory
-    for each in (base_directory, directory):
-        require_sound(each, trust_remote_code=options.trust_remote_code)
-        require_outside(options.out, each)
+    for place in (base_directory, directory):
+        require_sound(place, trust_remote_code=options.trust_remote_code)
+        require_outside(options.out, place)
     _require_attackable(options, base_directory)
     writable_ancestor(options.out)
     compute_devices(options.device, process_state())  # refused, if at all, before anything is measured
@@ -114,7 +116,14 @@ def certify(
     if resistance is None:
         on_progress("attacks: the quick suite")
         resistance = _attack(options, base_directory, on_attack)
+    claims = (
+        function_claim(function, manifest),
+        spectrum_claim(spectrum),
+        curvature_claim(curvature.both, curvature.reason or "the outputs are not finite"),
+    )
     certificate = Certificate(
+        format=FORMAT_VERSION,
+        holds=no_claim_failed(claims),
         specdef_version=__version__,
         model=hardened_model.public_name,
         base=base_model.public_name,
@@ -125,11 +134,7 @@ def certify(
             text=None if tokens is None else _text(options),
             attack_report=options.attacks or options.out / "attack" / "report.json",
         ),
-        claims=(
-            function_claim(function, manifest),
-            spectrum_claim(spectrum),
-            curvature_claim(curvature.both, curvature.reason or "the outputs are not finite"),
-        ),
+        claims=claims,
         function=function,
         spectrum=spectrum,
         curvature=curvature.both,

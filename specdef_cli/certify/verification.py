@@ -15,19 +15,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from specdef_cli.certify.certificate import (
     CERTIFICATE_NAME,
-    FORMAT_VERSION,
-    Certificate,
+    CERTIFICATE_RECORD,
     curvature_claim,
     function_claim,
+    no_claim_failed,
     spectrum_claim,
 )
-from specdef_cli.certify.provenance import file_hashes, manifest_sha256
+from specdef_cli.certify.provenance import Provenance, file_hashes, manifest_sha256
 from specdef_cli.certify.spectrum import measure_spectrum
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import file_sha256
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_violation
 
 Result = Literal["matches", "differs", "not checked"]
 
@@ -63,41 +63,48 @@ def verify_certificate(
         SpecDefError: There is no certificate, or it cannot be read.
     """
     directory = resolve(model, revision=revision, token=token).directory
-    recorded = _read(directory / CERTIFICATE_NAME)
-    origin = recorded["provenance"]
+    recorded, origin = _read(directory / CERTIFICATE_NAME)
     manifest = read_manifest(directory) if is_hardened(directory) else None
     base_directory = None if base is None else resolve(base, token=token).directory
     without_manifest = Check("manifest", "not checked", f"{directory.name} has no {MANIFEST_NAME}")
     return (
-        _hashes("hardened weights", origin["hardened"], directory),
-        without_manifest if manifest is None else _equal("manifest", origin["manifest"], manifest_sha256(directory)),
+        _hashes("hardened weights", origin.hardened, directory),
+        without_manifest if manifest is None else _equal("manifest", origin.manifest, manifest_sha256(directory)),
         Check("base weights", "not checked", "give it with --base")
         if base_directory is None
-        else _hashes("base weights", origin["base"], base_directory),
+        else _hashes("base weights", origin.base, base_directory),
         Check("attack report", "not checked", "give report.json with --attacks")
         if attacks is None
-        else _equal("attack report", origin["attack_report"], file_sha256(attacks)),
+        else _equal("attack report", origin.attack_report, file_sha256(attacks)),
         _claims(recorded, manifest),
         _spectrum(directory, base_directory, manifest),
         Check("outputs, curvature, attacks, formats", "not checked", "`specdef certify` measures them again"),
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Header:
+    """What a certificate must have to be checked at all: its figures may be null, where they were not finite."""
+
+    format: Literal[2]
+    provenance: Provenance
+    claims: list[Any]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Provenance]:
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
-        if recorded["format"] != FORMAT_VERSION:
-            raise ValueError(f"its format is {recorded['format']!r}, and this version reads {FORMAT_VERSION}")
-        if not isinstance(recorded["provenance"], dict) or not isinstance(recorded["claims"], list):
-            raise TypeError("it names no provenance or no claims")
+        return recorded, TypeAdapter(_Header).validate_python(recorded).provenance
     except FileNotFoundError as error:
         raise SpecDefError(
             f"{path.parent} has no {CERTIFICATE_NAME}",
             "Write one with `specdef certify`, or fetch the one it came with.",
         ) from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SpecDefError(f"{path} is not a certificate: {error}", "Certify the model again.") from error
-    return dict(recorded)
+    except ValidationError as error:
+        reason = first_violation(error)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise SpecDefError(f"{path} is not a certificate: {reason}", "Certify the model again.")
 
 
 def _equal(name: str, recorded: str | None, found: str) -> Check:
@@ -119,13 +126,10 @@ def _claims(recorded: dict[str, Any], manifest: Manifest | None) -> Check:
     name = "claims, from the figures beside them"
     if manifest is None:
         return Check(name, "not checked", f"their criteria depend on {MANIFEST_NAME}")
-    fields = {key: value for key, value in recorded.items() if key not in ("format", "holds")}
     try:
-        certificate = TypeAdapter(Certificate).validate_python(fields)
+        certificate = CERTIFICATE_RECORD.validate_python(recorded)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        return Check(name, "not checked", f"{where}: {first['msg']}")
+        return Check(name, "not checked", first_violation(error))
     derived = [
         function_claim(certificate.function, manifest),
         spectrum_claim(certificate.spectrum),
@@ -133,7 +137,7 @@ def _claims(recorded: dict[str, Any], manifest: Manifest | None) -> Check:
         curvature_claim(certificate.curvature, "") if certificate.curvature else certificate.claims[-1],
     ]
     differing = [claim.name for claim, other in zip(certificate.claims, derived, strict=False) if claim != other]
-    if recorded["holds"] != certificate.holds:
+    if certificate.holds != no_claim_failed(certificate.claims):
         differing.append("whether all hold")
     if len(certificate.claims) != len(derived):
         differing.append("how many there are")

@@ -9,18 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from specdef_cli.checkpoint.slices import ScaledSlice
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.spectral.gauges import Gauge
 
+if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter
+
 MANIFEST_NAME = "specdef.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 
 Method = Literal["insert", "fold", "mixed"]
 Construction = Literal["inserted", "folded", "scaled"]
@@ -33,7 +34,7 @@ _ELSEWHERE: dict[Path, Path] = {}
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class BaseCheckpoint:
     """Where the hardened weights came from.
 
     Attributes:
@@ -220,6 +221,7 @@ class Manifest:
     """Everything that is known about a hardened directory.
 
     Attributes:
+        format: Version of the file's shape, :data:`FORMAT_VERSION`.
         specdef_version: The version of this package that wrote it.
         method: ``insert``, ``fold`` or ``mixed``.
         base: The checkpoint that was hardened.
@@ -234,9 +236,12 @@ class Manifest:
         verification: Figures of the verification before publication; empty when it was skipped.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = {"strict": True, "extra": "forbid"}
+
+    format: Literal[1]
     specdef_version: str
     method: Method
-    base: BaseModel
+    base: BaseCheckpoint
     dtype: str
     seed: int
     schedule: Schedule
@@ -246,6 +251,10 @@ class Manifest:
     scaled: tuple[ScaledModule, ...] = ()
     shards: dict[str, str] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
+    config_changes: InitVar[tuple[()]] = ()  # in early manifests, always empty
+
+    def __post_init__(self, config_changes: tuple[()]) -> None:
+        """Takes what is read and not kept."""
 
     def published(self) -> Manifest:
         """The manifest as it leaves this machine: a base that was a directory keeps the last part of its path."""
@@ -253,61 +262,38 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as the text of ``specdef.json``."""
-        return json.dumps({"format": FORMAT_VERSION, **vars(self)}, indent=1, default=vars) + "\n"
+        return json.dumps(manifest_record().dump_python(self, mode="json"), indent=1) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str, origin: str = MANIFEST_NAME) -> Manifest:
+    @staticmethod
+    def from_json(text: str, origin: str = MANIFEST_NAME) -> Manifest:
         """Parse ``specdef.json``.
 
         Raises:
             SpecDefError: The text is not JSON, is of another format version, or lacks a field.
         """
+        from pydantic import ValidationError
+
         try:
-            data = json.loads(text)
-            version = data.pop("format")
-            if version != FORMAT_VERSION:
+            return manifest_record().validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if first["loc"] == ("format",) and first["type"] == "literal_error":
                 raise SpecDefError(
-                    f"{origin} has format {version!r}; this version reads format {FORMAT_VERSION}",
+                    f"{origin} has format {first['input']!r}; this version reads format {FORMAT_VERSION}",
                     "Install the release of specdef-cli that wrote it.",
-                )
-            if data.get("config_changes") == []:  # early manifests have this field, always empty
-                del data["config_changes"]
-            manifest = _parse(cls, data, "the manifest")
-            assert isinstance(manifest, cls)
-            return manifest
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                ) from error
             raise SpecDefError(
-                f"{origin} is not a valid manifest: {error}", "Harden the base model again, or restore the file."
+                f"{origin} is not a valid manifest: {first_violation(error)}",
+                "Harden the base model again, or restore the file.",
             ) from error
 
 
-# Resolved once: a large model's manifest has thousands of slices.
-_field_types = functools.cache(typing.get_type_hints)
+@functools.cache
+def manifest_record() -> TypeAdapter[Manifest]:
+    """Reads and writes a manifest as JSON data."""
+    from pydantic import TypeAdapter  # here: `specdef --help` names methods and schedules, and reads no manifest
 
-
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """``value`` (from JSON) as the type a field declares: data classes and tuples are built, the rest is checked."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise TypeError(f"{where} is {value!r}")
-        hints = _field_types(kind)
-        return kind(**{key: _parse(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-    if origin is tuple and isinstance(value, list):
-        return tuple(_parse(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is Literal and value in arguments:
-        return value
-    if origin in (types.UnionType, typing.Union):  # X | None is either, depending on X
-        return None if value is None else _parse(arguments[0], value, where)
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if kind in (str, int, bool) and type(value) is kind:
-        return value
-    raise TypeError(f"{where} is {value!r}")
+    return TypeAdapter(Manifest)
 
 
 def keep_elsewhere(directory: Path, manifest: Path | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -58,7 +57,10 @@ class Output:
             SpecDefError: stdout takes nothing, so that the result is lost.
         """
         if self.as_json:
-            print(json.dumps(jsonable(result), indent=2, allow_nan=False))
+            from pydantic_core import to_jsonable_python
+
+            # Numbers that JSON has not (NaN, infinity) become null.
+            print(json.dumps(to_jsonable_python(result, inf_nan_mode="null"), indent=2, allow_nan=False))
         else:
             # Piped output is for other programs and logs: nothing in it is cut to the width of a terminal.
             width = None if Console().is_terminal else PIPED_WIDTH
@@ -134,18 +136,3 @@ class Bar:
     def downloaded(self, received: int, total: int) -> None:
         """So many bytes of so many have arrived."""
         self.advance(f"{received / 1e9:.1f} of {total / 1e9:.1f} GB downloaded", 0)
-
-
-def jsonable(value: Any) -> Any:
-    """Data classes, paths and tuples as JSON types; numbers that JSON has not (NaN, infinity) as ``None``."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from specdef_cli.checkpoint.library import Library
-from specdef_cli.checkpoint.manifest import BaseModel
+from specdef_cli.checkpoint.manifest import BaseCheckpoint
 
 TAG = "specdef"
 RELATION = "finetune"
 """The Hub's word for other weights of the same architecture; it has none for weights of the same function."""
 
 
-def hardened_metadata(base: Mapping[str, Any], origin: BaseModel, library: Library) -> dict[str, Any]:
+def hardened_metadata(base: Mapping[str, Any], origin: BaseCheckpoint, library: Library) -> dict[str, Any]:
     """The base's metadata with what hardening changes: the tag, the library that loads it, and where it comes from.
 
     The licence and everything else that the base says stays. A base that is a directory names no ``base_model``, as its
@@ -34,7 +34,7 @@ def hardened_metadata(base: Mapping[str, Any], origin: BaseModel, library: Libra
     return data
 
 
-def collapsed_metadata(hardened: Mapping[str, Any], origin: BaseModel) -> dict[str, Any]:
+def collapsed_metadata(hardened: Mapping[str, Any], origin: BaseCheckpoint) -> dict[str, Any]:
     """The inverse, for weights that are the base's again."""
     data = dict(hardened)
     tags = [tag for tag in _tags(data) if tag != TAG]

@@ -16,7 +16,7 @@ from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.destination import require_manifest_place
 from specdef_cli.checkpoint.durable import write_durably
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, BaseModel, InsertedLayer, Manifest
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, InsertedLayer, Manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
@@ -128,9 +128,10 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         figures = written.figures[layer.site.module]
         inserted.append(layer.entry(tuple(figures["singular_values"]), figures["reconstruction_error"]))
     return Manifest(
+        format=FORMAT_VERSION,
         specdef_version=__version__,
         method=plan.method,
-        base=BaseModel(resolved.name, resolved.revision, resolved.commit, options.base_model),
+        base=BaseCheckpoint(resolved.name, resolved.revision, resolved.commit, options.base_model),
         dtype=plan.dtype,
         seed=options.seed,
         schedule=plan.schedule,

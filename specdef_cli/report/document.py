@@ -1,4 +1,5 @@
-"""The shape of ``report.json``: what is written, what is read, and ``schema.json`` follow from it.
+"""The shape of ``report.json``: what is written, what is read, and ``schema.json``
+(:mod:`specdef_cli.schemas`) follow from it.
 
 Keys are only ever added under one schema name, with a default, so that reports of earlier releases are still read; keys
 of later releases are ignored.
@@ -18,7 +19,7 @@ from specdef_cli.attack.results import DataSummary, Divergence, EvalPoint, Harde
 from specdef_cli.attack.spec import Subject
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.variants.table import Knowledge
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.report.findings import Verdict
 
 REPORT_NAME = "report.json"
@@ -220,8 +221,7 @@ def read_report(path: Path) -> ReportDocument:
     try:
         return ReportDocument.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)
+        reason = first_violation(error)
     except (OSError, ValueError) as error:
         reason = str(error)
     raise SpecDefError(f"{file} is not an attack report: {reason}", "Give the report.json that `specdef attack` wrote.")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, BaseModel, InsertedLayer, Manifest
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, InsertedLayer, Manifest
 from specdef_cli.runtime.shim import SHIM_SOURCE, LayerSpec, shim_config
 from tests.byte_tokenizer import byte_tokenizer
 
@@ -76,9 +76,8 @@ def harden_directory() -> HardenDirectory:
         config = json.loads((base / "config.json").read_text())
         (out / "config.json").write_text(json.dumps(shim_config(config, layers)))
         shutil.copy(SHIM_SOURCE, out)
-        manifest = Manifest(
-            "0", "insert", BaseModel(control or str(base)), "float32", 0, "constant", inserted=tuple(inserted)
-        )
+        origin = BaseCheckpoint(control or str(base))
+        manifest = Manifest(FORMAT_VERSION, "0", "insert", origin, "float32", 0, "constant", inserted=tuple(inserted))
         (out / MANIFEST_NAME).write_text(manifest.to_json())
         return out
 

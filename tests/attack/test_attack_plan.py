@@ -22,16 +22,16 @@ from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import VARIANTS, Variant
-from specdef_cli.checkpoint.manifest import BaseModel, FoldedPair, InsertedLayer, Manifest
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, FoldedPair, InsertedLayer, Manifest
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import Recognised
 
 LAYER = InsertedLayer("a", "a.weight", 4, 4, None, False, 1e4, 1, "rotated", (1.0,), 0.0)
-INSERT = Manifest("0", "insert", BaseModel("base"), "float32", 0, "constant", inserted=(LAYER,))
+INSERT = Manifest(FORMAT_VERSION, "0", "insert", BaseCheckpoint("base"), "float32", 0, "constant", inserted=(LAYER,))
 FOLD = Manifest(
-    "0", "fold", BaseModel("base"), "float32", 0, "staircase",
+    FORMAT_VERSION, "0", "fold", BaseCheckpoint("base"), "float32", 0, "staircase",
     folded=(FoldedPair("p", "up_down", (0,), (-20,), (ScaledSlice("t", 0, None, (0,), (-20,)),)),),
 )  # fmt: skip
 

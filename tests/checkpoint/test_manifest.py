@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from specdef_cli.checkpoint.manifest import (
-    BaseModel,
+    FORMAT_VERSION,
+    BaseCheckpoint,
     FoldedPair,
     InsertedLayer,
     Manifest,
@@ -28,9 +29,10 @@ PAIR = FoldedPair(
     (ScaledSlice("v.weight", 0, None, (3, 1), (13, -13)), ScaledSlice("o.weight", 1, 2, (0,), (1,))),
 )
 MANIFEST = Manifest(
+    format=FORMAT_VERSION,
     specdef_version="0.1.0",
     method="mixed",
-    base=BaseModel("org/name", "main", "a" * 40),
+    base=BaseCheckpoint("org/name", "main", "a" * 40),
     dtype="bfloat16",
     seed=3,
     schedule="staircase",

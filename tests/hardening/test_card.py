@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS
-from specdef_cli.checkpoint.manifest import BaseModel, base_of, read_manifest
+from specdef_cli.checkpoint.manifest import BaseCheckpoint, base_of, read_manifest
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
 from tests.commands import assert_refused, call_cli
 
@@ -50,7 +50,7 @@ def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path:
 
 
 def test_metadata_of_every_kind_of_base() -> None:
-    hub, directory = BaseModel("org/name", "main", "a" * 40), BaseModel("/models/name")
+    hub, directory = BaseCheckpoint("org/name", "main", "a" * 40), BaseCheckpoint("/models/name")
     said = {"license": "llama3", "tags": "one", "base_model": "org/older", "library_name": "peft"}
     found = hardened_metadata(said, hub, TRANSFORMERS)
     assert found == {
