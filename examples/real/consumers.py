@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.spec import checkpoint_fingerprint
 from specdef_cli.certify.deployment import (
     FORMATS,
@@ -41,10 +42,10 @@ from specdef_cli.certify.deployment import (
     measure_format,
     token_batch,
 )
-from specdef_cli.certify.deployment.measure import is_causal
 from specdef_cli.certify.deployment.tools import missing
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.cli.startup import quiet_engines
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.runtime import load_tokenizer
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, default=Path("models/cells"), help="where finished cells are kept")
     parser.add_argument("--out", type=Path, help="a file for the table, besides the output")
     arguments = parser.parse_args()
-    causal = is_causal(arguments.base)
+    causal = is_causal_lm(read_config(arguments.base))
     rows = wanted_rows(arguments.rows, arguments.group, ROWS if causal else ENCODER_ROWS)
     tokens = evaluation_tokens(arguments.base, arguments.sequences, arguments.length) if causal else None
     # Of the processes that measure, and of the tools' own.

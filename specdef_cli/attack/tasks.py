@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from transformers.models.auto import modeling_auto
 
+from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.target import Task
 from specdef_cli.checkpoint.reader import read_config
@@ -70,7 +71,7 @@ def auto_class(task: Task, directory: Path) -> Any:
     """The class of transformers that loads a checkpoint for a task."""
     config = read_config(directory)
     architecture = (config.get("architectures") or [""])[0]
-    if task == "causal-lm" and architecture in _flat(_READS_IMAGES) - _flat(_NAMES["causal-lm"]):
+    if task == "causal-lm" and architecture in _flat(_READS_IMAGES) and not is_causal_lm(config):
         return transformers.AutoModelForImageTextToText
     return _AUTO_CLASSES[task]
 

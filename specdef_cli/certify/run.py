@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specdef_cli import __version__
+from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.forecast import Forecast
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.recorder import ProgressEvent
@@ -159,8 +159,7 @@ def _base(options: CertifyOptions) -> Resolved:
 
 def _tokens(base: Checkpoint, options: CertifyOptions) -> Tensor | None:
     """Text for a causal language model; ``None`` for any other model."""
-    architecture = (base.config.get("architectures") or [""])[0]
-    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if not is_causal_lm(base.config):
         return None
     text = _text(options)
     trust = options.trust_remote_code

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.certify.deployment.consumers import Score
 from specdef_cli.certify.deployment.figure import DeploymentFigure, Measure, Outcome, compare
 from specdef_cli.certify.deployment.formats import DEFAULT_FORMATS, FORMATS, Format
@@ -57,7 +57,7 @@ def measure_deployment(
         SpecDefError: A format is unknown, or a directory holds no checkpoint.
     """
     require_formats(formats)
-    measured = tokens if is_causal(base) else None
+    measured = tokens if is_causal_lm(open_checkpoint(base).config) else None
     measure: Measure = "relative error" if measured is None else "loss"
     figures = []
     with tempfile.TemporaryDirectory(prefix="specdef-formats-") as scratch, new_objects_only():
@@ -110,16 +110,6 @@ def measure_format(trial: Trial, name: str) -> Outcome:
     except Exception as error:  # whatever the tool raises is its way to refuse
         return Outcome("refused", note=_refusal(error, trial.directory), simulated=simulated)
     return Outcome("measured", value if math.isfinite(value) else None, simulated, note)
-
-
-def is_causal(directory: Path) -> bool:
-    """Whether a directory's architecture is a causal language model of transformers.
-
-    Raises:
-        SpecDefError: The directory holds no checkpoint.
-    """
-    architecture = (open_checkpoint(directory).config.get("architectures") or [""])[0]
-    return architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def require_room(trial: Trial, wanted: Format) -> None:
