@@ -40,8 +40,9 @@ class _Written(GenerateJsonSchema):
 
     def dataclass_schema(self, schema: Any) -> JsonSchemaValue:
         described = {**super().dataclass_schema(schema), "description": _plain(schema["cls"].__doc__)}
-        for name, text in _attributes(schema["cls"]).items():
-            described["properties"][name].setdefault("description", text)
+        for cls in schema["cls"].__mro__:
+            for name, text in _attributes(cls).items():
+                described["properties"][name].setdefault("description", text)
         return described
 
     def default_schema(self, schema: Any) -> JsonSchemaValue:

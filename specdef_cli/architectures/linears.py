@@ -19,30 +19,19 @@ from specdef_cli.architectures.body import blocks, described_bodies, join
 from specdef_cli.architectures.families import DENOISER_WRITERS, Attention, Experts, Family, Role
 from specdef_cli.architectures.names import match_names, repeated_blocks
 from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.checkpoint.linear import LinearLayer
 from specdef_cli.errors import SpecDefError
 
 
 @dataclass(frozen=True)
-class LinearSite:
-    """A linear layer y = Wx (+ b), W ∈ R^{m×n}, whose weight is one tensor on disk.
+class LinearSite(LinearLayer):
+    """A linear layer of a model, and what it does there.
 
     Attributes:
-        module: Path of the layer in the transformers model.
-        tensor: Name of the weight on disk.
-        out_features: m.
-        in_features: n.
-        bias: Name of the bias on disk, or ``None``.
-        transposed: Whether the tensor on disk is Wᵀ (transformers' ``Conv1D``).
         role: ``attention_output`` and ``mlp_down`` are the last linears of a block's attention and MLP, which write to
             the residual stream; the paper hardens those.
     """
 
-    module: str
-    tensor: str
-    out_features: int
-    in_features: int
-    bias: str | None
-    transposed: bool
     role: Role
 
 

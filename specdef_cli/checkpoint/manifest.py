@@ -13,6 +13,7 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
+from specdef_cli.checkpoint.linear import LinearLayer
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.spectral.gauges import Gauge
@@ -61,15 +62,13 @@ class BaseCheckpoint:
 
 
 @dataclass(frozen=True)
-class InsertedLayer:
+class InsertedLayer(LinearLayer):
     """One linear layer replaced by an inflated layer and its compensation (the paper's Algorithm 1).
 
+    ``bias`` and ``transposed`` describe the base checkpoint: the factors are never stored transposed. In the hardened
+    checkpoint ``tensor`` names the tombstone.
+
     Attributes:
-        module: Path of the linear in the transformers model, e.g. ``model.layers.0.self_attn.o_proj``.
-        tensor: Name of its weight in the files, and of the tombstone; it ends in ``.weight``.
-        out_features, in_features: m and n of y = Wx, W ∈ R^{m×n}.
-        bias: Name of the bias in the base checkpoint's files, or ``None``.
-        transposed: Whether the base checkpoint stores Wᵀ (transformers' ``Conv1D``). The factors never are.
         alpha: Factor by which the top singular values were multiplied.
         top_k: How many singular values were inflated.
         gauge: Which factorization W = C·W~ is stored.
@@ -77,12 +76,6 @@ class InsertedLayer:
         reconstruction_error: ‖C(W~X) − WX‖/‖WX‖ on Gaussian probes X, through the stored factors.
     """
 
-    module: str
-    tensor: str
-    out_features: int
-    in_features: int
-    bias: str | None
-    transposed: bool
     alpha: float
     top_k: int
     gauge: Gauge

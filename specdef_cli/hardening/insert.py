@@ -51,14 +51,9 @@ class InsertLayer:
 
     def entry(self, singular_values: tuple[float, ...] = (), error: float = 0.0) -> InsertedLayer:
         """The layer's entry in the manifest."""
-        site = self.site
+        layer = {name: value for name, value in vars(self.site).items() if name != "role"}
         return InsertedLayer(
-            module=site.module,
-            tensor=site.tensor,
-            out_features=site.out_features,
-            in_features=site.in_features,
-            bias=site.bias,
-            transposed=site.transposed,
+            **layer,
             alpha=self.alpha,
             top_k=self.top_k,
             gauge=self.gauge,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from specdef_cli.architectures.linears import linear_sites
+from specdef_cli.architectures.linears import LinearSite, linear_sites
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
@@ -29,15 +29,11 @@ from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 
 @dataclass(frozen=True)
-class LayerSurvey:
+class LayerSurvey(LinearSite):
     """One linear layer.
 
     Attributes:
-        module: Path in the transformers model.
-        tensor: Name on disk.
-        out_features, in_features: m and n.
         dtype: As stored.
-        role: What it writes to.
         sigma: σ₁ of the weight as stored (of the inflated factor, if hardened); ``None`` for a quantized weight, and
             where no spectra were asked for.
         effective_rank: (Σσ²)²/Σσ⁴, estimated; ``None`` likewise.
@@ -45,12 +41,7 @@ class LayerSurvey:
         default: Whether ``harden --method insert`` takes it without ``--layers``.
     """
 
-    module: str
-    tensor: str
-    out_features: int
-    in_features: int
     dtype: str
-    role: str
     sigma: float | None
     effective_rank: float | None
     alpha: float | None
@@ -154,12 +145,8 @@ def _survey(
         on_progress(Progress(site.module, header.nbytes))
         layers.append(
             LayerSurvey(
-                module=site.module,
-                tensor=site.tensor,
-                out_features=site.out_features,
-                in_features=site.in_features,
+                **vars(site),
                 dtype=header.dtype,
-                role=site.role,
                 sigma=sigma,
                 effective_rank=rank,
                 alpha=replaced.alpha if replaced else None,
