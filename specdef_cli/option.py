@@ -56,7 +56,7 @@ def flag_of(model: type, name: str) -> str:
     """The flag that sets a field, for messages: ``--weight-decay``."""
     field = options_of(model).get(name)
     names = field.metadata["spelling"].names if field else ()
-    return names[0].strip(" /").split("/")[0] if names else f"--{name.replace('_', '-')}"
+    return names[0].split("/")[0] if names else f"--{name.replace('_', '-')}"
 
 
 def require_positive(options: Any, *names: str) -> None:

@@ -43,8 +43,8 @@ class CertifyOptions:
     formats: tuple[str, ...] | None = option(
         None, "Deployment format to try.", "--format", shown_default="those that take seconds"
     )
-    curvature: bool = option(True, "Do not measure the Hessian.", " /--no-curvature")
-    card: bool = option(True, "Leave the model's directory and its card as they are.", " /--no-card")
+    curvature: bool = option(True, "Measure the Hessian.", "--curvature/--no-curvature")
+    card: bool = option(True, "Put the certificate into the model's directory and its card.", "--card/--no-card")
     statement: bool = option(False, "Write certificate.intoto.json too, which in-toto's tools can sign.")
     jobs: int = option(1, "Attack runs at a time.", "--jobs", "-j")
     device: str = option("cpu", "Where curvature and formats are measured, e.g. cuda.")

@@ -32,6 +32,7 @@ app = typer.Typer(
     help="Harden open-weight checkpoints against fine-tuning without changing what they compute, and measure "
     "honestly how far that holds.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # whole flags in 80 columns: rich cuts the long ones
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -57,16 +57,17 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     spelling, description = field.metadata["spelling"], field.metadata["description"]
     kind: Any = _first(hint)
     many = get_origin(kind) is tuple
+    metavar = spelling.metavar
     if many:
         item: Any = _first(get_args(kind)[0])
         kind = list[item]
+        metavar = metavar or f"<{item.__name__}>"
     names = spelling.names or ((f"--{field.name.replace('_', '-')}",) if kind is bool else ())
-    only_off = any(name.startswith(" /") for name in names)
     shown = typer.Option(
         *names,
         help=description.removesuffix(".") + " (repeatable)." if many else description,
-        metavar=spelling.metavar,
-        show_default=spelling.shown_default or not only_off,
+        metavar=metavar,
+        show_default=spelling.shown_default or True,
     )
     default = field.default or None if many else field.default
     if default is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from specdef_cli.attack.table import Factor
 
 
 class ListingCommand(TyperCommand):
@@ -12,28 +15,40 @@ class ListingCommand(TyperCommand):
 
     @property
     def epilog(self) -> str | None:
-        """The tables."""
-        return attack_listing()
+        """The tables as Markdown, for the page of commands."""
+        return "\n\n".join(
+            "\n\n".join((f"{heading}:", *(f"* {name}: {description}" for name, description in rows)))
+            for heading, rows in attack_listing()
+        )
 
     @epilog.setter
     def epilog(self, value: Any) -> None:
         """The base class sets what it was given, which is nothing."""
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the tables below the options, in their form."""
+        for heading, rows in attack_listing():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
 
-def attack_listing() -> str:
-    """Variants, trainings and optimizers with their help lines, a paragraph each."""
+
+def attack_listing() -> list[tuple[str, list[tuple[str, str]]]]:
+    """Variants, trainings and optimizers: a heading, and of each its name and its help line."""
     from specdef_cli.attack.optimizers.table import OPTIMIZERS
     from specdef_cli.attack.trainings.table import TRAININGS
     from specdef_cli.attack.variants.table import VARIANTS
 
-    paragraphs = ["Variants (--variant), by themselves or with a factor:"]
-    for variant in VARIANTS.values():
-        factor = "" if variant.factor is None else f":{variant.factor.default:g}"
-        paragraphs.append(f"* {variant.name}{factor}: {variant.help}")
-    paragraphs.append("Trainings (--training), where it says so with a size and with names:")
-    for training in TRAININGS.values():
-        size = "" if training.size is None else f":{training.size.default:g}"
-        paragraphs.append(f"* {training.name}{size}: {training.help}")
-    paragraphs.append("Optimizers (--optimizer):")
-    paragraphs += [f"* {optimizer.name}: {optimizer.help}" for optimizer in OPTIMIZERS.values()]
-    return "\n\n".join(paragraphs)
+    def numbered(name: str, number: Factor | None) -> str:
+        return name if number is None else f"{name}:{number.default:g}"
+
+    return [
+        (
+            "Variants (--variant), by themselves or with a factor",
+            [(numbered(row.name, row.factor), row.help) for row in VARIANTS.values()],
+        ),
+        (
+            "Trainings (--training), where it says so with a size and with names",
+            [(numbered(row.name, row.size), row.help) for row in TRAININGS.values()],
+        ),
+        ("Optimizers (--optimizer)", [(row.name, row.help) for row in OPTIMIZERS.values()]),
+    ]

@@ -103,7 +103,7 @@ class HardenOptions:
     trust_remote_code: bool = False
     seed: int = option(0, "Seed of the randomized basis (insert).")
     resume: bool = False
-    verify: bool = option(True, "Publish without comparing the result with the base.", " /--no-verify")
+    verify: bool = option(True, "Compare the result with the base before it is published.", "--verify/--no-verify")
 
 
 @dataclass(frozen=True)
