@@ -105,8 +105,8 @@ def main() -> None:
             ratio = observed.value / predicted
             rows.append((name, f"{alpha:.0e}", f"{predicted:.3g}", f"{observed.value:.3g}", f"{ratio:.2f}"))
         (line,) = axis.loglog(problem.alphas, [predicted for predicted, _ in found], "--")
-        axis.loglog(problem.alphas, [each.value for _, each in found], "o", color=line.get_color(), label=name)
-        large = [(alpha, each.value) for alpha, (_, each) in zip(problem.alphas, found, strict=True) if alpha >= 1e2]
+        axis.loglog(problem.alphas, [rate.value for _, rate in found], "o", color=line.get_color(), label=name)
+        large = [(alpha, rate.value) for alpha, (_, rate) in zip(problem.alphas, found, strict=True) if alpha >= 1e2]
         slopes.append(f"{name} {slope([alpha for alpha, _ in large], [rate for _, rate in large]):.2f}")
     print(markdown(("problem", "α", "2/σ₁", "diverges at η", "ratio"), rows))
     print(f"\nSlope of log η over log α from α = 10²: {', '.join(slopes)}.")

@@ -59,10 +59,10 @@ def measure(alpha: float, factors: int) -> Point:
         deepen(model, factors)
         deepened = {name: module for name, module in model.named_modules() if isinstance(module, DeepenedLayer)}
         weights = {name: [factor.weight.detach() for factor in layer.factors] for name, layer in deepened.items()}
-        sigma = max(_sigma(weight) for each in weights.values() for weight in each)
+        sigma = max(_sigma(weight) for parts in weights.values() for weight in parts)
         error = max(
-            _sigma(torch.linalg.multi_dot(each[::-1]) - inflated[name]) / _sigma(inflated[name])
-            for name, each in weights.items()
+            _sigma(torch.linalg.multi_dot(parts[::-1]) - inflated[name]) / _sigma(inflated[name])
+            for name, parts in weights.items()
         )
     curvature = hessian_top(model_loss(model, attack_batch(1, 64)), list(trainable(model).values()))
     return Point(alpha, factors, sigma, curvature, error)

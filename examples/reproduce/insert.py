@@ -96,7 +96,7 @@ def shares(model: Path, directory: Path, name: str, training: Training, out: Pat
         **BUDGETS[real],
     )
     report = attack(options)
-    found = next(each for each in report.attacks if each.subject == "model")
+    found = next(attack for attack in report.attacks if attack.subject == "model")
     return f"{report.share(found) or 0.0:.1%}", f"{found.best_learning_rate:.0e}"
 
 

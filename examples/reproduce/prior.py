@@ -252,9 +252,9 @@ def measure(models: Mapping[str, Path], out: Path, budget: Budget) -> list[Row]:
         Row("unlearned", code(unlearned), inserted.attacks[0]),
     ]
     for name, report in (("inserted", inserted), ("folded", folded)):
-        for each in report.attacks[1:]:
-            named = ", ".join(filter(None, ("unlearned", name, each.variant.label)))
-            rows.append(Row(named, code(models[name]), each, report.share(each)))
+        for informed in report.attacks[1:]:
+            named = ", ".join(filter(None, ("unlearned", name, informed.variant.label)))
+            rows.append(Row(named, code(models[name]), informed, report.share(informed)))
     return rows
 
 

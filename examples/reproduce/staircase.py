@@ -160,7 +160,9 @@ class Experiment:
         suite = Suite("staircase", (AttackTable(training, learning_rates="search"),))
         options = dataclasses.replace(self.options, model=directory, out=self.options.out / name, suite=suite)
         report = attack(options)
-        return {each.training.label: report.share(each) or 0.0 for each in report.attacks if each.subject == "model"}
+        return {
+            attack.training.label: report.share(attack) or 0.0 for attack in report.attacks if attack.subject == "model"
+        }
 
     def exponents(self, layout: Layout) -> dict[SymmetricPair, dict[int, int]]:
         """harden's channels with the exponents of a layout."""

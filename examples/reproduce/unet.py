@@ -206,8 +206,8 @@ def main() -> None:
     pipeline = DiffusionPipeline.from_pretrained(directory).to(arguments.device)
     reference = images(pipeline)
     rows = []
-    for name, each in models.items():
-        unet = UNet2DConditionModel.from_pretrained(each).to(arguments.device)
+    for name, model in models.items():
+        unet = UNet2DConditionModel.from_pretrained(model).to(arguments.device)
         drawn = images(DiffusionPipeline.from_pretrained(directory, unet=unet).to(arguments.device))
         pairs = [module for module in unet.modules() if isinstance(module, SpecDefLinear)]
         rows.append((name, str(len(pairs)), f"{unet.num_parameters():,}", f"{(drawn - reference).abs().max():.1e}"))
@@ -218,8 +218,8 @@ def main() -> None:
     rows = []
     for where, names in TARGETS.items():
         control = None
-        for name, each in models.items():
-            losses = [attack(each, names, pipeline.scheduler, data, rate, arguments.steps) for rate in RATES]
+        for name, model in models.items():
+            losses = [attack(model, names, pipeline.scheduler, data, rate, arguments.steps) for rate in RATES]
             control = control or start - min(losses)
             best = f"{RATES[losses.index(min(losses))]:.0e}"
             share = f"{(start - min(losses)) / control:.0%}"

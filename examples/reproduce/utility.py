@@ -107,7 +107,7 @@ def observe(model: PreTrainedModel, tokens: Tensor) -> Observed:
     """Run a text, int64 of shape [sequences, length], through a model."""
     with torch.inference_mode():
         logits = torch.cat([model(input_ids=sequence).logits.float() for sequence in tokens.split(1)])
-    losses = [next_token_loss(*each) for each in zip(logits.split(1), tokens.split(1), strict=True)]
+    losses = [next_token_loss(*sequence) for sequence in zip(logits.split(1), tokens.split(1), strict=True)]
     return Observed(statistics.fmean(losses), logits)
 
 
@@ -168,7 +168,7 @@ def table(columns: Sequence[Column]) -> str:
     lines = [markdown(("", *(column.name for column in columns)), rows), ""]
     for column in columns:
         for gauge in GAUGES:
-            refusals = [cost.refusal for (each, _), cost in column.inserted.items() if each == gauge and cost.refusal]
+            refusals = [cost.refusal for (used, _), cost in column.inserted.items() if used == gauge and cost.refusal]
             if refusals:
                 lines.append(f"- {column.name}, {gauge}, smallest α refused: {refusals[0]}")
     return "\n".join(lines)
@@ -179,7 +179,7 @@ def plot(columns: Sequence[Column], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5))
     for color, column in enumerate(columns):
         for gauge, marker, style in zip(GAUGES, "os", ("-", "--"), strict=True):
-            costs = {alpha: cost for (each, alpha), cost in column.inserted.items() if each == gauge}
+            costs = {alpha: cost for (used, alpha), cost in column.inserted.items() if used == gauge}
             refused = [alpha for alpha, cost in costs.items() if cost.refusal]
             axis.plot(
                 list(costs), [cost.outputs.max_abs for cost in costs.values()], marker + style, color=f"C{color}",

@@ -132,8 +132,8 @@ class AttackOptions(Budget):
     def __post_init__(self) -> None:
         for optimizer in self.optimizers:
             OPTIMIZERS.choose(optimizer)
-        variants = tuple(Variant.parse(each) if isinstance(each, str) else each for each in self.variants)
-        trainings = tuple(Training.parse(each) if isinstance(each, str) else each for each in self.trainings)
+        variants = tuple(Variant.parse(asked) if isinstance(asked, str) else asked for asked in self.variants)
+        trainings = tuple(Training.parse(asked) if isinstance(asked, str) else asked for asked in self.trainings)
         object.__setattr__(self, "variants", variants)
         object.__setattr__(self, "trainings", trainings)
         _choice("schedule", self.schedule, get_args(Schedule))

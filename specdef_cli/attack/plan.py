@@ -14,7 +14,7 @@ from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant, informed_variants
 
-MOST_RATES = 12
+MAX_RATES = 12
 """More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
 
 
@@ -62,7 +62,7 @@ def default_learning_rates(optimizer: str, alpha: float) -> tuple[float, ...]:
     bottom = round(math.log10(min(choice.learning_rates)))
     if alpha > 1:
         bottom = min(bottom, top - choice.alpha_power * math.ceil(math.log10(alpha) - 1e-9) - 1)
-    stride = math.ceil((top - bottom + 1) / MOST_RATES)
+    stride = math.ceil((top - bottom + 1) / MAX_RATES)
     exponents = [*range(top, bottom, -stride), bottom]
     return tuple(float(f"1e{exponent}") for exponent in exponents)
 
@@ -84,7 +84,7 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
                 grid = series.grid if _fixed(table) else _usual_rates(options, table, optimizer)
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
-    return tuple(_once(controls) + _once(attacks))
+    return tuple(_distinct(controls) + _distinct(attacks))
 
 
 def _series(
@@ -109,7 +109,7 @@ def _series(
         seed=options.seeds[0],
         **options.budget,
     )
-    # What nobody named may turn out to have nothing to work on; a report then says so.
+    # A variant that the user did not name may have nothing to work on; the report then says so.
     optional = options.suite is not None or variant not in (Variant(), *options.variants)
     return Series(first, grid, table.learning_rates == "search", options.seeds, optional, options.thorough)
 
@@ -144,7 +144,7 @@ def _combinations(table: AttackTable, target: Target) -> list[tuple[Training, st
     ]
 
 
-def _once(series: list[Series]) -> list[Series]:
+def _distinct(series: list[Series]) -> list[Series]:
     """Each attack once: tables may overlap."""
     found: dict[RunSpec, Series] = {}
     for candidate in series:

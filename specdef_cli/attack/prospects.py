@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from specdef_cli.attack.results import MOVED, EvalPoint, RunResult
+from specdef_cli.attack.results import NOISE, EvalPoint, RunResult
 
 POWER = 2
 """From half of its steps on, a run's progress grows with this power of the steps at most. Adapters whose product starts
@@ -78,9 +78,9 @@ def trains_as_control(run: RunResult, control: RunResult) -> bool:
         run: On the hardened model, at the control's best rate.
         control: The control's best run.
     """
-    if not control.start or (control.progress or 0.0) <= MOVED * abs(control.start):
+    if not control.start or (control.progress or 0.0) <= NOISE * abs(control.start):
         return False  # a control that learned nothing has the curve of any model that does not
-    ours, theirs = ([(point.step, point.loss) for point in each.evaluations] for each in (run, control))
+    ours, theirs = ([(point.step, point.loss) for point in tried.evaluations] for tried in (run, control))
     return len(ours) == len(theirs) and all(
         step == other and loss is not None and expected is not None and abs(loss - expected) <= SAME * abs(expected)
         for (step, loss), (other, expected) in zip(ours, theirs, strict=True)

@@ -32,8 +32,8 @@ DIVERGENCE_FACTOR = 2.0
 UTILITY_LIMIT = 0.10
 """A model has kept its utility while its perplexity on retained text is at most this share above the start's."""
 
-MOVED = 2e-3
-"""A held-out loss that stayed within this share of the start has not moved."""
+NOISE = 2e-3
+"""A change of the held-out loss within this share of the start says nothing."""
 
 RunOutcome = Literal["finished", "worse", "diverged", "stopped"]
 DivergenceReason = Literal[
@@ -372,7 +372,7 @@ class AttackReport:
         return self.of_control(attack, self.gain(attack, attack.progress(learning_rate)))
 
     def gain(self, attack: Attack, progress: float | None) -> float | None:
-        """Some progress (nats), counted from its control's start: to mend what the surgery or the adapters of an attack
+        """Some progress (nats), counted from its control's start: to mend what the variant or the adapters of an attack
         had broken at step 0 brings an attacker nowhere.
         """
         control = self.control_of(attack)

@@ -9,7 +9,7 @@ require_extra("attack", "attacks")
 # ruff: noqa: E402 (what is imported below needs the extra)
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,28 +22,27 @@ from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.attack.accuracy import require_harness
 from specdef_cli.attack.cost import Deadline, Speed, by_telling, default_budget, fitting_budget, measure_speed, speed_of
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
-from specdef_cli.attack.forecast import Forecast, budget_in_words, foresee
+from specdef_cli.attack.forecast import Forecast, foresee
+from specdef_cli.attack.notes import assumptions, outcome_notes, plan_notes, report_notes
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series, make_plan
 from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import ProgressHook
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, RunResult
 from specdef_cli.attack.retained import retained_sequences
-from specdef_cli.attack.schedule import Outcome, run_all
+from specdef_cli.attack.schedule import run_all
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target, largest_alpha
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.tracking import NOWHERE, Tracking, require_trackers
 from specdef_cli.attack.trainer import Memory, quiet, train_run
-from specdef_cli.attack.variants.table import Variant
 from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive, writable_ancestor
 from specdef_cli.checkpoint.presence import no_base
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve, resolve_base, resolve_hardened
-from specdef_cli.durations import in_words
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
 from specdef_cli.hardening.soundness import require_sound
@@ -51,9 +50,6 @@ from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.vocabulary import require_in_vocabulary
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
-
-SAME_START = 0.01
-"""Starting losses that differ by more than this share are worth a warning."""
 
 
 def attack(
@@ -103,15 +99,14 @@ def attack(
         hardening=_hardening(prepared.target.manifest),
         data=DataSummary(data.name, len(data.train), len(data.held_out), data.fingerprint),
         runs=outcome.runs,
-        assumed=_assumed(options, [run.spec for run in outcome.runs], prepared.control_name, data),
+        assumed=assumptions(options, [run.spec for run in outcome.runs], prepared.control_name, data),
         notes=(),
         versions={"specdef-cli": specdef_cli.__version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
     )
-    left_out = tuple(f"Not tried: {label}: {reason}." for label, reason in outcome.left_out)
-    first = (*_found(prepared.target), *_not_tried(options, prepared.target), *left_out)
-    return replace(report, notes=(*first, *_not_finished(options, outcome), *_notes(options, prepared.target, report)))
+    notes = (*plan_notes(options, prepared.target), *outcome_notes(options, outcome))
+    return replace(report, notes=(*notes, *report_notes(options, prepared.target, report)))
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:
@@ -246,23 +241,9 @@ def _forecast(prepared: _Prepared, speed: Speed | None) -> Forecast:
         held_out=prepared.held_out,
         speed=speed,
         load=prepared.store.load,
-        assumed=_assumed(options, grids, prepared.control_name, data),
-        notes=[*_found(prepared.target), *_not_tried(options, prepared.target)],
+        assumed=assumptions(options, grids, prepared.control_name, data),
+        notes=plan_notes(options, prepared.target),
     )
-
-
-def _not_finished(options: AttackOptions, outcome: Outcome) -> list[str]:
-    """What the time limit kept from being run."""
-    said = []
-    if outcome.not_reached:
-        said.append(f"Not reached within {in_words(options.time_limit or 0)}: {'; '.join(outcome.not_reached)}.")
-    if outcome.cut_short:
-        said.append(
-            f"Cut short by the time limit, so that better learning rates may exist: {'; '.join(outcome.cut_short)}."
-        )
-    if outcome.coarse:
-        said.append(f"Best learning rate known to a decade only, for want of time: {'; '.join(outcome.coarse)}.")
-    return said
 
 
 @dataclass(frozen=True)
@@ -345,110 +326,3 @@ def _hardening(manifest: Manifest | None) -> Hardening | None:
         gauge=first.gauge if first else None,
         layers=len(manifest.inserted) + len(manifest.scaled) or len(manifest.folded),
     )
-
-
-def _assumed(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
-    said = []
-    if options.control is None:
-        said.append(f"Control: {control}, the base named in the manifest.")
-    if options.dataset is None:
-        said.append(f"Data: {data.name}.")
-    said += data.remarks
-    if options.suite is not None:
-        said.append(f"Attacks: the suite {options.suite.name}.")
-    elif not options.trainings:
-        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in specs))}.")
-    if not options.learning_rates:
-        rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
-        usual = sorted({spec.learning_rate for spec in specs if spec.subject == "control"}, reverse=True)
-        if any(table.learning_rates == "search" for table in options.tables):
-            said.append(f"Learning rates: searched for every attack, between {rates[0]:g} and {rates[-1]:g}.")
-        elif rates[-1] < usual[-1]:
-            said.append(
-                f"Learning rates: {usual[0]:g} to {usual[-1]:g}; the hardened model down to {rates[-1]:g}, below η₀/α."
-            )
-        else:
-            said.append(f"Learning rates: {usual[0]:g} to {usual[-1]:g}.")
-    said.append(f"Budget of every run: {budget_in_words(options)}.")
-    return tuple(said)
-
-
-def _notes(options: AttackOptions, target: Target, report: AttackReport) -> tuple[str, ...]:
-    notes = []
-    if len(options.seeds) == 1:
-        notes.append("One seed: differences of a few thousandths of a nat are noise.")
-    if options.dtype != "float32":
-        notes.append(
-            f"Trained in {options.dtype}: small learning rates may round to no change, which flatters a defence. "
-            "Train in float32 to be sure."
-        )
-    if options.learning_rates and target.alpha > 1:
-        hidden = max(options.learning_rates) / target.alpha
-        if min(options.learning_rates) > hidden:
-            notes.append(
-                f"The learning rates given do not reach below η₀/α = {hidden:.0e}, where Adam trains a hardened model "
-                "again. The attacks without knowledge may look weaker than they are."
-            )
-    if any(result.start is None for result in report.runs):
-        notes.append("At least one model was broken before training: its held-out loss at step 0 is not finite.")
-    notes += _cut_note(report)
-    note = _start_note(report)
-    if note is not None:
-        notes.append(note)
-    for each in report.attacks:
-        edge = report.at_edge(each)
-        if edge is not None:
-            notes.append(
-                f"{each.label} did best at the {edge} learning rate tried ({each.best_learning_rate:g}); "
-                "its true best may lie beyond."
-            )
-    return tuple(notes)
-
-
-def _found(target: Target) -> list[str]:
-    """How the model was made, where no manifest says so."""
-    if target.manifest is not None:
-        return []
-    found = target.recognised.sentence or "Nothing in the weights shows that this package hardened it."
-    return [f"The model comes without a manifest. {found}"]
-
-
-def _not_tried(options: AttackOptions, target: Target) -> list[str]:
-    """What the user asked for and this model has nothing for."""
-    asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
-    missing = [variant for variant in asked if not variant.applies_to(target.constructions)]
-    words = {"inserted": "an inserted layer", "folded": "a folded pair", "any": "nothing"}
-    return [
-        f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
-        for variant in missing
-    ]
-
-
-def _cut_note(report: AttackReport) -> list[str]:
-    """Which attacks have runs that were given up although they could have gone on."""
-    cut = {}
-    for each in report.attacks:
-        rates = [run.spec.learning_rate for run in each.runs if run.cut]
-        if each.subject == "model" and rates:
-            cut[each.label] = min(rates)
-    if not cut:
-        return []
-    told = "; ".join(f"{label} from {rate:g} on" for label, rate in cut.items())
-    return [
-        f"Given up where the held-out loss passed twice its start: {told}. A run may come back after thousands of "
-        "steps: --no-stop-at-divergence lets it go on."
-    ]
-
-
-def _start_note(report: AttackReport) -> str | None:
-    """Hardening keeps the function, so every run starts at the control's loss, unless the attack itself breaks it."""
-    for each in report.attacks:
-        control = report.control_of(each)
-        start, expected = each.best_run.start, control.best_run.start if control else None
-        if start is not None and expected is not None and abs(start - expected) > SAME_START * expected:
-            return (
-                f"{each.label} starts at a held-out loss of {start:.3f} and its control at {expected:.3f}: the control "
-                "is not the model that was hardened, hardening changed its function, or what this attack adds does not "
-                "get along with scaled weights. Progress counts from the control's start."
-            )
-    return None

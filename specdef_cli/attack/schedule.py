@@ -174,7 +174,7 @@ def run_all(
     """
     ranks = {id(series): rank for rank, series in enumerate(order or plan)}
     under_way = [_Progress(series, ranks[id(series)], deadline is not None) for series in plan]
-    controls = {each.recipe: each for each in under_way if each.series.first.subject == "control"}
+    controls = {search.recipe: search for search in under_way if search.series.first.subject == "control"}
     for progress in under_way:
         if progress.series.first.subject == "model":
             progress.control = controls.get(progress.recipe)
@@ -257,8 +257,8 @@ def run_all(
             (progress.series.first.label, progress.left_out) for progress in under_way if progress.left_out is not None
         ),
         not_reached=tuple(progress.series.first.label for progress in lacking if not progress.results),
-        cut_short=tuple(each.series.first.label for each in lacking if each.results and not each.refining),
-        coarse=tuple(each.series.first.label for each in lacking if each.results and each.refining),
+        cut_short=tuple(search.series.first.label for search in lacking if search.results and not search.refining),
+        coarse=tuple(search.series.first.label for search in lacking if search.results and search.refining),
     )
 
 
@@ -287,7 +287,7 @@ def _executor(
     for place in range(jobs):
         places.put(place)
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_settle, initargs=(places, jobs))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_claim_device, initargs=(places, jobs))
 
     def run_there(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
         on_progress(event("run-start", spec))
@@ -296,7 +296,7 @@ def _executor(
     try:
         yield run_there
     except BaseException:
-        # Whoever presses Ctrl-C does not want to wait for runs that may take hours.
+        # After Ctrl-C the user should not have to wait for runs that may take hours.
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()
         raise
@@ -304,7 +304,7 @@ def _executor(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _settle(places: multiprocessing.SimpleQueue[int], jobs: int) -> None:
+def _claim_device(places: multiprocessing.SimpleQueue[int], jobs: int) -> None:
     """Give a worker its share of the machine: a GPU of its own where there are several, and its part of the cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -12,14 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from specdef_cli.attack.results import MOVED, RunResult
+from specdef_cli.attack.results import NOISE, RunResult
 
 FINEST_STEP = 3.5
 """Neighbours of the best rate end within this factor of it: half a decade, in one-digit numbers."""
 
-STANDING = 2
-"""So many rates in a row that move nothing end the walk down, as an update shrinks with its rate. One alone may stand
-between a rate that is too large and one that is right: there the loss ends where it began, as if nothing had moved."""
+UNCHANGED_RATES = 2
+"""The walk down ends after this many consecutive rates that change nothing, as an update shrinks with its rate. One is
+not enough: between a rate that diverges and one that learns, a run can end where it started."""
 
 LARGEST_RATE, SMALLEST_RATE = 1e9, 1e-30
 
@@ -31,15 +31,15 @@ def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[
         grid: The rates to begin with, largest first.
         runs: What is finished, by learning rate.
     """
-    standing = 0
+    unchanged = 0
     for position, rate in enumerate(grid):
-        if standing == STANDING:
+        if unchanged == UNCHANGED_RATES:
             break
-        if rate not in runs:  # no more side by side than it takes to end the walk
-            return tuple(rate for rate in grid[position : position + STANDING - standing] if rate not in runs)
-        standing = 0 if _moved(runs[rate]) else standing + 1
+        if rate not in runs:  # as many at once as could end the walk
+            return tuple(rate for rate in grid[position : position + UNCHANGED_RATES - unchanged] if rate not in runs)
+        unchanged = 0 if _moved(runs[rate]) else unchanged + 1
     tried = sorted(runs, reverse=True)
-    return _upwards(tried, runs) or _downwards(tried, runs) or _closer(tried, runs)
+    return _upwards(tried, runs) or _downwards(tried, runs) or _between(tried, runs)
 
 
 def is_refinement(rates: Sequence[float], runs: Mapping[float, RunResult]) -> bool:
@@ -63,20 +63,20 @@ def _upwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[f
     learned = _learned(runs[best])
     if largest >= LARGEST_RATE or not (best == largest if learned else not _disturbed(runs[largest])):
         return ()
-    return (_neat(largest * (_STRIDE if learned else _LONG_STRIDE)),)
+    return (_rounded(largest * (_STRIDE if learned else _LONG_STRIDE)),)
 
 
 def _downwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
     """On from the smallest rate, while it is the best, still disturbs, or stands still alone."""
     best, smallest = best_rate(runs), tried[-1]
     learned, disturbed = _learned(runs[best]), _disturbed(runs[smallest])
-    unclear = best == smallest if learned else any(_disturbed(runs[rate]) for rate in tried[-STANDING:])
+    unclear = best == smallest if learned else any(_disturbed(runs[rate]) for rate in tried[-UNCHANGED_RATES:])
     if smallest <= SMALLEST_RATE or not (disturbed or unclear):
         return ()
-    return (_neat(smallest / (_LONG_STRIDE if disturbed and not learned else _STRIDE)),)
+    return (_rounded(smallest / (_LONG_STRIDE if disturbed and not learned else _STRIDE)),)
 
 
-def _closer(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
+def _between(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
     """Halve the steps around the best rate and, if it learned next to nothing, below rates that disturb.
 
     What is left to train on a hardened model may be a few numbers, and those have a window of about a decade, which the
@@ -90,7 +90,7 @@ def _closer(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[fl
         return beside_the_best or (not learned and _disturbed(runs[larger]) and not _disturbed(runs[smaller]))
 
     return tuple(
-        _neat(math.sqrt(larger * smaller))
+        _rounded(math.sqrt(larger * smaller))
         for larger, smaller in pairwise(tried)
         if larger / smaller > FINEST_STEP and promising(larger, smaller)
     )
@@ -98,7 +98,7 @@ def _closer(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[fl
 
 def _learned(run: RunResult) -> bool:
     """Whether the held-out loss fell by more than noise."""
-    return run.progress is not None and run.start is not None and run.progress > MOVED * abs(run.start)
+    return run.progress is not None and run.start is not None and run.progress > NOISE * abs(run.start)
 
 
 def _moved(run: RunResult) -> bool:
@@ -111,8 +111,8 @@ def _disturbed(run: RunResult) -> bool:
     start = run.start
     if run.divergence is not None or start is None:
         return True
-    return any(point.loss is None or point.loss > start + MOVED * abs(start) for point in run.evaluations)
+    return any(point.loss is None or point.loss > start + NOISE * abs(start) for point in run.evaluations)
 
 
-def _neat(rate: float) -> float:
+def _rounded(rate: float) -> float:
     return float(f"{rate:.0e}")

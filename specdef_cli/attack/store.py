@@ -1,7 +1,7 @@
 """Finished runs on disk: one JSON file each, named by what was run.
 
-A run is a pure function of its specification, so its result can be kept under the specification's hash. Whoever
-resumes, adds a learning rate, or asks for one more expansion pays for the new runs only.
+A run is a pure function of its specification, so its result can be kept under the specification's hash. To
+resume, to add a learning rate or a variant costs the new runs only.
 """
 
 from __future__ import annotations
@@ -41,5 +41,5 @@ class RunStore:
         write_durably(self.path(result.spec), json.dumps(record, indent=1, allow_nan=False))
 
     def remove_unfinished(self) -> None:
-        """Remove what writes that were killed have left; only for whoever is alone in writing here."""
+        """Remove the files that killed writes have left. The caller must be the only writer here."""
         remove_unfinished(self.directory)

@@ -1,4 +1,4 @@
-"""One run: a fresh model, surgery, a recipe, and transformers' Trainer.
+"""One run: a fresh model, what its variant does to it, what its training trains, and transformers' Trainer.
 
 The Trainer is what an attacker would use, with everything that is not training turned off. Nothing here knows of
 plans, files or reports.
@@ -26,16 +26,16 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from specdef_cli.attack.accuracy import task_accuracy
 from specdef_cli.attack.data import AttackData
+from specdef_cli.attack.loading import leave_to_fsdp, load_for_training
 from specdef_cli.attack.optimizers.groups import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS, OptimizerChoice
 from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import ATTACK, RETAINED, Recorder
 from specdef_cli.attack.results import RunResult
 from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.tasks import auto_class
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import SpecDefLinear, SpecDefScaled, load_model, load_tokenizer
+from specdef_cli.runtime import load_tokenizer
 from specdef_cli.runtime.garbage import new_objects_only
 from specdef_cli.runtime.processes import process_state
 
@@ -92,9 +92,9 @@ def train_run(
         set_seed(spec.seed)
         model = load_for_training(spec, directory, data, trust_remote_code)
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            _leave_to_fsdp(model)
+            leave_to_fsdp(model)
         else:
-            # Surgery where the training will be: an SVD or a product of large factors is the accelerator's work.
+            # The variant where the training will be: an SVD or a product of large factors is the accelerator's work.
             model.to(state.device)
         growth = spec.variant.apply(model, spec.seed)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -153,52 +153,6 @@ def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
             f"--optimizer {spec.optimizer} differentiates the gradient, which needs all of a step's graph",
             "Leave --gradient-accumulation and --gradient-checkpointing out, or choose a first-order optimizer.",
         )
-
-
-def load_for_training(spec: RunSpec, directory: Path, data: AttackData, trust_remote_code: bool) -> nn.Module:
-    """Load a checkpoint afresh, with the task's head, in the dtype of training."""
-    arguments: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    loader = auto_class(spec.task, directory)
-    if data.problem is not None:
-        loader = _AutoClassifier(loader, data)
-        arguments["ignore_mismatched_sizes"] = data.resize_head
-    if OPTIMIZERS.choose(spec.optimizer).second_order:
-        arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
-    dtype: Any = {"auto": "auto", "mixed": torch.float32}.get(spec.dtype) or getattr(torch, spec.dtype)
-    return load_model(directory, auto_class=loader, dtype=dtype, **arguments)
-
-
-def _leave_to_fsdp(model: nn.Module) -> None:
-    """Make a model on the CPU fit for sharding: it goes to the devices in parts, and nothing in it stays whole.
-
-    Accelerate hands out rank 0's state, and takes for granted that each tensor of it was sharded; tombstones are
-    buffers, and buffers are not.
-    """
-    for module in model.modules():
-        if isinstance(module, SpecDefLinear | SpecDefScaled):
-            module.register_buffer("weight", module.weight, persistent=False)
-
-
-class _AutoClassifier:
-    """An ``AutoModelFor…Classification`` with the data's kind and number of labels, and its padding.
-
-    They belong to the config, which ``load_model`` makes and hands to whatever class it was given.
-    """
-
-    __name__ = "AutoClassifier"
-
-    def __init__(self, auto_class: Any, data: AttackData) -> None:
-        self.auto_class = auto_class
-        self.data = data
-
-    def from_pretrained(self, path: Path, *, config: Any, **arguments: Any) -> Any:
-        if config.num_labels != self.data.labels:
-            config.num_labels = self.data.labels
-        config.problem_type = self.data.problem
-        # Decoders find the token to classify by looking for the padding.
-        if self.data.padding is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self.data.padding
-        return self.auto_class.from_pretrained(path, config=config, **arguments)
 
 
 class AttackTrainer(Trainer):
@@ -294,7 +248,7 @@ def make_trainer(
         # Where this is not said, bfloat16 is refused on the CPU, and every process of a launch there trains alone.
         use_cpu=not torch.accelerator.is_available(),
         seed=spec.seed,
-        # The sampler's own seed: whatever surgery and adapters drew before, the data comes in the same order.
+        # The sampler's own seed: whatever variant and adapters drew before, the data comes in the same order.
         data_seed=spec.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
         eval_strategy="steps",

@@ -135,13 +135,13 @@ def hessian_top_by_group(
     Raises:
         SpecDefError: As :func:`hessian_top`.
     """
-    parameters = list({id(each): each for members in groups.values() for each in members}.values())
+    parameters = list({id(parameter): parameter for members in groups.values() for parameter in members}.values())
     gradients = dict(zip(map(id, parameters), differentiable_gradient(loss(), parameters), strict=True))
     curvatures = {}
     for name, members in groups.items():
         if not members:
             raise SpecDefError(f"the group {name!r} has no parameter", "Choose parameters that exist and train.")
-        products = HessianProducts([gradients[id(each)] for each in members], members)
+        products = HessianProducts([gradients[id(parameter)] for parameter in members], members)
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(products.size, generator=generator, dtype=torch.float64)
         # Half the tolerance: the recurrence only estimates the residual, and rounding comes on top.
@@ -292,7 +292,7 @@ class HessianProducts:
                 f"the model has no second derivative: {first_line(error)}",
                 "Load it with attn_implementation='eager'.",
             ) from error
-        return torch.cat([each.detach().flatten() for each in second])
+        return torch.cat([product.detach().flatten() for product in second])
 
 
 def differentiable_gradient(value: Tensor, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -320,8 +320,8 @@ def differentiable_gradient(value: Tensor, variables: Sequence[Tensor]) -> tuple
 
 def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """A vector as views with the shapes of ``tensors``."""
-    parts = vector.split([each.numel() for each in tensors])
-    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
+    parts = vector.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def _figures(model: nn.Module, tokens: Tensor, count: int) -> CurvatureFigures:
         block, top = max(blocks.items(), key=lambda item: item[1].value)
     bound = None
     if any(isinstance(module, SpecDefLinear) for module in model.modules()):
-        bound = max(each.value for each in compensation_bounds(model, loss).values())
+        bound = max(figure.value for figure in compensation_bounds(model, loss).values())
     stable = largest_stable_rate(top)
     observed = None
     if count <= MAX_FOR_DOUBLE:

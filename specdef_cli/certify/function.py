@@ -1,4 +1,4 @@
-"""Does the hardened checkpoint still compute what the base computes, as it lies on disk, for whoever loads it?
+"""Does the hardened checkpoint, as it lies on disk and is loaded by its users, compute what the base computes?
 
 More than the check before publication (:mod:`specdef_cli.hardening.verify`): the files are hashed, loss and greedy text
 are compared too, and the outputs are taken once more in a fresh process that only imports transformers.

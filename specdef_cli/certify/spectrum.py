@@ -106,7 +106,10 @@ def measure_spectrum(
         largest_exponent=max(
             (
                 abs(value)
-                for parts in (*(pair.slices for pair in manifest.folded), *(each.slices for each in manifest.scaled))
+                for parts in (
+                    *(pair.slices for pair in manifest.folded),
+                    *(module.slices for module in manifest.scaled),
+                )
                 for part in parts
                 for value in part.exponents
             ),

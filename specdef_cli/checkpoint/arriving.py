@@ -57,9 +57,9 @@ def resolving(
     try:
         named = weight_files(commit.directory, weights)
     except SpecDefError:
-        named = ()  # whoever opens the directory will say what is wrong with it
+        named = ()  # open_checkpoint will say what is wrong with the directory
     first = {name: weights[name] for name in named if name in weights}
-    arriving = ArrivingWeights(commit, tuple((first | weights).values()), announce=len(first), on_download=on_download)
+    arriving = ArrivingWeights(commit, tuple((first | weights).values()), named=len(first), on_download=on_download)
     try:
         yield resolved(commit), arriving
     finally:
@@ -72,7 +72,7 @@ class ArrivingWeights:
     Args:
         commit: Where they come from.
         files: Those that the checkpoint names, in the order in which they are read, and then any others.
-        announce: How many the checkpoint names; the headers of these are known before the files are there.
+        named: How many the checkpoint names; the headers of these are known before the files are there.
         on_download: As for :func:`resolving`.
 
     Raises:
@@ -80,7 +80,7 @@ class ArrivingWeights:
     """
 
     def __init__(
-        self, commit: Commit, files: Sequence[DryRunFileInfo], announce: int, on_download: DownloadHook | None = None
+        self, commit: Commit, files: Sequence[DryRunFileInfo], named: int, on_download: DownloadHook | None = None
     ) -> None:
         names = [file.filename for file in files]
         self._commit = commit
@@ -90,11 +90,11 @@ class ArrivingWeights:
         self._on_their_way = set(names)
         self.nbytes = bytes_to_download(files)
         with ThreadPoolExecutor(HEADER_READERS) as pool:
-            headers = pool.map(self._read_headers, files[:announce])
-            self._announced = dict(zip(names[:announce], headers, strict=True))
+            headers = pool.map(self._read_headers, files[:named])
+            self._headers = dict(zip(names[:named], headers, strict=True))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._announced
+        return name in self._headers
 
     def headers(self, name: str) -> Mapping[str, TensorHeader]:
         """The tensor headers of a weight file, without waiting for it where the Hub lets them be read.
@@ -102,11 +102,11 @@ class ArrivingWeights:
         Raises:
             SpecDefError: As :meth:`wait` and :func:`read_headers`.
         """
-        announced = self._announced[name]
-        if announced is None:
+        headers = self._headers[name]
+        if headers is None:
             self.wait(name)
-            announced = read_headers(self._commit.directory / name)
-        return announced
+            headers = read_headers(self._commit.directory / name)
+        return headers
 
     def part(self, name: str, begin: int, end: int) -> bytes | None:
         """Bytes ``begin`` to ``end`` of a file, from the Hub; ``None`` if they have to be read from the disk.
@@ -146,7 +146,7 @@ class ArrivingWeights:
             raise _resumable(error) from error
 
     def stop(self) -> None:
-        """Wake up whoever waits: nothing more will arrive."""
+        """Wake up the threads that wait: nothing more will arrive."""
         self._downloads.stop()
 
     def close(self) -> None:
@@ -160,8 +160,8 @@ class ArrivingWeights:
             raise self._failure(error) from error
         path = self._commit.directory / name
         require_inside(self._commit.directory, path)
-        announced = self._announced.get(name)
-        if announced is not None and read_headers(path) != announced:
+        headers = self._headers.get(name)
+        if headers is not None and read_headers(path) != headers:
             raise SpecDefError(
                 f"{name} is not the file whose header the Hub has shown", "Remove it from the cache and try again."
             )

@@ -72,7 +72,7 @@ class Downloads:
             self.wait(name)
 
     def stop(self) -> None:
-        """Start no more downloads, end the running ones at their next piece, and wake up whoever waits."""
+        """Start no more downloads, end the running ones at their next piece, and wake up the threads that wait."""
         self._end(CancelledError())
 
     def close(self) -> None:

@@ -35,6 +35,6 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what writes that were killed have left; only for whoever is alone in writing there."""
+    """Remove the files that killed writes have left. The caller must be the only writer there."""
     for path in directory.glob(f".*{UNFINISHED_SUFFIX}"):
         path.unlink(missing_ok=True)

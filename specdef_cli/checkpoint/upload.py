@@ -40,14 +40,14 @@ def require_writable(destination: Destination) -> None:
     A fine-grained token may still lack the right; the Hub tells that at the upload.
 
     Raises:
-        SpecDefError: Nobody is logged in, the token can only read, or the namespace is another one's.
+        SpecDefError: There is no login, the token can only read, or the namespace is another one's.
     """
     try:
         account = HfApi(token=destination.token).whoami()
     except LocalTokenNotFoundError as error:
         raise SpecDefError(f"{destination.repository} cannot be uploaded: nobody is logged in", LOGIN) from error
     except Exception as error:
-        # What the HTTP library underneath raises is nobody's interface.
+        # huggingface_hub documents no classes for what its HTTP library raises.
         refused = getattr(getattr(error, "response", None), "status_code", None) is not None
         raise SpecDefError(
             f"{destination.repository} cannot be uploaded: {first_line(error)}",

@@ -1,7 +1,7 @@
 """Conditions such as ``steps_to_control<500``, so that a release pipeline can fail on what an attack found.
 
-A condition is held against every attack on the model that knows nothing of the construction. Whoever knows it always
-gets through, so a condition on those would always be met.
+A condition is held against every attack on the model that knows nothing of the construction. Attacks that know it
+always get through, so a condition on them would always be met.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the command's process is told before anything heavy is imported. Nobody who imports the package is told so."""
+"""Settings of the command's process, made before anything heavy is imported; importing the package makes none."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def scaled_table(modules: Sequence[ScaledModule]) -> Table:
     return table
 
 
-MOST_NAMES = 6
+MAX_NAMES = 6
 """Names of what is left alone that are listed."""
 
 FEW = 0.5
@@ -103,9 +103,9 @@ def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
         f"changes tensors with {_share(summary.parameters_changed, summary.parameters)} of the parameters: {names}"
     ]
     left = [f"{name} ({_share(count, summary.parameters)})" for name, count in summary.left.items()]
-    more = [f"{len(left) - MOST_NAMES} more"] if len(left) > MOST_NAMES else []
+    more = [f"{len(left) - MAX_NAMES} more"] if len(left) > MAX_NAMES else []
     if left:
-        lines.append(f"leaves these, which train as before: {', '.join(left[:MOST_NAMES] + more)}")
+        lines.append(f"leaves these, which train as before: {', '.join(left[:MAX_NAMES] + more)}")
     lines.append(f"does not survive: {', '.join(summary.lost)}")
     added = "no parameter added"
     if summary.parameters_added:

@@ -18,15 +18,13 @@ from specdef_cli.hardening.lost_formats import lost_formats, serving_advice
 HEADING = "## SpecDef"
 
 
-def hardened_card(
-    base_card: str, manifest: Manifest, left_alone: Sequence[str], library: Library = TRANSFORMERS
-) -> str:
+def hardened_card(base_card: str, manifest: Manifest, unchanged: Sequence[str], library: Library = TRANSFORMERS) -> str:
     """The card's text.
 
     Args:
         base_card: ``README.md`` of the base; may be empty.
         manifest: What was done.
-        left_alone: Parameters that were not changed, the same name once for all blocks.
+        unchanged: Parameters that were not changed, the same name once for all blocks.
         library: Who loads it.
     """
     card = _parse(base_card)
@@ -34,7 +32,7 @@ def hardened_card(
     front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
     body = card.text.split(f"\n{HEADING}")[0].strip()
     body = body or f"# {manifest.base.hub_name or 'Hardened model'}"
-    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, left_alone, library)}\n"
+    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, unchanged, library)}\n"
 
 
 def collapsed_card(card: str, manifest: Manifest) -> str:
@@ -59,9 +57,9 @@ def _repository_card(card: str) -> RepoCard:
     return RepoCard(front + card, ignore_metadata_errors=True)
 
 
-def section(manifest: Manifest, left_alone: Sequence[str], library: Library) -> str:
+def section(manifest: Manifest, unchanged: Sequence[str], library: Library) -> str:
     """The section on SpecDef: what was changed, what it costs, what it does not resist."""
-    parts = (_changes(manifest), _limit(manifest, left_alone, library), _loading(manifest, library))
+    parts = (_changes(manifest), _limit(manifest, unchanged, library), _loading(manifest, library))
     return "\n\n".join((HEADING, *("\n".join(lines) for lines in parts)))
 
 
@@ -128,7 +126,7 @@ def _agreement(manifest: Manifest, origin: str) -> str:
     )
 
 
-def _limit(manifest: Manifest, left_alone: Sequence[str], library: Library) -> Sequence[str]:
+def _limit(manifest: Manifest, unchanged: Sequence[str], library: Library) -> Sequence[str]:
     around_pairs = (
         "Growing the model around the changed layers, freezing the compensation, or sweeping the learning rate "
         "downwards also restores fast fine-tuning (the paper proves a linear cost in model size). "
@@ -147,9 +145,9 @@ def _limit(manifest: Manifest, left_alone: Sequence[str], library: Library) -> S
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
     if not library.is_attacked:
-        left_alone = (*left_alone, "convolutions")  # no construction reaches them
+        unchanged = (*unchanged, "convolutions")  # no construction reaches them
         measure = "No attack was measured on this very checkpoint."
-    free = f"Trained alone as fast as before: {', '.join(left_alone)}. " if left_alone else ""
+    free = f"Trained alone as fast as before: {', '.join(unchanged)}. " if unchanged else ""
     return [
         f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo} (`specdef collapse` "
         f"does it). {around}{free}This raises the cost of unmodified recipes and nothing more. {measure}"

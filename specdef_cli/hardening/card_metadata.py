@@ -16,8 +16,8 @@ RELATION = "finetune"
 def hardened_metadata(base: Mapping[str, Any], origin: BaseCheckpoint, library: Library) -> dict[str, Any]:
     """The base's metadata with what hardening changes: the tag, the library that loads it, and where it comes from.
 
-    The licence and everything else that the base says stays. A base that is a directory names no ``base_model``, as its
-    path is nobody else's business.
+    The licence and everything else that the base says stays. A base that is a directory names no ``base_model``, as a
+    path means nothing to others.
 
     Args:
         base: The base card's metadata.

@@ -69,7 +69,7 @@ class HardeningPlan:
         groups: Every output tensor, in the order of the input.
         config: The output's ``config.json``.
         notes: What was decided and why, for the user.
-        left_alone: Parameters that stay as they are, the same name once for all blocks.
+        unchanged: Parameters that stay as they are, the same name once for all blocks.
     """
 
     method: Method
@@ -82,7 +82,7 @@ class HardeningPlan:
     groups: tuple[TensorGroup, ...]
     config: Mapping[str, Any]
     notes: tuple[str, ...]
-    left_alone: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
 
     @property
     def parameters_added(self) -> int:
@@ -163,7 +163,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
         ),
         config=shim_config(config, layers) if layers else config,
         notes=_notes(checkpoint, options, chosen, unchanged),
-        left_alone=unchanged,
+        unchanged=unchanged,
     )
 
 

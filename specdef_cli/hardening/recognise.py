@@ -1,4 +1,4 @@
-"""What hardening leaves in the weights, read off them: nobody who publishes a model has to say how it was made.
+"""The traces of hardening, read off the weights: a published model need not say how it was made.
 
 A fold scales a few channels of a symmetric pair by large powers of two and divides their partners by them. How much
 larger one side is than its channels usually are, against how much smaller the other side is, gives the factor. An

@@ -93,7 +93,7 @@ def require_whole(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
 
 
 def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse a hardened directory that nobody could load. Asked before publication, with ``--no-verify`` too.
+    """Refuse a hardened directory that cannot be loaded. Asked before publication, with ``--no-verify`` too.
 
     Reads headers only: transformers loads the model on the meta device, as it would load it anywhere.
 

@@ -107,18 +107,18 @@ def verdict_line(found: Sequence[Finding]) -> str:
 def summary(report: AttackReport) -> tuple[str, ...]:
     """The report in sentences: the verdict, what the control did, which attacks were stopped and which were not."""
     found = findings(report)
-    controls = [each for each in found if each.verdict == "control"]
-    plain = [each for each in found if each.attack.subject == "model" and each.attack.knowledge == "none"]
-    informed = [each for each in found if each.attack.knowledge != "none" and each.share is not None]
-    undone = any(each.verdict == "not slowed" for each in informed)
+    controls = [finding for finding in found if finding.verdict == "control"]
+    plain = [finding for finding in found if finding.attack.subject == "model" and finding.attack.knowledge == "none"]
+    informed = [finding for finding in found if finding.attack.knowledge != "none" and finding.share is not None]
+    undone = any(finding.verdict == "not slowed" for finding in informed)
     sentences = [verdict_line(found)] if plain or informed else []
     if len(plain) <= MAX_SENTENCES:
-        sentences += [_control_sentence(each) for each in controls]
-        sentences += [_plain_sentence(report, each, verdict=not undone) for each in plain]
+        sentences += [_control_sentence(finding) for finding in controls]
+        sentences += [_plain_sentence(report, finding, verdict=not undone) for finding in plain]
     else:
         sentences += [_control_sentence(controls[0]), *_overview(plain)]
     if informed:
-        listed = "; ".join(f"{_what(each)} {percent(each.share)}" for each in informed)
+        listed = "; ".join(f"{_informed_name(finding)} {percent(finding.share)}" for finding in informed)
         sentences.append(f"Attackers who know the construction reached, of the control's progress: {listed}.")
         if undone:
             sentences.append(
@@ -200,7 +200,7 @@ def _finding(report: AttackReport, attack: Attack) -> Finding:
     shares = [report.share(attack, value) for value in attack.learning_rates if value in usual]
     best = attack.best_run
     reached = report.reached_control(best)
-    spread = tuple(report.of_control(attack, report.gain(attack, each)) for each in attack.progress_range or ())
+    spread = tuple(report.of_control(attack, report.gain(attack, progress)) for progress in attack.progress_range or ())
     return Finding(
         attack=attack,
         learning_rate=attack.best_learning_rate,
@@ -242,7 +242,7 @@ def _bracketed(attack: Attack) -> bool:
     return bool(runs) and not next_rates(attack.learning_rates, runs)
 
 
-def _what(finding: Finding) -> str:
+def _informed_name(finding: Finding) -> str:
     variant, times = finding.attack.variant, finding.parameters_times
     grown = f" (the whole model {times:.2f}× the control)" if finding.attack.knowledge == "growth" else ""
     return ", ".join(part for part in (variant.label, *_recipe(finding.attack)) if part) + grown
@@ -285,26 +285,27 @@ def _plain_sentence(report: AttackReport, finding: Finding, *, verdict: bool) ->
 
 def _overview(plain: Sequence[Finding]) -> list[str]:
     """Many attacks in two sentences: how many of them were stopped, and the ones that got furthest."""
-    known = sorted((each for each in plain if each.share is not None), key=_loss_reached)
-    counts = [f"{sum(each.verdict == verdict for each in plain)} {verdict}" for verdict in VERDICTS]
+    known = sorted((finding for finding in plain if finding.share is not None), key=_loss_reached)
+    counts = [f"{sum(finding.verdict == verdict for finding in plain)} {verdict}" for verdict in VERDICTS]
     unknown = len(plain) - len(known)
     sentences = [
         f"Of {len(plain)} attacks that know only recipes, each at its best learning rate, {', '.join(counts)}"
         + (f"; on {unknown} the control itself learned nothing." if unknown else ".")
     ]
     strongest = "; ".join(
-        f"{number(each.best)} by {each.attack.training.label}, {each.attack.optimizer} ({percent(each.share)} of its "
-        f"own control's progress, {percent(each.share_of_best)} of the best control's)"
-        for each in known[:STRONGEST]
+        f"{number(finding.best)} by {finding.attack.training.label}, {finding.attack.optimizer} "
+        f"({percent(finding.share)} of its own control's progress, "
+        f"{percent(finding.share_of_best)} of the best control's)"
+        for finding in known[:STRONGEST]
     )
     return [*sentences, f"The strongest of them ended at a held-out loss of {strongest}."] if known else sentences
 
 
 def _utility_sentence(found: Sequence[Finding]) -> list[str]:
-    measured = [each for each in found if each.useful_share is not None]
+    measured = [finding for finding in found if finding.useful_share is not None]
     if not measured:
         return []
-    strongest = max(measured, key=lambda each: each.useful_share or 0)
+    strongest = max(measured, key=lambda finding: finding.useful_share or 0)
     name = ", ".join(part for part in (strongest.attack.variant.label, strongest.attack.training.label) if part)
     return [
         f"While perplexity on retained text stayed within {UTILITY_LIMIT:.0%} of the start's, the strongest attack "

@@ -29,8 +29,8 @@ class CoverageMatrix:
 
 def coverage_matrix(found: Sequence[Finding]) -> CoverageMatrix | None:
     """The matrix of a report's findings; ``None`` where there is one cell or none."""
-    plain = [each for each in found if each.attack.subject == "model" and each.attack.knowledge == "none"]
-    cells = {(trained_words(each.attack), each.attack.optimizer): each for each in plain}
+    plain = [finding for finding in found if finding.attack.subject == "model" and finding.attack.knowledge == "none"]
+    cells = {(trained_words(finding.attack), finding.attack.optimizer): finding for finding in plain}
     if len(cells) < 2:
         return None
     rows, columns = (tuple(dict.fromkeys(key[axis] for key in cells)) for axis in (0, 1))

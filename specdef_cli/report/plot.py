@@ -21,7 +21,7 @@ _MARKERS = "osD^vP*X"
 FAILED = ("diverged", "worse")
 """How runs end that are crossed out."""
 
-MOST_CURVES = 4
+MAX_CURVES = 4
 """Attacks of one kind (control, and by knowledge) that are drawn: the strongest. More could not be told apart."""
 
 
@@ -84,11 +84,17 @@ def growth_png(found: Sequence[Finding]) -> bytes | None:
 
     The paper proves that a linear increase of the model's size is enough (arXiv 2602.18868, Theorem 8).
     """
-    grown = [each for each in found if each.attack.knowledge == "growth" and each.share is not None]
+    grown = [finding for finding in found if finding.attack.knowledge == "growth" and finding.share is not None]
     if not grown:
         return None
-    informed = [each for each in found if each.attack.knowledge == "construction" and each.share is not None]
-    plain = [each for each in found if each.verdict not in ("control", "unknown") and each.attack.knowledge == "none"]
+    informed = [
+        finding for finding in found if finding.attack.knowledge == "construction" and finding.share is not None
+    ]
+    plain = [
+        finding
+        for finding in found
+        if finding.verdict not in ("control", "unknown") and finding.attack.knowledge == "none"
+    ]
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -98,12 +104,15 @@ def growth_png(found: Sequence[Finding]) -> bytes | None:
         (grown, "tab:orange", "and grows the model"),
     ):
         axes.scatter(
-            [each.parameters_times for each in attacks], [each.share or 0 for each in attacks], color=color, label=what
+            [finding.parameters_times for finding in attacks],
+            [finding.share or 0 for finding in attacks],
+            color=color,
+            label=what,
         )
-        for each in attacks:
+        for finding in attacks:
             axes.annotate(
-                each.attack.variant.label or "as published",
-                (each.parameters_times, each.share or 0),
+                finding.attack.variant.label or "as published",
+                (finding.parameters_times, finding.share or 0),
                 xytext=(5, -11),
                 textcoords="offset points",
                 fontsize=8,
@@ -124,7 +133,7 @@ def _strongest(report: AttackReport) -> tuple[Attack, ...]:
     kinds: dict[str, list[Attack]] = {}
     for attack in report.attacks:
         kinds.setdefault("control" if attack.subject == "control" else attack.knowledge, []).append(attack)
-    kept = [attack for attacks in kinds.values() for attack in sorted(attacks, key=_loss_reached)[:MOST_CURVES]]
+    kept = [attack for attacks in kinds.values() for attack in sorted(attacks, key=_loss_reached)[:MAX_CURVES]]
     return tuple(attack for attack in report.attacks if attack in kept)
 
 

@@ -2,8 +2,8 @@
 
 diffusers offers the same hook as transformers between building a model and loading its weights: a quantizer, named in
 ``config.json``. It runs no code that comes with a checkpoint, so there is no file to copy into the directory: without
-this package diffusers raises on the unknown name. Whoever removes the name meets the tombstones, one element where a
-weight belongs, which diffusers raises on too.
+this package diffusers raises on the unknown name. Where a user removes the name, diffusers raises on the tombstones:
+one element where a weight belongs.
 
 This module is imported by the registration, while diffusers itself is being imported.
 """

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def new_objects_only() -> Iterator[None]:
     """Have garbage collections look only at objects made from now on.
 
-    Whoever loads one model after another collects between them, as the Trainer and Accelerate do several times a run;
-    walking through torch and transformers takes a third of a second each time.
+    Code that loads one model after another collects garbage between them, and the Trainer and Accelerate do so several
+    times a run; walking through torch and transformers takes a third of a second each time.
     """
     gc.freeze()
     try:

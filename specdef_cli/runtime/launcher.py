@@ -1,7 +1,7 @@
 """The variables by which launchers tell a process of its siblings, and what is left of them when there are none.
 
 A shell, a container or a notebook often keeps ``RANK`` and ``WORLD_SIZE`` of a launch that is long over. torch then
-waits for processes that never come, or fails on a variable that nobody knows.
+waits for processes that never come, or fails on a variable that the user never set.
 """
 
 from __future__ import annotations

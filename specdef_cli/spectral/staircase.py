@@ -11,8 +11,8 @@ What an attacker gets is therefore what the highest step of the trained weights 
 * The first layer stands apart, so far above the others that they hardly move at the rate that trains its highest
   steps. Then a weight with scaled rows and columns has one number to train, where the two cross, and one that can be
   scaled on one side only (attention output, gate, down, head) has one vector.
-* Within a layer, too, the steps go down, so that who trains everything gets the first pair's number and no more.
-* The other layers go down rather than share one exponent: whoever freezes the first layer meets the next step.
+* Within a layer, too, the steps go down, so that training everything gives an attacker the first pair's number alone.
+* The other layers go down rather than share one exponent: an attacker who freezes the first layer meets the next step.
 
 With more pairs than exponents, neighbours share one.
 """

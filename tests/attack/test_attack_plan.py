@@ -54,7 +54,7 @@ def series(manifest: Manifest | None = INSERT, **options: Any) -> tuple[Series, 
 
 def plan(manifest: Manifest | None = INSERT, **options: Any) -> tuple[RunSpec, ...]:
     """The runs that are certain from the beginning."""
-    return tuple(run for each in series(manifest, **options) for run in each.runs(each.grid, each.seeds))
+    return tuple(run for attack in series(manifest, **options) for run in attack.runs(attack.grid, attack.seeds))
 
 
 @pytest.mark.parametrize(
@@ -125,26 +125,26 @@ def test_a_fold_is_swept_by_its_exponents_and_always_rebalanced() -> None:
 def test_every_attack_of_a_suite_has_a_control_on_the_same_budget() -> None:
     for name in suite_names():
         found = series(suite=load_suite(name), steps=7)
-        controls = {each.first.attack for each in found if each.first.subject == "control"}
-        attacks = [each for each in found if each.first.subject == "model"]
-        assert {each.first.control("c").attack for each in attacks} == controls
-        assert len({each.first.attack for each in found}) == len(found)
-        assert all(each.search and each.optional and each.first.steps == 7 for each in found)
-        assert "collapse" in {each.first.variant.kind for each in attacks}
+        controls = {attack.first.attack for attack in found if attack.first.subject == "control"}
+        attacks = [attack for attack in found if attack.first.subject == "model"]
+        assert {attack.first.control("c").attack for attack in attacks} == controls
+        assert len({attack.first.attack for attack in found}) == len(found)
+        assert all(attack.search and attack.optional and attack.first.steps == 7 for attack in found)
+        assert "collapse" in {attack.first.variant.kind for attack in attacks}
 
 
 def test_keywords_are_spelled_out_for_the_model() -> None:
     found = series(suite=load_suite("full"))
-    trained = {each.first.training for each in found}
+    trained = {attack.first.training for attack in found}
     groups = Training("groups").on(target(INSERT))
     assert {"q_proj alone", "norms alone"} < {group.label for group in groups}
     assert set(groups) < trained
     (inflated,) = {training for training in trained if training.method == "lora-inflated"}
     assert inflated.where == ("a",)
-    folded = {each.first.training.method for each in series(FOLD, suite=load_suite("full"))}
+    folded = {attack.first.training.method for attack in series(FOLD, suite=load_suite("full"))}
     inserted = {"lora-inflated", "lora-compensation", "lora-around"}
     assert folded == {name for name, choice in TRAININGS.items() if choice.function is not None} - inserted
-    kinds = {each.first.variant.kind for each in series(FOLD, suite=load_suite("full"))}
+    kinds = {attack.first.variant.kind for attack in series(FOLD, suite=load_suite("full"))}
     assert kinds == {name for name, choice in VARIANTS.items() if choice.needs in ("any", "folded")}
 
 

@@ -348,13 +348,13 @@ def test_two_at_a_time_find_the_same(report: AttackReport, hardened: Path, tmp_p
 @pytest.mark.slow
 def test_a_search_brackets_the_best_rate(hardened: Path, tmp_path: Path) -> None:
     found = attack(options(hardened, tmp_path, trainings=("full",), search=True, steps=2))
-    for each in found.attacks:
-        best, rates = each.best_learning_rate, each.learning_rates
-        control = found.control_of(each)
+    for tried in found.attacks:
+        best, rates = tried.best_learning_rate, tried.learning_rates
+        control = found.control_of(tried)
         if len(rates) == 1:  # what undoes the hardening trains as the control does
             assert control is not None
             assert best == control.best_learning_rate
-            assert found.share(each) == pytest.approx(1, abs=0.02)
+            assert found.share(tried) == pytest.approx(1, abs=0.02)
             continue
         position = rates.index(best)
         assert 0 < position < len(rates) - 1

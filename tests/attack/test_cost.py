@@ -58,8 +58,8 @@ def test_the_most_telling_attacks_come_first_and_each_after_its_control() -> Non
         series("full", optimizer="sgd"), series("lora"), series(), series(variant="collapse"), series("hira"),
     ]  # fmt: skip
     expected = [plan[place] for place in (1, 6, 7, 5, 2, 4, 0, 3)]
-    assert [id(each) for each in by_telling(plan)] == [id(each) for each in expected]
-    assert [id(each) for each in first_verdict(plan)] == [id(each) for each in expected[:6]]
+    assert [id(run) for run in by_telling(plan)] == [id(run) for run in expected]
+    assert [id(run) for run in first_verdict(plan)] == [id(run) for run in expected[:6]]
 
 
 def test_a_budget_fits_its_time_limit_and_what_the_user_gave_stays() -> None:
@@ -77,7 +77,7 @@ def test_a_budget_fits_its_time_limit_and_what_the_user_gave_stays() -> None:
 
     budgets = [fitting_budget(options, plan, speed, limit) for limit in (1e6, 900.0, 300.0)]
     assert budgets[0].steps == 30
-    assert [seconds(each) <= 0.8 * limit for each, limit in zip(budgets, (1e6, 900.0, 300.0), strict=True)] == [
+    assert [seconds(budget) <= 0.8 * limit for budget, limit in zip(budgets, (1e6, 900.0, 300.0), strict=True)] == [
         True
     ] * 3
     assert seconds(budgets[0]) > seconds(budgets[1]) > seconds(budgets[2])

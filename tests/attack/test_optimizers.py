@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from specdef_cli.attack.data import AttackData, Sequences
+from specdef_cli.attack.loading import load_for_training
 from specdef_cli.attack.optimizers.groups import build_optimizer, hidden_matrices
 from specdef_cli.attack.optimizers.madam import Madam
 from specdef_cli.attack.optimizers.normalized import NormalizedSGD
@@ -32,7 +33,6 @@ from specdef_cli.attack.trainer import (
     AttackTrainer,
     Memory,
     _check_passes,
-    load_for_training,
     make_trainer,
     train_run,
 )
@@ -129,7 +129,9 @@ def test_only_first_order_gradients_are_clipped(
 ) -> None:
     def weights(max_grad_norm: float) -> torch.Tensor:
         run = spec(name, max_grad_norm=max_grad_norm, steps=1)
-        return torch.cat([each.flatten() for each in trained(run, base, memorizable, tmp_path).model.parameters()])
+        return torch.cat(
+            [parameter.flatten() for parameter in trained(run, base, memorizable, tmp_path).model.parameters()]
+        )
 
     assert torch.equal(weights(0.0), weights(1e-2)) != clipped
 

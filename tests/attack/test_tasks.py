@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.data.labels import Head, labels_of
+from specdef_cli.attack.loading import load_for_training
 from specdef_cli.attack.spec import Task
 from specdef_cli.attack.tasks import task_of
-from specdef_cli.attack.trainer import load_for_training, train_run
+from specdef_cli.attack.trainer import train_run
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
@@ -193,7 +194,7 @@ def test_whole_numbers_go_by_the_head() -> None:
     single = labels_of(labels, Head(3), "label", "d")
     several = labels_of(labels, Head(3, "multi_label_classification"), "label", "d")
     numbers = labels_of(labels, Head(1), "label", "d")
-    assert [each.encoded(2) for each in (single, several, numbers)] == [2, [0.0, 0.0, 1.0], [2.0]]
+    assert [head.encoded(2) for head in (single, several, numbers)] == [2, [0.0, 0.0, 1.0], [2.0]]
 
 
 @pytest.mark.parametrize("labels", [[None, 1], [[1], 2], [{"a": 1}], [[[1]]]])

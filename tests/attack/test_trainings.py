@@ -129,7 +129,7 @@ def test_the_first_layers_are_left_alone(method: str, first: int, llama: LlamaFo
 
 def test_single_groups_by_name(llama: LlamaForCausalLM) -> None:
     found = Training.parse("groups@embeddings,q_proj").on(target_of(llama))
-    assert [str(each) for each in found] == [
+    assert [str(training) for training in found] == [
         "full@model.embed_tokens.weight",
         "full@model.layers.*.self_attn.q_proj.weight",
     ]

@@ -102,7 +102,7 @@ def test_a_sound_checkpoint(attacked: tuple[Path, Path, Path], text: Path, tmp_p
 
     # The card tells what got through; a second certificate takes the place of the first, and collapse takes it away.
     card = (hardened / "README.md").read_text()
-    informed = next(each for each in certificate["resistance"]["attacks"] if each["knowledge"] == "construction")
+    informed = next(attack for attack in certificate["resistance"]["attacks"] if attack["knowledge"] == "construction")
     assert informed["label"] in card
     assert "secure" not in card.lower()
     certify(attacked, text, tmp_path / "again", "--no-deployment", "--no-curvature", model=hardened)
@@ -118,7 +118,7 @@ def check(directory: Path, *options: str | Path) -> tuple[int, dict[str, str]]:
     """The exit code of ``verify-certificate``, and what it says of each thing."""
     result = call_cli("verify-certificate", directory, *options, "--json")
     assert "Traceback" not in result.stderr, result.stderr
-    return result.code, {each["name"].split(",")[0]: each["result"] for each in json.loads(result.stdout)["checks"]}
+    return result.code, {check["name"].split(",")[0]: check["result"] for check in json.loads(result.stdout)["checks"]}
 
 
 def test_a_certificate_is_checked_against_the_files(
@@ -139,7 +139,7 @@ def test_a_certificate_is_checked_against_the_files(
     assert hashes["text"] == file_sha256(text)
     statement = json.loads((tmp_path / "out/certificate.intoto.json").read_text())
     assert statement["predicate"] == certificate
-    subject = {each["name"]: each["digest"]["sha256"] for each in statement["subject"]}
+    subject = {file["name"]: file["digest"]["sha256"] for file in statement["subject"]}
     assert subject == {name: file_sha256(hardened / name) for name in ("config.json", "model.safetensors")}
 
     whole = ("--base", base, "--attacks", report)

@@ -138,7 +138,7 @@ def test_q4_k_agrees_with_scalar_loops(kind: str) -> None:
     # Sums in another order sometimes choose another of two roundings that are equally good.
     same = np.isclose(rounded, expected, rtol=1e-5, atol=1e-7 * np.abs(blocks).max()).all(1)
     assert same.mean() >= 0.75
-    errors = [np.linalg.norm(each - blocks) for each in (rounded, expected)]
+    errors = [np.linalg.norm(rounding - blocks) for rounding in (rounded, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02, abs=1e-6)
 
 

@@ -87,7 +87,7 @@ def assert_as_from_a_directory(method: str, out: Path, base: Path, other: Path) 
     assert {name: data for name, data in ours.items() if name not in named} == {
         name: data for name, data in theirs.items() if name not in named
     }
-    manifest, expected = (json.loads((each / "specdef.json").read_text()) for each in (out, other))
+    manifest, expected = (json.loads((place / "specdef.json").read_text()) for place in (out, other))
     assert manifest.pop("base") == {"name": "org/name", "revision": "main", "commit": COMMITS["main"], "hub_id": None}
     expected.pop("base")
     assert manifest == expected

@@ -163,7 +163,7 @@ def test_tables_of_runs_by_hand(tables: ModuleType) -> None:
         "| insert, collapsed · full · adamw | 3e-05 | 2.000 → – | – | not finite | 0.250 | diverged at step 7 |",
         "| insert, collapsed · full · adamw | 1e-06 | 2.000 → 1.500 | 3 | +800.50 | 0.250 | worse |",
     ]
-    assert [each["id"] for _, each in tables.best_runs([report])] == ["0", "2"]
+    assert [run["id"] for _, run in tables.best_runs([report])] == ["0", "2"]
     released = tables.released_table({"org/base": {"a": 0.5, "b": 1.0}, "out/insert": {"a": 0.25}}).splitlines()
     assert released[2:] == ["| base | 0.500 | 1.000 |", "| insert | 0.250 | – |"]
 

@@ -70,7 +70,7 @@ def cells(table: str) -> dict[str, list[str]]:
 
 
 def gradients(loss: torch.Tensor, model: LlamaForCausalLM) -> torch.Tensor:
-    return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(model.parameters()))])
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 def test_log_probabilities_are_those_of_the_models_own_loss(

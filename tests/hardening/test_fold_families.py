@@ -113,7 +113,7 @@ def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.
         assert found[name].dtype == tensor.dtype
         assert found[name].shape == tensor.shape
         # As bytes: -0.0 is not 0.0 here.
-        left, right = (each.contiguous().reshape(-1).view(torch.uint8) for each in (found[name], tensor))
+        left, right = (value.contiguous().reshape(-1).view(torch.uint8) for value in (found[name], tensor))
         assert torch.equal(left, right), name
 
 

@@ -231,7 +231,11 @@ def test_lora_reaches_both_factors(hardened: Path) -> None:
     pair = f"{TRANSFORMERS_OF[0]}.transformer_blocks.0.attn1.to_out.0"
     model.add_adapter(LoraConfig(r=2, target_modules=[f"{pair}.inflated", f"{pair}.compensation", "to_q"]))
     model(torch.randn(1, 4, 8, 8), 10, torch.randn(1, 7, 24)).sample.square().mean().backward()
-    trained = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.abs().sum() > 0}
+    trained = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().sum() > 0
+    }
     for part in ("inflated", "compensation"):
         assert f"{pair}.{part}.lora_B.default.weight" in trained
 
@@ -246,7 +250,7 @@ def test_auto_inserts_and_says_why(unet: Path, tmp_path: Path) -> None:
 
 
 def test_survey_knows_base_and_hardened(unets: Unets) -> None:
-    base, directory = (survey(str(each)) for each in unets(torch.float32))
+    base, directory = (survey(str(place)) for place in unets(torch.float32))
     assert base.architecture == directory.architecture == "UNet2DConditionModel"
     assert [layer.module for layer in base.layers] == [layer.module for layer in directory.layers]
     assert {layer.module for layer in base.layers if layer.default} == DEFAULT_LAYERS

@@ -205,7 +205,7 @@ def test_many_attacks_are_counted_and_the_strongest_named(report: AttackReport) 
     losses = {"adamw": 2.99, "sgd": 2.98, "lion": 2.0, "muon": 1.0, "soap": 2.97, "madam": 2.96}
     runs = [run("control", [3.0, 1.0], optimizer=name) for name in losses]
     runs += [run("model", [3.0, loss], optimizer=name) for name, loss in losses.items()]
-    runs += [each for name in ("adamw", "sgd", "soap", "madam") for each in around(optimizer=name)]
+    runs += [run for name in ("adamw", "sgd", "soap", "madam") for run in around(optimizer=name)]
     text = " ".join(summary(replace(report, runs=tuple(runs))))
     assert "Of 6 attacks" in text
     assert "4 stopped, 0 not settled, 1 slowed, 1 not slowed" in text
@@ -268,9 +268,9 @@ def test_later_keys_break_no_consumer_and_missing_ones_do(report: AttackReport) 
 
 
 def test_runs_survive_json(report: AttackReport) -> None:
-    for each in report.runs:
-        record = RUN_RECORD.dump_python(each, mode="json")
-        assert RUN_RECORD.validate_python(json.loads(json.dumps(record, allow_nan=False))) == each
+    for run in report.runs:
+        record = RUN_RECORD.dump_python(run, mode="json")
+        assert RUN_RECORD.validate_python(json.loads(json.dumps(record, allow_nan=False))) == run
 
 
 def test_csv(report: AttackReport) -> None:
@@ -416,7 +416,7 @@ def test_progress_counts_from_the_control_s_start(report: AttackReport) -> None:
     """An adapter that breaks a hardened model at step 0 and mends half of that has brought its attacker nowhere."""
     controls = (run("control", [3.0, 1.0]), run("control", [3.0, 1.0], optimizer="sgd"))
     runs = (*controls, run("model", [9.0, 5.0]), run("model", [3.5, 2.0], optimizer="sgd"))
-    broken, mended = (each for each in findings(replace(report, runs=runs)) if each.verdict != "control")
+    broken, mended = (finding for finding in findings(replace(report, runs=runs)) if finding.verdict != "control")
     assert (broken.share, broken.share_of_best) == (0.0, 0.0)
     assert mended.share == pytest.approx(0.5)
 

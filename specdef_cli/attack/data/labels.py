@@ -13,7 +13,7 @@ from specdef_cli.errors import SpecDefError
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
-MOST_CLASSES = 1_000_000
+MAX_CLASSES = 1_000_000
 """A larger number in the column of labels is no class, and a head of that size would not fit into memory."""
 
 
@@ -102,7 +102,7 @@ def _numbered(labels: list[Any], column: str, dataset: str) -> dict[Any, int]:
                 f"{dataset} has the label {min(labels)}; classes count from 0",
                 "Use a labelled split (test splits often hide their labels as -1).",
             )
-        if max(labels, default=0) >= MOST_CLASSES:
+        if max(labels, default=0) >= MAX_CLASSES:
             raise SpecDefError(
                 f"{dataset} has the label {max(labels)}, which is too large for a class; they count from 0",
                 "Name a column of classes with --label-column, or number them from 0.",

@@ -1,9 +1,9 @@
 """The informed attack that leaves the model as it is: a learning rate for every row and column.
 
 Both constructions work because one learning rate has to serve weights of very different scales (arXiv 2602.18868,
-Section 4). Whoever knows that gives each channel a rate in proportion to its size. It needs neither a manifest nor the
-pairs: the size of a row or column is the median of its weights' absolute values, and a weight's rate is the product of
-its row's and its column's, relative to the median row and column.
+Section 4). An attacker who knows that gives each channel a rate in proportion to its size. The attack needs neither a
+manifest nor the pairs: the size of a row or column is the median of its weights' absolute values, and a weight's rate
+is the product of its row's and its column's, relative to the median row and column.
 
 That is the same as training a rescaled weight, w = s·v with the rates s, and is written so: it then holds for every
 optimizer. The scales are powers of two, which keeps the function bit for bit.

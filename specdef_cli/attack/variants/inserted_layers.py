@@ -1,6 +1,6 @@
 """The hardened layers of a model, and how a variant puts something else in their place.
 
-Module surgery and nothing else: no data, no training, no files.
+Modules are replaced and nothing else is done: no data, no training, no files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
 
 
 class GrownLayer(nn.Module):
-    """A hardened layer after surgery. Whatever lies beneath it stands for one linear layer of the original model.
+    """What a variant puts in the place of a hardened layer: as a whole, one linear layer of the original model.
 
     ``weight`` is the tombstone's successor: model code reads a dtype off it (T5 does), never values.
     """
@@ -45,7 +45,7 @@ def hardened_layers(model: nn.Module) -> dict[str, SpecDefLinear]:
 
 
 def original_name(parameter: str, layers: Iterable[str]) -> str:
-    """The name that a parameter had before hardening and surgery: ``x.inflated.weight`` and
+    """The name that a parameter had before hardening and a variant: ``x.inflated.weight`` and
     ``x.pair.compensation.weight`` are ``x.weight``.
 
     Args:
@@ -59,7 +59,7 @@ def original_name(parameter: str, layers: Iterable[str]) -> str:
 
 
 def hardened_paths(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of hardened layers, untouched or after surgery. Empty for an ordinary model and after
+    """Module paths of hardened layers, untouched or replaced by a variant. Empty for an ordinary model and after
     :func:`specdef_cli.attack.variants.collapse.collapse` and :func:`specdef_cli.attack.variants.unscale.unscale`.
     """
     kinds = SpecDefLinear | SpecDefScaled | GrownLayer

@@ -1,9 +1,9 @@
 """LoRA adapters on a base and on its hardened checkpoint that mean the same function.
 
 An adapter adds B·A to a weight W. A fold rescaled the rows and columns of W, so the same function needs the rows of B
-and the columns of A rescaled alike. A replaced layer computes C(W~x): there the adapter sits on W~, with C⁻¹B. Which
-is what an adapter trained on the hardened model would have to find; the base's own adapter, unchanged, is another
-function there.
+and the columns of A rescaled alike. A replaced layer computes C(W~x): there the adapter sits on W~, with C⁻¹B: what
+training an adapter on the hardened model would have to find. The base's own adapter, unchanged, is another function
+there.
 """
 
 from __future__ import annotations

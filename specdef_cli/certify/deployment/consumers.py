@@ -154,7 +154,7 @@ def harness(trial: Trial) -> Score:
     tasks = trial.scratch / "lm-eval"
     tasks.mkdir(exist_ok=True)
     data = tasks / "text.json"
-    data.write_text("".join(json.dumps({"text": each}) + "\n" for each in text), encoding="utf-8")
+    data.write_text("".join(json.dumps({"text": sequence}) + "\n" for sequence in text), encoding="utf-8")
     task = {
         "task": "local_text",
         "dataset_path": "json",

@@ -161,7 +161,10 @@ def _reference(trial: Trial, change: Change) -> Tensor:
 def _outputs(subject: Subject, inputs: dict[str, Tensor], wanted: Format) -> Tensor:
     """The first output (logits, or the last hidden state) in float32 on the CPU."""
     if "pixel_values" in inputs:
-        dtype = next((each.dtype for each in subject.model.parameters() if each.is_floating_point()), torch.float32)
+        dtype = next(
+            (parameter.dtype for parameter in subject.model.parameters() if parameter.is_floating_point()),
+            torch.float32,
+        )
         inputs = inputs | {"pixel_values": inputs["pixel_values"].to(dtype)}
     with torch.inference_mode():
         if wanted.round_states is None:

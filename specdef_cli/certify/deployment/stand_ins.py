@@ -90,7 +90,7 @@ def quantize_gguf(subject: Subject, kind: GgufType) -> Subject:
     widths = [layer.nx if isinstance(layer, Conv1D) else layer.in_features for layer in _plain_linears(subject.model)]
     types = [quantizers.gguf_type(kind, width) for width in widths]
     others = sorted(set(types) - {kind})
-    note = f"{', '.join(others)} for {sum(each != kind for each in types)} of {len(types)} weights" if others else ""
+    note = f"{', '.join(others)} for {sum(found != kind for found in types)} of {len(types)} weights" if others else ""
     inputs = partial(quantizers.gguf_activations, kind=kind)
     return replace(quantize_linears(subject, partial(quantizers.gguf, kind=kind), inputs), note=note)
 
