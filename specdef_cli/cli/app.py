@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -36,15 +38,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("harden")(harden_command)
-app.command("attack", cls=ListingCommand)(attack_command)
-app.command("certify")(certify_command)
-app.command("collapse")(collapse_command)
-app.command("compare")(compare_command)
-app.command("inspect")(inspect_command)
-app.command("card")(card_command)
-app.command("push")(push_command)
-app.command("verify-certificate")(verify_certificate_command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "harden": harden_command,
+    "attack": attack_command,
+    "certify": certify_command,
+    "collapse": collapse_command,
+    "compare": compare_command,
+    "inspect": inspect_command,
+    "card": card_command,
+    "push": push_command,
+    "verify-certificate": verify_certificate_command,
+}
+for name, command in COMMANDS.items():
+    # By itself, the list of commands would cut the sentence to the width that is left.
+    sentence = (inspect.getdoc(command) or "").partition("\n\n")[0]
+    app.command(name, short_help=sentence, cls=ListingCommand if name == "attack" else None)(command)
 
 
 def _print_version(wanted: bool) -> None:

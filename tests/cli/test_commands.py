@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.trainings.table import TRAININGS
 from specdef_cli.attack.variants.table import VARIANTS
+from specdef_cli.cli.app import COMMANDS
 from specdef_cli.cli.startup import COLLECT_AFTER
 from tests.commands import assert_refused, call_cli, environment, run_cli, run_program, snapshot
 
 TinyModel = Callable[..., Path]
-COMMANDS = ("harden", "attack", "certify", "collapse", "inspect", "card", "push", "verify-certificate")
 
 
 def imported(*arguments: str) -> set[str]:
@@ -57,6 +57,7 @@ def test_help_names_commands_options_and_examples() -> None:
         assert "--json" in said.stdout
         assert "--quiet" in said.stdout
     assert "secure" not in root.stdout.lower()
+    assert "..." not in root.stdout.partition("Commands:")[2]  # no sentence is cut
 
 
 def test_help_of_attack_lists_the_tables() -> None:
@@ -256,7 +257,8 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 )
 def test_weights_come_to_lie_in_huge_pages() -> None:
     code = (
-        "from specdef_cli.cli.startup import prefer_huge_pages; prefer_huge_pages()\n"
+        "from specdef_cli.cli.app import COMMANDS
+from specdef_cli.cli.startup import prefer_huge_pages; prefer_huge_pages()\n"
         "import json, torch; weight = torch.ones(2**24)\n"
         "sizes = [line.split() for line in open('/proc/self/smaps') if line.startswith('AnonHugePages')]\n"
         "print(json.dumps({'bytes': sum(int(size) for _, size, _ in sizes) * 1024}))"
