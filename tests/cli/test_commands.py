@@ -257,8 +257,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 )
 def test_weights_come_to_lie_in_huge_pages() -> None:
     code = (
-        "from specdef_cli.cli.app import COMMANDS
-from specdef_cli.cli.startup import prefer_huge_pages; prefer_huge_pages()\n"
+        "from specdef_cli.cli.startup import prefer_huge_pages; prefer_huge_pages()\n"
         "import json, torch; weight = torch.ones(2**24)\n"
         "sizes = [line.split() for line in open('/proc/self/smaps') if line.startswith('AnonHugePages')]\n"
         "print(json.dumps({'bytes': sum(int(size) for _, size, _ in sizes) * 1024}))"
