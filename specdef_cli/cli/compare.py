@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdef_cli.cli.options import Json
+from specdef_cli.cli.options import Json, Quiet
 from specdef_cli.cli.output import Output
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def compare_command(
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.")] = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Put attack reports side by side: one row an attack, one column a model.
 
@@ -41,11 +42,11 @@ def compare_command(
     if markdown and not as_json:
         print(comparison_markdown(comparison), end="")
         return
-    Output(as_json).data(comparison, comparison_table(comparison))
+    Output(as_json, quiet).data(comparison, comparison_table(comparison, notes=not quiet))
 
 
-def comparison_table(comparison: Comparison) -> Group:
-    """The comparison as the terminal shows it."""
+def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:
+    """The comparison as the terminal shows it, with or without what there is to know about the reports."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -67,4 +68,5 @@ def comparison_table(comparison: Comparison) -> Group:
     caption = (
         "control: held-out loss (best η), share of the best control's progress. Models: share of its own control's."
     )
-    return Group(table, Text(caption), *(Text(line) for line in (*lines, *comparison.notes)))
+    said = (*lines, *comparison.notes) if notes else lines
+    return Group(table, Text(caption), *(Text(line) for line in said))
