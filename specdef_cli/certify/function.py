@@ -27,6 +27,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
 from specdef_cli.runtime import load_model, without_progress_bars
 from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs
+from specdef_cli.runtime.garbage import new_objects_only
 from specdef_cli.runtime.shim import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
 
 PROMPT, CONTINUATION = 16, 32
@@ -107,10 +108,11 @@ def measure_function(
             base's outputs are not finite.
     """
     run_code = _may_run_code(hardened, trust_remote_code)
-    before = _observe(base, tokens, trust_remote_code, on_model)
-    if not torch.isfinite(before.outputs).all():
-        raise SpecDefError(f"the outputs of {base} hold NaN or infinity", "Repair its weights.")
-    after = _observe(hardened, tokens, trust_remote_code, on_model)
+    with new_objects_only():
+        before = _observe(base, tokens, trust_remote_code, on_model)
+        if not torch.isfinite(before.outputs).all():
+            raise SpecDefError(f"the outputs of {base} hold NaN or infinity", "Repair its weights.")
+        after = _observe(hardened, tokens, trust_remote_code, on_model)
     agreement = None
     if before.generated is not None and after.generated is not None:
         agreement = float((before.generated == after.generated).double().mean())

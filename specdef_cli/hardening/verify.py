@@ -20,6 +20,7 @@ from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import load_model, without_progress_bars
 from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs, no_batch
+from specdef_cli.runtime.garbage import new_objects_only
 
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
 LOGITS_TOLERANCE = 0.05
@@ -59,12 +60,14 @@ def compare_models(
         SpecDefError: The model takes inputs that cannot be made up (naming what it takes), or the base's outputs are
             not finite.
     """
-    reference = _outputs(base, dtype, device, loading)
-    if not torch.isfinite(reference).all():
-        raise SpecDefError(
-            f"the outputs of {base} hold NaN or infinity before any change", "Repair its weights, or --dtype float32."
-        )
-    return compare_outputs(reference, _outputs(hardened, dtype, device, loading))
+    with new_objects_only():
+        reference = _outputs(base, dtype, device, loading)
+        if not torch.isfinite(reference).all():
+            raise SpecDefError(
+                f"the outputs of {base} hold NaN or infinity before any change",
+                "Repair its weights, or --dtype float32.",
+            )
+        return compare_outputs(reference, _outputs(hardened, dtype, device, loading))
 
 
 def compare_outputs(reference: Tensor, outputs: Tensor) -> OutputComparison:
