@@ -33,6 +33,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def short_descents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where gradient descent diverges is tested in test_curvature; here a few steps stand for many."""
+    monkeypatch.setattr(curvature_change, "DESCENT_STEPS", 5)
+
+
+@pytest.fixture
+def no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For certificates that are not about the function: starting a process takes most of their time."""
+    monkeypatch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
+
+
 @pytest.fixture(scope="module", params=["insert", pytest.param("fold", marks=pytest.mark.slow)])
 def attacked(
     request: pytest.FixtureRequest,
@@ -81,7 +93,9 @@ def verdicts(certificate: dict[str, Any]) -> dict[str, bool | None]:
     return {claim["name"]: claim["holds"] for claim in certificate["claims"]}
 
 
-def test_a_sound_checkpoint(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
+def test_a_sound_checkpoint(
+    attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     hardened = shutil.copytree(attacked[1], tmp_path / "hardened")
     code, certificate = certify(attacked, text, tmp_path / "out", "--format", "bfloat16", model=hardened)
     assert verdicts(certificate) == {"function": True, "spectrum": True, "curvature": True}
@@ -97,7 +111,8 @@ def test_a_sound_checkpoint(attacked: tuple[Path, Path, Path], text: Path, tmp_p
         assert 0 < after["bound"] <= abs(after["top"]["eigenvalue"])
     assert [figure["format"] for figure in certificate["deployment"]] == ["bfloat16"]
     written = json.loads((tmp_path / "out" / "certificate.json").read_text())
-    assert written == {"format": 2, "holds": True, **certificate}
+    assert written == certificate
+    assert (written["format"], written["holds"]) == (2, True)
     assert json.loads((hardened / "certificate.json").read_text()) == written
 
     # The card tells what got through; a second certificate takes the place of the first, and collapse takes it away.
@@ -105,6 +120,7 @@ def test_a_sound_checkpoint(attacked: tuple[Path, Path, Path], text: Path, tmp_p
     informed = next(attack for attack in certificate["resistance"]["attacks"] if attack["knowledge"] == "construction")
     assert informed["label"] in card
     assert "secure" not in card.lower()
+    request.getfixturevalue("no_fresh_process")
     certify(attacked, text, tmp_path / "again", "--no-deployment", "--no-curvature", model=hardened)
     card = (hardened / "README.md").read_text()
     assert card.count("### Certificate") == card.count("### Attacks") == card.count("## SpecDef") == 1
@@ -121,23 +137,33 @@ def check(directory: Path, *options: str | Path) -> tuple[int, dict[str, str]]:
     return result.code, {check["name"].split(",")[0]: check["result"] for check in json.loads(result.stdout)["checks"]}
 
 
+@pytest.fixture(scope="module")
+def certified(
+    attacked: tuple[Path, Path, Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A hardened directory with its certificate, and where that was written."""
+    root = tmp_path_factory.mktemp("certified")
+    hardened = shutil.copytree(attacked[1], root / "hardened")
+    skip = ("--no-deployment", "--no-curvature", "--statement")
+    assert certify(attacked, text, root / "out", *skip, model=hardened)[0] == 0
+    return hardened, root / "out"
+
+
 def test_a_certificate_is_checked_against_the_files(
-    attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path
+    attacked: tuple[Path, Path, Path], certified: tuple[Path, Path], text: Path
 ) -> None:
     base, report = attacked[0], attacked[2]
-    hardened = shutil.copytree(attacked[1], tmp_path / "hardened")
-    skip = ("--no-deployment", "--no-curvature", "--statement")
-    assert certify(attacked, text, tmp_path / "out", *skip, model=hardened)[0] == 0
+    hardened, out = certified
     written = (hardened / "certificate.json").read_text()
     certificate = json.loads(written)
     assert (certificate["model"], certificate["base"]) == ("hardened", base.name)
-    assert not [path for path in (tmp_path, base.parent, attacked[1].parent, text.parent) if str(path) in written]
+    assert not [path for path in (out.parent, base.parent, attacked[1].parent, text.parent) if str(path) in written]
     hashes = certificate["provenance"]
     assert hashes["hardened"]["model.safetensors"] == file_sha256(hardened / "model.safetensors")
     assert hashes["base"]["model.safetensors"] == file_sha256(base / "model.safetensors")
     assert hashes["attack_report"] == file_sha256(report)
     assert hashes["text"] == file_sha256(text)
-    statement = json.loads((tmp_path / "out/certificate.intoto.json").read_text())
+    statement = json.loads((out / "certificate.intoto.json").read_text())
     assert statement["predicate"] == certificate
     subject = {file["name"]: file["digest"]["sha256"] for file in statement["subject"]}
     assert subject == {name: file_sha256(hardened / name) for name in ("config.json", "model.safetensors")}
@@ -153,10 +179,11 @@ def test_a_certificate_is_checked_against_the_files(
     assert {name for name, result in found.items() if result == "not checked"} == unseen
 
 
-def test_a_certificate_that_does_not_fit_differs(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
+def test_a_certificate_that_does_not_fit_differs(
+    attacked: tuple[Path, Path, Path], certified: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, report = attacked[0], attacked[2]
-    hardened = shutil.copytree(attacked[1], tmp_path / "hardened")
-    assert certify(attacked, text, tmp_path / "out", "--no-deployment", "--no-curvature", model=hardened)[0] == 0
+    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
     whole = ("--base", base, "--attacks", report)
     written = (hardened / "certificate.json").read_text()
 
@@ -190,6 +217,7 @@ def test_a_certificate_that_does_not_fit_differs(attacked: tuple[Path, Path, Pat
     assert_refused(call_cli("verify-certificate", spoilt), "has no certificate.json", "specdef certify")
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_changed_weights_fail(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
     """One matrix that hardening did not touch is another one: the function and the hash say so."""
     hardened = tamper(attacked[1], tmp_path / "hardened", "model.layers.1.self_attn.q_proj.weight", 1.5)
@@ -203,6 +231,7 @@ def test_changed_weights_fail(attacked: tuple[Path, Path, Path], text: Path, tmp
     assert not (hardened / "certificate.json").exists()
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_weights_that_are_not_as_planned_fail(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
     """The function is kept, but a changed tensor is not what the manifest says: half as inflated, or not the base's."""
     manifest = read_manifest(attacked[1])

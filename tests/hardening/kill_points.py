@@ -1,8 +1,8 @@
 """Runs of the command line that die, forked from one process that has imported everything: ``python kill_points.py``.
 
-On stdin comes a JSON list of runs; each is ``{"arguments": [...], "target": "module.function" or null, "call": n,
-"signal": s, "delay": seconds or null}``. The run gets the signal just before the n-th call of the target, or after the
-delay. On stdout goes a JSON list of their wait statuses and what they wrote to stderr.
+Every line of stdin is a JSON list of runs, ``{"arguments": [...], "target": "module.function" or null, "call": n,
+"signal": s, "delay": seconds or null}``. A run gets the signal just before the n-th call of the target, or after the
+delay. On stdout goes a line with a JSON list of their wait statuses and what they wrote to stderr.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    cases = json.load(sys.stdin)
-    for case in cases:
-        if case["target"]:
-            importlib.import_module(case["target"].rpartition(".")[0])  # here, and not again in every fork
-    print(json.dumps([run(case) for case in cases]))
+    for line in sys.stdin:
+        cases = json.loads(line)
+        for case in cases:
+            if case["target"]:
+                importlib.import_module(case["target"].rpartition(".")[0])  # here, and not again in every fork
+        print(json.dumps([run(case) for case in cases]), flush=True)

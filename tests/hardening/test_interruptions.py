@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from specdef_cli.checkpoint.stream import RECORD_SUFFIX
 from tests.commands import Result, call_cli, environment, snapshot
 
 TinyModel = Callable[..., Path]
+Die = Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
 WRITE = "specdef_cli.checkpoint.stream._write_group"
 # Where a harden can die, in order: while shards are written, recorded, completed, verified and published.
 POINTS = [
@@ -48,17 +49,27 @@ def expected(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
     return dict(snapshot(out))
 
 
-def die(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    process = subprocess.run(
+@pytest.fixture(scope="module")
+def die() -> Iterator[Die]:
+    """Has runs die, and says how each ended; the process that they are forked from imports everything once."""
+    process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("kill_points.py"))],
-        input=json.dumps(cases),
         env=environment(),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=500,
     )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def run(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        print(json.dumps(cases), file=stdin, flush=True)
+        return json.loads(stdout.readline())
+
+    with process:
+        yield run
+        stdin.close()
 
 
 def resume(arguments: tuple[str, ...], out: Path, expected: dict[str, str]) -> Result:
@@ -85,7 +96,7 @@ def identity(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.fault("kill -9 in harden, then --resume")
-def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
+def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
     outs = [tmp_path / str(number) / "out" for number in range(len(POINTS))]
     cases = [
         {
@@ -109,7 +120,9 @@ def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, s
 
 
 @pytest.mark.fault("Ctrl-C")
-def test_interrupted_from_the_keyboard(arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
+def test_interrupted_from_the_keyboard(
+    die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
+) -> None:
     points = [(WRITE, 1), (WRITE, 12), ("specdef_cli.hardening.run.verify", 1)]
     outs = [tmp_path / str(number) / "out" for number in range(len(points))]
     cases = [
@@ -126,7 +139,9 @@ def test_interrupted_from_the_keyboard(arguments: tuple[str, ...], expected: dic
 
 @pytest.mark.fault("kill -9 in harden, then --resume")
 @pytest.mark.slow
-def test_killed_at_many_random_moments(arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
+def test_killed_at_many_random_moments(
+    die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
+) -> None:
     generator = random.Random(0)
     outs = [tmp_path / str(number) / "out" for number in range(100)]
     cases = [
@@ -157,7 +172,7 @@ def test_killed_at_many_random_moments(arguments: tuple[str, ...], expected: dic
 @pytest.mark.fault("kill -9 in harden, then --resume")
 @pytest.mark.slow
 def test_a_run_that_dies_again_and_again_arrives(
-    arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
+    die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     case = {"arguments": [*arguments, str(out), "--resume"], "target": WRITE, "signal": signal.SIGKILL, "delay": None}
