@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from specdef_cli.attack.optimizers.table import OptimizerChoice
     from specdef_cli.attack.options import AttackOptions
     from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
-    from specdef_cli.attack.results import Attack, AttackReport, RunResult
+    from specdef_cli.attack.results import Attack, AttackReport
     from specdef_cli.attack.run import attack, is_main_process, plan_attack
+    from specdef_cli.attack.run_result import RunResult
     from specdef_cli.attack.table import Factor
     from specdef_cli.attack.trainings.table import Training, TrainingChoice
     from specdef_cli.attack.variants.growth import Growth
@@ -40,7 +41,7 @@ _PUBLIC = {
     "OptimizerChoice": "specdef_cli.attack.optimizers.table",
     "ProgressEvent": "specdef_cli.attack.recorder",
     "ProgressHook": "specdef_cli.attack.recorder",
-    "RunResult": "specdef_cli.attack.results",
+    "RunResult": "specdef_cli.attack.run_result",
     "Training": "specdef_cli.attack.trainings.table",
     "TrainingChoice": "specdef_cli.attack.trainings.table",
     "Variant": "specdef_cli.attack.variants.table",

@@ -20,7 +20,7 @@ from specdef_cli.attack.data.attack_data import Examples
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series
-from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.checkpoint.reader import open_checkpoint

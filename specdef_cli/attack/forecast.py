@@ -18,7 +18,7 @@ from specdef_cli.attack.cost import (
 )
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series
-from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.durations import in_words
 

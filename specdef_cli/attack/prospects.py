@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from specdef_cli.attack.results import NOISE, EvalPoint, RunResult
+from specdef_cli.attack.run_result import NOISE, EvalPoint, RunResult
 
 POWER = 2
 """From half of its steps on, a run's progress grows with this power of the steps at most. Adapters whose product starts

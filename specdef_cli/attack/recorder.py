@@ -15,7 +15,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from specdef_cli.attack.prospects import Lead, is_hopeless
-from specdef_cli.attack.results import (
+from specdef_cli.attack.run_result import (
     BATCHES_BEYOND_TWICE,
     BEYOND_TWICE,
     DIVERGENCE_FACTOR,

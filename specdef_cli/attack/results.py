@@ -1,202 +1,25 @@
-"""What an attack found: curves as they were recorded, and the figures that follow from them.
+"""What an attack found: runs grouped into attacks, and each attack measured against its control.
 
-Only what was measured is stored. Shares, best points and steps to the control's loss are computed from it, so that
-one definition holds in the table, the JSON and the HTML. Numbers that are not finite are stored as ``None``: JSON has
-no NaN, and a diverged loss has no value worth plotting.
+Shares, best points and steps to the control's loss are computed from the runs' curves, so that one definition holds in
+the table, the JSON and the HTML.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal
+from typing import Literal
 
-from pydantic import TypeAdapter
-
+from specdef_cli.attack.run_result import EvalPoint, RunResult
 from specdef_cli.attack.spec import RunSpec, Subject
 from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Knowledge, Variant
 
 CONTROL_SHARE = 0.95
 """A run has reached the control's loss once it made this share of the control's progress; an exact tie would hang on
 rounding.
 """
-
-DIVERGENCE_FACTOR = 2.0
-"""An evaluation loss above this many times the one at step 0 is divergence."""
-
-UTILITY_LIMIT = 0.10
-"""A model has kept its utility while its perplexity on retained text is at most this share above the start's."""
-
-NOISE = 2e-3
-"""A change of the held-out loss within this share of the start says nothing."""
-
-RunOutcome = Literal["finished", "worse", "diverged", "stopped"]
-DivergenceReason = Literal[
-    "training loss is beyond twice the start",
-    "training loss is not finite",
-    "held-out loss is not finite",
-    "held-out loss is beyond twice the start",
-]
-BEYOND_TWICE: Final = "held-out loss is beyond twice the start"
-"""The one reason that a run can go on after, where it is asked to."""
-
-BATCHES_BEYOND_TWICE: Final = "training loss is beyond twice the start"
-"""The reason that holds in a search alone, where every run has others to measure up to."""
-
-
-@dataclass(frozen=True)
-class TrainPoint:
-    """One optimizer step: the loss of its batch, and the gradient's norm before clipping, both before the update."""
-
-    step: int
-    loss: float | None
-    grad_norm: float | None
-
-
-@dataclass(frozen=True)
-class EvalPoint:
-    """The held-out loss after ``step`` updates, ``seconds`` after training began, and the loss on retained text."""
-
-    step: int
-    loss: float | None
-    seconds: float
-    retained: float | None = None
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Where a run diverged, and why. It was given up there, unless it was to go on (:attr:`RunResult.given_up`)."""
-
-    step: int
-    reason: DivergenceReason
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One finished run.
-
-    Attributes:
-        spec: What was run.
-        train: Every optimizer step.
-        evaluations: Held-out losses, from step 0 to the last.
-        divergence: ``None`` for a run that never diverged.
-        growth: What the variant did to the layers that it changed; ``None`` for a plain run.
-        parameters: Parameters of the model that was trained, without adapters.
-        trainable_parameters: Parameters that the optimizer moved, adapters included.
-        seconds: Wall time of training and evaluation.
-        accuracy: On tasks of lm-eval, after the last step.
-        stopped: The step after which a search ended the run, as it could not become the best any more
-            (:mod:`specdef_cli.attack.prospects`); ``None`` for a run that was made in full, or diverged.
-    """
-
-    spec: RunSpec
-    train: tuple[TrainPoint, ...]
-    evaluations: tuple[EvalPoint, ...]
-    divergence: Divergence | None
-    growth: Growth | None
-    parameters: int
-    trainable_parameters: int
-    seconds: float
-    accuracy: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
-    stopped: int | None = None
-
-    @property
-    def outcome(self) -> RunOutcome:
-        """How the run ended: within its budget, within it but above its start, given up, or stopped by its search."""
-        if self.given_up:
-            return "diverged"
-        if self.start is not None and self.final is not None and self.final > self.start:
-            return "worse"
-        return "finished" if self.stopped is None else "stopped"
-
-    @property
-    def given_up(self) -> bool:
-        """Whether the run ended before its budget did, as it diverged."""
-        return self.divergence is not None and (self.spec.stop_at_divergence or self.divergence.reason != BEYOND_TWICE)
-
-    @property
-    def cut(self) -> bool:
-        """Whether the run was given up where it could have gone on, and perhaps come back."""
-        return self.divergence is not None and self.given_up and self.divergence.reason == BEYOND_TWICE
-
-    @property
-    def shortened(self) -> bool:
-        """Whether a search ended the run, which by itself would have gone on."""
-        reason = self.divergence.reason if self.divergence is not None else None
-        return self.stopped is not None or reason == BATCHES_BEYOND_TWICE
-
-    @property
-    def start(self) -> float | None:
-        """Held-out loss before the first update."""
-        return self.evaluations[0].loss if self.evaluations else None
-
-    @property
-    def best(self) -> float | None:
-        """Lowest held-out loss, the start included: an attacker keeps the best checkpoint."""
-        return min((point.loss for point in self.evaluations if point.loss is not None), default=None)
-
-    @property
-    def best_step(self) -> int | None:
-        """The first step at which :attr:`best` was seen."""
-        return next(
-            (point.step for point in self.evaluations if point.loss is not None and point.loss == self.best), None
-        )
-
-    @property
-    def final(self) -> float | None:
-        """Held-out loss at the end; ``None`` where it is not a number any more."""
-        if self.divergence is not None and "not finite" in self.divergence.reason:
-            return None
-        return self.evaluations[-1].loss if self.evaluations else None
-
-    @property
-    def first_grad_norm(self) -> float | None:
-        """Norm of the first gradient: larger by orders of magnitude on an inflated model."""
-        return self.train[0].grad_norm if self.train else None
-
-    @property
-    def progress(self) -> float | None:
-        """How far the best held-out loss is below the start (nats)."""
-        return None if self.start is None or self.best is None else self.start - self.best
-
-    @property
-    def useful_progress(self) -> float | None:
-        """As :attr:`progress`, over evaluations at which the model had kept its utility (:data:`UTILITY_LIMIT`);
-        ``None`` where that was not measured.
-        """
-        start = self.evaluations[0].retained if self.evaluations else None
-        if start is None or self.start is None:
-            return None
-        limit = start + math.log1p(UTILITY_LIMIT)
-        kept = [
-            point.loss
-            for point in self.evaluations
-            if point.loss is not None and point.retained is not None and point.retained <= limit
-        ]
-        return self.start - min(kept, default=self.start)
-
-    @property
-    def flops_per_step(self) -> int:
-        """Floating-point operations of an optimizer step, estimated from the parameters: two for each parameter and
-        token forwards, two backwards through it, and two for the gradient of each that trains.
-        """
-        tokens = self.spec.batch_size * self.spec.sequence_length
-        return 2 * tokens * (2 * self.parameters + self.trainable_parameters)
-
-    def reached(self, loss: float) -> EvalPoint | None:
-        """The first evaluation with a held-out loss at or below ``loss``; ``None`` when the budget did not get
-        there.
-        """
-        return next((point for point in self.evaluations if point.loss is not None and point.loss <= loss), None)
-
-
-RUN_RECORD = TypeAdapter(RunResult)
-"""Reads and writes a finished run as JSON data."""
 
 
 @dataclass(frozen=True)

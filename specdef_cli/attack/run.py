@@ -28,8 +28,9 @@ from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series, make_plan
 from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import ProgressHook
-from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, RunResult
+from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
 from specdef_cli.attack.retained import retained_sequences
+from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.schedule import run_all
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore

@@ -21,7 +21,7 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
 from specdef_cli.attack.prospects import Lead, trains_as_control
 from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
-from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.search import best_rate, is_refinement, next_rates
 from specdef_cli.attack.spec import RunSpec
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from specdef_cli.attack.results import NOISE, RunResult
+from specdef_cli.attack.run_result import NOISE, RunResult
 
 FINEST_STEP = 3.5
 """Neighbours of the best rate end within this factor of it: half a decade, in one-digit numbers."""

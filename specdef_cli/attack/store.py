@@ -10,7 +10,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from specdef_cli.attack.results import RUN_RECORD, RunResult
+from specdef_cli.attack.run_result import RUN_RECORD, RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
 from specdef_cli.errors import SpecDefError

@@ -31,7 +31,7 @@ from specdef_cli.attack.optimizers.groups import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS, OptimizerChoice
 from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import ATTACK, RETAINED, Recorder
-from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError

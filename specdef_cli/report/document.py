@@ -15,7 +15,8 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specdef_cli.attack.budget import Budget
-from specdef_cli.attack.results import DataSummary, Divergence, EvalPoint, Hardening, RunOutcome, TrainPoint
+from specdef_cli.attack.results import DataSummary, Hardening
+from specdef_cli.attack.run_result import Divergence, EvalPoint, RunOutcome, TrainPoint
 from specdef_cli.attack.spec import Subject
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.variants.table import Knowledge

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from specdef_cli.attack.results import CONTROL_SHARE, UTILITY_LIMIT, Attack, AttackReport, RunResult
+from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport
+from specdef_cli.attack.run_result import UTILITY_LIMIT, RunResult
 from specdef_cli.attack.search import next_rates
 
 STOPPED_SHARE = 0.05

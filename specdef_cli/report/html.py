@@ -13,7 +13,8 @@ from datetime import date
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from specdef_cli.attack.results import CONTROL_SHARE, DIVERGENCE_FACTOR, UTILITY_LIMIT, AttackReport
+from specdef_cli.attack.results import CONTROL_SHARE, AttackReport
+from specdef_cli.attack.run_result import DIVERGENCE_FACTOR, UTILITY_LIMIT
 from specdef_cli.report.findings import (
     KNOWLEDGE_WORDS,
     STOPPED_SHARE,

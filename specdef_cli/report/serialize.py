@@ -14,13 +14,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from specdef_cli.attack.results import (
-    CONTROL_SHARE,
-    DIVERGENCE_FACTOR,
-    UTILITY_LIMIT,
-    AttackReport,
-    RunResult,
-)
+from specdef_cli.attack.results import CONTROL_SHARE, AttackReport
+from specdef_cli.attack.run_result import DIVERGENCE_FACTOR, UTILITY_LIMIT, RunResult
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.report.document import (
     SCHEMA_NAME,

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
-from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport, RunResult
+from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport
+from specdef_cli.attack.run_result import RunResult
 from specdef_cli.report.findings import (
     Finding,
     findings,

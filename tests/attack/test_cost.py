@@ -27,7 +27,7 @@ from specdef_cli.attack.cost import (
     fitting_budget,
 )
 from specdef_cli.attack.plan import Series
-from specdef_cli.attack.results import RunResult
+from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant

@@ -9,7 +9,7 @@ import pytest
 
 from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import Recorder
-from specdef_cli.attack.results import Divergence, EvalPoint
+from specdef_cli.attack.run_result import Divergence, EvalPoint
 
 START = 3.0
 

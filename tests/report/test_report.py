@@ -16,19 +16,11 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from specdef_cli.attack.results import (
-    RUN_RECORD,
-    AttackReport,
-    DataSummary,
-    Divergence,
-    EvalPoint,
-    Growth,
-    Hardening,
-    RunResult,
-    TrainPoint,
-)
+from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
+from specdef_cli.attack.run_result import RUN_RECORD, Divergence, EvalPoint, RunResult, TrainPoint
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
 from specdef_cli.report.document import ReportDocument
