@@ -41,7 +41,7 @@ from specdef_cli.attack.trainer import Memory, quiet, train_run
 from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive, writable_ancestor
-from specdef_cli.checkpoint.presence import no_base
+from specdef_cli.checkpoint.presence import no_base, require_undefended
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve, resolve_base, resolve_hardened
 from specdef_cli.errors import SpecDefError
@@ -309,11 +309,13 @@ def _subject(options: AttackOptions) -> tuple[Path, Manifest | None]:
 def _control(options: AttackOptions, directory: Path, manifest: Manifest | None) -> tuple[str, Path]:
     """The control's name and directory: as given, or the base that the manifest names."""
     if options.control is not None:
-        return str(options.control), resolve(str(options.control), token=options.token).directory
+        found = resolve(str(options.control), token=options.token).directory
+        require_undefended(found, "--control")
+        return str(options.control), found
     if manifest is None:
         raise no_base(options.model, "--control")
-    found = resolve_base(manifest, directory, token=options.token, option="--control")
-    return manifest.base.name, found.directory
+    base = resolve_base(manifest, directory, token=options.token, option="--control")
+    return manifest.base.name, base.directory
 
 
 def _hardening(manifest: Manifest | None) -> Hardening | None:

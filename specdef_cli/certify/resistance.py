@@ -70,8 +70,8 @@ def read_resistance(path: Path, checkpoint: str) -> Resistance:
         raise SpecDefError(f"{path} is an attack report without runs", "Give a finished report of `specdef attack`.")
     if attacked != {checkpoint}:
         raise SpecDefError(
-            f"{path} is a report on {_public(document.model.name)}, whose weights are not the ones to be certified",
-            "Attack this very directory, or leave --attacks out.",
+            f"{path} is a report on {_public(document.model.name)}, whose weights are others than these",
+            "Give the report of an attack on this very directory: `specdef attack` makes one.",
         )
     return _resistance(document)
 

@@ -52,6 +52,7 @@ from specdef_cli.checkpoint.destination import require_outside
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.output import writable_ancestor
+from specdef_cli.checkpoint.presence import require_undefended
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, resolve, resolve_base, resolve_hardened
 from specdef_cli.errors import SpecDefError
@@ -152,7 +153,9 @@ def _hardened(options: CertifyOptions) -> Resolved:
 def _base(options: CertifyOptions) -> Resolved:
     """The base: as named, or as the manifest names it."""
     if options.base is not None:
-        return resolve(options.base, token=options.token)
+        found = resolve(options.base, token=options.token)
+        require_undefended(found.directory, "--base")
+        return found
     directory = _hardened(options).directory
     return resolve_base(read_manifest(directory), directory, token=options.token, option="--base")
 

@@ -28,6 +28,7 @@ from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError, first_violation
+from specdef_cli.report.document import REPORT_NAME
 
 Result = Literal["matches", "differs", "not checked"]
 
@@ -62,6 +63,10 @@ def verify_certificate(
     Raises:
         SpecDefError: There is no certificate, or it cannot be read.
     """
+    if attacks is not None:
+        attacks = attacks / REPORT_NAME if attacks.is_dir() else attacks
+        if not attacks.is_file():
+            raise SpecDefError(f"--attacks {attacks} is not a file", "Give the report.json of `specdef attack`.")
     directory = resolve(model, revision=revision, token=token).directory
     recorded, origin = _read(directory / CERTIFICATE_NAME)
     manifest = read_manifest(directory) if is_hardened(directory) else None

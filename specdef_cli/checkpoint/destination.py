@@ -47,8 +47,13 @@ def is_taken(final: Path) -> bool:
     return final.exists() and not (final.is_dir() and not any(final.iterdir()))
 
 
-def require_manifest_place(path: Path, out: Path) -> None:
-    """Refuse a place for a manifest that is taken, lies in the published directory, or cannot be written to.
+def require_manifest_place(path: Path, out: Path, model: str = "") -> None:
+    """Refuse a place for a manifest that is taken, or in the published directory or the model, or cannot be written to.
+
+    Args:
+        path: Where the manifest is to lie.
+        out: The directory that is published.
+        model: What is hardened: with a manifest in it, a base would be taken for a hardened model.
 
     Raises:
         SpecDefError: naming it.
@@ -59,6 +64,15 @@ def require_manifest_place(path: Path, out: Path) -> None:
         raise SpecDefError(
             f"--manifest-out {path} lies in the directory that is published",
             "Choose a file outside of it, or leave the option out.",
+        )
+    if out.resolve().is_relative_to(path.resolve()):
+        raise SpecDefError(
+            f"--manifest-out {path} is a directory that --out {out} lies in", "Choose a file outside of --out."
+        )
+    source = Path(model).expanduser()
+    if model and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+        raise SpecDefError(
+            f"--manifest-out {path} lies in the model {source}, which is not hardened", "Choose a file outside of it."
         )
     existing = next(parent for parent in path.resolve().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

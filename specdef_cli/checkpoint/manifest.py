@@ -294,12 +294,13 @@ def keep_elsewhere(directory: Path, manifest: Path | None) -> None:
 
     Args:
         directory: A hardened directory.
-        manifest: What ``--manifest`` names; ``None`` changes nothing.
+        manifest: What ``--manifest`` names; ``None`` takes back what an earlier call said of this directory.
 
     Raises:
         SpecDefError: There is no such file, or the directory has a manifest of its own.
     """
     if manifest is None:
+        _ELSEWHERE.pop(directory.resolve(), None)
         return
     if not manifest.is_file():
         raise SpecDefError(f"--manifest {manifest} is not a file", "Give what `specdef harden --manifest-out` wrote.")
@@ -333,7 +334,13 @@ def read_manifest(directory: Path) -> Manifest:
             f"Give a directory that `specdef harden` wrote. A {MANIFEST_NAME} that lies elsewhere is named with "
             "--manifest; after save_pretrained, copy it along.",
         )
-    return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SpecDefError(
+            f"{path} is not a valid manifest: {error}", "Give the file that `specdef harden` wrote."
+        ) from error
+    return Manifest.from_json(text, str(path))
 
 
 def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:

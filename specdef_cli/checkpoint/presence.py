@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from specdef_cli.checkpoint.manifest import base_of, is_hardened, keep_elsewhere, read_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, base_of, is_hardened, keep_elsewhere, read_manifest
 from specdef_cli.errors import SpecDefError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
@@ -63,7 +63,9 @@ def require_models(model: str, base: str | None, option: str, manifest: Path | N
     """
     directory = require_model(model, manifest)
     if base is not None:
-        require_model(base)
+        found = require_model(base)
+        if found is not None:
+            require_undefended(found, option)
     elif directory is not None:
         if not is_hardened(directory):
             raise no_base(model, option)
@@ -75,6 +77,19 @@ def require_models(model: str, base: str | None, option: str, manifest: Path | N
                 f"the base {name} that the manifest of {model} names is not available: {error.problem}",
                 f"Give its directory or Hub id with {option}.",
             ) from error
+
+
+def require_undefended(base: Path, option: str) -> None:
+    """Refuse a base that is hardened itself: measured against it, any hardening would seem to do nothing.
+
+    Raises:
+        SpecDefError: naming it.
+    """
+    if (base / MANIFEST_NAME).is_file():
+        raise SpecDefError(
+            f"{option} {base} is hardened itself: its {MANIFEST_NAME} says so",
+            f"Name the undefended model with {option}, or leave it out where the manifest names that.",
+        )
 
 
 def no_base(model: str | Path, option: str) -> SpecDefError:

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from specdef_cli.cli.options import Json, Quiet
+from specdef_cli.cli.options import Json, Manifest, Quiet
 from specdef_cli.cli.output import Output
 
 
 def card_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `specdef harden` published.")],
     attacks: Annotated[Path, typer.Option(metavar="REPORT", help="report.json of an attack on it.")],
+    manifest: Manifest = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -28,7 +29,9 @@ def card_command(
     from rich.text import Text
 
     from specdef_cli.certify.attack_section import attacks_on_card
+    from specdef_cli.checkpoint.manifest import keep_elsewhere
 
     output = Output(as_json, quiet)
+    keep_elsewhere(directory, manifest)
     section = attacks_on_card(directory, attacks)
     output.data({"card": directory / "README.md", "section": section}, Text(section))

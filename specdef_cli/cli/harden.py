@@ -85,7 +85,7 @@ def harden_command(
     if not dry_run:
         require_usable(options.out, model)
     if options.manifest_out is not None:
-        require_manifest_place(options.manifest_out, options.out)
+        require_manifest_place(options.manifest_out, options.out, model)
     prefer_huge_pages()
 
     from specdef_cli.checkpoint.stream import Progress

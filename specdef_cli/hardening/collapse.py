@@ -28,7 +28,7 @@ from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
 from specdef_cli.hardening.scale import UnscaleModule
-from specdef_cli.hardening.soundness import require_as_described
+from specdef_cli.hardening.soundness import require_its_own
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE, unshim_config
 
@@ -133,7 +133,7 @@ def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorG
     Raises:
         SpecDefError: A tensor is not there as the manifest describes it.
     """
-    require_as_described(checkpoint, manifest)
+    require_its_own(checkpoint, manifest)
     undone = fold_groups((inverse(pair) for pair in manifest.folded), checkpoint, None)
     by_inflated = {layer.inflated_tensor: layer for layer in manifest.inserted}
     consumed = {

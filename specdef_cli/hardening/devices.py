@@ -34,13 +34,18 @@ def _chosen_devices(device: str | None, state: PartialState) -> tuple[torch.devi
             chosen = torch.device(device)
             torch.empty(1, device=chosen).item()  # the meta device holds no values
         except (RuntimeError, AssertionError) as error:
-            raise SpecDefError(f"device {device!r} is not available here", "Use --device cpu or cuda.") from error
+            raise SpecDefError(f"device {device!r} is not available here", f"Use --device {_there()}.") from error
         return (chosen,)
     if state.num_processes > 1:
         return (state.device,)
     if torch.cuda.is_available():
         return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
     return (torch.device("cpu"),)
+
+
+def _there() -> str:
+    """The kinds of device that this machine has, for a hint."""
+    return "cpu or cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _load_linear_algebra(devices: Sequence[torch.device]) -> None:

@@ -162,7 +162,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
             options.dtype,
         ),
         config=shim_config(config, layers) if layers else config,
-        notes=_notes(checkpoint, options, chosen, unchanged),
+        notes=(*_notes(checkpoint, options, chosen, unchanged), *_strangers(checkpoint, skeleton)),
         unchanged=unchanged,
     )
 
@@ -271,6 +271,23 @@ def _notes(
         )
     left_out = checkpoint.companions.note()
     return (*notes, left_out) if left_out else tuple(notes)
+
+
+def _strangers(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
+    """A note on tensors that the model has no place for: config.json may be that of a smaller model."""
+    known = skeleton.names.parameters.keys() | skeleton.model.state_dict().keys()
+    expected = getattr(skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    found = [
+        name
+        for name in checkpoint.tensors
+        if name not in known and not any(re.search(pattern, name) for pattern in expected)
+    ]
+    if not found:
+        return []
+    return [
+        f"Not part of the model that config.json describes, so carried over unchanged and not protected: {len(found)} "
+        f"tensors, {found[0]} for one."
+    ]
 
 
 def wants_factors(options: HardenOptions) -> bool:

@@ -26,7 +26,7 @@ from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.execute import Written, published, write_json
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
-from specdef_cli.hardening.soundness import require_hardenable, require_loadable
+from specdef_cli.hardening.soundness import require_attention, require_hardenable, require_loadable
 from specdef_cli.hardening.verify import verify
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE
@@ -70,6 +70,7 @@ def open_model(
         checkpoint = open_checkpoint(resolved.directory, arriving)
         require_hardenable(checkpoint)
         skeleton = Skeleton.read(checkpoint, trust_remote_code=options.trust_remote_code)
+        require_attention(skeleton)
         yield resolved, checkpoint, make_plan(checkpoint, skeleton, options)
 
 
@@ -95,7 +96,7 @@ def harden(
         SpecDefError: The input, an option, or the disk; nothing was published.
     """
     if options.manifest_out is not None:
-        require_manifest_place(options.manifest_out, options.out)
+        require_manifest_place(options.manifest_out, options.out, options.model)
     with open_model(options, on_download) as (resolved, checkpoint, plan):
         on_plan(plan)
         with published(

@@ -6,20 +6,26 @@ such a model would mean nothing.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, is_hardened, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.runtime import load_model, without_progress_bars
 from specdef_cli.runtime.shim import ScaledSpec, is_shim, shim_layers, unshim_config
 
 RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."
 MAX_EXPONENT = 1000
 """No power of two beyond is a number of any dtype here."""
+CERTAIN_OCTAVES = 8
+"""Half of that is further than the channels of a trained model stand out by themselves, outside of norms' readers."""
 
 
 def require_sound(directory: Path, *, trust_remote_code: bool = False) -> Skeleton:
@@ -50,8 +56,11 @@ def require_sound(directory: Path, *, trust_remote_code: bool = False) -> Skelet
             _require_factors(checkpoint)
             return Skeleton.read(as_original(checkpoint, None), trust_remote_code=trust_remote_code)
         require_hardenable(checkpoint)
+    else:
+        require_its_own(checkpoint, manifest)
     original = as_original(checkpoint, manifest)
     skeleton = Skeleton.read(original, trust_remote_code=trust_remote_code)
+    require_attention(skeleton)
     require_whole(skeleton, original)
     return skeleton
 
@@ -70,6 +79,59 @@ def require_hardenable(checkpoint: Checkpoint) -> None:
         method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
         raise SpecDefError(
             f"{directory} is quantized ({method})", "Harden the unquantized checkpoint, and quantize the result."
+        )
+
+
+def require_attention(skeleton: Skeleton) -> None:
+    """Refuse a config.json that asks for an attention kernel that is not here: nothing could load what comes of it.
+
+    Raises:
+        SpecDefError: naming the kernel.
+    """
+    kernel = getattr(skeleton.config, "_attn_implementation", None)
+    if kernel in (None, "eager", "sdpa"):
+        return
+    model_class: Any = type(skeleton.model)
+    try:
+        with torch.device("meta"):
+            model_class._from_config(copy.deepcopy(skeleton.config))
+    except Exception as error:  # ImportError, ValueError and what packages of kernels raise
+        raise SpecDefError(
+            f"config.json asks for the attention kernel {kernel}, which cannot be used here: {first_line(error)}",
+            "Install what it needs, or take attn_implementation out of config.json.",
+        ) from error
+
+
+def require_its_own(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Refuse a manifest that belongs to other weights: undoing what was never done destroys a model without a sign.
+
+    Inserted layers and scaled modules have tensors of their own, which :func:`require_as_described` looks for. A fold
+    has none: here the channel that it multiplied most must stand out, in the smallest tensor that shows that.
+
+    Raises:
+        SpecDefError: naming the channel.
+    """
+    require_as_described(checkpoint, manifest)
+    telling = [
+        (part, exponent, index)
+        for pair in manifest.folded
+        for part in pair.slices
+        for exponent, index in [max(zip(part.exponents, part.indices, strict=True), default=(0, 0))]
+        if exponent >= CERTAIN_OCTAVES and len(checkpoint.tensors[part.tensor].shape) > 1
+    ]
+    largest = max((exponent for _, exponent, _ in telling), default=0)
+    telling = [entry for entry in telling if 2 * entry[1] >= largest]
+    if not telling:
+        return
+    part, exponent, index = min(telling, key=lambda entry: checkpoint.tensors[entry[0].tensor].nbytes)
+    tensor = checkpoint.read(part.tensor)
+    weight, axis = (tensor, part.axis) if part.block is None else (tensor[part.block], part.axis - 1)
+    sizes = weight.movedim(axis, 0).flatten(1).float().abs().median(1).values  # [channels]
+    usual = float(sizes.median())
+    if usual > 0 and float(sizes[index]) < usual * 2.0 ** (exponent / 2):
+        raise SpecDefError(
+            f"{MANIFEST_NAME} says that channel {index} of {part.tensor} is multiplied by 2^{exponent}, and it is not",
+            f"Give the {MANIFEST_NAME} that belongs to these weights. If a fold was undone, nothing is left to do.",
         )
 
 

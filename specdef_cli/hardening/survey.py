@@ -21,7 +21,7 @@ from specdef_cli.hardening.insert import read_weight
 from specdef_cli.hardening.outlook import Outlook, outlook
 from specdef_cli.hardening.recognise import Recognised, recognise
 from specdef_cli.hardening.selection import RESIDUAL_WRITERS
-from specdef_cli.hardening.soundness import as_original
+from specdef_cli.hardening.soundness import as_original, require_its_own
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import shim_layers
 from specdef_cli.spectral.effective_rank import effective_rank
@@ -119,6 +119,8 @@ def _survey(
     on_progress: Callable[[Progress], None],
 ) -> Survey:
     manifest = read_manifest(resolved.directory) if is_hardened(resolved.directory) else None
+    if manifest is not None and checkpoint.arriving is None:
+        require_its_own(checkpoint, manifest)
     original = as_original(checkpoint, manifest)
     skeleton = Skeleton.read(original, trust_remote_code=trust_remote_code)
     if "quantization_config" not in original.config:  # packed weights have shapes of their own
