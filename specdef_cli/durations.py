@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from specdef_cli.errors import SpecDefError
@@ -20,7 +21,7 @@ def parse_duration(text: str, option: str) -> float:
     match = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)s)?\s*", text)
     parts = match.groups() if match else ()
     seconds = sum(float(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=bool(parts)))
-    if not seconds:
+    if not 0 < seconds < math.inf:
         raise SpecDefError(f"{option} {text!r} is not a duration", "Write it like 45m, 1h30m or 90s.")
     return seconds
 

@@ -6,6 +6,7 @@ names the value at fault, and one line that says what to do about it. Anything e
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from specdef_cli.redact import redact
@@ -53,3 +54,18 @@ def first_violation(error: ValidationError) -> str:
     found = first["input"]
     there = f", not {found!r:.100}" if found is None or isinstance(found, str | int | float) else ""
     return f"{where}: {first['msg']}{there}"
+
+
+def printable(text: str) -> str:
+    """Text with the control characters spelled out that a name of a file may hold and a terminal would obey."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is not enough memory: torch says it of a GPU and of the machine apart."""
+    said = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said))
+    )

@@ -17,6 +17,9 @@ from specdef_cli.errors import SpecDefError
 
 WRONG_CONFIG = "Use the config.json that belongs to this checkpoint (of a quantized one, the unquantized checkpoint)."
 
+DEEPEST = 1000
+"""Layers that a model may share out among fewer tensors."""
+
 Shape = tuple[int, ...]
 
 
@@ -51,6 +54,7 @@ class Skeleton:
         """
         config = native_config(checkpoint, trust_remote_code=trust_remote_code)
         shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
+        _require_plausible_depth(config, len(shapes))
         return cls.of(config, shapes, trust_remote_code=trust_remote_code)
 
     @classmethod
@@ -126,3 +130,17 @@ class Skeleton:
                     f"{list(expected.shape)}",
                     WRONG_CONFIG,
                 )
+
+
+def _require_plausible_depth(config: Any, tensors: int) -> None:
+    """Refuse more layers than there are tensors, which take minutes to build and memory without end.
+
+    Raises:
+        SpecDefError: naming both numbers.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > max(tensors, DEEPEST):
+        raise SpecDefError(
+            f"config.json says num_hidden_layers {layers}, and the checkpoint has {tensors} tensors",
+            "Use the config.json that belongs to this checkpoint.",
+        )

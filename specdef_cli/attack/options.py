@@ -20,6 +20,21 @@ NO_RETAINED = "none"
 """Leaves out what is measured on retained text."""
 
 
+MAX_SEEDS = 1000
+"""More runs of an attack than anybody waits for: what is asked for then is a slip."""
+
+
+def seeds_of(count: int) -> tuple[int, ...]:
+    """The seeds of so many runs of every attack: 0, 1, …
+
+    Raises:
+        SpecDefError: There are none, or more than :data:`MAX_SEEDS`.
+    """
+    if not 1 <= count <= MAX_SEEDS:
+        raise SpecDefError(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
+    return tuple(range(count))
+
+
 @dataclass(frozen=True)
 class AttackOptions(Budget):
     """Everything an attack depends on, besides the budget of a run (:class:`Budget`).

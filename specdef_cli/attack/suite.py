@@ -70,6 +70,9 @@ class Suite:
     budget: dict[str, int] = field(default_factory=dict)
 
 
+COPY = "Copy one of the package's suites (attack/suites/) and edit it."
+
+
 def suite_names() -> tuple[str, ...]:
     """The suites that come with the package."""
     return tuple(sorted(path.name.removesuffix(".toml") for path in (files("specdef_cli.attack") / "suites").iterdir()))
@@ -90,12 +93,12 @@ def load_suite(name: str) -> Suite:
             raise SpecDefError(
                 f"there is no suite {name!r}", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
             ) from error
+        except UnicodeDecodeError as error:
+            raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
     try:
         return parse_suite(tomllib.loads(text), Path(name).stem)
     except (tomllib.TOMLDecodeError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise SpecDefError(
-            f"{name} is not a suite: {error}", "Copy one of the package's suites (attack/suites/) and edit it."
-        ) from error
+        raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
 
 
 def parse_suite(data: dict[str, Any], name: str) -> Suite:

@@ -52,13 +52,14 @@ def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
     architecture = (config.get("architectures") or ["none named"])[0]
     if asked is not None:
         _refuse_attention_both_ways(config, asked, directory)
+        _refuse_without_class(config, asked, directory)
         return asked, head
     for task, names in _NAMES.items():
         if architecture in _flat(names):
             return task, head
     if architecture in _flat(_READS_IMAGES):
         return "causal-lm", head
-    possible = [task for task, names in _NAMES.items() if config.get("model_type") in names]
+    possible = _possible(config)
     raise SpecDefError(
         f"the architecture {architecture} is neither a language model nor a classifier of text or images",
         f"Say what to train it for, which adds a head: --task {' or '.join(possible)}."
@@ -74,6 +75,24 @@ def auto_class(task: Task, directory: Path) -> Any:
     if task == "causal-lm" and architecture in _flat(_READS_IMAGES) and not is_causal_lm(config):
         return transformers.AutoModelForImageTextToText
     return _AUTO_CLASSES[task]
+
+
+def _possible(config: Mapping[str, Any]) -> list[Task]:
+    """The tasks that transformers has a class for, for this type of model."""
+    kind = config.get("model_type")
+    return [task for task, names in _NAMES.items() if kind in names or (task == "causal-lm" and kind in _READS_IMAGES)]
+
+
+def _refuse_without_class(config: Mapping[str, Any], asked: Task, directory: Path) -> None:
+    """A task that transformers has no class for; a model that brings its own code may have one."""
+    possible = _possible(config)
+    if asked not in possible and "auto_map" not in config:
+        raise SpecDefError(
+            f"transformers has no class that trains {directory} ({config.get('model_type')}) for {asked}",
+            f"Use --task {' or '.join(possible)}."
+            if possible
+            else "Train it with a script of its own: no attack of this package is made for it.",
+        )
 
 
 def _flat(names: Mapping[str, Any]) -> set[str]:

@@ -71,6 +71,10 @@ class TensorHeader:
         return self.end - self.begin
 
 
+GIT_LFS = b"version https://git-lfs.github.com/"
+"""How a file begins that Git LFS has not been asked for."""
+
+
 def read_headers(path: Path) -> dict[str, TensorHeader]:
     """Read and check the header of one safetensors file: tensor headers in the order of their data.
 
@@ -98,7 +102,10 @@ def parse_headers(read: Callable[[int], bytes], shard: str, size: int) -> dict[s
     corrupt = functools.partial(_corrupt_file, shard)
     if size < 8:
         raise corrupt("it is shorter than a header")
-    (length,) = struct.unpack("<Q", read(8))
+    start = read(8)
+    if start == GIT_LFS[:8]:
+        raise lfs_pointer(shard)
+    (length,) = struct.unpack("<Q", start)
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise corrupt(f"its header claims {length} bytes")
     text = read(length)
@@ -143,6 +150,23 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
     return result
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is there, and is such a pointer."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GIT_LFS)) == GIT_LFS
+    except OSError:
+        return False
+
+
+def lfs_pointer(name: str) -> SpecDefError:
+    """What is said of a file that was cloned without Git LFS."""
+    return SpecDefError(
+        f"{name} is a pointer of Git LFS, which stands for the file",
+        "Run `git lfs pull` in the clone, or fetch the model with `hf download`.",
+    )
 
 
 def _corrupt_file(shard: str, reason: str) -> SpecDefError:

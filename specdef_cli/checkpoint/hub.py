@@ -121,4 +121,11 @@ def not_available(repository: str, revision: str | None, error: Exception) -> Sp
             f"{repository} could not be fetched: {error.strerror}",
             "Free some space, or set HF_HOME to a directory on a larger disk.",
         )
-    return SpecDefError(f"{repository} could not be fetched: {first_line(error)}", "Try again, or give a directory.")
+    said = first_line(error)
+    wrong_address = "protocol" in said or "scheme" in said
+    return SpecDefError(
+        f"{repository} could not be fetched: {said}",
+        "Check HF_ENDPOINT and the proxy in the environment (https_proxy)."
+        if wrong_address
+        else "Try again, or give a directory.",
+    )

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from specdef_cli.checkpoint.companions import Companions, companion_files, companions
 from specdef_cli.checkpoint.headers import (
+    GIT_LFS,
     INVALID_JSON,
     TORCH_DTYPES,
     TensorHeader,
+    lfs_pointer,
     read_headers,
     unique_keys,
 )
@@ -217,7 +219,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise no_config(directory)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(GIT_LFS.decode()):
+            raise lfs_pointer("config.json")
+        config = json.loads(text)
     except OSError as error:
         raise ResumableError(f"{path} cannot be read: {error.strerror or error}", "Check the file.") from error
     except INVALID_JSON as error:

@@ -110,7 +110,9 @@ def write_shards(
             raise
         raise ResumableError(
             f"writing to {directory.parent} failed: {error.strerror or error}",
-            "Free some space or repair the disk, then run the same command with --resume.",
+            "Give a smaller --max-shard-size, or raise the limit on files (ulimit -f)."
+            if error.errno == errno.EFBIG
+            else "Free some space or repair the disk, then run the same command with --resume.",
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

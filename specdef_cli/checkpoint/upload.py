@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, is_hardened, read_manifest
 from specdef_cli.errors import SpecDefError, first_line
@@ -42,6 +43,7 @@ def require_writable(destination: Destination) -> None:
     Raises:
         SpecDefError: There is no login, the token can only read, or the namespace is another one's.
     """
+    require_name(destination.repository)
     try:
         account = HfApi(token=destination.token).whoami()
     except LocalTokenNotFoundError as error:
@@ -62,6 +64,18 @@ def require_writable(destination: Destination) -> None:
             f"{destination.repository} cannot be uploaded: {account['name']} does not belong to {namespace}",
             f"Upload to {account['name']}/{name}, or open a pull request with --create-pr.",
         )
+
+
+def require_name(repository: str) -> None:
+    """Refuse what no repository can be called, before anybody is asked.
+
+    Raises:
+        SpecDefError: naming it.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise SpecDefError(f"{repository!r} is not the name of a repository", "Give org/name.") from error
 
 
 def _role(account: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
@@ -23,11 +24,14 @@ from specdef_cli.cli.harden import harden_command
 from specdef_cli.cli.inspect import inspect_command
 from specdef_cli.cli.listing import ListingCommand
 from specdef_cli.cli.push import push_command
+from specdef_cli.cli.startup import require_surroundings
 from specdef_cli.cli.streams import safe_streams
 from specdef_cli.cli.verify_certificate import verify_certificate_command
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line, is_out_of_memory, printable
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+"""What the system says of a path that a user has mistyped."""
 
 app = typer.Typer(
     name="specdef",
@@ -74,6 +78,7 @@ def main() -> None:
     """Run the command line. Failures that the user can do something about are two lines on stderr and exit code 1."""
     with safe_streams():
         try:
+            require_surroundings()
             app()
         except (SpecDefError, OSError) as error:
             _say_failed(error if isinstance(error, SpecDefError) else _system_failure(error))
@@ -85,8 +90,11 @@ def main() -> None:
             if leaving.code == INTERRUPTED:
                 _say_interrupted()
             raise
-        except Exception:  # a defect of ours: printed here, where secrets are taken out
-            traceback.print_exc()
+        except Exception as error:
+            if is_out_of_memory(error):
+                _say_failed(_too_large(error))
+            else:  # a defect of ours: printed here, where secrets are taken out
+                traceback.print_exc()
             sys.exit(1)
 
 
@@ -100,7 +108,7 @@ def _say_failed(failure: SpecDefError) -> None:
 
 def _one_line(text: str) -> str:
     """What other libraries say may have several lines, and names of files may too."""
-    return " ".join(text.splitlines())
+    return printable(" ".join(text.splitlines()))
 
 
 def _system_failure(error: OSError) -> SpecDefError:
@@ -108,7 +116,18 @@ def _system_failure(error: OSError) -> SpecDefError:
     reason = error.strerror or str(error) or type(error).__name__
     return SpecDefError(
         reason if error.filename is None else f"{error.filename}: {reason}",
-        "Check the disk, its free space and the permissions, then run the same command again.",
+        "Check the path."
+        if error.errno in WRONG_PATH
+        else "Check the disk, its free space and the permissions, then run the same command again.",
+    )
+
+
+def _too_large(error: Exception) -> SpecDefError:
+    """More memory was asked for than there is, on the machine or on a GPU."""
+    return SpecDefError(
+        f"the memory is not enough: {first_line(error)}",
+        "Take a machine or a device with more, or let an attack take less: --batch-size, --sequence-length, "
+        "--gradient-accumulation, --gradient-checkpointing, a lower rank or growth. Finished runs are kept.",
     )
 
 

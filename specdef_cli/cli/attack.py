@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specdef_cli.attack.options import NO_RETAINED, AttackOptions
+from specdef_cli.attack.options import NO_RETAINED, AttackOptions, seeds_of
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
@@ -116,7 +116,7 @@ def attack_command(
     }  # fmt: skip
     named = [name for name, wanted in flags.items() if wanted]
     if seeds is not None:
-        given["seeds"] = tuple(range(seeds))
+        given["seeds"] = seeds_of(seeds)
     variants = variants_of(given.pop("variants", ()), expand=expand, expansions=expansion or (), flags=named)
     trainings = trainings_of(given.pop("trainings", ()), globs=train or (), targets=lora_targets or (), rank=lora_rank)
     if limit is not None and suite is None and not (variants or trainings or given.keys() & CHOICES):
@@ -124,7 +124,7 @@ def attack_command(
     chosen = load_suite(suite) if suite is not None else None
     budget = {**(chosen.budget if chosen else {}), **given}
     if chosen is not None and "seeds" in chosen.budget and seeds is None:
-        budget["seeds"] = tuple(range(chosen.budget["seeds"]))
+        budget["seeds"] = seeds_of(chosen.budget["seeds"])
     # What the user gave stays: by a flag, or in a suite of the user's own.
     kept = given if chosen is None or suite in suite_names() or limit is not None else budget
     options = AttackOptions(

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, printable
 
 PIPED_WIDTH = 160
 
@@ -43,7 +43,7 @@ class Output:
         """Something the user should know, that is not data."""
         if not self.quiet:
             # A command between backticks is copied, so no line break may stand in it.
-            self._stderr.print(escape(text), highlight=False, soft_wrap="`" in text)
+            self._stderr.print(escape(printable(text)), highlight=False, soft_wrap="`" in text)
 
     def data(self, result: Any, table: Any, *, written: Path | None = None) -> None:
         """The command's result: as JSON, or as a table (anything rich can render).

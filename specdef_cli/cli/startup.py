@@ -6,12 +6,17 @@ import atexit
 import gc
 import logging
 import os
+import sys
+from collections.abc import Mapping
 
 from specdef_cli.cli.output import Output
+from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime.launcher import forget_stale_launcher
 
 COLLECT_AFTER = (20_000, 20, 100)
 """Objects made before a garbage collection, and collections before one that looks at older objects, and at all."""
+
+PRECISION, PRECISIONS = "ACCELERATE_MIXED_PRECISION", ("no", "fp16", "bf16", "fp8")
 
 
 def collect_less_garbage() -> None:
@@ -37,6 +42,30 @@ def prefer_huge_pages() -> None:
     of the time that a fold takes. Training gains nothing, and with second-order optimizers loses.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def require_surroundings(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse what no command can work in: asked before anything is imported, which would fail in words of its own.
+
+    Raises:
+        SpecDefError: The current directory is gone, Python strips the docstrings that transformers reads, or accelerate
+            is told of a precision that it has not.
+    """
+    try:
+        os.getcwd()  # noqa: PTH109 (asked for its error)
+    except FileNotFoundError as error:
+        raise SpecDefError("the current directory has been removed", "Change to one that exists (cd).") from error
+    if sys.flags.optimize > 1:
+        raise SpecDefError(
+            "Python strips docstrings (PYTHONOPTIMIZE=2 or -OO), which transformers cannot do without",
+            "Run `unset PYTHONOPTIMIZE`, or leave -OO out.",
+        )
+    precision = environ.get(PRECISION)
+    if precision is not None and precision.lower() not in PRECISIONS:
+        raise SpecDefError(
+            f"{PRECISION} is {precision!r} in the environment, which accelerate does not know",
+            f"Run `unset {PRECISION}`, or set it to one of {', '.join(PRECISIONS)}.",
+        )
 
 
 def work_alone_if_stale(output: Output) -> None:

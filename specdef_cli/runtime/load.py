@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from specdef_cli.checkpoint.headers import is_lfs_pointer, lfs_pointer
 from specdef_cli.checkpoint.library import diffusers_missing, library_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError, first_line
@@ -114,6 +115,9 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
             try:
                 return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)
             except Exception as error:  # tokenizers raises plain ones
+                pointer = next((name for name in files if is_lfs_pointer(path / name)), None)
+                if pointer is not None:
+                    raise lfs_pointer(pointer) from error
                 raise SpecDefError(
                     f"the tokenizer or image processor in {directory} cannot be loaded: {first_line(error)}",
                     "Copy the files of the base model over it.",

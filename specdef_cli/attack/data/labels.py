@@ -79,6 +79,10 @@ def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> La
             f"column {column!r} of {dataset} does not hold classes",
             "Name a column of whole numbers, names, lists of them, or numbers to predict with --label-column.",
         )
+    if lists and not flat:
+        raise SpecDefError(
+            f"no row of {dataset} has a label in column {column!r}", "Name the column of labels with --label-column."
+        )
     widths = {len(label) for label in lists} or {1}
     alike = len(widths) == 1
     if alike and (fractions or (numbers and (head.problem == "regression" or (head.labels == 1 and not lists)))):

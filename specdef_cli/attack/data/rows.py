@@ -82,12 +82,14 @@ def _load(options: AttackOptions, path: Path) -> Any:
     """
     split = options.dataset_split or "train"
     if path.is_file():
+        _require_no_choice(options, path)
         kind, arguments = _file_format(path)
         files = glob.escape(os.path.abspath(path))  # noqa: PTH100 (resolve() would lose the name of a link)
         _require_cache()
         return datasets.load_dataset(kind, data_files=files, split="train", **arguments)
     if path.is_dir():
         if (path / _SAVED).is_file():
+            _require_no_choice(options, path)
             return datasets.load_from_disk(str(path))
         if (path / _SAVED_SPLITS).is_file():
             splits = datasets.load_from_disk(str(path))
@@ -104,6 +106,14 @@ def _load(options: AttackOptions, path: Path) -> Any:
     return datasets.load_dataset(
         options.dataset, options.dataset_config, split=split, streaming=True, token=options.token
     )
+
+
+def _require_no_choice(options: AttackOptions, path: Path) -> None:
+    """Refuse a configuration or a split of what has only one: it would be left unread."""
+    chosen = {"--dataset-config": options.dataset_config, "--dataset-split": options.dataset_split}
+    for flag, value in chosen.items():
+        if value not in (None, "train", "default"):
+            raise SpecDefError(f"{path} has no choice of {flag} {value!r}", f"Leave {flag} out.")
 
 
 def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
