@@ -1,0 +1,158 @@
+"""compare, card, push, verify-certificate, and manifests that lie elsewhere, given what does not fit them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.commands import assert_refused, call_cli, snapshot
+from tests.faults.small_attack import SMALL
+from tests.hardening.mutations import spoiled
+
+FOLD = ("--method", "fold", "--quiet")
+OUT = ("--out", "OUT")
+QUICK = ("--no-deployment", "--no-curvature", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def places(hardened: Path, text: Path, tiny_model: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base, what is made of it, an attack on that, and its certificate."""
+    root = tmp_path_factory.mktemp("places")
+    base = tiny_model("llama")  # type: ignore[operator]
+    certified = Path(shutil.copytree(hardened, root / "certified"))
+    apart = ("--out", root / "apart", "--manifest-out", root / "apart.json")
+    for command in (
+        ("harden", base, *FOLD, "--out", root / "fold"),
+        ("harden", base, *FOLD, *apart),
+        ("attack", certified, "--control", base, "--dataset", text, *SMALL, "--out", root / "attack"),
+        (
+            *("certify", certified, "--base", base, "--text", text, *QUICK, "--out", root / "certificate"),
+            *("--attacks", root / "attack" / "report.json"),
+        ),
+    ):
+        result = call_cli(*command)
+        assert result.code == 0, result.stderr
+    names = ("certified", "fold", "apart", "apart.json", "attack", "certificate")
+    return {"BASE": base, "HARDENED": hardened, "TEXT": text, **{name.upper(): root / name for name in names}}
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "compare what is nowhere": (("compare", "nowhere"), ("nowhere", "report.json")),
+    "compare a model": (("compare", "BASE"), ("report.json", "not an attack report")),
+    "compare weights": (("compare", "BASE/model.safetensors"), ("not an attack report",)),
+    "compare a certificate": (("compare", "CERTIFICATE/certificate.json"), ("not an attack report",)),
+    "compare a page": (("compare", "ATTACK/report.html"), ("not an attack report",)),
+    "compare one that is broken, as JSON": (("compare", "ATTACK", "nowhere", "--json"), ("nowhere",)),
+    "a card of nothing": (("card", "nowhere", "--attacks", "ATTACK/report.json"), ("nowhere", "specdef.json")),
+    "a card with a report that is nowhere": (("card", "CERTIFIED", "--attacks", "nowhere"), ("nowhere",)),
+    "a card with a report on another model": (
+        ("card", "FOLD", "--attacks", "ATTACK"), ("others than these", "specdef attack"),
+    ),
+    "a card with a report that is a config": (("card", "CERTIFIED", "--attacks", "BASE/config.json"), ("not an",)),
+    "a card of what has its manifest elsewhere": (("card", "APART", "--attacks", "ATTACK"), ("--manifest",)),
+    "push to no name": (("push", "HARDENED", ""), ("not the name of a repository", "org/name")),
+    "push to a name with blanks": (("push", "HARDENED", "a b/c"), ("'a b/c'", "org/name")),
+    "push to a path": (("push", "HARDENED", "a/b/c"), ("'a/b/c'", "org/name")),
+    "push to a parent": (("push", "HARDENED", "../x"), ("'../x'", "org/name")),
+    "push what is nowhere": (("push", "nowhere", "org/name"), ("nowhere is not a directory",)),
+    "push a file": (("push", "TEXT", "org/name"), ("is not a directory",)),
+    "harden for a repository of no name": (
+        ("harden", "BASE", *FOLD, "--out", "OUT", "--push-to-hub", "a b"), ("'a b'", "org/name"),
+    ),
+    "verify what has no certificate": (("verify-certificate", "FOLD"), ("certificate.json", "specdef certify")),
+    "verify what is nowhere": (("verify-certificate", "./nowhere"), ("nowhere",)),
+    "verify a file": (("verify-certificate", "CERTIFIED/certificate.json"), ("is a file",)),
+    "verify with a report that is nowhere": (
+        ("verify-certificate", "CERTIFIED", "--attacks", "nowhere"), ("--attacks nowhere is not a file",),
+    ),
+    "a manifest that is weights": (
+        ("collapse", "APART", "--manifest", "BASE/model.safetensors", "--out", "OUT"), ("not a valid manifest",),
+    ),
+    "a manifest that is a directory": (
+        ("collapse", "APART", "--manifest", "BASE", "--out", "OUT"), ("is not a file",),
+    ),
+    "a manifest beside its own": (
+        ("collapse", "FOLD", "--manifest", "APART.JSON", "--out", "OUT"), ("of its own", "--manifest"),
+    ),
+    "a fold's manifest for its base": (
+        ("collapse", "BASE", "--manifest", "APART.JSON", "--out", "OUT"), ("multiplied by 2^", "and it is not"),
+    ),
+    "inspect a base with a fold's manifest": (
+        ("inspect", "BASE", "--manifest", "APART.JSON"), ("multiplied by 2^", "specdef.json"),
+    ),
+    "attack a base with a fold's manifest": (
+        (*("attack", "BASE", "--manifest", "APART.JSON", "--control", "BASE"), *("--dataset", "TEXT", *SMALL, *OUT)),
+        ("multiplied by 2^",),
+    ),
+    "certify a base with a fold's manifest": (
+        ("certify", "BASE", "--manifest", "APART.JSON", "--base", "BASE", "--text", "TEXT", *QUICK, "--out", "OUT"),
+        ("multiplied by 2^",),
+    ),
+    "a manifest in the output": (
+        ("harden", "BASE", *FOLD, "--out", "OUT", "--manifest-out", "OUT/m.json"), ("that is published",),
+    ),
+    "a manifest around the output": (
+        ("harden", "BASE", *FOLD, "--out", "OUT/x", "--manifest-out", "OUT"), ("--manifest-out", "lies in"),
+    ),
+    "a manifest in the base": (
+        ("harden", "BASE", *FOLD, "--out", "OUT", "--manifest-out", "BASE/specdef.json"), ("lies in the model",),
+    ),
+    "a control that is hardened": (
+        ("attack", "FOLD", "--control", "HARDENED", "--dataset", "TEXT", *SMALL, "--out", "OUT"),
+        ("--control", "hardened itself"),
+    ),
+    "a model against itself": (
+        ("certify", "HARDENED", "--base", "HARDENED", "--text", "TEXT", *QUICK, "--out", "OUT"),
+        ("--base", "hardened itself"),
+    ),
+    "a base that is another hardened model": (
+        ("certify", "HARDENED", "--base", "FOLD", "--text", "TEXT", *QUICK, "--out", "OUT", "--dry-run"),
+        ("--base", "hardened itself"),
+    ),
+}  # fmt: skip
+
+
+def filled(arguments: tuple[str, ...], places: dict[str, Path], out: Path) -> list[str]:
+    """Names in capitals, and what comes after a slash, as paths."""
+    found = []
+    for argument in arguments:
+        first, slash, rest = argument.partition("/")
+        place = {**places, "OUT": out}.get(first)
+        found.append(argument if place is None else f"{place}{slash}{rest}")
+    return found
+
+
+@pytest.mark.fault("what newer commands are given")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit(case: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lines, nothing written: not in the models either."""
+    monkeypatch.chdir(tmp_path)
+    before = {place: snapshot(place) for place in places.values() if place.is_dir()}
+    arguments, words = REFUSED[case]
+    assert_refused(call_cli(*filled(arguments, places, tmp_path / "out")), *words, empty=tmp_path)
+    assert {place: snapshot(place) for place in before} == before
+
+
+@pytest.mark.fault("hints, followed", inputs=3)
+def test_a_manifest_elsewhere_is_given_as_the_hints_say(places: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """By collapse, and by the card, whose hint named an option that it had not."""
+    apart, manifest = spoiled(places["APART"], tmp_path), ("--manifest", places["APART.JSON"])
+    report = tmp_path / "attack"
+    attack = ("attack", apart, *manifest, "--control", places["BASE"], "--dataset", text, *SMALL, "--out", report)
+    collapse = ("collapse", apart, *manifest, "--out", tmp_path / "back")
+    for command in (attack, ("card", apart, *manifest, "--attacks", report), collapse):
+        result = call_cli(*command)
+        assert result.code == 0, result.stderr
+    assert "### Attacks" in (apart / "README.md").read_text()
+    before, after = (load_file(place / "model.safetensors") for place in (places["BASE"], tmp_path / "back"))
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+@pytest.mark.fault("what newer commands are given")
+def test_a_certificate_is_found_by_the_directory_of_its_report(places: dict[str, Path]) -> None:
+    for report in (places["ATTACK"], places["ATTACK"] / "report.json"):
+        result = call_cli("verify-certificate", places["CERTIFIED"], "--base", places["BASE"], "--attacks", report)
+        assert result.code == 0, result.stdout
