@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 
-from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
-from specdef_cli.architectures.pairs import Symmetries
-from specdef_cli.architectures.scalable import ScalableSite, scalable_sites
+from specdef_cli.architectures.linears import LinearSite
+from specdef_cli.architectures.scalable import ScalableSite
 from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, Profile, ScaledModule, Schedule
 from specdef_cli.checkpoint.other_directories import require_modules
@@ -23,18 +21,17 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import FOLDED_KINDS, fold_groups, fold_pairs
+from specdef_cli.hardening.choice import DEFAULT_ALPHA, Choice, choose, folds_alone, loaded_dtype
+from specdef_cli.hardening.fold import fold_groups
 from specdef_cli.hardening.insert import InsertLayer
 from specdef_cli.hardening.lost_formats import lost_formats, serving_advice
 from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
-from specdef_cli.hardening.selection import require_named, select_layers, select_pairs, select_scalable
+from specdef_cli.hardening.scale import scaled_groups, scaled_spec
 from specdef_cli.hardening.soundness import require_whole
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, shim_config
 from specdef_cli.spectral.limits import check_alpha
 
-DEFAULT_ALPHA = 1e4
 DEFAULT_TOP_K = 25
 QUANTIZABLE_LIMIT = (
     "The quantizable profile slows queries and keys that are trained alone, and nothing else: in formats that quantize "
@@ -132,7 +129,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     if options.verify:
         require_comparable(skeleton.model)
     stored = SAFETENSORS_DTYPES[DTYPES[options.dtype]] if options.dtype else None
-    chosen = _choose(checkpoint, skeleton, options, stored)
+    chosen = choose(checkpoint, skeleton, options, stored)
     inserted = tuple(_insert_layer(checkpoint, site, options, skeleton.config) for site in chosen.sites)
     layers: dict[str, LayerSpec | ScaledSpec] = {
         site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen.sites
@@ -167,92 +164,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     )
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What is changed, and why not more.
-
-    Attributes:
-        profile: Of the fold.
-        folded, scaled: As in the plan.
-        sites: Linears that become two factors.
-        left: What could be scaled and is not part of a folded pair.
-        reasons: Why there are no more symmetric pairs, in sentences.
-    """
-
-    profile: Profile
-    folded: tuple[FoldedPair, ...]
-    sites: tuple[LinearSite, ...]
-    scaled: tuple[ScaledModule, ...]
-    left: tuple[ScalableSite, ...]
-    reasons: tuple[str, ...]
-
-    @property
-    def multiplied(self) -> set[str]:
-        """Tensors with entries that are multiplied by powers of two."""
-        slices = [part for pair in self.folded for part in pair.slices]
-        slices += [part for module in self.scaled for part in module.slices]
-        return {part.tensor for part in slices}
-
-
-def _choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, stored: str | None) -> _Choice:
-    sites, scalable = linear_sites(skeleton), scalable_sites(skeleton)
-    found = Symmetries((), ()) if options.method == "insert" else symmetries(skeleton)
-    pairs = select_pairs(found.pairs, skeleton.names, options.layers, options.exclude)
-    # Options of the paper's factors ask for them, where there is nothing that they could mean in a fold.
-    factors = wants_factors(options) and (options.method == "insert" or (options.method == "auto" and not pairs))
-    nameable = () if options.method == "fold" else sites if factors else scalable
-    require_named(options, nameable, found.pairs, skeleton.names)
-
-    profile = options.profile or "coverage"
-    folded = fold_pairs(
-        checkpoint,
-        pairs,
-        profile=profile,
-        schedule=options.schedule or "staircase",
-        alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
-        dtype=stored,
-    )
-    reasons = [note.reason for note in found.unpaired if note.kind is None or note.kind in FOLDED_KINDS[profile]]
-    no_pair = f"{checkpoint.directory} has no symmetric pair to fold" + "".join(f"; {reason}" for reason in reasons[:1])
-    if not folded and _folds_alone(options):
-        raise SpecDefError(
-            no_pair,
-            "Use --profile coverage, for float32 and bfloat16 alone."
-            if options.profile == "quantizable"
-            else "Use --method insert" + (", or other --layers and --exclude." if found.pairs else "."),
-        )
-    in_pairs = {part.tensor for pair in folded for part in pair.slices}
-    left = select_scalable([site for site in scalable if site.tensor not in in_pairs], options.layers, options.exclude)
-    chosen: tuple[LinearSite, ...] = ()
-    scaled: tuple[ScaledModule, ...] = ()
-    if factors:
-        chosen = select_layers(sites, options.layers, options.exclude)
-        require_insertable(skeleton, chosen)
-    elif options.method == "insert" or (options.allow_code and not _folds_alone(options)):
-        scaled = scale_modules(checkpoint, skeleton, left, stored)
-    elif not folded and left:
-        raise SpecDefError(
-            no_pair,
-            "Pass --allow-code: the model then brings code that undoes a scale of each weight, or use --method insert.",
-        )
-    if folded or scaled:
-        _require_loaded_wide_enough(skeleton.config, options)
-    if not chosen and not folded and not scaled:
-        raise SpecDefError(
-            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
-        )
-    require_used(options, folded=bool(folded), inserted=bool(chosen), scaled=bool(scaled))
-    return _Choice(profile, folded, chosen, scaled, left, tuple(reasons))
-
-
-def _folds_alone(options: HardenOptions) -> bool:
-    """Whether nothing but a fold is wanted; no quantizer survives an insert."""
-    return options.method == "fold" or (options.profile == "quantizable" and options.method != "insert")
-
-
-def _notes(
-    checkpoint: Checkpoint, options: HardenOptions, chosen: _Choice, unchanged: Sequence[str]
-) -> tuple[str, ...]:
+def _notes(checkpoint: Checkpoint, options: HardenOptions, chosen: Choice, unchanged: Sequence[str]) -> tuple[str, ...]:
     """What was decided and why, for the user."""
     code = bool(chosen.sites or chosen.scaled)
     notes = [_summary(chosen)] if options.method == "auto" else []
@@ -265,7 +177,7 @@ def _notes(
         notes.append(f"every rescaled channel gets 2**{exponent}, the power of two nearest to alpha")
     if unchanged and not chosen.sites:
         notes.append(f"Left as they are, and trained alone not slowed: {', '.join(unchanged)}.")
-    if options.method == "auto" and not _folds_alone(options) and not code and chosen.left:
+    if options.method == "auto" and not folds_alone(options) and not code and chosen.left:
         notes.append(
             f"--allow-code would scale {_kinds(chosen.left)} that no pair reaches; the model then brings code to load."
         )
@@ -290,45 +202,7 @@ def _strangers(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
     ]
 
 
-def wants_factors(options: HardenOptions) -> bool:
-    """Whether insert is to store the paper's two factors a layer, one α for all, rather than scales."""
-    return options.schedule == "constant" or (
-        options.schedule is None and any(given is not None for given in (options.alpha, options.top_k, options.gauge))
-    )
-
-
-def require_used(options: HardenOptions, *, folded: bool, inserted: bool, scaled: bool) -> None:
-    """Refuse an option that nothing in the plan would use: who gives it expects it to matter.
-
-    Raises:
-        SpecDefError: naming the option.
-    """
-    if options.allow_code and not scaled:
-        raise SpecDefError(
-            "--allow-code would change nothing: "
-            + ("a fold needs no code" if options.method == "fold" else "nothing is left to scale"),
-            "Leave --allow-code out.",
-        )
-    for flag, value in {"top-k": options.top_k, "gauge": options.gauge}.items():
-        if value is not None and not inserted:
-            what = "a staircase scales by powers of two" if scaled else "this plan only folds"
-            raise SpecDefError(
-                f"--{flag} {value} would change nothing: it concerns inserted layers, and {what}",
-                f"Leave --{flag} out, or use --method insert --schedule constant.",
-            )
-    if options.alpha is not None and not inserted and options.schedule != "constant":
-        raise SpecDefError(
-            f"--alpha {options.alpha:g} would change nothing: a staircase has powers of two of its own",
-            "Leave --alpha out, or use --schedule constant, alone or with --method insert.",
-        )
-    if options.profile is not None and not folded:
-        raise SpecDefError(
-            f"--profile {options.profile} would change nothing: it concerns folded pairs, and this plan has none",
-            "Leave --profile out, or use --method fold.",
-        )
-
-
-def _summary(chosen: _Choice) -> str:
+def _summary(chosen: Choice) -> str:
     folded, sites, scaled = chosen.folded, chosen.sites, chosen.scaled
     parts = [f"fold: {len(folded)} symmetric pairs are rescaled"] if folded else []
     parts += [f"insert: no symmetric pair is known for these {len(sites)} layers"] if sites else []
@@ -353,34 +227,13 @@ def _unchanged(skeleton: Skeleton, changed: set[str]) -> tuple[str, ...]:
     return tuple(name for name in left if name.removesuffix(".bias") == name or name.removesuffix(".bias") not in left)
 
 
-def _loaded_dtype(native: Any, options: HardenOptions) -> torch.dtype | None:
-    """The dtype in which ``config.json`` has the model loaded, whatever its weights are stored in."""
-    if options.dtype is not None:
-        return DTYPES[options.dtype]
-    named = getattr(native, "dtype", None)
-    return named if named in DTYPES.values() else None
-
-
-def _require_loaded_wide_enough(native: Any, options: HardenOptions) -> None:
-    """Refuse a fold that would overflow when the model is loaded.
-
-    Raises:
-        SpecDefError: ``config.json`` has it loaded in float16.
-    """
-    if _loaded_dtype(native, options) is torch.float16:
-        raise SpecDefError(
-            "config.json has the model loaded in float16, which a fold's powers of two overflow",
-            "Give --dtype bfloat16 or float32, which config.json then names.",
-        )
-
-
 def _insert_layer(checkpoint: Checkpoint, site: LinearSite, options: HardenOptions, native: Any) -> InsertLayer:
     stored = checkpoint.tensors[site.tensor].dtype
     dtype = DTYPES[options.dtype] if options.dtype else TORCH_DTYPES[stored]
     alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
     gauge = options.gauge or "rotated"
     check_alpha(alpha, gauge, dtype)
-    loaded = _loaded_dtype(native, options)
+    loaded = loaded_dtype(native, options)
     if loaded is not None and loaded is not dtype:
         check_alpha(alpha, gauge, loaded, ", in which config.json has the model loaded,")
     top_k = DEFAULT_TOP_K if options.top_k is None else options.top_k
