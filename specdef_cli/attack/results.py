@@ -171,9 +171,9 @@ class AttackReport:
         return tuple(Attack(tuple(runs)) for runs in groups.values())
 
     def at_edge(self, attack: Attack) -> Literal["largest", "smallest"] | None:
-        """Whether an attack did best at the end of its learning rates, so that its true best may lie beyond."""
+        """Whether an attack that learned did best at the end of its rates, so that its true best may lie beyond."""
         rates, control = attack.learning_rates, self.control_of(attack)
-        if len(rates) == 1 or not attack.progress():
+        if len(rates) == 1 or not attack.best_run.learned:
             return None
         taken_over = control is not None and set(rates) < set(control.learning_rates)
         if control is not None and taken_over and attack.best_learning_rate == control.best_learning_rate:

@@ -155,6 +155,11 @@ class RunResult:
         return None if self.start is None or self.best is None else self.start - self.best
 
     @property
+    def learned(self) -> bool:
+        """Whether the held-out loss fell by more than noise (:data:`NOISE`)."""
+        return self.progress is not None and self.start is not None and self.progress > NOISE * abs(self.start)
+
+    @property
     def useful_progress(self) -> float | None:
         """As :attr:`progress`, over evaluations at which the model had kept its utility (:data:`UTILITY_LIMIT`);
         ``None`` where that was not measured.

@@ -60,7 +60,7 @@ _STRIDE, _LONG_STRIDE = 10, 100
 def _upwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
     """On from the largest rate, while it is the best or moves nothing."""
     best, largest = best_rate(runs), tried[0]
-    learned = _learned(runs[best])
+    learned = runs[best].learned
     if largest >= LARGEST_RATE or not (best == largest if learned else not _disturbed(runs[largest])):
         return ()
     return (_rounded(largest * (_STRIDE if learned else _LONG_STRIDE)),)
@@ -69,7 +69,7 @@ def _upwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[f
 def _downwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
     """On from the smallest rate, while it is the best, still disturbs, or stands still alone."""
     best, smallest = best_rate(runs), tried[-1]
-    learned, disturbed = _learned(runs[best]), _disturbed(runs[smallest])
+    learned, disturbed = runs[best].learned, _disturbed(runs[smallest])
     unclear = best == smallest if learned else any(_disturbed(runs[rate]) for rate in tried[-UNCHANGED_RATES:])
     if smallest <= SMALLEST_RATE or not (disturbed or unclear):
         return ()
@@ -83,7 +83,7 @@ def _between(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[f
     large steps miss.
     """
     best = best_rate(runs)
-    gained, learned = bool(runs[best].progress), _learned(runs[best])
+    gained, learned = bool(runs[best].progress), runs[best].learned
 
     def promising(larger: float, smaller: float) -> bool:
         beside_the_best = gained and best in (larger, smaller)
@@ -96,14 +96,9 @@ def _between(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[f
     )
 
 
-def _learned(run: RunResult) -> bool:
-    """Whether the held-out loss fell by more than noise."""
-    return run.progress is not None and run.start is not None and run.progress > NOISE * abs(run.start)
-
-
 def _moved(run: RunResult) -> bool:
     """Whether the rate was large enough to change the model, for better or worse."""
-    return _disturbed(run) or _learned(run)
+    return _disturbed(run) or run.learned
 
 
 def _disturbed(run: RunResult) -> bool:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from specdef_cli.report.findings import Finding, trained_words
+
+MAX_COLUMNS = 8
+"""Columns that a page of 1,300 pixels shows side by side."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,22 @@ class CoverageMatrix:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     cells: Mapping[tuple[str, str], Finding]
+
+    @property
+    def parts(self) -> tuple[CoverageMatrix, ...]:
+        """Itself; where it is wider than :data:`MAX_COLUMNS`, neighbouring columns that have the same rows."""
+        if len(self.columns) <= MAX_COLUMNS:
+            return (self,)
+
+        def attacked(column: str) -> tuple[str, ...]:
+            return tuple(row for row in self.rows if (row, column) in self.cells)
+
+        parts = []
+        for rows, group in groupby(self.columns, attacked):
+            columns = tuple(group)
+            for start in range(0, len(columns), MAX_COLUMNS):
+                parts.append(CoverageMatrix(rows, columns[start : start + MAX_COLUMNS], self.cells))
+        return tuple(parts)
 
 
 def coverage_matrix(found: Sequence[Finding]) -> CoverageMatrix | None:

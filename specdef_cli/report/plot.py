@@ -109,10 +109,14 @@ def growth_png(found: Sequence[Finding]) -> bytes | None:
             color=color,
             label=what,
         )
+        places: dict[tuple[float, float], list[str]] = {}
         for finding in attacks:
+            place = (round(finding.parameters_times, 2), round(finding.share or 0, 2))
+            places.setdefault(place, []).append(finding.attack.variant.label or "as published")
+        for place, labels in places.items():
             axes.annotate(
-                finding.attack.variant.label or "as published",
-                (finding.parameters_times, finding.share or 0),
+                ", ".join(labels),
+                place,
                 xytext=(5, -11),
                 textcoords="offset points",
                 fontsize=8,

@@ -26,6 +26,7 @@ from specdef_cli.attack.variants.table import Variant
 from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
 from specdef_cli.report.document import ReportDocument
 from specdef_cli.report.findings import outcome_words, rate, size
+from specdef_cli.report.html import report_html
 from specdef_cli.report.matrix import coverage_matrix
 from specdef_cli.report.serialize import CURVE_COLUMNS, curves_csv, report_document, report_json
 from specdef_cli.schemas import SCHEMA_FILES
@@ -432,3 +433,31 @@ def test_a_rate_that_was_taken_over_from_the_control_is_at_no_edge(report: Attac
     assert [taken_over.at_edge(attack) for attack in taken_over.attacks] == [None, None]
     alone = replace(report, runs=(*controls[:1], *followed))
     assert alone.at_edge(alone.attacks[1]) == "largest"
+
+
+def test_an_attack_that_learned_nothing_is_at_no_edge(report: AttackReport) -> None:
+    """Where the loss stands still, chance decides which rate was best."""
+    for loss, edge in ((2.999, None), (2.9, "smallest")):
+        runs = (run("model", [3.0, 3.0], learning_rate=1e-3), run("model", [3.0, loss], learning_rate=1e-4))
+        found = replace(report, runs=(run("control", [3.0, 1.0]), *runs))
+        assert found.at_edge(found.attacks[1]) == edge
+
+
+def test_a_wide_matrix_comes_in_parts_that_fit_a_page(report: AttackReport) -> None:
+    optimizers = ("sgd", "lion", "muon", "madam", "sophia", "rprop", "lamb", "lars", "soap", "shampoo")
+    attacks = [((), "adamw"), (("*norm*",), "adamw"), *(((), optimizer) for optimizer in optimizers)]
+    subjects: tuple[Literal["control", "model"], ...] = ("control", "model")
+    runs = tuple(
+        run(subject, [3.0, 2.0], train=train, optimizer=optimizer)
+        for train, optimizer in attacks
+        for subject in subjects
+    )
+    wide = replace(report, runs=runs)
+    matrix = coverage_matrix(findings(wide))
+    assert matrix is not None
+    narrow, first, second = matrix.parts
+    assert (len(narrow.rows), narrow.columns) == (2, ("adamw",))
+    assert first.rows == second.rows == narrow.rows[:1]
+    assert first.columns + second.columns == optimizers
+    assert len(first.columns) == 8
+    assert report_html(wide, b"").count('<table class="matrix">') == 3
