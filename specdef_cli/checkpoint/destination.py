@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from specdef_cli.checkpoint.durable import takes_files
 from specdef_cli.errors import SpecDefError
 
 
@@ -75,7 +75,7 @@ def require_manifest_place(path: Path, out: Path, model: str = "") -> None:
             f"--manifest-out {path} lies in the model {source}, which is not hardened", "Choose a file outside of it."
         )
     existing = next(parent for parent in path.resolve().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not takes_files(existing):
         raise SpecDefError(
             f"--manifest-out {path} cannot be written: {existing} is not a directory that can be written to",
             "Choose another file.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 UNFINISHED_SUFFIX = ".partial"
@@ -32,6 +33,15 @@ def write_durably(path: Path, content: str | bytes) -> None:
         sibling.replace(path)
     finally:
         sibling.unlink(missing_ok=True)
+
+
+def takes_files(directory: Path) -> bool:
+    """Whether a file can be made in a directory. Permissions do not tell: a file system may refuse all the same."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False
 
 
 def remove_unfinished(directory: Path) -> None:

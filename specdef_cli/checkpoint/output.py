@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from specdef_cli.checkpoint.destination import is_taken, require_free, require_outside
-from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
+from specdef_cli.checkpoint.durable import remove_unfinished, takes_files, write_durably
 from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
 from specdef_cli.errors import SpecDefError
@@ -67,7 +67,7 @@ def writable_ancestor(directory: Path) -> Path:
     existing = directory.resolve()
     while not existing.exists():
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not takes_files(existing):
         raise SpecDefError(f"{existing} is not a directory that can be written to", "Choose another --out.")
     return existing
 

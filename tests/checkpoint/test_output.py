@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from specdef_cli.checkpoint.destination import require_manifest_place
 from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
 from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
@@ -84,6 +85,14 @@ def test_a_parent_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> Non
 def test_a_parent_without_write_permission_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert "cannot be written to" in refused(tmp_path / "locked" / "out", source)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that only looks as if it took files")
+def test_a_parent_whose_file_system_takes_no_files_is_refused(source: Path) -> None:
+    with pytest.raises(SpecDefError, match="/proc is not a directory that can be written to"):
+        check_output(Path("/proc/out"), source, 10)
+    with pytest.raises(SpecDefError, match=r"--manifest-out /proc/m\.json cannot be written"):
+        require_manifest_place(Path("/proc/m.json"), source.parent / "out")
 
 
 def test_a_disk_too_small_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
