@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +24,7 @@ from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
 from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.search import best_rate, is_refinement, next_rates
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.waiting import first_completed
 
 Execute = Callable[[RunSpec, Callable[[int, float | None], None], Lead | None], RunResult]
 """(what to run, a hook for each step, what its search knows) → the result. Picklable, where runs get
@@ -230,7 +231,7 @@ def run_all(
                 running[submit(spec, progress.lead)] = (progress, spec)
             if not running:
                 continue
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            done, _ = first_completed(running)
             for future in done:
                 progress, spec = running.pop(future)
                 try:

@@ -16,6 +16,8 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
+from specdef_cli.waiting import first_completed
+
 # How long a stopped download may take to remove its temporary file.
 GRACE_SECONDS = 3.0
 
@@ -60,6 +62,7 @@ class Downloads:
             return
         if not arrival.done():
             self._prefer(name)
+            first_completed({arrival})
         arrival.result()
 
     def wait_for_all(self) -> None:

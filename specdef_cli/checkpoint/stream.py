@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.headers import SAFETENSORS_DTYPES
 from specdef_cli.checkpoint.reader import Checkpoint, ResumableError
 from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
+from specdef_cli.waiting import first_completed
 
 # What is copied or hashed passes through the processor's cache in pieces that fit there. Written in one call, a tensor
 # of 32 MiB takes the kernel several times as long as in such pieces.
@@ -204,7 +205,7 @@ class _ShardFile:
 
 
 def _drain(pending: set[Future[None]]) -> set[Future[None]]:
-    done, rest = wait(pending, return_when=FIRST_COMPLETED)
+    done, rest = first_completed(pending)
     for future in done:
         future.result()
     return rest

@@ -262,7 +262,7 @@ def test_interrupted_while_a_shard_is_awaited(base: Path, tmp_path: Path) -> Non
         try:
             assert eventually(lambda: (last in hub.downloaded() and bool(finished(out))) or process.poll() is not None)
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=40)
+            _, said = process.communicate(timeout=300)
         finally:
             process.kill()
             asked.append(True)
