@@ -102,7 +102,7 @@ def summary(tables: Iterable[ConsumerTable]) -> str:
         cells = [_cell(read, way, wanted) for way in ways]
         lines.append(f"| {tools} | {title} | {' | '.join(cells)} |")
     models = ", ".join(table.model for table in read)
-    missing = [f"{way} cannot be made of {table.model}" for way in ways for table in read if way not in table.lost]
+    missing = [f"{way} has no column for {table.model}" for way in ways for table in read if way not in table.lost]
     notes = [f"Counted over {models}, by the tools themselves.", *(f"{note}." for note in missing)]
     return "\n".join([*lines, "", " ".join(notes)])
 

@@ -22,7 +22,7 @@ FLOAT16 = "float16 weights"
 BLOCKS = "8- and 4-bit quantization (bitsandbytes, torchao, GGUF)"
 DOUBLE = "double quantization (bitsandbytes)"
 FLOAT8 = "float8"
-CACHE = "a float16 key/value cache (llama.cpp's default)"
+CACHE = "a float16 key/value cache or llama.cpp's flash attention (its defaults)"
 MERGES = "merging with models that are not hardened alike"
 
 NARROW_EXPONENT = CACHED_EXPONENT

@@ -81,8 +81,9 @@ class HardenOptions:
     )
     profile: Profile | None = option(
         None,
-        "coverage: every pair, within a float16 cache. bfloat16: further, and the cache must be bfloat16 or float32. "
-        "quantizable: only queries and keys, which quantizers survive, but for double quantization.",
+        "coverage: every pair, within a float16 cache. bfloat16: further, and the cache must be bfloat16 or float32 "
+        "(llama.cpp: no flash attention). quantizable: only queries and keys, which quantizers survive, but for "
+        "double quantization.",
         shown_default="coverage",
     )
     allow_code: bool = option(False, "Let auto scale what no pair reaches; the model then brings code to load.")

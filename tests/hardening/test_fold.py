@@ -266,7 +266,7 @@ def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_p
         ),
         (
             ("--schedule", "constant", "--alpha", "1024"),
-            "float8, a float16 key/value cache (llama.cpp's default), merging ",
+            "float8, a float16 key/value cache or llama.cpp's flash attention (its defaults), merging ",
         ),
     ):
         out = tmp_path / options[1]
