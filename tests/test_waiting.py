@@ -15,6 +15,8 @@ import signal, threading, time
 from concurrent.futures import Future
 from specdef_cli.waiting import first_completed
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+
 def interrupt():
     time.sleep(0.5)
     signal.pthread_kill(threading.get_ident(), signal.SIGINT)

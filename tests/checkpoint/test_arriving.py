@@ -258,6 +258,8 @@ def test_interrupted_while_a_shard_is_awaited(base: Path, tmp_path: Path) -> Non
             env=environment(**variables(hub, tmp_path), HF_HUB_DISABLE_XET="1"),
             stderr=subprocess.PIPE,
             text=True,
+            # A shell's background job ignores Ctrl-C, and so do its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             assert eventually(lambda: (last in hub.downloaded() and bool(finished(out))) or process.poll() is not None)
