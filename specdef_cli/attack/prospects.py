@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from specdef_cli.attack.run_result import NOISE, EvalPoint, RunResult
+from specdef_cli.attack.run_result import EvalPoint, RunResult
 
 POWER = 2
 """From half of its steps on, a run's progress grows with this power of the steps at most. Adapters whose product starts
@@ -78,7 +78,7 @@ def trains_as_control(run: RunResult, control: RunResult) -> bool:
         run: On the hardened model, at the control's best rate.
         control: The control's best run.
     """
-    if not control.start or (control.progress or 0.0) <= NOISE * abs(control.start):
+    if not control.learned:
         return False  # a control that learned nothing has the curve of any model that does not
     ours, theirs = ([(point.step, point.loss) for point in tried.evaluations] for tried in (run, control))
     return len(ours) == len(theirs) and all(

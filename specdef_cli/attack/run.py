@@ -38,9 +38,9 @@ from specdef_cli.attack.target import Target, largest_alpha
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.tracking import NOWHERE, Tracking, require_trackers
 from specdef_cli.attack.trainer import Memory, quiet, train_run
-from specdef_cli.checkpoint.destination import require_outside
+from specdef_cli.checkpoint.destination import require_outside, writable_ancestor
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
-from specdef_cli.checkpoint.output import exclusive, writable_ancestor
+from specdef_cli.checkpoint.output import exclusive
 from specdef_cli.checkpoint.presence import no_base, require_undefended
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve, resolve_base, resolve_hardened

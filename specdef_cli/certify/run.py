@@ -48,10 +48,9 @@ from specdef_cli.certify.provenance import provenance
 from specdef_cli.certify.resistance import Resistance, read_resistance, resistance_of
 from specdef_cli.certify.spectrum import measure_spectrum
 from specdef_cli.certify.statement import STATEMENT_NAME, in_toto_statement
-from specdef_cli.checkpoint.destination import require_outside
+from specdef_cli.checkpoint.destination import require_outside, writable_ancestor
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.checkpoint.presence import require_undefended
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, resolve, resolve_base, resolve_hardened

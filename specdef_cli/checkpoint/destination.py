@@ -74,9 +74,23 @@ def require_manifest_place(path: Path, out: Path, model: str = "") -> None:
         raise SpecDefError(
             f"--manifest-out {path} lies in the model {source}, which is not hardened", "Choose a file outside of it."
         )
-    existing = next(parent for parent in path.resolve().parents if parent.exists())
-    if not existing.is_dir() or not takes_files(existing):
+    try:
+        writable_ancestor(path.resolve().parent)
+    except SpecDefError as error:
         raise SpecDefError(
-            f"--manifest-out {path} cannot be written: {existing} is not a directory that can be written to",
-            "Choose another file.",
-        )
+            f"--manifest-out {path} cannot be written: {error.problem}", "Choose another file."
+        ) from error
+
+
+def writable_ancestor(directory: Path) -> Path:
+    """The directory itself, or the nearest one above it that exists.
+
+    Raises:
+        SpecDefError: It is a file, or cannot be written to.
+    """
+    existing = directory.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not takes_files(existing):
+        raise SpecDefError(f"{existing} is not a directory that can be written to", "Choose another --out.")
+    return existing

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from specdef_cli.checkpoint.destination import is_taken, require_free, require_outside
-from specdef_cli.checkpoint.durable import remove_unfinished, takes_files, write_durably
+from specdef_cli.checkpoint.destination import is_taken, require_free, require_outside, writable_ancestor
+from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
 from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
 from specdef_cli.errors import SpecDefError
@@ -56,20 +56,6 @@ def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> N
             f"Hub's cache has {free / 1e9:.1f} GB free",
             "Free some space, choose another --out, or set HF_HOME to a directory on a larger disk.",
         )
-
-
-def writable_ancestor(directory: Path) -> Path:
-    """The directory itself, or the nearest one above it that exists.
-
-    Raises:
-        SpecDefError: It is a file, or cannot be written to.
-    """
-    existing = directory.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not takes_files(existing):
-        raise SpecDefError(f"{existing} is not a directory that can be written to", "Choose another --out.")
-    return existing
 
 
 @contextlib.contextmanager

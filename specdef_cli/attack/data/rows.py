@@ -16,6 +16,7 @@ from datasets.data_files import get_data_patterns
 
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.presence import COMPRESSIONS, require_data
+from specdef_cli.checkpoint.durable import takes_files
 from specdef_cli.errors import SpecDefError
 
 _FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -148,7 +149,7 @@ def _require_cache() -> None:
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        if not os.access(cache, os.W_OK):
+        if not takes_files(cache):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise SpecDefError(
