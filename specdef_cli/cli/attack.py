@@ -126,7 +126,7 @@ def attack_command(
     if chosen is not None and "seeds" in chosen.budget and seeds is None:
         budget["seeds"] = seeds_of(chosen.budget["seeds"])
     # What the user gave stays: by a flag, or in a suite of the user's own.
-    kept = given if chosen is None or suite in suite_names() or limit is not None else budget
+    kept = given if chosen is None or suite in suite_names() else budget
     options = AttackOptions(
         **budget,
         model=model,
