@@ -39,6 +39,12 @@ MAX_PRODUCTS = 100
 BISECTION_RATIO = 1.05
 """The rate at which descent diverges is located to within this factor, where no other is asked for."""
 
+HEADROOM = 16
+"""The search for that rate begins this many times above 2/σ₁: networks let descent go on up to some times it."""
+
+SEARCHED = 1e9
+"""The search ends this many times above, or below, the rate that it was given."""
+
 
 @dataclass(frozen=True)
 class Curvature:
@@ -208,55 +214,64 @@ def observed_divergence_rate(
     growth: float = 2.0,
     ratio: float = BISECTION_RATIO,
 ) -> DivergenceRate:
-    """By bisection, the learning rate at which plain full-batch gradient descent diverges.
+    """The learning rate at which plain full-batch gradient descent diverges.
 
     A trial *diverges* when its loss stops being finite or exceeds ``growth`` times the start's modulus. The descent
     from 2/σ₁ need not diverge right there: where the loss is not quadratic, a rate somewhat above it can throw the
     parameters into a flatter region and converge ("catapult", Lewkowycz et al., arXiv 2003.02218), and a rate below it
     can fail when the Hessian grows on the way.
 
+    Rates are tried from above: one that diverges shows it within a few steps, one that is stable takes all of them.
+
     Args:
         loss: Called for every step. The parameters are put back before this returns.
         parameters: What is trained.
-        around: Where the search starts, e.g. 2/σ₁.
+        around: Where the search begins, e.g. 2/σ₁: a few times above it.
         steps: Steps of each trial.
         growth: How many times the start's loss counts as divergence.
         ratio: The search ends once a stable and a divergent rate are within this factor of each other.
     """
+    start = loss()
+    limit = growth * abs(float(start.detach()))
+    first_gradients = torch.autograd.grad(start, parameters, materialize_grads=True)
 
     def diverges(rate: float) -> bool:
+        gradients = first_gradients
         with restored(parameters):
-            limit = math.inf
-            for _ in range(steps):
-                value = loss()
-                current = float(value.detach())
-                if not current <= limit:  # NaN fails this too
-                    return True
-                if limit == math.inf:
-                    limit = growth * abs(current)
-                gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+            for remaining in reversed(range(steps)):
                 with torch.no_grad():
                     for parameter, gradient in zip(parameters, gradients, strict=True):
                         parameter.sub_(gradient, alpha=rate)
-            with torch.no_grad():
-                return not float(loss()) <= limit
+                with torch.set_grad_enabled(remaining > 0):
+                    value = loss()
+                if not float(value.detach()) <= limit:  # NaN fails this too
+                    return True
+                if remaining:
+                    gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+        return False
 
-    stable, divergent = 0.0, math.inf
-    rate = around
-    while not (stable and math.isfinite(divergent) and divergent / stable <= ratio):
-        if diverges(rate):
+    stable, divergent = 0.0, around * HEADROOM
+    while not diverges(divergent):
+        stable = divergent
+        if stable >= around * SEARCHED:
+            return DivergenceRate(stable, math.inf, steps)
+        divergent *= 4
+    while divergent > around / SEARCHED:
+        for rate in bisection_rates(divergent / 4, divergent, ratio):
+            if rate == stable or not diverges(rate):
+                return DivergenceRate(rate, divergent, steps)
             divergent = rate
-        else:
-            stable = rate
-        if stable == 0 and rate > around * 1e-9:
-            rate /= 4
-        elif math.isinf(divergent) and rate < around * 1e9:
-            rate *= 4
-        elif stable and math.isfinite(divergent):
-            rate = math.sqrt(stable * divergent)
-        else:
-            break
-    return DivergenceRate(stable, divergent, steps)
+    return DivergenceRate(0.0, divergent, steps)
+
+
+def bisection_rates(low: float, high: float, ratio: float) -> Iterator[float]:
+    """The rates of all bisections of [low, high], from above: down to ``low``, and neighbours within ``ratio``."""
+    if high / low <= ratio:
+        yield low
+        return
+    middle = math.sqrt(low * high)
+    yield from bisection_rates(middle, high, ratio)
+    yield from bisection_rates(low, middle, ratio)
 
 
 class HessianProducts:
