@@ -32,8 +32,11 @@ class MissingExtraError(SpecDefError, ImportError):
     """
 
     def __init__(self, purpose: str, extra: str) -> None:
-        missing = ", ".join(missing_modules(extra)) or ", ".join(EXTRA_MODULES[extra])
-        super().__init__(f"{purpose} need {missing}, which is not installed", f"pip install 'specdef-cli[{extra}]'")
+        missing = missing_modules(extra) or EXTRA_MODULES[extra]
+        verb = "is" if len(missing) == 1 else "are"
+        super().__init__(
+            f"{purpose} need {', '.join(missing)}, which {verb} not installed", f"pip install 'specdef-cli[{extra}]'"
+        )
         self.arguments = (purpose, extra)
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:

@@ -65,7 +65,7 @@ def test_harden_imports_no_module_of_an_extra_and_attack_names_it(llama: Path, t
     refused = run_cli("attack", "folded", cwd=tmp_path, PYTHONPATH=path)
     assert refused.code == 1
     assert refused.stderr.splitlines() == [
-        "error: attacks need datasets, pytorch_optimizer, which is not installed",
+        "error: attacks need datasets, pytorch_optimizer, which are not installed",
         "hint: pip install 'specdef-cli[attack]'",
     ]
 

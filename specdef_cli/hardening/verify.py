@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.checkpoint.reader import ResumableError
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line, is_out_of_memory
 from specdef_cli.runtime import load_model, without_progress_bars
 from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs, no_batch
 from specdef_cli.runtime.garbage import new_objects_only
@@ -57,8 +58,8 @@ def compare_models(
         loading: Passed on to ``load_model``.
 
     Raises:
-        SpecDefError: The model takes inputs that cannot be made up (naming what it takes), or the base's outputs are
-            not finite.
+        SpecDefError: The model takes inputs that cannot be made up (naming what it takes), the base's outputs are not
+            finite, or the hardened model does not run (naming layers whose weight is read without running them).
     """
     with new_objects_only():
         reference = _outputs(base, dtype, device, loading)
@@ -67,7 +68,13 @@ def compare_models(
                 f"the outputs of {base} hold NaN or infinity before any change",
                 "Repair its weights, or --dtype float32.",
             )
-        return compare_outputs(reference, _outputs(hardened, dtype, device, loading))
+        try:
+            outputs = _outputs(hardened, dtype, device, loading)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise _does_not_run(first_line(error), base, dtype, loading) from error
+        return compare_outputs(reference, outputs)
 
 
 def compare_outputs(reference: Tensor, outputs: Tensor) -> OutputComparison:
@@ -147,6 +154,33 @@ def require_comparable(model: nn.Module) -> None:
         raise SpecDefError(no_batch(model, f"more than {' and '.join(inputs)}").problem, hint) from error
     except Exception:
         return
+
+
+def _does_not_run(reason: str, base: Path, dtype: torch.dtype | None, loading: dict[str, Any]) -> SpecDefError:
+    """The hardened model raises an exception, most likely for a linear layer whose weight is read without running it.
+
+    Args:
+        reason: What the exception said.
+        base: The base, which is run once more to find such layers (Mamba's ``dt_proj``).
+        dtype: What to load it in.
+        loading: Passed on to ``load_model``.
+    """
+    with without_progress_bars():
+        model = load_model(base, dtype=dtype, **loading).eval()
+    idle = {name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    for name in tuple(idle):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: idle.discard(name))
+    model_outputs(model)
+    globs = sorted({f"*{name.rpartition('.')[2]}" for name in idle})
+    if not globs:
+        return SpecDefError(
+            f"the hardened model cannot be run: {reason}", "Leave layers out with --exclude; nothing was published."
+        )
+    excluded = " ".join(f"--exclude '{glob}'" for glob in globs)
+    return SpecDefError(
+        f"the hardened model cannot be run: its code reads the weights of {', '.join(globs)} itself ({reason})",
+        f"{excluded} leaves them as they are; nothing was published.",
+    )
 
 
 def _outputs(directory: Path, dtype: torch.dtype | None, device: str | None, loading: dict[str, Any]) -> Tensor:

@@ -19,6 +19,7 @@ from specdef_cli.attack.variants.table import VARIANTS
 from specdef_cli.cli.app import COMMANDS
 from specdef_cli.cli.startup import COLLECT_AFTER
 from tests.commands import assert_refused, call_cli, environment, run_cli, run_program, snapshot
+from tests.faults.small_attack import SMALL
 
 TinyModel = Callable[..., Path]
 
@@ -149,17 +150,54 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
     assert "down_proj" in table.stdout
 
 
-def test_stdout_is_data_alone(llama: Path, tmp_path: Path) -> None:
-    result = call_cli("harden", llama, "--out", tmp_path / "a", "--method", "insert", "--top-k", "4", "--json")
-    assert json.loads(result.stdout)["out"] == str(tmp_path / "a")
-    for arguments in (
-        ("inspect", tmp_path / "a", "--json"),
-        ("inspect", llama, "--json", "--quiet"),
-        ("collapse", tmp_path / "a", "--out", tmp_path / "b", "--json"),
-    ):
-        result = call_cli(*arguments)
-        assert result.code == 0, result.stderr
-        assert isinstance(json.loads(result.stdout), dict)
+def test_stdout_is_data_alone_and_quiet_is_quiet(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every command but push, which needs a server (tests/checkpoint/test_upload.py)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{(7 * row + word) % 90 + 3}" for word in range(40)) for row in range(40)))
+    certify = ("--base", llama, "--text", text, "--no-deployment", "--no-curvature", "--attacks", "attack/report.json")
+    typed: dict[str, tuple[str | Path, ...]] = {
+        "inspect": (llama,),
+        "harden": (llama, "--out", "hardened"),
+        "attack": ("hardened", "--control", llama, "--dataset", text, *SMALL),
+        "compare": ("attack",),
+        "card": ("hardened", "--attacks", "attack/report.json"),
+        "certify": ("hardened", *certify),
+        "verify-certificate": ("hardened",),
+        "collapse": ("hardened", "--out", "back"),
+    }
+    assert {*typed, "push"} == set(COMMANDS)
+    for command, arguments in typed.items():
+        result = call_cli(command, *arguments, "--json", "--quiet")
+        assert result.code == 0, (command, result.stderr)
+        assert isinstance(json.loads(result.stdout), dict), command
+        assert result.stderr == "", command
+    spoken = call_cli("inspect", "hardened", "--json")
+    assert isinstance(json.loads(spoken.stdout), dict)
+
+
+FAILING = {
+    "harden": ("nowhere/", "--out", "out"), "attack": ("nowhere/",), "certify": ("nowhere/",),
+    "collapse": ("nowhere/", "--out", "out"), "compare": ("nowhere",), "inspect": ("nowhere/",),
+    "card": ("nowhere", "--attacks", "report.json"), "push": ("nowhere", "org/name"),
+    "verify-certificate": ("./nowhere",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_tells_failure_from_wrong_usage(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call_cli(name, *FAILING[name]), "nowhere", empty=tmp_path)
+    wrong = call_cli(name, *FAILING[name], "--no-such-option")
+    assert (wrong.code, wrong.stdout) == (2, "")
+    assert "--no-such-option" in wrong.stderr
+    monkeypatch.setenv("SPECDEF_DEBUG", "1")
+    shown = call_cli(name, *FAILING[name])
+    assert shown.code == 1
+    assert "Traceback" in shown.stderr
 
 
 def test_quiet_leaves_stderr_empty(llama: Path, tmp_path: Path) -> None:

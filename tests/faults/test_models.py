@@ -82,6 +82,23 @@ def test_a_linear_whose_weight_is_read_past_it_is_not_planned(tmp_path: Path) ->
 
 
 @pytest.mark.fault("layers that cannot be replaced")
+def test_a_layer_whose_weight_the_model_s_own_code_reads_is_named(tmp_path: Path) -> None:
+    """Mamba multiplies by the weight of dt_proj itself; without it, an architecture that nobody described is kept."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    command = ("harden", tmp_path / "model", "--method", "insert", "--quiet", "--out", tmp_path / "out")
+    refused = call_cli(*command)
+    assert_refused(refused, "its code reads the weights of *dt_proj itself", "--exclude '*dt_proj'")
+    assert not (tmp_path / "out").exists()
+    followed = call_cli(*command, "--exclude", "*dt_proj", "--json")
+    assert followed.code == 0, followed.stderr
+    assert json.loads(followed.stdout)["manifest"]["verification"]["equal"]
+
+
+@pytest.mark.fault("layers that cannot be replaced")
 @pytest.mark.parametrize("verify", [(), ("--no-verify",)], ids=["verified", "not verified"])
 def test_what_nobody_could_load_is_never_published(
     verify: tuple[str, ...], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

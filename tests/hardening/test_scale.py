@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from specdef_cli.architectures.families import FAMILIES
 from specdef_cli.attack.variants.unscale import unscale as collapse_in_memory
 from specdef_cli.certify.deployment.adapters import attach_adapter
 from specdef_cli.checkpoint.manifest import Manifest, ScaledModule, read_manifest
@@ -83,6 +85,44 @@ def test_every_bit_of_the_outputs_is_kept_where_only_transformers_is(
     found = judged[f"{case} {variant}"]
     assert found["different"] == []
     assert "eager" in found["compared"]
+
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64,
+}  # fmt: skip
+UNDESCRIBED = {
+    "OPTForCausalLM": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "BloomForCausalLM": {"n_layer": 2, "n_head": 4, **SMALL},
+    "CohereForCausalLM": {**SMALL, "intermediate_size": 48},
+    "BartForConditionalGeneration": {
+        "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    },
+    "DeepseekV3ForCausalLM": {
+        **SMALL, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNDESCRIBED)
+def test_an_architecture_that_nobody_described_is_scaled_all_the_same(name: str, tmp_path: Path) -> None:
+    """harden itself compares with the base; here the weights did change, and most parameters are among them."""
+    torch.manual_seed(0)
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(**UNDESCRIBED[name]))
+    with torch.no_grad():
+        for parameter in model.parameters():  # no term of any layer vanishes
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert type(model.base_model).__name__ not in FAMILIES
+    model.save_pretrained(tmp_path / "base")
+    assert harden(HardenOptions(str(tmp_path / "base"), tmp_path / "out", method="insert")) is not None
+    assert read_manifest(tmp_path / "out").verification["equal"]
+    base, hardened = tensors(tmp_path / "base"), tensors(tmp_path / "out")
+    same = [name for name in base if name in hardened and torch.equal(base[name], hardened[name])]
+    assert sum(base[name].numel() for name in same) < 0.5 * sum(tensor.numel() for tensor in base.values())
 
 
 def unscaled(module: ScaledModule, files: dict[str, torch.Tensor]) -> torch.Tensor:
