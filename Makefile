@@ -10,8 +10,9 @@ export TOKENIZERS_PARALLELISM := false
 TINY := examples/tiny_llama/model
 DEMO := demo
 SUITE := $(DEMO)/suite
-# What `make demo` hardens: any directory with a checkpoint.
+# What `make demo` hardens: any directory with a checkpoint; TIME=20m for a larger one.
 MODEL ?= $(TINY)
+TIME ?=
 # Real models (GEMMA=1 adds Gemma-3-270m), what is made of them, and tools that do not come from a package index alone.
 REAL := models
 REAL_NAMES := smollm2-135m-instruct $(if $(GEMMA),gemma-3-270m)
@@ -41,7 +42,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## harden the shipped model, attack it, say where the report is
 	rm -rf $(DEMO)/hardened $(DEMO)/attack
 	$(BIN)/specdef harden $(MODEL) --method insert --alpha 1e4 --top-k 25 --out $(DEMO)/hardened
-	$(BIN)/specdef attack $(DEMO)/hardened --control $(MODEL) --expand 2x --jobs $(JOBS) --out $(DEMO)/attack
+	$(BIN)/specdef attack $(DEMO)/hardened --control $(MODEL) --expand 2x --jobs $(JOBS) $(addprefix --time-limit ,$(TIME)) --out $(DEMO)/attack
 
 attack-demo: $(DEMO)/hardened  ## the demo's attack at full length: every informed attack, every rate searched
 	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --jobs $(JOBS) --freeze-compensation --collapse \
