@@ -95,22 +95,31 @@ docs/tables/consumers-%.md: $$(call consumed_directories,$$*) FORCE
 	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/real/consumers.py --base $(REAL)/$* \
 	  $(call consumed_directories,$*) $(TOKENS) --jobs $(JOBS) --cells $(REAL)/cells --out $@
 
-# The ways of hardening that the attack on real models compares, and a stack of 60 layers beside those models.
+# The ways of hardening that the attack on real models compares, and beside those models the tiny Llama and a stack of 60
+# layers made of it: models of bytes, which train on more of them.
+DEEP := tiny-llama deep-60
 ATTACKED := fold fold-scales insert insert-paper
-.SECONDARY: $(foreach model,$(REAL_NAMES) deep-60,$(ATTACKED:%=$(REAL)/hardened/$(model)-%)) $(REAL)/deep-60
+.SECONDARY: $(foreach model,$(REAL_NAMES) $(DEEP),$(ATTACKED:%=$(REAL)/hardened/$(model)-%)) $(DEEP:%=$(REAL)/%)
 ATTACK_MINUTES ?= 15
 # float32 parameters, products in bfloat16: what people fine-tune in, and half the time on a recent CPU.
-ATTACK_DTYPE ?= mixed
-real-attack: real-models $(REAL_NAMES:%=docs/tables/attack-%.md) docs/tables/attack-deep-60.md  ## who gets how far on real models and on 60 layers, as docs/tables/attack-*.md; ATTACK_MINUTES=15 a hardened model
+ATTACK_BUDGET = --dtype mixed
+real-attack: real-models $(patsubst %,docs/tables/attack-%.md,$(DEEP) $(REAL_NAMES))  ## who gets how far on real models and on 60 layers: docs/tables/attack-*.md and the README's table; ATTACK_MINUTES=15 a hardened model; goes on where it was stopped
+	$(BIN)/python docs/generators/resistance.py $(REAL)/attacks --models $(DEEP) $(REAL_NAMES) --ways $(ATTACKED) \
+	  | $(BIN)/python docs/generators/readme.py real-attack
+
+$(REAL)/tiny-llama: | install
+	cp -r $(TINY) $@
 
 $(REAL)/deep-60: | install
 	$(BIN)/python examples/real/deep_stack.py $(TINY) --layers 60 --out $@
 
 $(ATTACKED:%=$(REAL)/hardened/deep-60-%): | $(REAL)/deep-60
+$(ATTACKED:%=$(REAL)/hardened/tiny-llama-%): | $(REAL)/tiny-llama
 
+$(DEEP:%=docs/tables/attack-%.md): ATTACK_BUDGET = --steps 20 --batch-size 8 --sequence-length 64 --eval-every 10 --eval-sequences 32
 docs/tables/attack-%.md: $(addprefix $(REAL)/hardened/%-,$(ATTACKED)) FORCE
 	for name in $(ATTACKED); do \
-	  $(BIN)/specdef attack $(REAL)/hardened/$*-$$name --control $(REAL)/$* --suite examples/real/attack.toml --dtype $(ATTACK_DTYPE) \
+	  $(BIN)/specdef attack $(REAL)/hardened/$*-$$name --control $(REAL)/$* --suite examples/real/attack.toml $(ATTACK_BUDGET) \
 	    --time-limit $(ATTACK_MINUTES)m --jobs $(ATTACK_JOBS) --runs $(REAL)/runs --out $(REAL)/attacks/$*-$$name --quiet >/dev/null; done
 	$(BIN)/specdef compare $(ATTACKED:%=$(REAL)/attacks/$*-%) --markdown | tee $@
 

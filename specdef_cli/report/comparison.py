@@ -19,7 +19,7 @@ class Cell:
         share_of_best: Progress over the most that any control of that report made.
         learning_rate: The best of those tried.
         loss: The lowest held-out loss (nats).
-        verdict: ``stopped``, ``slowed``, ``not slowed`` or ``unknown``.
+        verdict: ``stopped``, ``not settled``, ``slowed``, ``not slowed`` or ``unknown``.
     """
 
     share: float | None
@@ -30,8 +30,11 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """``77 % (3e-7)``: the share of its own control's progress, and the rate."""
-        return "–" if self.share is None else f"{percent(self.share)} ({rate(self.learning_rate)})"
+        """``77 % (3e-7)``: share of its own control's progress, and the rate; ``?`` where that is not settled."""
+        if self.share is None:
+            return "–"
+        doubt = " ?" if self.verdict == "not settled" else ""
+        return f"{percent(self.share)} ({rate(self.learning_rate)}){doubt}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Comparison:
         models: Names of the models, as directories end.
         verdicts: The first line of each report's summary.
         rows: In the order in which the attacks first appear.
-        notes: Why the columns may not be compared, one sentence each.
+        notes: What a mark means, and why the columns may not be compared, one sentence each.
     """
 
     models: tuple[str, ...]
@@ -101,7 +104,7 @@ def compare(reports: Sequence[ReportDocument]) -> Comparison:
         models=tuple(Path(report.model.name).name for report in reports),
         verdicts=tuple(report.summary[0] for report in reports),
         rows=tuple(rows),
-        notes=_differences(reports),
+        notes=_notes(reports),
     )
 
 
@@ -136,9 +139,11 @@ def _cell(attack: AttackPart) -> Cell:
     )
 
 
-def _differences(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
-    """What reports must share to be comparable: the data and the budget."""
+def _notes(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
+    """What a cell's mark means, and what reports must share to be comparable: the data and the budget."""
     notes = []
+    if any(attack.verdict == "not settled" for report in reports for attack in report.attacks):
+        notes.append("?: the rates tried do not bracket the best one, so that more may be reached than stands there.")
     if len({report.data.fingerprint for report in reports}) > 1:
         notes.append("The reports were made on different data; their columns cannot be compared.")
     budgets = {

@@ -79,6 +79,14 @@ def test_markdown() -> None:
     assert "- fold: Verdict of fold." in lines
 
 
+def test_a_share_whose_rate_is_not_settled_is_marked() -> None:
+    unsettled = report("fold", attack("model", 0.02) | {"verdict": "not settled"})
+    printed = comparison_markdown(compared(unsettled, INSERT))
+    assert "2 % (1e-3) ?" in printed
+    assert "- ?: the rates tried do not bracket" in printed
+    assert "?" not in comparison_markdown(compared(FOLD, INSERT))
+
+
 @pytest.mark.parametrize(
     ("path", "word"), [(("data", "fingerprint"), "different data"), (("runs", 0, "spec", "steps"), "different budgets")]
 )

@@ -1,0 +1,39 @@
+"""The table of shares over models of all kinds: ways in the order asked for, a dash for what is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.report.test_comparison import attack, report
+
+GENERATOR = Path(__file__).parents[2] / "docs/generators/resistance.py"
+
+
+def test_cells_hold_a_share_for_each_way(tmp_path: Path) -> None:
+    unsettled = attack("model", 0.02) | {"verdict": "not settled"}
+    for name, attacks in {
+        "small-fold": [attack("model", 0.01), attack("model", 1.0, trained="HiRA")],
+        "small-insert": [attack("model", 0.03)],
+        "deep-fold": [unsettled],
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report(name, *attacks)), encoding="utf-8")
+    command = [
+        sys.executable,
+        str(GENERATOR),
+        str(tmp_path),
+        "--models",
+        "small",
+        "deep",
+        "absent",
+        "--ways",
+        "fold",
+        "insert",
+    ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
+    assert printed[0] == "| trained, with AdamW | small | deep |"
+    assert printed[2:4] == ["| full | 1 % / 3 % | 2 % **?** / – |", "| HiRA | 100 % / – | – / – |"]
+    assert printed[-1].startswith("Each cell: fold / insert.")
