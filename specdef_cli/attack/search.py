@@ -23,6 +23,8 @@ not enough: between a rate that diverges and one that learns, a run can end wher
 
 LARGEST_RATE, SMALLEST_RATE = 1e9, 1e-30
 
+DECADE = 10
+
 
 def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
     """The rates to run next; empty once the best rate is bracketed.
@@ -43,8 +45,13 @@ def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[
 
 
 def is_refinement(rates: Sequence[float], runs: Mapping[float, RunResult]) -> bool:
-    """Whether rates lie between those that were tried: the best decade is known, and what is left is to halve steps."""
-    return bool(rates and runs) and all(min(runs) < rate < max(runs) for rate in rates)
+    """Whether the best decade is known, and what is left is to halve steps of one."""
+    return bool(rates) and all(_halves_a_decade(rate, runs) for rate in rates)
+
+
+def _halves_a_decade(rate: float, runs: Mapping[float, RunResult]) -> bool:
+    above, below = [tried for tried in runs if tried > rate], [tried for tried in runs if tried < rate]
+    return bool(above and below) and min(above) / max(below) <= 2 * DECADE
 
 
 def best_rate(runs: Mapping[float, RunResult]) -> float:
@@ -54,7 +61,7 @@ def best_rate(runs: Mapping[float, RunResult]) -> float:
 
 # Where nothing was learned, the model stood still at the largest rate, or was disturbed even at the smallest: this
 # parameter's scale is far off, so the steps are larger.
-_STRIDE, _LONG_STRIDE = 10, 100
+_STRIDE, _LONG_STRIDE = DECADE, DECADE**2
 
 
 def _upwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
@@ -89,11 +96,14 @@ def _between(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[f
         beside_the_best = gained and best in (larger, smaller)
         return beside_the_best or (not learned and _disturbed(runs[larger]) and not _disturbed(runs[smaller]))
 
-    return tuple(
-        _rounded(math.sqrt(larger * smaller))
+    steps = [
+        (larger, smaller)
         for larger, smaller in pairwise(tried)
         if larger / smaller > FINEST_STEP and promising(larger, smaller)
-    )
+    ]
+    # A decade that was left out may hold the best rate, and then no other step is halved.
+    wide = [(larger, smaller) for larger, smaller in steps if larger / smaller > 2 * DECADE]
+    return tuple(_rounded(math.sqrt(larger * smaller)) for larger, smaller in wide or steps)
 
 
 def _moved(run: RunResult) -> bool:

@@ -15,7 +15,7 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
 from specdef_cli.attack.run_result import Divergence, EvalPoint, RunResult
 from specdef_cli.attack.schedule import run_all
-from specdef_cli.attack.search import FINEST_STEP, best_rate, next_rates
+from specdef_cli.attack.search import FINEST_STEP, best_rate, is_refinement, next_rates
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
@@ -78,6 +78,16 @@ def test_the_best_rate_is_bracketed_within_half_a_decade(exponent: float, width:
     found = best_rate(runs)
     if runs[found].progress:
         assert rates[0] < found < rates[-1]
+
+
+@given(st.floats(-17, -3.5))
+def test_no_decade_is_left_out_before_steps_are_halved(exponent: float) -> None:
+    """Large strides pass over a decade; where nothing is halved, the best decade is known all the same."""
+    best = 10**exponent
+    runs: dict[float, RunResult] = {}
+    while (rates := next_rates((1e-3,), runs)) and not is_refinement(rates, runs):
+        runs |= {rate: result(replace(SPEC, learning_rate=rate), best) for rate in rates}
+    assert away(best_rate(runs), best) < 4
 
 
 def test_it_goes_up_until_a_run_diverges_and_down_until_it_gets_worse() -> None:
