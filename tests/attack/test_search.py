@@ -86,7 +86,7 @@ def test_no_decade_is_left_out_before_steps_are_halved(exponent: float) -> None:
     best = 10**exponent
     runs: dict[float, RunResult] = {}
     while (rates := next_rates((1e-3,), runs)) and not is_refinement(rates, runs):
-        runs |= {rate: result(replace(SPEC, learning_rate=rate), best) for rate in rates}
+        runs |= {rate: result(replace(SPEC, learning_rate=rate), best, edge=3 * best) for rate in rates}
     assert away(best_rate(runs), best) < 4
 
 
