@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,8 @@ def a_file(name: str, make: Callable[[list[dict[str, Any]]], bytes]) -> Callable
         content = make(rows)
         content = gzip.compress(content) if name.endswith(".gz") else content
         content = zstandard.compress(content) if name.endswith(".zst") else content
+        content = bz2.compress(content) if name.endswith(".bz2") else content
+        content = lzma.compress(content) if name.endswith(".xz") else content
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)
         return directory / name
@@ -122,6 +127,10 @@ def saved_splits(directory: Path, rows: list[dict[str, Any]]) -> Path:
     return directory / "splits"
 
 
+def arrow(directory: Path, rows: list[dict[str, Any]]) -> Path:
+    return Path(shutil.copy(next(saved(directory, rows).glob("*.arrow")), directory / "data.arrow"))
+
+
 def in_folder(name: str) -> Callable[[Path, list[dict[str, Any]]], Path]:
     def write(directory: Path, rows: list[dict[str, Any]]) -> Path:
         return a_file(f"{name}/part.jsonl.gz", lines)(directory, rows).parent
@@ -134,8 +143,11 @@ NESTED: dict[str, Callable[[Path, list[dict[str, Any]]], Path]] = {
     "jsonl": a_file("data.jsonl", lines),
     "jsonl.gz": a_file("data.jsonl.gz", lines),
     "jsonl.zst": a_file("data.jsonl.zst", lines),
+    "ndjson.bz2": a_file("data.ndjson.bz2", lines),
     "json": a_file("data.json", lambda rows: json.dumps(rows).encode()),
+    "json.xz": a_file("data.json.xz", lambda rows: json.dumps(rows).encode()),
     "parquet": parquet,
+    "arrow": arrow,
     "save_to_disk": saved,
     "save_to_disk, splits": saved_splits,
     "folder": in_folder("folder"),
@@ -201,6 +213,31 @@ def test_every_form_in_every_kind_of_file(form: str, kind: str, tmp_path: Path) 
     batch = data.collate([data.train[index] for index in (7, 8, 9, 10)])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     assert bool((batch["labels"][batch["attention_mask"] == 0] == -100).all())
+
+
+PARAGRAPHS = [f"paragraph {number}\n" + f"goes on for {number} " * 12 for number in range(3 * ROWS)]
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data.md", "data.txt.gz", "data.md.xz"])
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_text_is_read_by_paragraph(name: str, folder: bool, tmp_path: Path) -> None:
+    text = a_file(f"notes [1]/{name}", lambda rows: "\n\n".join(row["text"] for row in rows).encode())
+    rows = [{"text": paragraph} for paragraph in PARAGRAPHS]
+    path = text(tmp_path, rows)
+    data = load(path.parent if folder else path)
+    assert data.fingerprint == load(a_file("data.jsonl", lines)(tmp_path, rows)).fingerprint
+
+
+@pytest.mark.parametrize(("suffix", "program"), [(".gz", "gunzip"), (".zst", "unzstd")])
+@pytest.mark.parametrize("make", [parquet, arrow])
+def test_what_compresses_itself_is_read_as_it_is(
+    make: Callable[[Path, list[dict[str, Any]]], Path], suffix: str, program: str, tmp_path: Path
+) -> None:
+    path = make(tmp_path, [{"text": "abc"}])
+    packed = path.rename(tmp_path / f"a {path.name}{suffix}")
+    with pytest.raises(SpecDefError, match="compressed") as caught:
+        load(packed)
+    assert caught.value.hint == f"Unpack it first: {program} '{packed}'."
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import errno
 import glob
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -32,6 +33,14 @@ _FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".arrow": ("arrow", {}),
 }
 """The builder of `datasets` for a file's suffix, and its arguments."""
+
+_COMPRESS_THEMSELVES = ("parquet", "arrow")
+"""Builders that read no file that was compressed once more."""
+
+_UNPACKED_BY = {".gz": "gunzip", ".zst": "unzstd", ".bz2": "bunzip2", ".xz": "unxz"}
+
+_CARD = "README.md"
+"""Not data, and where it is there it may say which files belong to which configuration."""
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which a directory that ``save_to_disk`` wrote is known."""
@@ -98,6 +107,9 @@ def _load(options: AttackOptions, path: Path) -> Any:
                 raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
             return splits[split]
         _require_cache()
+        if _holds_text(path):  # which `datasets` would read by line, and Markdown not at all
+            kind, arguments = _FILE_FORMATS[".txt"]
+            return datasets.load_dataset(kind, data_files=_splits(path), split=split, **arguments)
         return datasets.load_dataset(
             str(path), options.dataset_config, split=split, data_files=_patterns(path), token=options.token
         )
@@ -117,27 +129,50 @@ def _require_no_choice(options: AttackOptions, path: Path) -> None:
             raise SpecDefError(f"{path} has no choice of {flag} {value!r}", f"Leave {flag} out.")
 
 
+def _suffixes(path: Path) -> tuple[str, str]:
+    """The suffix that says what a file holds, and that of its compression; empty where there is none."""
+    *others, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return (others[-1], last) if last in COMPRESSIONS else (last, "")
+
+
 def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    if not suffixes or suffixes[-1] not in _FILE_FORMATS:
+    suffix, compression = _suffixes(path)
+    if suffix not in _FILE_FORMATS:
         raise SpecDefError(
             f"{path} is of a kind that is not read: {path.suffix or 'no suffix'}",
-            f"Give one of {', '.join(_FILE_FORMATS)}, each also with {', '.join(COMPRESSIONS)}; a directory, or a "
-            "Hub id.",
+            f"Give one of {', '.join(_FILE_FORMATS)}, but for the last two also with {', '.join(COMPRESSIONS)}; a "
+            "directory, or a Hub id.",
         )
-    return _FILE_FORMATS[suffixes[-1]]
+    kind, arguments = _FILE_FORMATS[suffix]
+    if compression and kind in _COMPRESS_THEMSELVES:
+        raise SpecDefError(
+            f"{path} is a compressed {suffix} file, which `datasets` does not read",
+            f"Unpack it first: {_UNPACKED_BY[compression]} {shlex.quote(str(path))}.",
+        )
+    return kind, arguments
+
+
+def _holds_text(directory: Path) -> bool:
+    """Whether there are files of text or Markdown and no others, and no card that would say more of them."""
+    files = [path for path in directory.rglob("[!.]*") if path.is_file()]
+    return (
+        bool(files)
+        and not (directory / _CARD).is_file()
+        and all(_FILE_FORMATS.get(_suffixes(path)[0], ("",))[0] == "text" for path in files)
+    )
+
+
+def _splits(directory: Path) -> dict[str, list[str]]:
+    """The files of each split, by their names as `datasets` takes them."""
+    escaped = glob.escape(str(directory.resolve()))
+    found = get_data_patterns(escaped)
+    return {str(split): [f"{escaped}/{pattern}" for pattern in patterns] for split, patterns in found.items()}
 
 
 def _patterns(directory: Path) -> dict[str, list[str]] | None:
     """The files of each split, where `datasets` would take a character of the directory's own name for a wildcard."""
     absolute = str(directory.resolve())
-    escaped = glob.escape(absolute)
-    if escaped == absolute:
-        return None
-    found = get_data_patterns(escaped)
-    return {str(split): [f"{escaped}/{pattern}" for pattern in patterns] for split, patterns in found.items()}
+    return None if glob.escape(absolute) == absolute else _splits(directory)
 
 
 def _require_cache() -> None:
