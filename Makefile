@@ -24,7 +24,7 @@ ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
-  reproduce-staircase reproduce-insert reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack check test test-all test-newest faults lint format schema docs build wheel bench bench-large gpu-check train-example clean
+  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack check test test-all test-newest faults lint format schema docs build wheel bench bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,7 +121,8 @@ docs/tables/attack-%.md: $(addprefix $(REAL)/hardened/%-,$(ATTACKED)) FORCE
 	for name in $(ATTACKED); do \
 	  $(BIN)/specdef attack $(REAL)/hardened/$*-$$name --control $(REAL)/$* --suite examples/real/attack.toml $(ATTACK_BUDGET) \
 	    --time-limit $(ATTACK_MINUTES)m --jobs $(ATTACK_JOBS) --runs $(REAL)/runs --out $(REAL)/attacks/$*-$$name --quiet >/dev/null; done
-	$(BIN)/specdef compare $(ATTACKED:%=$(REAL)/attacks/$*-%) --markdown | tee $@
+	{ $(BIN)/specdef compare $(ATTACKED:%=$(REAL)/attacks/$*-%) --markdown && echo && \
+	  $(BIN)/python examples/real/costs.py $(REAL)/$* $(ATTACKED:%=$(REAL)/hardened/$*-%); } | tee $@
 
 FORCE:
 
@@ -163,9 +164,8 @@ reproduce-mixing: install  ## folds that mix channels, against an optimizer that
 reproduce-staircase: install  ## where a fold's largest factors belong, and what one channel alone is good for
 	$(BIN)/python examples/reproduce/staircase.py --out $(DEMO)/staircase --jobs $(JOBS) | tee docs/tables/staircase.md
 
-reproduce-insert: install  ## what insert, scales and the paper's factors resist and cost on the tiny Llama
-	mkdir -p docs/tables
-	$(BIN)/python examples/reproduce/insert.py $(TINY) --out $(DEMO)/insert | tee docs/tables/insert.md
+reproduce-gauges: install  ## α that differs from layer to layer in a dense gauge, against relative updates
+	$(BIN)/python examples/reproduce/gauges.py --out $(DEMO)/gauges | tee docs/tables/gauges.md
 
 reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, under LoRA
 	$(BIN)/python examples/reproduce/unet.py --out $(DEMO)/unet | tee docs/tables/unet.md

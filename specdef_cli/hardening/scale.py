@@ -4,7 +4,7 @@ A few channels of a weight are multiplied by powers of two; a vector beside the 
 embedding, entries of a norm's gain) holds their inverses. Nothing is rounded, so the outputs are the base's, bit for
 bit, in any architecture. It costs a vector a side instead of the paper's matrix, and the model needs code to load.
 
-What is scaled where was decided by measuring (``make reproduce-insert``):
+What is scaled where was decided by measuring (``make real-attack``):
 
 * a linear layer on both of its sides. At the learning rate of an inflated row that row trains, which is a vector, and a
   vector in every layer is a LoRA of rank one. Where a scaled row crosses a scaled column, one number is left;
