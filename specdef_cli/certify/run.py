@@ -199,7 +199,7 @@ class _Curvatures:
         """Measure one model, the base first."""
         if self.reason or self._tokens is None:
             return
-        self._on_progress("curvature")
+        self._on_progress(f"curvature of the {'hardened model' if self._found else 'base'}")
         batch = self._tokens[:CURVATURE_SEQUENCES, :CURVATURE_LENGTH]
         found = measure_curvature(model, batch, device=self._device)
         if isinstance(found, str):

@@ -42,8 +42,10 @@ class Output:
     def note(self, text: str) -> None:
         """Something the user should know, that is not data."""
         if not self.quiet:
-            # A command between backticks is copied, so no line break may stand in it.
-            self._stderr.print(escape(printable(text)), highlight=False, soft_wrap="`" in text)
+            console = self._stderr
+            # A command between backticks is copied, so no line break may stand in it; a log is searched line by line.
+            whole = "`" in text or not console.is_terminal
+            console.print(escape(printable(text)), highlight=False, soft_wrap=whole)
 
     def data(self, result: Any, table: Any, *, written: Path | None = None) -> None:
         """The command's result: as JSON, or as a table (anything rich can render).

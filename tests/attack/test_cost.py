@@ -225,6 +225,7 @@ def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(
     assert any("Not reached within 0 s: hardened, collapsed · full · adamw" in note for note in report["notes"])
     lines = [line for line in result.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d \d+ of about \d+: control", line)]
     assert len(lines) == 1
+    assert any(line.startswith("note: Not reached") and line.endswith(".") for line in result.stderr.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,8 @@ def _require_no_choice(options: AttackOptions, path: Path) -> None:
 
 def _suffixes(path: Path) -> tuple[str, str]:
     """The suffix that says what a file holds, and that of its compression; empty where there is none."""
-    *others, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-    return (others[-1], last) if last in COMPRESSIONS else (last, "")
+    other, last = ["", "", *(suffix.lower() for suffix in path.suffixes)][-2:]
+    return (other, last) if last in COMPRESSIONS else (last, "")
 
 
 def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
