@@ -32,6 +32,9 @@ ATTACK, RETAINED = "attack", "retained"
 """What the data sets that are evaluated are called in the Trainer's metrics."""
 
 
+EventKind = Literal["run-start", "step", "run-end", "run-reused"]
+
+
 @dataclass(frozen=True)
 class ProgressEvent:
     """Something happened that a progress bar wants to show.
@@ -45,7 +48,7 @@ class ProgressEvent:
         diverged: Only at the end of a run.
     """
 
-    kind: Literal["run-start", "step", "run-end", "run-reused"]
+    kind: EventKind
     done: int
     runs: int
     label: str

@@ -1,4 +1,4 @@
-"""Runs series after series, or several runs at a time, each in a process of its own.
+"""Runs series after series, or several runs at a time (:mod:`specdef_cli.attack.workers`).
 
 A series decides by its results which learning rate comes next (:mod:`specdef_cli.attack.search`), so there is always a
 queue of what may run now, and a finished run may add to it. What is found finished in the store is never run again.
@@ -6,30 +6,22 @@ queue of what may run now, and a finished run may add to it. What is found finis
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from specdef_cli.attack.cost import Deadline, expected_runs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
 from specdef_cli.attack.prospects import Lead, trains_as_control
-from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
+from specdef_cli.attack.recorder import EventKind, ProgressEvent, ProgressHook
 from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.search import best_rate, is_refinement, next_rates
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.workers import Execute, Submit, executor
 from specdef_cli.waiting import first_completed
-
-Execute = Callable[[RunSpec, Callable[[int, float | None], None], Lead | None], RunResult]
-"""(what to run, a hook for each step, what its search knows) → the result. Picklable, where runs get
-processes of their own.
-"""
 
 
 @dataclass(frozen=True)
@@ -179,152 +171,109 @@ def run_all(
     for progress in under_way:
         if progress.series.first.subject == "model":
             progress.control = controls.get(progress.recipe)
-    finished = 0
+    schedule = _Schedule(under_way, load, save, deadline, on_progress)
+    for progress in under_way:
+        schedule.enqueue(progress)
+    with executor(execute, jobs, schedule.tell) as submit:
+        while schedule.queue or schedule.running:
+            schedule.start(submit, jobs)
+            if schedule.running:
+                done, _ = first_completed(schedule.running)
+                for future in done:
+                    schedule.take(future)
+    return schedule.outcome()
 
-    def total() -> int:
-        return finished + sum(progress.remaining for progress in under_way)
 
-    def event(kind: str, spec: RunSpec, result: RunResult | None = None, **changes: object) -> ProgressEvent:
-        label = f"{spec.label} · η={spec.learning_rate:g}"
-        made = ProgressEvent(kind, finished, total(), label, 0, spec.steps)  # type: ignore[arg-type]
+@dataclass
+class _Schedule:
+    """What waits and what runs, of all series.
+
+    Attributes:
+        queue: Runs that may start now.
+        running: Runs that have been started, by what will hold their results.
+        began: When a run was started.
+        finished: How many runs have results, those that were in the store among them.
+    """
+
+    under_way: list[_Progress]
+    load: Callable[[RunSpec], RunResult | None]
+    save: Callable[[RunResult], None]
+    deadline: Deadline | None
+    on_progress: ProgressHook
+    queue: list[tuple[_Progress, RunSpec]] = field(default_factory=list)
+    running: dict[Future[RunResult], tuple[_Progress, RunSpec]] = field(default_factory=dict)
+    began: dict[RunSpec, float] = field(default_factory=dict)
+    finished: int = 0
+
+    def tell(self, kind: EventKind, spec: RunSpec, result: RunResult | None = None, **changes: Any) -> None:
+        """Pass on that a run started, stepped or ended."""
+        total = self.finished + sum(progress.remaining for progress in self.under_way)
+        event = ProgressEvent(kind, self.finished, total, f"{spec.label} · η={spec.learning_rate:g}", 0, spec.steps)
         if result is not None:
             steps = result.train[-1].step if result.train else 0
-            made = replace(made, step=steps, loss=result.final, diverged=result.divergence is not None)
-        return replace(made, **changes)  # type: ignore[arg-type]
+            event = replace(event, step=steps, loss=result.final, diverged=result.divergence is not None)
+        self.on_progress(replace(event, **changes))
 
-    def enqueue(progress: _Progress) -> None:
+    def enqueue(self, progress: _Progress) -> None:
         """All that this series can run now; what is in the store counts as finished at once."""
-        nonlocal finished
         while specs := progress.ready():
             for spec in specs:
-                kept = load(spec)
+                kept = self.load(spec)
                 if kept is None or (kept.shortened and progress.lead is None):
-                    queue.append((progress, spec))
+                    self.queue.append((progress, spec))
                 else:
-                    progress.finish(spec, kept)
-                    finished += 1
-                    on_progress(event("run-reused", spec, kept))
+                    self._finish(progress, spec, kept, "run-reused")
 
-    def advance(progress: _Progress) -> None:
-        """What this series, and those that it is the control of, can run now."""
-        enqueue(progress)
-        for other in under_way:
-            if other.control is progress:
-                enqueue(other)
-
-    queue: list[tuple[_Progress, RunSpec]] = []
-    running: dict[Future[RunResult], tuple[_Progress, RunSpec]] = {}
-    began: dict[RunSpec, float] = {}
-    for progress in under_way:
-        enqueue(progress)
-    with _executor(execute, jobs, on_progress, event) as submit:
-        while queue or running:
-            while queue and len(running) < jobs:
-                if deadline is not None and not deadline.allows():
-                    queue.clear()
-                    break
-                progress, spec = queue.pop(min(range(len(queue)), key=lambda place: queue[place][0].turn))
-                if progress.left_out is not None:
-                    progress.outstanding.discard(spec)
-                    continue
-                began[spec] = time.monotonic()
-                running[submit(spec, progress.lead)] = (progress, spec)
-            if not running:
+    def start(self, submit: Submit, jobs: int) -> None:
+        """Start what comes first, as long as there is a place for it and time."""
+        while self.queue and len(self.running) < jobs:
+            if self.deadline is not None and not self.deadline.allows():
+                self.queue.clear()
+                return
+            progress, spec = self.queue.pop(min(range(len(self.queue)), key=lambda place: self.queue[place][0].turn))
+            if progress.left_out is not None:
+                progress.outstanding.discard(spec)
                 continue
-            done, _ = first_completed(running)
-            for future in done:
-                progress, spec = running.pop(future)
-                try:
-                    result = future.result()
-                except NotApplicable as error:
-                    if not progress.series.optional:
-                        raise
-                    progress.left_out = error.problem
-                    progress.outstanding.discard(spec)
-                    advance(progress)
-                    continue
-                save(result)
-                if deadline is not None:
-                    deadline.finished(time.monotonic() - began[spec])
-                progress.finish(spec, result)
-                finished += 1
-                on_progress(event("run-end", spec, result))
-                advance(progress)
-    lacking = [progress for progress in under_way if not progress.complete and progress.left_out is None]
-    lacking.sort(key=lambda progress: progress.rank)
-    return Outcome(
-        runs=tuple(run for progress in under_way for run in progress.ordered()),
-        left_out=tuple(
-            (progress.series.first.label, progress.left_out) for progress in under_way if progress.left_out is not None
-        ),
-        not_reached=tuple(progress.series.first.label for progress in lacking if not progress.results),
-        cut_short=tuple(search.series.first.label for search in lacking if search.results and not search.refining),
-        coarse=tuple(search.series.first.label for search in lacking if search.results and search.refining),
-    )
+            self.began[spec] = time.monotonic()
+            self.running[submit(spec, progress.lead)] = (progress, spec)
 
+    def take(self, future: Future[RunResult]) -> None:
+        """Keep what a run found, and enqueue what its series, and those that it is the control of, can run now."""
+        progress, spec = self.running.pop(future)
+        try:
+            result = future.result()
+        except NotApplicable as error:
+            if not progress.series.optional:
+                raise
+            progress.left_out = error.problem
+            progress.outstanding.discard(spec)
+        else:
+            self.save(result)
+            if self.deadline is not None:
+                self.deadline.finished(time.monotonic() - self.began[spec])
+            self._finish(progress, spec, result, "run-end")
+        self.enqueue(progress)
+        for other in self.under_way:
+            if other.control is progress:
+                self.enqueue(other)
 
-@contextmanager
-def _executor(
-    execute: Execute, jobs: int, on_progress: ProgressHook, event: Callable[..., ProgressEvent]
-) -> Iterator[Callable[[RunSpec, Lead | None], Future[RunResult]]]:
-    """A way to start a run: here and now for one job (also under ``accelerate launch``), else in a pool."""
-    if jobs == 1:
+    def _finish(self, progress: _Progress, spec: RunSpec, result: RunResult, kind: EventKind) -> None:
+        progress.finish(spec, result)
+        self.finished += 1
+        self.tell(kind, spec, result)
 
-        def run_here(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
-            on_progress(event("run-start", spec))
-            future: Future[RunResult] = Future()
-            try:
-                future.set_result(
-                    execute(spec, lambda step, loss: on_progress(event("step", spec, step=step, loss=loss)), lead)
-                )
-            except Exception as error:
-                future.set_exception(error)
-            return future
-
-        yield run_here
-        return
-    context = multiprocessing.get_context("spawn")
-    places = context.SimpleQueue()
-    for place in range(jobs):
-        places.put(place)
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_claim_device, initargs=(places, jobs))
-
-    def run_there(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
-        on_progress(event("run-start", spec))
-        return pool.submit(execute, spec, _no_step, lead)
-
-    try:
-        yield run_there
-    except BaseException:
-        # After Ctrl-C the user should not have to wait for runs that may take hours.
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _claim_device(places: multiprocessing.SimpleQueue[int], jobs: int) -> None:
-    """Give a worker its share of the machine: a GPU of its own where there are several, and its part of the cores."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    place = places.get()
-    import torch
-
-    devices = torch.cuda.device_count()
-    if devices > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % devices)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else 1))
-
-
-def _end_with_parent() -> None:
-    """A pool's worker waits for work forever; where its parent was killed, it would keep its memory and its GPU."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _no_step(step: int, loss: float | None) -> None:
-    """Steps of a run in another process are not shown."""
+    def outcome(self) -> Outcome:
+        lacking = [progress for progress in self.under_way if not progress.complete and progress.left_out is None]
+        lacking.sort(key=lambda progress: progress.rank)
+        begun = [progress for progress in lacking if progress.results]
+        return Outcome(
+            runs=tuple(run for progress in self.under_way for run in progress.ordered()),
+            left_out=tuple(
+                (progress.series.first.label, progress.left_out)
+                for progress in self.under_way
+                if progress.left_out is not None
+            ),
+            not_reached=tuple(progress.series.first.label for progress in lacking if not progress.results),
+            cut_short=tuple(progress.series.first.label for progress in begun if not progress.refining),
+            coarse=tuple(progress.series.first.label for progress in begun if progress.refining),
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,37 +81,38 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
         alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
         dtype=stored,
     )
-    reasons = [note.reason for note in found.unpaired if note.kind is None or note.kind in FOLDED_KINDS[profile]]
-    no_pair = f"{checkpoint.directory} has no symmetric pair to fold" + "".join(f"; {reason}" for reason in reasons[:1])
+    reasons = tuple(note.reason for note in found.unpaired if note.kind is None or note.kind in FOLDED_KINDS[profile])
     if not folded and folds_alone(options):
-        raise SpecDefError(
-            no_pair,
-            "Use --profile coverage, for float32 and bfloat16 alone."
-            if options.profile == "quantizable"
-            else "Use --method insert" + (", or other --layers and --exclude." if found.pairs else "."),
-        )
+        raise _no_pair(checkpoint, reasons, _instead_of_a_fold(options, selected_otherwise=bool(found.pairs)))
+
     in_pairs = {part.tensor for pair in folded for part in pair.slices}
     left = select_scalable([site for site in scalable if site.tensor not in in_pairs], options.layers, options.exclude)
-    chosen: tuple[LinearSite, ...] = ()
+    inserted: tuple[LinearSite, ...] = ()
     scaled: tuple[ScaledModule, ...] = ()
     if factors:
-        chosen = select_layers(sites, options.layers, options.exclude)
-        require_insertable(skeleton, chosen)
+        inserted = select_layers(sites, options.layers, options.exclude)
+        require_insertable(skeleton, inserted)
     elif options.method == "insert" or (options.allow_code and not folds_alone(options)):
         scaled = scale_modules(checkpoint, skeleton, left, stored)
     elif not folded and left:
-        raise SpecDefError(
-            no_pair,
-            "Pass --allow-code: the model then brings code that undoes a scale of each weight, or use --method insert.",
-        )
-    if folded or scaled:
-        _require_loaded_wide_enough(skeleton.config, options)
-    if not chosen and not folded and not scaled:
-        raise SpecDefError(
-            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
-        )
-    require_used(options, folded=bool(folded), inserted=bool(chosen), scaled=bool(scaled))
-    return Choice(profile, folded, chosen, scaled, left, tuple(reasons))
+        code = "--allow-code: the model then brings code that undoes a scale of each weight"
+        raise _no_pair(checkpoint, reasons, f"Pass {code}, or use --method insert.")
+    choice = Choice(profile, folded, inserted, scaled, left, reasons)
+    _require_honourable(choice, skeleton.config, options)
+    return choice
+
+
+def _no_pair(checkpoint: Checkpoint, reasons: Sequence[str], hint: str) -> SpecDefError:
+    """There is nothing to fold; the first reason says why."""
+    why = "".join(f"; {reason}" for reason in reasons[:1])
+    return SpecDefError(f"{checkpoint.directory} has no symmetric pair to fold{why}", hint)
+
+
+def _instead_of_a_fold(options: HardenOptions, *, selected_otherwise: bool) -> str:
+    """What to do where a fold alone was asked for: with pairs that the options leave out, or with none."""
+    if options.profile == "quantizable":
+        return "Use --profile coverage, for float32 and bfloat16 alone."
+    return "Use --method insert" + (", or other --layers and --exclude." if selected_otherwise else ".")
 
 
 def folds_alone(options: HardenOptions) -> bool:
@@ -125,7 +127,26 @@ def wants_factors(options: HardenOptions) -> bool:
     )
 
 
-def require_used(options: HardenOptions, *, folded: bool, inserted: bool, scaled: bool) -> None:
+def _require_honourable(choice: Choice, config: Any, options: HardenOptions) -> None:
+    """Refuse a choice of nothing, one that would overflow, and an option that nothing in it would use.
+
+    Raises:
+        SpecDefError: naming what stands in the way.
+    """
+    folded, inserted, scaled = bool(choice.folded), bool(choice.sites), bool(choice.scaled)
+    if (folded or scaled) and loaded_dtype(config, options) is torch.float16:
+        raise SpecDefError(
+            "config.json has the model loaded in float16, which a fold's powers of two overflow",
+            "Give --dtype bfloat16 or float32, which config.json then names.",
+        )
+    if not (folded or inserted or scaled):
+        raise SpecDefError(
+            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
+        )
+    _require_used(options, folded=folded, inserted=inserted, scaled=scaled)
+
+
+def _require_used(options: HardenOptions, *, folded: bool, inserted: bool, scaled: bool) -> None:
     """Refuse an option that nothing in the plan would use: who gives it expects it to matter.
 
     Raises:
@@ -162,16 +183,3 @@ def loaded_dtype(native: Any, options: HardenOptions) -> torch.dtype | None:
         return DTYPES[options.dtype]
     named = getattr(native, "dtype", None)
     return named if named in DTYPES.values() else None
-
-
-def _require_loaded_wide_enough(native: Any, options: HardenOptions) -> None:
-    """Refuse a fold that would overflow when the model is loaded.
-
-    Raises:
-        SpecDefError: ``config.json`` has it loaded in float16.
-    """
-    if loaded_dtype(native, options) is torch.float16:
-        raise SpecDefError(
-            "config.json has the model loaded in float16, which a fold's powers of two overflow",
-            "Give --dtype bfloat16 or float32, which config.json then names.",
-        )

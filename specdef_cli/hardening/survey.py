@@ -11,7 +11,7 @@ import torch
 from specdef_cli.architectures.linears import LinearSite, linear_sites
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, keep_elsewhere, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
@@ -133,25 +133,18 @@ def _survey(
     place = compute_devices(device, process_state(device))[0]
     layers = []
     for site in linear_sites(skeleton):
-        replaced = inserted.get(site.tensor)
-        header = checkpoint.tensors[factors.get(site.tensor, site.tensor)]
+        stored = checkpoint.tensors[factors.get(site.tensor, site.tensor)]
         sigma = rank = None
-        if spectra and header.dtype in FLOATING_DTYPES:
-            seed = layer_seed(0, site.tensor)
-            if site.tensor in factors:
-                weight = checkpoint.read(header.name).to(place).float()
-            else:
-                weight = read_weight(checkpoint, site, place)
-            sigma = float(top_subspace(weight, 1, seed).singular_values[0])
-            rank = effective_rank(weight, seed)
-        on_progress(Progress(site.module, header.nbytes))
+        if spectra and stored.dtype in FLOATING_DTYPES:
+            sigma, rank = _spectrum(checkpoint, site, stored, place)
+        on_progress(Progress(site.module, stored.nbytes))
         layers.append(
             LayerSurvey(
                 **vars(site),
-                dtype=header.dtype,
+                dtype=stored.dtype,
                 sigma=sigma,
                 effective_rank=rank,
-                alpha=replaced.alpha if replaced else None,
+                alpha=inserted[site.tensor].alpha if site.tensor in inserted else None,
                 default=site.role in RESIDUAL_WRITERS,
             )
         )
@@ -168,3 +161,15 @@ def _survey(
         outlook=None if manifest or factors else outlook(checkpoint, skeleton),
         recognised=recognised,
     )
+
+
+def _spectrum(
+    checkpoint: Checkpoint, site: LinearSite, stored: TensorHeader, place: torch.device
+) -> tuple[float, float]:
+    """σ₁ and the effective rank of a layer's weight, or of the inflated factor that stands in its place."""
+    seed = layer_seed(0, site.tensor)
+    if stored.name == site.tensor:
+        weight = read_weight(checkpoint, site, place)
+    else:
+        weight = checkpoint.read(stored.name).to(place).float()
+    return float(top_subspace(weight, 1, seed).singular_values[0]), effective_rank(weight, seed)
