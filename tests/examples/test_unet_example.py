@@ -23,7 +23,8 @@ def test_same_images_and_a_row_for_every_attack(
     import unet  # type: ignore[import-not-found]
 
     monkeypatch.setattr(unet, "RATES", (1e-2, 1e-9))
-    monkeypatch.setattr(unet, "HELD_OUT", 8)
+    monkeypatch.setattr(unet, "HELD_OUT", 4)
+    monkeypatch.setattr(unet, "BATCH", 4)
     arguments = ("unet.py", "--out", str(tmp_path), "--steps", "1", "--base-steps", "2", "--device", "cpu")
     monkeypatch.setattr(sys, "argv", list(arguments))
     unet.main()
