@@ -116,6 +116,7 @@ $(REAL)/deep-60: | install
 $(ATTACKED:%=$(REAL)/hardened/deep-60-%): | $(REAL)/deep-60
 $(ATTACKED:%=$(REAL)/hardened/tiny-llama-%): | $(REAL)/tiny-llama
 
+$(DEEP:%=docs/tables/attack-%.md): ATTACK_JOBS = $(JOBS)
 $(DEEP:%=docs/tables/attack-%.md): ATTACK_BUDGET = --steps 20 --batch-size 8 --sequence-length 64 --eval-every 10 --eval-sequences 32
 # A vocabulary of 262,144 tokens: a third of the tokens take as long as SmolLM2's.
 docs/tables/attack-gemma-3-270m.md: ATTACK_BUDGET = --dtype mixed --batch-size 2 --sequence-length 64 --eval-sequences 12

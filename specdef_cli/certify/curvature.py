@@ -127,6 +127,7 @@ def hessian_top_by_group(
     tolerance: float = TOLERANCE,
     max_products: int = MAX_PRODUCTS,
     seed: int = 0,
+    on_group: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Curvature]:
     """σ₁ of one diagonal block of the Hessian per group of parameters, for models too large for the whole.
 
@@ -137,6 +138,7 @@ def hessian_top_by_group(
         loss: Called once.
         groups: Parameters by name of the group, e.g. from :func:`groups_by_layer`.
         tolerance, max_products, seed: As for :func:`hessian_top`, for each group.
+        on_group: Called with a group's name before it is measured.
 
     Raises:
         SpecDefError: As :func:`hessian_top`.
@@ -145,6 +147,7 @@ def hessian_top_by_group(
     gradients = dict(zip(map(id, parameters), differentiable_gradient(loss(), parameters), strict=True))
     curvatures = {}
     for name, members in groups.items():
+        on_group(name)
         if not members:
             raise SpecDefError(f"the group {name!r} has no parameter", "Choose parameters that exist and train.")
         products = HessianProducts([gradients[id(parameter)] for parameter in members], members)

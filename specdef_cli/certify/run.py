@@ -199,9 +199,12 @@ class _Curvatures:
         """Measure one model, the base first."""
         if self.reason or self._tokens is None:
             return
-        self._on_progress(f"curvature of the {'hardened model' if self._found else 'base'}")
+        measured = f"curvature of the {'hardened model' if self._found else 'base'}"
+        self._on_progress(measured)
         batch = self._tokens[:CURVATURE_SEQUENCES, :CURVATURE_LENGTH]
-        found = measure_curvature(model, batch, device=self._device)
+        found = measure_curvature(
+            model, batch, device=self._device, on_block=lambda block: self._on_progress(f"{measured}: {block}")
+        )
         if isinstance(found, str):
             self.reason = found
         else:

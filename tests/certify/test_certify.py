@@ -299,12 +299,16 @@ def test_what_is_too_large_for_the_whole_hessian_is_measured_by_layers(
     tokens = torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(0))
     whole = measure_curvature(load_model(attacked[1]), tokens)
     monkeypatch.setattr(curvature_change, "MAX_FOR_WHOLE", 10)
-    largest = measure_curvature(load_model(attacked[1]), tokens)
+    told: list[str] = []
+    largest = measure_curvature(load_model(attacked[1]), tokens, on_block=told.append)
     assert isinstance(whole, CurvatureFigures)
     assert isinstance(largest, CurvatureFigures)
     assert whole.block is None
     assert largest.block is not None
     assert "layers." in largest.block
+    assert largest.block in told
+    assert len(told) == len(set(told)) > 1
+    assert largest.top.converged, "all blocks are measured roughly, and the largest is not"
     assert largest.top.parameters < whole.top.parameters
     # A diagonal block of a symmetric matrix; with inflated layers the largest one holds most of it.
     assert 0.1 * whole.top.value < largest.top.value <= whole.top.value * 1.001
