@@ -104,6 +104,7 @@ def attack_command(
     from specdef_cli.attack.spellings import trainings_of, variants_of
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
     from specdef_cli.attack.tracking import require_trackers
+    from specdef_cli.checkpoint.destination import writable_ancestor
     from specdef_cli.checkpoint.presence import require_models
     from specdef_cli.cli.conditions import Condition
     from specdef_cli.durations import parse_duration
@@ -145,6 +146,7 @@ def attack_command(
     if options.retained != NO_RETAINED:
         require_data(options.retained)
     require_trackers(options.report_to)
+    writable_ancestor(options.out)
 
     from rich.console import Group
 

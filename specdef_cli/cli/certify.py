@@ -47,6 +47,7 @@ def certify_command(
     from rich.console import Group
     from rich.text import Text
 
+    from specdef_cli.checkpoint.destination import writable_ancestor
     from specdef_cli.checkpoint.presence import require_hardened, require_models
     from specdef_cli.errors import SpecDefError
     from specdef_cli.extras import require_extra
@@ -58,6 +59,7 @@ def certify_command(
         path = given.get(option.removeprefix("--"))
         if path is not None and not path.is_file():
             raise SpecDefError(f"{option} {path} is not a file", "Check the path.")
+    writable_ancestor(given.get("out", CertifyOptions.out))
     require_extra("attack", "certificates")
     from specdef_cli.certify.deployment import DEFAULT_FORMATS
     from specdef_cli.certify.run import certify, plan_certify

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.benchmarks.attack import attack_table
 from tests.benchmarks.gpu import gpu_table
+from tests.benchmarks.mistakes import mistakes_table
 from tests.benchmarks.stream import sizes_table, stream_table
 from tests.benchmarks.subspace import subspace_table
 
@@ -17,6 +18,7 @@ BENCHMARKS = {
     "attack": lambda _: attack_table(),
     "stream": lambda directory: stream_table(directory),
     "stream-large": lambda directory: sizes_table(stream_table(directory, runs=1, layers=84)),
+    "mistakes": lambda directory: mistakes_table(directory),
     "gpu": lambda directory: gpu_table(directory),
 }
 DEFAULT = ("subspace", "attack", "stream")

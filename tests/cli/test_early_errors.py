@@ -31,6 +31,7 @@ CODE = (
         "attack model --control model --suite quik", "attack model --control model --fail-if steps<",
         "attack model --control model --time-limit soon", "attack model --control model --dataset missing.jsonl",
         "attack model --control model --retained missing.txt", "attack model --control model --report-to wandbb",
+        "attack model --control model --out there/file",
         "certify nowhere/", "certify model", "certify model --text missing.txt", "collapse model --out new",
         "inspect nowhere/",
     ],

@@ -1,0 +1,54 @@
+"""What a mistake costs until it is told: processor time of commands that end in an error."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+BASE = Path(__file__).parents[2] / "examples/tiny_llama/model"
+
+# What is wrong, and the command; {base} and {hardened} are models, there/ a directory with a file.
+MISTAKES = (
+    ("an `--out` that exists", "harden {base} --method fold --out there"),
+    ("a model that is not there", "harden nowhere/ --out new"),
+    ("a base that is not there", "attack {hardened} --control nowhere/"),
+    ("a base that is not there", "certify {hardened} --base nowhere/"),
+    ("a hardened base", "attack {hardened} --control {hardened}"),
+    ("a training of no such name", "attack {hardened} --control {base} --training fulll"),
+    ("a number of steps below 1", "attack {hardened} --control {base} --steps 0"),
+    ("data that is not there", "attack {hardened} --control {base} --dataset missing.jsonl"),
+    ("an `--out` below a file", "attack {hardened} --control {base} --out there/file"),
+    ("an `--out` below a file", "certify {hardened} --base {base} --out there/file"),
+    ("a report that is not there", "certify {hardened} --base {base} --attacks missing.json"),
+    ("a model without a manifest", "certify {base}"),
+    ("`--layers` that match nothing", "harden {base} --method fold --layers nothing* --out new"),
+    ("a column that the data lacks", "attack {hardened} --control {base} --dataset rows.jsonl"),
+    ("a format of no such name", "certify {hardened} --base {base} --format nothing"),
+)
+
+
+def mistakes_table(directory: Path) -> None:
+    """Print one row for each mistake, as a Markdown table."""
+    hardened = directory / "hardened"
+    harden = ["harden", str(BASE), "--method", "fold", "--out", str(hardened), "--quiet"]
+    subprocess.run([sys.executable, "-m", "specdef_cli", *harden], check=True, capture_output=True)
+    (directory / "there").mkdir()
+    (directory / "there" / "file").write_text("")
+    (directory / "rows.jsonl").write_text("".join(json.dumps({"body": "x"}) + "\n" for _ in range(50)))
+    print("| mistake | command | processor time |\n|---|---|---|")
+    for mistake, command in MISTAKES:
+        before = _seconds()
+        process = subprocess.run(
+            [sys.executable, "-m", "specdef_cli", *command.format(base=BASE, hardened=hardened).split()],
+            cwd=directory, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert process.returncode == 1, process.stderr
+        print(f"| {mistake} | `{command.split()[0]}` | {_seconds() - before:.1f} s |", flush=True)
+
+
+def _seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
