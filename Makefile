@@ -24,7 +24,7 @@ ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
-  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack check test test-all test-newest faults lint format schema docs build wheel bench bench-large gpu-check train-example clean
+  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack check test test-all test-newest faults lint format schema docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -225,6 +225,9 @@ wheel: install  ## install the wheel into an empty environment and use it there 
 
 bench: install  ## speed and memory, as ratios to cp, to torch.linalg.svd, and to a Trainer run by hand
 	$(BIN)/python -m tests.benchmarks | tee docs/tables/bench.md
+
+mistakes: install  ## docs/tables/mistakes.md: what a mistake costs until it is told
+	$(BIN)/python -m tests.benchmarks mistakes | tee /dev/stderr | grep '^|' > docs/tables/mistakes.md
 
 bench-large: install  ## the same for a checkpoint of 10 GB, and times on paper for 8B, 70B, 405B
 	$(BIN)/python -m tests.benchmarks stream-large | tee docs/tables/bench-large.md
