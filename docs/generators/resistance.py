@@ -9,6 +9,7 @@ here: ``make real-attack`` does that, and writes the best rates to docs/tables/a
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def resistance_table(compared: Mapping[str, tuple[Sequence[str], Comparison]], w
 
 
 def _shortened(attack: str) -> str:
-    return attack.removesuffix(", adamw")
+    """Its name, the same one for what undoes a fold, scales or inserted layers."""
+    return re.sub(r"^(rebalance|unscale|collapse): ", "undone first: ", attack.removesuffix(", adamw"))
 
 
 def _share(cell: Cell | None) -> str:

@@ -181,9 +181,16 @@ def test_every_row_of_the_tools_is_on_the_page_that_is_named() -> None:
     assert [path.name for path in measured if f'--8<-- "tables/{path.name}"' not in page] == []
 
 
+def test_the_table_of_real_models_is_of_what_the_text_says() -> None:
+    steps = tomllib.loads((REPOSITORY / "examples/real/attack.toml").read_text(encoding="utf-8"))["budget"]["steps"]
+    bytes_steps = re.search(r"\$\(DEEP:.*ATTACK_BUDGET = --steps (\d+) ", MAKEFILE)
+    assert bytes_steps is not None
+    assert f"a run has {steps} steps on the real models, {bytes_steps[1]} on the others" in " ".join(README.split())
+
+
 def test_every_table_is_put_there_by_its_target() -> None:
     targets = re.findall(r"<!-- table: make ([a-z-]+) -->", README)
-    assert sorted(targets) == ["readme", "real-consumers"]
+    assert sorted(targets) == ["readme", "real-attack", "real-consumers"]
     for target in targets:
         recipe = MAKEFILE.partition(f"\n{target}: ")[2].partition("\n\n")[0]
         assert f"docs/generators/readme.py {target}" in recipe
