@@ -21,7 +21,7 @@ from specdef_cli.attack.spellings import trainings_of, variants_of
 from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
-from specdef_cli.attack.variants.table import VARIANTS, Variant
+from specdef_cli.attack.variants.table import VARIANTS, Variant, informed_variants
 from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, FoldedPair, InsertedLayer, Manifest
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.cli.app import app
@@ -279,3 +279,15 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
     assert {field.name for field in dataclasses.fields(AttackOptions)} - set(expected) == {
         "suite", "search", "thorough", "free", "manifest",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("constructions", "undoing"),
+    [
+        ({"inserted"}, ["collapse"]), ({"scaled"}, ["unscale"]), ({"folded"}, ["rebalance"]),
+        ({"folded", "scaled"}, ["rebalance"]), ({"folded", "inserted"}, ["rebalance"]),
+    ],
+)  # fmt: skip
+def test_what_belongs_in_a_report_undoes_all_of_the_hardening(constructions: set[Any], undoing: list[str]) -> None:
+    """Scales taken out of a fold leave the fold, which trains as slowly as before."""
+    assert [variant.kind for variant in informed_variants(constructions)] == undoing

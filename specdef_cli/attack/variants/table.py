@@ -202,12 +202,17 @@ _NO_FACTOR = Factor("factor", 2.0, whole=False)
 
 
 def informed_variants(constructions: Collection[Construction]) -> tuple[Variant, ...]:
-    """The variants that belong in every report on a model with these constructions."""
-    return tuple(
+    """The variants that belong in every report on a model with these constructions.
+
+    Of a fold that is rebalancing alone, which takes scales and inserted layers out as well: either of those by itself
+    leaves the fold, and a search of it goes down a long way for nothing.
+    """
+    undoing = tuple(
         Variant(name)
         for name, choice in VARIANTS.items()
         if choice.informed is not None and _within(choice.informed, constructions)
     )
+    return tuple(variant for variant in undoing if variant.choice.informed == "folded") or undoing
 
 
 def _within(scope: Scope, constructions: Collection[Construction]) -> bool:
