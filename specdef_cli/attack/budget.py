@@ -48,6 +48,12 @@ class Budget:
     )
 
     @property
+    def in_words(self) -> str:
+        """What a run is: ``30 steps of 16 sequences of 128 tokens, float32``."""
+        dtype = "float32 and bfloat16 mixed" if self.dtype == "mixed" else self.dtype
+        return f"{self.steps} steps of {self.batch_size} sequences of {self.sequence_length} tokens, {dtype}"
+
+    @property
     def budget(self) -> dict[str, Any]:
         """These fields alone, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Budget)}

@@ -123,7 +123,7 @@ def foresee(
         model=names[0],
         control=names[1],
         data=names[2],
-        budget=budget_in_words(options),
+        budget=options.in_words,
         attacks=tuple(attacks),
         assumed=tuple(assumed),
         notes=tuple(notes),
@@ -140,17 +140,10 @@ def _finished(series: Series, load: Callable[[RunSpec], RunResult | None]) -> in
     return sum(load(spec) is not None for spec in grid)
 
 
-def budget_in_words(options: AttackOptions) -> str:
-    """What a run costs: ``30 steps of 16 sequences of 128 tokens, float32``."""
-    return (
-        f"{options.steps} steps of {options.batch_size} sequences of {options.sequence_length} tokens, {options.dtype}"
-    )
-
-
 def _cheaper(options: AttackOptions, plan: Sequence[Series], speed: Speed | None, total: float | None) -> str:
     limit = options.time_limit
     if speed is None or total is None or total < 2 * CHEAPER or (limit is not None and limit <= CHEAPER):
         return ""
     free = options.free or ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences")
     smaller = fitting_budget(replace(options, free=free), plan, speed, CHEAPER)
-    return f"--time-limit {in_words(CHEAPER).replace(' min', 'm')}: a first verdict by {budget_in_words(smaller)}"
+    return f"--time-limit {in_words(CHEAPER).replace(' min', 'm')}: a first verdict by {smaller.in_words}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from specdef_cli.attack.data import AttackData
-from specdef_cli.attack.forecast import budget_in_words
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.results import AttackReport
 from specdef_cli.attack.schedule import Outcome
@@ -39,7 +38,7 @@ def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, 
         said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in specs))}.")
     if not options.learning_rates:
         said.append(f"Learning rates: {_rates_in_words(options, specs)}.")
-    said.append(f"Budget of every run: {budget_in_words(options)}.")
+    said.append(f"Budget of every run: {options.in_words}.")
     return tuple(said)
 
 
@@ -95,7 +94,7 @@ def report_notes(options: AttackOptions, target: Target, report: AttackReport) -
     notes = []
     if len(options.seeds) == 1:
         notes.append("One seed: differences of a few thousandths of a nat are noise.")
-    if options.dtype != "float32":
+    if options.dtype not in ("float32", "mixed"):  # of mixed, the parameters are float32
         notes.append(
             f"Trained in {options.dtype}: small learning rates may round to no change, which flatters a defence. "
             "Train in float32 to be sure."

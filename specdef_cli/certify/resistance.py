@@ -87,11 +87,10 @@ def _public(name: str) -> str:
 
 
 def _resistance(document: ReportDocument) -> Resistance:
-    spec = document.runs[0].spec
     return Resistance(
         model=_public(document.model.name),
         data=_public(document.data.name),
-        budget=f"{spec.steps} steps of {spec.batch_size} sequences of {spec.sequence_length} tokens, {spec.dtype}",
+        budget=document.runs[0].spec.in_words,
         attacks=tuple(
             AttackFigure(
                 label=attack.label,
