@@ -20,11 +20,11 @@ SIMULATED = " (simulated)"
 VERDICTS = ("kept", "degraded", "broken, silently", "refused", "skipped")
 
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "float32, bfloat16, any cache, long and padded inputs": (
+    "float32, bfloat16, a static cache, long and padded inputs": (
         "transformers", ("float32", "bfloat16", "static cache", "long input", "left-padded batch"),
     ),
     "float16": ("transformers", ("float16",)),
-    "LLM.int8, NF4, FP4": ("bitsandbytes", ()),
+    "LLM.int8, NF4, FP4, double NF4": ("bitsandbytes", ()),
     "float8, int8, int4 weights": ("torchao", ()),
     "F32 and BF16 files, as it comes (a float16 cache)": ("llama.cpp", ("F32", "F32, no flash attention", "BF16")),
     "F32 files, a float32 cache": (

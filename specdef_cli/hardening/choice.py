@@ -155,7 +155,11 @@ def _require_used(options: HardenOptions, *, folded: bool, inserted: bool, scale
     if options.allow_code and not scaled:
         raise SpecDefError(
             "--allow-code would change nothing: "
-            + ("a fold needs no code" if options.method == "fold" else "nothing is left to scale"),
+            + (
+                "a fold needs no code"
+                if options.method == "fold"
+                else "nothing is left that this method and profile would scale"
+            ),
             "Leave --allow-code out.",
         )
     for flag, value in {"top-k": options.top_k, "gauge": options.gauge}.items():
