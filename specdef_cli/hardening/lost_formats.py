@@ -25,6 +25,12 @@ FLOAT8 = "float8"
 CACHE = "a float16 key/value cache or llama.cpp's flash attention (its defaults)"
 MERGES = "merging with models that are not hardened alike"
 
+SCALED_LOADERS = (
+    "It brings code to load, with trust_remote_code=True or `import specdef_cli`. What does not run it stops with an "
+    "error: llama.cpp, bitsandbytes, mergekit, and the defaults of PEFT's LoRA and TRL's SFTTrainer."
+)
+"""Of scaled modules, as measured; none of it is silent."""
+
 NARROW_EXPONENT = CACHED_EXPONENT
 """Factors up to this power of two leave weights within float16, and within float8 with a scale a row."""
 

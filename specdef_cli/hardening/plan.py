@@ -24,7 +24,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.choice import DEFAULT_ALPHA, Choice, choose, folds_alone, loaded_dtype
 from specdef_cli.hardening.fold import fold_groups
 from specdef_cli.hardening.insert import InsertLayer
-from specdef_cli.hardening.lost_formats import lost_formats, serving_advice
+from specdef_cli.hardening.lost_formats import SCALED_LOADERS, lost_formats, serving_advice
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.scale import scaled_groups, scaled_spec
 from specdef_cli.hardening.soundness import require_whole
@@ -169,6 +169,8 @@ def _notes(checkpoint: Checkpoint, options: HardenOptions, chosen: Choice, uncha
     code = bool(chosen.sites or chosen.scaled)
     notes = [_summary(chosen)] if options.method == "auto" else []
     notes.append(serving_advice(lost_formats(chosen.folded, inserted=code)))
+    if chosen.scaled and checkpoint.library.runs_code:
+        notes.append(SCALED_LOADERS)
     notes += chosen.reasons
     if chosen.folded and chosen.profile == "quantizable":
         notes.append(QUANTIZABLE_LIMIT)

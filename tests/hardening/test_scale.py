@@ -23,8 +23,9 @@ from specdef_cli.certify.deployment.adapters import attach_adapter
 from specdef_cli.checkpoint.manifest import Manifest, ScaledModule, read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import collapse
+from specdef_cli.hardening.lost_formats import SCALED_LOADERS
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.run import harden, open_model
 from specdef_cli.runtime import load_model
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT
 from tests.commands import call_cli
@@ -185,6 +186,14 @@ def test_auto_with_code_leaves_the_pairs_to_the_fold(scaled: Make) -> None:
     assert not folded & scaled_tensors
     ends = {name.rsplit(".", 2)[-2] for name in scaled_tensors}
     assert {"q_proj", "k_proj", "gate_proj", "embed_tokens", "q_norm", "k_norm", "input_layernorm"} <= ends
+
+
+@pytest.mark.parametrize(("options", "told"), [({"method": "insert"}, True), ({"method": "fold"}, False)])
+def test_what_does_not_run_the_code_is_told_before_the_work(
+    options: dict[str, Any], told: bool, base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with open_model(HardenOptions(str(base("llama")), tmp_path / "out", **options)) as (_, _, plan):
+        assert (SCALED_LOADERS in plan.notes) == told
 
 
 @pytest.mark.parametrize(("case", "variant"), MADE)
