@@ -131,7 +131,8 @@ def _variants(table: AttackTable, target: Target) -> list[Variant]:
         if isinstance(variant, Variant):
             found += [variant] if variant.applies_to(target.constructions) else []
         else:
-            found += informed_variants(target.constructions)
+            folded = target.manifest is not None and bool(target.manifest.folded)
+            found += informed_variants(target.constructions, surely_folded=folded)
     return list(dict.fromkeys(found))
 
 

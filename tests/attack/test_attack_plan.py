@@ -282,12 +282,18 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("constructions", "undoing"),
+    ("constructions", "surely_folded", "undoing"),
     [
-        ({"inserted"}, ["collapse"]), ({"scaled"}, ["unscale"]), ({"folded"}, ["rebalance"]),
-        ({"folded", "scaled"}, ["rebalance"]), ({"folded", "inserted"}, ["rebalance"]),
+        ({"inserted"}, False, ["collapse"]), ({"scaled"}, False, ["unscale"]), ({"folded"}, True, ["rebalance"]),
+        ({"folded", "scaled"}, True, ["rebalance"]), ({"folded", "inserted"}, True, ["rebalance"]),
+        # Of a model without a manifest, which may have no pairs at all.
+        ({"folded", "scaled"}, False, ["unscale", "rebalance"]),
+        ({"folded", "inserted"}, False, ["collapse", "rebalance"]),
     ],
 )  # fmt: skip
-def test_what_belongs_in_a_report_undoes_all_of_the_hardening(constructions: set[Any], undoing: list[str]) -> None:
+def test_what_belongs_in_a_report_undoes_all_of_the_hardening(
+    constructions: set[Any], surely_folded: bool, undoing: list[str]
+) -> None:
     """Scales taken out of a fold leave the fold, which trains as slowly as before."""
-    assert [variant.kind for variant in informed_variants(constructions)] == undoing
+    found = informed_variants(constructions, surely_folded=surely_folded)
+    assert [variant.kind for variant in found] == undoing

@@ -201,18 +201,20 @@ _NO_FACTOR = Factor("factor", 2.0, whole=False)
 """Reads the number that is given to a variant that takes none, so that the message can name it."""
 
 
-def informed_variants(constructions: Collection[Construction]) -> tuple[Variant, ...]:
+def informed_variants(constructions: Collection[Construction], *, surely_folded: bool = False) -> tuple[Variant, ...]:
     """The variants that belong in every report on a model with these constructions.
 
-    Of a fold that is rebalancing alone, which takes scales and inserted layers out as well: either of those by itself
-    leaves the fold, and a search of it goes down a long way for nothing.
+    Args:
+        constructions: What the model has, or may have, of what hardening makes.
+        surely_folded: Whether it has pairs to rebalance, which takes scales and inserted layers out as well. Either of
+            those by itself then leaves the fold, and a search of it goes down a long way for nothing.
     """
     undoing = tuple(
         Variant(name)
         for name, choice in VARIANTS.items()
         if choice.informed is not None and _within(choice.informed, constructions)
     )
-    return tuple(variant for variant in undoing if variant.choice.informed == "folded") or undoing
+    return tuple(variant for variant in undoing if variant.choice.informed == "folded") if surely_folded else undoing
 
 
 def _within(scope: Scope, constructions: Collection[Construction]) -> bool:
