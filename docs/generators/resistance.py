@@ -9,10 +9,10 @@ here: ``make real-attack`` does that, and writes the best rates to docs/tables/a
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from specdef_cli.attack.variants.table import VARIANTS
 from specdef_cli.report.comparison import Cell, Comparison, compare
 from specdef_cli.report.document import read_report
 from specdef_cli.report.findings import percent
@@ -57,7 +57,9 @@ def resistance_table(compared: Mapping[str, tuple[Sequence[str], Comparison]], w
 
 def _shortened(attack: str) -> str:
     """Its name, the same one for what undoes a fold, scales or inserted layers."""
-    return re.sub(r"^(rebalance|unscale|collapse): ", "undone first: ", attack.removesuffix(", adamw"))
+    first, colon, trained = attack.removesuffix(", adamw").rpartition(": ")
+    undone = first in VARIANTS and VARIANTS[first].informed is not None
+    return f"{'undone first' if undone else first}{colon}{trained}"
 
 
 def _share(cell: Cell | None) -> str:

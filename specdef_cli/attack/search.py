@@ -51,7 +51,7 @@ def is_refinement(rates: Sequence[float], runs: Mapping[float, RunResult]) -> bo
 
 def _halves_a_decade(rate: float, runs: Mapping[float, RunResult]) -> bool:
     above, below = [tried for tried in runs if tried > rate], [tried for tried in runs if tried < rate]
-    return bool(above and below) and min(above) / max(below) <= 2 * DECADE
+    return bool(above and below) and not _a_decade_between(min(above), max(below))
 
 
 def best_rate(runs: Mapping[float, RunResult]) -> float:
@@ -102,8 +102,13 @@ def _between(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[f
         if larger / smaller > FINEST_STEP and promising(larger, smaller)
     ]
     # A decade that was left out may hold the best rate, and then no other step is halved.
-    wide = [(larger, smaller) for larger, smaller in steps if larger / smaller > 2 * DECADE]
+    wide = [step for step in steps if _a_decade_between(*step)]
     return tuple(_rounded(math.sqrt(larger * smaller)) for larger, smaller in wide or steps)
+
+
+def _a_decade_between(larger: float, smaller: float) -> bool:
+    """Whether two neighbours are more than a decade apart, whose digits are rounded."""
+    return larger / smaller > 2 * DECADE
 
 
 def _moved(run: RunResult) -> bool:
