@@ -15,9 +15,11 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from specdef_cli.certify.certificate import CERTIFICATE_NAME, CERTIFICATE_RECORD
+from specdef_cli.attack.presence import REPORT_NAME
+from specdef_cli.certify.certificate import CERTIFICATE_RECORD
+from specdef_cli.certify.presence import CERTIFICATE_NAME
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, manifest_record
-from specdef_cli.report.document import REPORT_NAME, ReportDocument
+from specdef_cli.report.document import ReportDocument
 
 _PACKAGE = Path(__file__).parent
 

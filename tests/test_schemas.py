@@ -10,11 +10,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from specdef_cli.certify.certificate import CERTIFICATE_NAME, Certificate, Claim
+from specdef_cli.certify.certificate import Certificate, Claim
 from specdef_cli.certify.curvature import Curvature, DivergenceRate
 from specdef_cli.certify.curvature_change import CurvatureFigures
 from specdef_cli.certify.deployment import DeploymentFigure
 from specdef_cli.certify.function import FunctionFigures
+from specdef_cli.certify.presence import CERTIFICATE_NAME
 from specdef_cli.certify.provenance import Provenance
 from specdef_cli.certify.resistance import AttackFigure, Resistance
 from specdef_cli.certify.spectrum import LayerSpectrum, SpectrumFigures

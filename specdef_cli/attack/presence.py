@@ -1,4 +1,5 @@
-"""Is there the data that an attack names? Asked before anything heavy is imported: a wrong path is told in a moment.
+"""Is there the data, or the report, that a command names? Asked before anything heavy is imported: a wrong path is told
+in a moment.
 
 What lies on the Hub is asked for later, when it is downloaded.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from specdef_cli.errors import SpecDefError
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".md", ".parquet", ".arrow")
+REPORT_NAME = "report.json"
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 """Suffixes that may stand behind these; `datasets` unpacks them."""
 
@@ -27,3 +29,18 @@ def require_data(dataset: str | None) -> None:
     like_a_file = path.suffix.lower() in (*FILE_SUFFIXES, *COMPRESSIONS)
     if not path.exists() and (like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)):
         raise SpecDefError(f"there is no data file {path}", "Check the path, or give a Hub id.")
+
+
+def require_report(path: Path) -> Path:
+    """The file of an attack report.
+
+    Args:
+        path: A ``report.json``, or the directory that it is in.
+
+    Raises:
+        SpecDefError: It is not there.
+    """
+    file = path / REPORT_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise SpecDefError(f"there is no attack report {file}", "Give the report.json that `specdef attack` wrote.")
+    return file

@@ -23,7 +23,6 @@ from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE
 
 FORMAT_VERSION: Final = 2
-CERTIFICATE_NAME = "certificate.json"
 LOSS_TOLERANCE = 0.01
 """Nats by which the loss of an inserted model may differ from the base's: 1 % of perplexity."""
 

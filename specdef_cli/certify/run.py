@@ -25,7 +25,6 @@ from specdef_cli.attack.suite import load_suite
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.certify.attack_section import attack_section, with_section
 from specdef_cli.certify.certificate import (
-    CERTIFICATE_NAME,
     FORMAT_VERSION,
     Certificate,
     certificate_section,
@@ -44,6 +43,7 @@ from specdef_cli.certify.deployment import (
 )
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.options import CertifyOptions
+from specdef_cli.certify.presence import CERTIFICATE_NAME
 from specdef_cli.certify.provenance import provenance
 from specdef_cli.certify.resistance import Resistance, read_resistance, resistance_of
 from specdef_cli.certify.spectrum import measure_spectrum

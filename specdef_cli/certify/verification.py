@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from specdef_cli.attack.presence import require_report
 from specdef_cli.certify.certificate import (
-    CERTIFICATE_NAME,
     CERTIFICATE_RECORD,
     curvature_claim,
     function_claim,
     no_claim_failed,
     spectrum_claim,
 )
+from specdef_cli.certify.presence import require_certificate
 from specdef_cli.certify.provenance import Provenance, file_hashes, manifest_sha256
 from specdef_cli.certify.spectrum import measure_spectrum
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, is_hardened, read_manifest
@@ -28,7 +29,6 @@ from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError, first_violation
-from specdef_cli.report.document import REPORT_NAME
 
 Result = Literal["matches", "differs", "not checked"]
 
@@ -64,11 +64,9 @@ def verify_certificate(
         SpecDefError: There is no certificate, or it cannot be read.
     """
     if attacks is not None:
-        attacks = attacks / REPORT_NAME if attacks.is_dir() else attacks
-        if not attacks.is_file():
-            raise SpecDefError(f"--attacks {attacks} is not a file", "Give the report.json of `specdef attack`.")
+        attacks = require_report(attacks)
     directory = resolve(model, revision=revision, token=token).directory
-    recorded, origin = _read(directory / CERTIFICATE_NAME)
+    recorded, origin = _read(require_certificate(directory))
     manifest = read_manifest(directory) if is_hardened(directory) else None
     base_directory = None if base is None else resolve(base, token=token).directory
     without_manifest = Check("manifest", "not checked", f"{directory.name} has no {MANIFEST_NAME}")
@@ -100,11 +98,6 @@ def _read(path: Path) -> tuple[dict[str, Any], Provenance]:
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         return recorded, TypeAdapter(_Header).validate_python(recorded).provenance
-    except FileNotFoundError as error:
-        raise SpecDefError(
-            f"{path.parent} has no {CERTIFICATE_NAME}",
-            "Write one with `specdef certify`, or fetch the one it came with.",
-        ) from error
     except ValidationError as error:
         reason = first_violation(error)
     except (OSError, ValueError, RecursionError) as error:

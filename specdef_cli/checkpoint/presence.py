@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, base_of, is_hardened, keep_elsewhere, read_manifest
+from specdef_cli.checkpoint.other_directories import no_config
 from specdef_cli.errors import SpecDefError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
@@ -25,11 +26,13 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
         Its directory on this disk; ``None`` for a Hub id.
 
     Raises:
-        SpecDefError: It is a path to nothing, or to a file.
+        SpecDefError: It is a path to nothing, to a file, or to a directory without a ``config.json``.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         keep_elsewhere(path, manifest)
+        if not (path / "config.json").is_file():
+            raise no_config(path)
         return path
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
         from specdef_cli.checkpoint.resolve import locate  # here: --help needs no huggingface_hub
@@ -47,6 +50,32 @@ def require_hardened(model: str, manifest: Path | None = None) -> None:
     directory = require_model(model, manifest)
     if directory is not None:
         read_manifest(directory)
+
+
+def require_directory(directory: Path) -> None:
+    """Refuse what is no directory, where a Hub id will not do: its files are changed or uploaded.
+
+    Raises:
+        SpecDefError: It is none.
+    """
+    if not directory.is_dir():
+        raise SpecDefError(f"{directory} is not a directory", "Give one that `specdef harden` published.")
+
+
+def require_not_hardened(model: str) -> None:
+    """Refuse a model that is not there, or whose manifest says that it is hardened.
+
+    Raises:
+        SpecDefError: Either is so.
+    """
+    directory = require_model(model)
+    if directory is not None and is_hardened(directory):
+        raise hardened_already(directory)
+
+
+def hardened_already(directory: Path) -> SpecDefError:
+    """What is said of a hardened model that is to be hardened."""
+    return SpecDefError(f"{directory} is hardened already", "Give the base model, or run `specdef collapse` first.")
 
 
 def require_models(model: str, base: str | None, option: str, manifest: Path | None = None) -> None:

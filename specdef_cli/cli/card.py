@@ -28,10 +28,14 @@ def card_command(
     """
     from rich.text import Text
 
-    from specdef_cli.certify.attack_section import attacks_on_card
-    from specdef_cli.checkpoint.manifest import keep_elsewhere
+    from specdef_cli.attack.presence import require_report
+    from specdef_cli.checkpoint.presence import require_directory, require_hardened
+
+    require_directory(directory)
+    require_hardened(str(directory), manifest)
+    require_report(attacks)
+    from specdef_cli.certify.attack_section import attacks_on_card  # torch: after what can be wrong
 
     output = Output(as_json, quiet)
-    keep_elsewhere(directory, manifest)
     section = attacks_on_card(directory, attacks)
     output.data({"card": directory / "README.md", "section": section}, Text(section))

@@ -55,12 +55,17 @@ def certify_command(
     # Before torch is imported, which takes longer than everything that can be wrong here.
     require_hardened(model, manifest)
     require_models(model, given.get("base"), "--base", manifest)
-    for option in ("--text", "--attacks"):
-        path = given.get(option.removeprefix("--"))
-        if path is not None and not path.is_file():
-            raise SpecDefError(f"{option} {path} is not a file", "Check the path.")
+    if (text := given.get("text")) is not None and not text.is_file():
+        raise SpecDefError(f"--text {text} is not a file", "Check the path.")
     writable_ancestor(given.get("out", CertifyOptions.out))
     require_extra("attack", "certificates")
+    if (report := given.get("attacks")) is not None:
+        from specdef_cli.attack.presence import require_report
+
+        require_report(report)
+        from specdef_cli.report.document import read_report
+
+        read_report(report)
     from specdef_cli.certify.deployment import DEFAULT_FORMATS
     from specdef_cli.certify.run import certify, plan_certify
     from specdef_cli.cli.plan import plan_screen

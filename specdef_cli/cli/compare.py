@@ -35,6 +35,10 @@ def compare_command(
     from specdef_cli.extras import require_extra
 
     require_extra("report", "reports")
+    from specdef_cli.attack.presence import require_report
+
+    for path in reports:
+        require_report(path)
     from specdef_cli.report.comparison import compare, comparison_markdown
     from specdef_cli.report.document import read_report
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdef_cli.checkpoint.destination import require_manifest_place, require_usable
-from specdef_cli.checkpoint.presence import require_model
+from specdef_cli.checkpoint.presence import require_not_hardened
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import (
     CreatePr,
@@ -81,7 +81,7 @@ def harden_command(
         trust_remote_code=trust_remote_code,
         resume=resume,
     )
-    require_model(model)
+    require_not_hardened(model)
     if not dry_run:
         require_usable(options.out, model)
     if options.manifest_out is not None:

@@ -32,17 +32,17 @@ def push_command(
 
       specdef push hardened org/name --revision hardened --create-pr
     """
+    from specdef_cli.checkpoint.presence import require_directory
+
+    require_directory(directory)
     from rich.text import Text
 
     from specdef_cli.checkpoint.manifest import MANIFEST_NAME, is_hardened
     from specdef_cli.checkpoint.reader import open_checkpoint
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
-    from specdef_cli.errors import SpecDefError
 
     output = Output(as_json, quiet)
     destination = Destination(repository, private, revision, create_pr, token)
-    if not directory.is_dir():
-        raise SpecDefError(f"{directory} is not a directory", "Give one that `specdef harden` published.")
     open_checkpoint(directory)  # what is incomplete is not uploaded
     require_writable(destination)
     if no_manifest:

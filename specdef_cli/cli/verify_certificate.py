@@ -38,6 +38,17 @@ def verify_certificate_command(
     from rich.table import Table
     from rich.text import Text
 
+    from specdef_cli.attack.presence import require_report
+    from specdef_cli.certify.presence import require_certificate
+    from specdef_cli.checkpoint.presence import require_model
+
+    directory = require_model(model)
+    if directory is not None:
+        require_certificate(directory)
+    if base is not None:
+        require_model(base)
+    if attacks is not None:
+        require_report(attacks)
     from specdef_cli.certify.verification import verify_certificate
 
     output = Output(as_json, quiet)

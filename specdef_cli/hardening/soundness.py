@@ -16,6 +16,7 @@ import torch
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, is_hardened, read_manifest
+from specdef_cli.checkpoint.presence import hardened_already
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.runtime import load_model, without_progress_bars
@@ -73,7 +74,7 @@ def require_hardenable(checkpoint: Checkpoint) -> None:
     """
     directory = checkpoint.directory
     if is_hardened(directory) or is_shim(checkpoint.config):
-        raise SpecDefError(f"{directory} is hardened already", "Give the base model, or run `specdef collapse` first.")
+        raise hardened_already(directory)
     quantized = checkpoint.config.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized

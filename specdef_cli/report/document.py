@@ -15,6 +15,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specdef_cli.attack.budget import Budget
+from specdef_cli.attack.presence import require_report
 from specdef_cli.attack.results import DataSummary, Hardening
 from specdef_cli.attack.run_result import Divergence, EvalPoint, RunOutcome, TrainPoint
 from specdef_cli.attack.spec import Subject
@@ -23,7 +24,6 @@ from specdef_cli.attack.variants.table import Knowledge
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.report.findings import Verdict
 
-REPORT_NAME = "report.json"
 SCHEMA_NAME: Final = "specdef-attack-report/2"
 
 
@@ -218,7 +218,7 @@ def read_report(path: Path) -> ReportDocument:
     Raises:
         SpecDefError: There is none, or it is not an attack report.
     """
-    file = path / REPORT_NAME if path.is_dir() else path
+    file = require_report(path)
     try:
         return ReportDocument.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:

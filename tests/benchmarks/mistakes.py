@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 BASE = Path(__file__).parents[2] / "examples/tiny_llama/model"
 
-# What is wrong, and the command; {base} and {hardened} are models, there/ a directory with a file.
+# What is wrong, and the command; {base}, {hardened} and {certified} are models, there/ is a directory with files.
 MISTAKES = (
     ("an `--out` that exists", "harden {base} --method fold --out there"),
     ("a model that is not there", "harden nowhere/ --out new"),
+    ("a hardened model", "harden {hardened} --out new"),
     ("a base that is not there", "attack {hardened} --control nowhere/"),
     ("a base that is not there", "certify {hardened} --base nowhere/"),
     ("a hardened base", "attack {hardened} --control {hardened}"),
@@ -23,7 +26,21 @@ MISTAKES = (
     ("an `--out` below a file", "attack {hardened} --control {base} --out there/file"),
     ("an `--out` below a file", "certify {hardened} --base {base} --out there/file"),
     ("a report that is not there", "certify {hardened} --base {base} --attacks missing.json"),
+    ("a report that is none", "certify {hardened} --base {base} --attacks there/config.json"),
     ("a model without a manifest", "certify {base}"),
+    ("a model that is not there", "inspect nowhere/"),
+    ("a directory without `config.json`", "inspect there/empty"),
+    ("a model without a manifest", "collapse {base} --out new"),
+    ("an `--out` that exists", "collapse {hardened} --out there"),
+    ("a size that is none", "collapse {hardened} --out new --max-shard-size 5XB"),
+    ("a model without a manifest", "card {base} --attacks there/config.json"),
+    ("a report that is not there", "card {hardened} --attacks missing.json"),
+    ("a report that is not there", "compare missing.json"),
+    ("a report that is none", "compare there/config.json"),
+    ("a repository of no such form", "push {hardened} not/a/name"),
+    ("no token", "push {hardened} org/name"),
+    ("a model without a certificate", "verify-certificate {hardened}"),
+    ("a base that is not there", "verify-certificate {certified} --base nowhere/"),
     ("`--layers` that match nothing", "harden {base} --method fold --layers nothing* --out new"),
     ("a column that the data lacks", "attack {hardened} --control {base} --dataset rows.jsonl"),
     ("a format of no such name", "certify {hardened} --base {base} --format nothing"),
@@ -35,15 +52,21 @@ def mistakes_table(directory: Path) -> None:
     hardened = directory / "hardened"
     harden = ["harden", str(BASE), "--method", "fold", "--out", str(hardened), "--quiet"]
     subprocess.run([sys.executable, "-m", "specdef_cli", *harden], check=True, capture_output=True)
-    (directory / "there").mkdir()
+    (directory / "there" / "empty").mkdir(parents=True)
     (directory / "there" / "file").write_text("")
+    (directory / "there" / "config.json").write_text("{}")
+    certified = directory / "certified"
+    shutil.copytree(hardened, certified)
+    (certified / "certificate.json").write_text("{}")
     (directory / "rows.jsonl").write_text("".join(json.dumps({"body": "x"}) + "\n" for _ in range(50)))
+    nobody = os.environ | {"HF_TOKEN": "", "HF_HOME": str(directory)}
     print("| mistake | command | processor time |\n|---|---|---|")
     for mistake, command in MISTAKES:
         before = _seconds()
+        arguments = command.format(base=BASE, hardened=hardened, certified=certified).split()
         process = subprocess.run(
-            [sys.executable, "-m", "specdef_cli", *command.format(base=BASE, hardened=hardened).split()],
-            cwd=directory, capture_output=True, text=True, check=False,
+            [sys.executable, "-m", "specdef_cli", *arguments],
+            cwd=directory, env=nobody, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert process.returncode == 1, process.stderr
         print(f"| {mistake} | `{command.split()[0]}` | {_seconds() - before:.1f} s |", flush=True)

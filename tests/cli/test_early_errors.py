@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.test_manifest import MANIFEST
 from tests.commands import environment
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib"}
@@ -33,7 +34,10 @@ CODE = (
         "attack model --control model --retained missing.txt", "attack model --control model --report-to wandbb",
         "attack model --control model --out there/file",
         "certify nowhere/", "certify model", "certify model --text missing.txt", "collapse model --out new",
-        "inspect nowhere/",
+        "inspect nowhere/", "inspect there", "harden there --out new", "harden hardened --out new",
+        "certify hardened --base model --attacks missing.json", "card nowhere --attacks there/file",
+        "card model --attacks missing.json", "card hardened --attacks missing.json",
+        "compare missing.json", "push nowhere org/name", "verify-certificate hardened", "verify-certificate nowhere/",
     ],
 )  # fmt: skip
 def test_it_is_told_before_anything_heavy_is_imported(arguments: str, tmp_path: Path) -> None:
@@ -41,6 +45,9 @@ def test_it_is_told_before_anything_heavy_is_imported(arguments: str, tmp_path: 
     (tmp_path / "there" / "file").write_text("something")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "hardened").mkdir()
+    (tmp_path / "hardened" / "config.json").write_text("{}")
+    (tmp_path / "hardened" / "specdef.json").write_text(MANIFEST.to_json())
     process = subprocess.run(
         [sys.executable, "-c", CODE, json.dumps(arguments.split())],
         env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60,
@@ -51,4 +58,4 @@ def test_it_is_told_before_anything_heavy_is_imported(arguments: str, tmp_path: 
     assert said[0].startswith("error: ")
     assert said[1].startswith("hint: ")
     assert not HEAVY & set(modules)
-    assert {path.name for path in tmp_path.iterdir()} == {"there", "model"}, "nothing was written"
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "model", "hardened"}, "nothing was written"

@@ -41,12 +41,12 @@ def places(hardened: Path, text: Path, tiny_model: object, tmp_path_factory: pyt
 
 REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "compare what is nowhere": (("compare", "nowhere"), ("nowhere", "report.json")),
-    "compare a model": (("compare", "BASE"), ("report.json", "not an attack report")),
+    "compare a model": (("compare", "BASE"), ("no attack report", "report.json")),
     "compare weights": (("compare", "BASE/model.safetensors"), ("not an attack report",)),
     "compare a certificate": (("compare", "CERTIFICATE/certificate.json"), ("not an attack report",)),
     "compare a page": (("compare", "ATTACK/report.html"), ("not an attack report",)),
     "compare one that is broken, as JSON": (("compare", "ATTACK", "nowhere", "--json"), ("nowhere",)),
-    "a card of nothing": (("card", "nowhere", "--attacks", "ATTACK/report.json"), ("nowhere", "specdef.json")),
+    "a card of nothing": (("card", "nowhere", "--attacks", "ATTACK/report.json"), ("nowhere is not a directory",)),
     "a card with a report that is nowhere": (("card", "CERTIFIED", "--attacks", "nowhere"), ("nowhere",)),
     "a card with a report on another model": (
         ("card", "FOLD", "--attacks", "ATTACK"), ("others than these", "specdef attack"),
@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "verify what is nowhere": (("verify-certificate", "./nowhere"), ("nowhere",)),
     "verify a file": (("verify-certificate", "CERTIFIED/certificate.json"), ("is a file",)),
     "verify with a report that is nowhere": (
-        ("verify-certificate", "CERTIFIED", "--attacks", "nowhere"), ("--attacks nowhere is not a file",),
+        ("verify-certificate", "CERTIFIED", "--attacks", "nowhere"), ("no attack report nowhere",),
     ),
     "a manifest that is weights": (
         ("collapse", "APART", "--manifest", "BASE/model.safetensors", "--out", "OUT"), ("not a valid manifest",),
