@@ -117,7 +117,8 @@ def summary(report: AttackReport) -> tuple[str, ...]:
         sentences += [_control_sentence(finding) for finding in controls]
         sentences += [_plain_sentence(report, finding, verdict=not undone) for finding in plain]
     else:
-        sentences += [_control_sentence(controls[0]), *_overview(plain)]
+        furthest = max(controls, key=lambda finding: -1.0 if finding.share_of_best is None else finding.share_of_best)
+        sentences += [_control_sentence(furthest), *_overview(plain)]
     if informed:
         listed = "; ".join(f"{_informed_name(finding)} {percent(finding.share)}" for finding in informed)
         sentences.append(f"Attackers who know the construction reached, of the control's progress: {listed}.")

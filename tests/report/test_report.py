@@ -197,14 +197,15 @@ def test_matrix(report: AttackReport) -> None:
 
 def test_many_attacks_are_counted_and_the_strongest_named(report: AttackReport) -> None:
     losses = {"adamw": 2.99, "sgd": 2.98, "lion": 2.0, "muon": 1.0, "soap": 2.97, "madam": 2.96}
-    runs = [run("control", [3.0, 1.0], optimizer=name) for name in losses]
+    runs = [run("control", [3.0, 0.8 if name == "soap" else 1.0], optimizer=name) for name in losses]
     runs += [run("model", [3.0, loss], optimizer=name) for name, loss in losses.items()]
     runs += [run for name in ("adamw", "sgd", "soap", "madam") for run in around(optimizer=name)]
     text = " ".join(summary(replace(report, runs=tuple(runs))))
     assert "Of 6 attacks" in text
     assert "4 stopped, 0 not settled, 1 slowed, 1 not slowed" in text
+    assert "The undefended control went from 3.000 to 0.800 in 10 steps (full, soap, η = 1e-3)." in text
     assert (
-        "1.000 by full, muon (100 % of its own control's progress, 100 % of the best control's); 2.000 by full, lion"
+        "1.000 by full, muon (100 % of its own control's progress, 91 % of the best control's); 2.000 by full, lion"
         in text
     )
 
