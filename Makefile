@@ -194,7 +194,7 @@ test-all: install  ## the test suite with the long ones; ends with the fault tab
 test-newest:  ## the tests of what rests on internals of transformers, on its newest release, in an environment apart
 	$(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/pip install --quiet torch -c constraints.txt
-	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager transformers -e '.[test]'
+	$(VENV)-newest/bin/pip install --quiet --upgrade transformers -e '.[test]'
 	$(VENV)-newest/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/runtime tests/architectures tests/hardening
 
 faults: install  ## docs/tables/faults.md: the fault table alone, without the long tests
