@@ -50,13 +50,10 @@ def cost(base: Path, hardened: Path) -> tuple[str, ...]:
             del model
         compared = compare_outputs(*outputs)
         differences.append("equal" if compared.equal else f"{compared.relative:.1e}")
-    manifest = read_manifest(hardened)
-    added = sum(layer.out_features**2 for layer in manifest.inserted)
-    added += sum(module.parameters_added for module in manifest.scaled)
     size = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (base, hardened)]
     return (
         hardened.name,
-        f"{added:,}",
+        f"{read_manifest(hardened).parameters_added:,}",
         f"{(size[1] - size[0]) / 1e6:+.1f} MB",
         *differences,
         f"{1e3 * times[0]:.1f} → {1e3 * times[1]:.1f} ms",

@@ -249,6 +249,12 @@ class Manifest:
     def __post_init__(self, config_changes: tuple[()]) -> None:
         """Takes what is read and not kept."""
 
+    @property
+    def parameters_added(self) -> int:
+        """Parameters that the compensation layers and the scale vectors add."""
+        dense = sum(layer.out_features**2 for layer in self.inserted)
+        return dense + sum(module.parameters_added for module in self.scaled)
+
     def published(self) -> Manifest:
         """The manifest as it leaves this machine: a base that was a directory keeps the last part of its path."""
         return dataclasses.replace(self, base=dataclasses.replace(self.base, name=self.base.public_name))

@@ -111,9 +111,8 @@ def collapse(
         if written is None:
             return None
         _complete(checkpoint, manifest, written.work)
-    removed = sum(layer.out_features**2 for layer in manifest.inserted)
-    removed += sum(module.parameters_added for module in manifest.scaled)
-    return CollapseResult(options.out, manifest, removed, tuple(filter(None, [checkpoint.companions.note()])))
+    notes = tuple(filter(None, [checkpoint.companions.note()]))
+    return CollapseResult(options.out, manifest, manifest.parameters_added, notes)
 
 
 def _complete(checkpoint: Checkpoint, manifest: Manifest, work: Path) -> None:
