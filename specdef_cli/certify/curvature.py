@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from specdef_cli.dtypes import dtype_name
 from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.spectral.lanczos import top_eigenpairs
+from specdef_cli.spectral.lanczos import norm, top_eigenpairs
 
 Loss = Callable[[], Tensor]
 """Runs the model on a fixed batch and returns the mean loss, shape []."""
@@ -160,7 +160,7 @@ def hessian_top_by_group(
         vector = pairs.vectors[0]
         image = products(vector)
         eigenvalue = float(vector @ image)
-        distance = float(torch.linalg.vector_norm(image - eigenvalue * vector))
+        distance = norm(image - eigenvalue * vector)
         residual = distance / abs(eigenvalue) if eigenvalue else (math.inf if distance else 0.0)
         curvatures[name] = Curvature(eigenvalue, residual, residual <= tolerance, pairs.products + 1, products.size)
     return curvatures

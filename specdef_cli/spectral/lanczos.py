@@ -11,6 +11,7 @@ Appl. 22 (2000).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,6 +42,17 @@ class RitzPairs:
     products: int
 
 
+def norm(vector: Tensor) -> float:
+    """‖v‖, whatever the size of its entries.
+
+    The Hessian of a hardened model has entries of 1e25 and more, whose squares float32 does not hold.
+    """
+    largest = float(torch.linalg.vector_norm(vector, ord=torch.inf))
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(vector / largest))
+
+
 def top_eigenpairs(
     product: Callable[[Tensor], Tensor],
     start: Tensor,
@@ -62,7 +74,7 @@ def top_eigenpairs(
     capacity = min(size, SUBSPACE + 2 * count)
     basis = start.new_empty(capacity, size)
     projected = torch.zeros(capacity, capacity, dtype=torch.float64)  # the basis's own view of H
-    vector, used = start / torch.linalg.vector_norm(start), 0
+    vector, used = start / norm(start), 0
     for products in range(1, max_products + 1):
         basis[used] = vector
         image = product(vector)
@@ -75,11 +87,11 @@ def top_eigenpairs(
         values, rotation = torch.linalg.eigh(projected[:used, :used])
         order = values.abs().argsort(descending=True)
         values, rotation = values[order], rotation[:, order]
-        rest_norm = float(torch.linalg.vector_norm(rest))
+        rest_norm = norm(rest)
         residuals = rest_norm * rotation[-1].abs()
         wanted = min(count, used)
         # A remainder of rounding only: the space is invariant, and its pairs are exact.
-        exhausted = rest_norm <= ROUNDING * torch.finfo(start.dtype).eps * float(torch.linalg.vector_norm(image))
+        exhausted = rest_norm <= ROUNDING * torch.finfo(start.dtype).eps * norm(image)
         settled = used >= count and bool((residuals[:count] <= tolerance * values[:count].abs()).all())
         if settled or exhausted or used == size or products == max_products:
             break

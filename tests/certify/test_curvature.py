@@ -209,6 +209,14 @@ def test_lanczos_against_arpack(count: int) -> None:
     torch.testing.assert_close(errors, found.residuals, rtol=0.1, atol=1e-10)
 
 
+def test_a_curvature_whose_square_overflows() -> None:
+    """A hardened SmolLM2's is 2e25. Powers of two change no digit, so the scaled problem is the same one."""
+    eigenvalues = torch.linspace(1, 2, 40, dtype=torch.float32)
+    small, large = (hessian_top(loss, [point]) for point, loss in map(quadratic, (eigenvalues, eigenvalues * 2.0**84)))
+    assert large.eigenvalue == small.eigenvalue * 2.0**84
+    assert (large.residual, large.converged) == (small.residual, True)
+
+
 def test_flat_directions_and_flat_losses() -> None:
     used, unused = leaf(1.0, 2.0), leaf(3.0)
     found = hessian_top(lambda: (used**2).sum(), [used, unused], tolerance=1e-9)
