@@ -8,8 +8,6 @@ What is scaled where was decided by measuring (``make real-attack``):
 
 * a linear layer on both of its sides. At the learning rate of an inflated row that row trains, which is a vector, and a
   vector in every layer is a LoRA of rank one. Where a scaled row crosses a scaled column, one number is left;
-* a norm's gain, which has one side, by the exponents of both sides together: by one alone, three entries of SmolLM2's
-  gains trained at a rate of 1e-9 and made 17 % of what all norms can make;
 * two channels a side, one inflated and one deflated, as in a fold and for its reasons;
 * the tokens of a vocabulary in steps, every token on one of them. A column of the embedding or the head that trains
   alone is a number for each token, which is worth much; tokens on another step than the highest then hardly move;
@@ -191,8 +189,7 @@ def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[
     """Exponents by module, for the channels on the side of its output and on that of its input.
 
     The first block stands apart, together with what lies outside of the blocks; within a block the modules that come
-    last in the model (the MLP's) have the highest steps. Where there is no input side (a norm's gain), the output has
-    the steps of both.
+    last in the model (the MLP's) have the highest steps.
     """
     blocks: dict[str, list[ScalableSite]] = {}
     outside: list[ScalableSite] = []
@@ -204,14 +201,11 @@ def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[
     layers = [[*outside, *first], *others]
     count = len(DIRECTIONS)
     steps = staircase(len(layers), 2 * count * max(map(len, layers)))
-    exponents = {}
-    for members, layer in zip(layers, steps, strict=True):
-        for position, site in zip(range(0, len(layer), 2 * count), members, strict=False):
-            output, inputs = layer[position : position + count], layer[position + count : position + 2 * count]
-            if site.input_axis is None:
-                output = tuple(map(sum, zip(output, inputs, strict=True)))
-            exponents[site.module] = output, inputs
-    return exponents
+    return {
+        site.module: (layer[position : position + count], layer[position + count : position + 2 * count])
+        for members, layer in zip(layers, steps, strict=True)
+        for position, site in zip(range(0, len(layer), 2 * count), members, strict=False)
+    }
 
 
 def scaled_groups(modules: Sequence[ScaledModule], checkpoint: Checkpoint, dtype: str | None) -> dict[str, TensorGroup]:
