@@ -74,17 +74,17 @@ consumed = $(or $(CONSUMED_$(1)),$(CONSUMED))
 consumed_directories = $(foreach way,$(call consumed,$(1)),$(REAL)/hardened/$(1)-$(way))
 # 2,048 tokens a cell.
 TOKENS := --sequences 8 --length 256
-$(REAL)/hardened/%-fold: REAL_OPTIONS = --method fold
-$(REAL)/hardened/%-bfloat16: REAL_OPTIONS = --method fold --profile bfloat16
-$(REAL)/hardened/%-quantizable: REAL_OPTIONS = --method fold --profile quantizable
-$(REAL)/hardened/%-fold-scales: REAL_OPTIONS = --method auto --allow-code
-$(REAL)/hardened/%-insert: REAL_OPTIONS = --method insert
-$(REAL)/hardened/%-insert-paper: REAL_OPTIONS = --method insert --schedule constant --alpha 1e4 --top-k 25
+WAY_fold := --method fold
+WAY_bfloat16 := --method fold --profile bfloat16
+WAY_quantizable := --method fold --profile quantizable
+WAY_fold-scales := --method auto --allow-code
+WAY_insert := --method insert
+WAY_insert-paper := --method insert --schedule constant --alpha 1e4 --top-k 25
 define harden_real
 $(REAL)/hardened/%-$(1): | real-models
-	$(BIN)/specdef harden $(REAL)/$$* $$(REAL_OPTIONS) --out $$@
+	$(BIN)/specdef harden $(REAL)/$$* $$(WAY_$(1)) --out $$@
 endef
-$(foreach name,fold bfloat16 quantizable fold-scales insert insert-paper,$(eval $(call harden_real,$(name))))
+$(foreach way,$(patsubst WAY_%,%,$(filter WAY_%,$(.VARIABLES))),$(eval $(call harden_real,$(way))))
 
 .SECONDARY: $(foreach model,$(REAL_NAMES) $(ENCODERS),$(call consumed_directories,$(model)))
 real-consumers: real-models real-tools $(patsubst %,docs/tables/consumers-%.md,$(REAL_NAMES) $(ENCODERS))  ## what users' tools make of the hardened models: docs/tables/consumers-*.md and the README's summary, in an hour; EVERY=1 for more columns; goes on where it was stopped
