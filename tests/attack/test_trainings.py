@@ -144,6 +144,13 @@ def fold(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def scaled(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trainings") / "scaled"
+    assert harden(HardenOptions(str(base), directory, method="insert", verify=False)) is not None
+    return directory
+
+
 @pytest.mark.parametrize(
     ("method", "same"),
     [
@@ -154,19 +161,32 @@ def fold(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )  # fmt: skip
 def test_which_trainings_see_a_diagonal_scale(method: str, same: bool, base: Path, fold: Path) -> None:
     """Those that do not are trained as if nothing had happened: every loss is the control's, bit for bit."""
-    tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(2))
-    curves = []
-    for directory in (base, fold):
-        torch.manual_seed(0)
-        model = Training.parse(method).apply(load_model(directory), "causal-lm")
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        curve = []
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            curve.append(loss.detach())
-        curves.append(torch.stack(curve))
+    curves = [training_curve(directory, method) for directory in (base, fold)]
     assert curves[0][-1] < curves[0][0]
     assert torch.equal(*curves) == same
+
+
+@pytest.mark.parametrize("method", ["hira", "lora"])
+def test_a_scaled_head_is_left_out_of_every_linear_as_a_head_is(method: str, base: Path, scaled: Path) -> None:
+    """With the head, HiRA on a scaled SmolLM2 went at twice the pace that its rate is best for, and seemed slowed."""
+    models = [Training.parse(method).apply(load_model(directory), "causal-lm") for directory in (base, scaled)]
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
+    assert counts[0] == counts[1]
+    control, hardened = (training_curve(directory, method) for directory in (base, scaled))
+    assert torch.allclose(control, hardened, rtol=1e-4) == (method == "hira")
+
+
+def training_curve(directory: Path, method: str) -> torch.Tensor:
+    """Losses of five steps of AdamW on a few tokens."""
+    tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    model = Training.parse(method).apply(load_model(directory), "causal-lm")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    curve = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.detach())
+    return torch.stack(curve)

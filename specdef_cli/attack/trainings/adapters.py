@@ -8,6 +8,8 @@ from typing import Any
 import peft
 from peft import PeftConfig, TaskType, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
@@ -15,6 +17,7 @@ from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.inserted_layers import hardened_paths
 from specdef_cli.errors import first_line
+from specdef_cli.runtime import SpecDefScaled
 
 FACTORS = ("inflated", "compensation")
 """Of an inserted pair, as paths below the layer."""
@@ -59,10 +62,28 @@ def train_peft_method(model: nn.Module, training: Training, task: Task) -> nn.Mo
         if method.on == "norms":
             arguments["target_modules"] = list(training.where) or norm_paths(model)
         elif method.on == "linears":
-            arguments["target_modules"] = module_paths(model, training.where, FACTORS) or "all-linear"
+            arguments["target_modules"] = linear_paths(model, training.where)
         return getattr(peft, method.config)(task_type=PEFT_TASKS[task], **arguments)
 
     return with_adapters(model, training, config)
+
+
+def linear_paths(model: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """The linears that adapters go on, as PEFT takes them: those named, or else every one.
+
+    Of an inserted pair, both factors. Of every linear PEFT leaves out the head, which it knows by the module; the layer
+    inside of a scaled head is another one to it, and is left out here, so that models are trained where controls are.
+    """
+    if names:
+        return module_paths(model, names, FACTORS)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(head, SpecDefScaled):
+        return "all-linear"
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head.inflated
+    ]
 
 
 def norm_paths(model: nn.Module) -> list[str]:

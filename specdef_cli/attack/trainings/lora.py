@@ -15,21 +15,26 @@ from peft.utils.constants import (
 from torch import nn
 
 from specdef_cli.attack.target import Target, Task
-from specdef_cli.attack.trainings.adapters import FACTORS, PEFT_TASKS, model_type, module_paths, with_adapters
+from specdef_cli.attack.trainings.adapters import (
+    FACTORS,
+    PEFT_TASKS,
+    linear_paths,
+    model_type,
+    module_paths,
+    with_adapters,
+)
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
 
 
 def train_lora(model: nn.Module, training: Training, task: Task) -> nn.Module:
     """LoRA on every linear, or on those named; of an inserted pair, on both factors."""
-    return with_adapters(
-        model, training, lambda: _config(training, task, module_paths(model, training.where, FACTORS) or "all-linear")
-    )
+    return with_adapters(model, training, lambda: _config(training, task, linear_paths(model, training.where)))
 
 
 def train_dora(model: nn.Module, training: Training, task: Task) -> nn.Module:
     """As :func:`train_lora`, with the weight's norm trained apart."""
-    targets = module_paths(model, training.where, FACTORS) or "all-linear"
+    targets = linear_paths(model, training.where)
     return with_adapters(model, training, lambda: _config(training, task, targets, use_dora=True))
 
 

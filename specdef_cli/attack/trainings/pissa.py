@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from specdef_cli.attack.target import Task
-from specdef_cli.attack.trainings.adapters import FACTORS, PEFT_TASKS, module_paths, with_adapters
+from specdef_cli.attack.trainings.adapters import PEFT_TASKS, linear_paths, with_adapters
 from specdef_cli.attack.trainings.table import Training
 
 
@@ -20,7 +20,7 @@ def train_pissa(model: nn.Module, training: Training, task: Task) -> nn.Module:
     so a fold may be broken before its first step.
     """
     rank = int(training.size or 0)
-    targets = module_paths(model, training.where, FACTORS) or "all-linear"
+    targets = linear_paths(model, training.where)
     return with_adapters(
         model,
         training,
