@@ -70,15 +70,31 @@ def with_section(card: str, section: str) -> str:
         card: The card; what the base's own part of it says under such a heading is left alone.
         section: Its first line is a heading of the third level, and no other line is.
     """
-    base, mark, ours = card.rpartition(f"\n{CARD_HEADING}\n")
-    parts = re.split(r"^(?=### )", ours, flags=re.MULTILINE)
-    heading = section.splitlines()[0]
-    places = [number for number, part in enumerate(parts) if part.splitlines()[:1] == [heading]]
+    base, mark, parts = _parts(card)
+    places = _places(parts, section)
     if places:
         parts[places[0]] = section
     else:
         parts.append(section)
     return base + mark + "\n" + "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def section_like(card: str, section: str) -> str | None:
+    """What a hardened directory's card has under the heading of a section; ``None`` where it has no such heading."""
+    _, _, parts = _parts(card)
+    places = _places(parts, section)
+    return parts[places[0]].strip("\n") if places else None
+
+
+def _parts(card: str) -> tuple[str, str, list[str]]:
+    """The base's own part of a card, the heading of ours, and what follows, cut before headings of the third level."""
+    base, mark, ours = card.rpartition(f"\n{CARD_HEADING}\n")
+    return base, mark, re.split(r"^(?=### )", ours, flags=re.MULTILINE)
+
+
+def _places(parts: Sequence[str], section: str) -> list[int]:
+    heading = section.splitlines()[0]
+    return [number for number, part in enumerate(parts) if part.splitlines()[:1] == [heading]]
 
 
 def attacks_on_card(directory: Path, report: Path) -> str:

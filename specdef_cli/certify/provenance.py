@@ -26,7 +26,7 @@ class Provenance:
         platform: The machine's kind, e.g. ``Linux-x86_64``.
         device: Where curvature and formats were measured; the function is compared on the CPU.
         seed: Seed of the hardening.
-        hardened, base: Hashes of ``config.json`` and of every safetensors file, by name.
+        hardened, base: Hashes of ``config.json``, of every safetensors file and of the code that it brings, by name.
         manifest: Hash of the manifest as it is published (:meth:`specdef_cli.checkpoint.manifest.Manifest.published`).
         text: Hash of the text that loss was measured on; ``None`` for a model without tokens.
         attack_report: Hash of ``report.json``, which names its own data, budget and seeds.
@@ -68,8 +68,14 @@ def provenance(hardened: Path, base: Path, *, device: str, text: str | None, att
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
-    """sha256 of what decides the function of a checkpoint: ``config.json`` and every safetensors file, by name."""
-    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    """sha256 of what decides the function of a checkpoint, by name.
+
+    That is ``config.json``, every safetensors file and, where the configuration names code to load, every Python file.
+    """
+    config = directory / "config.json"
+    brings_code = config.is_file() and b'"auto_map"' in config.read_bytes()
+    code = sorted(directory.glob("*.py")) if brings_code else []
+    files = [config, *sorted(directory.glob("*.safetensors")), *code]
     return {path.name: file_sha256(path) for path in files if path.is_file()}
 
 

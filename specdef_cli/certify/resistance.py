@@ -64,10 +64,8 @@ def read_resistance(path: Path, checkpoint: str) -> Resistance:
     Raises:
         SpecDefError: It is not a report, or not of this model.
     """
-    document = read_report(path)
+    document = _with_runs(path)
     attacked = {run.spec.checkpoint for run in document.runs if run.spec.subject == "model"}
-    if not attacked:
-        raise SpecDefError(f"{path} is an attack report without runs", "Give a finished report of `specdef attack`.")
     if attacked != {checkpoint}:
         raise SpecDefError(
             f"{path} is a report on {_public(document.model.name)}, whose weights are others than these",
@@ -76,9 +74,25 @@ def read_resistance(path: Path, checkpoint: str) -> Resistance:
     return _resistance(document)
 
 
+def quoted_resistance(path: Path) -> Resistance:
+    """The figures of a ``report.json``, of whatever model it is.
+
+    Raises:
+        SpecDefError: It is not a report, or has no runs.
+    """
+    return _resistance(_with_runs(path))
+
+
 def resistance_of(report: AttackReport) -> Resistance:
     """The figures of a report in memory."""
     return _resistance(report_document(report))
+
+
+def _with_runs(path: Path) -> ReportDocument:
+    document = read_report(path)
+    if not any(run.spec.subject == "model" for run in document.runs):
+        raise SpecDefError(f"{path} is an attack report without runs", "Give a finished report of `specdef attack`.")
+    return document
 
 
 def _public(name: str) -> str:

@@ -18,14 +18,14 @@ def verify_certificate_command(
     ] = None,
     attacks: Annotated[
         Path | None,
-        typer.Option(metavar="REPORT", help="The report.json that it quotes.", show_default="its hash is not checked"),
+        typer.Option(metavar="REPORT", help="The report.json that it quotes.", show_default="attacks are not checked"),
     ] = None,
     revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check a certificate against the files: hashes, and the claims that can be found out again cheaply.
+    """Check a certificate against the files: hashes, and what can be found out again cheaply.
 
     Exits with 1 if anything differs. What was not checked is listed too.
 

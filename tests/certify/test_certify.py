@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.certify import curvature_change
+from specdef_cli.certify.certificate import CERTIFICATE_RECORD, spectrum_claim
 from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curvature
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
@@ -166,16 +168,18 @@ def test_a_certificate_is_checked_against_the_files(
     statement = json.loads((out / "certificate.intoto.json").read_text())
     assert statement["predicate"] == certificate
     subject = {file["name"]: file["digest"]["sha256"] for file in statement["subject"]}
-    assert subject == {name: file_sha256(hardened / name) for name in ("config.json", "model.safetensors")}
+    code_of_its_own = ["configuration_specdef.py"] if read_manifest(hardened).inserted else []
+    decisive = ("config.json", "model.safetensors", *code_of_its_own)
+    assert subject == {name: file_sha256(hardened / name) for name in decisive}
 
     whole = ("--base", base, "--attacks", report)
     code, found = check(hardened, *whole)
     assert code == 0
-    assert found.pop("outputs") == "not checked"
+    assert found.pop("outputs") == found.pop("date") == "not checked"
     assert set(found.values()) == {"matches"}
     code, found = check(hardened)
     assert code == 0
-    unseen = {"base weights", "attack report", "spectrum", "outputs"}
+    unseen = {"base files", "attacks", "spectrum", "outputs", "date"}
     assert {name for name, result in found.items() if result == "not checked"} == unseen
 
 
@@ -194,7 +198,7 @@ def test_a_certificate_that_does_not_fit_differs(
 
     other = tmp_path / "other.json"
     other.write_text(report.read_text() + " ")
-    assert differing(hardened, "--base", hardened, "--attacks", other) >= {"base weights", "attack report"}
+    assert differing(hardened, "--base", hardened, "--attacks", other) >= {"base files", "attacks"}
     forged = json.loads(written)
     forged["function"]["outputs"] |= {"equal": False, "relative": 0.5}  # figures that the verdict beside them denies
     (hardened / "certificate.json").write_text(json.dumps(forged))
@@ -206,7 +210,7 @@ def test_a_certificate_that_does_not_fit_differs(
     inflated = [layer.inflated_tensor for layer in read_manifest(hardened).inserted]
     changed = inflated[-1] if inflated else "model.layers.1.mlp.down_proj.weight"
     spoilt = tamper(hardened, tmp_path / "spoilt", changed, 1.5)
-    assert differing(spoilt, *whole) == {"hardened weights", "spectrum"}
+    assert differing(spoilt, *whole) == {"hardened files", "spectrum"}
     (spoilt / "specdef.json").unlink()
     code, found = check(spoilt, *whole)
     assert code == 1
@@ -215,6 +219,96 @@ def test_a_certificate_that_does_not_fit_differs(
     assert_refused(call_cli("verify-certificate", spoilt), "is not a certificate")
     (spoilt / "certificate.json").unlink()
     assert_refused(call_cli("verify-certificate", spoilt), "has no certificate.json", "specdef certify")
+
+
+FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], set[str]]] = {
+    "a curvature that nobody measured": (
+        lambda it: it["claims"][-1].update(holds=True, sentence="σ₁ of the loss Hessian grew a million times."),
+        {"claims", "model card"},
+    ),
+    "a claim of another name": (lambda it: it["claims"][-1].update(name="safety"), {"claims", "model card"}),
+    "no claims at all": (lambda it: it["claims"].clear(), {"claims", "model card"}),
+    "figures that no certificate has": (lambda it: it["spectrum"].update(folded_tensors="many"), {"claims", "attacks"}),
+    "an attack that is kinder than its report": (
+        lambda it: it["resistance"]["attacks"][0].update(share=0.0, verdict="stopped"),
+        {"attacks"},
+    ),
+    "an attack left out": (lambda it: it["resistance"]["attacks"].pop(), {"attacks"}),
+    "a larger budget": (lambda it: it["resistance"].update(budget="1000000 steps"), {"attacks"}),
+    "a format that its figures deny": (
+        lambda it: it["deployment"].append(
+            {"format": "float16", "tool": "transformers", "measure": "loss", "base": 2.0, "hardened": 9.0,
+             "status": "kept", "simulated": False, "note": ""}
+        ),
+        {"claims", "model card"},
+    ),
+    "another seed": (lambda it: it["provenance"].update(seed=it["provenance"]["seed"] + 1), {"manifest"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_what_was_forged_differs(
+    attacked: tuple[Path, Path, Path], certified: tuple[Path, Path], tmp_path: Path, forgery: str
+) -> None:
+    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
+    certificate = json.loads((hardened / "certificate.json").read_text())
+    change, noticed = FORGERIES[forgery]
+    change(certificate)
+    (hardened / "certificate.json").write_text(json.dumps(certificate))
+    code, found = check(hardened, "--base", attacked[0], "--attacks", attacked[2])
+    assert code == 1
+    assert {name for name, result in found.items() if result == "differs"} >= noticed
+
+
+def test_figures_of_other_weights_differ(
+    attacked: tuple[Path, Path, Path], certified: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A spectrum whose sentence fits its figures, and neither the files."""
+    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
+    certificate = CERTIFICATE_RECORD.validate_json((hardened / "certificate.json").read_text())
+    spectrum = certificate.spectrum
+    if spectrum.layers:
+        top = spectrum.layers[0]
+        more = replace(top, planned=tuple(10 * v for v in top.planned), measured=tuple(10 * v for v in top.measured))
+        forged = replace(spectrum, layers=(more, *spectrum.layers[1:]))
+    else:
+        forged = replace(spectrum, largest_exponent=spectrum.largest_exponent + 40)
+    claims = (certificate.claims[0], spectrum_claim(forged), certificate.claims[2])
+    text = replace(certificate, spectrum=forged, claims=claims).to_json()
+    (hardened / "certificate.json").write_text(text)
+    code, found = check(hardened, "--base", attacked[0])
+    assert (code, found["claims"], found["spectrum"]) == (1, "matches", "differs")
+
+
+def test_a_figure_that_was_not_finite_is_no_forgery(certified: tuple[Path, Path], tmp_path: Path) -> None:
+    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
+    certificate = json.loads((hardened / "certificate.json").read_text())
+    certificate["function"]["outputs"]["kl"] = None
+    (hardened / "certificate.json").write_text(json.dumps(certificate))
+    code, found = check(hardened)
+    assert (code, found["claims"]) == (0, "not checked")
+
+
+def test_a_card_that_says_otherwise_differs(certified: tuple[Path, Path], tmp_path: Path) -> None:
+    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
+    card = hardened / "README.md"
+    written = card.read_text()
+    card.write_text(written.replace("- curvature: not measured.", "- curvature: holds."))
+    code, found = check(hardened)
+    assert (code, found["model card"]) == (1, "differs")
+    card.write_text(written.replace("not slowed", "stopped").replace("not settled", "stopped"))  # as `specdef card` may
+    code, found = check(hardened)
+    assert (code, found["model card"]) == (0, "not checked")
+
+
+def test_code_that_a_model_brings_is_hashed_too(certified: tuple[Path, Path], tmp_path: Path) -> None:
+    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
+    if not read_manifest(hardened).inserted:
+        pytest.skip("a fold brings no code")
+    with (hardened / "configuration_specdef.py").open("a") as file:
+        file.write("\n# and something else\n")
+    code, found = check(hardened)
+    assert (code, found["hardened files"]) == (1, "differs")
 
 
 @pytest.mark.usefixtures("no_fresh_process")
