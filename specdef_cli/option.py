@@ -11,7 +11,8 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from specdef_cli.errors import SpecDefError
 
@@ -69,3 +70,30 @@ def require_positive(options: Any, *names: str) -> None:
         value = getattr(options, name)
         if value < 1:
             raise SpecDefError(f"{flag_of(type(options), name)} {value} is not positive", "Give 1 or more.")
+
+
+def as_declared(options: Any) -> None:
+    """Make the values of a class of options those that its fields declare, as programs write them by hand.
+
+    Text becomes a path where only a path is meant, and the only element where several texts are. The command line
+    checks choices itself; here a word that is none would be taken for the default.
+
+    Raises:
+        SpecDefError: A field has a choice, and this is none of it.
+    """
+    for name, declared in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if not isinstance(value, str):
+            continue
+        kinds = (declared,) if get_origin(declared) in (Literal, tuple) else get_args(declared) or (declared,)
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        if choices and value not in choices:
+            raise SpecDefError(
+                f"{flag_of(type(options), name)} {value!r} is unknown", f"Choose one of: {', '.join(choices)}."
+            )
+        if str in kinds:
+            continue
+        if Path in kinds:
+            object.__setattr__(options, name, Path(value))
+        elif any(get_origin(kind) is tuple for kind in kinds):
+            object.__setattr__(options, name, (value,))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from specdef_cli.attack.budget import Budget, Dtype, Schedule
+from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.suite import AttackTable, RatePolicy, Suite
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import INFORMED, Variant
 from specdef_cli.errors import SpecDefError
-from specdef_cli.option import flag_of, option, require_positive
+from specdef_cli.option import as_declared, flag_of, option, require_positive
 
 NO_RETAINED = "none"
 """Leaves out what is measured on retained text."""
@@ -145,16 +144,13 @@ class AttackOptions(Budget):
     token: str | None = None
 
     def __post_init__(self) -> None:
+        as_declared(self)
         for optimizer in self.optimizers:
             OPTIMIZERS.choose(optimizer)
         variants = tuple(Variant.parse(asked) if isinstance(asked, str) else asked for asked in self.variants)
         trainings = tuple(Training.parse(asked) if isinstance(asked, str) else asked for asked in self.trainings)
         object.__setattr__(self, "variants", variants)
         object.__setattr__(self, "trainings", trainings)
-        _choice("schedule", self.schedule, get_args(Schedule))
-        _choice("dtype", self.dtype, get_args(Dtype))
-        if self.task is not None:
-            _choice("task", self.task, get_args(Task))
         require_positive(
             self, "steps", "batch_size", "gradient_accumulation", "eval_sequences", "sequence_length", "jobs"
         )
@@ -210,8 +206,3 @@ class AttackOptions(Budget):
 
 def _flag(name: str) -> str:
     return flag_of(AttackOptions, name)
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SpecDefError(f"--{name} {value!r} is unknown", f"Choose one of: {', '.join(choices)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.option import option, require_positive
+from specdef_cli.option import as_declared, option, require_positive
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,5 @@ class CertifyOptions:
     token: str | None = None
 
     def __post_init__(self) -> None:
+        as_declared(self)
         require_positive(self, "jobs")

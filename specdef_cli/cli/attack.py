@@ -67,7 +67,8 @@ def attack_command(
         list[str] | None,
         typer.Option(
             metavar="CONDITION",
-            help="Exit with 1 if any attack on the model meets this, e.g. 'steps_to_control<500' (repeatable).",
+            help="Exit with 1 if any attack that knows nothing of the construction meets this, e.g. "
+            "'steps_to_control<500' (repeatable).",
         ),
     ] = None,
     manifest: Manifest = None,

@@ -36,10 +36,10 @@ def plan_screen(forecast: Forecast) -> Group:
     for attack in forecast.attacks:
         if verdict and len(verdict) < len(forecast.attacks) and attack is forecast.attacks[len(verdict)]:
             rows.add_row(Text("  then", style="italic"), "", "")
-        runs = f"{'about ' if attack.search else ''}{attack.runs} runs"
+        runs = f"{'about ' if attack.search else ''}{attack.runs} {'run' if attack.runs == 1 else 'runs'}"
         runs += f", {attack.finished} done" if attack.finished else ""
         rows.add_row(Text(attack.label), runs, "" if attack.seconds is None else in_words(attack.seconds))
-    said = [f"{forecast.runs} runs"]
+    said = [f"{forecast.runs} {'run' if forecast.runs == 1 else 'runs'}"]
     if forecast.seconds is not None and forecast.verdict_seconds is not None:
         said[0] += f", about {in_words(forecast.seconds)} on this machine"
         said[0] += f"; a first verdict after about {in_words(forecast.verdict_seconds)}."

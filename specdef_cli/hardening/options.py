@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from specdef_cli.checkpoint.manifest import Profile, Schedule
-from specdef_cli.option import option
+from specdef_cli.option import as_declared, option
 from specdef_cli.spectral.gauges import Gauge
 
 MethodChoice = Literal["auto", "insert", "fold"]
@@ -47,6 +47,9 @@ class HardenOptions:
         seed: Seed of the randomized basis of insert; a fold has nothing random.
         resume: Go on where an interrupted run of the same plan stopped.
         verify: Reload the result and compare it with the base before publishing.
+
+    Raises:
+        SpecDefError: There is no such method, gauge, schedule, profile or dtype.
     """
 
     model: str
@@ -106,6 +109,9 @@ class HardenOptions:
     resume: bool = False
     verify: bool = option(True, "Compare the result with the base before it is published.", "--verify/--no-verify")
 
+    def __post_init__(self) -> None:
+        as_declared(self)
+
 
 @dataclass(frozen=True)
 class CollapseOptions:
@@ -130,3 +136,6 @@ class CollapseOptions:
     revision: str | None = None
     token: str | None = None
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        as_declared(self)

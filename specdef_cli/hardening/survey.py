@@ -81,7 +81,7 @@ class Survey:
 def survey(
     model: str,
     *,
-    manifest: Path | None = None,
+    manifest: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     device: str | None = None,
@@ -105,7 +105,7 @@ def survey(
         SpecDefError: The model cannot be found or read.
     """
     with resolving(model, revision=revision, token=token, on_download=on_download) as (resolved, arriving):
-        keep_elsewhere(resolved.directory, manifest)
+        keep_elsewhere(resolved.directory, None if manifest is None else Path(manifest))
         checkpoint = open_checkpoint(resolved.directory, arriving)
         return _survey(resolved, checkpoint, device, trust_remote_code, spectra, on_progress)
 

@@ -12,7 +12,7 @@ from specdef_cli.report.serialize import curves_csv, report_json
 from specdef_cli.runtime.processes import process_state
 
 
-def write_report(report: AttackReport, out: Path) -> tuple[Path, ...]:
+def write_report(report: AttackReport, out: str | Path) -> tuple[Path, ...]:
     """Write ``report.html``, ``report.json``, ``curves.csv`` and ``curves.png`` into ``out``.
 
     Only the main process of an ``accelerate launch`` writes; the others return the same paths.
@@ -20,7 +20,7 @@ def write_report(report: AttackReport, out: Path) -> tuple[Path, ...]:
     Raises:
         OSError: ``out`` cannot be written.
     """
-    paths = tuple(out / name for name in ("report.html", "report.json", "curves.csv", "curves.png"))
+    paths = tuple(Path(out) / name for name in ("report.html", "report.json", "curves.csv", "curves.png"))
     if process_state().is_main_process:
         image = curves_png(report)
         contents: tuple[str | bytes, ...] = (

@@ -349,6 +349,25 @@ def test_configurations_and_splits_are_listed_with_their_flags(two_configuration
     assert chat_tokenizer().decode(data.train[0]["input_ids"]).startswith("beta")
 
 
+@pytest.mark.parametrize("name", ["mixed", "mixed [x]"])
+def test_a_directory_of_several_kinds_is_not_read_in_part(tmp_path: Path, name: str) -> None:
+    """`datasets` would take the commonest kind, and leave the others without a word."""
+    rows = [{"text": "word " * 90} for _ in range(ROWS)]
+    for file in ("a.jsonl", "b.ndjson", "LICENSE.txt"):
+        a_file(f"{name}/{file}", lines)(tmp_path, rows)
+    assert load(tmp_path / name).train
+    (tmp_path / name / "c.csv").write_text("text\nhello\n")
+    with pytest.raises(SpecDefError, match=r"several kinds: \.csv, \.jsonl|several kinds: \.csv, \.ndjson") as caught:
+        load(tmp_path / name)
+    assert "Name one of its files" in caught.value.hint
+
+
+def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty [x]").mkdir()
+    with pytest.raises(SpecDefError, match=r"empty \[x\] holds no data"):
+        load(tmp_path / "empty [x]")
+
+
 def test_an_unusable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
@@ -390,8 +409,9 @@ def test_masked_text_is_framed_and_masked_once(tmp_path: Path) -> None:
     assert bool((tokens[~counted] != tokenizer.mask_token_id).all())
     assert 0.7 < float((tokens[counted] == tokenizer.mask_token_id).float().mean()) < 0.9
     assert data.fingerprint == again.fingerprint
-    with pytest.raises(SpecDefError, match="no mask token"):
+    with pytest.raises(SpecDefError, match="no mask token") as caught:
         load(path, byte_tokenizer(), "masked-lm")
+    assert "leave --task out" not in caught.value.hint, "nobody gave it: the architecture chose"
 
 
 def test_a_sequence_to_sequence_model_reads_the_prompt_and_says_the_answer(tmp_path: Path) -> None:

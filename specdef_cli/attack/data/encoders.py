@@ -93,8 +93,8 @@ class MaskedEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         if tokenizer.mask_token_id is None:
             raise SpecDefError(
-                "the tokenizer has no mask token, and --task masked-lm masks some of the text",
-                "Add a mask_token to tokenizer_config.json, or leave --task out.",
+                "the tokenizer has no mask token, and masked language modelling masks some of the text",
+                "Add a mask_token to tokenizer_config.json.",
             )
         self._tokenizer = tokenizer
         frame = Frame.of(tokenizer)

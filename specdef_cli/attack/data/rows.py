@@ -42,6 +42,9 @@ _UNPACKED_BY = {".gz": "gunzip", ".zst": "unzstd", ".bz2": "bunzip2", ".xz": "un
 _CARD = "README.md"
 """Not data, and where it is there it may say which files belong to which configuration."""
 
+_REMARKS = (_CARD, "config.json", "dataset_info.json", "dataset_infos.json")
+"""What lies beside data and is none."""
+
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which a directory that ``save_to_disk`` wrote is known."""
 
@@ -106,6 +109,7 @@ def _load(options: AttackOptions, path: Path) -> Any:
             if split not in splits:
                 raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
             return splits[split]
+        _require_one_kind(path)
         _require_cache()
         if _holds_text(path):  # which `datasets` would read by line, and Markdown not at all
             kind, arguments = _FILE_FORMATS[".txt"]
@@ -160,6 +164,31 @@ def _holds_text(directory: Path) -> bool:
         and not (directory / _CARD).is_file()
         and all(_FILE_FORMATS.get(_suffixes(path)[0], ("",))[0] == "text" for path in files)
     )
+
+
+def _require_one_kind(directory: Path) -> None:
+    """Refuse a directory without data, and one with several kinds: `datasets` reads the commonest and drops the others.
+
+    Text beside another kind is taken for remarks on it, and what `datasets` itself writes is no data. A card is left to
+    `datasets`, since it may say what belongs together.
+
+    Raises:
+        SpecDefError: naming the kinds.
+    """
+    files = [path for path in directory.rglob("[!.]*") if path.is_file() and path.name not in _REMARKS]
+    if not files:
+        raise SpecDefError(f"{directory} holds no data", "Name a file, or a directory with some in it.")
+    kinds: dict[tuple[str, str], str] = {}
+    for path in files:
+        suffix = _suffixes(path)[0]
+        builder, arguments = _FILE_FORMATS.get(suffix, ("", {}))
+        if builder not in ("", "text"):
+            kinds.setdefault((builder, str(arguments)), suffix)
+    if len(kinds) > 1 and not (directory / _CARD).is_file():
+        raise SpecDefError(
+            f"{directory} holds data of several kinds: {', '.join(sorted(kinds.values()))}",
+            "Name one of its files, or a directory of one kind.",
+        )
 
 
 def _splits(directory: Path) -> dict[str, list[str]]:
