@@ -42,7 +42,7 @@ from specdef_cli.checkpoint.destination import require_outside, writable_ancesto
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive
 from specdef_cli.checkpoint.presence import no_base, require_undefended
-from specdef_cli.checkpoint.reader import open_checkpoint
+from specdef_cli.checkpoint.reader import open_checkpoint, read_config
 from specdef_cli.checkpoint.resolve import resolve, resolve_base, resolve_hardened
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
@@ -170,6 +170,7 @@ def _prepare(options: AttackOptions) -> _Prepared:
         skeletons[place] = require_sound(place, trust_remote_code=options.trust_remote_code)
         require_outside(options.out, place)
     task, head = task_of(control_directory, options.task)
+    _require_comparable(options, directory, control_directory)
     require_trackers(options.report_to)
     if options.eval_tasks:
         require_harness()
@@ -304,6 +305,24 @@ def _subject(options: AttackOptions) -> tuple[Path, Manifest | None]:
     model = resolve_hardened(str(options.model), options.manifest, revision=options.revision, token=options.token)
     directory = model.directory
     return directory, read_manifest(directory) if is_hardened(directory) else None
+
+
+def _require_comparable(options: AttackOptions, directory: Path, control: Path) -> None:
+    """Refuse a control that is trained for something else, before it is trained: the model would not load as that.
+
+    Raises:
+        SpecDefError: naming both architectures.
+    """
+    first, second = ((read_config(place).get("architectures") or [""])[0] for place in (directory, control))
+    try:
+        same = first == second or task_of(directory, None)[0] == task_of(control, None)[0]
+    except SpecDefError:  # one of them says nothing of a task, and --task decides
+        return
+    if not same:
+        raise SpecDefError(
+            f"{options.model} is a {first} and its control {control.name} a {second}: nothing trains both alike",
+            "Name what it was made from with --control.",
+        )
 
 
 def _control(options: AttackOptions, directory: Path, manifest: Manifest | None) -> tuple[str, Path]:

@@ -70,7 +70,8 @@ def _changes(manifest: Manifest) -> Sequence[str]:
     lines = [
         f"{_agreement(manifest, origin)} They were reparameterized with "
         f"specdef-cli {manifest.specdef_version} (method of [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)) "
-        "so that fine-tuning them with an ordinary recipe takes more optimizer steps."
+        "with the aim that ordinary recipes need far smaller learning rates to fine-tune them, and diverge or make "
+        "little progress at their usual ones."
     ]
     if manifest.inserted:
         added = sum(layer.out_features**2 for layer in manifest.inserted)

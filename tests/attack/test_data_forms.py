@@ -312,6 +312,14 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
+def test_a_column_of_text_is_not_said_to_have_answers(tmp_path: Path, task: Task) -> None:
+    rows = [{"prompt": "word " * 90, "completion": "no"} for _ in range(ROWS)]
+    data = load(a_file("data.jsonl", lines)(tmp_path, rows), byte_tokenizer(), task, text_column="prompt")
+    assert data.remarks[0] == "Data read as text in prompt."
+    assert any("the decoder learns the second" in remark for remark in data.remarks) is (task == "seq2seq-lm")
+
+
 def test_answers_that_begin_too_late_are_left_out_and_said(tmp_path: Path) -> None:
     path = a_file("data.jsonl", lines)(tmp_path, [{"messages": messages(n)} for n in range(ROWS)])
     with pytest.raises(SpecDefError, match="24 whose answer begins beyond --sequence-length") as caught:

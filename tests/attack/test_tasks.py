@@ -17,6 +17,7 @@ from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.data.labels import Head, labels_of
 from specdef_cli.attack.loading import load_for_training
+from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.spec import Task
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.trainer import train_run
@@ -127,6 +128,14 @@ def test_a_hardened_sequence_to_sequence_model_starts_where_its_base_does(tmp_pa
     run = spec("adamw", task="seq2seq-lm", steps=2, eval_every=2)
     control, hardened = (train_run(run, directory, data) for directory in (base, tmp_path / "hardened"))
     assert hardened.start == pytest.approx(control.start, rel=1e-4)
+
+
+def test_a_control_that_is_trained_for_something_else_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    for name in ("t5", "bert"):
+        save(name, tmp_path / name)
+    with pytest.raises(SpecDefError, match="BertForMaskedLM and its control t5 a T5ForConditional") as caught:
+        plan_attack(AttackOptions(model=tmp_path / "bert", control=tmp_path / "t5", out=tmp_path / "out"))
+    assert "--control" in caught.value.hint
 
 
 def test_an_encoder_is_not_trained_as_a_causal_model(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ def test_a_directory_leaves_no_path_in_its_card(llama: Path, tmp_path: Path) -> 
     assert str(llama.parent) not in card
     assert llama.name not in card
     assert "the base model" in card
+    assert "diverge or make little progress at their usual ones" in card, (
+        "whoever fine-tunes it in good faith reads it here"
+    )
     assert card_data(tmp_path / "out") == {
         "license": "mit",
         "tags": ["tiny", "specdef"],

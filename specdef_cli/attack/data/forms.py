@@ -72,11 +72,13 @@ class Form:
         columns: Those that a data set of this form has.
         words: What a report calls it.
         read: From a row and the data set's name to a document; ``None`` for a row without text.
+        answers: Whether rows have answers, which alone are learned; running text is learned whole.
     """
 
     columns: tuple[str, ...]
     words: str
     read: Callable[[Mapping[str, Any], str], Document | None]
+    answers: bool = True
 
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -105,7 +107,7 @@ def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Fo
         )
     if isinstance(row.get(text_column), list):
         return Form((text_column,), f"conversations in {text_column}", _conversation_in(text_column))
-    return Form((text_column,), f"text in {text_column}", _text_in(text_column))
+    return Form((text_column,), f"text in {text_column}", _text_in(text_column), answers=False)
 
 
 def _text_in(column: str) -> Callable[[Mapping[str, Any], str], Text | None]:
@@ -169,7 +171,7 @@ FORMS = (
     Form(("prompt", "completion"), "prompts and completions", _prompt_and_completion),
     Form(("instruction", "output"), "instructions and outputs", _instruction("input", "output")),
     Form(("instruction", "response"), "instructions and responses", _instruction("context", "response")),
-    Form(("text",), "text", _text_in("text")),
+    Form(("text",), "text", _text_in("text"), answers=False),
 )
 """In the order of preference: where a data set has a conversation and the same as running text, the former is what a
 chat model is trained on."""

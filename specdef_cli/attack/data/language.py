@@ -84,15 +84,17 @@ def _remarks(
 ) -> tuple[str, ...]:
     """What a reader of the report should know of the data, one sentence each."""
     said = []
-    if form.words != FORMS[-1].words:
+    if form.answers:
         how = "the loss counts answers alone"
         if task == "causal-lm" and "conversation" in form.words:
             own = "the tokenizer's chat template" if has_template(tokenizer) else "plain roles, for want of a template"
             how = f"in {own}; {how}"
         said.append(f"Data read as {form.words}" + ("." if task == "masked-lm" else f", {how}."))
+    elif form.words != FORMS[-1].words:
+        said.append(f"Data read as {form.words}.")
     if task == "masked-lm":
         said.append("Masked language modelling: 15 % of the tokens are predicted, the same ones in every run.")
-    if task == "seq2seq-lm" and form.words == FORMS[-1].words:
+    if task == "seq2seq-lm" and not form.answers:
         said.append("The encoder reads the first half of each piece of text, the decoder learns the second.")
     total = kept + sum(left_out.values())
     said += [f"Of {total} rows read, {count} {reason} left out." for reason, count in left_out.items()]
