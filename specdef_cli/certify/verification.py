@@ -90,7 +90,7 @@ def verify_certificate(
         _spectrum(directory, base_directory, manifest, certificate),
         _card(certificate, directory / "README.md"),
         Check("outputs, curvature, attacks, formats", "not checked", "`specdef certify` measures them again"),
-        Check("date, versions, device, text", "not checked", "no file tells; a signature vouches for them"),
+        Check("date, versions, device, names, text", "not checked", "no file tells; a signature vouches for them"),
     )
 
 
