@@ -49,10 +49,14 @@ def resistance_table(compared: Mapping[str, tuple[Sequence[str], Comparison]], w
             cells.setdefault(_shortened(row.attack), {}).setdefault(model, {}).update(by_way)
     lines = [f"| trained, with AdamW | {' | '.join(compared)} |", "|---" * (len(compared) + 1) + "|"]
     for attack, by_model in cells.items():
-        columns = [SEPARATOR.join(_share(by_model.get(model, {}).get(way)) for way in ways) for model in compared]
+        columns = [
+            SEPARATOR.join(_share(by_model[model].get(way)) for way in ways) if model in by_model else "–"
+            for model in compared
+        ]
         lines.append(f"| {attack} | {' | '.join(columns)} |")
     named = SEPARATOR.join(WAYS.get(way, way) for way in ways)
-    return "\n".join([*lines, "", f"Each cell: {named}. **?**: the rates tried do not bracket the best one."]) + "\n"
+    note = f"Each cell: {named}. **?**: the rates tried do not bracket the best one. –: not reached in the time."
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 def _shortened(attack: str) -> str:
