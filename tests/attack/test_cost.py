@@ -237,7 +237,7 @@ def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(
         (("attack", "MODEL", "--time-limit", "soon"), "--time-limit 'soon'"),
         (("certify", "MODEL", "--base", "./nowhere"), "'./nowhere' is neither"),
         (("certify", "MODEL", "--text", "nowhere.txt"), "--text nowhere.txt"),
-        (("certify", "MODEL", "--attacks", "nowhere.json"), "--attacks nowhere.json"),
+        (("certify", "MODEL", "--attacks", "nowhere.json"), "no attack report nowhere.json"),
     ],
 )
 def test_what_is_not_there_is_told_before_torch_is_imported(

@@ -35,6 +35,6 @@ def test_cells_hold_a_share_for_each_way(tmp_path: Path) -> None:
     ]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
     assert printed[0] == "| trained, with AdamW | small | deep |"
-    assert printed[2:4] == ["| full | 1 % / 3 % | 2 % **?** / – |", "| HiRA | 100 % / – | – / – |"]
-    assert printed[4] == "| undone first: full | – / 90 % | – / – |"
+    assert printed[2:4] == ["| full | 1 % / 3 % | 2 % **?** / – |", "| HiRA | 100 % / – | – |"]
+    assert printed[4] == "| undone first: full | – / 90 % | – |"
     assert printed[-1].startswith("Each cell: fold / insert.")
