@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.architectures.body import blocks, described_bodies, join
 from specdef_cli.architectures.families import DENOISER_WRITERS, Attention, Experts, Family, Role
+from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.architectures.names import match_names, repeated_blocks
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.linear import LinearLayer
@@ -98,9 +99,7 @@ def writers(model: nn.Module) -> tuple[str, ...]:
 
 def _is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
     """Whether ``module`` turns hidden states into an output, so that it is what an attacker replaces anyway."""
-    if not isinstance(model, PreTrainedModel):
-        return False
-    return module is model.get_output_embeddings() or is_classifier(model, path)
+    return module is output_embeddings(model) or is_classifier(model, path)
 
 
 def is_classifier(model: nn.Module, path: str) -> bool:

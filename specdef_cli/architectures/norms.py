@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from specdef_cli.architectures.body import Body, join, singles
 from specdef_cli.architectures.families import Attention, Experts, Mlp, Stack
+from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.architectures.mlp import expert_tensors
 from specdef_cli.architectures.pairs import Found, Side, SymmetricPair, Unpaired
 
@@ -162,5 +161,5 @@ def _head(body: Body) -> tuple[bool, str | None]:
 def _output_embeddings(body: Body) -> str | None:
     """Path of the linear that turns hidden states into logits over the vocabulary."""
     model, modules = body.skeleton.model, body.skeleton.modules
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output = output_embeddings(model)
     return next((path for path, module in modules.items() if output is not None and module is output), None)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.architectures.linears import is_classifier
 from specdef_cli.architectures.names import match_names
 from specdef_cli.architectures.skeleton import Skeleton
@@ -66,7 +67,7 @@ def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
     """
     model, names, tied = skeleton.model, skeleton.names, skeleton.tied
     embedding = _input_embeddings(model)
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = output_embeddings(model)
     looked_up = next((path for path, module in skeleton.modules.items() if module is embedding), "")
     sites = []
     for path, module in skeleton.modules.items():

@@ -36,10 +36,10 @@ def plan_screen(forecast: Forecast) -> Group:
     for attack in forecast.attacks:
         if verdict and len(verdict) < len(forecast.attacks) and attack is forecast.attacks[len(verdict)]:
             rows.add_row(Text("  then", style="italic"), "", "")
-        runs = f"{'about ' if attack.search else ''}{attack.runs} {'run' if attack.runs == 1 else 'runs'}"
+        runs = f"{'about ' if attack.search else ''}{_runs(attack.runs)}"
         runs += f", {attack.finished} done" if attack.finished else ""
         rows.add_row(Text(attack.label), runs, "" if attack.seconds is None else in_words(attack.seconds))
-    said = [f"{forecast.runs} {'run' if forecast.runs == 1 else 'runs'}"]
+    said = [_runs(forecast.runs)]
     if forecast.seconds is not None and forecast.verdict_seconds is not None:
         said[0] += f", about {in_words(forecast.seconds)} on this machine"
         said[0] += f"; a first verdict after about {in_words(forecast.verdict_seconds)}."
@@ -51,3 +51,7 @@ def plan_screen(forecast: Forecast) -> Group:
         said.append(f"Cheaper: {forecast.cheaper}")
     said += [f"assumed: {text}" for text in forecast.assumed] + [f"note: {text}" for text in forecast.notes]
     return Group(facts, Padding(rows, (1, 0), expand=False), Text("\n".join(said)))
+
+
+def _runs(count: int | str) -> str:
+    return f"{count} {'run' if str(count) == '1' else 'runs'}"

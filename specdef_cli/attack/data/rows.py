@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,10 @@ def _load(options: AttackOptions, path: Path) -> Any:
             if split not in splits:
                 raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
             return splits[split]
-        _require_one_kind(path)
+        inside = [file for file in path.rglob("[!.]*") if file.is_file()]
+        _require_one_kind(path, inside)
         _require_cache()
-        if _holds_text(path):  # which `datasets` would read by line, and Markdown not at all
+        if _holds_text(path, inside):  # which `datasets` would read by line, and Markdown not at all
             kind, arguments = _FILE_FORMATS[".txt"]
             return datasets.load_dataset(kind, data_files=_splits(path), split=split, **arguments)
         return datasets.load_dataset(
@@ -156,17 +157,14 @@ def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
     return kind, arguments
 
 
-def _holds_text(directory: Path) -> bool:
-    """Whether there are files of text or Markdown and no others, and no card that would say more of them."""
-    files = [path for path in directory.rglob("[!.]*") if path.is_file()]
-    return (
-        bool(files)
-        and not (directory / _CARD).is_file()
-        and all(_FILE_FORMATS.get(_suffixes(path)[0], ("",))[0] == "text" for path in files)
+def _holds_text(directory: Path, files: Sequence[Path]) -> bool:
+    """Whether all files are text or Markdown, and no card would say more of them."""
+    return not (directory / _CARD).is_file() and all(
+        _FILE_FORMATS.get(_suffixes(path)[0], ("",))[0] == "text" for path in files
     )
 
 
-def _require_one_kind(directory: Path) -> None:
+def _require_one_kind(directory: Path, files: Sequence[Path]) -> None:
     """Refuse a directory without data, and one with several kinds: `datasets` reads the commonest and drops the others.
 
     Text beside another kind is taken for remarks on it, and what `datasets` itself writes is no data. A card is left to
@@ -175,11 +173,11 @@ def _require_one_kind(directory: Path) -> None:
     Raises:
         SpecDefError: naming the kinds.
     """
-    files = [path for path in directory.rglob("[!.]*") if path.is_file() and path.name not in _REMARKS]
-    if not files:
+    data = [path for path in files if path.name not in _REMARKS]
+    if not data:
         raise SpecDefError(f"{directory} holds no data", "Name a file, or a directory with some in it.")
     kinds: dict[tuple[str, str], str] = {}
-    for path in files:
+    for path in data:
         suffix = _suffixes(path)[0]
         builder, arguments = _FILE_FORMATS.get(suffix, ("", {}))
         if builder not in ("", "text"):

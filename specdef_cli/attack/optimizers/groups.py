@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.attack.optimizers.table import OptimizerChoice
 
 
@@ -52,7 +53,7 @@ def hidden_matrices(model: nn.Module) -> frozenset[nn.Parameter]:
     convolutions, which in a Transformer embed patches.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = whole.get_output_embeddings() if isinstance(whole, PreTrainedModel) else None
+    head = output_embeddings(whole)
     outside = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     outside |= set(head.parameters() if head is not None else ())
     trunk = whole.base_model if isinstance(whole, PreTrainedModel) else whole  # all but the head

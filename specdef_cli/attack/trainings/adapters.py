@@ -8,9 +8,9 @@ from typing import Any
 import peft
 from peft import PeftConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
@@ -76,7 +76,7 @@ def linear_paths(model: nn.Module, names: Sequence[str]) -> list[str] | str:
     """
     if names:
         return module_paths(model, names, FACTORS)
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = output_embeddings(model)
     if not isinstance(head, SpecDefScaled):
         return "all-linear"
     return [
