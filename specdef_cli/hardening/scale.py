@@ -9,8 +9,9 @@ What is scaled where was decided by measuring (``make real-attack``):
 * a linear layer on both of its sides. At the learning rate of an inflated row that row trains, which is a vector, and a
   vector in every layer is a LoRA of rank one. Where a scaled row crosses a scaled column, one number is left;
 * two channels a side, one inflated and one deflated, as in a fold and for its reasons;
-* the tokens of a vocabulary in steps, every token on one of them. A column of the embedding or the head that trains
-  alone is a number for each token, which is worth much; tokens on another step than the highest then hardly move;
+* a few tokens of a vocabulary in steps. A column of the embedding or the head that trains alone is a number for each
+  token, which is worth much; beside tokens on higher steps, which diverge, the others hardly move;
+* the gain of one norm far above all others. Gains have one side, so that neighbours on a staircase train together;
 * the channels with the largest norm among a sample: a channel without signal has no gradient to diverge on.
 """
 
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -33,12 +35,16 @@ from specdef_cli.checkpoint.slices import scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import SAMPLE_ROWS
 from specdef_cli.runtime.shim import ScaledSpec
-from specdef_cli.spectral.staircase import staircase
+from specdef_cli.spectral.staircase import staircase, uncrossed
 
 DIRECTIONS = (1, -1)
 """One channel is inflated, one is deflated."""
-VOCABULARY = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=8)
-"""Steps of a decade and more, down to where a token's entry in a column at 2**-28 is at 2**-56."""
+HEAD_TOKENS = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=128)
+"""Steps of a decade and more, down to where a token's entry in a column at 2**-28 is at 2**-56. What trains at the best
+rate are the tokens on the last step, so they are few; each has a gradient from every position.
+"""
+LOOKUP_TOKENS = replace(HEAD_TOKENS, period=8)
+"""The same where only tokens that occur have a gradient: one of every step must be in a batch."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ def scale_modules(
         SpecDefError: A weight is quantized or would be stored in float16, or transformers would not find the result.
     """
     exponents = spread_exponents(sites)
+    shared = {site.tied_to for site in sites}
     modules: dict[str, ScaledModule] = {}
     for site in sites:
         owner = modules.get(site.tied_to or "")
@@ -156,11 +163,13 @@ def scale_modules(
             output, inputs = owner.input, owner.output
         else:
             start, squares = _sample(checkpoint, site)
+            looked_up = site.kind == "embedding" and site.module not in shared
+            tokens = LOOKUP_TOKENS if looked_up else HEAD_TOKENS
             output, inputs = (
                 None
                 if axis is None
-                else VOCABULARY
-                if site.kind in ("embedding", "head") and axis == VOCABULARY.axis
+                else tokens
+                if site.kind in ("embedding", "head") and axis == tokens.axis
                 else _channels(start, squares, axis, steps)
                 for axis, steps in zip((site.output_axis, site.input_axis), exponents[site.module], strict=True)
             )
@@ -189,23 +198,34 @@ def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[
     """Exponents by module, for the channels on the side of its output and on that of its input.
 
     The first block stands apart, together with what lies outside of the blocks; within a block the modules that come
-    last in the model (the MLP's) have the highest steps.
+    last in the model (the MLP's) have the highest steps. Norms have steps of their own, and the last of the first block
+    stands apart from all others.
     """
-    blocks: dict[str, list[ScalableSite]] = {}
-    outside: list[ScalableSite] = []
-    for site in sites:
-        match = re.match(r"^(.*?\.\d+)\.", site.module)
-        if site.tied_to is None:
-            (blocks.setdefault(match.group(1), []) if match else outside).append(site)
-    first, *others = ([*reversed(members)] for members in blocks.values()) if blocks else ([],)
-    layers = [[*outside, *first], *others]
+    own = [site for site in sites if site.tied_to is None]
     count = len(DIRECTIONS)
+    outside, (first, *others) = _by_block(site for site in own if site.kind != "norm")
+    layers = [[*outside, *first], *others]
     steps = staircase(len(layers), 2 * count * max(map(len, layers)))
-    return {
+    exponents: dict[str, tuple[Sequence[int], Sequence[int]]] = {
         site.module: (layer[position : position + count], layer[position + count : position + 2 * count])
         for members, layer in zip(layers, steps, strict=True)
         for position, site in zip(range(0, len(layer), 2 * count), members, strict=False)
     }
+    outside, (first, *others) = _by_block(site for site in own if site.kind == "norm")
+    norms = [*first, *outside, *chain.from_iterable(others)]
+    return exponents | {
+        site.module: ((step,) * count, ()) for site, step in zip(norms, uncrossed(len(norms)), strict=True)
+    }
+
+
+def _by_block(sites: Iterable[ScalableSite]) -> tuple[list[ScalableSite], list[list[ScalableSite]]]:
+    """What lies outside of the blocks, and at least one block, each with its last module first."""
+    outside: list[ScalableSite] = []
+    blocks: dict[str, list[ScalableSite]] = {}
+    for site in sites:
+        match = re.match(r"^(.*?\.\d+)\.", site.module)
+        (blocks.setdefault(match.group(1), []) if match else outside).append(site)
+    return outside, [members[::-1] for members in blocks.values()] or [[]]
 
 
 def scaled_groups(modules: Sequence[ScaledModule], checkpoint: Checkpoint, dtype: str | None) -> dict[str, TensorGroup]:

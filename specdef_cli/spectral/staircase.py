@@ -29,6 +29,9 @@ LOWEST_EXPONENT = 13
 HIGHEST_CROSSING = 56
 # Highest step of pairs that cross one another.
 HIGHEST_EXPONENT = HIGHEST_CROSSING // 2
+# Highest step of what nothing crosses: as far above the others as they reach, and below the crossings, so that training
+# everything does not meet it.
+HIGHEST_UNCROSSED = 40
 
 
 def staircase(
@@ -45,6 +48,15 @@ def staircase(
     first = _descending(kinds, highest, highest - span // 2)
     others = _descending((layers - 1) * kinds, lowest + span // 3, lowest)
     return (first, *(others[layer * kinds : (layer + 1) * kinds] for layer in range(layers - 1)))
+
+
+def uncrossed(count: int) -> tuple[int, ...]:
+    """Exponents of ``count`` weights that have one side only, as the gain of a norm: the first far above the others.
+
+    >>> uncrossed(4)
+    (40, 28, 21, 13)
+    """
+    return (HIGHEST_UNCROSSED, *_descending(count - 1, HIGHEST_EXPONENT, LOWEST_EXPONENT))[:count]
 
 
 def _descending(count: int, highest: int, lowest: int) -> tuple[int, ...]:

@@ -172,10 +172,33 @@ def test_a_linear_is_scaled_on_both_sides_and_a_vocabulary_in_steps(scaled: Make
             assert inflated > 0 > deflated
             assert max(inflated, -deflated) <= HIGHEST_EXPONENT
     files = tensors(scaled("llama", "insert"))
-    for stem, scale in (("model.embed_tokens", "input_scale"), ("lm_head", "output_scale")):
+    for stem, scale, period in (("model.embed_tokens", "input_scale", 8), ("lm_head", "output_scale", 128)):
         steps = files[f"{stem}.{scale}.weight"].log2()
-        assert steps[:8].tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
-        assert torch.equal(steps[8:16], steps[:8])
+        assert steps.tolist() == [4.0 * (token % period) * (token % period < 8) for token in range(len(steps))]
+
+
+def test_tokens_are_few_where_every_token_has_a_gradient(scaled: Make) -> None:
+    """An embedding that is also the head gets one from every position; one that is only looked up does not."""
+    periods = {}
+    for case in ("llama", "llama-tied"):
+        modules = {module.kind: module for module in read_manifest(scaled(case, "insert")).scaled}
+        looked_up, outputs = modules["embedding"].input, modules["head"].output
+        assert looked_up is not None
+        assert outputs is not None
+        periods[case] = looked_up.period, outputs.period
+    assert periods == {"llama": (8, 128), "llama-tied": (128, 128)}
+
+
+def test_one_norm_is_far_above_all_others(scaled: Make) -> None:
+    """Neighbours that share a rate train together, and a gain has one side."""
+    norms = {
+        module.module: module.output.exponents[0]
+        for module in read_manifest(scaled("llama", "insert")).scaled
+        if module.kind == "norm" and module.output is not None
+    }
+    assert norms.pop("model.layers.0.post_attention_layernorm") == 40
+    assert max(norms.values()) == norms["model.layers.0.input_layernorm"] == HIGHEST_EXPONENT
+    assert len(norms) == 4
 
 
 def test_auto_with_code_leaves_the_pairs_to_the_fold(scaled: Make) -> None:
@@ -297,7 +320,7 @@ def test_the_plan_names_every_channel(base: Callable[[str], Path], tmp_path: Pat
     plan = json.loads(result.stdout)
     modules = {module["module"]: module for module in plan["modules"]}
     assert modules["lm_head"]["channels"].keys() == {"input_scale", "output_scale"}
-    assert modules["model.embed_tokens"]["channels"]["input_scale"]["period"] == 8
+    assert modules["model.embed_tokens"]["channels"]["input_scale"]["period"] == 128
     assert plan["parameters_added"] == sum(module["parameters_added"] for module in modules.values())
 
 
