@@ -76,7 +76,7 @@ LAYOUTS: dict[str, Layout] = {
     "downwards": downwards,
     "first layer apart, one exponent for the others": first_apart,
     "first layer apart, attention above the MLP": attention_above,
-    "first layer apart, the MLP above attention (harden's)": staircase,
+    "first layer apart, the MLP above attention (profile bfloat16's)": staircase,
 }
 TRAINED = (
     Training(),

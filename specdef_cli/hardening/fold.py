@@ -12,7 +12,7 @@ What is scaled where was decided by measuring (docs/decisions.md):
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
   attacker may train either side alone;
 * exponents that differ from pair to pair (:mod:`specdef_cli.spectral.staircase`), in the ranges of
-  :data:`EXPONENTS`. What a key/value cache holds stays within float16, but in the profile ``bfloat16``, which reaches
+  :data:`STEPS`. What a key/value cache holds stays within float16, but in the profile ``bfloat16``, which reaches
   further for it;
 * ``quantizable`` scales queries against keys alone. Both are rows of their weights, and quantizers give every row its
   own scales; a column shares scales with its neighbours, in the weight and in the activations that it reads;
@@ -37,7 +37,7 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
-from specdef_cli.spectral.staircase import HIGHEST_CROSSING, HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, staircase
+from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, HIGHEST_UNCROSSED, constant, one_apart, staircase
 
 # Column norms are estimated from 128 rows (about 12 % error); reading whole tensors would read half of the checkpoint.
 SAMPLE_ROWS = 128
@@ -57,17 +57,34 @@ and everything else."""
 EVERYWHERE = "everywhere"
 """One staircase for all pairs, where a profile sets none apart."""
 
-EXPONENTS: dict[Profile, dict[str, tuple[int, int]]] = {
+
+@dataclass(frozen=True)
+class Steps:
+    """The exponents of the pairs of one region.
+
+    Attributes:
+        schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
+            :func:`specdef_cli.spectral.staircase.staircase`.
+        from_last: Whether the layers count from the last one.
+    """
+
+    schedule: Callable[[int, int], tuple[tuple[int, ...], ...]]
+    from_last: bool = False
+
+
+STEPS: dict[Profile, dict[str, Steps]] = {
     "coverage": {
-        MLP: (LOWEST_EXPONENT, HIGHEST_EXPONENT),
-        ATTENTION: (HIGHEST_EXPONENT + 1, HIGHEST_CROSSING - CACHED_EXPONENT),
-        CACHED: (CACHED_EXPONENT, CACHED_EXPONENT),
+        MLP: Steps(partial(one_apart, highest=HIGHEST_EXPONENT), from_last=True),
+        ATTENTION: Steps(partial(one_apart, highest=HIGHEST_UNCROSSED)),
+        CACHED: Steps(partial(constant, alpha=2.0**CACHED_EXPONENT)),
     },
-    "bfloat16": {EVERYWHERE: (LOWEST_EXPONENT, HIGHEST_EXPONENT)},
-    "quantizable": {CACHED: (6, 8)},
+    "bfloat16": {EVERYWHERE: Steps(staircase)},
+    "quantizable": {CACHED: Steps(partial(staircase, lowest=6, highest=8))},
 }
-"""Lowest and highest exponent by profile and region. Where two pairs scale the rows and the columns of one tensor,
-their exponents add up to at most :data:`~specdef_cli.spectral.staircase.HIGHEST_CROSSING`."""
+"""By profile and region. Where two pairs scale the rows and the columns of one tensor, their exponents add up to at
+most :data:`~specdef_cli.spectral.staircase.HIGHEST_CROSSING`. Of ``coverage``, the last layer's MLP and the first
+one's attention stand apart, where a vector that trains alone is worth least to an attacker.
+"""
 
 EVERY_KIND = ("value_output", "up_down", "query_key", "norm_readers")
 FOLDED_KINDS: dict[Profile, tuple[str, ...]] = {
@@ -134,9 +151,9 @@ def fold_pairs(
     else:
         exponents = {}
         regions = _regions(used)
-        for region, (lowest, highest) in EXPONENTS[profile].items():
+        for region, steps in STEPS[profile].items():
             alike = [pair for pair in used if region in (EVERYWHERE, regions[pair.name])]
-            exponents |= spread(alike, len(DIRECTIONS), partial(staircase, lowest=lowest, highest=highest))
+            exponents |= spread(alike[::-1] if steps.from_last else alike, len(DIRECTIONS), steps.schedule)
     folded = []
     for pair in used:
         middling = pair.kind in CACHED_KINDS and profile != "bfloat16"
@@ -277,7 +294,7 @@ def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
 
 
 def _regions(pairs: Sequence[SymmetricPair]) -> dict[str, str]:
-    """The region of :data:`EXPONENTS` that each pair belongs to, by its name.
+    """The region of :data:`STEPS` that each pair belongs to, by its name.
 
     A norm belongs to attention where its readers are scaled on the other side by cached pairs, if at all: then the two
     exponents may add up to more than those of an MLP's norm and its up projection.

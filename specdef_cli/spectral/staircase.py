@@ -50,6 +50,17 @@ def staircase(
     return (first, *(others[layer * kinds : (layer + 1) * kinds] for layer in range(layers - 1)))
 
 
+def one_apart(layers: int, kinds: int, highest: int) -> tuple[tuple[int, ...], ...]:
+    """Exponents where all pairs of the first layer are on the highest step, and the other layers go down far below.
+
+    >>> one_apart(3, 2, 28)
+    ((28, 28), (18, 18), (13, 13))
+    """
+    span = HIGHEST_EXPONENT - LOWEST_EXPONENT
+    others = _descending(layers - 1, LOWEST_EXPONENT + span // 3, LOWEST_EXPONENT)
+    return tuple((step,) * kinds for step in (highest, *others))
+
+
 def uncrossed(count: int) -> tuple[int, ...]:
     """Exponents of ``count`` weights that have one side only, as the gain of a norm: the first far above the others.
 
