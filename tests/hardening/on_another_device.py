@@ -55,7 +55,7 @@ def checks(directory: Path) -> dict[str, Check]:
     return {
         **NUMERICAL,
         **{name: partial(transforms, directory, options) for name, options in HARDENED.items()},
-        **{f"optimizer {name}": partial(step, name) for name in OPTIMIZERS},
+        **{f"optimizer {name}": partial(step, name) for name in OPTIMIZERS if OPTIMIZERS.choose(name).available},
     }
 
 
