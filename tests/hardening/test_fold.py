@@ -240,6 +240,21 @@ def test_a_staircase_is_the_default_and_the_card_says_what_holds(llama: Path, tm
     assert "secure" not in card.lower()
 
 
+def test_the_last_mlp_and_the_first_attention_stand_apart(llama: Path, tmp_path: Path) -> None:
+    """Elsewhere no side of a pair reaches what two sides that cross have together; a cache holds 2**9."""
+    out = tmp_path / "out"
+    assert call_cli("harden", llama, "--out", out, "--method", "fold").code == 0
+    steps = {pair.name: {abs(exponent) for exponent in pair.exponents} for pair in read_manifest(out).folded}
+    last = max(int(name.split(".")[2]) for name in steps if ".layers." in name)
+    assert steps.pop("model.layers.0.input_layernorm.norm_readers") == {40}
+    assert steps.pop(f"model.layers.{last}.mlp.up_down") == {28}
+    assert steps.pop(f"model.layers.{last}.post_attention_layernorm.norm_readers") == {28}
+    assert steps.pop("model.norm.norm_readers") == {28}
+    for name, exponents in steps.items():
+        cached = name.endswith(("value_output", "query_key"))
+        assert exponents == {9} if cached else exponents <= set(range(13, 19)), name
+
+
 def test_the_bfloat16_profile_reaches_further_and_says_what_that_costs(llama: Path, tmp_path: Path) -> None:
     """One staircase over all pairs; what a cache holds goes beyond float16, and rows and columns still add up to 56."""
     out = tmp_path / "out"

@@ -10,7 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, staircase
+from specdef_cli.spectral.staircase import (
+    HIGHEST_EXPONENT,
+    HIGHEST_UNCROSSED,
+    LOWEST_EXPONENT,
+    constant,
+    one_apart,
+    staircase,
+    uncrossed,
+)
 
 # Layers of Llama 3.1 70B and 405B, and one more group for the final norm; five pairs in two directions.
 DEEP = [(81, 10), (127, 10)]
@@ -55,6 +63,31 @@ def test_whoever_freezes_the_first_layers_meets_the_next_steps(layers: int, kind
     for kind in zip(*staircase(layers, kinds)[1:], strict=True):
         assert kind[0] - kind[-1] >= 5 * (layers - 2) // (layers - 1) - 1
         assert len(set(kind)) >= min(layers - 1, 5)
+
+
+@given(st.integers(1, 200), st.integers(1, 8), st.sampled_from([HIGHEST_EXPONENT, HIGHEST_UNCROSSED]))
+def test_one_layer_apart_leaves_every_vector_of_the_others_below_their_numbers(
+    layers: int, kinds: int, highest: int
+) -> None:
+    """Two scales that cross add up, and what one of the others inflates by itself is a decade and more below that."""
+    first, *others = one_apart(layers, kinds, highest)
+    assert first == (highest,) * kinds
+    assert all(len(set(layer)) == 1 for layer in others)
+    steps = [layer[0] for layer in others]
+    assert steps == sorted(steps, reverse=True)
+    if steps:
+        assert highest - steps[0] >= 10
+        assert 2 * steps[-1] - steps[0] >= 8
+        assert steps[0] <= 18
+
+
+@given(st.integers(0, 400))
+def test_of_what_nothing_crosses_one_is_a_thousand_times_above_all_others(count: int) -> None:
+    steps = uncrossed(count)
+    assert len(steps) == count
+    assert all(LOWEST_EXPONENT <= step <= HIGHEST_EXPONENT for step in steps[1:])
+    assert list(steps[:1]) == [HIGHEST_UNCROSSED][:count]
+    assert HIGHEST_UNCROSSED - HIGHEST_EXPONENT >= 10
 
 
 @pytest.mark.parametrize(("alpha", "exponent"), [(2, 1), (1e4, 13), (8192, 13), (2.0**28, 28), (2.0**27.6, 28)])
