@@ -6,15 +6,17 @@ it. On a *staircase* the exponents differ: any η trains the channels of one ste
 moves nothing on the lower ones.
 
 What an attacker gets is therefore what the highest step of the trained weights is good for, and measuring
-(``make reproduce-staircase``) says how to make it small:
+(``make reproduce-staircase``, docs/decisions.md) says how to make it small:
 
-* The first layer stands apart, so far above the others that they hardly move at the rate that trains its highest
-  steps. Then a weight with scaled rows and columns has one number to train, where the two cross, and one that can be
-  scaled on one side only (attention output, gate, down, head) has one vector.
-* Within a layer, too, the steps go down, so that training everything gives an attacker the first pair's number alone.
-* The other layers go down rather than share one exponent: an attacker who freezes the first layer meets the next step.
+* One layer stands apart, so far above the others that they hardly move at the rate that trains its highest steps.
+  Then a weight with scaled rows and columns has one number to train, where the two cross, and one that can be scaled
+  on one side only (attention output, gate, down, head) has one vector.
+* A vector is worth much more than a number, so that every vector's step has a number's a decade and more above it.
+* The other layers go down rather than share one exponent: an attacker who freezes the one apart meets the next step.
 
-With more pairs than exponents, neighbours share one.
+:func:`staircase` lays all pairs of a layer on one flight, its first layer apart; within a layer, too, the steps go
+down. :func:`one_apart` is for pairs of one region, whose layer apart is the caller's choice; :func:`uncrossed` for
+weights with one side. With more pairs than exponents, neighbours share one.
 """
 
 from __future__ import annotations
