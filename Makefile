@@ -67,8 +67,8 @@ $(REAL)/tools/.installed: $(VENV)/.installed
 
 # The ways of hardening that the tables of consumers compare, within an hour on two cores; EVERY=1 adds the ones that take
 # a second hour. The quantizable profile has no pair in Gemma, whose queries and keys are normalized, and harden refuses it.
-CONSUMED := fold bfloat16 quantizable insert $(if $(EVERY),fold-scales insert-paper)
-CONSUMED_gemma-3-270m := fold insert $(if $(EVERY),bfloat16 fold-scales insert-paper)
+CONSUMED := fold bfloat16 quantizable insert fold-scales $(if $(EVERY),insert-paper)
+CONSUMED_gemma-3-270m := fold insert fold-scales $(if $(EVERY),bfloat16 insert-paper)
 CONSUMED_all-minilm-l6-v2 := fold quantizable insert $(if $(EVERY),insert-paper)
 consumed = $(or $(CONSUMED_$(1)),$(CONSUMED))
 consumed_directories = $(foreach way,$(call consumed,$(1)),$(REAL)/hardened/$(1)-$(way))
