@@ -11,7 +11,8 @@ What an attacker gets is therefore what the highest step of the trained weights 
 * One layer stands apart, so far above the others that they hardly move at the rate that trains its highest steps.
   Then a weight with scaled rows and columns has one number to train, where the two cross, and one that can be scaled
   on one side only (attention output, gate, down, head) has one vector.
-* A vector is worth much more than a number, so that every vector's step has a number's a decade and more above it.
+* A vector is worth much more than a number, so that every vector's step has a number's a decade and more above it,
+  as far as the weights that train have one.
 * The other layers go down rather than share one exponent: an attacker who freezes the one apart meets the next step.
 
 :func:`staircase` lays all pairs of a layer on one flight, its first layer apart; within a layer, too, the steps go
