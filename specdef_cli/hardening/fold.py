@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, HIGHEST_UNCROSSED, constant, one_apart, staircase
+
+Member = TypeVar("Member")
 
 # Column norms are estimated from 128 rows (about 12 % error); reading whole tensors would read half of the checkpoint.
 SAMPLE_ROWS = 128
@@ -284,20 +287,31 @@ def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
     before attention: the entry where the two largest factors meet stays trainable, and it helps an attacker less in an
     MLP than in a query or key weight (``make reproduce-staircase``).
     """
-    blocks: dict[str, list[SymmetricPair]] = {}
-    outside: list[SymmetricPair] = []
-    for pair in pairs:
-        match = re.match(r"^(.*?\.\d+)\.", pair.name)
-        (blocks.setdefault(match.group(1), []) if match else outside).append(pair)
-    first, *others = (_mlp_first(members) for members in blocks.values()) if blocks else ([],)
+    outside, blocks = by_block(pairs, lambda pair: pair.name)
+    first, *others = map(_mlp_first, blocks)
     return [[*first, *outside], *others]
+
+
+def by_block(members: Iterable[Member], path: Callable[[Member], str]) -> tuple[list[Member], list[list[Member]]]:
+    """What lies outside of a model's blocks, and the members of each block, in order; one empty block if there is none.
+
+    Args:
+        members: Pairs or modules.
+        path: Of a member; its first number is that of its block.
+    """
+    outside: list[Member] = []
+    blocks: dict[str, list[Member]] = {}
+    for member in members:
+        match = re.match(r"^(.*?\.\d+)\.", path(member))
+        (blocks.setdefault(match.group(1), []) if match else outside).append(member)
+    return outside, [*blocks.values()] or [[]]
 
 
 def _regions(pairs: Sequence[SymmetricPair]) -> dict[str, str]:
     """The region of :data:`STEPS` that each pair belongs to, by its name.
 
-    A norm belongs to attention where its readers are scaled on the other side by cached pairs, if at all: then the two
-    exponents may add up to more than those of an MLP's norm and its up projection.
+    A norm belongs to attention where its readers are scaled on the other side by cached pairs, if at all: then it
+    crosses little, and stands apart in another layer than an MLP's.
     """
     cached = {side.tensor for pair in pairs if pair.kind in CACHED_KINDS for side in pair.sides}
     others = {side.tensor for pair in pairs if pair.kind == "up_down" for side in pair.sides}

@@ -17,7 +17,6 @@ What is scaled where was decided by measuring (``make real-attack``):
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -33,12 +32,10 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.slices import scale_slice
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import SAMPLE_ROWS
+from specdef_cli.hardening.fold import DIRECTIONS, SAMPLE_ROWS, by_block
 from specdef_cli.runtime.shim import ScaledSpec
 from specdef_cli.spectral.staircase import staircase, uncrossed
 
-DIRECTIONS = (1, -1)
-"""One channel is inflated, one is deflated."""
 HEAD_TOKENS = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=128)
 """Steps of a decade and more, down to where a token's entry in a column at 2**-28 is at 2**-56. What trains at the best
 rate are the tokens on the last step, so they are few; each has a gradient from every position.
@@ -203,7 +200,7 @@ def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[
     """
     own = [site for site in sites if site.tied_to is None]
     count = len(DIRECTIONS)
-    outside, (first, *others) = _by_block(site for site in own if site.kind != "norm")
+    outside, (first, *others) = _last_first(site for site in own if site.kind != "norm")
     layers = [[*outside, *first], *others]
     steps = staircase(len(layers), 2 * count * max(map(len, layers)))
     exponents: dict[str, tuple[Sequence[int], Sequence[int]]] = {
@@ -211,21 +208,17 @@ def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[
         for members, layer in zip(layers, steps, strict=True)
         for position, site in zip(range(0, len(layer), 2 * count), members, strict=False)
     }
-    outside, (first, *others) = _by_block(site for site in own if site.kind == "norm")
+    outside, (first, *others) = _last_first(site for site in own if site.kind == "norm")
     norms = [*first, *outside, *chain.from_iterable(others)]
     return exponents | {
         site.module: ((step,) * count, ()) for site, step in zip(norms, uncrossed(len(norms)), strict=True)
     }
 
 
-def _by_block(sites: Iterable[ScalableSite]) -> tuple[list[ScalableSite], list[list[ScalableSite]]]:
-    """What lies outside of the blocks, and at least one block, each with its last module first."""
-    outside: list[ScalableSite] = []
-    blocks: dict[str, list[ScalableSite]] = {}
-    for site in sites:
-        match = re.match(r"^(.*?\.\d+)\.", site.module)
-        (blocks.setdefault(match.group(1), []) if match else outside).append(site)
-    return outside, [members[::-1] for members in blocks.values()] or [[]]
+def _last_first(sites: Iterable[ScalableSite]) -> tuple[list[ScalableSite], list[list[ScalableSite]]]:
+    """What lies outside of the blocks, and the blocks, each with its last module first."""
+    outside, blocks = by_block(sites, lambda site: site.module)
+    return outside, [members[::-1] for members in blocks]
 
 
 def scaled_groups(modules: Sequence[ScaledModule], checkpoint: Checkpoint, dtype: str | None) -> dict[str, TensorGroup]:

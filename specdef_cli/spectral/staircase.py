@@ -32,8 +32,8 @@ LOWEST_EXPONENT = 13
 HIGHEST_CROSSING = 56
 # Highest step of pairs that cross one another.
 HIGHEST_EXPONENT = HIGHEST_CROSSING // 2
-# Highest step of what nothing crosses: as far above the others as they reach, and below the crossings, so that training
-# everything does not meet it.
+# Highest step of what nothing crosses, or only what a cache holds: as far above the others as they reach, and below
+# the crossings, so that training everything does not meet it.
 HIGHEST_UNCROSSED = 40
 
 
@@ -59,9 +59,7 @@ def one_apart(layers: int, kinds: int, highest: int) -> tuple[tuple[int, ...], .
     >>> one_apart(3, 2, 28)
     ((28, 28), (18, 18), (13, 13))
     """
-    span = HIGHEST_EXPONENT - LOWEST_EXPONENT
-    others = _descending(layers - 1, LOWEST_EXPONENT + span // 3, LOWEST_EXPONENT)
-    return tuple((step,) * kinds for step in (highest, *others))
+    return tuple(layer * kinds for layer in ((highest,), *staircase(layers, 1)[1:]))
 
 
 def uncrossed(count: int) -> tuple[int, ...]:
