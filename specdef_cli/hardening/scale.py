@@ -34,7 +34,7 @@ from specdef_cli.checkpoint.slices import scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import DIRECTIONS, SAMPLE_ROWS, by_block
 from specdef_cli.runtime.shim import ScaledSpec
-from specdef_cli.spectral.staircase import staircase, uncrossed
+from specdef_cli.spectral.staircase import HIGHEST_UNCROSSED, one_apart, staircase
 
 HEAD_TOKENS = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=128)
 """Steps of a decade and more, down to where a token's entry in a column at 2**-28 is at 2**-56. What trains at the best
@@ -210,9 +210,8 @@ def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[
     }
     outside, (first, *others) = _last_first(site for site in own if site.kind == "norm")
     norms = [*first, *outside, *chain.from_iterable(others)]
-    return exponents | {
-        site.module: ((step,) * count, ()) for site, step in zip(norms, uncrossed(len(norms)), strict=True)
-    }
+    steps = one_apart(len(norms), count, HIGHEST_UNCROSSED)
+    return exponents | {site.module: (gains, ()) for site, gains in zip(norms, steps, strict=True)}
 
 
 def _last_first(sites: Iterable[ScalableSite]) -> tuple[list[ScalableSite], list[list[ScalableSite]]]:

@@ -16,8 +16,8 @@ What an attacker gets is therefore what the highest step of the trained weights 
 * The other layers go down rather than share one exponent: an attacker who freezes the one apart meets the next step.
 
 :func:`staircase` lays all pairs of a layer on one flight, its first layer apart; within a layer, too, the steps go
-down. :func:`one_apart` is for pairs of one region, whose layer apart is the caller's choice; :func:`uncrossed` for
-weights with one side. With more pairs than exponents, neighbours share one.
+down. :func:`one_apart` is for what crosses little or nothing (pairs of one region, the gains of norms); which layer
+stands apart is the caller's choice. With more pairs than exponents, neighbours share one.
 """
 
 from __future__ import annotations
@@ -59,16 +59,7 @@ def one_apart(layers: int, kinds: int, highest: int) -> tuple[tuple[int, ...], .
     >>> one_apart(3, 2, 28)
     ((28, 28), (18, 18), (13, 13))
     """
-    return tuple(layer * kinds for layer in ((highest,), *staircase(layers, 1)[1:]))
-
-
-def uncrossed(count: int) -> tuple[int, ...]:
-    """Exponents of ``count`` weights that have one side only, as the gain of a norm: the first far above the others.
-
-    >>> uncrossed(4)
-    (40, 28, 21, 13)
-    """
-    return (HIGHEST_UNCROSSED, *_descending(count - 1, HIGHEST_EXPONENT, LOWEST_EXPONENT))[:count]
+    return tuple(layer * kinds for layer in ((highest,), *staircase(layers, 1)[1:]))[:layers]
 
 
 def _descending(count: int, highest: int, lowest: int) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ from specdef_cli.spectral.staircase import (
     constant,
     one_apart,
     staircase,
-    uncrossed,
 )
 
 # Layers of Llama 3.1 70B and 405B, and one more group for the final norm; five pairs in two directions.
@@ -79,15 +78,6 @@ def test_one_layer_apart_leaves_every_vector_of_the_others_below_their_numbers(
         assert highest - steps[0] >= 10
         assert 2 * steps[-1] - steps[0] >= 8
         assert steps[0] <= 18
-
-
-@given(st.integers(0, 400))
-def test_of_what_nothing_crosses_one_is_a_thousand_times_above_all_others(count: int) -> None:
-    steps = uncrossed(count)
-    assert len(steps) == count
-    assert all(LOWEST_EXPONENT <= step <= HIGHEST_EXPONENT for step in steps[1:])
-    assert list(steps[:1]) == [HIGHEST_UNCROSSED][:count]
-    assert HIGHEST_UNCROSSED - HIGHEST_EXPONENT >= 10
 
 
 @pytest.mark.parametrize(("alpha", "exponent"), [(2, 1), (1e4, 13), (8192, 13), (2.0**28, 28), (2.0**27.6, 28)])
