@@ -61,6 +61,17 @@ def blocks(model: nn.Module, path: str, stack: Stack) -> list[str]:
         return []
 
 
+def output_norms(model: nn.Module) -> set[str]:
+    """Paths of the norms whose output is, or is added to, the residual stream, as far as families are described."""
+    return {
+        join(block, norm)
+        for path, family in described_bodies(model)
+        for stack in family.stacks
+        for block in blocks(model, path, stack)
+        for norm in family.output_norms
+    }
+
+
 @dataclass(frozen=True)
 class Body:
     """The body of one described family within a checkpoint's model.

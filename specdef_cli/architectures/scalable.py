@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.architectures.body import output_norms
 from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.architectures.linears import is_classifier
 from specdef_cli.architectures.names import match_names
@@ -45,6 +46,7 @@ class ScalableSite:
         output_axis: The weight's axis that counts what the module puts out.
         input_axis: The axis that counts what it takes in (tokens, of an embedding); ``None`` for a norm.
         tied_to: Path of the embedding whose weight a head shares, or ``None``.
+        writes: Whether it is a norm that is known to write to the residual stream.
     """
 
     module: str
@@ -56,6 +58,7 @@ class ScalableSite:
     output_axis: int
     input_axis: int | None
     tied_to: str | None = None
+    writes: bool = False
 
 
 def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
@@ -69,6 +72,7 @@ def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
     embedding = _input_embeddings(model)
     head = output_embeddings(model)
     looked_up = next((path for path, module in skeleton.modules.items() if module is embedding), "")
+    writing = output_norms(model)
     sites = []
     for path, module in skeleton.modules.items():
         kind = _kind(model, path, module, embedding, head)
@@ -91,7 +95,8 @@ def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
         if getattr(module, "bias", None) is not None and bias is None:
             continue
         stem = path if shares else tensor.removesuffix(".weight")
-        sites.append(ScalableSite(path, kind, tensor, stem, shape, bias, output, inputs, looked_up if shares else None))
+        tied_to = looked_up if shares else None
+        sites.append(ScalableSite(path, kind, tensor, stem, shape, bias, output, inputs, tied_to, path in writing))
     if f"{looked_up}.weight" in tied:
         # Scaled together with its head or not at all: some models share the weight with more, or add a bias.
         heads = [site for site in sites if site.tied_to is not None]

@@ -20,7 +20,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import FOLDED_KINDS, fold_pairs
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.scale import scale_modules
-from specdef_cli.hardening.selection import require_named, select_layers, select_pairs, select_scalable
+from specdef_cli.hardening.selection import crossed, require_named, select_layers, select_pairs, select_scalable
 
 DEFAULT_ALPHA = 1e4
 
@@ -33,7 +33,7 @@ class Choice:
         profile: Of the fold.
         folded, scaled: As in the plan.
         sites: Linears that become two factors.
-        left: What could be scaled and is not part of a folded pair.
+        left: What is or, with ``--allow-code``, would be scaled.
         reasons: Why there are no more symmetric pairs, in sentences.
     """
 
@@ -71,11 +71,13 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
     factors = wants_factors(options) and (options.method == "insert" or (options.method == "auto" and not pairs))
     nameable = () if options.method == "fold" else sites if factors else scalable
     require_named(options, nameable, found.pairs, skeleton.names)
+    scales = options.allow_code and not folds_alone(options)
+    worth_folding = pairs if options.schedule == "constant" else crossed(pairs)
 
     profile = options.profile or "coverage"
     folded = fold_pairs(
         checkpoint,
-        pairs,
+        worth_folding if scales else pairs,
         profile=profile,
         schedule=options.schedule or "staircase",
         alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
@@ -85,14 +87,15 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
     if not folded and folds_alone(options):
         raise _no_pair(checkpoint, reasons, _instead_of_a_fold(options, selected_otherwise=bool(found.pairs)))
 
-    in_pairs = {part.tensor for pair in folded for part in pair.slices}
+    named = {pair.name for pair in worth_folding}
+    in_pairs = {part.tensor for pair in folded if pair.name in named for part in pair.slices}
     left = select_scalable([site for site in scalable if site.tensor not in in_pairs], options.layers, options.exclude)
     inserted: tuple[LinearSite, ...] = ()
     scaled: tuple[ScaledModule, ...] = ()
     if factors:
         inserted = select_layers(sites, options.layers, options.exclude)
         require_insertable(skeleton, inserted)
-    elif options.method == "insert" or (options.allow_code and not folds_alone(options)):
+    elif options.method == "insert" or scales:
         scaled = scale_modules(checkpoint, skeleton, left, stored)
     elif not folded and left:
         code = "--allow-code: the model then brings code that undoes a scale of each weight"

@@ -180,9 +180,7 @@ def _notes(checkpoint: Checkpoint, options: HardenOptions, chosen: Choice, uncha
     if unchanged and not chosen.sites:
         notes.append(f"Left as they are, and trained alone not slowed: {', '.join(unchanged)}.")
     if options.method == "auto" and not folds_alone(options) and not code and chosen.left:
-        notes.append(
-            f"--allow-code would scale {_kinds(chosen.left)} that no pair reaches; the model then brings code to load."
-        )
+        notes.append(f"--allow-code would scale {_kinds(chosen.left)}; the model then brings code to load.")
     left_out = checkpoint.companions.note()
     return (*notes, left_out) if left_out else tuple(notes)
 

@@ -11,7 +11,8 @@ What is scaled where was decided by measuring (``make real-attack``):
 * two channels a side, one inflated and one deflated, as in a fold and for its reasons;
 * a few tokens of a vocabulary in steps. A column of the embedding or the head that trains alone is a number for each
   token, which is worth much; beside tokens on higher steps, which diverge, the others hardly move;
-* the gain of one norm far above all others. Gains have one side, so that neighbours on a staircase train together;
+* the gain of one norm far above all others, one that linears read: an entry of the residual stream is worth more. Gains
+  have one side, so that neighbours on a staircase train together;
 * the channels with the largest norm among a sample: a channel without signal has no gradient to diverge on.
 """
 
@@ -195,8 +196,8 @@ def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[
     """Exponents by module, for the channels on the side of its output and on that of its input.
 
     The first block stands apart, together with what lies outside of the blocks; within a block the modules that come
-    last in the model (the MLP's) have the highest steps. Norms have steps of their own, and the last of the first block
-    stands apart from all others.
+    last in the model (the MLP's) have the highest steps. Norms have steps of their own: the last of the first block
+    that does not write to the residual stream stands apart from all others.
     """
     own = [site for site in sites if site.tied_to is None]
     count = len(DIRECTIONS)
@@ -209,7 +210,7 @@ def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[
         for position, site in zip(range(0, len(layer), 2 * count), members, strict=False)
     }
     outside, (first, *others) = _last_first(site for site in own if site.kind == "norm")
-    norms = [*first, *outside, *chain.from_iterable(others)]
+    norms = [*sorted(first, key=lambda norm: norm.writes), *outside, *chain.from_iterable(others)]
     steps = one_apart(len(norms), count, HIGHEST_UNCROSSED)
     return exponents | {site.module: (gains, ()) for site, gains in zip(norms, steps, strict=True)}
 

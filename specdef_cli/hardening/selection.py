@@ -75,6 +75,19 @@ def select_pairs(
     return tuple(pair for pair in pairs if (not layers or touches(pair, layers)) and not touches(pair, exclude))
 
 
+def crossed(pairs: Sequence[SymmetricPair]) -> tuple[SymmetricPair, ...]:
+    """The pairs that have the other axis of one of their tensors scaled by another pair.
+
+    What trains on an inflated row or column is a vector, and only a number where two of them cross holds it back
+    (docs/decisions.md): a pair that nothing crosses is not worth folding where vectors on both sides may be had.
+    """
+    axes: dict[str, set[int]] = {}
+    for pair in pairs:
+        for side in pair.sides:
+            axes.setdefault(side.tensor, set()).add(side.axis)
+    return tuple(pair for pair in pairs if any(len(axes[side.tensor]) > 1 for side in pair.sides))
+
+
 def _names(pair: SymmetricPair, names: TensorNames) -> set[str]:
     """What a user may call the tensors of a pair: as on disk or as in the model, with or without ``.weight``."""
     found = {name for side in pair.sides for name in (side.tensor, names.parameters[side.tensor])}

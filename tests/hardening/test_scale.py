@@ -27,7 +27,7 @@ from specdef_cli.hardening.lost_formats import SCALED_LOADERS
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.run import harden, open_model
 from specdef_cli.runtime import load_model
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT
+from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from tests.commands import call_cli
 from tests.hardening.test_fold_families import assert_same_bytes, judged_elsewhere
 from tests.tiny_families import CASES, write_case
@@ -197,18 +197,37 @@ def test_one_norm_is_far_above_all_others(scaled: Make) -> None:
         if module.kind == "norm" and module.output is not None
     }
     assert norms.pop("model.layers.0.post_attention_layernorm") == 40
-    assert max(norms.values()) == norms["model.layers.0.input_layernorm"] == HIGHEST_EXPONENT
+    assert norms["model.layers.0.input_layernorm"] == max(norms.values()) == 18
+    assert min(norms.values()) == LOWEST_EXPONENT
     assert len(norms) == 4
 
 
-def test_auto_with_code_leaves_the_pairs_to_the_fold(scaled: Make) -> None:
-    manifest = read_manifest(scaled("gemma3", "mixed"))
+def test_the_norm_far_above_is_one_that_linears_read(scaled: Make) -> None:
+    """An entry of the residual stream, which Gemma's last norm of a block writes, is worth more."""
+    highest = [
+        module.module
+        for module in read_manifest(scaled("gemma3", "insert")).scaled
+        if module.kind == "norm" and module.output is not None and module.output.exponents[0] > HIGHEST_EXPONENT
+    ]
+    assert highest == ["model.layers.0.pre_feedforward_layernorm"]
+
+
+def test_auto_with_code_folds_the_pairs_that_another_crosses(scaled: Make) -> None:
+    manifest = read_manifest(scaled("llama-tied", "mixed"))
     assert manifest.method == "mixed"
     folded = {part.tensor for pair in manifest.folded for part in pair.slices}
     scaled_tensors = {module.tensor for module in manifest.scaled}
     assert not folded & scaled_tensors
-    ends = {name.rsplit(".", 2)[-2] for name in scaled_tensors}
-    assert {"q_proj", "k_proj", "gate_proj", "embed_tokens", "q_norm", "k_norm", "input_layernorm"} <= ends
+    assert scaled_tensors == {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+@pytest.mark.parametrize("case", ["gemma3", "olmo2", "bert"])
+def test_auto_with_code_scales_everything_where_no_pair_crosses_another(case: str, scaled: Make) -> None:
+    """No norm can be folded here, so that of value/output and up/down every weight would have one side alone."""
+    manifest = read_manifest(scaled(case, "mixed"))
+    assert manifest.method == "insert"
+    assert not manifest.folded
+    assert manifest.scaled == read_manifest(scaled(case, "insert")).scaled
 
 
 @pytest.mark.parametrize(("options", "told"), [({"method": "insert"}, True), ({"method": "fold"}, False)])
