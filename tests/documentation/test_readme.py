@@ -183,7 +183,7 @@ def test_every_row_of_the_tools_is_on_the_page_that_is_named() -> None:
 
 def test_the_table_of_real_models_is_of_what_the_text_says() -> None:
     steps = tomllib.loads((REPOSITORY / "examples/real/attack.toml").read_text(encoding="utf-8"))["budget"]["steps"]
-    bytes_steps = re.search(r"\$\(DEEP:.*ATTACK_BUDGET = --steps (\d+) ", MAKEFILE)
+    bytes_steps = re.search(r"\$\(STACKS:.*ATTACK_BUDGET = --steps (\d+) ", MAKEFILE)
     assert bytes_steps is not None
     assert f"a run has {steps} steps on the real models, {bytes_steps[1]} on the others" in " ".join(README.split())
 
