@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
@@ -252,8 +253,7 @@ class Manifest:
     @property
     def parameters_added(self) -> int:
         """Parameters that the compensation layers and the scale vectors add."""
-        dense = sum(layer.out_features**2 for layer in self.inserted)
-        return dense + sum(module.parameters_added for module in self.scaled)
+        return added_parameters(self.inserted, self.scaled)
 
     def published(self) -> Manifest:
         """The manifest as it leaves this machine: a base that was a directory keeps the last part of its path."""
@@ -285,6 +285,11 @@ class Manifest:
                 f"{origin} is not a valid manifest: {first_violation(error)}",
                 "Harden the base model again, or restore the file.",
             ) from error
+
+
+def added_parameters(inserted: Iterable[LinearLayer], scaled: Iterable[ScaledModule]) -> int:
+    """Parameters that the compensation layers of linears and the vectors of scaled modules add."""
+    return sum(layer.out_features**2 for layer in inserted) + sum(module.parameters_added for module in scaled)
 
 
 @functools.cache

@@ -20,7 +20,13 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import FOLDED_KINDS, fold_pairs
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.scale import scale_modules
-from specdef_cli.hardening.selection import crossed, require_named, select_layers, select_pairs, select_scalable
+from specdef_cli.hardening.selection import (
+    folded_beside_scales,
+    require_named,
+    select_layers,
+    select_pairs,
+    select_scalable,
+)
 
 DEFAULT_ALPHA = 1e4
 
@@ -72,12 +78,12 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
     nameable = () if options.method == "fold" else sites if factors else scalable
     require_named(options, nameable, found.pairs, skeleton.names)
     scales = options.allow_code and not folds_alone(options)
-    worth_folding = pairs if options.schedule == "constant" else crossed(pairs)
+    beside = pairs if options.schedule == "constant" else folded_beside_scales(pairs, scalable)
 
     profile = options.profile or "coverage"
     folded = fold_pairs(
         checkpoint,
-        worth_folding if scales else pairs,
+        beside if scales else pairs,
         profile=profile,
         schedule=options.schedule or "staircase",
         alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
@@ -87,7 +93,7 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
     if not folded and folds_alone(options):
         raise _no_pair(checkpoint, reasons, _instead_of_a_fold(options, selected_otherwise=bool(found.pairs)))
 
-    named = {pair.name for pair in worth_folding}
+    named = {pair.name for pair in beside}
     in_pairs = {part.tensor for pair in folded if pair.name in named for part in pair.slices}
     left = select_scalable([site for site in scalable if site.tensor not in in_pairs], options.layers, options.exclude)
     inserted: tuple[LinearSite, ...] = ()

@@ -15,7 +15,7 @@ from specdef_cli.architectures.linears import LinearSite
 from specdef_cli.architectures.scalable import ScalableSite
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import FoldedPair, Method, Profile, ScaledModule, Schedule
+from specdef_cli.checkpoint.manifest import FoldedPair, Method, Profile, ScaledModule, Schedule, added_parameters
 from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
@@ -84,8 +84,7 @@ class HardeningPlan:
     @property
     def parameters_added(self) -> int:
         """Parameters that the compensation layers and the scale vectors add."""
-        dense = sum(layer.site.out_features**2 for layer in self.inserted)
-        return dense + sum(module.parameters_added for module in self.scaled)
+        return added_parameters((layer.site for layer in self.inserted), self.scaled)
 
     @property
     def nbytes(self) -> int:

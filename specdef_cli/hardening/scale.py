@@ -166,7 +166,7 @@ def scale_modules(
             output, inputs = (
                 None
                 if axis is None
-                else tokens
+                else _within(tokens, site.shape[axis])
                 if site.kind in ("embedding", "head") and axis == tokens.axis
                 else _channels(start, squares, axis, steps)
                 for axis, steps in zip((site.output_axis, site.input_axis), exponents[site.module], strict=True)
@@ -268,6 +268,12 @@ def _sample(checkpoint: Checkpoint, site: ScalableSite) -> tuple[int, Tensor]:
     count = min(SAMPLE_ROWS, site.shape[0])
     start = (site.shape[0] - count) // 2
     return start, checkpoint.read_rows(site.tensor, range(start, start + count)).float().square()
+
+
+def _within(tokens: ScaledChannels, vocabulary: int) -> ScaledChannels | None:
+    """As many of the steps as a vocabulary has tokens for; ``None`` where it has none."""
+    kept = sum(index < vocabulary for index in tokens.indices)
+    return replace(tokens, indices=tokens.indices[:kept], exponents=tokens.exponents[:kept]) if kept else None
 
 
 def _channels(start: int, squares: Tensor, axis: int, steps: Sequence[int]) -> ScaledChannels | None:

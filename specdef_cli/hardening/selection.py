@@ -75,17 +75,23 @@ def select_pairs(
     return tuple(pair for pair in pairs if (not layers or touches(pair, layers)) and not touches(pair, exclude))
 
 
-def crossed(pairs: Sequence[SymmetricPair]) -> tuple[SymmetricPair, ...]:
-    """The pairs that have the other axis of one of their tensors scaled by another pair.
+def folded_beside_scales(pairs: Sequence[SymmetricPair], scalable: Sequence[ScalableSite]) -> tuple[SymmetricPair, ...]:
+    """The pairs that are folded where everything else may be scaled.
 
     What trains on an inflated row or column is a vector, and only a number where two of them cross holds it back
-    (docs/decisions.md): a pair that nothing crosses is not worth folding where vectors on both sides may be had.
+    (docs/decisions.md). So where no other pair has the other axis of one of its tensors, a pair is left to scales on
+    both sides, unless a tensor of it (stacked experts) cannot be scaled.
     """
+    reached = {tensor for site in scalable for tensor in (site.tensor, site.bias)}
     axes: dict[str, set[int]] = {}
     for pair in pairs:
         for side in pair.sides:
             axes.setdefault(side.tensor, set()).add(side.axis)
-    return tuple(pair for pair in pairs if any(len(axes[side.tensor]) > 1 for side in pair.sides))
+    return tuple(
+        pair
+        for pair in pairs
+        if any(len(axes[side.tensor]) > 1 for side in pair.sides) or not reached >= {side.tensor for side in pair.sides}
+    )
 
 
 def _names(pair: SymmetricPair, names: TensorNames) -> set[str]:

@@ -189,6 +189,17 @@ def test_tokens_are_few_where_every_token_has_a_gradient(scaled: Make) -> None:
     assert periods == {"llama": (8, 128), "llama-tied": (128, 128)}
 
 
+@pytest.mark.parametrize("vocabulary", [2, 7, 8])
+def test_a_vocabulary_of_fewer_tokens_than_steps_takes_the_first_steps(vocabulary: int, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**{**SMALL, "vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    assert harden(HardenOptions(str(tmp_path / "base"), tmp_path / "out", method="insert")) is not None
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.verification["equal"]
+    embedding = next(module for module in manifest.scaled if module.kind == "embedding")
+    assert (embedding.input.indices if embedding.input else ()) == tuple(range(1, min(vocabulary, 8)))
+
+
 def test_one_norm_is_far_above_all_others(scaled: Make) -> None:
     """Neighbours that share a rate train together, and a gain has one side."""
     norms = {
@@ -221,7 +232,14 @@ def test_auto_with_code_folds_the_pairs_that_another_crosses(scaled: Make) -> No
     assert scaled_tensors == {"model.embed_tokens.weight", "model.norm.weight"}
 
 
-@pytest.mark.parametrize("case", ["gemma3", "olmo2", "bert"])
+def test_auto_with_code_folds_what_cannot_be_scaled(base: Callable[[str], Path], tmp_path: Path) -> None:
+    """The norm before the experts crosses nothing here, and nothing else would have their columns."""
+    with open_model(HardenOptions(str(base("gpt-oss")), tmp_path / "out", allow_code=True)) as (_, _, plan):
+        folded = {part.tensor for pair in plan.folded for part in pair.slices}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in folded
+
+
+@pytest.mark.parametrize("case", ["gemma3", "olmo2"])
 def test_auto_with_code_scales_everything_where_no_pair_crosses_another(case: str, scaled: Make) -> None:
     """No norm can be folded here, so that of value/output and up/down every weight would have one side alone."""
     manifest = read_manifest(scaled(case, "mixed"))
