@@ -18,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from specdef_cli.runtime.register import register
+from specdef_cli.version import __version__
 
 # ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from specdef_cli.report.write import write_report
     from specdef_cli.runtime import SpecDefLinear, load_model, load_tokenizer
 
-__version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
 
 # Public name → where it is, as module or module:name. ``attack`` and ``certify`` are packages, and callable.
 _PUBLIC = {

@@ -1,4 +1,4 @@
-"""The one exception that users see, and what is quoted in it.
+"""The exceptions that users see, and what is quoted in them.
 
 Everything a user can get wrong (a path, a value, a checkpoint) is reported as a :class:`SpecDefError`: one line that
 names the value at fault, and one line that says what to do about it. Anything else that escapes is a defect of ours.
@@ -34,6 +34,10 @@ class SpecDefError(Exception):
     def __reduce__(self) -> tuple[type[SpecDefError], tuple[str, str]]:
         # Exceptions pickle by `args`, which holds one of our two arguments; worker processes send these home.
         return type(self), (self.problem, self.hint)
+
+
+class ResumableError(SpecDefError):
+    """Neither the input nor an option is at fault (the disk is): what is finished is kept for ``--resume``."""
 
 
 def first_line(error: BaseException) -> str:

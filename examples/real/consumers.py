@@ -45,7 +45,7 @@ from specdef_cli.certify.deployment import (
 from specdef_cli.certify.deployment.tools import missing
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.checkpoint.reader import read_config
+from specdef_cli.checkpoint.weight_files import read_config
 from specdef_cli.cli.startup import quiet_engines
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.runtime import load_tokenizer

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-import specdef_cli
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.attack.accuracy import require_harness
 from specdef_cli.attack.cost import Deadline, Speed, by_telling, default_budget, fitting_budget, measure_speed, speed_of
@@ -42,13 +41,15 @@ from specdef_cli.checkpoint.destination import require_outside, writable_ancesto
 from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.output import exclusive
 from specdef_cli.checkpoint.presence import no_base, require_undefended
-from specdef_cli.checkpoint.reader import open_checkpoint, read_config
+from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve, resolve_base, resolve_hardened
+from specdef_cli.checkpoint.weight_files import read_config
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
 from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.vocabulary import require_in_vocabulary
+from specdef_cli.version import __version__
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
 
@@ -102,7 +103,7 @@ def attack(
         runs=outcome.runs,
         assumed=assumptions(options, [run.spec for run in outcome.runs], prepared.control_name, data),
         notes=(),
-        versions={"specdef-cli": specdef_cli.__version__}
+        versions={"specdef-cli": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
     )

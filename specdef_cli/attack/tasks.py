@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.target import Task
-from specdef_cli.checkpoint.reader import read_config
+from specdef_cli.checkpoint.weight_files import read_config
 from specdef_cli.errors import SpecDefError
 
 _NAMES: Mapping[Task, Mapping[str, Any]] = {

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from specdef_cli import __version__
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
+from specdef_cli.version import __version__
 
 PACKAGES = ("torch", "transformers", "safetensors", "peft", "pytorch_optimizer")
 

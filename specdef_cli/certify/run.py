@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from specdef_cli.extras import require_extra
+from specdef_cli.version import __version__
 
 require_extra("attack", "certificates")
 
@@ -13,7 +14,6 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli import __version__
 from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.forecast import Forecast
 from specdef_cli.attack.options import AttackOptions

@@ -17,9 +17,9 @@ from specdef_cli.checkpoint.downloads import Downloads
 from specdef_cli.checkpoint.headers import TensorHeader, parse_headers, read_headers
 from specdef_cli.checkpoint.hub import Commit, NoPartsError, download_all, not_available
 from specdef_cli.checkpoint.links import require_inside
-from specdef_cli.checkpoint.reader import ResumableError, weight_files
 from specdef_cli.checkpoint.resolve import Resolved, bytes_to_download, locate, resolved
-from specdef_cli.errors import SpecDefError
+from specdef_cli.checkpoint.weight_files import weight_files
+from specdef_cli.errors import ResumableError, SpecDefError
 
 DownloadHook = Callable[[int, int], None]
 """Called from any thread with the bytes that have arrived and those that will have."""

@@ -16,9 +16,8 @@ from filelock import FileLock, Timeout
 
 from specdef_cli.checkpoint.destination import is_taken, require_free, require_outside, writable_ancestor
 from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
-from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import ResumableError, SpecDefError
 
 FINGERPRINT = ".plan"
 

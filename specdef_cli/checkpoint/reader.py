@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,29 +19,18 @@ import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.companions import Companions, companion_files, companions
-from specdef_cli.checkpoint.headers import (
-    GIT_LFS,
-    INVALID_JSON,
-    TORCH_DTYPES,
-    TensorHeader,
-    lfs_pointer,
-    read_headers,
-    unique_keys,
-)
+from specdef_cli.checkpoint.headers import TORCH_DTYPES, TensorHeader, read_headers
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, library_of
 from specdef_cli.checkpoint.links import require_inside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.checkpoint.other_directories import no_config, no_weights, require_plain
-from specdef_cli.errors import SpecDefError
+from specdef_cli.checkpoint.other_directories import no_weights, require_plain
+from specdef_cli.checkpoint.weight_files import entry_file, ordered_shards, read_config, weight_map_of
+from specdef_cli.errors import ResumableError, SpecDefError
 
-if TYPE_CHECKING:  # which opens checkpoints itself
+if TYPE_CHECKING:  # which brings huggingface_hub
     from specdef_cli.checkpoint.arriving import ArrivingWeights
 
 INDEX_FILE = TRANSFORMERS.index_file
-
-
-class ResumableError(SpecDefError):
-    """Neither the input nor an option is at fault (the disk is): what is finished is kept for ``--resume``."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +166,7 @@ def open_checkpoint(directory: Path, arriving: ArrivingWeights | None = None) ->
     library = library_of(config)
     require_plain(directory, config, library)
     here = (path.name for path in (directory / library.single_file, directory / library.index_file) if path.is_file())
-    named = _entry_file(library, {*here, *((library.single_file,) if _arrives(arriving, library) else ())})
+    named = entry_file(library, {*here, *((library.single_file,) if _arrives(arriving, library) else ())})
     tensors: Mapping[str, TensorHeader]
     if named == library.index_file:
         tensors = _read_sharded(directory, directory / named, arriving)
@@ -191,68 +179,8 @@ def open_checkpoint(directory: Path, arriving: ArrivingWeights | None = None) ->
     return Checkpoint(directory, MappingProxyType(config), MappingProxyType(dict(tensors)), arriving)
 
 
-def weight_files(directory: Path, arriving: Collection[str] = ()) -> tuple[str, ...]:
-    """The weight files that a checkpoint directory names, in the order in which they are read.
-
-    Args:
-        directory: Where they lie, or will.
-        arriving: Names of those that are not there yet.
-
-    Raises:
-        SpecDefError: ``config.json`` is missing or broken, or the index is.
-    """
-    library = library_of(read_config(directory))
-    index_path = directory / library.index_file
-    present = {path.name for path in (directory / library.single_file, index_path) if path.is_file()}
-    if _entry_file(library, {*present, *arriving}) != library.index_file:
-        return (library.single_file,)
-    return tuple(name for name in _ordered_shards(_weight_map(index_path)) if isinstance(name, str))
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """A directory's ``config.json``.
-
-    Raises:
-        SpecDefError: It is missing, cannot be read, or is not a JSON object.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise no_config(directory)
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.startswith(GIT_LFS.decode()):
-            raise lfs_pointer("config.json")
-        config = json.loads(text)
-    except OSError as error:
-        raise ResumableError(f"{path} cannot be read: {error.strerror or error}", "Check the file.") from error
-    except INVALID_JSON as error:
-        raise SpecDefError(f"{path} is not valid JSON: {error}", "Fetch the file again.") from error
-    if not isinstance(config, dict):
-        raise SpecDefError(f"{path} is not a JSON object", "Fetch the file again.")
-    return config
-
-
-def _entry_file(library: Library, present: Collection[str]) -> str | None:
-    """The file that the library starts from, the single one or the index, where it would find both."""
-    order = (library.single_file, library.index_file)
-    return next((name for name in (order if library.single_file_first else order[::-1]) if name in present), None)
-
-
 def _arrives(arriving: ArrivingWeights | None, library: Library) -> bool:
     return arriving is not None and library.single_file in arriving
-
-
-def _weight_map(index_path: Path) -> dict[str, Any]:
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
-        set(weight_map.values())
-    except (*INVALID_JSON, OSError) as error:
-        raise SpecDefError(f"{index_path.name} is not a valid index: {error}", "Fetch the file again.") from error
-    return dict(weight_map)
-
-
-def _ordered_shards(weight_map: Mapping[str, Any]) -> list[Any]:
-    return sorted(set(weight_map.values()), key=str)
 
 
 def _shard_headers(
@@ -264,9 +192,9 @@ def _shard_headers(
 
 
 def _read_sharded(directory: Path, index_path: Path, arriving: ArrivingWeights | None) -> dict[str, TensorHeader]:
-    weight_map = _weight_map(index_path)
+    weight_map = weight_map_of(index_path)
     tensors: dict[str, TensorHeader] = {}
-    for shard in _ordered_shards(weight_map):
+    for shard in ordered_shards(weight_map):
         for name, header in _shard_headers(directory, shard, index_path.name, arriving).items():
             if name in tensors:
                 raise SpecDefError(

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.headers import SAFETENSORS_DTYPES
-from specdef_cli.checkpoint.reader import Checkpoint, ResumableError
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
+from specdef_cli.errors import ResumableError
 from specdef_cli.waiting import first_completed
 
 # What is copied or hashed passes through the processor's cache in pieces that fit there. Written in one call, a tensor

@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
-from specdef_cli.checkpoint.reader import Checkpoint, ResumableError
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import (
     OutputShard,
     TensorGroup,
@@ -28,7 +28,7 @@ from specdef_cli.checkpoint.shards import (
     shard_index,
 )
 from specdef_cli.checkpoint.stream import Progress, read_record, write_shards
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import ResumableError, SpecDefError
 from specdef_cli.hardening.devices import compute_devices, worker_count
 from specdef_cli.runtime.processes import process_state
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdef_cli import __version__
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
@@ -30,6 +29,7 @@ from specdef_cli.hardening.soundness import require_attention, require_hardenabl
 from specdef_cli.hardening.verify import verify
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE
+from specdef_cli.version import __version__
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.checkpoint.reader import ResumableError
-from specdef_cli.errors import SpecDefError, first_line, is_out_of_memory
+from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
 from specdef_cli.runtime import load_model, without_progress_bars
 from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs, no_batch
 from specdef_cli.runtime.garbage import new_objects_only

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.checkpoint.reader import ResumableError
+from specdef_cli.errors import ResumableError
 
 BATCH, LENGTH = 2, 32
 

@@ -13,9 +13,8 @@ import pytest
 
 from specdef_cli.checkpoint.destination import require_manifest_place
 from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
-from specdef_cli.checkpoint.reader import ResumableError
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import ResumableError, SpecDefError
 from tests.commands import environment
 
 Usage = namedtuple("Usage", "total used free")

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from specdef_cli.checkpoint import stream
-from specdef_cli.checkpoint.reader import Checkpoint, ResumableError, open_checkpoint
+from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.shards import OutputShard, Produced, TensorGroup, TensorSpec, plan_shards
 from specdef_cli.checkpoint.stream import Progress, file_sha256, read_record, write_shards
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import ResumableError, SpecDefError
 from tests.commands import snapshot
 
 CPU = torch.device("cpu")
