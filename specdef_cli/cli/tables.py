@@ -127,7 +127,7 @@ def recommendation(summary: PlanSummary) -> str:
         "the result, in float32 and bfloat16.",
         "insert": "insert (the default here), as no symmetric pair is known for this architecture. The result needs "
         "code to load: trust_remote_code=True, or `import specdef_cli`.",
-        "mixed": "fold, and insert what no pair reaches (the default here). The result needs code to load; --method "
+        "mixed": "fold, and insert the rest (the default here). The result needs code to load; --method "
         "fold keeps an ordinary checkpoint and leaves more alone.",
     }
     reached = summary.parameters_changed / summary.parameters

@@ -85,8 +85,9 @@ def _changes(manifest: Manifest) -> Sequence[str]:
     if manifest.folded:
         exponents = sorted(abs(exponent) for pair in manifest.folded for exponent in pair.exponents)
         lines.append(
-            f"{len(exponents)} channels in {len(manifest.folded)} symmetric pairs of existing weights were rescaled by "
-            f"powers of two ({_range(exponents, '2^')}, {manifest.profile} profile); no parameter was added."
+            f"{len(exponents)} channels in {len(manifest.folded)} symmetric pair{'s' * (len(manifest.folded) > 1)} of "
+            f"existing weights were rescaled by powers of two ({_range(exponents, '2^')}, {manifest.profile} profile), "
+            "which adds no parameter."
         )
     if manifest.scaled:
         exponents = sorted(
@@ -141,7 +142,7 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], library: Library) -> Se
         "multiplying each scale vector into its weight restores the original weights, bit for bit": manifest.scaled,
         "rebalancing the rows and columns of each pair restores them, without any data": manifest.folded,
     }
-    undo = " and ".join(way for way, changed in ways.items() if changed)
+    undo = ", and ".join(way for way, changed in ways.items() if changed)
     around = around_pairs if manifest.inserted else ""
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."

@@ -40,7 +40,7 @@ class Choice:
         folded, scaled: As in the plan.
         sites: Linears that become two factors.
         left: What is or, with ``--allow-code``, would be scaled.
-        reasons: Why there are no more symmetric pairs, in sentences.
+        reasons: Why no more symmetric pairs are folded, in sentences.
     """
 
     profile: Profile
@@ -78,7 +78,10 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
     nameable = () if options.method == "fold" else sites if factors else scalable
     require_named(options, nameable, found.pairs, skeleton.names)
     scales = options.allow_code and not folds_alone(options)
-    beside = pairs if options.schedule == "constant" else folded_beside_scales(pairs, scalable)
+    # Who gives an option of a fold wants one.
+    wants_fold = options.profile is not None or options.schedule == "constant"
+    beside = pairs if wants_fold else folded_beside_scales(pairs, scalable)
+    instead = {pair.name for pair in pairs} - {pair.name for pair in beside}
 
     profile = options.profile or "coverage"
     folded = fold_pairs(
@@ -93,9 +96,11 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
     if not folded and folds_alone(options):
         raise _no_pair(checkpoint, reasons, _instead_of_a_fold(options, selected_otherwise=bool(found.pairs)))
 
-    named = {pair.name for pair in beside}
-    in_pairs = {part.tensor for pair in folded if pair.name in named for part in pair.slices}
-    left = select_scalable([site for site in scalable if site.tensor not in in_pairs], options.layers, options.exclude)
+    in_pairs = {part.tensor for pair in folded if pair.name not in instead for part in pair.slices}
+    freed = {side.tensor for pair in pairs if pair.name in instead for side in pair.sides}
+    free = [site for site in scalable if site.tensor not in in_pairs]
+    named = select_scalable(free, options.layers, options.exclude)
+    left = tuple(site for site in free if site in named or site.tensor in freed)
     inserted: tuple[LinearSite, ...] = ()
     scaled: tuple[ScaledModule, ...] = ()
     if factors:
@@ -103,12 +108,21 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
         require_insertable(skeleton, inserted)
     elif options.method == "insert" or scales:
         scaled = scale_modules(checkpoint, skeleton, left, stored)
+        reasons = _scaled_instead(len(instead))
     elif not folded and left:
         code = "--allow-code: the model then brings code that undoes a scale of each weight"
         raise _no_pair(checkpoint, reasons, f"Pass {code}, or use --method insert.")
     choice = Choice(profile, folded, inserted, scaled, left, reasons)
     _require_honourable(choice, skeleton.config, options)
     return choice
+
+
+def _scaled_instead(pairs: int) -> tuple[str, ...]:
+    """Why there are no more symmetric pairs where all else is scaled, and nothing has to be said for it."""
+    if not pairs:
+        return ()
+    are = "symmetric pair is" if pairs == 1 else "symmetric pairs are"
+    return (f"{pairs} {are} scaled on both sides instead of folded, as no other pair crosses them.",)
 
 
 def _no_pair(checkpoint: Checkpoint, reasons: Sequence[str], hint: str) -> SpecDefError:

@@ -203,7 +203,8 @@ def _strangers(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
 
 def _summary(chosen: Choice) -> str:
     folded, sites, scaled = chosen.folded, chosen.sites, chosen.scaled
-    parts = [f"fold: {len(folded)} symmetric pairs are rescaled"] if folded else []
+    pairs = "symmetric pair is" if len(folded) == 1 else "symmetric pairs are"
+    parts = [f"fold: {len(folded)} {pairs} rescaled"] if folded else []
     parts += [f"insert: no symmetric pair is known for these {len(sites)} layers"] if sites else []
     parts += [f"insert: {_kinds(scaled)} are scaled, and undo it themselves"] if scaled else []
     return ", and ".join(parts if sites or scaled else [*parts, "no layer is added"])

@@ -11,8 +11,8 @@ What is scaled where was decided by measuring (``make real-attack``):
 * two channels a side, one inflated and one deflated, as in a fold and for its reasons;
 * a few tokens of a vocabulary in steps. A column of the embedding or the head that trains alone is a number for each
   token, which is worth much; beside tokens on higher steps, which diverge, the others hardly move;
-* the gain of one norm far above all others, one that linears read: an entry of the residual stream is worth more. Gains
-  have one side, so that neighbours on a staircase train together;
+* the gain of one norm far above all others, one that does not write to the residual stream, where an entry is worth
+  more. Gains have one side, so that neighbours on a staircase train together;
 * the channels with the largest norm among a sample: a channel without signal has no gradient to diverge on.
 """
 

@@ -213,7 +213,7 @@ def test_one_norm_is_far_above_all_others(scaled: Make) -> None:
     assert len(norms) == 4
 
 
-def test_the_norm_far_above_is_one_that_linears_read(scaled: Make) -> None:
+def test_the_norm_far_above_does_not_write_to_the_residual_stream(scaled: Make) -> None:
     """An entry of the residual stream, which Gemma's last norm of a block writes, is worth more."""
     highest = [
         module.module
@@ -237,6 +237,43 @@ def test_auto_with_code_folds_what_cannot_be_scaled(base: Callable[[str], Path],
     with open_model(HardenOptions(str(base("gpt-oss")), tmp_path / "out", allow_code=True)) as (_, _, plan):
         folded = {part.tensor for pair in plan.folded for part in pair.slices}
     assert "model.layers.0.mlp.experts.gate_up_proj" in folded
+
+
+NORMS_AND_READERS = {
+    "input_layernorm",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "post_attention_layernorm",
+    "gate_proj",
+    "up_proj",
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "folded", "scaled_ends"),
+    [
+        ("llama-tied", {"layers": ("*norm*",)}, 0, {*NORMS_AND_READERS, "norm"}),
+        ("llama-tied", {"layers": ("*.o_proj",)}, 0, {"o_proj", "v_proj"}),
+        ("gemma3", {"profile": "coverage"}, 4, None),
+        ("gemma3", {"schedule": "constant"}, 4, None),
+    ],
+    ids=str,
+)
+def test_auto_with_code_leaves_no_weight_of_a_chosen_pair_alone(
+    case: str,
+    options: dict[str, Any],
+    folded: int,
+    scaled_ends: set[str] | None,
+    base: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """Whether a glob names one of its weights, or an option of a fold asks for the pair itself."""
+    with open_model(HardenOptions(str(base(case)), tmp_path / "out", allow_code=True, **options)) as (_, _, plan):
+        assert len(plan.folded) == folded
+        if scaled_ends is not None:
+            assert {module.module.rsplit(".", 1)[-1] for module in plan.scaled} == scaled_ends
+            assert any("scaled on both sides instead of folded" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("case", ["gemma3", "olmo2"])
