@@ -21,8 +21,8 @@ from specdef_cli.hardening.fold import FOLDED_KINDS, fold_pairs
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.scale import scale_modules
 from specdef_cli.hardening.selection import (
-    folded_beside_scales,
     require_named,
+    scaled_instead,
     select_layers,
     select_pairs,
     select_scalable,
@@ -80,13 +80,12 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
     scales = options.allow_code and not folds_alone(options)
     # Who gives an option of a fold wants one.
     wants_fold = options.profile is not None or options.schedule == "constant"
-    beside = pairs if wants_fold else folded_beside_scales(pairs, scalable)
-    instead = {pair.name for pair in pairs} - {pair.name for pair in beside}
+    instead = set() if wants_fold else scaled_instead(found.pairs, scalable)
 
     profile = options.profile or "coverage"
     folded = fold_pairs(
         checkpoint,
-        beside if scales else pairs,
+        [pair for pair in pairs if not (scales and pair.name in instead)],
         profile=profile,
         schedule=options.schedule or "staircase",
         alpha=DEFAULT_ALPHA if options.alpha is None else options.alpha,
@@ -108,7 +107,7 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
         require_insertable(skeleton, inserted)
     elif options.method == "insert" or scales:
         scaled = scale_modules(checkpoint, skeleton, left, stored)
-        reasons = _scaled_instead(len(instead))
+        reasons = _why_scaled(sum(pair.name in instead for pair in pairs)) or reasons
     elif not folded and left:
         code = "--allow-code: the model then brings code that undoes a scale of each weight"
         raise _no_pair(checkpoint, reasons, f"Pass {code}, or use --method insert.")
@@ -117,12 +116,12 @@ def choose(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, s
     return choice
 
 
-def _scaled_instead(pairs: int) -> tuple[str, ...]:
-    """Why there are no more symmetric pairs where all else is scaled, and nothing has to be said for it."""
+def _why_scaled(pairs: int) -> tuple[str, ...]:
+    """Why this many pairs that hold are not folded."""
     if not pairs:
         return ()
     are = "symmetric pair is" if pairs == 1 else "symmetric pairs are"
-    return (f"{pairs} {are} scaled on both sides instead of folded, as no other pair crosses them.",)
+    return (f"{pairs} {are} scaled on both sides instead of folded, as no pairs cross in this family.",)
 
 
 def _no_pair(checkpoint: Checkpoint, reasons: Sequence[str], hint: str) -> SpecDefError:

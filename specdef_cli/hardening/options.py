@@ -35,8 +35,8 @@ class HardenOptions:
         profile: What a fold must leave intact; ``None`` takes ``coverage``.
         layers: Globs over module paths and tensor names; none means every pair (fold), everything that can be
             scaled (insert), and the linears that write to the residual stream (the paper's factors).
-        allow_code: Whether ``auto`` may make a checkpoint that needs code to load. It folds only pairs that another
-            pair crosses then (with ``profile`` or a ``constant`` schedule all), and scales the rest.
+        allow_code: Whether ``auto`` may make a checkpoint that needs code to load, to scale what no pair reaches,
+            and everything where no pairs cross (but with ``profile`` or a ``constant`` schedule, which ask for a fold).
         base_model: Where a directory's weights are on the Hub (``org/name``), for the card and the manifest.
         exclude: Globs of what to leave alone; a fold leaves every pair alone that one of these tensors is part of.
         dtype: Store floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``); ``None`` keeps each one's.
@@ -91,7 +91,7 @@ class HardenOptions:
         shown_default="coverage",
     )
     allow_code: bool = option(
-        False, "Let auto scale whatever is not in pairs that cross; the model then needs code to load."
+        False, "Let auto scale what no pair reaches, or all where no pairs cross; needs code to load."
     )
     layers: tuple[str, ...] = option(
         (),

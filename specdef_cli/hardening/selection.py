@@ -75,23 +75,21 @@ def select_pairs(
     return tuple(pair for pair in pairs if (not layers or touches(pair, layers)) and not touches(pair, exclude))
 
 
-def folded_beside_scales(pairs: Sequence[SymmetricPair], scalable: Sequence[ScalableSite]) -> tuple[SymmetricPair, ...]:
-    """The pairs that are folded where everything else may be scaled.
+def scaled_instead(pairs: Sequence[SymmetricPair], scalable: Sequence[ScalableSite]) -> set[str]:
+    """Names of the pairs of a family that are better scaled than folded, where both can be had.
 
     What trains on an inflated row or column is a vector, and only a number where two of them cross holds it back
-    (docs/decisions.md). So where no other pair has the other axis of one of its tensors, a pair is left to scales on
-    both sides, unless a tensor of it (stacked experts) cannot be scaled.
+    (docs/decisions.md). So where no pair has the other axis of another's tensor, as in Gemma, whose norms are in none,
+    pairs are left to scales on both sides, but for those with a tensor that cannot be scaled (a classifier).
     """
-    reached = {tensor for site in scalable for tensor in (site.tensor, site.bias)}
     axes: dict[str, set[int]] = {}
     for pair in pairs:
         for side in pair.sides:
             axes.setdefault(side.tensor, set()).add(side.axis)
-    return tuple(
-        pair
-        for pair in pairs
-        if any(len(axes[side.tensor]) > 1 for side in pair.sides) or not reached >= {side.tensor for side in pair.sides}
-    )
+    if any(len(scaled) > 1 for scaled in axes.values()):
+        return set()
+    reached = {tensor for site in scalable for tensor in (site.tensor, site.bias)}
+    return {pair.name for pair in pairs if reached >= {side.tensor for side in pair.sides}}
 
 
 def _names(pair: SymmetricPair, names: TensorNames) -> set[str]:

@@ -234,7 +234,7 @@ def test_the_notes_name_what_is_left_and_why(base: Callable[[str], Path], tmp_pa
 
     assert "alone not slowed: model.embed_tokens, model.norm." in notes("llama-tied")
     assert "mlp.experts.down_proj," in notes("gpt-oss")
-    assert "--allow-code would scale 4 linear layers, 3 norms, 1 embedding, 1 head" in notes("gpt2")
+    assert "--allow-code would scale 2 linear layers, 1 norm, 1 embedding, 1 head" in notes("gpt2")
     # A kind that the profile does not use needs no excuse.
     assert "1+w" in notes("gemma2")
     assert "1+w" not in notes("gemma2", "--profile", "quantizable")

@@ -232,53 +232,36 @@ def test_auto_with_code_folds_the_pairs_that_another_crosses(scaled: Make) -> No
     assert scaled_tensors == {"model.embed_tokens.weight", "model.norm.weight"}
 
 
-def test_auto_with_code_folds_what_cannot_be_scaled(base: Callable[[str], Path], tmp_path: Path) -> None:
-    """The norm before the experts crosses nothing here, and nothing else would have their columns."""
-    with open_model(HardenOptions(str(base("gpt-oss")), tmp_path / "out", allow_code=True)) as (_, _, plan):
-        folded = {part.tensor for pair in plan.folded for part in pair.slices}
-    assert "model.layers.0.mlp.experts.gate_up_proj" in folded
-
-
-NORMS_AND_READERS = {
-    "input_layernorm",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "post_attention_layernorm",
-    "gate_proj",
-    "up_proj",
-}
-
-
 @pytest.mark.parametrize(
-    ("case", "options", "folded", "scaled_ends"),
+    ("case", "options", "pairs", "ends"),
     [
-        ("llama-tied", {"layers": ("*norm*",)}, 0, {*NORMS_AND_READERS, "norm"}),
-        ("llama-tied", {"layers": ("*.o_proj",)}, 0, {"o_proj", "v_proj"}),
-        ("gemma3", {"profile": "coverage"}, 4, None),
-        ("gemma3", {"schedule": "constant"}, 4, None),
+        ("llama-tied", {"exclude": ("*norm*",)}, 6, {"gate_proj", "embed_tokens", "lm_head"}),
+        ("gemma3", {"layers": ("*.o_proj",)}, 0, {"o_proj", "v_proj"}),
+        (
+            "gemma3",
+            {"exclude": ("*.o_proj",), "layers": ("*_proj",)},
+            0,
+            {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
+        ("gemma3", {"profile": "coverage", "layers": ("*.o_proj", "*.embed_tokens")}, 2, {"embed_tokens", "lm_head"}),
+        ("gemma3", {"schedule": "constant", "layers": ("*.o_proj", "*.embed_tokens")}, 2, {"embed_tokens", "lm_head"}),
+        ("bert", {"layers": ("*.key*",)}, 0, {"key", "query"}),
     ],
     ids=str,
 )
 def test_auto_with_code_leaves_no_weight_of_a_chosen_pair_alone(
-    case: str,
-    options: dict[str, Any],
-    folded: int,
-    scaled_ends: set[str] | None,
-    base: Callable[[str], Path],
-    tmp_path: Path,
+    case: str, options: dict[str, Any], pairs: int, ends: set[str], base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Whether a glob names one of its weights, or an option of a fold asks for the pair itself."""
     with open_model(HardenOptions(str(base(case)), tmp_path / "out", allow_code=True, **options)) as (_, _, plan):
-        assert len(plan.folded) == folded
-        if scaled_ends is not None:
-            assert {module.module.rsplit(".", 1)[-1] for module in plan.scaled} == scaled_ends
-            assert any("scaled on both sides instead of folded" in note for note in plan.notes)
+        assert len(plan.folded) == pairs
+        assert {module.module.rsplit(".", 1)[-1] for module in plan.scaled} == ends
+        assert any("as no pairs cross" in note for note in plan.notes) == (not pairs)
 
 
 @pytest.mark.parametrize("case", ["gemma3", "olmo2"])
 def test_auto_with_code_scales_everything_where_no_pair_crosses_another(case: str, scaled: Make) -> None:
-    """No norm can be folded here, so that of value/output and up/down every weight would have one side alone."""
+    """Their norms are in no pair, so that of value/output and up/down every weight would have one side alone."""
     manifest = read_manifest(scaled(case, "mixed"))
     assert manifest.method == "insert"
     assert not manifest.folded
