@@ -103,6 +103,7 @@ ATTACKED := fold fold-scales insert insert-paper
 .SECONDARY: $(foreach model,$(REAL_NAMES) $(STACKS),$(ATTACKED:%=$(REAL)/hardened/$(model)-%)) $(STACKS:%=$(REAL)/%)
 # SmolLM2 takes all of it, four times; the tiny Llama and 60 layers end earlier, so that two cores need 75 minutes in all.
 ATTACK_MINUTES ?= 11
+ATTACK_SUITE ?= examples/real/attack.toml
 # float32 parameters, products in bfloat16: what people fine-tune in, and half the time on a recent CPU.
 ATTACK_BUDGET = --dtype mixed
 real-attack: real-models $(patsubst %,docs/tables/attack-%.md,$(DEEP) $(REAL_NAMES))  ## who gets how far on real models and on 60 layers: docs/tables/attack-*.md and the README's table; ATTACK_MINUTES=11 a hardened model; goes on where it was stopped
@@ -113,7 +114,7 @@ $(REAL)/tiny-llama: | install
 	cp -r $(TINY) $@
 
 deep-attack: install  ## docs/tables/attack-deep-80.md: a fold and an insert of 80 layers; ATTACK_MINUTES=11 each
-	$(MAKE) docs/tables/attack-deep-80.md ATTACKED="fold insert"
+	$(MAKE) docs/tables/attack-deep-80.md ATTACKED="fold insert" ATTACK_SUITE=examples/real/deep.toml
 
 $(REAL)/deep-%: | install
 	$(BIN)/python examples/real/deep_stack.py $(TINY) --layers $* --out $@
@@ -128,7 +129,7 @@ $(STACKS:%=docs/tables/attack-%.md): ATTACK_BUDGET = --steps 20 --batch-size 8 -
 docs/tables/attack-gemma-3-270m.md: ATTACK_BUDGET = --dtype mixed --batch-size 2 --sequence-length 64 --eval-sequences 12
 docs/tables/attack-%.md: $(addprefix $(REAL)/hardened/%-,$(ATTACKED)) FORCE
 	for name in $(ATTACKED); do \
-	  $(BIN)/specdef attack $(REAL)/hardened/$*-$$name --control $(REAL)/$* --suite examples/real/attack.toml $(ATTACK_BUDGET) \
+	  $(BIN)/specdef attack $(REAL)/hardened/$*-$$name --control $(REAL)/$* --suite $(ATTACK_SUITE) $(ATTACK_BUDGET) \
 	    --time-limit $(ATTACK_MINUTES)m --jobs $(ATTACK_JOBS) --runs $(REAL)/runs --out $(REAL)/attacks/$*-$$name --quiet >/dev/null; done
 	{ $(BIN)/specdef compare $(ATTACKED:%=$(REAL)/attacks/$*-%) --markdown && echo && \
 	  $(BIN)/python examples/real/costs.py $(REAL)/$* $(ATTACKED:%=$(REAL)/hardened/$*-%); } | tee $@
