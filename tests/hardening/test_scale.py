@@ -247,7 +247,7 @@ def test_auto_with_code_folds_the_pairs_that_another_crosses(scaled: Make) -> No
         ("gemma3", {"schedule": "constant", "layers": ("*.o_proj", "*.embed_tokens")}, 2, {"embed_tokens", "lm_head"}),
         ("bert", {"layers": ("*.key*",)}, 0, {"key", "query"}),
     ],
-    ids=str,
+    ids=["no norms", "a glob", "a glob but one", "a profile", "constant", "keys"],
 )
 def test_auto_with_code_leaves_no_weight_of_a_chosen_pair_alone(
     case: str, options: dict[str, Any], pairs: int, ends: set[str], base: Callable[[str], Path], tmp_path: Path
