@@ -51,7 +51,8 @@ def test_adapters_stand_after_every_attention_and_mlp(llama: LlamaForCausalLM) -
 @pytest.mark.parametrize("method", ["adapter", "adapter-parallel"])
 def test_an_adapter_adds_what_it_reads(method: str, llama: LlamaForCausalLM) -> None:
     """By hand, in the first block: its output is the plain block's, with the adapters' in the right places."""
-    hidden = torch.randn(1, 5, 32)
+    llama.double()  # weights as large as these leave no room for float32's rounding
+    hidden = torch.randn(1, 5, 32, dtype=torch.float64)
     positions = llama.model.rotary_emb(hidden, torch.arange(5)[None])
     block = llama.model.layers[0]
 
