@@ -98,7 +98,7 @@ docs/tables/consumers-%.md: $$(call consumed_directories,$$*) FORCE
 # The ways of hardening that the attack on real models compares, and beside those models the tiny Llama and a stack of 60
 # layers made of it: models of bytes, which train on more of them. deep-80 is beside that table (`make deep-attack`).
 DEEP := tiny-llama deep-60
-STACKS := tiny-llama deep-60 deep-80
+STACKS := $(DEEP) deep-80
 ATTACKED := fold fold-scales insert insert-paper
 .SECONDARY: $(foreach model,$(REAL_NAMES) $(STACKS),$(ATTACKED:%=$(REAL)/hardened/$(model)-%)) $(STACKS:%=$(REAL)/%)
 # SmolLM2 takes all of it, four times; the tiny Llama and 60 layers end earlier, so that two cores need 75 minutes in all.

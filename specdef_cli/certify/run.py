@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from specdef_cli.extras import require_extra
-from specdef_cli.version import __version__
 
 require_extra("attack", "certificates")
 
@@ -60,6 +59,7 @@ from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.report import write_report
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.vocabulary import require_in_vocabulary
+from specdef_cli.version import __version__
 
 SEQUENCES, LENGTH = 32, 128
 CURVATURE_SEQUENCES, CURVATURE_LENGTH = 4, 64

@@ -120,8 +120,12 @@ def _why_scaled(pairs: int) -> tuple[str, ...]:
     """Why this many pairs that hold are not folded."""
     if not pairs:
         return ()
-    are = "symmetric pair is" if pairs == 1 else "symmetric pairs are"
-    return (f"{pairs} {are} scaled on both sides instead of folded, as no pairs cross in this family.",)
+    return (f"{pairs_are(pairs)} scaled on both sides instead of folded, as no pairs cross in this family.",)
+
+
+def pairs_are(count: int) -> str:
+    """The beginning of a sentence: ``4 symmetric pairs are``."""
+    return "1 symmetric pair is" if count == 1 else f"{count} symmetric pairs are"
 
 
 def _no_pair(checkpoint: Checkpoint, reasons: Sequence[str], hint: str) -> SpecDefError:

@@ -21,7 +21,7 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.choice import DEFAULT_ALPHA, Choice, choose, folds_alone, loaded_dtype
+from specdef_cli.hardening.choice import DEFAULT_ALPHA, Choice, choose, folds_alone, loaded_dtype, pairs_are
 from specdef_cli.hardening.fold import fold_groups
 from specdef_cli.hardening.insert import InsertLayer
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS, lost_formats, serving_advice
@@ -203,8 +203,7 @@ def _strangers(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
 
 def _summary(chosen: Choice) -> str:
     folded, sites, scaled = chosen.folded, chosen.sites, chosen.scaled
-    pairs = "symmetric pair is" if len(folded) == 1 else "symmetric pairs are"
-    parts = [f"fold: {len(folded)} {pairs} rescaled"] if folded else []
+    parts = [f"fold: {pairs_are(len(folded))} rescaled"] if folded else []
     parts += [f"insert: no symmetric pair is known for these {len(sites)} layers"] if sites else []
     parts += [f"insert: {_kinds(scaled)} are scaled, and undo it themselves"] if scaled else []
     return ", and ".join(parts if sites or scaled else [*parts, "no layer is added"])

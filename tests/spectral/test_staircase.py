@@ -64,13 +64,16 @@ def test_whoever_freezes_the_first_layers_meets_the_next_steps(layers: int, kind
         assert len(set(kind)) >= min(layers - 1, 5)
 
 
-@given(st.integers(1, 200), st.integers(1, 8), st.sampled_from([HIGHEST_EXPONENT, HIGHEST_UNCROSSED]))
+@given(st.integers(0, 400), st.integers(1, 8), st.sampled_from([HIGHEST_EXPONENT, HIGHEST_UNCROSSED]))
 def test_one_layer_apart_leaves_every_vector_of_the_others_below_their_numbers(
     layers: int, kinds: int, highest: int
 ) -> None:
     """Two scales that cross add up, and what one of the others inflates by itself is a decade and more below that."""
-    first, *others = one_apart(layers, kinds, highest)
-    assert first == (highest,) * kinds
+    exponents = one_apart(layers, kinds, highest)
+    assert len(exponents) == layers
+    assert exponents[:1] == ((highest,) * kinds,)[:layers]
+    others = exponents[1:]
+    assert all(LOWEST_EXPONENT <= step <= HIGHEST_EXPONENT for layer in others for step in layer)
     assert all(len(set(layer)) == 1 for layer in others)
     steps = [layer[0] for layer in others]
     assert steps == sorted(steps, reverse=True)
