@@ -36,10 +36,12 @@ FOLD = Manifest(
 )  # fmt: skip
 
 
-def control_model() -> LlamaForCausalLM:
+def control_model(layers: int = 2) -> LlamaForCausalLM:
     with torch.device("meta"):
         return LlamaForCausalLM(
-            LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+            LlamaConfig(
+                vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=2
+            )
         )
 
 
@@ -139,13 +141,16 @@ def test_keywords_are_spelled_out_for_the_model() -> None:
     groups = Training("groups").on(target(INSERT))
     assert {"q_proj alone", "norms alone"} < {group.label for group in groups}
     assert set(groups) < trained
-    (inflated,) = {training for training in trained if training.method == "lora-inflated"}
-    assert inflated.where == ("a",)
     folded = {attack.first.training.method for attack in series(FOLD, suite=load_suite("full"))}
-    inserted = {"lora-inflated", "lora-compensation", "lora-around"}
-    assert folded == {name for name, choice in TRAININGS.items() if choice.function is not None} - inserted
+    assert folded == {name for name, choice in TRAININGS.items() if choice.function is not None}
     kinds = {attack.first.variant.kind for attack in series(FOLD, suite=load_suite("full"))}
     assert kinds == {name for name, choice in VARIANTS.items() if choice.needs in ("any", "folded")}
+
+
+def test_a_training_that_finds_nothing_is_refused() -> None:
+    one_block = dataclasses.replace(target(FOLD), control_model=lambda: control_model(layers=1))
+    with pytest.raises(SpecDefError, match="last-half"):
+        make_plan(AttackOptions(model="m", out=Path("o"), trainings=("last-half",)), one_block)
 
 
 def test_a_name_does_not_make_another_run() -> None:
