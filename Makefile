@@ -45,8 +45,8 @@ demo: install  ## harden the shipped model, attack it, say where the report is
 	$(BIN)/specdef attack $(DEMO)/hardened --control $(MODEL) --expand 2x --jobs $(JOBS) $(addprefix --time-limit ,$(TIME)) --out $(DEMO)/attack
 
 attack-demo: $(DEMO)/hardened  ## the demo's attack at full length: every informed attack, every rate searched
-	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --jobs $(JOBS) --freeze-compensation --collapse \
-	  --expand 2x --expansion width --expansion depth --expansion inject --out $(DEMO)/attack-full
+	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --jobs $(JOBS) $(addprefix --variant ,collapse freeze-compensation inject width:2 depth:2) \
+	  --out $(DEMO)/attack-full
 
 certify-demo: $(DEMO)/hardened  ## the certificate of the demo's model
 	$(BIN)/specdef certify $(DEMO)/hardened --base $(TINY) --jobs $(JOBS) --out $(DEMO)/certificate

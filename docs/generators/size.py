@@ -31,10 +31,8 @@ def count(path: Path) -> Counter[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             kind |= dict.fromkeys(range(node.lineno, (node.end_lineno or 0) + 1), "imports")
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and ast.get_docstring(node) is not None:
-            text_node = node.body[0]
-            kind |= dict.fromkeys(range(text_node.lineno, (text_node.end_lineno or 0) + 1), "docstrings")
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            kind |= dict.fromkeys(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1), "docstrings")
     return Counter(kind.values()) + Counter(lines=len(lines), files=1)
 
 

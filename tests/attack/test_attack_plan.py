@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.plan import Series, default_learning_rates, make_plan
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
-from specdef_cli.attack.spellings import trainings_of, variants_of
 from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
@@ -188,26 +187,6 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     assert checkpoint_fingerprint(tmp_path) != before
 
 
-@pytest.mark.parametrize(("text", "factor"), [("2x", 2.0), ("1.5X", 1.5), ("3", 3.0), (" 2.5× ", 2.5)])
-def test_expand_is_short_for_width(text: str, factor: float) -> None:
-    assert variants_of(expand=text) == variants_of([f"width:{factor}"]) == (Variant("width", factor),)
-
-
-def test_short_spellings_say_what_the_grammar_says() -> None:
-    assert variants_of(expand="3x", expansions=["depth", "inject"]) == variants_of(["depth:3", "inject"])
-    assert variants_of(["width"], flags=["channel-rates"]) == (Variant("width", 2), Variant("channel-rates"))
-    assert trainings_of() == ()
-    assert trainings_of(globs=["*norm*", "*bias"]) == trainings_of(["full@*norm*,*bias"])
-    assert trainings_of(targets=["q_proj"], rank=4) == trainings_of(["full", "lora:4@q_proj"])
-    assert trainings_of(["lora:8", "dora", "ia3"], rank=4) == trainings_of(["lora:8", "dora:4", "ia3"])
-
-
-def test_parameters_cannot_be_named_to_adapters() -> None:
-    with pytest.raises(SpecDefError) as caught:
-        trainings_of(["lora"], globs=["*.norm.*"])
-    assert "*.norm.*" in caught.value.problem
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -232,14 +211,6 @@ def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:
     assert named in caught.value.problem
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"), [("0.5x", "width"), ("1x", "width"), ("big", "width"), ("2.5x", "depth"), ("2x", "height")]
-)
-def test_expand_refusals(text: str, kind: str) -> None:
-    with pytest.raises(SpecDefError):
-        variants_of(expand=text, expansions=[kind])
-
-
 GIVEN = {
     "control": "base", "dataset": "prose.txt", "dataset_config": "en", "dataset_split": "test", "text_column": "body",
     "label_column": "kind", "image_column": "photo", "retained": "none", "eval_task_path": Path("tasks"),
@@ -253,7 +224,8 @@ GIVEN_OTHERWISE = {
     "--lr 1e-3 --lr 1e-4": ("learning_rates", (1e-3, 1e-4)), "--report-to wandb": ("report_to", ("wandb",)),
     "--seeds 2": ("seeds", (0, 1)), "--gradient-checkpointing": ("gradient_checkpointing", True),
     "--no-stop-at-divergence": ("stop_at_divergence", False), "--trust-remote-code": ("trust_remote_code", True),
-    "--time-limit 2m": ("time_limit", 120.0), "--collapse": ("variants", (Variant("collapse"),)),
+    "--time-limit 2m": ("time_limit", 120.0),
+    "--variant collapse --expand 3x": ("variants", (Variant("collapse"), Variant("width", 3))),
     "--recipe ia3": ("trainings", (Training("ia3"),)),
 }  # fmt: skip
 
