@@ -45,7 +45,7 @@ def test_what_a_norm_gives_out_and_what_reads_it_range_alike(tmp_path: Path) -> 
 def test_a_fold_s_factors_between_norms_and_readers_are_gone(tmp_path: Path) -> None:
     """Base and fold become the same norms, whatever else the fold did to their readers' other sides."""
     base_directory = write_case("llama", tmp_path / "base")
-    assert harden(HardenOptions(str(base_directory), tmp_path / "fold", method="fold", verify=False)) is not None
+    assert harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False)) is not None
     base, fold = load_model(base_directory), load_model(tmp_path / "fold")
     folded = fold.model.norm.weight.clone()
     for model in (base, fold):

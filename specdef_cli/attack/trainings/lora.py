@@ -75,8 +75,8 @@ def train_lora_around(model: nn.Module, training: Training, task: Task) -> nn.Mo
 
 
 def on_inserted_layers(training: Training, target: Target) -> tuple[Training, ...]:
-    """The training with the target's inserted layers spelled out, so that a control is trained at the same places."""
-    where = training.where or target.inserted
+    """The training with the target's factors spelled out, so that a control is trained at the same places."""
+    where = training.where or target.factored
     return (Training(training.method, training.size, where, training.name),) if where else ()
 
 

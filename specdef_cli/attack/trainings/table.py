@@ -110,17 +110,17 @@ TRAININGS: Table[TrainingChoice] = Table(
             function=f"{_HERE}.lora:train_lora_default", size=_RANK,
         ),
         TrainingChoice(
-            "lora-inflated", "LoRA on inflated factors", "LoRA on the inflated factor of every inserted pair.",
+            "lora-inflated", "LoRA on inflated factors", "LoRA on the inflated factor of every pair of factors.",
             function=f"{_HERE}.lora:train_lora_inflated", stands_for=f"{_HERE}.lora:on_inserted_layers",
             size=_RANK, where="modules",
         ),
         TrainingChoice(
-            "lora-compensation", "LoRA on compensations", "LoRA on the compensation of every inserted pair.",
+            "lora-compensation", "LoRA on compensations", "LoRA on the compensation of every pair of factors.",
             function=f"{_HERE}.lora:train_lora_compensation", stands_for=f"{_HERE}.lora:on_inserted_layers",
             size=_RANK, where="modules",
         ),
         TrainingChoice(
-            "lora-around", "LoRA on whole pairs", "LoRA in parallel to every inserted pair as a whole.",
+            "lora-around", "LoRA on whole pairs", "LoRA in parallel to every pair of factors as a whole.",
             function=f"{_HERE}.lora:train_lora_around", stands_for=f"{_HERE}.lora:on_inserted_layers",
             size=_RANK, where="modules",
         ),
