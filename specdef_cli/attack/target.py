@@ -53,11 +53,6 @@ class Target:
         return self.recognised.constructions | frozenset(name for name, changed in changes.items() if changed)
 
     @property
-    def factored(self) -> tuple[str, ...]:
-        """Module paths of layers that are stored as factors."""
-        return tuple(layer.module for layer in self.manifest.factored) if self.manifest else self.recognised.factored
-
-    @property
     def alpha(self) -> float:
         """The largest factor by which any layer or channel is inflated; 1 for an ordinary model."""
         return max(largest_alpha(self.manifest), self.recognised.alpha)
