@@ -23,7 +23,7 @@ JOBS ?= 2
 ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
+.PHONY: help install demo attack-demo attack-suite attack-long certify-demo pictures readme reproduce reproduce-mixing \
   reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack deep-attack check test test-all test-newest faults lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
@@ -205,6 +205,9 @@ lint: install  ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+pictures: install  ## docs/assets/*.svg: the tables of real models as pictures, light and dark
+	$(BIN)/python docs/generators/pictures.py
 
 format: install  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .
