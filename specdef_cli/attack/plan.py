@@ -13,7 +13,7 @@ from specdef_cli.attack.suite import AttackTable
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant, informed_variants
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, WrongUsage
 
 MAX_RATES = 12
 """More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
@@ -75,6 +75,12 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
     the optimizer's usual rates, a search with the second largest, which is the best or next to it. Where an inflated
     factor is in the way, the decades go on below η₀/α.
     """
+    if not any(_combinations(table, target) and _variants(table, target) for table in options.tables):
+        asked = (ask for table in options.tables for ask in (*table.trainings, *table.variants) if str(ask) != "plain")
+        raise WrongUsage(
+            f"{options.model} has nothing that these attacks work on: {', '.join(dict.fromkeys(map(str, asked)))}",
+            "Choose others; `specdef attack --help` lists them.",
+        )
     controls: list[Series] = []
     attacks: list[Series] = []
     for table in options.tables:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
 from specdef_cli.architectures.skeleton import Skeleton
@@ -95,6 +96,11 @@ def attack(
             deadline=None if options.time_limit is None else Deadline(prepared.time_left()),
             on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
         )
+    plain = [
+        series.first.label
+        for series in plan
+        if series.first.subject == "model" and series.first.variant.knowledge == "none"
+    ]
     report = AttackReport(
         model=str(options.model),
         control=prepared.control_name,
@@ -106,12 +112,19 @@ def attack(
         versions={"specdef-cli": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
+        not_reached=tuple(label for label in outcome.not_reached if label in plain),
     )
     notes = (*plan_notes(options, prepared.target), *outcome_notes(options, outcome))
     return replace(report, notes=(*notes, *report_notes(options, prepared.target, report)))
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise SpecDefError(
+                f"ACCELERATE_USE_{engine} is set, and attacks train with DDP or FSDP alone",
+                f"Run `unset ACCELERATE_USE_{engine}`, or launch with `accelerate launch --use_fsdp`.",
+            )
     if options.jobs > 1 and processes > 1:
         raise SpecDefError(
             f"--jobs {options.jobs} starts processes of its own, and this is one of {processes} already",
@@ -347,5 +360,7 @@ def _hardening(manifest: Manifest | None) -> Hardening | None:
         alpha=largest_alpha(manifest),
         top_k=first.top_k if first else None,
         gauge=first.gauge if first else None,
-        layers=len(manifest.inserted) + len(manifest.scaled) or len(manifest.folded),
+        factored=len(manifest.inserted),
+        folded=len(manifest.folded),
+        scaled=len(manifest.scaled),
     )
