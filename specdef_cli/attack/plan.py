@@ -13,7 +13,7 @@ from specdef_cli.attack.suite import AttackTable
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant, informed_variants
-from specdef_cli.errors import SpecDefError, WrongUsage
+from specdef_cli.errors import WrongUsage
 
 MAX_RATES = 12
 """More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
@@ -75,12 +75,6 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
     the optimizer's usual rates, a search with the second largest, which is the best or next to it. Where an inflated
     factor is in the way, the decades go on below η₀/α.
     """
-    if not any(_combinations(table, target) and _variants(table, target) for table in options.tables):
-        asked = (ask for table in options.tables for ask in (*table.trainings, *table.variants) if str(ask) != "plain")
-        raise WrongUsage(
-            f"{options.model} has nothing that these attacks work on: {', '.join(dict.fromkeys(map(str, asked)))}",
-            "Choose others; `specdef attack --help` lists them.",
-        )
     controls: list[Series] = []
     attacks: list[Series] = []
     for table in options.tables:
@@ -92,8 +86,11 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
     if not attacks:
-        asked = ", ".join(str(training) for table in options.tables for training in table.trainings)
-        raise SpecDefError(f"no attack is left: {asked} trains nothing of this model", "Choose another --training.")
+        asked = dict.fromkeys(str(asked) for table in options.tables for asked in (*table.trainings, *table.variants))
+        raise WrongUsage(
+            f"no attack is left: {', '.join(asked)} find nothing in this model",
+            "Choose another --training or --variant; `specdef attack --help` lists them.",
+        )
     return tuple(_distinct(controls) + _distinct(attacks))
 
 

@@ -96,11 +96,8 @@ def attack(
             deadline=None if options.time_limit is None else Deadline(prepared.time_left()),
             on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
         )
-    plain = [
-        series.first.label
-        for series in plan
-        if series.first.subject == "model" and series.first.variant.knowledge == "none"
-    ]
+    firsts = [series.first for series in plan if series.first.subject == "model"]
+    plain = [first.label for first in firsts if first.variant.knowledge == "none"]
     report = AttackReport(
         model=str(options.model),
         control=prepared.control_name,
@@ -119,12 +116,6 @@ def attack(
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:
-    for engine in ("DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            raise SpecDefError(
-                f"ACCELERATE_USE_{engine} is set, and attacks train with DDP or FSDP alone",
-                f"Run `unset ACCELERATE_USE_{engine}`, or launch with `accelerate launch --use_fsdp`.",
-            )
     if options.jobs > 1 and processes > 1:
         raise SpecDefError(
             f"--jobs {options.jobs} starts processes of its own, and this is one of {processes} already",
@@ -135,6 +126,15 @@ def _check_processes(options: AttackOptions, processes: int) -> None:
             f"--time-limit is measured by every process, and {processes} of them would not agree",
             "Leave it out under `accelerate launch`, and give --steps.",
         )
+
+
+def _check_engine() -> None:
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise SpecDefError(
+                f"ACCELERATE_USE_{engine} is set, and attacks train with DDP or FSDP alone",
+                f"Run `unset ACCELERATE_USE_{engine}`, or launch with `accelerate launch --use_fsdp`.",
+            )
 
 
 def plan_attack(options: AttackOptions) -> Forecast:
@@ -221,6 +221,7 @@ def _prepare(options: AttackOptions) -> _Prepared:
 
 def _prepare_and_measure(options: AttackOptions, *, measure: bool) -> tuple[_Prepared, Speed | None]:
     """Under a time limit the budget is chosen by what two steps cost."""
+    _check_engine()
     prepared = _prepare(options)
     if not measure and options.time_limit is None:
         return prepared, None

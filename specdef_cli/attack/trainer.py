@@ -245,7 +245,7 @@ _LABEL_LOSSES: dict[Task, Callable[..., torch.Tensor]] = {
 
 def _constant(inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
     """Whether inputs that differ give one output: a boolean scalar."""
-    read = inputs.get("input_ids", inputs.get("pixel_values"))
+    read = inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"]
     first = read[0] if logits.ndim == 2 else read[0, 0]  # an output for each row, or for each token
     flat = logits.detach().flatten(0, -2)  # [outputs, classes]
     spread, largest = (flat.amax(0) - flat.amin(0)).max(), flat.abs().max()

@@ -32,7 +32,7 @@ _METRICS: dict[str, Callable[[Finding], float | None]] = {
 
 
 def _steps_to_control(finding: Finding) -> float | None:
-    """Never reached within the budget counts as infinitely many steps; nothing does where the control learned nothing."""
+    """Never reached within the budget counts as infinitely many; nothing does where the control learned nothing."""
     return float("inf") if finding.steps_to_control is None and finding.share is not None else finding.steps_to_control
 
 

@@ -109,7 +109,6 @@ def labelled_halves(
         for example in half:
             digest.update(repr(example).encode())
         digest.update(b"|")
-    remarks = (f"Of {kept + empty} rows read, {empty} without {what[:-1]} left out.",) if empty else ()
-    remarks += (labels.remark,) if labels.remark else ()
-    remarks += repeated_rows(*halves)
+    left_out = [f"Of {kept + empty} rows read, {empty} without {what[:-1]} left out."] if empty else []
+    remarks = (*left_out, *filter(None, [labels.remark]), *repeated_rows(*halves))
     return LabelledHalves(halves[0], halves[1], digest.hexdigest()[:16], labels, labels.outputs != head.labels, remarks)
