@@ -69,7 +69,7 @@ def _not_tried(options: AttackOptions, target: Target) -> list[str]:
     asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
     missing = [variant for variant in asked if not variant.applies_to(target.constructions)]
     untrained = [training for table in options.tables for training in table.trainings if not training.on(target)]
-    words = {"inserted": "an inserted layer", "folded": "a folded pair", "any": "nothing"}
+    words = {"factored": "a layer stored as factors", "folded": "a folded pair", "any": "nothing"}
     return [
         *(f"Not tried: {training}. The model has nothing for it." for training in dict.fromkeys(untrained)),
         *(

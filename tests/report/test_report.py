@@ -79,7 +79,7 @@ def report() -> AttackReport:
     return AttackReport(
         model=f"hardened/{NASTY}",
         control="base",
-        hardening=Hardening("mixed", 1e4, 8, "rotated", folded=21, scaled=1),
+        hardening=Hardening("factors", 1e4, 8, "rotated", factored=2, folded=21),
         data=DataSummary(NASTY, 100, 10, "f"),
         runs=(
             run("control", [3.0, 2.0, 1.0]),
@@ -322,7 +322,8 @@ def test_table(report: AttackReport) -> None:
     console.print(runs_table(replace(report, runs=(*report.runs, bad))))
     text = console.export_text()
     assert "[bold]*[/bold]" in text
-    for part in ("diverged at step 2", ">20", "1e-6", "1.50×", "+1,000 parameters", "+4.0 kB"):
+    counts = ("folded pairs: 21, layers in factors: 2",)
+    for part in ("diverged at step 2", ">20", "1e-6", "1.50×", "+1,000 parameters", "+4.0 kB", *counts):
         assert part in text
 
 
