@@ -309,6 +309,7 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     assert page.fetched
     assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
     assert NASTY in page.text  # shown as it is
+    assert "folded pairs: 21, layers in factors: 2" in page.text
     assert "secure" not in page.text.lower()
     assert not re.search(r"url\(|@import|\{\{|\{%", html)
     # 4 attacks in two tables and 5 runs, with a head each; the curves and the growth
@@ -322,8 +323,7 @@ def test_table(report: AttackReport) -> None:
     console.print(runs_table(replace(report, runs=(*report.runs, bad))))
     text = console.export_text()
     assert "[bold]*[/bold]" in text
-    counts = ("folded pairs: 21, layers in factors: 2",)
-    for part in ("diverged at step 2", ">20", "1e-6", "1.50×", "+1,000 parameters", "+4.0 kB", *counts):
+    for part in ("diverged at step 2", ">20", "1e-6", "1.50×", "+1,000 parameters", "+4.0 kB"):
         assert part in text
 
 
