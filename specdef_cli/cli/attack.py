@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +46,9 @@ def attack_command(
             "'steps_to_control<500' (repeatable).",
         ),
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write what was found into the model card, as `specdef certify` does.")
+    ] = False,
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -109,6 +113,10 @@ def attack_command(
         trust_remote_code=trust_remote_code,
     )
     require_models(model, given.get("control"), "--control", manifest)
+    if card:
+        from specdef_cli.checkpoint.presence import require_card
+
+        require_card(model)
     require_data(options.dataset)
     if options.retained != NO_RETAINED:
         require_data(options.retained)
@@ -138,6 +146,10 @@ def attack_command(
     written = write_report(report, options.out)
     if not is_main_process():
         return
+    if card:
+        from specdef_cli.certify.card import attacks_on_card
+
+        attacks_on_card(Path(model), written[0])
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
