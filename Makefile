@@ -49,7 +49,7 @@ attack-demo: $(DEMO)/hardened  ## the demo's attack at full length: every inform
 	  --out $(DEMO)/attack-full
 
 certify-demo: $(DEMO)/hardened  ## the certificate of the demo's model
-	$(BIN)/specdef certify $(DEMO)/hardened --base $(TINY) --jobs $(JOBS) --out $(DEMO)/certificate
+	$(BIN)/specdef certify $(DEMO)/hardened --base $(TINY) --out $(DEMO)/certificate
 
 $(DEMO)/hardened: | install
 	$(BIN)/specdef harden $(TINY) --method insert --alpha 1e4 --top-k 25 --out $@

@@ -146,9 +146,10 @@ def attack_command(
     if not is_main_process():
         return
     if card:
+        from specdef_cli.attack.presence import REPORT_NAME
         from specdef_cli.certify.card import attacks_on_card
 
-        attacks_on_card(Path(model), written[0])
+        attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
