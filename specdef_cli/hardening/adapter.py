@@ -150,7 +150,7 @@ class _Changes:
     def __init__(self, manifest: Manifest, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         self._skeleton = skeleton
         self._checkpoint = checkpoint
-        self._factored = {layer.module: layer for layer in manifest.inserted}
+        self._factored = {layer.module: layer for layer in manifest.factored}
         self._scaled = {module.module: module for module in manifest.scaled}
         self._folded: dict[str, list[ScaledSlice]] = {}
         for part in (part for pair in manifest.folded for part in pair.slices):

@@ -28,7 +28,7 @@ from specdef_cli.certify.formats import (
 from specdef_cli.certify.tools import missing
 from specdef_cli.certify.trial import Trial, token_batch
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 from tests.tiny_families import write_case
@@ -45,14 +45,14 @@ def tokens() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def fold(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fold") / "hardened"
-    harden(HardenOptions(str(TINY_LLAMA), out, method="fold", profile="coverage", verify=False))
+    harden(HardenOptions(str(TINY_LLAMA), out, verify=False))
     return out
 
 
 @pytest.fixture(scope="module")
-def insert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("insert") / "hardened"
-    harden(HardenOptions(str(TINY_LLAMA), out, method="insert", alpha=1e4, top_k=25, verify=False))
+def factored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("factored") / "hardened"
+    harden(HardenOptions(str(TINY_LLAMA), out, Factors(alpha=1e4, top_k=25), verify=False))
     return out
 
 
@@ -143,29 +143,29 @@ def test_a_fold_is_exact_until_its_exponents_leave_the_format(fold: Path, tokens
     assert (figures["float16"].hardened, figures["float16"].status) == (None, "broken")
 
 
-def test_inserted_layers_keep_their_function_but_not_in_int8(insert: Path, tokens: torch.Tensor) -> None:
+def test_factors_keep_their_function_but_not_in_int8(factored: Path, tokens: torch.Tensor) -> None:
     if missing("torchao"):
         pytest.skip(missing("torchao"))
     for name, expected in {"float32": "kept", "torchao-int8": "broken"}.items():
-        assert one(TINY_LLAMA, insert, tokens, name).status == expected, name
+        assert one(TINY_LLAMA, factored, tokens, name).status == expected, name
 
 
 def test_a_refusal_is_in_the_tools_words_and_names_no_directory(
-    insert: Path, tmp_path: Path, tokens: torch.Tensor
+    factored: Path, tmp_path: Path, tokens: torch.Tensor
 ) -> None:
     if missing("bitsandbytes"):
         pytest.skip(missing("bitsandbytes"))
-    refused = measure_format(Trial(insert, TINY_LLAMA, tmp_path, tokens), FORMATS["nf4"])
+    refused = measure_format(Trial(factored, TINY_LLAMA, tmp_path, tokens), FORMATS["nf4"])
     assert (refused.kind, refused.value) == ("refused", None)
     assert "BitsAndBytesConfig" in refused.note
-    assert str(insert) not in refused.note
+    assert str(factored) not in refused.note
 
 
 def test_what_is_no_language_model_is_measured_by_its_outputs(tmp_path: Path) -> None:
     base = write_case("vit", tmp_path / "base")
-    harden(HardenOptions(str(base), tmp_path / "insert", method="insert", alpha=1e3, top_k=4, verify=False))
+    harden(HardenOptions(str(base), tmp_path / "factors", Factors(alpha=1e3, top_k=4), verify=False))
     names = ["float32", "bfloat16", "gguf-f32"]
-    figures = {figure.format: figure for figure in measure_formats(base, tmp_path / "insert", None, names)}
+    figures = {figure.format: figure for figure in measure_formats(base, tmp_path / "factors", None, names)}
     assert {figure.measure for figure in figures.values()} == {"relative error"}
     assert figures["float32"].base == 0
     assert figures["float32"].hardened == pytest.approx(0, abs=1e-3)

@@ -43,7 +43,7 @@ def test_consumers_keep_a_copy_and_see_a_broken_one(name: str, tmp_path: Path, t
 
 
 def test_an_adapter_carried_over_holds_attached_and_merged(tmp_path: Path, tokens: torch.Tensor) -> None:
-    harden(HardenOptions(str(TINY_LLAMA), tmp_path / "fold", method="fold", verify=False))
+    harden(HardenOptions(str(TINY_LLAMA), tmp_path / "fold", verify=False))
     for name in ("lora", "lora-merged"):
         figure = one(tmp_path / "fold", tokens, name, tmp_path / name)
         assert figure.status == "kept", figure

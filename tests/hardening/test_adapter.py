@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.adapter import convert_adapter
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 from tests.commands import assert_refused, call_cli
@@ -56,11 +56,7 @@ def logits(directory: Path, adapter: Path | None = None, *, merged: bool = False
     return found
 
 
-HARDENED: dict[str, dict[str, Any]] = {
-    "fold": {"method": "fold"},
-    "scale": {"method": "insert"},
-    "factors": {"method": "insert", "alpha": 1e3, "top_k": 4},
-}
+HARDENED: dict[str, Fold | Scale | Factors] = {"fold": Fold(), "scale": Scale(), "factors": Factors(alpha=1e3, top_k=4)}
 
 
 # Separate and fused tensors, grouped queries, biases; Conv1D, whose weights are transposed; per-head fused; tied heads.
@@ -71,7 +67,7 @@ HARDENED: dict[str, dict[str, Any]] = {
 )  # fmt: skip
 def test_a_converted_adapter_is_the_same_function(case: str, way: str, tmp_path: Path) -> None:
     base, hardened = write_case(case, tmp_path / "base"), tmp_path / "hardened"
-    harden(HardenOptions(str(base), hardened, verify=False, **HARDENED[way]))
+    harden(HardenOptions(str(base), hardened, HARDENED[way], verify=False))
     adapter = lora(base, tmp_path / "lora", head=case in ("llama", "llama-tied"))
     converted = convert_adapter(str(adapter), hardened, tmp_path / "converted")
     assert converted.rewritten > 0
@@ -86,14 +82,14 @@ def test_a_converted_adapter_is_the_same_function(case: str, way: str, tmp_path:
 
 def test_the_adapter_of_the_base_is_another_function_on_a_fold(tmp_path: Path) -> None:
     base, fold = write_case("llama", tmp_path / "base"), tmp_path / "fold"
-    harden(HardenOptions(str(base), fold, method="fold", verify=False))
+    harden(HardenOptions(str(base), fold, verify=False))
     adapter = lora(base, tmp_path / "lora")
     assert not torch.allclose(logits(fold, adapter), logits(base, adapter), rtol=0.1, atol=0.1)
 
 
 def test_ranks_alphas_and_rslora_are_kept(tmp_path: Path) -> None:
     base, hardened = write_case("llama", tmp_path / "base"), tmp_path / "hardened"
-    harden(HardenOptions(str(base), hardened, verify=False, **HARDENED["scale"]))
+    harden(HardenOptions(str(base), hardened, HARDENED["scale"], verify=False))
     adapter = lora(
         base, tmp_path / "lora", target_modules=["q_proj", "up_proj"], layers_to_transform=[1], use_rslora=True,
         rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 32},
@@ -108,7 +104,7 @@ def test_ranks_alphas_and_rslora_are_kept(tmp_path: Path) -> None:
 def places(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """(adapter, hardened, base)."""
     root, base = tmp_path_factory.mktemp("adapter"), tiny_model("llama")
-    harden(HardenOptions(str(base), root / "fold", method="fold", verify=False))
+    harden(HardenOptions(str(base), root / "fold", verify=False))
     return lora(base, root / "lora"), root / "fold", base
 
 
