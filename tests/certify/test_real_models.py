@@ -71,7 +71,7 @@ def test_an_engine_costs_the_base_little_and_sees_a_damaged_model(
     assert figure.status in {"broken", "refused"}, figure
 
 
-WAYS = {"fold": (), "quantizable": ("--profile", "quantizable")}
+WAYS = {"fold": (), "bfloat16": ("--profile", "bfloat16")}
 """Ways of hardening whose cells are measured again, by the name of their column in the table."""
 
 CELLS = [
