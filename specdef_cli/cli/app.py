@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from specdef_cli.cli.attack import attack_command
-from specdef_cli.cli.card import card_command
 from specdef_cli.cli.certify import certify_command
 from specdef_cli.cli.collapse import collapse_command
 from specdef_cli.cli.compare import compare_command
+from specdef_cli.cli.convert_adapter import convert_adapter_command
 from specdef_cli.cli.harden import harden_command
 from specdef_cli.cli.inspect import inspect_command
 from specdef_cli.cli.listing import ListingCommand
@@ -49,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "collapse": collapse_command,
     "compare": compare_command,
     "inspect": inspect_command,
-    "card": card_command,
+    "convert-adapter": convert_adapter_command,
     "push": push_command,
     "verify-certificate": verify_certificate_command,
 }
