@@ -7,8 +7,7 @@ from pathlib import Path
 
 from specdef_cli.attack.results import AttackReport
 from specdef_cli.errors import SpecDefError
-from specdef_cli.report.document import ReportDocument, read_report
-from specdef_cli.report.serialize import report_document
+from specdef_cli.report.document import ReportDocument, read_report, report_document
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ def _resistance(document: ReportDocument) -> Resistance:
             AttackFigure(
                 label=attack.label,
                 knowledge=attack.knowledge,
-                learning_rate=attack.best.learning_rate,
-                share=attack.share_of_control,
-                share_of_best=attack.share_of_best_control,
+                learning_rate=attack.learning_rate,
+                share=attack.share,
+                share_of_best=attack.share_of_best,
                 verdict=attack.verdict,
             )
             for attack in document.attacks
