@@ -8,7 +8,8 @@ some rows have a stand-in that rounds weights and activations as the tool would,
 from specdef_cli.certify.deployment.figure import DeploymentFigure, Outcome, compare, judge
 from specdef_cli.certify.deployment.formats import DEFAULT_FORMATS, FORMATS, Format
 from specdef_cli.certify.deployment.measure import measure_deployment, measure_format, require_formats
-from specdef_cli.certify.deployment.trial import Trial, mean_loss, next_token_loss, token_batch
+from specdef_cli.certify.deployment.trial import Trial, mean_loss, next_token_loss
+from specdef_cli.runtime.tokens import token_batch
 
 __all__ = [
     "DEFAULT_FORMATS",
