@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from specdef_cli.certify.run import certify
     from specdef_cli.errors import SpecDefError
     from specdef_cli.hardening.collapse import CollapseResult, collapse
-    from specdef_cli.hardening.options import CollapseOptions, HardenOptions
-    from specdef_cli.hardening.preview import PlanPreview, preview
-    from specdef_cli.hardening.run import HardenResult, harden
+    from specdef_cli.hardening.options import CollapseOptions, Factors, Fold, HardenOptions, Scale
+    from specdef_cli.hardening.outlook import PlanSummary
+    from specdef_cli.hardening.run import HardenResult, harden, preview
     from specdef_cli.hardening.survey import Survey
     from specdef_cli.hardening.survey import survey as inspect
     from specdef_cli.report.write import write_report
@@ -47,9 +47,12 @@ _PUBLIC = {
     "CertifyOptions": "specdef_cli.certify.options",
     "CollapseOptions": "specdef_cli.hardening.options",
     "CollapseResult": "specdef_cli.hardening.collapse",
+    "Factors": "specdef_cli.hardening.options",
+    "Fold": "specdef_cli.hardening.options",
     "HardenOptions": "specdef_cli.hardening.options",
     "HardenResult": "specdef_cli.hardening.run",
-    "PlanPreview": "specdef_cli.hardening.preview",
+    "PlanSummary": "specdef_cli.hardening.outlook",
+    "Scale": "specdef_cli.hardening.options",
     "SpecDefError": "specdef_cli.errors",
     "SpecDefLinear": "specdef_cli.runtime",
     "Survey": "specdef_cli.hardening.survey",
@@ -60,7 +63,7 @@ _PUBLIC = {
     "inspect": "specdef_cli.hardening.survey:survey",
     "load_model": "specdef_cli.runtime",
     "load_tokenizer": "specdef_cli.runtime",
-    "preview": "specdef_cli.hardening.preview",
+    "preview": "specdef_cli.hardening.run",
     "write_report": "specdef_cli.report.write",
 }
 _CALLABLE_PACKAGES = ("attack", "certify")

@@ -37,7 +37,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from specdef_cli import HardenOptions, harden, load_model, load_tokenizer
+from specdef_cli import Factors, HardenOptions, harden, load_model, load_tokenizer
 from specdef_cli.attack import Attack, AttackOptions, AttackReport, attack
 from specdef_cli.attack.data import load_data
 from specdef_cli.attack.trainer import quiet
@@ -221,8 +221,8 @@ def build(directory: Path, budget: Budget) -> dict[str, Path]:
     unlearned = train(capable, directory / "unlearned", unlearning(load_model(capable)), texts, budget.defending)
     noised = train(capable, directory / "noised", noising(), texts, budget.defending)
     inserted, folded = directory / "inserted", directory / "folded"
-    harden(HardenOptions(str(unlearned), inserted, method="insert", alpha=1e4, top_k=25))
-    harden(HardenOptions(str(unlearned), folded, method="fold"))
+    harden(HardenOptions(str(unlearned), inserted, Factors(alpha=1e4, top_k=25)))
+    harden(HardenOptions(str(unlearned), folded))
     return {"capable": capable, "unlearned": unlearned, "noised": noised, "inserted": inserted, "folded": folded}
 
 

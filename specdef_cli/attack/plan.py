@@ -13,6 +13,7 @@ from specdef_cli.attack.suite import AttackTable
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant, informed_variants
+from specdef_cli.errors import SpecDefError
 
 MAX_RATES = 12
 """More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
@@ -84,6 +85,9 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
                 grid = series.grid if _fixed(table) else _usual_rates(options, table, optimizer)
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
+    if not attacks:
+        asked = ", ".join(str(training) for table in options.tables for training in table.trainings)
+        raise SpecDefError(f"no attack is left: {asked} trains nothing of this model", "Choose another --training.")
     return tuple(_distinct(controls) + _distinct(attacks))
 
 

@@ -341,11 +341,11 @@ def _control(options: AttackOptions, directory: Path, manifest: Manifest | None)
 def _hardening(manifest: Manifest | None) -> Hardening | None:
     if manifest is None:
         return None
-    first = manifest.inserted[0] if manifest.inserted else None
+    first = manifest.factored[0] if manifest.factored else None
     return Hardening(
         method=manifest.method,
         alpha=largest_alpha(manifest),
         top_k=first.top_k if first else None,
         gauge=first.gauge if first else None,
-        layers=len(manifest.inserted) + len(manifest.scaled) or len(manifest.folded),
+        layers=len(manifest.factored) + len(manifest.scaled) or len(manifest.folded),
     )

@@ -73,13 +73,13 @@ def _changes(manifest: Manifest) -> Sequence[str]:
         "with the aim that ordinary recipes need far smaller learning rates to fine-tune them, and diverge or make "
         "little progress at their usual ones."
     ]
-    if manifest.inserted:
-        added = sum(layer.out_features**2 for layer in manifest.inserted)
-        alphas = sorted(layer.alpha for layer in manifest.inserted)
-        top_k = sorted({layer.top_k for layer in manifest.inserted})
+    if manifest.factored:
+        added = sum(layer.out_features**2 for layer in manifest.factored)
+        alphas = sorted(layer.alpha for layer in manifest.factored)
+        top_k = sorted({layer.top_k for layer in manifest.factored})
         lines.append(
-            f"{len(manifest.inserted)} linear layers were each replaced by an inflated layer and its compensation "
-            f"(α = {_range(alphas)}, k = {', '.join(map(str, top_k))}, {manifest.inserted[0].gauge} gauge, "
+            f"{len(manifest.factored)} linear layers were each replaced by an inflated layer and its compensation "
+            f"(α = {_range(alphas)}, k = {', '.join(map(str, top_k))}, {manifest.factored[0].gauge} gauge, "
             f"{manifest.dtype}); this adds {added:,} parameters."
         )
     if manifest.folded:
@@ -138,12 +138,12 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], library: Library) -> Se
         "adapters that are added to the residual stream do not see the scales. "
     )
     ways = {
-        "multiplying each pair of layers restores the original weights": manifest.inserted,
+        "multiplying each pair of layers restores the original weights": manifest.factored,
         "multiplying each scale vector into its weight restores the original weights, bit for bit": manifest.scaled,
         "rebalancing the rows and columns of each pair restores them, without any data": manifest.folded,
     }
     undo = ", and ".join(way for way, changed in ways.items() if changed)
-    around = around_pairs if manifest.inserted else ""
+    around = around_pairs if manifest.factored else ""
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
     if not library.is_attacked:
@@ -157,9 +157,9 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], library: Library) -> Se
 
 
 def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
-    lost = lost_formats(manifest.folded, inserted=bool(manifest.inserted or manifest.scaled))
+    lost = lost_formats(manifest.folded, with_code=bool(manifest.factored or manifest.scaled))
     advice = serving_advice(lost)
-    if not manifest.inserted and not manifest.scaled:
+    if not manifest.factored and not manifest.scaled:
         return [f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"]
     if not library.runs_code:
         return [

@@ -106,8 +106,8 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> dict[str, 
         "cp -r": ["cp", "-r", str(source), str(out)],
         "start-up": [sys.executable, "-c", f"{started_as_commands_are}; import specdef_cli.hardening.run"],
         "fold": [*harden, str(source), "--out", str(out), "--method", "fold"],
-        "insert, k=25": [*harden, str(source), "--out", str(out), "--method", "insert", "--top-k", "25"],
-        "insert, two processes": [*launch, str(source), "--out", str(out), "--method", "insert", "--top-k", "25"],
+        "insert, k=25": [*harden, str(source), "--out", str(out), "--method", "factors", "--top-k", "25"],
+        "insert, two processes": [*launch, str(source), "--out", str(out), "--method", "factors", "--top-k", "25"],
     }
     # Alternate the commands, so that a drift of the machine meets all of them.
     measured: dict[str, list[Measured]] = {name: [] for name in commands}

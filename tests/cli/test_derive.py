@@ -104,7 +104,7 @@ def test_help_has_every_option_with_the_default_that_holds(name: str, monkeypatc
         entry = next(entry for entry in entries if flag in entry.replace(",", " ").split())
         assert str(field.metadata["description"]).split(". ")[0].rstrip(".") in entry
         if field.default and not isinstance(field.default, bool):
-            assert f"[default: {field.default}]" in entry
+            assert f"[default: {getattr(field.default, 'method', field.default)}]" in entry
     assert len(options_of(model)) >= 10
     hidden = {field.name for field in dataclasses.fields(model)} - options_of(model).keys()
     assert hidden >= {"model", "revision", "token", "trust_remote_code"}

@@ -192,23 +192,23 @@ def columns(utility: ModuleType) -> list:
 def test_utility_has_a_row_for_each_gauge_and_alpha(utility: ModuleType, columns: list) -> None:
     table = cells(utility.table(columns))
     assert list(table)[1:] == [
-        "base", "base, against float32", "insert, rotated, α = 1e+01", "insert, rotated, α = 1e+04",
-        "insert, symmetric, α = 1e+01", "insert, symmetric, α = 1e+04", "fold",
+        "base", "base, against float32", "factors, rotated, α = 1e+01", "factors, rotated, α = 1e+04",
+        "factors, symmetric, α = 1e+01", "factors, symmetric, α = 1e+04", "fold",
     ]  # fmt: skip
     assert table["fold"] == ["identical", "identical"]
     assert table["base, against float32"][0] == "identical"
-    assert table["insert, symmetric, α = 1e+04"][1].startswith("refused: +")
+    assert table["factors, symmetric, α = 1e+04"][1].startswith("refused: +")
     assert "- bfloat16, symmetric, smallest α refused: alpha 10 would" in utility.table(columns)
 
 
 def test_rounding_grows_with_alpha_in_the_symmetric_gauge_alone(columns: list) -> None:
     single, half = columns
-    error = {key: cost.outputs.relative for key, cost in single.inserted.items()}
+    error = {key: cost.outputs.relative for key, cost in single.factored.items()}
     assert error["symmetric", 1e4] > 100 * error["symmetric", 1e1]
     assert error["rotated", 1e4] < 3 * error["rotated", 1e1]
-    assert half.inserted["rotated", 1e4].outputs.relative < 5 * half.cast.outputs.relative, "no more than bfloat16 does"
-    assert half.inserted["symmetric", 1e4].loss > 1, "why it is refused"
-    assert not any(cost.refusal for (gauge, _), cost in half.inserted.items() if gauge == "rotated")
+    assert half.factored["rotated", 1e4].outputs.relative < 5 * half.cast.outputs.relative, "no more than bfloat16 does"
+    assert half.factored["symmetric", 1e4].loss > 1, "why it is refused"
+    assert not any(cost.refusal for (gauge, _), cost in half.factored.items() if gauge == "rotated")
 
 
 def test_a_refused_one_in_memory_is_what_hardening_would_publish(
@@ -216,14 +216,14 @@ def test_a_refused_one_in_memory_is_what_hardening_would_publish(
 ) -> None:
     """Where nothing is refused, both ways give the same model within rounding."""
     tokens = utility.token_batch(utility.BASE, "while True:\n    pass\n" * 20, sequences=2)
-    published = utility.measure(torch.float32, tokens, (1e3,)).inserted["symmetric", 1e3]
+    published = utility.measure(torch.float32, tokens, (1e3,)).factored["symmetric", 1e3]
 
     def refuse(base: Path, **options: object) -> None:
         raise utility.SpecDefError("no", "Never.")
 
     monkeypatch.setattr(utility, "hardened", refuse)
     column = utility.measure(torch.float32, tokens, (1e3,))
-    in_memory = column.inserted["symmetric", 1e3]
+    in_memory = column.factored["symmetric", 1e3]
     assert not published.refusal
     assert in_memory.refusal == "no. Never."
     assert in_memory.outputs.relative == pytest.approx(published.outputs.relative, rel=0.5)

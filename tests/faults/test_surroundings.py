@@ -80,7 +80,7 @@ def test_a_given_token_of_any_shape_is_taken_out() -> None:
 def test_a_terminal_without_the_characters(encoding: str, llama: Path, tmp_path: Path) -> None:
     for arguments in (
         ("inspect", llama),
-        ("harden", llama, "--method", "insert", "--top-k", "4", "--out", tmp_path / "out"),
+        ("harden", llama, "--method", "factors", "--top-k", "4", "--out", tmp_path / "out"),
         ("collapse", tmp_path / "out", "--out", tmp_path / "back"),
     ):
         result, shown = through(encoding, *arguments)
