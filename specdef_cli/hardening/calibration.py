@@ -287,6 +287,14 @@ def _whole_model(
     return model
 
 
+def read_text(path: Path) -> str:
+    """A text to calibrate with."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecDefError(f"--calibration {path} is not a text that can be read", "Give a file of UTF-8.") from error
+
+
 def default_text() -> str:
     """Source and prose that every Python has: some modules of the standard library, and what they say of themselves."""
     modules = (statistics, argparse, logging, textwrap)

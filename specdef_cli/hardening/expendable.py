@@ -11,12 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.checkpoint.manifest import FoldedPair
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.hardening.calibration import Activations
+from specdef_cli.hardening.fold import channel_norms, folded_pair, require_dtypes
+
+EXPONENT = 12
+"""What every pair gets, as far as float16 allows."""
 
 LARGEST = torch.finfo(torch.float16).max / 8
 """Of what passes through a raised channel: a factor of 8 stays for texts that calibration has not seen."""
@@ -34,12 +41,34 @@ class Raised:
     Attributes:
         channel: Of the pair.
         exponent: log2 of its factor.
-        given_up: Share of what the pair's consumers put out, as energy, that a format loses which loses the channel.
+        given_up: Share of what the pair's readers put out, as energy, that a format loses which loses the channel;
+            ``None`` where only the weights are known.
     """
 
     channel: int
     exponent: int
-    given_up: float
+    given_up: float | None
+
+
+def raise_pairs(
+    checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], activations: Activations | None, dtype: str | None
+) -> tuple[FoldedPair, ...]:
+    """Fold every pair in one direction, on the channel that can best be lost.
+
+    Args:
+        checkpoint: The base.
+        pairs: Its symmetric pairs.
+        activations: What a text makes of them; ``None`` chooses channels by the weights alone.
+        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
+    """
+    used = [pair for pair in pairs if pair.channels > 1]
+    require_dtypes(checkpoint, used, dtype)
+    found = [(pair, raise_one(pair, activations, EXPONENT, partial(channel_norms, checkpoint))) for pair in used]
+    return tuple(
+        folded_pair(pair, [raised.channel], [raised.exponent], raised.given_up)
+        for pair, raised in found
+        if raised is not None
+    )
 
 
 def raise_one(pair: SymmetricPair, activations: Activations | None, exponent: int, norms: NormsOf) -> Raised | None:
@@ -63,7 +92,7 @@ def raise_one(pair: SymmetricPair, activations: Activations | None, exponent: in
     if best < LOWEST_EXPONENT:
         return None
     channel = int(torch.where(allowed == best, costs, math.inf).argmin())
-    return Raised(channel, int(best), float(costs[channel] / costs.sum()))
+    return Raised(channel, int(best), None if activations is None else float(costs[channel] / costs.sum()))
 
 
 def energies(pair: SymmetricPair, activations: Activations | None, norms: NormsOf) -> Tensor:

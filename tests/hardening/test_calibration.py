@@ -20,7 +20,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening import calibration
 from specdef_cli.hardening.calibration import LENGTH, SEQUENCES, Activations, calibrate, default_text, drowned_energy
 from specdef_cli.hardening.expendable import LARGEST, energies, largest, raise_one
-from specdef_cli.hardening.fold import _channel_norms
+from specdef_cli.hardening.fold import channel_norms
 from specdef_cli.runtime import load_model
 from specdef_cli.runtime.tokens import token_batch
 from tests.tiny_families import write_case
@@ -189,7 +189,7 @@ def test_what_passes_through_a_raised_channel_stays_far_below_float16s_largest(
     checkpoint, pairs, activations = tiny
     for pair in pairs:
         for exponent in (4, 12, 20):
-            raised = raise_one(pair, activations, exponent, partial(_channel_norms, checkpoint))
+            raised = raise_one(pair, activations, exponent, partial(channel_norms, checkpoint))
             assert raised is not None
             passed = largest(pair, activations) * 2.0**raised.exponent
             assert passed[raised.channel] <= LARGEST
