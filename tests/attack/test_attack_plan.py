@@ -261,11 +261,11 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("constructions", "surely_folded", "undoing"),
     [
-        ({"inserted"}, False, ["collapse"]), ({"scaled"}, False, ["unscale"]), ({"folded"}, True, ["rebalance"]),
-        ({"folded", "scaled"}, True, ["rebalance"]), ({"folded", "inserted"}, True, ["rebalance"]),
+        ({"factored"}, False, ["collapse"]), ({"scaled"}, False, ["unscale"]), ({"folded"}, True, ["rebalance"]),
+        ({"folded", "scaled"}, True, ["rebalance"]), ({"folded", "factored"}, True, ["rebalance"]),
         # Of a model without a manifest, which may have no pairs at all.
         ({"folded", "scaled"}, False, ["unscale", "rebalance"]),
-        ({"folded", "inserted"}, False, ["collapse", "rebalance"]),
+        ({"folded", "factored"}, False, ["collapse", "rebalance"]),
     ],
 )  # fmt: skip
 def test_what_belongs_in_a_report_undoes_all_of_the_hardening(
