@@ -30,30 +30,33 @@ LARGEST = torch.finfo(torch.float16).max / 8
 
 LOWEST_EXPONENT = 1
 
+QUERIES = 4
+"""Channels that are raised where queries meet keys: those that carry most, as rows on both sides lose nothing."""
+
 NormsOf = Callable[[Side], Tensor]
 """The squared norm of each channel's slices on one side of a pair, shape [channels]."""
 
 
 @dataclass(frozen=True)
 class Raised:
-    """A channel that is raised.
+    """The channels of a pair that are raised.
 
     Attributes:
-        channel: Of the pair.
-        exponent: log2 of its factor.
-        given_up: Share of what the pair's readers put out, as energy, that a format loses which loses the channel;
+        channels: Of the pair.
+        exponents: log2 of their factors.
+        given_up: Share of what the pair's readers put out, as energy, that a format loses which loses the channels;
             ``None`` where only the weights are known.
     """
 
-    channel: int
-    exponent: int
+    channels: tuple[int, ...]
+    exponents: tuple[int, ...]
     given_up: float | None
 
 
 def raise_pairs(
     checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], activations: Activations | None, dtype: str | None
 ) -> tuple[FoldedPair, ...]:
-    """Fold every pair in one direction, on the channel that can best be lost.
+    """Fold every pair in one direction, on what can best be lost.
 
     Args:
         checkpoint: The base.
@@ -63,15 +66,15 @@ def raise_pairs(
     """
     used = [pair for pair in pairs if pair.channels > 1]
     require_dtypes(checkpoint, used, dtype)
-    found = [(pair, raise_one(pair, activations, EXPONENT, partial(channel_norms, checkpoint))) for pair in used]
+    found = [(pair, raise_pair(pair, activations, EXPONENT, partial(channel_norms, checkpoint))) for pair in used]
     return tuple(
-        folded_pair(pair, [raised.channel], [raised.exponent], raised.given_up)
+        folded_pair(pair, raised.channels, raised.exponents, raised.given_up)
         for pair, raised in found
         if raised is not None
     )
 
 
-def raise_one(pair: SymmetricPair, activations: Activations | None, exponent: int, norms: NormsOf) -> Raised | None:
+def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: int, norms: NormsOf) -> Raised | None:
     """Choose the channel whose loss costs least, of those that take 2^exponent; else of those that take most.
 
     Args:
@@ -91,8 +94,16 @@ def raise_one(pair: SymmetricPair, activations: Activations | None, exponent: in
     best = allowed.max()
     if best < LOWEST_EXPONENT:
         return None
-    channel = int(torch.where(allowed == best, costs, math.inf).argmin())
-    return Raised(channel, int(best), None if activations is None else float(costs[channel] / costs.sum()))
+    rows_alone = pair.kind == "query_key"
+    if rows_alone:
+        order = torch.where(allowed < LOWEST_EXPONENT, -math.inf, costs).argsort(descending=True, stable=True)
+        count = min(QUERIES, pair.channels - 1, int((allowed >= LOWEST_EXPONENT).sum()))
+        chosen = order[:count].tolist()
+    else:
+        chosen = [int(torch.where(allowed == best, costs, math.inf).argmin())]
+    lost = 0.0 if rows_alone else float(costs[chosen].sum() / costs.sum())
+    exponents = tuple(int(allowed[channel]) for channel in chosen)
+    return Raised(tuple(chosen), exponents, None if activations is None else lost)
 
 
 def energies(pair: SymmetricPair, activations: Activations | None, norms: NormsOf) -> Tensor:

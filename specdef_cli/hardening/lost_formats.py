@@ -71,12 +71,12 @@ def serving_advice(lost: Sequence[str]) -> str:
 
 def given_up(folded: Sequence[FoldedPair]) -> str:
     """What formats lose that round the smallest columns to zero, in a sentence; empty where nothing is known of it."""
-    shares = {pair.name: pair.given_up for pair in folded if pair.given_up is not None}
+    shares = {pair.name: pair.given_up for pair in folded if pair.given_up}
     if not shares:
         return ""
     worst = max(shares, key=lambda name: shares[name])
     return (
-        f"Quantized, it loses {len(shares)} channels, one of each pair: at most {shares[worst]:.2%} of what the pair's "
+        f"Quantized, it loses {len(shares)} channels, one a pair: at most {shares[worst]:.2%} of what the pair's "
         f"readers put out ({worst}), as energy."
     )
 

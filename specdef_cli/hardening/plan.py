@@ -206,7 +206,10 @@ def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, 
         folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
     reasons = tuple(note.reason for note in found.unpaired)
     if wanted.calibration == BY_WEIGHTS:
-        reasons = ("The weights alone chose the channels: in quantized formats and float16 that may cost nats.", *reasons)
+        reasons = (
+            "The weights alone chose the channels: quantized or in float16, that may cost nats.",
+            *reasons,
+        )
     if not folded:
         why = "".join(f"; {reason}" for reason in reasons[:1])
         raise SpecDefError(

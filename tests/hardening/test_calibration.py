@@ -19,7 +19,7 @@ from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening import calibration
 from specdef_cli.hardening.calibration import LENGTH, SEQUENCES, Activations, calibrate, default_text, drowned_energy
-from specdef_cli.hardening.expendable import LARGEST, energies, largest, raise_one
+from specdef_cli.hardening.expendable import LARGEST, energies, largest, raise_pair
 from specdef_cli.hardening.fold import channel_norms
 from specdef_cli.runtime import load_model
 from specdef_cli.runtime.tokens import token_batch
@@ -159,9 +159,10 @@ def test_the_energy_given_up_is_what_taking_the_channel_out_changes(
     pair = next(pair for pair in pairs if pair.kind == kind and ".2." in pair.name)
     costs = energies(pair, activations, no_norms)
     channel = int(costs.argsort()[len(costs) // 2])
-    raised = raise_one(pair, activations, 12, no_norms)
+    raised = raise_pair(pair, activations, 12, no_norms)
     assert raised is not None
-    changes = {channel: 0.0, raised.channel: 0.0}
+    (raised_channel,) = raised.channels
+    changes = {channel: 0.0, raised_channel: 0.0}
     readers = {side.tensor: side for side in pair.sides if side.power < 0}
 
     def take_out(name: str, module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
@@ -179,8 +180,8 @@ def test_the_energy_given_up_is_what_taking_the_channel_out_changes(
 
     run_whole(TINY_LLAMA, default_text(), hook)
     assert changes[channel] == pytest.approx(float(costs[channel]), rel=2e-2 if kind != "value_output" else 0.5)
-    assert raised.given_up == pytest.approx(float(costs[raised.channel] / costs.sum()))
-    assert costs[raised.channel] < costs[channel]
+    assert raised.given_up == pytest.approx(float(costs[raised_channel] / costs.sum()))
+    assert costs[raised_channel] < costs[channel]
 
 
 def test_what_passes_through_a_raised_channel_stays_far_below_float16s_largest(
@@ -189,12 +190,14 @@ def test_what_passes_through_a_raised_channel_stays_far_below_float16s_largest(
     checkpoint, pairs, activations = tiny
     for pair in pairs:
         for exponent in (4, 12, 20):
-            raised = raise_one(pair, activations, exponent, partial(channel_norms, checkpoint))
+            raised = raise_pair(pair, activations, exponent, partial(channel_norms, checkpoint))
             assert raised is not None
-            passed = largest(pair, activations) * 2.0**raised.exponent
-            assert passed[raised.channel] <= LARGEST
-            # Fewer steps only where every channel needs it.
-            assert raised.exponent == exponent or bool((2 * passed > LARGEST).all())
+            for channel, own in zip(raised.channels, raised.exponents, strict=True):
+                passed = largest(pair, activations) * 2.0**own
+                assert passed[channel] <= LARGEST
+                # Fewer steps only where this channel needs it, and of columns only where every one does.
+                full = 2 * passed > LARGEST
+                assert own == exponent or bool(full[channel] if pair.kind == "query_key" else full.all())
 
 
 def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
@@ -205,9 +208,9 @@ def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     checkpoint, skeleton, pairs = opened(directory)
     activations = calibrate(checkpoint, skeleton, pairs, TEXT)
-    first, second = [raise_one(pair, activations, 12, no_norms) for pair in pairs if pair.kind == "up_down"]
+    first, second = [raise_pair(pair, activations, 12, no_norms) for pair in pairs if pair.kind == "up_down"]
     assert first is not None
-    assert first.channel != 3
+    assert first.channels != (3,)
     assert second is None
 
 
