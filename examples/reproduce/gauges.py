@@ -75,11 +75,11 @@ def hardened(out: Path, top_k: int, exponents: Exponents) -> Path:
         plan = make_plan(*arguments)
         layers = len({layer.site.module.split(".")[2] for layer in plan.factored})
         alphas = (10**exponent for exponent in exponents(layers, len(plan.factored) // layers))
-        inserted = {
+        factored = {
             layer.site.module: replace(layer, alpha=alpha) for layer, alpha in zip(plan.factored, alphas, strict=True)
         }
-        groups = tuple(inserted[group.label].group() if group.label in inserted else group for group in plan.groups)
-        return replace(plan, inserted=tuple(inserted.values()), groups=groups)
+        groups = tuple(factored[group.label].group() if group.label in factored else group for group in plan.groups)
+        return replace(plan, factored=tuple(factored.values()), groups=groups)
 
     with patch("specdef_cli.hardening.run.make_plan", planned):
         harden(HardenOptions(str(MODEL), out, Factors(alpha=1e4, top_k=top_k, gauge="symmetric")))

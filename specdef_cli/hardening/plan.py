@@ -98,6 +98,8 @@ class HardeningPlan(Changes):
         config: The output's ``config.json``.
         notes: What was decided and why, for the user.
         unchanged: Parameters that stay as they are, the same name once for all blocks.
+        one_sided: Weights that a fold scales by row or by column alone, named likewise. They have no entry that two
+            factors hold back, so that training them alone is slowed least.
     """
 
     method: Method
@@ -107,6 +109,7 @@ class HardeningPlan(Changes):
     config: Mapping[str, Any]
     notes: tuple[str, ...]
     unchanged: tuple[str, ...] = ()
+    one_sided: tuple[str, ...] = ()
 
     @property
     def parameters_added(self) -> int:
@@ -150,6 +153,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     stored, multiplied = _stored(options.dtype), changes.multiplied
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in changes.factored}
     dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in multiplied}
+    one_sided = _one_sided(checkpoint, changes.folded)
     unchanged = _unchanged(skeleton, multiplied | {layer.site.tensor for layer in changes.factored})
     return HardeningPlan(
         **vars(changes),
@@ -158,8 +162,9 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
         groups=_groups(checkpoint, changes, options.dtype),
         config=shim_config(config, changes.layers) if changes.layers else config,
-        notes=(*_notes(checkpoint, changes, unchanged), *_strangers(checkpoint, skeleton)),
+        notes=(*_notes(checkpoint, changes, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
         unchanged=unchanged,
+        one_sided=one_sided,
     )
 
 
@@ -281,7 +286,9 @@ def _stored(dtype: str | None) -> str | None:
     return None if dtype is None else SAFETENSORS_DTYPES[DTYPES[dtype]]
 
 
-def _notes(checkpoint: Checkpoint, changes: Changes, unchanged: Sequence[str]) -> tuple[str, ...]:
+def _notes(
+    checkpoint: Checkpoint, changes: Changes, unchanged: Sequence[str], one_sided: Sequence[str]
+) -> tuple[str, ...]:
     """What was decided and why, for the user."""
     notes = [serving_advice(lost_formats(changes.folded, with_code=bool(changes.layers)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
@@ -290,6 +297,8 @@ def _notes(checkpoint: Checkpoint, changes: Changes, unchanged: Sequence[str]) -
     notes += changes.reasons
     if unchanged and not changes.factored:
         notes.append(f"Left as they are, and trained alone not slowed: {', '.join(unchanged)}.")
+    if one_sided:
+        notes.append(f"Scaled on one side only, and so slowed least when trained alone: {', '.join(one_sided)}.")
     left_out = checkpoint.companions.note()
     return (*notes, left_out) if left_out else tuple(notes)
 
@@ -311,10 +320,27 @@ def _strangers(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
     ]
 
 
+def within_block(name: str) -> str:
+    """A tensor's or module's name without the path to its block, so that all blocks count as one.
+
+    >>> within_block("model.layers.11.mlp.down_proj.weight")
+    'mlp.down_proj'
+    """
+    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
+
+
+def _one_sided(checkpoint: Checkpoint, folded: Sequence[FoldedPair]) -> tuple[str, ...]:
+    axes: dict[str, set[int]] = {}
+    for part in (part for pair in folded for part in pair.slices):
+        axes.setdefault(part.tensor, set()).add(part.axis)
+    matrices = (name for name, header in checkpoint.tensors.items() if len(header.shape) > 1)
+    return tuple(dict.fromkeys(within_block(name) for name in matrices if len(axes.get(name, ())) == 1))
+
+
 def _unchanged(skeleton: Skeleton, changed: set[str]) -> tuple[str, ...]:
     """The parameters that the plan does not change, the same name once for all blocks."""
     left = dict.fromkeys(
-        re.sub(r"^.*\.\d+\.", "", tensor).removesuffix(".weight")
+        within_block(tensor)
         for tensor, parameter in skeleton.names.parameters.items()
         if parameter in skeleton.parameters and tensor not in changed
     )

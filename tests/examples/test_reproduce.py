@@ -156,11 +156,11 @@ def test_every_defence_has_its_row(prior: ModuleType, rows: list) -> None:
     scale = prior.Capability(rows[0].before, rows[1].before)
     table = cells(prior.table(rows, scale))
     names = [
-        "none, prose never learned", "none", "noised", "unlearned", "unlearned, inserted",
-        "unlearned, inserted, collapsed", "unlearned, folded", "unlearned, folded, rebalanced",
+        "none, prose never learned", "none", "noised", "unlearned", "unlearned, factors",
+        "unlearned, factors, collapsed", "unlearned, folded", "unlearned, folded, rebalanced",
     ]  # fmt: skip
     assert list(table)[1:] == names
-    code, before, *reached, best, of_control = table["unlearned, inserted, collapsed"]
+    code, before, *reached, best, of_control = table["unlearned, factors, collapsed"]
     assert [cell == "–" for cell in reached] == [True, False, True, True], "one rate was tried"
     assert best == f"{reached[1]} at 1e-03"
     assert of_control == "100%"
@@ -170,10 +170,10 @@ def test_every_defence_has_its_row(prior: ModuleType, rows: list) -> None:
 
 @pytest.mark.slow
 def test_what_each_step_is_for(rows: list) -> None:
-    never, capable, noised, unlearned, inserted, collapsed, folded, rebalanced = rows
+    never, capable, noised, unlearned, factors, collapsed, folded, rebalanced = rows
     assert capable.before < never.before - 0.1, "the prose was learned"
     assert min(noised.before, unlearned.before) > capable.before + 0.05, "and removed"
-    assert inserted.before == pytest.approx(unlearned.before, abs=1e-4), "hardening removes nothing"
+    assert factors.before == pytest.approx(unlearned.before, abs=1e-4), "hardening removes nothing"
     assert folded.before == unlearned.before
     assert folded.attack.best > unlearned.attack.best + 0.05, "but slows"
     for informed in (collapsed, rebalanced):

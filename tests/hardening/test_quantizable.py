@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
-from specdef_cli.certify.deployment.quantizers import four_bit, int8_rows
-from specdef_cli.certify.deployment.trial import mean_loss
+from specdef_cli.certify.formats import FORMATS, measure_format
+from specdef_cli.certify.trial import Trial
 from specdef_cli.checkpoint.manifest import Manifest, read_manifest
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.calibration import default_text
 from specdef_cli.hardening.options import Fold, HardenOptions
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
 from specdef_cli.runtime.tokens import token_batch
 from tests.commands import assert_refused, call_cli
 
@@ -58,28 +56,23 @@ def test_the_notes_and_the_card_say_what_is_given_up(hardened: tuple[Path, str],
         assert "float16 weights" not in text
 
 
-def losses(directory: Path, tokens: Tensor) -> dict[str, float]:
-    """In float16, and with weights that were rounded as bitsandbytes rounds them."""
-    found = {"float16": mean_loss(load_model(directory, dtype=torch.float16), tokens)}
-    for name, rounded in (("int8", int8_rows), ("nf4", lambda weight: four_bit(weight, kind="nf4"))):
-        model = load_model(directory, dtype=torch.float32)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
-                module.weight.data = rounded(module.weight.data)
-        found[name] = mean_loss(model, tokens)
-    return found
+def losses(directory: Path, tokens: Tensor, scratch: Path) -> dict[str, float]:
+    """In float16 and in what bitsandbytes makes of it."""
+    trial = Trial(directory, TINY_LLAMA, scratch, tokens)
+    found = {name: measure_format(trial, FORMATS[name]) for name in ("float16", "llm-int8", "nf4")}
+    return {name: math.nan if outcome.value is None else outcome.value for name, outcome in found.items()}
 
 
-def test_float16_and_4_bits_cost_what_they_cost_the_base(hardened: tuple[Path, str], tmp_path: Path) -> None:
-    """On text that calibration has not seen, and of another kind; today's default is not finite in float16."""
+def test_float16_8_and_4_bits_cost_what_they_cost_the_base(hardened: tuple[Path, str], tmp_path: Path) -> None:
+    """On text that calibration has not seen, and of another kind; today's default is lost there."""
+    pytest.importorskip("bitsandbytes")
     prose = (TINY_LLAMA.parent / "train.py").read_text(encoding="utf-8")
     tokens = token_batch(TINY_LLAMA, prose, sequences=8, length=128)
-    assert prose[:200] not in default_text()
-    base, fold = losses(TINY_LLAMA, tokens), losses(hardened[0], tokens)
+    base, fold = (losses(directory, tokens, tmp_path) for directory in (TINY_LLAMA, hardened[0]))
     for name, loss in base.items():
         assert fold[name] == pytest.approx(loss, abs=0.02), name
     harden(HardenOptions(str(TINY_LLAMA), tmp_path / "default", verify=False))
-    default = losses(tmp_path / "default", tokens)
+    default = losses(tmp_path / "default", tokens, tmp_path)
     assert all(not loss < base[name] + 0.5 for name, loss in default.items())
 
 

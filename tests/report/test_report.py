@@ -79,7 +79,7 @@ def report() -> AttackReport:
     return AttackReport(
         model=f"hardened/{NASTY}",
         control="base",
-        hardening=Hardening("factors", 1e4, 8, "rotated", 2),
+        hardening=Hardening("factors", 1e4, 8, "rotated", factored=2, folded=21),
         data=DataSummary(NASTY, 100, 10, "f"),
         runs=(
             run("control", [3.0, 2.0, 1.0]),
@@ -309,6 +309,7 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     assert page.fetched
     assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
     assert NASTY in page.text  # shown as it is
+    assert "folded pairs: 21, layers in factors: 2" in page.text
     assert "secure" not in page.text.lower()
     assert not re.search(r"url\(|@import|\{\{|\{%", html)
     # 4 attacks in two tables and 5 runs, with a head each; the curves and the growth

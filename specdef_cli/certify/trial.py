@@ -39,7 +39,6 @@ class Trial:
             it belongs to this checkpoint and these tokens alone.
         tokens: int64, shape [sequences, length]; ``None`` for what is no language model.
         device: Where to run; by default the CPU.
-        trust_remote_code: Whether code that comes with the directories may run.
     """
 
     directory: Path
@@ -61,11 +60,7 @@ class Trial:
             yield model
 
     def required_tokens(self) -> Tensor:
-        """The tokens.
-
-        Raises:
-            NotApplicableError: There are none.
-        """
+        """The tokens; raises :class:`NotApplicableError` where there are none."""
         if self.tokens is None:
             raise NotApplicableError("only causal language models are measured")
         return self.tokens
