@@ -75,11 +75,7 @@ class SpectrumFigures:
 def measure_spectrum(
     base: Checkpoint, hardened: Checkpoint, manifest: Manifest, on_tensor: Callable[[str], None] = lambda _: None
 ) -> SpectrumFigures:
-    """Check every changed tensor, one in memory at a time.
-
-    Raises:
-        SpecDefError: A tensor is missing, or has another shape.
-    """
+    """Check every changed tensor, one in memory at a time."""
     require_as_described(hardened, manifest)
     layers = []
     for layer in manifest.factored:

@@ -106,7 +106,7 @@ def survey_summary(found: Survey) -> Group:
 
 def by_name(layers: Sequence[LayerSurvey]) -> dict[str, list[LayerSurvey]]:
     """Layers by their name within a block, in order."""
-    from specdef_cli.hardening.outlook import within_block
+    from specdef_cli.hardening.plan import within_block
 
     found: dict[str, list[LayerSurvey]] = {}
     for layer in layers:

@@ -13,18 +13,25 @@ from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.extras import INSTALLATION
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
-from specdef_cli.hardening.lost_formats import lost_formats, serving_advice
+from specdef_cli.hardening.lost_formats import given_up, lost_formats, serving_advice
 
 HEADING = "## SpecDef"
 
 
-def hardened_card(base_card: str, manifest: Manifest, unchanged: Sequence[str], library: Library = TRANSFORMERS) -> str:
+def hardened_card(
+    base_card: str,
+    manifest: Manifest,
+    unchanged: Sequence[str],
+    one_sided: Sequence[str] = (),
+    library: Library = TRANSFORMERS,
+) -> str:
     """The card's text.
 
     Args:
         base_card: ``README.md`` of the base; may be empty.
         manifest: What was done.
         unchanged: Parameters that were not changed, the same name once for all blocks.
+        one_sided: Weights that were scaled by row or by column alone, named likewise.
         library: Who loads it.
     """
     card = _parse(base_card)
@@ -32,7 +39,7 @@ def hardened_card(base_card: str, manifest: Manifest, unchanged: Sequence[str], 
     front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
     body = card.text.split(f"\n{HEADING}")[0].strip()
     body = body or f"# {manifest.base.hub_name or 'Hardened model'}"
-    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, unchanged, library)}\n"
+    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, unchanged, one_sided, library)}\n"
 
 
 def collapsed_card(card: str, manifest: Manifest) -> str:
@@ -57,9 +64,9 @@ def _repository_card(card: str) -> RepoCard:
     return RepoCard(front + card, ignore_metadata_errors=True)
 
 
-def section(manifest: Manifest, unchanged: Sequence[str], library: Library) -> str:
+def section(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> str:
     """The section on SpecDef: what was changed, what it costs, what it does not resist."""
-    parts = (_changes(manifest), _limit(manifest, unchanged, library), _loading(manifest, library))
+    parts = (_changes(manifest), _limit(manifest, unchanged, one_sided, library), _loading(manifest, library))
     return "\n\n".join((HEADING, *("\n".join(lines) for lines in parts)))
 
 
@@ -89,6 +96,7 @@ def _changes(manifest: Manifest) -> Sequence[str]:
             f"existing weights were rescaled by powers of two ({_range(exponents, '2^')}, {manifest.profile} profile), "
             "which adds no parameter."
         )
+        lines += [loss] if (loss := given_up(manifest.folded)) else []
     if manifest.scaled:
         exponents = sorted(
             abs(exponent)
@@ -128,7 +136,7 @@ def _agreement(manifest: Manifest, origin: str) -> str:
     )
 
 
-def _limit(manifest: Manifest, unchanged: Sequence[str], library: Library) -> Sequence[str]:
+def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> Sequence[str]:
     around_pairs = (
         "Growing the model around the changed layers, freezing the compensation, or sweeping the learning rate "
         "downwards also restores fast fine-tuning (the paper proves a linear cost in model size). "
@@ -150,6 +158,8 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], library: Library) -> Se
         unchanged = (*unchanged, "convolutions")  # no construction reaches them
         measure = "No attack was measured on this very checkpoint."
     free = f"Trained alone as fast as before: {', '.join(unchanged)}. " if unchanged else ""
+    if one_sided:
+        free += f"Slowed least when trained alone, as one side of them is scaled: {', '.join(one_sided)}. "
     return [
         f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo} (`specdef collapse` "
         f"does it). {around}{free}This raises the cost of unmodified recipes and nothing more. {measure}"

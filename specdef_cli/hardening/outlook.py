@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
-from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan
+from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan, within_block
 from specdef_cli.hardening.soundness import require_hardenable
 from specdef_cli.hardening.verify import require_comparable
 
@@ -134,12 +133,3 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
         lost=lost_formats(plan.folded, with_code=bool(plan.layers)),
         notes=plan.notes,
     )
-
-
-def within_block(name: str) -> str:
-    """A tensor's or module's name without the path to its block, so that all blocks count as one.
-
-    >>> within_block("model.layers.11.mlp.down_proj.weight")
-    'mlp.down_proj'
-    """
-    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +26,12 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
+from specdef_cli.hardening.expendable import raise_pairs
 from specdef_cli.hardening.factors import FactorLayer, factor_layers
-from specdef_cli.hardening.fold import PROFILES, fold_groups, fold_pairs
-from specdef_cli.hardening.lost_formats import SCALED_LOADERS, lost_formats, serving_advice
-from specdef_cli.hardening.options import Factors, Fold, HardenOptions
+from specdef_cli.hardening.fold import fold_groups, fold_pairs
+from specdef_cli.hardening.lost_formats import SCALED_LOADERS, given_up, lost_formats, serving_advice
+from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
 from specdef_cli.hardening.soundness import require_whole
 from specdef_cli.hardening.verify import require_comparable
@@ -95,6 +98,8 @@ class HardeningPlan(Changes):
         config: The output's ``config.json``.
         notes: What was decided and why, for the user.
         unchanged: Parameters that stay as they are, the same name once for all blocks.
+        one_sided: Weights that a fold scales by row or by column alone, named likewise. They have no entry that two
+            factors hold back, so that training them alone is slowed least.
     """
 
     method: Method
@@ -104,6 +109,7 @@ class HardeningPlan(Changes):
     config: Mapping[str, Any]
     notes: tuple[str, ...]
     unchanged: tuple[str, ...] = ()
+    one_sided: tuple[str, ...] = ()
 
     @property
     def parameters_added(self) -> int:
@@ -147,6 +153,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     stored, multiplied = _stored(options.dtype), changes.multiplied
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in changes.factored}
     dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in multiplied}
+    one_sided = _one_sided(checkpoint, changes.folded)
     unchanged = _unchanged(skeleton, multiplied | {layer.site.tensor for layer in changes.factored})
     return HardeningPlan(
         **vars(changes),
@@ -155,8 +162,9 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
         groups=_groups(checkpoint, changes, options.dtype),
         config=shim_config(config, changes.layers) if changes.layers else config,
-        notes=(*_notes(checkpoint, changes, unchanged), *_strangers(checkpoint, skeleton)),
+        notes=(*_notes(checkpoint, changes, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
         unchanged=unchanged,
+        one_sided=one_sided,
     )
 
 
@@ -195,9 +203,18 @@ def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, 
     pairs: tuple[SymmetricPair, ...] = ()
     if found.pairs:
         pairs = _select(found.pairs, lambda pair: _pair_names(pair, skeleton.names), options)
-    folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
-    kinds = (None, *PROFILES[wanted.profile].kinds)
-    reasons = tuple(note.reason for note in found.unpaired if note.kind in kinds)
+    folded: tuple[FoldedPair, ...]
+    if wanted.profile == "quantizable":
+        activations = _activations(checkpoint, skeleton, pairs, options, wanted.calibration) if pairs else None
+        folded = raise_pairs(checkpoint, pairs, activations, _stored(options.dtype))
+    else:
+        folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
+    reasons = tuple(note.reason for note in found.unpaired)
+    if wanted.calibration == BY_WEIGHTS:
+        reasons = (
+            "The weights alone chose the channels: quantized or in float16, that may cost nats.",
+            *reasons,
+        )
     if not folded:
         why = "".join(f"; {reason}" for reason in reasons[:1])
         raise SpecDefError(
@@ -205,6 +222,21 @@ def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, 
             "Use --method scale" + (", or other --layers and --exclude." if found.pairs else "."),
         )
     return Changes(folded=folded, reasons=reasons)
+
+
+def _activations(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    pairs: Sequence[SymmetricPair],
+    options: HardenOptions,
+    calibration: str | None,
+) -> Activations | None:
+    """What passes through the pairs on the text that was asked for."""
+    if calibration == BY_WEIGHTS:
+        return None
+    text = default_text() if calibration is None else read_text(Path(calibration))
+    trust = options.trust_remote_code
+    return calibrate(checkpoint, skeleton, pairs, text, device=options.device, trust_remote_code=trust)
 
 
 def _select(
@@ -254,14 +286,19 @@ def _stored(dtype: str | None) -> str | None:
     return None if dtype is None else SAFETENSORS_DTYPES[DTYPES[dtype]]
 
 
-def _notes(checkpoint: Checkpoint, changes: Changes, unchanged: Sequence[str]) -> tuple[str, ...]:
+def _notes(
+    checkpoint: Checkpoint, changes: Changes, unchanged: Sequence[str], one_sided: Sequence[str]
+) -> tuple[str, ...]:
     """What was decided and why, for the user."""
     notes = [serving_advice(lost_formats(changes.folded, with_code=bool(changes.layers)))]
+    notes += [loss] if (loss := given_up(changes.folded)) else []
     if changes.scaled and checkpoint.library.runs_code:
         notes.append(SCALED_LOADERS)
     notes += changes.reasons
     if unchanged and not changes.factored:
         notes.append(f"Left as they are, and trained alone not slowed: {', '.join(unchanged)}.")
+    if one_sided:
+        notes.append(f"Scaled on one side only, and so slowed least when trained alone: {', '.join(one_sided)}.")
     left_out = checkpoint.companions.note()
     return (*notes, left_out) if left_out else tuple(notes)
 
@@ -283,10 +320,27 @@ def _strangers(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
     ]
 
 
+def within_block(name: str) -> str:
+    """A tensor's or module's name without the path to its block, so that all blocks count as one.
+
+    >>> within_block("model.layers.11.mlp.down_proj.weight")
+    'mlp.down_proj'
+    """
+    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
+
+
+def _one_sided(checkpoint: Checkpoint, folded: Sequence[FoldedPair]) -> tuple[str, ...]:
+    axes: dict[str, set[int]] = {}
+    for part in (part for pair in folded for part in pair.slices):
+        axes.setdefault(part.tensor, set()).add(part.axis)
+    matrices = (name for name, header in checkpoint.tensors.items() if len(header.shape) > 1)
+    return tuple(dict.fromkeys(within_block(name) for name in matrices if len(axes.get(name, ())) == 1))
+
+
 def _unchanged(skeleton: Skeleton, changed: set[str]) -> tuple[str, ...]:
     """The parameters that the plan does not change, the same name once for all blocks."""
     left = dict.fromkeys(
-        re.sub(r"^.*\.\d+\.", "", tensor).removesuffix(".weight")
+        within_block(tensor)
         for tensor, parameter in skeleton.names.parameters.items()
         if parameter in skeleton.parameters and tensor not in changed
     )

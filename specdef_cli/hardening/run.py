@@ -216,4 +216,4 @@ def _describe(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manifest, w
     write_durably(work / MANIFEST_NAME, manifest.to_json())
     base_card = checkpoint.directory / "README.md"
     text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else ""
-    write_durably(work / "README.md", hardened_card(text, manifest, plan.unchanged, checkpoint.library))
+    write_durably(work / "README.md", hardened_card(text, manifest, plan.unchanged, plan.one_sided, checkpoint.library))
