@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +14,8 @@ from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import work_alone_if_stale
 
-CHOICES = ("optimizers", "learning_rates", "search")
-"""Options that say, beside variants and trainings, which attacks to run."""
+CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
+"""Options that say which attacks to run."""
 
 
 @takes(AttackOptions)
@@ -25,52 +26,28 @@ def attack_command(
     suite: Annotated[
         str | None, typer.Option(help="A set of attacks: quick, standard, full, or a TOML file like theirs.")
     ] = None,
-    lora_targets: Annotated[
-        list[str] | None, typer.Option(help="Modules that get adapters (repeatable).", show_default="all linears")
-    ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters.", show_default="16")] = None,
-    train: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Train only these parameters (repeatable).")
-    ] = None,
     expand: Annotated[
-        str | None, typer.Option(metavar="2x", help="Attack also a model whose hardened layers grew this much.")
+        str | None, typer.Option(metavar="2x", help="Attack also a model that grew this much: --variant width:2.")
     ] = None,
-    expansion: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="width: a parallel path. depth: the paper's Theorem 8. inject: an identity layer (repeatable).",
-            show_default="width, with --expand",
-        ),
-    ] = None,
-    freeze_compensation: Annotated[
-        bool, typer.Option("--freeze-compensation", help="Attack also with the compensation frozen.")
-    ] = False,
-    channel_rates: Annotated[
-        bool, typer.Option("--channel-rates", help="Attack also with a learning rate for every row and column.")
-    ] = False,
-    collapse: Annotated[
-        bool, typer.Option("--collapse", help="Attack the collapsed model with every recipe, not only the first.")
-    ] = False,
-    rebalance: Annotated[
-        bool, typer.Option("--rebalance", help="The same for the rebalanced model: what undoes a fold.")
-    ] = False,
     seeds: Annotated[int | None, typer.Option(help="Runs of each attack, with seeds 0, 1, …", show_default="1")] = None,
     time_limit: Annotated[
         str | None,
         typer.Option(
             metavar="45m",
-            help="Choose a budget with which a verdict stands within this time, run the most telling attacks first, "
-            "and stop then.",
+            help="Stop then: with smaller runs of a large model, and the most telling attacks first.",
         ),
     ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
             metavar="CONDITION",
-            help="Exit with 1 if any attack that knows nothing of the construction meets this, e.g. "
-            "'steps_to_control<500' (repeatable).",
+            help="Exit with 1 if any attack that knows nothing of the construction meets this, or was not measured, "
+            "e.g. 'steps_to_control<500' (repeatable).",
         ),
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write what was found into the model card, as `specdef certify` does.")
+    ] = False,
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -102,7 +79,6 @@ def attack_command(
     require_extra("attack", "attacks")
     # Before torch is imported, which takes longer than everything that can be wrong here.
     from specdef_cli.attack.presence import require_data
-    from specdef_cli.attack.spellings import trainings_of, variants_of
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
     from specdef_cli.attack.tracking import require_trackers
     from specdef_cli.checkpoint.destination import writable_ancestor
@@ -112,16 +88,11 @@ def attack_command(
 
     limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
     conditions = [Condition.parse(text) for text in fail_if or []]
-    flags = {
-        "collapse": collapse, "rebalance": rebalance, "channel-rates": channel_rates,
-        "freeze-compensation": freeze_compensation,
-    }  # fmt: skip
-    named = [name for name, wanted in flags.items() if wanted]
     if seeds is not None:
         given["seeds"] = seeds_of(seeds)
-    variants = variants_of(given.pop("variants", ()), expand=expand, expansions=expansion or (), flags=named)
-    trainings = trainings_of(given.pop("trainings", ()), globs=train or (), targets=lora_targets or (), rank=lora_rank)
-    if limit is not None and suite is None and not (variants or trainings or given.keys() & CHOICES):
+    if expand is not None:
+        given["variants"] = (*given.get("variants", ()), f"width:{expand}")
+    if limit is not None and suite is None and not given.keys() & CHOICES:
         suite = "quick"  # what walks through where anything does, and what everybody tries
     chosen = load_suite(suite) if suite is not None else None
     budget = {**(chosen.budget if chosen else {}), **given}
@@ -133,8 +104,6 @@ def attack_command(
         **budget,
         model=model,
         suite=chosen,
-        variants=variants,
-        trainings=trainings,
         free=tuple(name for name in BUDGET if name != "seeds" and name not in kept),
         time_limit=limit,
         manifest=manifest,
@@ -143,6 +112,10 @@ def attack_command(
         trust_remote_code=trust_remote_code,
     )
     require_models(model, given.get("control"), "--control", manifest)
+    if card:
+        from specdef_cli.checkpoint.presence import require_card
+
+        require_card(model)
     require_data(options.dataset)
     if options.retained != NO_RETAINED:
         require_data(options.retained)
@@ -172,6 +145,11 @@ def attack_command(
     written = write_report(report, options.out)
     if not is_main_process():
         return
+    if card:
+        from specdef_cli.attack.presence import REPORT_NAME
+        from specdef_cli.certify.card import attacks_on_card
+
+        attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
@@ -182,8 +160,8 @@ def attack_command(
     table = runs_table(report) if verbose else attacks_table(report)
     output.data(report_dict(report), Group(verdict, table, *sentences), written=written[0])
     output.note(f"report: {written[0]}")
-    met = [(condition, finding) for condition in conditions for finding in condition.met_by(report)]
-    for condition, finding in met:
-        output.note(f"failed: {finding.attack.label} meets {condition.text}")
-    if met:
+    failures = dict.fromkeys(line for condition in conditions for line in condition.failures(report))
+    for line in failures:
+        output.note(f"failed: {line}")
+    if failures:
         raise typer.Exit(1)

@@ -25,7 +25,7 @@ from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import VARIANTS, Variant, VariantChoice
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
@@ -58,7 +58,7 @@ def hardened(base: Path, harden_directory: Callable[..., Path]) -> Path:
 def scaled(base: Path) -> Path:
     """Hardened by scale vectors."""
     directory = base.parent / "scaled"
-    assert harden(HardenOptions(str(base), directory, method="insert", verify=False)) is not None
+    assert harden(HardenOptions(str(base), directory, Scale(), verify=False)) is not None
     return directory
 
 
@@ -100,7 +100,7 @@ def test_every_variant_keeps_the_function_and_leaves_something_to_train(
     assert trained_names(model)
     assert (growth is None) == (name == "plain")
     if growth is not None:
-        assert growth.layers >= (4 if VARIANTS[name].needs == "inserted" else 0)
+        assert growth.layers >= (4 if VARIANTS[name].needs == "factored" else 0)
         added = sum(parameter.numel() for parameter in model.parameters()) - parameters
         assert growth.parameters_added == added
         assert (growth.parameters_added > 0) == (VARIANTS[name].knowledge == "growth")
@@ -170,12 +170,6 @@ def test_a_step_moves_what_trains_and_nothing_else(name: str, base: Path, harden
     assert moved <= names
 
 
-def test_biases_are_what_bitfit_means(base: Path, hardened: Path) -> None:
-    (training,) = Training("bitfit").on(target_of(base, hardened))
-    assert str(training) == "full@*bias"
-    assert training.label == "BitFit (biases)"
-
-
 FACTORS = st.one_of(st.integers(2, 10**6), st.floats(1.01, 1e9))
 
 
@@ -217,7 +211,7 @@ def test_a_training_is_read_as_it_is_written(name: str, size: int, where: list[s
         (Training.parse, "lora:0", "0"),
         (Training.parse, "lora:many", "'many'"),
         (Training.parse, "full:3", "full"),
-        (Training.parse, "bitfit@x", "bitfit"),
+        (Training.parse, "last-half@x", "last-half"),
         (Training.parse, "lora@", "lora"),
         (Training.parse, "lora@q_proj,,v_proj", "q_proj,,v_proj"),
         (OPTIMIZERS.choose, "adamm", "'adamm'"),

@@ -239,7 +239,7 @@ def test_of_three_processes_one_holds_the_lock(tmp_path: Path) -> None:
     found = [findings.get(timeout=30) for _ in processes]
     for process in processes:
         process.join()
-    assert all(held for held, _ in found)
+    assert sum(held for held, _ in found) > 10
     assert [shared for _, shared in found] == [0, 0, 0]
     assert list(tmp_path.iterdir()) == []
 

@@ -18,8 +18,7 @@ from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_met
 from tests.commands import assert_refused, call_cli
 
 MANIFEST = Manifest(
-    format=1, specdef_version="1", method="fold", base=BaseCheckpoint("name"), dtype="float32", seed=0,
-    schedule="constant",
+    format=2, specdef_version="1", method="fold", base=BaseCheckpoint("name"), dtype="float32", seed=0,
 )  # fmt: skip
 
 

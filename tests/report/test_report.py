@@ -24,11 +24,11 @@ from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
-from specdef_cli.report.document import ReportDocument
+from specdef_cli.report.document import ReportDocument, report_document, report_json
 from specdef_cli.report.findings import outcome_words, rate, size
 from specdef_cli.report.html import report_html
 from specdef_cli.report.matrix import coverage_matrix
-from specdef_cli.report.serialize import CURVE_COLUMNS, curves_csv, report_document, report_json
+from specdef_cli.report.write import CURVE_COLUMNS, curves_csv
 from specdef_cli.schemas import SCHEMA_FILES
 
 SCHEMA = json.loads(SCHEMA_FILES["report.json"].read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def report() -> AttackReport:
     return AttackReport(
         model=f"hardened/{NASTY}",
         control="base",
-        hardening=Hardening("insert", 1e4, 8, "rotated", 2),
+        hardening=Hardening("factors", 1e4, 8, "rotated", factored=2, folded=21),
         data=DataSummary(NASTY, 100, 10, "f"),
         runs=(
             run("control", [3.0, 2.0, 1.0]),
@@ -256,7 +256,7 @@ def test_later_keys_break_no_consumer_and_missing_ones_do(report: AttackReport) 
         place = dict(objects(data))[path]
         place["a_later_key"] = 1
         assert validator.is_valid(data), path
-        assert ReportDocument.model_validate(data) == document
+        assert ReportDocument.model_validate(data).model_dump() == document.model_dump()
         for key in [key for key in place if key != "a_later_key"]:
             value = place.pop(key)
             assert not validator.is_valid(data), (path, key)
@@ -309,6 +309,7 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     assert page.fetched
     assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
     assert NASTY in page.text  # shown as it is
+    assert "folded pairs: 21, layers in factors: 2" in page.text
     assert "secure" not in page.text.lower()
     assert not re.search(r"url\(|@import|\{\{|\{%", html)
     # 4 attacks in two tables and 5 runs, with a head each; the curves and the growth
