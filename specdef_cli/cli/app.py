@@ -26,7 +26,7 @@ from specdef_cli.cli.push import push_command
 from specdef_cli.cli.startup import require_surroundings
 from specdef_cli.cli.streams import safe_streams
 from specdef_cli.cli.verify_certificate import verify_certificate_command
-from specdef_cli.errors import SpecDefError, first_line, is_out_of_memory, printable
+from specdef_cli.errors import SpecDefError, WrongUsage, first_line, is_out_of_memory, printable
 from specdef_cli.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -82,7 +82,7 @@ def main() -> None:
             app()
         except (SpecDefError, OSError) as error:
             _say_failed(error if isinstance(error, SpecDefError) else _system_failure(error))
-            sys.exit(1)
+            sys.exit(2 if isinstance(error, WrongUsage) else 1)
         except KeyboardInterrupt:
             _say_interrupted()
             sys.exit(INTERRUPTED)
