@@ -27,7 +27,7 @@ from specdef_cli.hardening.insert import InsertLayer
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS, lost_formats, serving_advice
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.scale import scaled_groups, scaled_spec
-from specdef_cli.hardening.soundness import require_whole
+from specdef_cli.hardening.soundness import require_code_allows, require_whole
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, shim_config
 from specdef_cli.spectral.limits import check_alpha
@@ -125,8 +125,9 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     if options.dtype is not None and options.dtype not in DTYPES:
         raise SpecDefError(f"dtype {options.dtype!r} is not known", f"Use one of {', '.join(DTYPES)}.")
     require_whole(skeleton, checkpoint)
+    require_code_allows(skeleton, verify=options.verify, adds_code=options.method == "insert" or options.allow_code)
     if options.verify:
-        require_comparable(skeleton.model)
+        require_comparable(skeleton)
     stored = SAFETENSORS_DTYPES[DTYPES[options.dtype]] if options.dtype else None
     chosen = choose(checkpoint, skeleton, options, stored)
     inserted = tuple(_insert_layer(checkpoint, site, options, skeleton.config) for site in chosen.sites)

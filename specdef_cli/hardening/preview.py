@@ -66,7 +66,7 @@ def preview(
     Raises:
         SpecDefError: As :func:`harden`, but for the output directory and the comparison with the base.
     """
-    with open_model(options, on_download) as (_, checkpoint, plan):
+    with open_model(options, on_download) as (_, checkpoint, plan, _):
         on_plan(plan)
         return _preview(checkpoint, plan, options, on_progress)
 

@@ -25,6 +25,7 @@ from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.execute import Written, published, write_json
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
+from specdef_cli.hardening.rehearsal import rehearse
 from specdef_cli.hardening.soundness import require_attention, require_hardenable, require_loadable
 from specdef_cli.hardening.verify import verify
 from specdef_cli.runtime.processes import process_state
@@ -54,8 +55,10 @@ class HardenResult:
 @contextmanager
 def open_model(
     options: HardenOptions, on_download: DownloadHook | None = None
-) -> Iterator[tuple[Resolved, Checkpoint, HardeningPlan]]:
-    """Find the model, read its headers, decide what to change; weights may arrive while the block runs.
+) -> Iterator[tuple[Resolved, Checkpoint, HardeningPlan, Any]]:
+    """Find the model, read its headers, decide what to change, and load the result without its numbers.
+
+    Weights may arrive while the block runs.
 
     Raises:
         SpecDefError: As :func:`resolving`, :func:`open_checkpoint` and :func:`make_plan`.
@@ -71,7 +74,9 @@ def open_model(
         require_hardenable(checkpoint)
         skeleton = Skeleton.read(checkpoint, trust_remote_code=options.trust_remote_code)
         require_attention(skeleton)
-        yield resolved, checkpoint, make_plan(checkpoint, skeleton, options)
+        plan = make_plan(checkpoint, skeleton, options)
+        model = rehearse(checkpoint, skeleton, plan, trust_remote_code=options.trust_remote_code)
+        yield resolved, checkpoint, plan, model
 
 
 def harden(
@@ -97,7 +102,7 @@ def harden(
     """
     if options.manifest_out is not None:
         require_manifest_place(options.manifest_out, options.out, options.model)
-    with open_model(options, on_download) as (resolved, checkpoint, plan):
+    with open_model(options, on_download) as (resolved, checkpoint, plan, _):
         on_plan(plan)
         with published(
             checkpoint,

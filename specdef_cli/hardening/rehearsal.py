@@ -1,0 +1,60 @@
+"""The result without its numbers, loaded and run before a weight is read: what cannot be loaded is said before the work."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.architectures.trial import try_out
+from specdef_cli.checkpoint.companions import carry_over
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.shards import plan_shards, shard_header
+from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.hardening.execute import write_json
+from specdef_cli.hardening.plan import HardeningPlan
+from specdef_cli.hardening.soundness import load_without_weights
+from specdef_cli.runtime.shim import SHIM_SOURCE
+
+
+def rehearse(checkpoint: Checkpoint, skeleton: Skeleton, plan: HardeningPlan, *, trust_remote_code: bool) -> Any:
+    """Load what a plan would write on the meta device, and run it there if the base runs there.
+
+    Returns:
+        The hardened model without weights; ``None`` for a library that cannot load one so.
+
+    Raises:
+        SpecDefError: It cannot be loaded, would lose a tensor, or cannot be run.
+    """
+    if not checkpoint.library.loads_without_weights:
+        return None
+    with TemporaryDirectory() as place:
+        directory = Path(place)
+        _write_empty(checkpoint, plan, directory)
+        try:
+            model = load_without_weights(directory, trust_remote_code=trust_remote_code)
+        except SpecDefError as error:
+            raise SpecDefError(error.problem.replace(place, "the hardened model"), error.hint) from error
+    if skeleton.trial.error is None:
+        found = try_out(model).error
+        if found is not None:
+            raise SpecDefError(
+                f"the hardened model could not be run: {first_line(found)}",
+                "Leave layers out (--exclude), or fold instead (--method fold).",
+            ) from found
+    return model
+
+
+def _write_empty(checkpoint: Checkpoint, plan: HardeningPlan, directory: Path) -> None:
+    """Write the directory of a plan with holes for weights: no byte of them is on disk."""
+    write_json(directory / "config.json", plan.config)
+    shutil.copyfile(SHIM_SOURCE, directory / SHIM_SOURCE.name)
+    code = [path for path in checkpoint.companions.carried if path.suffix == ".py"]
+    carry_over(checkpoint.directory, directory, code)
+    (shard,) = plan_shards(plan.groups, plan.nbytes + 1, checkpoint.library)
+    header, _ = shard_header(shard)
+    with (directory / shard.name).open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + shard.nbytes)
