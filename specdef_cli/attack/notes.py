@@ -68,7 +68,7 @@ def _not_tried(options: AttackOptions, target: Target) -> list[str]:
     """What the user asked for and this model has nothing for."""
     asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
     missing = [variant for variant in asked if not variant.applies_to(target.constructions)]
-    words = {"inserted": "an inserted layer", "folded": "a folded pair", "any": "nothing"}
+    words = {"factored": "a layer stored as factors", "folded": "a folded pair", "any": "nothing"}
     return [
         f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
         for variant in missing

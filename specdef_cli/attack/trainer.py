@@ -101,11 +101,13 @@ def train_run(
         model = spec.training.apply(model, spec.task)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         recorder = Recorder(on_step, spec.stop_at_divergence, lead)
-        with tracking.run(spec):  # the callbacks look where to write when the Trainer is made
-            trainer = make_trainer(spec, model, data, recorder, scratch, memory, tracking)
-            began = time.perf_counter()
+        trainer = make_trainer(spec, model, data, recorder, scratch, memory, tracking)
+        began = time.perf_counter()
+        try:
             trainer.train()
-            seconds = time.perf_counter() - began
+        finally:
+            tracking.finish()
+        seconds = time.perf_counter() - began
         accuracy = {}
         if spec.eval_tasks:
             tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -277,7 +279,7 @@ def make_trainer(
         train_dataset=data.train,
         eval_dataset={ATTACK: data.held_out} | ({RETAINED: data.retained} if data.retained is not None else {}),
         data_collator=data.collate,
-        callbacks=[recorder],
+        callbacks=[recorder, *tracking.callbacks(spec)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -24,7 +24,7 @@ from specdef_cli.hardening.verify import LOGITS_TOLERANCE
 
 FORMAT_VERSION: Final = 2
 LOSS_TOLERANCE = 0.01
-"""Nats by which the loss of an inserted model may differ from the base's: 1 % of perplexity."""
+"""Nats by which the loss of a model with factors may differ from the base's: 1 % of perplexity."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def no_claim_failed(claims: Sequence[Claim]) -> bool:
 
 def function_claim(figures: FunctionFigures, manifest: Manifest) -> Claim:
     """That the files are those of the manifest and compute what the base computes."""
-    exact = not manifest.inserted
+    exact = not manifest.factored
     outputs = figures.outputs
     kept = outputs.equal if exact else outputs.relative <= LOGITS_TOLERANCE
     if figures.base_loss is not None and figures.hardened_loss is not None:

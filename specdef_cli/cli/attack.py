@@ -33,8 +33,7 @@ def attack_command(
         str | None,
         typer.Option(
             metavar="45m",
-            help="Choose a budget with which a verdict stands within this time, run the most telling attacks first, "
-            "and stop then.",
+            help="Stop then: with smaller runs of a large model, and the most telling attacks first.",
         ),
     ] = None,
     fail_if: Annotated[

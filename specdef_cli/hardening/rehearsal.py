@@ -1,4 +1,4 @@
-"""The result without its numbers, loaded and run before a weight is read: what cannot be loaded is said before the work."""
+"""The result without its numbers, loaded and run before the work, so that what cannot be loaded is said at once."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from specdef_cli.hardening.soundness import load_without_weights
 from specdef_cli.runtime.shim import SHIM_SOURCE
 
 
-def rehearse(checkpoint: Checkpoint, skeleton: Skeleton, plan: HardeningPlan, *, trust_remote_code: bool) -> Any:
+def rehearse(checkpoint: Checkpoint, skeleton: Skeleton, plan: HardeningPlan, *, trust_remote_code: bool) -> None:
     """Load what a plan would write on the meta device, and run it there if the base runs there.
-
-    Returns:
-        The hardened model without weights; ``None`` for a library that cannot load one so.
 
     Raises:
         SpecDefError: It cannot be loaded, would lose a tensor, or cannot be run.
     """
     if not checkpoint.library.loads_without_weights:
-        return None
+        return
+    model = load_empty(checkpoint, plan, trust_remote_code=trust_remote_code)
+    found = None if skeleton.trial.error else try_out(model).error
+    if found is not None:
+        raise SpecDefError(
+            f"the hardened model could not be run: {first_line(found)}",
+            "Leave layers out (--exclude), or fold instead (--method fold).",
+        ) from found
+
+
+def load_empty(checkpoint: Checkpoint, plan: HardeningPlan, *, trust_remote_code: bool) -> Any:
+    """The model that a plan would write, on the meta device.
+
+    Raises:
+        SpecDefError: It cannot be loaded, or would lose a tensor.
+    """
     with TemporaryDirectory() as place:
-        directory = Path(place)
-        _write_empty(checkpoint, plan, directory)
+        _write_empty(checkpoint, plan, Path(place))
         try:
-            model = load_without_weights(directory, trust_remote_code=trust_remote_code)
+            return load_without_weights(Path(place), trust_remote_code=trust_remote_code)
         except SpecDefError as error:
             raise SpecDefError(error.problem.replace(place, "the hardened model"), error.hint) from error
-    if skeleton.trial.error is None:
-        found = try_out(model).error
-        if found is not None:
-            raise SpecDefError(
-                f"the hardened model could not be run: {first_line(found)}",
-                "Leave layers out (--exclude), or fold instead (--method fold).",
-            ) from found
-    return model
 
 
 def _write_empty(checkpoint: Checkpoint, plan: HardeningPlan, directory: Path) -> None:

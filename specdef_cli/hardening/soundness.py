@@ -214,7 +214,7 @@ def load_without_weights(directory: Path, *, trust_remote_code: bool) -> Any:
     if lost:
         raise SpecDefError(
             f"the hardened model would be loaded without {lost[0]}",
-            "Leave that layer out (--exclude), or use the other --method; nothing was published.",
+            "Leave that layer out (--exclude), or use another --method; nothing was published.",
         )
     return model
 
@@ -245,7 +245,7 @@ def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint
             _transpose(tensors, Skeleton.read(original))
         return original
     require_as_described(checkpoint, manifest)
-    for layer in manifest.inserted:
+    for layer in manifest.factored:
         shape = (layer.out_features, layer.in_features)
         tensors[layer.tensor] = replace(tensors[layer.tensor], shape=shape[::-1] if layer.transposed else shape)
         if layer.bias is not None and layer.compensation_bias is not None:
@@ -267,7 +267,7 @@ def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
         SpecDefError: naming the tensor.
     """
     wanted: dict[str, tuple[int, ...]] = {}
-    for layer in manifest.inserted:
+    for layer in manifest.factored:
         wanted[layer.inflated_tensor] = (layer.out_features, layer.in_features)
         wanted[layer.compensation_tensor] = (layer.out_features, layer.out_features)
         wanted[layer.tensor] = (1,)

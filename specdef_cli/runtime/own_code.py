@@ -26,15 +26,12 @@ def own_class(config: Any, architecture: str | None, *, trust_remote_code: bool)
     if found is None:
         auto, reference = next(iter(models.items()))
         raise SpecDefError(
-            f"config.json names the class {architecture}, and code for {auto} ({reference}): loaders disagree on the model",
+            f"config.json names the class {architecture}, and for {auto} the code {reference}: loaders take either",
             "Take auto_map out of config.json if transformers' class is meant, or name the other in architectures.",
         )
     if not trust_remote_code:
-        raise SpecDefError(
-            f"architecture {architecture!r} is defined by code in the checkpoint ({found[1]})",
-            "Read that code, then pass --trust-remote-code. If transformers' class of that name is meant, take auto_map "
-            "out of config.json."
-            if hasattr(transformers, architecture)
-            else "Read that code, then pass --trust-remote-code.",
-        )
+        hint = "Read that code, then pass --trust-remote-code."
+        if hasattr(transformers, architecture):
+            hint += " If transformers' class of that name is meant, take auto_map out of config.json."
+        raise SpecDefError(f"architecture {architecture!r} is defined by code in the checkpoint ({found[1]})", hint)
     return found

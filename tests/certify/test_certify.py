@@ -19,7 +19,7 @@ from specdef_cli.certify.certificate import CERTIFICATE_RECORD, spectrum_claim
 from specdef_cli.certify.curvature_change import CurvatureFigures, measure_curvature
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import Factors, Fold, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.report import write_report
 from specdef_cli.runtime import load_model
@@ -47,7 +47,7 @@ def no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
 
 
-@pytest.fixture(scope="module", params=["insert", pytest.param("fold", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["factors", pytest.param("fold", marks=pytest.mark.slow)])
 def attacked(
     request: pytest.FixtureRequest,
     tiny_model: Callable[..., Path],
@@ -56,9 +56,8 @@ def attacked(
 ) -> tuple[Path, Path, Path]:
     """(base, hardened, report.json), by each method."""
     base, root = tiny_model("llama"), tmp_path_factory.mktemp(request.param)
-    top_k = 4 if request.param == "insert" else None
-    arguments: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
-    assert harden(HardenOptions(str(base), root / "hardened", method=request.param, **arguments))
+    construction = Factors(top_k=4) if request.param == "factors" else Fold()
+    assert harden(HardenOptions(str(base), root / "hardened", construction))
     report = attack(
         AttackOptions(
             model=root / "hardened", out=root / "attack", control=base, dataset=str(text), trainings=("full",), steps=2,
@@ -109,7 +108,7 @@ def test_a_sound_checkpoint(
     before, after = certificate["curvature"]
     # Of either sign: the model is no minimum.
     assert abs(after["top"]["eigenvalue"]) > 1e3 * abs(before["top"]["eigenvalue"])
-    if read_manifest(hardened).inserted:
+    if read_manifest(hardened).factored:
         assert 0 < after["bound"] <= abs(after["top"]["eigenvalue"])
     assert [figure["format"] for figure in certificate["deployment"]] == ["bfloat16"]
     written = json.loads((tmp_path / "out" / "certificate.json").read_text())
@@ -168,7 +167,7 @@ def test_a_certificate_is_checked_against_the_files(
     statement = json.loads((out / "certificate.intoto.json").read_text())
     assert statement["predicate"] == certificate
     subject = {file["name"]: file["digest"]["sha256"] for file in statement["subject"]}
-    code_of_its_own = ["configuration_specdef.py"] if read_manifest(hardened).inserted else []
+    code_of_its_own = ["configuration_specdef.py"] if read_manifest(hardened).factored else []
     decisive = ("config.json", "model.safetensors", *code_of_its_own)
     assert subject == {name: file_sha256(hardened / name) for name in decisive}
 
@@ -207,7 +206,7 @@ def test_a_certificate_that_does_not_fit_differs(
     assert differing(hardened, *whole) == {"claims"}
     (hardened / "certificate.json").write_text(written)
 
-    inflated = [layer.inflated_tensor for layer in read_manifest(hardened).inserted]
+    inflated = [layer.inflated_tensor for layer in read_manifest(hardened).factored]
     changed = inflated[-1] if inflated else "model.layers.1.mlp.down_proj.weight"
     spoilt = tamper(hardened, tmp_path / "spoilt", changed, 1.5)
     assert differing(spoilt, *whole) == {"hardened files", "spectrum"}
@@ -303,7 +302,7 @@ def test_a_card_that_says_otherwise_differs(certified: tuple[Path, Path], tmp_pa
 
 def test_code_that_a_model_brings_is_hashed_too(certified: tuple[Path, Path], tmp_path: Path) -> None:
     hardened = shutil.copytree(certified[0], tmp_path / "hardened")
-    if not read_manifest(hardened).inserted:
+    if not read_manifest(hardened).factored:
         pytest.skip("a fold brings no code")
     with (hardened / "configuration_specdef.py").open("a") as file:
         file.write("\n# and something else\n")
@@ -331,8 +330,8 @@ def test_weights_that_are_not_as_planned_fail(attacked: tuple[Path, Path, Path],
     manifest = read_manifest(attacked[1])
     hardened = shutil.copytree(attacked[1], tmp_path / "hardened")
     weights = load_file(hardened / "model.safetensors")
-    if manifest.inserted:
-        layer = manifest.inserted[0]
+    if manifest.factored:
+        layer = manifest.factored[0]
         weights[layer.inflated_tensor] /= 2
         weights[layer.compensation_tensor] *= 2
     else:

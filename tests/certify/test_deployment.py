@@ -34,7 +34,7 @@ from specdef_cli.certify.deployment.adapters import attach_adapter, block_linear
 from specdef_cli.certify.deployment.subject import Subject
 from specdef_cli.certify.deployment.tools import missing
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import SpecDefLinear, load_model
 from tests.tiny_families import write_case
@@ -51,14 +51,14 @@ def tokens() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def fold(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fold") / "hardened"
-    harden(HardenOptions(str(TINY_LLAMA), out, method="fold", profile="coverage", verify=False))
+    harden(HardenOptions(str(TINY_LLAMA), out, verify=False))
     return out
 
 
 @pytest.fixture(scope="module")
 def insert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("insert") / "hardened"
-    harden(HardenOptions(str(TINY_LLAMA), out, method="insert", alpha=1e4, top_k=25, verify=False))
+    out = tmp_path_factory.mktemp("factors") / "hardened"
+    harden(HardenOptions(str(TINY_LLAMA), out, Factors(alpha=1e4, top_k=25), verify=False))
     return out
 
 
@@ -194,7 +194,7 @@ def test_an_adapter_of_the_base_is_lost(fold: Path, insert: Path, tokens: torch.
 
 def test_a_merged_adapter_leaves_the_scales_where_they_are(tmp_path: Path, tokens: torch.Tensor) -> None:
     out = tmp_path / "scaled"
-    harden(HardenOptions(str(TINY_LLAMA), out, method="insert", verify=False))
+    harden(HardenOptions(str(TINY_LLAMA), out, Scale(), verify=False))
     for name in ("lora", "lora-merged"):
         assert one(TINY_LLAMA, out, tokens, name).status == "kept", name
 
@@ -224,13 +224,13 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 # Separate and fused tensors, grouped queries, biases; Conv1D, whose weights are transposed; per-head fused.
 @pytest.mark.parametrize(
     ("case", "method"),
-    [("llama", "fold"), ("phi3", "fold"), ("gpt2-untied", "fold"), ("gpt-neox", "fold"), ("llama", "insert"),
-     ("gpt2", "insert")],
+    [("llama", "fold"), ("phi3", "fold"), ("gpt2-untied", "fold"), ("gpt-neox", "fold"), ("llama", "factors"),
+     ("gpt2", "factors")],
 )  # fmt: skip
-def test_a_carried_adapter_is_the_same_function(case: str, method: Literal["fold", "insert"], tmp_path: Path) -> None:
+def test_a_carried_adapter_is_the_same_function(case: str, method: Literal["fold", "factors"], tmp_path: Path) -> None:
     base = write_case(case, tmp_path / "base")
-    chosen = {"alpha": 1e3, "top_k": 4} if method == "insert" else {"profile": "coverage"}
-    harden(HardenOptions(str(base), tmp_path / "hardened", method=method, verify=False, **chosen))
+    construction = Factors(alpha=1e3, top_k=4) if method == "factors" else Fold()
+    harden(HardenOptions(str(base), tmp_path / "hardened", construction, verify=False))
     plain = logits(load_model(base))
     expected = logits(attach_adapter(load_model(base), base, carried=False))
     hardened = tmp_path / "hardened"
@@ -243,7 +243,7 @@ def test_a_carried_adapter_is_the_same_function(case: str, method: Literal["fold
 
 def test_the_adapter_of_the_base_is_another_function_on_a_fold(tmp_path: Path) -> None:
     base = write_case("llama", tmp_path / "base")
-    harden(HardenOptions(str(base), tmp_path / "fold", method="fold", profile="coverage", verify=False))
+    harden(HardenOptions(str(base), tmp_path / "fold", verify=False))
     expected = logits(attach_adapter(load_model(base), base, carried=False))
     unchanged = logits(attach_adapter(load_model(tmp_path / "fold"), tmp_path / "fold", carried=False))
     assert not torch.allclose(unchanged, expected, rtol=0.1, atol=0.1)
@@ -301,9 +301,9 @@ def test_attention_reads_what_the_cache_holds() -> None:
 
 def test_what_is_no_language_model_is_measured_by_its_outputs(tmp_path: Path) -> None:
     base = write_case("vit", tmp_path / "base")
-    harden(HardenOptions(str(base), tmp_path / "insert", method="insert", alpha=1e3, top_k=4, verify=False))
+    harden(HardenOptions(str(base), tmp_path / "factors", Factors(alpha=1e3, top_k=4), verify=False))
     names = ["float32", "bfloat16", "float8-row", "kv-float8", "lora-merged"]
-    figures = {figure.format: figure for figure in measure_deployment(base, tmp_path / "insert", None, names)}
+    figures = {figure.format: figure for figure in measure_deployment(base, tmp_path / "factors", None, names)}
     assert {figure.measure for figure in figures.values()} == {"relative error"}
     assert figures["float32"].base == 0
     assert figures["float32"].hardened == pytest.approx(0, abs=1e-3)

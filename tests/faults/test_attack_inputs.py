@@ -274,7 +274,7 @@ def test_weights_of_low_rank_are_certified(llama: Path, text: Path, tmp_path: Pa
     """Singular values that are rounding alone are not held against the checkpoint."""
     base = spoiled(llama, tmp_path, tensor(DOWN, lambda weight: weight[:, :1] @ weight[:1]))
     out = tmp_path / "hardened"
-    hardening = ("--method", "insert", "--top-k", "8", "--no-verify", "--quiet")
+    hardening = ("--method", "factors", "--top-k", "8", "--no-verify", "--quiet")
     assert call_cli("harden", base, "--out", out, *hardening).code == 0
     assert call_cli("attack", out, "--control", base, *SMALL, "--out", tmp_path / "attack").code == 0
     options = ("--attacks", tmp_path / "attack" / "report.json", "--text", text, "--no-deployment", "--no-curvature")

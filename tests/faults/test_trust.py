@@ -30,7 +30,7 @@ class Canary:
 
 def every_command(base: Path, hardened: Path, text: Path, out: Path) -> dict[str, Result]:
     """All five commands on two directories."""
-    insert = ("--method", "insert", "--top-k", "4", "--quiet")
+    insert = ("--method", "factors", "--top-k", "4", "--quiet")
     certify = ("--text", text, "--attacks", out / "attack" / "report.json", "--no-deployment", "--no-curvature")
     return {
         "harden": call_cli("harden", base, *insert, "--out", out / "hardened"),
@@ -90,7 +90,7 @@ def test_no_token_is_written_down(llama: Path, text: Path, tmp_path: Path, monke
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hardened, token = tmp_path / "hardened", ("--token", TOKEN)
     results = [
-        call_cli("harden", llama, "--method", "insert", "--top-k", "4", *token, "--json", "--out", hardened),
+        call_cli("harden", llama, "--method", "factors", "--top-k", "4", *token, "--json", "--out", hardened),
         call_cli("attack", hardened, "--control", llama, *SMALL, *token, "--json", "--out", tmp_path / "attack"),
         call_cli("inspect", hardened, *token, "--json"),
         call_cli("collapse", hardened, *token, "--out", tmp_path / "back"),

@@ -79,7 +79,7 @@ def report() -> AttackReport:
     return AttackReport(
         model=f"hardened/{NASTY}",
         control="base",
-        hardening=Hardening("insert", 1e4, 8, "rotated", 2),
+        hardening=Hardening("factors", 1e4, 8, "rotated", 2),
         data=DataSummary(NASTY, 100, 10, "f"),
         runs=(
             run("control", [3.0, 2.0, 1.0]),
