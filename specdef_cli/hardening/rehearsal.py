@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,12 +47,17 @@ def load_empty(checkpoint: Checkpoint, plan: HardeningPlan, *, trust_remote_code
             return load_without_weights(Path(place), trust_remote_code=trust_remote_code)
         except SpecDefError as error:
             raise SpecDefError(error.problem.replace(place, "the hardened model"), error.hint) from error
+        except OSError as error:
+            raise SpecDefError(
+                f"the temporary directory {place} cannot be used: {error.strerror or error}",
+                "Free some space there, or set TMPDIR.",
+            ) from error
 
 
 def _write_empty(checkpoint: Checkpoint, plan: HardeningPlan, directory: Path) -> None:
     """Write the directory of a plan with holes for weights: no byte of them is on disk."""
     write_json(directory / "config.json", plan.config)
-    shutil.copyfile(SHIM_SOURCE, directory / SHIM_SOURCE.name)
+    (directory / SHIM_SOURCE.name).write_bytes(SHIM_SOURCE.read_bytes())
     code = [path for path in checkpoint.companions.carried if path.suffix == ".py"]
     carry_over(checkpoint.directory, directory, code)
     (shard,) = plan_shards(plan.groups, plan.nbytes + 1, checkpoint.library)
