@@ -234,10 +234,9 @@ LINES: dict[str, tuple[str, ...]] = {
     "certify with a report that is nowhere": ("certify", "HARDENED", "--base", "BASE", "--attacks", "nowhere.json"),
     "certify with a report that is a model": ("certify", "HARDENED", "--base", "BASE", "--attacks", "BASE/config.json"),
     "certify on text that is nowhere": ("certify", "HARDENED", "--base", "BASE", "--text", "nowhere.txt"),
-    "certify in an unknown format": ("certify", "HARDENED", "--base", "BASE", "--format", "jpeg"),
+    "certify in an unknown format": ("certify", "HARDENED", "--base", "BASE", "--formats", "jpeg"),
     "certify on a device of no kind": ("certify", "HARDENED", "--base", "BASE", "--device", "quantum"),
     "certify against a base that is nowhere": ("certify", "HARDENED", "--base", "./nowhere"),
-    "certify by no jobs": ("certify", "HARDENED", "--base", "BASE", "--jobs", "0"),
     "certify on text that is a directory": ("certify", "HARDENED", "--base", "BASE", "--text", "BASE"),
     "alpha beyond any number": ("harden", "BASE", *FACTORS, "--alpha", "1e400"),
     "alpha with a minus of Unicode": ("harden", "BASE", *FACTORS, "--alpha", "\u22125"),
@@ -566,3 +565,12 @@ def test_memory_that_is_not_enough_is_two_lines(
     monkeypatch.undo()
     followed = call_cli(*attack, "--gradient-checkpointing", "--gradient-accumulation", "2")  # as the hint says
     assert followed.code == 0, followed.stderr
+
+
+def test_every_file_has_the_permissions_that_the_umask_gives(llama: Path, tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        assert call_cli("harden", llama, "--out", tmp_path / "out", "--no-verify", *FOLD).code == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o664}
