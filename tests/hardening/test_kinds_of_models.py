@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.commands import assert_refused, call_cli
-from tests.hardening.mutations import DOWN, config, content, spoiled, tensor
+from tests.hardening.mutations import DOWN, Mutation, config, content, spoiled, tensor
 from tests.tiny_families import write_case
 
 SOUND = {
@@ -61,7 +61,7 @@ def write(name: str, directory: Path) -> Path:
 @pytest.mark.parametrize("name", [*MODELS, "vision and text"])
 def test_a_scaled_model_is_verified_and_given_back_whole(name: str, tmp_path: Path) -> None:
     base = write(name, tmp_path / "base")
-    command = ("harden", base, "--method", "scale", "--out", tmp_path / "out", "--json")
+    command: tuple[str | Path, ...] = ("harden", base, "--method", "scale", "--out", tmp_path / "out", "--json")
     assert call_cli(*command, "--dry-run").code == 0
     result = call_cli(*command)
     assert result.code == 0, result.stderr
@@ -95,7 +95,16 @@ def test_a_hardened_model_without_its_manifest_is_inspected(
 ) -> None:
     method = "factors" if options else "scale"
     base = write_case(case, tmp_path / "base")
-    harden = ("harden", base, "--method", method, *options, "--out", tmp_path / "out", "--quiet")
+    harden: tuple[str | Path, ...] = (
+        "harden",
+        base,
+        "--method",
+        method,
+        *options,
+        "--out",
+        tmp_path / "out",
+        "--quiet",
+    )
     assert call_cli(*harden, "--manifest-out", tmp_path / "keys.json").code == 0
     result = call_cli("inspect", tmp_path / "out")
     assert result.code == 0, result.stderr
@@ -103,7 +112,7 @@ def test_a_hardened_model_without_its_manifest_is_inspected(
 
 
 OWN = "from transformers import LlamaForCausalLM as Base\nclass {name}(Base):\n    pass\n"
-REFUSED: dict[str, tuple[str, tuple[Any, ...], tuple[str, ...], tuple[str, ...]]] = {
+REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, ...]]] = {
     "an expert is missing": (
         "mixtral", (tensor("model.layers.0.block_sparse_moe.experts.3.w2.weight", None),), (),
         ("stacked from 4 tensors", "has 3"),
@@ -142,7 +151,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], tuple[str, ...], tuple[str, ...]]
 def test_the_dry_run_ends_as_the_run_does(case: str, tmp_path: Path) -> None:
     family, mutations, options, words = REFUSED[case]
     base = spoiled(write_case(family, tmp_path / "base"), tmp_path, *mutations)
-    command = ("harden", base, *options, "--out", tmp_path / "out", "--quiet")
+    command: tuple[str | Path, ...] = ("harden", base, *options, "--out", tmp_path / "out", "--quiet")
     refused = call_cli(*command)
     assert_refused(refused, *words)
     assert call_cli(*command, "--dry-run") == refused
