@@ -112,6 +112,13 @@ def test_a_hardened_model_without_its_manifest_is_inspected(
 
 
 OWN = "from transformers import LlamaForCausalLM as Base\nclass {name}(Base):\n    pass\n"
+CLAMPED = """from transformers import LlamaForCausalLM as Base
+class LlamaForCausalLM(Base):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.up_proj.register_forward_hook(lambda module, inputs, output: output.clamp(-0.5, 0.5))
+"""
 REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, ...]]] = {
     "an expert is missing": (
         "mixtral", (tensor("model.layers.0.block_sparse_moe.experts.3.w2.weight", None),), (),
@@ -132,6 +139,15 @@ REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, 
     ),
     "code beside another class": (
         "llama", (config(auto_map={"AutoModel": "modeling_own.OwnModel"}),), (), ("OwnModel", "auto_map"),
+    ),
+    "code that computes something else": (
+        "llama",
+        (
+            content("modeling_own.py", CLAMPED),
+            config(auto_map={"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}),
+        ),
+        ("--trust-remote-code",),
+        ("differ from the base's",),
     ),
     "scales in a class of its own": (
         "llama",
