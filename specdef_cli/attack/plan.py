@@ -13,6 +13,7 @@ from specdef_cli.attack.suite import AttackTable
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant, informed_variants
+from specdef_cli.errors import SpecDefError
 
 MAX_RATES = 12
 """More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
@@ -77,14 +78,41 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
     controls: list[Series] = []
     attacks: list[Series] = []
     for table in options.tables:
+        if table.models == "chat" and not target.chat:
+            continue
         for training, optimizer in _combinations(table, target):
             for variant in _variants(table, target):
+                if variant.choice.edits:
+                    continue
                 series = _series(options, table, target, training, optimizer, variant)
                 attacks.append(series)
                 grid = series.grid if _fixed(table) else _usual_rates(options, table, optimizer)
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
-    return tuple(_distinct(controls) + _distinct(attacks))
+    edits = _edits(options, target)
+    plan = (*_distinct(controls), *_distinct(attacks), *edits)
+    if not plan:
+        raise SpecDefError(
+            "nothing is left to run", "Name a --training or a --variant that the model has something for."
+        )
+    return plan
+
+
+def _edits(options: AttackOptions, target: Target) -> list[Series]:
+    """The edits of the tables, which are not trained: a run of the control, and one of the model."""
+    found: list[Series] = []
+    if target.task != "causal-lm":
+        return found
+    for table in options.tables:
+        if table.models == "chat" and not target.chat:
+            continue
+        for variant in _variants(table, target):
+            if variant.choice.edits:
+                first = _series(options, table, target, Training("none"), "adamw", variant).first
+                for spec in (first.control(target.control), first):
+                    spec = replace(spec, learning_rate=0.0)
+                    found.append(Series(spec, (0.0,), search=False, seeds=options.seeds[:1], optional=True))
+    return _distinct(found)
 
 
 def _series(
@@ -107,6 +135,7 @@ def _series(
         learning_rate=grid[0],
         eval_every=options.eval_interval,
         seed=options.seeds[0],
+        prompts=target.prompts if target.asked or variant.choice.edits else "",
         **options.budget,
     )
     # A variant that the user did not name may have nothing to work on; the report then says so.
@@ -140,6 +169,7 @@ def _combinations(table: AttackTable, target: Target) -> list[tuple[Training, st
     return [
         (training, optimizer)
         for asked in table.trainings
+        if asked.method != "none"
         for training in asked.on(target)
         for optimizer in table.optimizers
     ]

@@ -25,6 +25,7 @@ from specdef_cli.attack.forecast import Forecast, foresee
 from specdef_cli.attack.notes import assumptions, outcome_notes, plan_notes, report_notes
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series, make_plan
+from specdef_cli.attack.prompts import Prompts, load_prompts
 from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import ProgressHook
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
@@ -176,11 +177,13 @@ def _prepare(options: AttackOptions) -> _Prepared:
     if options.eval_tasks:
         require_harness()
     options = default_budget(options, control_directory)
+    prompts: Prompts | None = None
     with quiet():
         preprocessor = load_preprocessor(task, control_directory, trust_remote_code=options.trust_remote_code)
         data = load_data(options, task, preprocessor, head)
         if task == "causal-lm" and isinstance(preprocessor, PreTrainedTokenizerBase):
             data = replace(data, retained=retained_sequences(options, preprocessor))
+            prompts = load_prompts(options, preprocessor)
     if task != "image-classification":
         tokens = (half[index]["input_ids"] for half in data.halves for index in range(len(half)))
         require_in_vocabulary(tokens, control_directory, trust_remote_code=options.trust_remote_code)
@@ -192,6 +195,9 @@ def _prepare(options: AttackOptions) -> _Prepared:
         model=checkpoint_fingerprint(directory),
         recognised=recognise(open_checkpoint(directory), skeletons[directory]),
         control_model=lambda: skeletons[control_directory].model,
+        prompts=prompts.fingerprint if prompts is not None else "",
+        asked=options.prompts is not None,
+        chat=bool(getattr(preprocessor, "chat_template", None)),
     )
     train = TrainRun(
         control_directory,
@@ -201,6 +207,7 @@ def _prepare(options: AttackOptions) -> _Prepared:
         options.trust_remote_code,
         options.eval_task_path,
         Tracking(options.report_to, options.out / LOGS_DIRECTORY),
+        prompts,
     )
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
     return _Prepared(options, control_name, target, data, make_plan(options, target), train, store, began)
@@ -209,7 +216,7 @@ def _prepare(options: AttackOptions) -> _Prepared:
 def _prepare_and_measure(options: AttackOptions, *, measure: bool) -> tuple[_Prepared, Speed | None]:
     """Under a time limit the budget is chosen by what two steps cost."""
     prepared = _prepare(options)
-    if not measure and options.time_limit is None:
+    if (not measure and options.time_limit is None) or prepared.plan[0].first.is_edit:
         return prepared, None
     speed = _measured(prepared)
     if options.time_limit is None:
@@ -260,6 +267,7 @@ class TrainRun:
     trust_remote_code: bool
     eval_task_path: Path | None
     tracking: Tracking = NOWHERE
+    prompts: Prompts | None = None
 
     def __call__(
         self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
@@ -282,6 +290,7 @@ class TrainRun:
                 trust_remote_code=self.trust_remote_code,
                 eval_task_path=self.eval_task_path,
                 lead=lead,
+                prompts=self.prompts,
             )
         except IndexError as error:
             # The tokens themselves are known to be in the vocabulary.
@@ -289,7 +298,7 @@ class TrainRun:
                 f"{directory} cannot be trained on sequences of {spec.sequence_length} tokens: {error}",
                 "Give a smaller --sequence-length.",
             ) from error
-        if spec.subject == "control" and result.start is None:
+        if spec.subject == "control" and result.start is None and not spec.is_edit:
             raise SpecDefError(
                 f"the held-out loss of the control {directory} is not finite before any training",
                 "Repair its weights if they hold NaN or infinity, or train with --dtype float32.",
