@@ -24,7 +24,7 @@ ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
-  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack deep-attack check test test-all test-newest faults lint format schema docs build wheel bench mistakes bench-large gpu-check train-example clean
+  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack deep-attack check test test-all test-newest faults lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,8 +45,8 @@ demo: install  ## harden the shipped model, attack it, say where the report is
 	$(BIN)/specdef attack $(DEMO)/hardened --control $(MODEL) --expand 2x --jobs $(JOBS) $(addprefix --time-limit ,$(TIME)) --out $(DEMO)/attack
 
 attack-demo: $(DEMO)/hardened  ## the demo's attack at full length: every informed attack, every rate searched
-	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --jobs $(JOBS) --freeze-compensation --collapse \
-	  --expand 2x --expansion width --expansion depth --expansion inject --out $(DEMO)/attack-full
+	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --jobs $(JOBS) $(addprefix --variant ,collapse freeze-compensation inject width:2 depth:2) \
+	  --out $(DEMO)/attack-full
 
 certify-demo: $(DEMO)/hardened  ## the certificate of the demo's model
 	$(BIN)/specdef certify $(DEMO)/hardened --base $(TINY) --jobs $(JOBS) --out $(DEMO)/certificate
@@ -218,6 +218,9 @@ format: install  ## rewrite the code as ruff formats it
 
 schema: install  ## the JSON Schemas of specdef.json, report.json and certificate.json, from their definitions
 	$(BIN)/python -m specdef_cli.schemas
+
+size:  ## lines and files of the package, room by room; LIMITS=1 fails beyond what was agreed on
+	$(PYTHON) docs/generators/size.py $(if $(LIMITS),--limits)
 
 docs: install  ## the documentation, as pages in build/site; fetches nothing
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'

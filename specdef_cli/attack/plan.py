@@ -90,12 +90,10 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
     edits = _edits(options, target)
-    plan = (*_distinct(controls), *_distinct(attacks), *edits)
-    if not plan:
-        raise SpecDefError(
-            "nothing is left to run", "Name a --training or a --variant that the model has something for."
-        )
-    return plan
+    if not (attacks or edits):
+        asked = ", ".join(str(training) for table in options.tables for training in table.trainings)
+        raise SpecDefError(f"no attack is left: {asked} trains nothing of this model", "Choose another --training.")
+    return (*_distinct(controls), *_distinct(attacks), *edits)
 
 
 def _edits(options: AttackOptions, target: Target) -> list[Series]:

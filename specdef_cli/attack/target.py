@@ -59,11 +59,6 @@ class Target:
         return self.recognised.constructions | frozenset(name for name, changed in changes.items() if changed)
 
     @property
-    def inserted(self) -> tuple[str, ...]:
-        """Module paths of inserted layers."""
-        return tuple(layer.module for layer in self.manifest.inserted) if self.manifest else self.recognised.inserted
-
-    @property
     def alpha(self) -> float:
         """The largest factor by which any layer or channel is inflated; 1 for an ordinary model."""
         return max(largest_alpha(self.manifest), self.recognised.alpha)

@@ -13,8 +13,8 @@ from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import work_alone_if_stale
 
-CHOICES = ("optimizers", "learning_rates", "search")
-"""Options that say, beside variants and trainings, which attacks to run."""
+CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
+"""Options that say which attacks to run."""
 
 
 @takes(AttackOptions)
@@ -25,35 +25,9 @@ def attack_command(
     suite: Annotated[
         str | None, typer.Option(help="A set of attacks: quick, standard, full, or a TOML file like theirs.")
     ] = None,
-    lora_targets: Annotated[
-        list[str] | None, typer.Option(help="Modules that get adapters (repeatable).", show_default="all linears")
-    ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters.", show_default="16")] = None,
-    train: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Train only these parameters (repeatable).")
-    ] = None,
     expand: Annotated[
-        str | None, typer.Option(metavar="2x", help="Attack also a model whose hardened layers grew this much.")
+        str | None, typer.Option(metavar="2x", help="Attack also a model that grew this much: --variant width:2.")
     ] = None,
-    expansion: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="width: a parallel path. depth: the paper's Theorem 8. inject: an identity layer (repeatable).",
-            show_default="width, with --expand",
-        ),
-    ] = None,
-    freeze_compensation: Annotated[
-        bool, typer.Option("--freeze-compensation", help="Attack also with the compensation frozen.")
-    ] = False,
-    channel_rates: Annotated[
-        bool, typer.Option("--channel-rates", help="Attack also with a learning rate for every row and column.")
-    ] = False,
-    collapse: Annotated[
-        bool, typer.Option("--collapse", help="Attack the collapsed model with every recipe, not only the first.")
-    ] = False,
-    rebalance: Annotated[
-        bool, typer.Option("--rebalance", help="The same for the rebalanced model: what undoes a fold.")
-    ] = False,
     seeds: Annotated[int | None, typer.Option(help="Runs of each attack, with seeds 0, 1, …", show_default="1")] = None,
     time_limit: Annotated[
         str | None,
@@ -102,7 +76,6 @@ def attack_command(
     require_extra("attack", "attacks")
     # Before torch is imported, which takes longer than everything that can be wrong here.
     from specdef_cli.attack.presence import require_data
-    from specdef_cli.attack.spellings import trainings_of, variants_of
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
     from specdef_cli.attack.tracking import require_trackers
     from specdef_cli.checkpoint.destination import writable_ancestor
@@ -112,16 +85,11 @@ def attack_command(
 
     limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
     conditions = [Condition.parse(text) for text in fail_if or []]
-    flags = {
-        "collapse": collapse, "rebalance": rebalance, "channel-rates": channel_rates,
-        "freeze-compensation": freeze_compensation,
-    }  # fmt: skip
-    named = [name for name, wanted in flags.items() if wanted]
     if seeds is not None:
         given["seeds"] = seeds_of(seeds)
-    variants = variants_of(given.pop("variants", ()), expand=expand, expansions=expansion or (), flags=named)
-    trainings = trainings_of(given.pop("trainings", ()), globs=train or (), targets=lora_targets or (), rank=lora_rank)
-    if limit is not None and suite is None and not (variants or trainings or given.keys() & CHOICES):
+    if expand is not None:
+        given["variants"] = (*given.get("variants", ()), f"width:{expand}")
+    if limit is not None and suite is None and not given.keys() & CHOICES:
         suite = "quick"  # what walks through where anything does, and what everybody tries
     chosen = load_suite(suite) if suite is not None else None
     budget = {**(chosen.budget if chosen else {}), **given}
@@ -133,8 +101,6 @@ def attack_command(
         **budget,
         model=model,
         suite=chosen,
-        variants=variants,
-        trainings=trainings,
         free=tuple(name for name in BUDGET if name != "seeds" and name not in kept),
         time_limit=limit,
         manifest=manifest,

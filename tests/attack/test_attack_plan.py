@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.plan import Series, default_learning_rates, make_plan
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
-from specdef_cli.attack.spellings import trainings_of, variants_of
 from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
@@ -36,10 +35,12 @@ FOLD = Manifest(
 )  # fmt: skip
 
 
-def control_model() -> LlamaForCausalLM:
+def control_model(layers: int = 2) -> LlamaForCausalLM:
     with torch.device("meta"):
         return LlamaForCausalLM(
-            LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+            LlamaConfig(
+                vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=2
+            )
         )
 
 
@@ -139,13 +140,16 @@ def test_keywords_are_spelled_out_for_the_model() -> None:
     groups = Training("groups").on(target(INSERT))
     assert {"q_proj alone", "norms alone"} < {group.label for group in groups}
     assert set(groups) < trained
-    (inflated,) = {training for training in trained if training.method == "lora-inflated"}
-    assert inflated.where == ("a",)
     folded = {attack.first.training.method for attack in series(FOLD, suite=load_suite("full"))}
-    inserted = {"lora-inflated", "lora-compensation", "lora-around"}
-    assert folded == {name for name, choice in TRAININGS.items() if choice.function is not None} - inserted
+    assert folded == {name for name, choice in TRAININGS.items() if choice.function is not None}
     kinds = {attack.first.variant.kind for attack in series(FOLD, suite=load_suite("full"))}
     assert kinds == {name for name, choice in VARIANTS.items() if choice.needs in ("any", "folded")}
+
+
+def test_a_training_that_finds_nothing_is_refused() -> None:
+    one_block = dataclasses.replace(target(FOLD), control_model=lambda: control_model(layers=1))
+    with pytest.raises(SpecDefError, match="last-half"):
+        make_plan(AttackOptions(model="m", out=Path("o"), trainings=("last-half",)), one_block)
 
 
 def test_a_name_does_not_make_another_run() -> None:
@@ -183,26 +187,6 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     assert checkpoint_fingerprint(tmp_path) != before
 
 
-@pytest.mark.parametrize(("text", "factor"), [("2x", 2.0), ("1.5X", 1.5), ("3", 3.0), (" 2.5× ", 2.5)])
-def test_expand_is_short_for_width(text: str, factor: float) -> None:
-    assert variants_of(expand=text) == variants_of([f"width:{factor}"]) == (Variant("width", factor),)
-
-
-def test_short_spellings_say_what_the_grammar_says() -> None:
-    assert variants_of(expand="3x", expansions=["depth", "inject"]) == variants_of(["depth:3", "inject"])
-    assert variants_of(["width"], flags=["channel-rates"]) == (Variant("width", 2), Variant("channel-rates"))
-    assert trainings_of() == ()
-    assert trainings_of(globs=["*norm*", "*bias"]) == trainings_of(["full@*norm*,*bias"])
-    assert trainings_of(targets=["q_proj"], rank=4) == trainings_of(["full", "lora:4@q_proj"])
-    assert trainings_of(["lora:8", "dora", "ia3"], rank=4) == trainings_of(["lora:8", "dora:4", "ia3"])
-
-
-def test_parameters_cannot_be_named_to_adapters() -> None:
-    with pytest.raises(SpecDefError) as caught:
-        trainings_of(["lora"], globs=["*.norm.*"])
-    assert "*.norm.*" in caught.value.problem
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -227,14 +211,6 @@ def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:
     assert named in caught.value.problem
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"), [("0.5x", "width"), ("1x", "width"), ("big", "width"), ("2.5x", "depth"), ("2x", "height")]
-)
-def test_expand_refusals(text: str, kind: str) -> None:
-    with pytest.raises(SpecDefError):
-        variants_of(expand=text, expansions=[kind])
-
-
 GIVEN = {
     "control": "base", "dataset": "prose.txt", "dataset_config": "en", "dataset_split": "test", "text_column": "body",
     "label_column": "kind", "image_column": "photo", "retained": "none", "eval_task_path": Path("tasks"),
@@ -248,7 +224,8 @@ GIVEN_OTHERWISE = {
     "--lr 1e-3 --lr 1e-4": ("learning_rates", (1e-3, 1e-4)), "--report-to wandb": ("report_to", ("wandb",)),
     "--seeds 2": ("seeds", (0, 1)), "--gradient-checkpointing": ("gradient_checkpointing", True),
     "--no-stop-at-divergence": ("stop_at_divergence", False), "--trust-remote-code": ("trust_remote_code", True),
-    "--time-limit 2m": ("time_limit", 120.0), "--collapse": ("variants", (Variant("collapse"),)),
+    "--time-limit 2m": ("time_limit", 120.0),
+    "--variant collapse --expand 3x": ("variants", (Variant("collapse"), Variant("width", 3))),
     "--recipe ia3": ("trainings", (Training("ia3"),)),
 }  # fmt: skip
 

@@ -181,33 +181,6 @@ def test_lora_all_linear_covers_both_factors(hardened: Path) -> None:
     assert not any("lm_head" in name for name in names)
 
 
-PLACES = {
-    "inflated": {f"model.layers.{layer}.self_attn.o_proj.inflated" for layer in (0, 1)},
-    "compensation": {f"model.layers.{layer}.self_attn.o_proj.compensation" for layer in (0, 1)},
-    "around": {f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)},
-}
-
-
-@pytest.mark.parametrize("placement", PLACES)
-def test_adapters_on_part_of_a_pair_and_around_it(base: Path, hardened: Path, placement: Any) -> None:
-    targets = tuple(f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1))
-    training = Training(f"lora-{placement}", 2, targets)
-    tokens = torch.arange(12)[None]
-    for directory, expected in ((hardened, PLACES[placement]), (base, set(targets))):
-        plain = load_model(directory)
-        before = plain(input_ids=tokens).logits
-        model = training.apply(plain, "causal-lm")
-        adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trainable(model)}
-        assert adapted == expected
-        torch.testing.assert_close(model(input_ids=tokens).logits, before)
-        # An adapter that is trained takes part in the forward pass.
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.fill_(0.1)
-        assert not torch.allclose(model(input_ids=tokens).logits, before, atol=1e-3)
-
-
 @pytest.mark.parametrize("method", ["dora:2", "ia3", "prompt"])
 def test_other_adapters_train_little_and_something(hardened: Path, tmp_path: Path, method: str) -> None:
     result = attack(options(hardened, tmp_path, trainings=(method,), learning_rates=(1e-2,)))
@@ -271,9 +244,9 @@ def test_train_globs_that_match_nothing(base: Path) -> None:
 
 def test_a_variant_that_leaves_nothing_to_train(hardened: Path) -> None:
     model = load_model(hardened)
-    Variant("freeze-pair").apply(model, 0)
+    Variant("freeze-compensation").apply(model, 0)
     with pytest.raises(SpecDefError, match="nothing is left"):
-        Training(where=("*.o_proj.weight",)).apply(model, "causal-lm")
+        Training(where=("*.o_proj.compensation.weight",)).apply(model, "causal-lm")
 
 
 def test_the_builtin_text_is_split_by_document(base: Path, tmp_path: Path) -> None:

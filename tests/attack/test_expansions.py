@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.variants.collapse import collapse
 from specdef_cli.attack.variants.depth import deepen
-from specdef_cli.attack.variants.freeze import freeze_compensation, freeze_pair
+from specdef_cli.attack.variants.freeze import freeze_compensation
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.inject import inject
 from specdef_cli.attack.variants.inserted_layers import hardened_paths, original_name
@@ -75,7 +75,6 @@ PAIR = D * M + D * D
     [
         (collapse, D * M, D * M),
         (freeze_compensation, PAIR, D * M),
-        (freeze_pair, PAIR, 0),
         (inject, PAIR + D * D, D * D),
         # w(n+m) = mn + m² = m(n+m), so w = m exactly
         (lambda model: widen(model, 2), 2 * PAIR, PAIR),
@@ -85,7 +84,7 @@ PAIR = D * M + D * D
         (lambda model: deepen(model, 2), D * M + D * D + D * D, D * M + D * D),
         (lambda model: deepen(model, 4), D * M + 3 * D * D + D * D, D * M + 3 * D * D),
     ],
-    ids=["collapse", "freeze-compensation", "freeze-pair", "inject", "width2", "width3.5", "depth2", "depth4"],
+    ids=["collapse", "freeze-compensation", "inject", "width2", "width3.5", "depth2", "depth4"],
 )
 def test_surgery_keeps_the_function_and_counts(
     llama: LlamaForCausalLM,

@@ -56,7 +56,7 @@ learning_rates = [1e-3, 1e-5]
         ("[[attacks]]\nlearning_rates = [-1]", "-1"),
         ("[[attacks]]\nspeed = 3", "speed"),
         ("[[attacks]]\ntrainings = [{ training = 'full', rnak = 3 }]", "rnak"),
-        ("[[attacks]]\ntrainings = ['bitfit@x']", "bitfit"),
+        ("[[attacks]]\ntrainings = ['last-half@x']", "last-half"),
         ("[budget]\nsteps = 0\n[[attacks]]", "steps"),
         ("[budget]\npatience = 3\n[[attacks]]", "patience"),
         ("attacks = []", "no attacks"),

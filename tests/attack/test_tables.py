@@ -170,12 +170,6 @@ def test_a_step_moves_what_trains_and_nothing_else(name: str, base: Path, harden
     assert moved <= names
 
 
-def test_biases_are_what_bitfit_means(base: Path, hardened: Path) -> None:
-    (training,) = Training("bitfit").on(target_of(base, hardened))
-    assert str(training) == "full@*bias"
-    assert training.label == "BitFit (biases)"
-
-
 FACTORS = st.one_of(st.integers(2, 10**6), st.floats(1.01, 1e9))
 
 
@@ -217,7 +211,7 @@ def test_a_training_is_read_as_it_is_written(name: str, size: int, where: list[s
         (Training.parse, "lora:0", "0"),
         (Training.parse, "lora:many", "'many'"),
         (Training.parse, "full:3", "full"),
-        (Training.parse, "bitfit@x", "bitfit"),
+        (Training.parse, "last-half@x", "last-half"),
         (Training.parse, "lora@", "lora"),
         (Training.parse, "lora@q_proj,,v_proj", "q_proj,,v_proj"),
         (OPTIMIZERS.choose, "adamm", "'adamm'"),

@@ -267,8 +267,8 @@ LINES: dict[str, tuple[str, ...]] = {
         "attack", "HARDENED", "--control", "BASE", *SMALL[2:], "--training", f"lora:{10**12}",
     ),
     "attack by adapters on nothing": ("attack", "HARDENED", "--control", "BASE", *SMALL[2:], "--training", "lora@no"),
-    "attack on parameters of no name": ("attack", "HARDENED", "--control", "BASE", "--train", "nothing*"),
-    "attack on parameters of an empty name": ("attack", "HARDENED", "--control", "BASE", "--train", ""),
+    "attack on parameters of no name": ("attack", "HARDENED", "--control", "BASE", *SMALL[2:], "--training", "full@z*"),
+    "attack on parameters of an empty name": ("attack", "HARDENED", "--control", "BASE", "--training", "full@"),
     "attack by a suite that is weights": (
         "attack", "HARDENED", "--control", "BASE", "--suite", "BASE/model.safetensors",
     ),

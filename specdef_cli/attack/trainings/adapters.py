@@ -19,9 +19,6 @@ from specdef_cli.attack.variants.inserted_layers import hardened_paths
 from specdef_cli.errors import first_line
 from specdef_cli.runtime import SpecDefScaled
 
-FACTORS = ("inflated", "compensation")
-"""Of an inserted pair, as paths below the layer."""
-
 PEFT_TASKS: Mapping[Task, TaskType | None] = {
     "causal-lm": TaskType.CAUSAL_LM,
     "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
@@ -75,7 +72,7 @@ def linear_paths(model: nn.Module, names: Sequence[str]) -> list[str] | str:
     inside of a scaled head is another one to it, and is left out here, so that models are trained where controls are.
     """
     if names:
-        return module_paths(model, names, FACTORS)
+        return module_paths(model, names)
     head = output_embeddings(model)
     if not isinstance(head, SpecDefScaled):
         return "all-linear"
@@ -95,7 +92,9 @@ def norm_paths(model: nn.Module) -> list[str]:
     ]
 
 
-def module_paths(model: nn.Module, names: Sequence[str], parts: Sequence[str]) -> list[str]:
+def module_paths(
+    model: nn.Module, names: Sequence[str], parts: Sequence[str] = ("inflated", "compensation")
+) -> list[str]:
     """Modules by the end of their names, as PEFT takes them; of a hardened layer, the named factors.
 
     Where a name means none, it is passed on, for PEFT to say so.

@@ -99,31 +99,12 @@ TRAININGS: Table[TrainingChoice] = Table(
             stands_for=f"{_HERE}.layers:last_half",
         ),
         TrainingChoice(
-            "bitfit", "BitFit (biases)", "Every bias, and nothing else.",
-            stands_for=f"{_HERE}.bitfit:biases",
-        ),
-        TrainingChoice(
             "lora", "LoRA {where}", "LoRA on every linear, or on those named: lora:16@q_proj,v_proj.",
             function=f"{_HERE}.lora:train_lora", size=_RANK, where="modules", label_everywhere="LoRA all-linear",
         ),
         TrainingChoice(
             "lora-default", "LoRA default", "LoRA where PEFT puts it: query and value projections, for Llama.",
             function=f"{_HERE}.lora:train_lora_default", size=_RANK,
-        ),
-        TrainingChoice(
-            "lora-inflated", "LoRA on inflated factors", "LoRA on the inflated factor of every inserted pair.",
-            function=f"{_HERE}.lora:train_lora_inflated", stands_for=f"{_HERE}.lora:on_inserted_layers",
-            size=_RANK, where="modules",
-        ),
-        TrainingChoice(
-            "lora-compensation", "LoRA on compensations", "LoRA on the compensation of every inserted pair.",
-            function=f"{_HERE}.lora:train_lora_compensation", stands_for=f"{_HERE}.lora:on_inserted_layers",
-            size=_RANK, where="modules",
-        ),
-        TrainingChoice(
-            "lora-around", "LoRA on whole pairs", "LoRA in parallel to every inserted pair as a whole.",
-            function=f"{_HERE}.lora:train_lora_around", stands_for=f"{_HERE}.lora:on_inserted_layers",
-            size=_RANK, where="modules",
         ),
         TrainingChoice(
             "dora", "DoRA {where}", "DoRA on every linear, or on those named.",

@@ -1,11 +1,11 @@
-"""Leave the factors that carry α out of the training."""
+"""Leave the compensation out of the training."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.attack.variants.inserted_layers import freeze, replace_layers
+from specdef_cli.attack.variants.inserted_layers import replace_layers
 from specdef_cli.runtime import SpecDefLinear
 
 
@@ -18,20 +18,6 @@ def freeze_compensation(model: nn.Module) -> Growth:
 
     def build(pair: SpecDefLinear) -> nn.Module:
         pair.compensation.weight.requires_grad_(False)
-        return pair
-
-    return replace_layers(model, build)
-
-
-def freeze_pair(model: nn.Module) -> Growth:
-    """Freeze both weights of every pair, so that everything else trains. The bias goes on training.
-
-    Raises:
-        NotApplicable: The model has no hardened layer.
-    """
-
-    def build(pair: SpecDefLinear) -> nn.Module:
-        freeze(pair)
         return pair
 
     return replace_layers(model, build)

@@ -102,22 +102,12 @@ VARIANTS: Table[VariantChoice] = Table(
             trains_inflated=True,
         ),
         VariantChoice(
-            "smooth", f"{_HERE}.smooth:smooth", "none", "smoothed",
-            "What quantizers of activations do (SmoothQuant): ranges after norms into what reads them.",
-            trains_inflated=True,
-        ),
-        VariantChoice(
             "channel-rates", f"{_HERE}.channel_rates:scale_rates", "construction", "a rate for each channel",
             "A learning rate for every row and column, in proportion to its size.",
         ),
         VariantChoice(
             "freeze-compensation", f"{_HERE}.freeze:freeze_compensation", "construction", "compensation frozen",
             "Freeze the compensation of every inserted pair.",
-            needs="inserted",
-        ),
-        VariantChoice(
-            "freeze-pair", f"{_HERE}.freeze:freeze_pair", "construction", "pair frozen",
-            "Freeze both factors of every inserted pair, and train the rest.",
             needs="inserted",
         ),
         VariantChoice(
