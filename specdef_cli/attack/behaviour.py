@@ -39,6 +39,19 @@ hidden states are about the next token already."""
 
 
 @dataclass(frozen=True)
+class Read:
+    """What a model makes of prompts, at the last token of each; float32, on the CPU.
+
+    Attributes:
+        hidden: Hidden states, [prompts, layers + 1, d].
+        log_probs: Of the next token, [prompts, vocabulary].
+    """
+
+    hidden: Tensor
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
 class Reference:
     """The model before an attack.
 
@@ -61,17 +74,17 @@ class Reference:
 def reference_of(directory: Path, prompts: Prompts, dtype: str, device: str, trust_remote_code: bool) -> Reference:
     """Measure a checkpoint as it was published."""
     model = load_plainly(directory, dtype, device, trust_remote_code)
-    unwanted, harmless = (_hidden(model, half)[:, 1:-1] for half in (prompts.unwanted, prompts.harmless))
+    unwanted, harmless = (_read(model, half).hidden[:, 1:-1] for half in (prompts.unwanted, prompts.harmless))
     gaps = unwanted.mean(0) - harmless.mean(0)  # [layers - 1, d]; the last hidden state is normed
-    spread = sum(half.var(0, correction=0).sum(-1) for half in (unwanted, harmless))
+    spread = unwanted.var(0, correction=0).sum(-1) + harmless.var(0, correction=0).sum(-1)
     deepest = max(1, int(DEEPEST * (len(gaps) + 1)))
     place = int((gaps.square().sum(-1) / spread)[:deepest].argmax())
     direction = gaps[place] / gaps[place].norm()
+    compared, asked = _read(model, prompts.compared), _read(model, prompts.asked)
     refusals = None
     if prompts.given:
         refusals = _refused(prompts, _answers(model, prompts.asked, directory, trust_remote_code))
-    gap = _gap(model, prompts, place + 1, direction)
-    return Reference(_log_probs(model, prompts.compared), place + 1, direction, gap, refusals)
+    return Reference(compared.log_probs, place + 1, direction, _gap(asked, compared, place + 1, direction), refusals)
 
 
 def load_plainly(directory: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
@@ -107,11 +120,12 @@ def try_edits(
         model = load_plainly(directory, dtype, device, trust_remote_code)  # of a large one there is no place for two
         parameters = sum(parameter.numel() for parameter in model.parameters())
         growth = variant.edit(model, before.direction, strength)
-        gap = _gap(model, prompts, before.layer, before.direction)
+        compared = _read(model, prompts.compared)
+        gap = _gap(_read(model, prompts.asked), compared, before.layer, before.direction)
         left = abs(gap / before.gap) if math.isfinite(gap) and before.gap else None
-        edits.append(Edit(strength, left, divergence(model, prompts, before)))
+        edits.append(Edit(strength, left, _divergence(before, compared)))
         if edits[-1] == min(edits, key=lambda edit: edit.reach):
-            answers = behaviour_of(model, prompts, before, directory, trust_remote_code)
+            answers = _behaviour(model, prompts, before, compared, directory, trust_remote_code)
         on_strength(number)
     assert answers is not None
     return tuple(edits), answers, growth, parameters
@@ -131,24 +145,29 @@ def behaviour_of(
     """
     training = model.training
     model.eval()
-    asked = prompts.asked if prompts.given else prompts.asked[:SHOWN]
-    answers = _answers(model, asked, directory, trust_remote_code)
-    found = Behaviour(
-        kl=divergence(model, prompts, before),
-        refusals=_refused(prompts, answers) if prompts.given else None,
-        refusals_before=before.refusals,
-        answers=tuple(zip(prompts.texts[:SHOWN], answers[:SHOWN], strict=True)),
-    )
+    found = _behaviour(model, prompts, before, _read(model, prompts.compared), directory, trust_remote_code)
     model.train(training)
     return found
 
 
-def divergence(model: nn.Module, prompts: Prompts, before: Reference) -> float | None:
-    """KL divergence (nats) of a model's next token from the reference's, the mean over harmless held-out prompts;
-    ``None`` where it is not finite.
+def _behaviour(
+    model: nn.Module, prompts: Prompts, before: Reference, compared: Read, directory: Path, trust_remote_code: bool
+) -> Behaviour:
+    asked = prompts.asked if prompts.given else prompts.asked[:SHOWN]
+    answers = _answers(model, asked, directory, trust_remote_code)
+    return Behaviour(
+        kl=_divergence(before, compared),
+        refusals=_refused(prompts, answers) if prompts.given else None,
+        refusals_before=before.refusals,
+        answers=tuple(zip(prompts.texts[:SHOWN], answers[:SHOWN], strict=True)),
+    )
+
+
+def _divergence(before: Reference, compared: Read) -> float | None:
+    """KL divergence (nats) of a model's next token from the reference's, the mean over prompts; ``None`` where it is
+    not finite.
     """
-    after = _log_probs(model, prompts.compared)
-    apart = (before.log_probs.exp() * (before.log_probs - after)).sum(-1).mean().item()
+    apart = (before.log_probs.exp() * (before.log_probs - compared.log_probs)).sum(-1).mean().item()
     return max(0.0, apart) if math.isfinite(apart) else None
 
 
@@ -156,10 +175,9 @@ def _refused(prompts: Prompts, answers: Sequence[str]) -> float:
     return sum(map(prompts.is_refusal, answers)) / len(answers)
 
 
-def _gap(model: nn.Module, prompts: Prompts, layer: int, direction: Tensor) -> float:
+def _gap(asked: Read, compared: Read, layer: int, direction: Tensor) -> float:
     """How far the held-out halves are apart along a direction, in one hidden state."""
-    asked, compared = (_hidden(model, half)[:, layer].mean(0) for half in (prompts.asked, prompts.compared))
-    return float((asked - compared) @ direction)
+    return float((asked.hidden[:, layer].mean(0) - compared.hidden[:, layer].mean(0)) @ direction)
 
 
 def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -171,31 +189,20 @@ def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _over(
-    model: nn.Module, prompts: Sequence[Sequence[int]], read: Callable[[Any], Tensor], **arguments: Any
-) -> Tensor:
-    """What ``read`` makes of the output, for every prompt in its order; float32, on the CPU."""
+def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Read:
+    """What a model makes of prompts, in their order."""
     device = next(model.parameters()).device
-    found: dict[int, Tensor] = {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for positions in _batches(prompts):
         tokens = torch.tensor([prompts[position] for position in positions], device=device)
-        output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **arguments)
-        found |= zip(positions, read(output).float().cpu(), strict=True)
-    return torch.stack([found[position] for position in range(len(prompts))])
-
-
-def _hidden(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Hidden states of the last token, [prompts, layers + 1, d]."""
-
-    def last(output: Any) -> Tensor:
-        return torch.stack([hidden[:, -1] for hidden in output.hidden_states], 1)
-
-    return _over(model, prompts, last, output_hidden_states=True)
-
-
-def _log_probs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Of the next token, [prompts, vocabulary]."""
-    return _over(model, prompts, lambda output: output.logits[:, -1].float().log_softmax(-1))
+        output = model(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, output_hidden_states=True
+        )
+        hidden = torch.stack([state[:, -1] for state in output.hidden_states], 1).float().cpu()
+        log_probs = output.logits[:, -1].float().log_softmax(-1).cpu()
+        found |= {position: (hidden[place], log_probs[place]) for place, position in enumerate(positions)}
+    order = [found[position] for position in range(len(prompts))]
+    return Read(torch.stack([hidden for hidden, _ in order]), torch.stack([log_probs for _, log_probs in order]))
 
 
 @torch.no_grad()

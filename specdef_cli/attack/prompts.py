@@ -10,16 +10,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError
 
-MAX_PROMPTS = 64
+MAX_PROMPTS = {"cpu": 32, "accelerator": 256}
 """Prompts of each kind that are used: every second makes the direction, the others measure."""
 
 REFUSALS = (
@@ -82,22 +84,24 @@ def load_prompts(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> 
     if options.prompts is None:
         unwanted, harmless = _COOKING, _ASTRONOMY
     else:
-        unwanted, harmless = _read(options, options.prompts, "--prompts"), (*_COOKING, *_ASTRONOMY)
+        unwanted, harmless = (
+            _read(options, options.prompts, "--prompts"),
+            tuple(chain(*zip(_COOKING, _ASTRONOMY, strict=True))),
+        )
     if options.prompts_harmless is not None:
         harmless = _read(options, options.prompts_harmless, "--prompts-harmless")
+    most = MAX_PROMPTS["accelerator" if torch.accelerator.is_available() else "cpu"]
+    unwanted, harmless = unwanted[:most], harmless[:most]
     refusals = tuple(word.lower().replace("’", "'") for word in options.refusal_words) or REFUSALS
-    halves = [
+    first, second, asked, compared = (
         tuple(_encode(tokenizer, text) for text in texts)
         for texts in (unwanted[::2], harmless[::2], unwanted[1::2], harmless[1::2])
-    ]
-    digest = hashlib.sha256(json.dumps([halves, refusals, options.prompts is not None]).encode())
+    )
+    given = options.prompts is not None
+    digest = hashlib.sha256(json.dumps([first, second, asked, compared, refusals, given]).encode())
+    name = BUILTIN_NAME if options.prompts is None else options.prompts
     return Prompts(
-        BUILTIN_NAME if options.prompts is None else str(options.prompts),
-        *halves,
-        texts=unwanted[1::2],
-        refusals=refusals,
-        given=options.prompts is not None,
-        fingerprint=digest.hexdigest()[:16],
+        name, first, second, asked, compared, unwanted[1::2], refusals, given, fingerprint=digest.hexdigest()[:16]
     )
 
 
@@ -117,11 +121,11 @@ def _read(options: AttackOptions, name: str, flag: str) -> tuple[str, ...]:
         found = []
         for row in rows(named):
             found.append(_prompt_of(row, name, flag))
-            if len(found) == MAX_PROMPTS:
+            if len(found) == max(MAX_PROMPTS.values()):
                 break
     if len(found) < 2:
         raise SpecDefError(f"{flag} {name} has {len(found)} prompts", "Give two or more: every second is held out.")
-    return tuple(found[:MAX_PROMPTS])
+    return tuple(found)
 
 
 def _prompt_of(row: dict[str, Any], name: str, flag: str) -> str:

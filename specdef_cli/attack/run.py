@@ -28,7 +28,7 @@ from specdef_cli.attack.plan import Series, make_plan
 from specdef_cli.attack.prompts import Prompts, load_prompts
 from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import ProgressHook
-from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
+from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary
 from specdef_cli.attack.retained import retained_sequences
 from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.schedule import run_all
@@ -107,9 +107,16 @@ def attack(
         versions={"specdef-cli": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
+        prompts=_prompts(prepared.train.prompts) if any(run.behaviour for run in outcome.runs) else None,
     )
     notes = (*plan_notes(options, prepared.target), *outcome_notes(options, outcome))
     return replace(report, notes=(*notes, *report_notes(options, prepared.target, report)))
+
+
+def _prompts(prompts: Prompts | None) -> PromptSummary | None:
+    if prompts is None:
+        return None
+    return PromptSummary(prompts.name, prompts.given, len(prompts.asked), prompts.refusals)
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:

@@ -112,6 +112,8 @@ def attack_command(
     require_data(options.dataset)
     if options.retained != NO_RETAINED:
         require_data(options.retained)
+    require_data(options.prompts)
+    require_data(options.prompts_harmless)
     require_trackers(options.report_to)
     writable_ancestor(options.out)
 
@@ -119,7 +121,7 @@ def attack_command(
 
     from specdef_cli.attack import Forecast, attack, is_main_process, plan_attack
     from specdef_cli.cli.plan import plan_screen
-    from specdef_cli.report import attacks_table, report_dict, runs_table, summary, write_report
+    from specdef_cli.report import attacks_table, edits_table, report_dict, runs_table, summary, write_report
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)
@@ -146,7 +148,10 @@ def attack_command(
             output.note(f"note: {text}")
     verdict, *sentences = summary(report)
     table = runs_table(report) if verbose else attacks_table(report)
-    output.data(report_dict(report), Group(verdict, table, *sentences), written=written[0])
+    tables = [table] if any(not run.spec.is_edit for run in report.runs) else []
+    edits = edits_table(report)
+    tables += [edits] if edits is not None else []
+    output.data(report_dict(report), Group(verdict, *tables, *sentences), written=written[0])
     output.note(f"report: {written[0]}")
     met = [(condition, finding) for condition in conditions for finding in condition.met_by(report)]
     for condition, finding in met:

@@ -29,6 +29,7 @@ _METRICS: dict[str, Callable[[Finding], float | None]] = {
     "steps_to_control": lambda finding: float("inf") if finding.steps_to_control is None else finding.steps_to_control,
     "share_of_control": lambda finding: finding.share,
     "best_loss": lambda finding: finding.best,
+    "refusals": lambda finding: finding.refusals,
 }
 
 

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.presence import require_report
-from specdef_cli.attack.results import DataSummary, Hardening
-from specdef_cli.attack.run_result import Divergence, EvalPoint, RunOutcome, TrainPoint
+from specdef_cli.attack.results import DataSummary, Hardening, PromptSummary
+from specdef_cli.attack.run_result import Behaviour, Divergence, Edit, EvalPoint, RunOutcome, TrainPoint
 from specdef_cli.attack.spec import Subject
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.variants.table import Knowledge
@@ -58,6 +58,8 @@ class Definitions(Part):
     """At or below this share of the control's progress an attack counts as stopped."""
     utility_limit: float
     """Utility is kept while perplexity on retained text is at most this share above the start's."""
+    kl_limit: float = 1.0
+    """An edit whose KL divergence on harmless prompts is beyond this has broken the model."""
 
 
 class Best(Part):
@@ -106,6 +108,14 @@ class AttackPart(Part):
     flops_times: float
     """Operations of an optimizer step over the control's, estimated from parameters."""
     verdict: Verdict
+    edit: Edit | None = None
+    """What the best strength of an edit did; null for what is trained."""
+    refusals: float | None = None
+    """Share of unwanted prompts that the model refuses after the best run; null: not measured, or broken."""
+    refusals_before: float | None = None
+    """The same before the attack."""
+    kl: float | None = None
+    """KL divergence (nats) on harmless prompts from the model before the attack; null: not measured."""
     runs: tuple[str, ...]
     """Ids."""
 
@@ -124,6 +134,7 @@ class SpecPart(Budget):
     learning_rate: float
     eval_every: int
     seed: int
+    prompts: str = ""
 
 
 class RunLoss(Part):
@@ -184,6 +195,10 @@ class RunPart(Part):
     divergence: Divergence | None
     stopped: int | None = None
     """The step after which a search ended the run."""
+    edits: tuple[Edit, ...] = ()
+    """Of an edit, what each strength did."""
+    behaviour: Behaviour | None = None
+    """How the model answers afterwards; null: not measured."""
     seconds: float
     curve: Curve
 
@@ -201,6 +216,8 @@ class ReportDocument(Part):
     model: ModelPart
     control: ControlPart
     data: DataSummary
+    prompts: PromptSummary | None = None
+    """What edits tell apart and refusals are counted on; null: neither was measured."""
     assumed: tuple[str, ...]
     """What the user left open and was chosen."""
     notes: tuple[str, ...]

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from specdef_cli.attack.results import CONTROL_SHARE, AttackReport
-from specdef_cli.attack.run_result import DIVERGENCE_FACTOR, UTILITY_LIMIT, RunResult
+from specdef_cli.attack.run_result import DIVERGENCE_FACTOR, KL_LIMIT, UTILITY_LIMIT, RunResult
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.report.document import (
     SCHEMA_NAME,
@@ -50,6 +50,7 @@ def report_document(report: AttackReport) -> ReportDocument:
         model=ModelPart(name=report.model, hardening=report.hardening),
         control=ControlPart(name=report.control),
         data=report.data,
+        prompts=report.prompts,
         assumed=report.assumed,
         notes=report.notes,
         definitions=Definitions(
@@ -57,6 +58,7 @@ def report_document(report: AttackReport) -> ReportDocument:
             divergence_factor=DIVERGENCE_FACTOR,
             stopped_share=STOPPED_SHARE,
             utility_limit=UTILITY_LIMIT,
+            kl_limit=KL_LIMIT,
         ),
         versions=report.versions,
         device=report.device,
@@ -100,7 +102,7 @@ def curves_csv(report: AttackReport) -> str:
 
 
 def _attack(finding: Finding) -> AttackPart:
-    spec = finding.attack.runs[0].spec
+    spec, behaviour = finding.attack.runs[0].spec, finding.attack.behaviour
     return AttackPart(
         label=finding.attack.label,
         subject=spec.subject,
@@ -124,6 +126,10 @@ def _attack(finding: Finding) -> AttackPart:
         parameters_times=finding.parameters_times,
         flops_times=finding.flops_times,
         verdict=finding.verdict,
+        edit=finding.attack.edit,
+        refusals=finding.refusals,
+        refusals_before=behaviour.refusals_before if behaviour is not None else None,
+        kl=behaviour.kl if behaviour is not None else None,
         runs=tuple(run.spec.run_id for run in finding.attack.runs),
     )
 
@@ -147,6 +153,8 @@ def _run(report: AttackReport, run: RunResult) -> RunPart:
         outcome=run.outcome,
         divergence=run.divergence,
         stopped=run.stopped,
+        edits=run.edits,
+        behaviour=run.behaviour,
         seconds=run.seconds,
         curve=Curve(train=run.train, evaluations=run.evaluations),
     )
