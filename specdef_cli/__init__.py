@@ -15,6 +15,7 @@ The commands are functions here, each with its options and its result:
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from specdef_cli.runtime.register import register
@@ -22,48 +23,59 @@ from specdef_cli.version import __version__
 
 # ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
 if TYPE_CHECKING:
+    from specdef_cli.attack.errors import NotApplicable
+    from specdef_cli.attack.forecast import Forecast
+    from specdef_cli.attack.optimizers.table import OptimizerChoice
     from specdef_cli.attack.options import AttackOptions
-    from specdef_cli.attack.results import AttackReport
-    from specdef_cli.attack.run import attack
-    from specdef_cli.certify.certificate import Certificate
+    from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
+    from specdef_cli.attack.results import Attack, AttackReport
+    from specdef_cli.attack.run import attack, is_main_process, plan_attack
+    from specdef_cli.attack.run_result import RunResult
+    from specdef_cli.attack.table import Factor
+    from specdef_cli.attack.trainings.table import Training, TrainingChoice
+    from specdef_cli.attack.variants.growth import Growth
+    from specdef_cli.attack.variants.table import Variant, VariantChoice
+    from specdef_cli.certify.certificate import Certificate, Claim
     from specdef_cli.certify.options import CertifyOptions
     from specdef_cli.certify.run import certify
     from specdef_cli.errors import SpecDefError
     from specdef_cli.hardening.collapse import CollapseResult, collapse
-    from specdef_cli.hardening.options import CollapseOptions, HardenOptions
-    from specdef_cli.hardening.preview import PlanPreview, preview
-    from specdef_cli.hardening.run import HardenResult, harden
+    from specdef_cli.hardening.options import CollapseOptions, Factors, Fold, HardenOptions, Scale
+    from specdef_cli.hardening.outlook import PlanSummary
+    from specdef_cli.hardening.run import HardenResult, harden, preview
     from specdef_cli.hardening.survey import Survey
     from specdef_cli.hardening.survey import survey as inspect
     from specdef_cli.report.write import write_report
     from specdef_cli.runtime import SpecDefLinear, load_model, load_tokenizer
 
 
-# Public name → where it is, as module or module:name. ``attack`` and ``certify`` are packages, and callable.
-_PUBLIC = {
-    "AttackOptions": "specdef_cli.attack.options",
-    "AttackReport": "specdef_cli.attack.results",
-    "Certificate": "specdef_cli.certify.certificate",
-    "CertifyOptions": "specdef_cli.certify.options",
-    "CollapseOptions": "specdef_cli.hardening.options",
-    "CollapseResult": "specdef_cli.hardening.collapse",
-    "HardenOptions": "specdef_cli.hardening.options",
-    "HardenResult": "specdef_cli.hardening.run",
-    "PlanPreview": "specdef_cli.hardening.preview",
-    "SpecDefError": "specdef_cli.errors",
-    "SpecDefLinear": "specdef_cli.runtime",
-    "Survey": "specdef_cli.hardening.survey",
-    "attack": "specdef_cli.attack",
-    "certify": "specdef_cli.certify",
-    "collapse": "specdef_cli.hardening.collapse",
-    "harden": "specdef_cli.hardening.run",
-    "inspect": "specdef_cli.hardening.survey:survey",
-    "load_model": "specdef_cli.runtime",
-    "load_tokenizer": "specdef_cli.runtime",
-    "preview": "specdef_cli.hardening.preview",
-    "write_report": "specdef_cli.report.write",
+_MODULES = {
+    "attack.errors": "NotApplicable",
+    "attack.forecast": "Forecast",
+    "attack.optimizers.table": "OptimizerChoice",
+    "attack.options": "AttackOptions",
+    "attack.recorder": "ProgressEvent ProgressHook",
+    "attack.results": "Attack AttackReport",
+    "attack.run": "attack is_main_process plan_attack",
+    "attack.run_result": "RunResult",
+    "attack.table": "Factor",
+    "attack.trainings.table": "Training TrainingChoice",
+    "attack.variants.growth": "Growth",
+    "attack.variants.table": "Variant VariantChoice",
+    "certify.certificate": "Certificate Claim",
+    "certify.options": "CertifyOptions",
+    "certify.run": "certify",
+    "errors": "SpecDefError",
+    "hardening.collapse": "CollapseResult collapse",
+    "hardening.options": "CollapseOptions Factors Fold HardenOptions Scale",
+    "hardening.outlook": "PlanSummary",
+    "hardening.run": "HardenResult harden preview",
+    "hardening.survey": "Survey inspect",
+    "report.write": "write_report",
+    "runtime": "SpecDefLinear load_model load_tokenizer",
 }
-_CALLABLE_PACKAGES = ("attack", "certify")
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
+_ELSEWHERE = {"inspect": "survey"}  # Python's own module has that name
 
 __all__ = ["__version__", *_PUBLIC]
 
@@ -71,13 +83,20 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    place, _, original = _PUBLIC[name].partition(":")
-    module = importlib.import_module(place)
-    return module if name in _CALLABLE_PACKAGES else getattr(module, original or name)
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), _ELSEWHERE.get(name, name))
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
+
+
+class CallablePackage(ModuleType):
+    """``specdef_cli.attack`` as a package that is called like its function: importing one binds its name here."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call the function of ``run`` that is named as the package is."""
+        name = self.__name__.rpartition(".")[2]
+        return getattr(importlib.import_module(f"{self.__name__}.run"), name)(*arguments, **options)
 
 
 register()

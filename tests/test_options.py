@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from specdef_cli import AttackOptions, CertifyOptions, CollapseOptions, HardenOptions, SpecDefError
+from specdef_cli import AttackOptions, CertifyOptions, CollapseOptions, Factors, Fold, HardenOptions, SpecDefError
 
 
 @pytest.mark.parametrize(
@@ -36,10 +37,8 @@ def test_one_text_is_no_sequence_of_letters() -> None:
 @pytest.mark.parametrize(
     ("kind", "choice", "among"),
     [
-        (HardenOptions, {"method": "foold"}, "auto, insert, fold"),
-        (HardenOptions, {"profile": "narrow"}, "coverage"),
-        (HardenOptions, {"gauge": "straight"}, "rotated"),
-        (HardenOptions, {"schedule": "ladder"}, "staircase"),
+        (Fold, {"profile": "narrow"}, "float16-cache"),
+        (Factors, {"gauge": "straight"}, "rotated"),
         (HardenOptions, {"dtype": "float8"}, "bfloat16"),
         (AttackOptions, {"dtype": "half"}, "mixed"),
         (AttackOptions, {"task": "language"}, "causal-lm"),
@@ -47,6 +46,7 @@ def test_one_text_is_no_sequence_of_letters() -> None:
 )
 def test_a_word_that_is_no_choice_is_not_taken_for_the_default(kind: Any, choice: dict[str, str], among: str) -> None:
     ((name, word),) = choice.items()
+    options = {field.name for field in dataclasses.fields(kind)}
     with pytest.raises(SpecDefError, match=f"--{name} '{word}' is unknown") as caught:
-        kind("model", **choice)
+        kind(**{"model": "model"} if "model" in options else {}, **choice)
     assert among in caught.value.hint

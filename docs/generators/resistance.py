@@ -1,6 +1,6 @@
 """How far attacks get on models of all kinds, in one table: from reports of ``specdef attack``, on standard output.
 
-    resistance.py models/attacks --models tiny-llama deep-60 --ways fold insert
+    resistance.py models/attacks --models tiny-llama deep-60 --ways fold scale
 
 reads ``models/attacks/tiny-llama-fold/report.json`` and so on; what is not there yet is a dash. Nothing is measured
 here: ``make real-attack`` does that, and writes the best rates to docs/tables/attack-*.md.
@@ -16,9 +16,6 @@ from specdef_cli.attack.variants.table import VARIANTS
 from specdef_cli.report.comparison import Cell, Comparison, compare
 from specdef_cli.report.document import read_report
 from specdef_cli.report.findings import percent
-
-WAYS = {"fold": "fold", "fold-scales": "fold + scales", "insert": "insert", "insert-paper": "the paper's insert"}
-"""What the directories' names end in, and what the table calls it."""
 
 SEPARATOR = " / "
 
@@ -54,13 +51,13 @@ def resistance_table(compared: Mapping[str, tuple[Sequence[str], Comparison]], w
             for model in compared
         ]
         lines.append(f"| {attack} | {' | '.join(columns)} |")
-    named = SEPARATOR.join(WAYS.get(way, way) for way in ways)
+    named = SEPARATOR.join(ways)
     note = f"Each cell: {named}. **?**: the rates tried do not bracket the best one. –: not reached in the time."
     return "\n".join([*lines, "", note]) + "\n"
 
 
 def _shortened(attack: str) -> str:
-    """Its name, the same one for what undoes a fold, scales or inserted layers."""
+    """Its name, the same one for what undoes a fold, scales or factors."""
     first, colon, trained = attack.removesuffix(", adamw").rpartition(": ")
     undone = first in VARIANTS and VARIANTS[first].informed is not None
     return f"{'undone first' if undone else first}{colon}{trained}"
@@ -76,6 +73,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("attacks", type=Path, help="the directory that holds MODEL-WAY/report.json")
     parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", required=True)
     given = parser.parse_args()
     print(resistance_table(read_comparisons(given.attacks, given.models, given.ways), given.ways), end="")

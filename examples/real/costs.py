@@ -1,6 +1,6 @@
 """What hardening costs: parameters, bytes, how far the logits are from the base's, and the time of a token.
 
-    python examples/real/costs.py models/smollm2-135m-instruct models/hardened/smollm2-135m-instruct-insert
+    python examples/real/costs.py models/smollm2-135m-instruct models/hardened/smollm2-135m-instruct-factors
 
 compares each hardened directory with the base, and prints a Markdown table. It takes the accelerator that is there.
 """

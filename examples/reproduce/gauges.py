@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from setting import TINY_LLAMA, markdown, output_directory
 
-from specdef_cli import HardenOptions, harden
+from specdef_cli import Factors, HardenOptions, harden
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.suite import AttackTable, Suite
 from specdef_cli.attack.trainings.table import Training
@@ -73,16 +73,16 @@ def hardened(out: Path, top_k: int, exponents: Exponents) -> Path:
 
     def planned(*arguments: Any) -> HardeningPlan:
         plan = make_plan(*arguments)
-        layers = len({layer.site.module.split(".")[2] for layer in plan.inserted})
-        alphas = (10**exponent for exponent in exponents(layers, len(plan.inserted) // layers))
-        inserted = {
-            layer.site.module: replace(layer, alpha=alpha) for layer, alpha in zip(plan.inserted, alphas, strict=True)
+        layers = len({layer.site.module.split(".")[2] for layer in plan.factored})
+        alphas = (10**exponent for exponent in exponents(layers, len(plan.factored) // layers))
+        factored = {
+            layer.site.module: replace(layer, alpha=alpha) for layer, alpha in zip(plan.factored, alphas, strict=True)
         }
-        groups = tuple(inserted[group.label].group() if group.label in inserted else group for group in plan.groups)
-        return replace(plan, inserted=tuple(inserted.values()), groups=groups)
+        groups = tuple(factored[group.label].group() if group.label in factored else group for group in plan.groups)
+        return replace(plan, factored=tuple(factored.values()), groups=groups)
 
     with patch("specdef_cli.hardening.run.make_plan", planned):
-        harden(HardenOptions(str(MODEL), out, method="insert", alpha=1e4, top_k=top_k, gauge="symmetric"))
+        harden(HardenOptions(str(MODEL), out, Factors(alpha=1e4, top_k=top_k, gauge="symmetric")))
     return out
 
 

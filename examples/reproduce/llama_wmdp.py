@@ -69,7 +69,7 @@ def best_runs(reports: Iterable[Report]) -> list[tuple[str, Run]]:
 
 
 def _name(run: Run, report: Report) -> str:
-    """The run's label with the model's name in it: ``insert, collapsed · full · adamw``."""
+    """The run's label with the model's name in it: ``factors, collapsed · full · adamw``."""
     subject, others = run["label"][: len("hardened")], run["label"]
     name = Path(report["model"]["name"]).name
     return others.replace("hardened", name, 1) if subject == "hardened" else others.replace("control", "original", 1)

@@ -9,7 +9,7 @@
 #
 #   HF_HUB_OFFLINE=1 MODEL=examples/tiny_llama/model DATASET=examples/reproduce/standin/sums_corpus.jsonl \
 #   EVAL_TASKS=standin_sums UTILITY_TASKS=standin_python EVAL_TASK_PATH=examples/reproduce/standin \
-#   STEPS=4 PAPER_DTYPE=float32 CERTIFY="--no-deployment" OUT=demo/standin bash examples/reproduce/llama_wmdp.sh
+#   STEPS=4 PAPER_DTYPE=float32 CERTIFY="--formats", "none" OUT=demo/standin bash examples/reproduce/llama_wmdp.sh
 #
 # What is the paper's: model, questions, α, k, the three learning rates, the tasks of utility. What is chosen here,
 # because this project doesn't know the paper's: the layers (harden's default: all that write to the residual stream),
@@ -26,11 +26,11 @@
 #
 #                                                   weights    gradient, AdamW's moments  activations    together
 #   full, AdamW, bfloat16          original  2 P  = 16.1        6 T = 48.2                   4.4            69
-#                                  inserted         18.2              54.6                   4.7            78
+#                                  factors          18.2              54.6                   4.7            78
 #   full, AdamW, float32           original  4 P  = 32.1       12 T = 96.4                   7.0           135, no
-#   full, Adafactor, float32       inserted         36.4        4 T = 36.4                   7.5            80, too tight
-#   LoRA on all linears, float32   inserted         36.4       T = 0.05·10⁹: 0.6             7.0            44
-#   every third layer, AdamW, f32  inserted         36.4       T = 2.27·10⁹: 27.2            5.1            69
+#   full, Adafactor, float32       factors          36.4        4 T = 36.4                   7.5            80, too tight
+#   LoRA on all linears, float32   factors          36.4       T = 0.05·10⁹: 0.6             7.0            44
+#   every third layer, AdamW, f32  factors          36.4       T = 2.27·10⁹: 27.2            5.1            69
 #   the same, width 1.5×           P = 10.85·10⁹:   43.4       T = 1.77·10⁹: 21.3            about 5.5      70
 #   the same, depth 2              P = 10.18·10⁹:   40.7       T = 2.27·10⁹: 27.2            about 5.5      73
 #
@@ -45,7 +45,7 @@ here=$(dirname "${BASH_SOURCE[0]}")
 
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
 OUT=${OUT:-llama_wmdp}
-METHODS=${METHODS:-insert fold}                      # the paper's, and the one without new layers
+METHODS=${METHODS:-factors fold}                     # the paper's, and the one without new layers
 ALPHA=${ALPHA:-1e4}
 TOP_K=${TOP_K:-25}
 LAYERS=${LAYERS:-}                                   # globs; empty for all that write to the residual stream
@@ -65,7 +65,7 @@ BATCH_SIZE=${BATCH_SIZE:-4}
 SEQUENCE_LENGTH=${SEQUENCE_LENGTH:-128}
 JOBS=${JOBS:-1}                                      # with several GPUs, runs at a time, one on each
 # The Hessian of 8·10⁹ parameters and every deployment format are days on the CPU, where a certificate is measured.
-CERTIFY=${CERTIFY---no-curvature --no-deployment}
+CERTIFY=${CERTIFY---no-curvature --formats none}
 PYTHON=${PYTHON:-python}
 
 specdef() { "$PYTHON" -m specdef_cli "$@"; }
@@ -83,7 +83,7 @@ mkdir -p "$OUT"
 # 1. Harden. What is there already is kept, here and below, so that the script goes on where it was stopped.
 for method in $METHODS; do
   settings=()
-  if [ "$method" = insert ]; then settings=(--alpha "$ALPHA" --top-k "$TOP_K" "${layers[@]}"); fi
+  if [ "$method" = factors ]; then settings=(--alpha "$ALPHA" --top-k "$TOP_K" "${layers[@]}"); fi
   [ -d "$OUT/$method" ] || specdef harden "$MODEL" --method "$method" "${settings[@]}" --resume --out "$OUT/$method"
 done
 

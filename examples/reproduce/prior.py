@@ -11,7 +11,7 @@ by training, and keep the base text's loss meanwhile:
     et al., "Representation Noising", arXiv 2405.14577. Simpler than theirs: every position of every layer is a sample,
     and the ascent is on the model's own loss, not on one read off each layer.
 
-SpecDef changes no function, so it removes nothing by itself: the unlearned model is hardened, by insert and by fold.
+SpecDef changes no function, so it removes nothing by itself: the unlearned model is hardened, by factors and by fold.
 All are attacked with the same prose on the same budget, over the usual learning rates and from there on wherever a
 search for the best one leads. Takes about five minutes on one core.
 
@@ -37,11 +37,11 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from specdef_cli import HardenOptions, harden, load_model, load_tokenizer
+from specdef_cli import Factors, HardenOptions, harden, load_model, load_tokenizer
 from specdef_cli.attack import Attack, AttackOptions, AttackReport, attack
 from specdef_cli.attack.data import load_data
 from specdef_cli.attack.trainer import quiet
-from specdef_cli.certify.deployment import mean_loss, token_batch
+from specdef_cli.certify.trial import mean_loss, token_batch
 
 BASE = TINY_LLAMA / "model"
 USUAL_RATES = (1e-2, 1e-3, 1e-4, 1e-5)
@@ -220,10 +220,10 @@ def build(directory: Path, budget: Budget) -> dict[str, Path]:
     capable = train(BASE, directory / "capable", learning, texts, budget.learning)
     unlearned = train(capable, directory / "unlearned", unlearning(load_model(capable)), texts, budget.defending)
     noised = train(capable, directory / "noised", noising(), texts, budget.defending)
-    inserted, folded = directory / "inserted", directory / "folded"
-    harden(HardenOptions(str(unlearned), inserted, method="insert", alpha=1e4, top_k=25))
-    harden(HardenOptions(str(unlearned), folded, method="fold"))
-    return {"capable": capable, "unlearned": unlearned, "noised": noised, "inserted": inserted, "folded": folded}
+    factors, folded = directory / "factors", directory / "folded"
+    harden(HardenOptions(str(unlearned), factors, Factors(alpha=1e4, top_k=25)))
+    harden(HardenOptions(str(unlearned), folded))
+    return {"capable": capable, "unlearned": unlearned, "noised": noised, "factors": factors, "folded": folded}
 
 
 def measure(models: Mapping[str, Path], out: Path, budget: Budget) -> list[Row]:
@@ -244,14 +244,14 @@ def measure(models: Mapping[str, Path], out: Path, budget: Budget) -> list[Row]:
 
     capable, unlearned = models["capable"], models["unlearned"]
     never, noised = relearn(BASE, capable), relearn(models["noised"], capable)
-    inserted, folded = relearn(models["inserted"], unlearned), relearn(models["folded"], unlearned)
+    factors, folded = relearn(models["factors"], unlearned), relearn(models["folded"], unlearned)
     rows = [
         Row("none, prose never learned", code(BASE), never.attacks[1]),
         Row("none", code(capable), never.attacks[0]),
         Row("noised", code(models["noised"]), noised.attacks[1]),
-        Row("unlearned", code(unlearned), inserted.attacks[0]),
+        Row("unlearned", code(unlearned), factors.attacks[0]),
     ]
-    for name, report in (("inserted", inserted), ("folded", folded)):
+    for name, report in (("factors", factors), ("folded", folded)):
         for informed in report.attacks[1:]:
             named = ", ".join(filter(None, ("unlearned", name, informed.variant.label)))
             rows.append(Row(named, code(models[name]), informed, report.share(informed)))

@@ -30,7 +30,7 @@ from setting import TINY_LLAMA, markdown
 from torch import Tensor
 from transformers import AutoConfig
 
-from specdef_cli import HardenOptions, harden, load_tokenizer
+from specdef_cli import Fold, HardenOptions, harden, load_tokenizer
 from specdef_cli.architectures import Skeleton, SymmetricPair, symmetries
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.suite import AttackTable, Suite
@@ -147,7 +147,7 @@ class Experiment:
         tensors = load_file(BASE / "model.safetensors")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         pairs = symmetries(Skeleton.of(AutoConfig.from_pretrained(BASE), shapes)).pairs
-        result = harden(HardenOptions(str(BASE), scratch / "harden", method="fold", profile="bfloat16"))
+        result = harden(HardenOptions(str(BASE), scratch / "harden", Fold("bfloat16")))
         assert result is not None
         chosen = {pair.name: pair.channels for pair in result.manifest.folded}
         return cls(tensors, {pair.name: pair for pair in pairs}, chosen, scratch, options)

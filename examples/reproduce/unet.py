@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.utils.logging import disable_progress_bar
 
-from specdef_cli import CollapseOptions, HardenOptions, SpecDefLinear, collapse, harden
+from specdef_cli import CollapseOptions, Factors, HardenOptions, SpecDefLinear, collapse, harden
 
 RATES = tuple(10.0**exponent for exponent in range(-1, -10, -1))
 TARGETS = {
@@ -196,7 +196,7 @@ def main() -> None:
     models = {"original": directory / "unet"}
     for name, layers in HARDENED.items():
         out = arguments.out / f"unet, {name}".replace(", ", "-").replace(" ", "-")
-        harden(HardenOptions(str(directory / "unet"), out, method="insert", alpha=ALPHA, top_k=TOP_K, layers=layers))
+        harden(HardenOptions(str(directory / "unet"), out, Factors(alpha=ALPHA, top_k=TOP_K), layers=layers))
         models[name] = out
     # Whoever knows of the change undoes it: the row that every table needs.
     collapsed = arguments.out / "unet-collapsed"

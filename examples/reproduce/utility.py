@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import matplotlib
 
@@ -27,9 +27,9 @@ from setting import RESIDUAL_WRITERS, TINY_LLAMA, base_text, insert, markdown, o
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli import HardenOptions, SpecDefError, harden, load_model, load_tokenizer
+from specdef_cli import Factors, Fold, HardenOptions, SpecDefError, harden, load_model, load_tokenizer
 from specdef_cli.attack.trainer import quiet
-from specdef_cli.certify.deployment import next_token_loss, token_batch
+from specdef_cli.certify.trial import next_token_loss, token_batch
 from specdef_cli.checkpoint.manifest import Gauge
 from specdef_cli.dtypes import dtype_name
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
@@ -87,14 +87,14 @@ class Column:
     Attributes:
         base: The loss of the base.
         cast: The base against the base in float32.
-        inserted: The hardened models, by gauge and α, against the base.
+        factored: The hardened models, by gauge and α, against the base.
         folded: The folded one; ``None`` where folding refuses.
     """
 
     dtype: torch.dtype
     base: float
     cast: Cost
-    inserted: Mapping[tuple[Gauge, float], Cost]
+    factored: Mapping[tuple[Gauge, float], Cost]
     folded: Cost | None
 
     @property
@@ -116,7 +116,7 @@ def compare(reference: Observed, other: Observed, refusal: str = "") -> Cost:
     return Cost(other.loss - reference.loss, compare_outputs(reference.logits, other.logits), refusal)
 
 
-def hardened(base: Path, **options: Any) -> PreTrainedModel:
+def hardened(base: Path, construction: Fold | Factors) -> PreTrainedModel:
     """The model that hardening publishes.
 
     Raises:
@@ -124,7 +124,7 @@ def hardened(base: Path, **options: Any) -> PreTrainedModel:
     """
     with tempfile.TemporaryDirectory(prefix="specdef-utility-") as scratch:
         out = Path(scratch) / "hardened"
-        harden(HardenOptions(str(base), out, **options))
+        harden(HardenOptions(str(base), out, construction))
         return load_model(out)
 
 
@@ -136,22 +136,22 @@ def measure(dtype: torch.dtype, tokens: Tensor, alphas: Sequence[float] = ALPHAS
         load_model(BASE, dtype=dtype).save_pretrained(base)
         load_tokenizer(BASE).save_pretrained(base)
         reference = observe(load_model(base), tokens)
-        inserted = {}
+        factored = {}
         for gauge, alpha in ((gauge, alpha) for gauge in GAUGES for alpha in alphas):
             refusal = ""
             try:
-                model = hardened(base, method="insert", alpha=alpha, top_k=TOP_K, gauge=gauge)
+                model = hardened(base, Factors(alpha=alpha, top_k=TOP_K, gauge=gauge))
             except SpecDefError as error:
                 refusal = f"{error.problem}. {error.hint}"
                 model = load_model(base, dtype=torch.float32)
                 insert(model, RESIDUAL_WRITERS, alpha, TOP_K, gauge)
                 model.to(dtype)
-            inserted[gauge, alpha] = compare(reference, observe(model, tokens), refusal)
+            factored[gauge, alpha] = compare(reference, observe(model, tokens), refusal)
         try:
-            folded = compare(reference, observe(hardened(base, method="fold"), tokens))
+            folded = compare(reference, observe(hardened(base, Fold()), tokens))
         except SpecDefError:
             folded = None
-    return Column(dtype, reference.loss, compare(original, reference), inserted, folded)
+    return Column(dtype, reference.loss, compare(original, reference), factored, folded)
 
 
 def table(columns: Sequence[Column]) -> str:
@@ -161,14 +161,14 @@ def table(columns: Sequence[Column]) -> str:
         ("base, against float32", *(column.cast.cell for column in columns)),
     ]
     rows += [
-        (f"insert, {gauge}, α = {alpha:.0e}", *(column.inserted[gauge, alpha].cell for column in columns))
-        for gauge, alpha in columns[0].inserted
+        (f"factors, {gauge}, α = {alpha:.0e}", *(column.factored[gauge, alpha].cell for column in columns))
+        for gauge, alpha in columns[0].factored
     ]
     rows.append(("fold", *(column.folded.cell if column.folded else "refused" for column in columns)))
     lines = [markdown(("", *(column.name for column in columns)), rows), ""]
     for column in columns:
         for gauge in GAUGES:
-            refusals = [cost.refusal for (used, _), cost in column.inserted.items() if used == gauge and cost.refusal]
+            refusals = [cost.refusal for (used, _), cost in column.factored.items() if used == gauge and cost.refusal]
             if refusals:
                 lines.append(f"- {column.name}, {gauge}, smallest α refused: {refusals[0]}")
     return "\n".join(lines)
@@ -179,7 +179,7 @@ def plot(columns: Sequence[Column], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5))
     for color, column in enumerate(columns):
         for gauge, marker, style in zip(GAUGES, "os", ("-", "--"), strict=True):
-            costs = {alpha: cost for (used, alpha), cost in column.inserted.items() if used == gauge}
+            costs = {alpha: cost for (used, alpha), cost in column.factored.items() if used == gauge}
             refused = [alpha for alpha, cost in costs.items() if cost.refusal]
             axis.plot(
                 list(costs), [cost.outputs.max_abs for cost in costs.values()], marker + style, color=f"C{color}",

@@ -4,7 +4,7 @@ Everything that other rooms get from here is in terms of the tensor names on dis
 never builds the model with its weights.
 """
 
-from specdef_cli.architectures.linears import LinearSite, linear_sites, require_insertable
+from specdef_cli.architectures.linears import LinearSite, linear_sites, require_factorable
 from specdef_cli.architectures.pairs import Side, SymmetricPair, Symmetries, Unpaired
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.architectures.symmetries import symmetric_pairs, symmetries
@@ -17,7 +17,7 @@ __all__ = [
     "Symmetries",
     "Unpaired",
     "linear_sites",
-    "require_insertable",
+    "require_factorable",
     "symmetric_pairs",
     "symmetries",
 ]

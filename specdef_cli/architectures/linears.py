@@ -8,7 +8,7 @@ is taken to write there when it is the last one of a block's submodule and as wi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -68,8 +68,8 @@ def linear_sites(skeleton: Skeleton) -> tuple[LinearSite, ...]:
     return tuple(sites)
 
 
-def require_insertable(skeleton: Skeleton, sites: tuple[LinearSite, ...]) -> None:
-    """Check that transformers will find the factors of every site under the names that insert writes.
+def require_factorable(skeleton: Skeleton, sites: Sequence[LinearSite]) -> None:
+    """Check that transformers will find the factors of every site under the names that they have on disk.
 
     The factors stand on disk as ``X.inflated.weight``, ``X.compensation.weight`` and ``X.compensation.bias`` where the
     base has ``X.weight``, and must reach ``<module>.inflated.weight`` … through transformers' renamings, which are

@@ -1,29 +1,66 @@
-"""The plan of an attack as one screen, before anything of it is run: what, how often, how long, and what would cost
-less.
-"""
+"""The plan of an attack before anything of it is run: which runs, and how long they take by two measured steps."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from specdef_cli.attack.cost import (
-    Speed,
-    by_telling,
-    expected_runs,
-    first_verdict,
-    fitting_budget,
-    seconds_of,
-    verdict_runs,
-)
+from torch.utils.data import Subset
+
+from specdef_cli.attack.data import AttackData
+from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.plan import Series
+from specdef_cli.attack.plan import Series, expected_runs, in_order
 from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.spec import RunSpec
-from specdef_cli.durations import in_words
 
-CHEAPER = 30 * 60
-"""Seconds of the time limit that is proposed where a plan takes longer than twice that."""
+SHORTENED = 0.6
+"""Mean time of a run in a search, which ends what cannot become its best, relative to a full run."""
+
+SECOND_ORDER_TIMES = 3
+"""How many times as long a step takes that differentiates the gradient once more."""
+
+FORWARD_SHARE = 1 / 3
+"""Of a training step's time, what the forward pass takes, which is all of an evaluation."""
+
+
+PROMPT_TOKENS = 4000
+"""Tokens that an edited model reads and writes to be measured, about."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds to load a model and set a run up (``load``), and for each token that is trained on (``token``)."""
+
+    load: float
+    token: float
+
+    def run(self, spec: RunSpec, held_out: int) -> float:
+        """Seconds of a run whose evaluations take ``held_out`` sequences each."""
+        if spec.is_edit:
+            return len(spec.variant.strengths) * (self.load + self.token * FORWARD_SHARE * PROMPT_TOKENS)
+        times = SECOND_ORDER_TIMES if OPTIMIZERS.choose(spec.optimizer).second_order else 1
+        evaluated = FORWARD_SHARE * held_out * (spec.steps // spec.eval_every + 1)
+        return self.load + self.token * spec.sequence_length * (times * spec.steps * spec.batch_size + evaluated)
+
+
+def measure_speed(first: RunSpec, data: AttackData, train: Callable[[RunSpec, AttackData], RunResult]) -> Speed:
+    """Train the control for two steps, each followed by an evaluation; the first pair warms caches up."""
+    count = min(first.batch_size, len(data.held_out))
+    few = replace(data, held_out=Subset(data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
+    began = time.perf_counter()
+    result = train(replace(first, steps=2, eval_every=1, warmup_steps=0, eval_tasks=()), few)
+    load = time.perf_counter() - began - result.seconds
+    return Speed(max(load, 0.0), speed_of(result, count).token)
+
+
+def speed_of(finished: RunResult, held_out: int) -> Speed:
+    """What the last steps of a run with evaluations of ``held_out`` sequences tell; nothing of loading."""
+    before, last = finished.evaluations[-2:]
+    trained = (last.step - before.step) * finished.spec.batch_size
+    tokens = finished.spec.sequence_length * (trained + FORWARD_SHARE * held_out)
+    return Speed(0.0, (last.seconds - before.seconds) / tokens)
 
 
 @dataclass(frozen=True)
@@ -31,36 +68,23 @@ class PlannedAttack:
     """One series of a plan.
 
     Attributes:
-        label: What is attacked, how.
+        learning_rates: Those to begin with.
         runs: How many there will be; of a search, about.
-        finished: How many of the runs to begin with are there already.
-        search: Whether learning rates are searched.
-        seconds: What the runs that are missing take, about; ``None`` where it was not measured.
-        first_verdict: Whether the first verdict waits for it.
+        finished: How many of those to begin with are there already.
+        seconds: What the missing runs take, about.
     """
 
     label: str
+    learning_rates: tuple[float, ...]
     runs: int
     finished: int
     search: bool
-    seconds: float | None
-    first_verdict: bool
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan and its price.
-
-    Attributes:
-        model, control, data: As a report names them.
-        budget: Of a run, in words.
-        attacks: In the order in which they are run.
-        assumed, notes: As a report has them, as far as they are known beforehand.
-        seconds: Of everything that is missing, about; ``None`` where it was not measured.
-        verdict_seconds: Until the first verdict, about.
-        time_limit: Seconds.
-        cheaper: What would cost less, in words; empty where nothing much would.
-    """
+    """A plan in the order in which it is run; ``seconds`` is what is missing of it, ``budget`` a run in words."""
 
     model: str
     control: str
@@ -69,10 +93,8 @@ class Forecast:
     attacks: tuple[PlannedAttack, ...]
     assumed: tuple[str, ...]
     notes: tuple[str, ...]
-    seconds: float | None
-    verdict_seconds: float | None
+    seconds: float
     time_limit: float | None
-    cheaper: str
 
     @property
     def runs(self) -> str:
@@ -82,68 +104,16 @@ class Forecast:
 
 
 def foresee(
-    options: AttackOptions,
-    plan: Sequence[Series],
-    *,
-    names: tuple[str, str, str],
-    held_out: int,
-    speed: Speed | None,
-    load: Callable[[RunSpec], RunResult | None],
-    assumed: Sequence[str],
-    notes: Sequence[str],
-) -> Forecast:
-    """Put a plan's price together.
-
-    Args:
-        options: Those of the attack.
-        plan: Its series.
-        names: Of the model, the control and the data.
-        held_out: Sequences that every evaluation takes.
-        speed: As measured; ``None`` leaves times out.
-        load: The store.
-        assumed, notes: Sentences for the reader.
-    """
-    verdict = {id(series) for series in first_verdict(plan)}
+    plan: Sequence[Series], options: AttackOptions, speed: Speed, held_out: int, load: Callable[[RunSpec], object]
+) -> tuple[PlannedAttack, ...]:
+    """What each series of a plan takes; ``load`` finds a finished run, or ``None``."""
     attacks = []
-    for series in by_telling(plan):
-        finished = _finished(series, load)
-        missing = max(expected_runs(series) - finished, 0)
-        seconds = None if speed is None else seconds_of(series, missing, speed, held_out) / options.jobs
+    for series in in_order(plan):
+        grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
+        finished = sum(load(spec) is not None for spec in grid)
+        missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
+        seconds = missing * speed.run(series.first, held_out) / options.jobs
         attacks.append(
-            PlannedAttack(
-                series.first.label, expected_runs(series), finished, series.search, seconds, id(series) in verdict
-            )
+            PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
         )
-    total = None if speed is None else sum(attack.seconds or 0.0 for attack in attacks)
-    until = None
-    if speed is not None:
-        runs = ((series, max(verdict_runs(series) - _finished(series, load), 0)) for series in first_verdict(plan))
-        until = sum(seconds_of(series, count, speed, held_out) for series, count in runs) / options.jobs
-    return Forecast(
-        model=names[0],
-        control=names[1],
-        data=names[2],
-        budget=options.in_words,
-        attacks=tuple(attacks),
-        assumed=tuple(assumed),
-        notes=tuple(notes),
-        seconds=total,
-        verdict_seconds=until,
-        time_limit=options.time_limit,
-        cheaper=_cheaper(options, plan, speed, total),
-    )
-
-
-def _finished(series: Series, load: Callable[[RunSpec], RunResult | None]) -> int:
-    """How many of the runs that a series begins with are in the store."""
-    grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
-    return sum(load(spec) is not None for spec in grid)
-
-
-def _cheaper(options: AttackOptions, plan: Sequence[Series], speed: Speed | None, total: float | None) -> str:
-    limit = options.time_limit
-    if speed is None or total is None or total < 2 * CHEAPER or (limit is not None and limit <= CHEAPER):
-        return ""
-    free = options.free or ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences")
-    smaller = fitting_budget(replace(options, free=free), plan, speed, CHEAPER)
-    return f"--time-limit {in_words(CHEAPER).replace(' min', 'm')}: a first verdict by {smaller.in_words}"
+    return tuple(attacks)

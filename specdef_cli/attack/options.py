@@ -49,7 +49,7 @@ class AttackOptions(Budget):
         dataset_config, dataset_split: Which part of a Hub dataset; the split defaults to ``train``.
         text_column: The column with the text; ``None`` takes what the rows have
             (:data:`specdef_cli.attack.data.forms.FORMS`).
-        label_column, image_column: Columns of the dataset; of classification alone.
+        text_pair_column, label_column, image_column: Columns of the dataset; of classification alone.
         prompts, prompts_harmless: What refusals are counted on after every run, and what edits tell apart. ``None`` are
             two kinds of harmless questions, for edits alone.
         refusal_words: Words that make an answer a refusal; empty is :data:`specdef_cli.attack.prompts.REFUSALS`.
@@ -104,6 +104,7 @@ class AttackOptions(Budget):
     text_column: str | None = option(
         None, "Column with the text.", shown_default="messages, prompt, instruction or text"
     )
+    text_pair_column: str | None = option(None, "Column with a second text (classification of pairs).")
     label_column: str = option("label", "Column with the label (classification).")
     image_column: str = option("image", "Column with the image.")
     retained: str | None = option(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.options import AttackOptions
@@ -13,10 +16,37 @@ from specdef_cli.attack.suite import AttackTable
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant, informed_variants
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import WrongUsage
 
 MAX_RATES = 12
 """More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
+
+SEARCHED_RUNS = 8
+"""Runs of a search for a learning rate, on average over those of ``make attack-suite``."""
+
+SEE_NO_SCALE = ("hira", "adapter")
+"""Trainings that a diagonal hardening does not change."""
+
+BUDGETS = (
+    {"steps": 30, "batch_size": 16, "sequence_length": 128, "eval_sequences": 64},
+    {"steps": 30, "batch_size": 8, "sequence_length": 128, "eval_sequences": 32},
+    {"steps": 20, "batch_size": 8, "sequence_length": 96, "eval_sequences": 16},
+    {"steps": 20, "batch_size": 4, "sequence_length": 96, "eval_sequences": 16},
+    {"steps": 15, "batch_size": 4, "sequence_length": 64, "eval_sequences": 8},
+    {"steps": 10, "batch_size": 4, "sequence_length": 64, "eval_sequences": 8},
+    {"steps": 10, "batch_size": 2, "sequence_length": 64, "eval_sequences": 8},
+    {"steps": 6, "batch_size": 2, "sequence_length": 32, "eval_sequences": 4},
+)
+"""Budgets of a run, largest first. Fewer steps than the last one's tell nothing."""
+
+EVALUATIONS = 3
+"""Of a run on a lowered budget, besides the one at step 0."""
+
+RUN_SECONDS, RUNS_OF_A_LIMIT = 60, 45
+"""A run takes at most so long on a usual machine; under a time limit, at most this part of it."""
+
+USUAL_SPEED = {"cpu": 1e11, "accelerator": 1e14}
+"""Floating-point operations a second of training in float32 on a few cores, and on a data centre's GPU."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +121,11 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
                 controls.append(replace(series, first=first, grid=grid))
     edits = _edits(options, target)
     if not (attacks or edits):
-        asked = ", ".join(str(training) for table in options.tables for training in table.trainings)
-        raise SpecDefError(f"no attack is left: {asked} trains nothing of this model", "Choose another --training.")
+        asked = dict.fromkeys(str(asked) for table in options.tables for asked in (*table.trainings, *table.variants))
+        raise WrongUsage(
+            f"no attack is left: {', '.join(asked)} find nothing in this model",
+            "Choose another --training or --variant; `specdef attack --help` lists them.",
+        )
     return (*_distinct(controls), *_distinct(attacks), *edits)
 
 
@@ -179,3 +212,56 @@ def _distinct(series: list[Series]) -> list[Series]:
     for candidate in series:
         found.setdefault(candidate.first.attack, candidate)
     return list(found.values())
+
+
+def expected_runs(series: Series) -> int:
+    """Runs of a series: as many as it names, or what a search takes on average."""
+    return SEARCHED_RUNS + len(series.seeds) - 1 if series.search else len(series.grid) * len(series.seeds)
+
+
+def in_order(plan: Sequence[Series]) -> tuple[Series, ...]:
+    """A plan as it is run: likely bypasses, then common recipes, then the rest; each after its control."""
+    controls = {series.first.control("").attack: series for series in plan if series.first.subject == "control"}
+    ordered: dict[int, Series] = {}
+    for attack in sorted((series for series in plan if series.first.subject == "model"), key=_rank):
+        for series in (controls.get(attack.first.control("").attack), attack):
+            if series is not None:
+                ordered.setdefault(id(series), series)
+    return tuple(ordered.values())
+
+
+def _rank(series: Series) -> int:
+    """0 undoes the hardening or edits, 1 sees no scale, 2 is full fine-tuning, 3 LoRA, 4 anything else."""
+    spec = series.first
+    if spec.is_edit:
+        return 0
+    plain, usual = spec.variant.choice.function is None, spec.optimizer == "adamw"
+    if usual and spec.variant.choice.informed is not None and spec.training == Training("full"):
+        return 0
+    known = [*(Training(name) for name in SEE_NO_SCALE), Training("full"), Training("lora")]
+    return max(1, known.index(spec.training)) if usual and plain and spec.training in known else 4
+
+
+def default_budget(options: AttackOptions, parameters: int) -> AttackOptions:
+    """The options, lowered where ``options.free`` allows it to suit the model's size, the device and the time limit.
+
+    The machine's own speed does not matter: the same command gives the same figures on another one of the kind.
+    """
+    speed = USUAL_SPEED["accelerator" if torch.accelerator.is_available() else "cpu"]
+    seconds = min(RUN_SECONDS, (options.time_limit or math.inf) / RUNS_OF_A_LIMIT)
+    lowered = options
+    for budget in ({}, *BUDGETS):  # first of all as it is
+        lowered = _lowered(options, budget)
+        tokens = lowered.steps * lowered.batch_size * lowered.sequence_length
+        if 6 * parameters * tokens <= speed * seconds:
+            break
+    return lowered
+
+
+def _lowered(options: AttackOptions, budget: Mapping[str, int]) -> AttackOptions:
+    changes: dict[str, Any] = {
+        name: min(value, getattr(options, name)) for name, value in budget.items() if name in options.free
+    }
+    if "eval_every" in options.free and budget:
+        changes["eval_every"] = max(1, changes.get("steps", options.steps) // EVALUATIONS)
+    return replace(options, **changes)

@@ -8,6 +8,7 @@ require_extra("attack", "attacks")
 
 # ruff: noqa: E402 (what is imported below needs the extra)
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,23 +16,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.attack.accuracy import require_harness
-from specdef_cli.attack.cost import Deadline, Speed, by_telling, default_budget, fitting_budget, measure_speed, speed_of
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
-from specdef_cli.attack.forecast import Forecast, foresee
+from specdef_cli.attack.forecast import Forecast, Speed, foresee, measure_speed, speed_of
 from specdef_cli.attack.notes import assumptions, outcome_notes, plan_notes, report_notes
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.plan import Series, make_plan
+from specdef_cli.attack.plan import Series, default_budget, in_order, make_plan
 from specdef_cli.attack.prompts import Prompts, load_prompts
 from specdef_cli.attack.prospects import Lead
 from specdef_cli.attack.recorder import ProgressHook
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary
 from specdef_cli.attack.retained import retained_sequences
 from specdef_cli.attack.run_result import RunResult
-from specdef_cli.attack.schedule import run_all
+from specdef_cli.attack.schedule import Deadline, run_all
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target, largest_alpha
@@ -76,26 +77,29 @@ def attack(
     """
     state = process_state()
     _check_processes(options, state.num_processes)
-    prepared, speed = _prepare_and_measure(options, measure=on_plan is not None)
+    prepared = _prepare(options)
     options, plan, data = prepared.options, prepared.plan, prepared.data
+    forecast = None if on_plan is None else _forecast(prepared)
     # No process may start the first run while another still looks for its result: they would disagree on what is
     # finished.
     state.wait_for_everyone()
     with exclusive(options.out) if state.is_main_process else nullcontext():
         if state.is_main_process and options.runs is None:  # others may write to runs that are shared
             prepared.store.remove_unfinished()
-        if on_plan is not None and state.is_main_process:
-            on_plan(_forecast(prepared, speed))
+        if on_plan is not None and forecast is not None and state.is_main_process:
+            on_plan(forecast)
         outcome = run_all(
             plan,
             prepared.train,
             load=prepared.store.load,
             save=prepared.store.save if state.is_main_process else lambda result: None,
             jobs=options.jobs,
-            order=by_telling(plan),
+            order=in_order(plan),
             deadline=None if options.time_limit is None else Deadline(prepared.time_left()),
             on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
         )
+    firsts = [series.first for series in plan if series.first.subject == "model"]
+    plain = [first.label for first in firsts if first.variant.knowledge == "none"]
     report = AttackReport(
         model=str(options.model),
         control=prepared.control_name,
@@ -107,6 +111,7 @@ def attack(
         versions={"specdef-cli": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
+        not_reached=tuple(label for label in outcome.not_reached if label in plain),
         prompts=_prompts(prepared.train.prompts) if any(run.behaviour for run in outcome.runs) else None,
     )
     notes = (*plan_notes(options, prepared.target), *outcome_notes(options, outcome))
@@ -132,13 +137,22 @@ def _check_processes(options: AttackOptions, processes: int) -> None:
         )
 
 
+def _check_engine() -> None:
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise SpecDefError(
+                f"ACCELERATE_USE_{engine} is set, and attacks train with DDP or FSDP alone",
+                f"Run `unset ACCELERATE_USE_{engine}`, or launch with `accelerate launch --use_fsdp`.",
+            )
+
+
 def plan_attack(options: AttackOptions) -> Forecast:
     """The plan of an attack and what it takes on this machine; two steps of the control are run, and nothing is kept.
 
     Raises:
         SpecDefError: As :func:`attack`.
     """
-    return _forecast(*_prepare_and_measure(options, measure=True))
+    return _forecast(_prepare(options))
 
 
 @dataclass(frozen=True)
@@ -170,6 +184,7 @@ class _Prepared:
 
 
 def _prepare(options: AttackOptions) -> _Prepared:
+    _check_engine()
     began = time.monotonic()
     writable_ancestor(options.out)
     directory, manifest = _subject(options)
@@ -183,7 +198,8 @@ def _prepare(options: AttackOptions) -> _Prepared:
     require_trackers(options.report_to)
     if options.eval_tasks:
         require_harness()
-    options = default_budget(options, control_directory)
+    sizes = (math.prod(header.shape) for header in open_checkpoint(control_directory).tensors.values())
+    options = default_budget(options, sum(sizes))
     prompts: Prompts | None = None
     with quiet():
         preprocessor = load_preprocessor(task, control_directory, trust_remote_code=options.trust_remote_code)
@@ -220,46 +236,36 @@ def _prepare(options: AttackOptions) -> _Prepared:
     return _Prepared(options, control_name, target, data, make_plan(options, target), train, store, began)
 
 
-def _prepare_and_measure(options: AttackOptions, *, measure: bool) -> tuple[_Prepared, Speed | None]:
-    """Under a time limit the budget is chosen by what two steps cost."""
-    prepared = _prepare(options)
-    if (not measure and options.time_limit is None) or prepared.plan[0].first.is_edit:
-        return prepared, None
-    speed = _measured(prepared)
-    if options.time_limit is None:
-        return prepared, speed
-    chosen = fitting_budget(prepared.options, prepared.plan, speed, prepared.time_left())
-    if chosen != prepared.options:
-        prepared = replace(_prepare(replace(chosen, free=())), began=prepared.began)
-    return prepared, speed
-
-
 def _measured(prepared: _Prepared) -> Speed:
     """From a run of the control that is there already, else from two steps of it."""
-    control = prepared.plan[0]
+    control = next((series for series in prepared.plan if not series.first.is_edit), None)
+    if control is None:
+        return Speed(0.0, 0.0)
     for spec in control.runs(control.grid, control.seeds):
         finished = prepared.store.load(spec)
-        if finished is not None and finished.train:
+        if finished is not None and len(finished.evaluations) > 1:
             return speed_of(finished, prepared.held_out)
 
     def train(spec: RunSpec, data: AttackData) -> RunResult:
         return replace(prepared.train, data=data, tracking=NOWHERE)(spec, lambda step, loss: None)
 
-    return measure_speed(prepared.plan[0].first, prepared.data, train)
+    return measure_speed(control.first, prepared.data, train)
 
 
-def _forecast(prepared: _Prepared, speed: Speed | None) -> Forecast:
+def _forecast(prepared: _Prepared) -> Forecast:
     options, data = prepared.options, prepared.data
+    attacks = foresee(prepared.plan, options, _measured(prepared), prepared.held_out, prepared.store.load)
     grids = [spec for series in prepared.plan for spec in series.runs(series.grid, series.seeds[:1])]
-    return foresee(
-        options,
-        prepared.plan,
-        names=(str(options.model), prepared.control_name, data.name),
-        held_out=prepared.held_out,
-        speed=speed,
-        load=prepared.store.load,
+    return Forecast(
+        model=str(options.model),
+        control=prepared.control_name,
+        data=data.name,
+        budget=options.in_words,
+        attacks=attacks,
         assumed=assumptions(options, grids, prepared.control_name, data),
         notes=plan_notes(options, prepared.target),
+        seconds=sum(attack.seconds for attack in attacks),
+        time_limit=options.time_limit,
     )
 
 
@@ -357,11 +363,13 @@ def _control(options: AttackOptions, directory: Path, manifest: Manifest | None)
 def _hardening(manifest: Manifest | None) -> Hardening | None:
     if manifest is None:
         return None
-    first = manifest.inserted[0] if manifest.inserted else None
+    first = manifest.factored[0] if manifest.factored else None
     return Hardening(
         method=manifest.method,
         alpha=largest_alpha(manifest),
         top_k=first.top_k if first else None,
         gauge=first.gauge if first else None,
-        layers=len(manifest.inserted) + len(manifest.scaled) or len(manifest.folded),
+        factored=len(manifest.factored),
+        folded=len(manifest.folded),
+        scaled=len(manifest.scaled),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from specdef_cli.checkpoint.manifest import Construction, Manifest
+from specdef_cli.checkpoint.manifest import Change, Manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ class Target:
     chat: bool = False
 
     @property
-    def constructions(self) -> frozenset[Construction]:
+    def constructions(self) -> frozenset[Change]:
         """What the model has of what hardening makes, by its manifest and by its weights.
 
         A model without a manifest counts as folded, whatever its weights show: to rebalance an ordinary model costs an
@@ -51,8 +51,8 @@ class Target:
         """
         if self.manifest is None:
             return self.recognised.constructions | {"folded"}
-        changes: dict[Construction, tuple[Any, ...]] = {
-            "inserted": self.manifest.inserted,
+        changes: dict[Change, tuple[Any, ...]] = {
+            "factored": self.manifest.factored,
             "folded": self.manifest.folded,
             "scaled": self.manifest.scaled,
         }
@@ -68,7 +68,7 @@ def largest_alpha(manifest: Manifest | None) -> float:
     """The largest factor by which a manifest says that any layer or channel was inflated; 1 without one."""
     if manifest is None:
         return 1.0
-    alphas = [layer.alpha for layer in manifest.inserted]
+    alphas = [layer.alpha for layer in manifest.factored]
     alphas += [2.0 ** abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
     alphas += [
         2.0 ** abs(exponent)

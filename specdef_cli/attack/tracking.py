@@ -3,69 +3,53 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.errors import SpecDefError
 
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
-_TENSORBOARD_DIRECTORY = "TENSORBOARD_LOGGING_DIR"
-"""Where the Trainer's callback takes its directory from."""
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where runs are reported to as they go.
-
-    Attributes:
-        trackers: Names of :data:`TRACKERS`; none by default.
-        directory: Where TensorBoard's files go, a directory for each run.
-    """
+    """Where runs are reported to as they go; ``directory`` has TensorBoard's files, a directory for each run."""
 
     trackers: tuple[str, ...] = ()
     directory: Path = Path("logs")
 
     def arguments(self, spec: RunSpec) -> dict[str, Any]:
         """What ``TrainingArguments`` are given."""
-        name = f"{spec.label} · η={spec.learning_rate:g} · seed {spec.seed}"
-        return {"report_to": list(self.trackers) or "none", "run_name": name if self.trackers else None}
+        name = f"{spec.label} · η={spec.learning_rate:g} · seed {spec.seed}" if self.trackers else None
+        return {"report_to": [other for other in self.trackers if other != "tensorboard"] or "none", "run_name": name}
 
-    @contextmanager
-    def run(self, spec: RunSpec) -> Iterator[None]:
-        """While this lasts, what the Trainer reports is of this run, and afterwards of no run."""
-        before = os.environ.get(_TENSORBOARD_DIRECTORY)
-        if "tensorboard" in self.trackers:
-            os.environ[_TENSORBOARD_DIRECTORY] = str(self.directory / spec.run_id)
-        try:
-            yield
-        finally:
-            if before is None:
-                os.environ.pop(_TENSORBOARD_DIRECTORY, None)
-            else:
-                os.environ[_TENSORBOARD_DIRECTORY] = before
-            for tracker in self.trackers:
-                # Those with a `finish` keep a run open for the whole process; the next one would be added to it.
-                finish = getattr(sys.modules.get(tracker), "finish", None)
-                if finish is not None:
-                    finish()
+    def callbacks(self, spec: RunSpec) -> list[TrainerCallback]:
+        """TensorBoard's, which by itself would write where the Trainer does, and that is a scratch directory."""
+        if "tensorboard" not in self.trackers:
+            return []
+        from transformers.integrations import TensorBoardCallback
+
+        callback = TensorBoardCallback()
+        callback.logging_dir = str(self.directory / spec.run_id)
+        return [callback]
+
+    def finish(self) -> None:
+        """End the run in trackers that keep one open for the whole process; the next run would be added to it."""
+        for tracker in self.trackers:
+            getattr(sys.modules.get(tracker), "finish", lambda: None)()
 
 
 NOWHERE = Tracking()
 
 
 def require_trackers(trackers: tuple[str, ...]) -> None:
-    """Refuse trackers that are unknown or not installed.
-
-    Raises:
-        SpecDefError: naming the first.
-    """
+    """Refuse trackers that are unknown or not installed."""
     for tracker in trackers:
         if tracker not in TRACKERS:
             raise SpecDefError(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")

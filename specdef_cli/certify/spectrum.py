@@ -1,6 +1,6 @@
 """Are the stored weights what the manifest says was done? Read from the files, not from the record of writing them.
 
-Of an inserted layer the largest singular values of the stored W~ must be α times those of W that the manifest lists. Of
+Of factors the largest singular values of the stored W~ must be α times those of W that the manifest lists. Of
 a fold every changed tensor must be the base's, multiplied by the manifest's powers of two, bit for bit.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, ScaledModule
+from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
@@ -55,7 +55,7 @@ class SpectrumFigures:
     """What the stored weights turned out to be.
 
     Attributes:
-        layers: The inserted layers.
+        layers: The layers that are stored as factors.
         folded_tensors: How many tensors a fold changed.
         deviating: Names of those that are not the base's times the manifest's powers of two.
         largest_exponent: Of the fold; 0 without one.
@@ -75,14 +75,10 @@ class SpectrumFigures:
 def measure_spectrum(
     base: Checkpoint, hardened: Checkpoint, manifest: Manifest, on_tensor: Callable[[str], None] = lambda _: None
 ) -> SpectrumFigures:
-    """Check every changed tensor, one in memory at a time.
-
-    Raises:
-        SpecDefError: A tensor is missing, or has another shape.
-    """
+    """Check every changed tensor, one in memory at a time."""
     require_as_described(hardened, manifest)
     layers = []
-    for layer in manifest.inserted:
+    for layer in manifest.factored:
         layers.append(_layer(hardened, layer))
         on_tensor(layer.module)
     slices: dict[str, list[ScaledSlice]] = {}
@@ -138,7 +134,7 @@ def _deviating(base: Checkpoint, hardened: Checkpoint, module: ScaledModule) -> 
             yield name
 
 
-def _layer(hardened: Checkpoint, layer: InsertedLayer) -> LayerSpectrum:
+def _layer(hardened: Checkpoint, layer: FactoredLayer) -> LayerSpectrum:
     weight = hardened.read(layer.inflated_tensor).float()
     planned = tuple(layer.alpha * value for value in layer.singular_values)
     if not torch.isfinite(weight).all():

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
@@ -23,12 +23,10 @@ if TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
 
 MANIFEST_NAME = "specdef.json"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
-Method = Literal["insert", "fold", "mixed"]
-Construction = Literal["inserted", "folded", "scaled"]
-Schedule = Literal["constant", "staircase"]
-Profile = Literal["coverage", "bfloat16", "quantizable"]
+Method = Literal["fold", "scale", "factors"]
+Change = Literal["folded", "scaled", "factored"]
 ScaledKind = Literal["linear", "embedding", "head", "norm"]
 
 _ELSEWHERE: dict[Path, Path] = {}
@@ -63,7 +61,7 @@ class BaseCheckpoint:
 
 
 @dataclass(frozen=True)
-class InsertedLayer(LinearLayer):
+class FactoredLayer(LinearLayer):
     """One linear layer replaced by an inflated layer and its compensation (the paper's Algorithm 1).
 
     ``bias`` and ``transposed`` describe the base checkpoint: the factors are never stored transposed. In the hardened
@@ -217,43 +215,37 @@ class Manifest:
     Attributes:
         format: Version of the file's shape, :data:`FORMAT_VERSION`.
         specdef_version: The version of this package that wrote it.
-        method: ``insert``, ``fold`` or ``mixed``.
+        method: ``fold``, ``scale`` or ``factors``.
         base: The checkpoint that was hardened.
         dtype: The dtype the changed tensors are stored in, as torch names it (``bfloat16``).
         seed: Seed of the randomized basis.
-        schedule: How α varies over layers.
         profile: The fold's profile; ``None`` without a fold.
-        inserted: The replaced linears.
         folded: The rescaled pairs.
         scaled: The modules that undo a scale of their own weight.
+        factored: The linears that were replaced by two factors.
         shards: sha256 of every safetensors file.
         verification: Figures of the verification before publication; empty when it was skipped.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"strict": True, "extra": "forbid"}
 
-    format: Literal[1]
+    format: Literal[2]
     specdef_version: str
     method: Method
     base: BaseCheckpoint
     dtype: str
     seed: int
-    schedule: Schedule
-    profile: Profile | None = None
-    inserted: tuple[InsertedLayer, ...] = ()
+    profile: str | None = None
     folded: tuple[FoldedPair, ...] = ()
     scaled: tuple[ScaledModule, ...] = ()
+    factored: tuple[FactoredLayer, ...] = ()
     shards: dict[str, str] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
-    config_changes: InitVar[tuple[()]] = ()  # in early manifests, always empty
-
-    def __post_init__(self, config_changes: tuple[()]) -> None:
-        """Takes what is read and not kept."""
 
     @property
     def parameters_added(self) -> int:
         """Parameters that the compensation layers and the scale vectors add."""
-        return added_parameters(self.inserted, self.scaled)
+        return added_parameters(self.factored, self.scaled)
 
     def published(self) -> Manifest:
         """The manifest as it leaves this machine: a base that was a directory keeps the last part of its path."""
@@ -273,12 +265,12 @@ class Manifest:
         from pydantic import ValidationError
 
         try:
-            return manifest_record().validate_json(text)
+            return manifest_record().validate_json(_in_this_format(text))
         except ValidationError as error:
             first = error.errors()[0]
             if first["loc"] == ("format",) and first["type"] == "literal_error":
                 raise SpecDefError(
-                    f"{origin} has format {first['input']!r}; this version reads format {FORMAT_VERSION}",
+                    f"{origin} has format {first['input']!r}; this version reads formats 1 and {FORMAT_VERSION}",
                     "Install the release of specdef-cli that wrote it.",
                 ) from error
             raise SpecDefError(
@@ -287,9 +279,28 @@ class Manifest:
             ) from error
 
 
-def added_parameters(inserted: Iterable[LinearLayer], scaled: Iterable[ScaledModule]) -> int:
+def _in_this_format(text: str) -> str:
+    """A manifest of format 1, in which methods and profiles had other names, as one of this format; others as is."""
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not (isinstance(read, dict) and type(read.get("format")) is int and read["format"] == 1):
+        return text
+    record = {name: value for name, value in read.items() if name != "schedule"}
+    record |= {"format": FORMAT_VERSION, "factored": record.pop("inserted", [])}
+    if record.get("config_changes") == []:  # of early ones, where it is always so
+        del record["config_changes"]
+    if record.get("method") in ("insert", "mixed"):
+        record["method"] = "factors" if record["factored"] else "scale"
+    if record.get("profile") == "coverage":
+        record["profile"] = "float16-cache"
+    return json.dumps(record)
+
+
+def added_parameters(factored: Iterable[LinearLayer], scaled: Iterable[ScaledModule]) -> int:
     """Parameters that the compensation layers of linears and the vectors of scaled modules add."""
-    return sum(layer.out_features**2 for layer in inserted) + sum(module.parameters_added for module in scaled)
+    return sum(layer.out_features**2 for layer in factored) + sum(module.parameters_added for module in scaled)
 
 
 @functools.cache

@@ -59,6 +59,6 @@ def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
         raise SpecDefError(
             f"{part.tensor}: scaling by powers of two up to 2**{max(map(abs, part.exponents))} leaves the range of "
             f"{dtype_name(tensor.dtype)}",
-            "Store bfloat16 or float32 (--dtype), or give a smaller --alpha with --schedule constant.",
+            "Store bfloat16 or float32 (--dtype), or use --method factors.",
         )
     target.index_copy_(axis, index, new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,18 +34,20 @@ def attack_command(
         str | None,
         typer.Option(
             metavar="45m",
-            help="Choose a budget with which a verdict stands within this time, run the most telling attacks first, "
-            "and stop then.",
+            help="Stop then: with smaller runs of a large model, and the most telling attacks first.",
         ),
     ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
             metavar="CONDITION",
-            help="Exit with 1 if any attack that knows nothing of the construction meets this, e.g. "
-            "'steps_to_control<500' (repeatable).",
+            help="Exit with 1 if any attack that knows nothing of the construction meets this, or was not measured, "
+            "e.g. 'steps_to_control<500' (repeatable).",
         ),
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write what was found into the model card, as `specdef certify` does.")
+    ] = False,
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -82,9 +85,12 @@ def attack_command(
     from specdef_cli.checkpoint.presence import require_models
     from specdef_cli.cli.conditions import Condition
     from specdef_cli.durations import parse_duration
+    from specdef_cli.errors import WrongUsage
 
     limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
     conditions = [Condition.parse(text) for text in fail_if or []]
+    if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
+        raise WrongUsage("--fail-if refusals needs prompts that the model refuses", "Give --prompts FILE.")
     if seeds is not None:
         given["seeds"] = seeds_of(seeds)
     if expand is not None:
@@ -109,6 +115,10 @@ def attack_command(
         trust_remote_code=trust_remote_code,
     )
     require_models(model, given.get("control"), "--control", manifest)
+    if card:
+        from specdef_cli.checkpoint.presence import require_card
+
+        require_card(model)
     require_data(options.dataset)
     if options.retained != NO_RETAINED:
         require_data(options.retained)
@@ -140,6 +150,11 @@ def attack_command(
     written = write_report(report, options.out)
     if not is_main_process():
         return
+    if card:
+        from specdef_cli.attack.presence import REPORT_NAME
+        from specdef_cli.certify.card import attacks_on_card
+
+        attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
@@ -153,8 +168,8 @@ def attack_command(
     tables += [edits] if edits is not None else []
     output.data(report_dict(report), Group(verdict, *tables, *sentences), written=written[0])
     output.note(f"report: {written[0]}")
-    met = [(condition, finding) for condition in conditions for finding in condition.met_by(report)]
-    for condition, finding in met:
-        output.note(f"failed: {finding.attack.label} meets {condition.text}")
-    if met:
+    failures = dict.fromkeys(line for condition in conditions for line in condition.failures(report))
+    for line in failures:
+        output.note(f"failed: {line}")
+    if failures:
         raise typer.Exit(1)

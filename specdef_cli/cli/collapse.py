@@ -23,7 +23,7 @@ def collapse_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Give back the original architecture: multiply inserted pairs, undo folds. Anyone can do this.
+    """Give back the original architecture: multiply factors, undo folds and scales. Anyone can do this.
 
     Examples:
 
@@ -51,7 +51,7 @@ def collapse_command(
     if result is not None:
         for text in result.notes:
             output.note(text)
-        layers, pairs, modules = map(len, (result.manifest.inserted, result.manifest.folded, result.manifest.scaled))
+        layers, pairs, modules = map(len, (result.manifest.factored, result.manifest.folded, result.manifest.scaled))
         summary = {
             "out": result.out,
             "base": result.manifest.base.name,
@@ -63,7 +63,7 @@ def collapse_command(
         output.data(
             summary,
             Text(
-                f"{result.out}: {layers} inserted pairs multiplied, {pairs} folded pairs undone, "
+                f"{result.out}: {layers} pairs of factors multiplied, {pairs} folded pairs undone, "
                 f"{modules} modules unscaled, "
                 f"{result.parameters_removed:,} parameters removed"
             ),

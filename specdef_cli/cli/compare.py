@@ -28,9 +28,9 @@ def compare_command(
 
     Examples:
 
-      specdef compare fold-attack insert-attack
+      specdef compare fold-attack scale-attack
 
-      specdef compare fold-attack/report.json insert-attack/report.json --markdown
+      specdef compare fold-attack/report.json scale-attack/report.json --markdown
     """
     from specdef_cli.extras import require_extra
 

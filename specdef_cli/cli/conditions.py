@@ -25,12 +25,16 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
 }
 _METRICS: dict[str, Callable[[Finding], float | None]] = {
-    # Never reached within the budget counts as infinitely many steps.
-    "steps_to_control": lambda finding: float("inf") if finding.steps_to_control is None else finding.steps_to_control,
+    "steps_to_control": lambda finding: _steps_to_control(finding),
     "share_of_control": lambda finding: finding.share,
     "best_loss": lambda finding: finding.best,
     "refusals": lambda finding: finding.refusals,
 }
+
+
+def _steps_to_control(finding: Finding) -> float | None:
+    """Never reached within the budget counts as infinitely many; nothing does where the control learned nothing."""
+    return float("inf") if finding.steps_to_control is None and finding.share is not None else finding.steps_to_control
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,29 @@ class Condition:
                 f"Write e.g. 'steps_to_control<500'; metrics: {', '.join(_METRICS)}.",
             ) from error
 
-    def met_by(self, report: AttackReport) -> tuple[Finding, ...]:
-        """The attacks without knowledge of the construction that meet the condition."""
+    def failures(self, report: AttackReport) -> tuple[str, ...]:
+        """Why a gate on this condition fails, one line each: what was not measured holds nothing back."""
         from specdef_cli.report.findings import findings
 
-        met = []
-        for finding in findings(report):
-            if finding.attack.subject != "model" or finding.attack.knowledge != "none":
-                continue
+        failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
+        plain = [found for found in findings(report) if found.attack.subject == "model"]
+        plain = [found for found in plain if found.attack.knowledge == "none" and self._concerns(found)]
+        for finding in plain:
             value = _METRICS[self.metric](finding)
-            if value is not None and _OPERATORS[self.operator](value, self.value):
-                met.append(finding)
-        return tuple(met)
+            if value is None:
+                failed.append(f"{finding.attack.label}: {self.metric} was not measured, as {_why(finding)}")
+            elif _OPERATORS[self.operator](value, self.value):
+                failed.append(f"{finding.attack.label} meets {self.text}")
+        return tuple(failed) or ((f"no attack was measured for {self.text}",) if not plain else ())
+
+    def _concerns(self, finding: Finding) -> bool:
+        """An edit has no steps and no loss, and one that breaks the model has no answers."""
+        if finding.attack.edit is None:
+            return True
+        return self.metric == "share_of_control" or (self.metric == "refusals" and finding.verdict != "broken")
+
+
+def _why(finding: Finding) -> str:
+    if finding.start is not None and finding.share is not None:
+        return "its best run diverged, or no --prompts were given"
+    return "its start is not finite" if finding.start is None else "the control learned nothing by the same recipe"

@@ -16,13 +16,13 @@ from specdef_cli.option import options_of
 Command = Callable[..., None]
 
 
-def takes(model: type) -> Callable[[Command], Command]:
-    """Give a command, in place of its ``**given``, a parameter for every option of ``model`` that it does not declare.
+def takes(*models: type) -> Callable[[Command], Command]:
+    """Give a command, in place of its ``**given``, a parameter for every option of ``models`` that it does not declare.
 
-    ``given`` then holds what the user gave and nothing else, so that the defaults of ``model`` hold, which ``--help``
-    shows. A list arrives as the tuple that a frozen class holds.
+    ``given`` then holds what the user gave and nothing else, so that the defaults of ``models`` hold, which ``--help``
+    shows. A list arrives as the tuple that a frozen class holds. A declared parameter stands in ``--help`` where the
+    option of its name does.
     """
-    hints = get_type_hints(model)
 
     def decorate(command: Command) -> Command:
         declared = [
@@ -30,8 +30,13 @@ def takes(model: type) -> Callable[[Command], Command]:
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        own = {parameter.name for parameter in declared}
-        derived = [_parameter(field, hints[name]) for name, field in options_of(model).items() if name not in own]
+        own = {parameter.name: parameter for parameter in declared}
+        derived = [
+            own.get(name) or _parameter(field, get_type_hints(model)[name])
+            for model in models
+            for name, field in options_of(model).items()
+        ]
+        derived += [parameter for parameter in declared if parameter not in derived]
 
         @functools.wraps(command)
         def run(context: typer.Context, **arguments: Any) -> None:
@@ -43,9 +48,7 @@ def takes(model: type) -> Callable[[Command], Command]:
             command(**given)
 
         context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        parameters = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (context, *derived, *declared)
-        ]
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (context, *derived)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run

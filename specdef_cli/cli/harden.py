@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdef_cli.checkpoint.destination import require_manifest_place, require_usable
+from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.checkpoint.presence import require_not_hardened
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import (
@@ -25,33 +26,35 @@ from specdef_cli.cli.options import (
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
 from specdef_cli.cli.tables import layer_table, pairs_table, scaled_table, summary_lines
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
+from specdef_cli.option import flag_of, options_of
 from specdef_cli.sizes import parse_size
 
 if TYPE_CHECKING:
-    from rich.console import Group, RenderableType
+    from rich.console import Group
 
-    from specdef_cli.hardening.preview import PlanPreview
     from specdef_cli.hardening.run import HardenResult
 
 
-@takes(HardenOptions)
+@takes(HardenOptions, *CONSTRUCTIONS.values())
 def harden_command(
     model: Model,
+    construction: Annotated[
+        Method,
+        typer.Option("--method", help="fold needs no code to load; scale and factors bring some."),
+    ] = "fold",
     max_shard_size: MaxShardSize = "5GB",
     device: Device = None,
     revision: Revision = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
     resume: Resume = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and what it costs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and write nothing.")] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the published directory to org/name.")
     ] = None,
     private: Private = False,
-    push_revision: Annotated[
-        str | None, typer.Option(help="Branch to upload to, with --push-to-hub.", show_default="main")
-    ] = None,
+    push_revision: Annotated[str | None, typer.Option(help="Branch to upload to.", show_default="main")] = None,
     create_pr: CreatePr = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -59,20 +62,16 @@ def harden_command(
 ) -> None:
     """Harden a checkpoint against fine-tuning without changing what it computes.
 
+    \b
     Examples:
-
       specdef harden meta-llama/Llama-3.1-8B-Instruct --out hardened
-
-      specdef harden ./my-model --out hardened --method insert --layers '*.o_proj' --alpha 1e5 --dry-run
-
-      specdef harden ./my-model --out hardened --method fold --profile quantizable
-
-      specdef harden ./my-model --out hardened --allow-code
-
-      specdef harden ./my-model --out hardened --manifest-out specdef.json
+      specdef harden ./my-model --out hardened --method scale
+      specdef harden ./my-model --method factors --layers '*.o_proj' --dry-run
     """
+    kind = _construction(construction, given)
     options = HardenOptions(
         model,
+        construction=kind,
         **given,
         max_shard_size=parse_size(max_shard_size),
         device=device,
@@ -88,11 +87,12 @@ def harden_command(
         require_manifest_place(options.manifest_out, options.out, model)
     prefer_huge_pages()
 
+    from rich.console import Group
+
     from specdef_cli.checkpoint.stream import Progress
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
     from specdef_cli.hardening.plan import HardeningPlan
-    from specdef_cli.hardening.preview import preview
-    from specdef_cli.hardening.run import harden
+    from specdef_cli.hardening.run import harden, preview
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)
@@ -118,7 +118,7 @@ def harden_command(
         else:
             result = harden(options, begin, advance, bar.downloaded)
     if dry_run:
-        output.data(preview_json(shown), preview_tables(shown))
+        output.data(shown, Group(*summary_lines(shown), "nothing was written"))
     elif result is not None:
         output.data(result, result_tables(result), written=options.out)
         if options.manifest_out is not None:
@@ -130,72 +130,16 @@ def harden_command(
             output.note(f"uploaded: {push(options.out, destination)}")
 
 
-def preview_json(shown: PlanPreview) -> dict[str, Any]:
-    """The plan as ``--json`` prints it."""
-    return {
-        "method": shown.plan.method,
-        "layers": [
-            {
-                "module": layer.site.module,
-                "shape": [layer.site.out_features, layer.site.in_features],
-                "alpha": layer.alpha,
-                "sigma_before": layer.sigma_before,
-                "sigma_after": layer.sigma_after,
-                "parameters_added": layer.site.out_features**2,
-            }
-            for layer in shown.layers
-        ],
-        "pairs": [
-            {"name": pair.name, "kind": pair.kind, "channels": pair.channels, "exponents": pair.exponents}
-            for pair in shown.plan.folded
-        ],
-        "modules": [
-            {
-                "module": module.module,
-                "kind": module.kind,
-                "channels": {
-                    name.split(".")[-2]: {
-                        "indices": side.indices,
-                        "exponents": side.exponents,
-                        **({"period": side.period} if side.period else {}),
-                    }
-                    for name, side in module.scales.items()
-                },
-                "parameters_added": module.parameters_added,
-            }
-            for module in shown.plan.scaled
-        ],
-        "parameters_before": shown.parameters_before,
-        "parameters_added": shown.plan.parameters_added,
-        "bytes_before": shown.bytes_before,
-        "bytes_added": shown.bytes_after - shown.bytes_before,
-        "notes": list(shown.plan.notes),
-    }
-
-
-def preview_tables(shown: PlanPreview) -> Group:
-    """The plan as the terminal shows it."""
-    from rich.console import Group
-
-    plan = shown.plan
-    table = layer_table(last="parameters added")
-    for layer in shown.layers:
-        table.add_row(
-            layer.site.module,
-            f"{layer.site.out_features}×{layer.site.in_features}",
-            f"{layer.alpha:g}",
-            f"{layer.sigma_before:.4g}",
-            f"{layer.sigma_after:.4g}",
-            f"{layer.site.out_features**2:,}",
-        )
-    parts: list[RenderableType] = [*summary_lines(shown.summary), "nothing was written"]
-    if plan.inserted:
-        parts.append(table)
-    if plan.folded:
-        parts.append(pairs_table(plan.folded))
-    if plan.scaled:
-        parts.append(scaled_table(plan.scaled))
-    return Group(*parts)
+def _construction(method: Method, given: dict[str, Any]) -> Construction:
+    """Take a construction's own options out of what was given; one of another construction is wrong usage."""
+    owners = {name: kind for kind in CONSTRUCTIONS.values() for name in options_of(kind)}
+    own = {name: given.pop(name) for name in tuple(given) if name in owners}
+    for name in own:
+        if owners[name].method != method:
+            raise typer.BadParameter(
+                f"{flag_of(owners[name], name)} is an option of --method {owners[name].method}, not of {method}"
+            )
+    return CONSTRUCTIONS[method](**own)
 
 
 def result_tables(result: HardenResult) -> Group:
@@ -211,7 +155,7 @@ def result_tables(result: HardenResult) -> Group:
     else:
         verified = f"outputs within {figures['relative']:.1e} of the base's"
     table = layer_table(last="error")
-    for layer in manifest.inserted:
+    for layer in manifest.factored:
         table.add_row(
             layer.module,
             f"{layer.out_features}×{layer.in_features}",
@@ -221,7 +165,7 @@ def result_tables(result: HardenResult) -> Group:
             f"{layer.reconstruction_error:.1e}",
         )
     headline = f"{result.out}: {manifest.method}, adds {result.parameters_added:,} parameters; {verified}"
-    tables = [table] if manifest.inserted else []
+    tables = [table] if manifest.factored else []
     tables += [pairs_table(manifest.folded)] if manifest.folded else []
     tables += [scaled_table(manifest.scaled)] if manifest.scaled else []
     return Group(headline, *tables)

@@ -106,7 +106,7 @@ def survey_summary(found: Survey) -> Group:
 
 def by_name(layers: Sequence[LayerSurvey]) -> dict[str, list[LayerSurvey]]:
     """Layers by their name within a block, in order."""
-    from specdef_cli.hardening.outlook import within_block
+    from specdef_cli.hardening.plan import within_block
 
     found: dict[str, list[LayerSurvey]] = {}
     for layer in layers:
@@ -120,9 +120,9 @@ def _hardened_lines(found: Survey) -> Iterable[str]:
     parts = []
     if manifest.folded:
         parts.append(f"{len(manifest.folded)} symmetric pairs were rescaled")
-    if manifest.inserted:
+    if manifest.factored:
         added = sum(layer.compensation_parameters for layer in found.layers if layer.alpha is not None)
-        parts.append(f"{len(manifest.inserted)} layers were replaced, which added {added:,} parameters")
+        parts.append(f"{len(manifest.factored)} layers were replaced, which added {added:,} parameters")
     if manifest.scaled:
         added = sum(module.parameters_added for module in manifest.scaled)
         parts.append(f"{len(manifest.scaled)} modules were scaled, which added {added:,} parameters")

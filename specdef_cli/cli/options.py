@@ -17,11 +17,11 @@ Manifest = Annotated[
         metavar="FILE", help="specdef.json, where it does not lie in the directory.", show_default="the directory's"
     ),
 ]
-MaxShardSize = Annotated[str, typer.Option(help="Largest safetensors file, e.g. 5GB or 500MB.")]
+MaxShardSize = Annotated[str, typer.Option(help="Largest file, e.g. 500MB.")]
 Device = Annotated[
     str | None, typer.Option(help="Where to compute, e.g. cpu or cuda:0.", show_default="every GPU, else the CPU")
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default="main")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")]
 
 
 def _token(value: str | None) -> str | None:
@@ -41,6 +41,6 @@ TrustRemoteCode = Annotated[
 Private = Annotated[bool, typer.Option("--private", help="If the repository is made, make it private.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Upload as a pull request.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no notes.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it takes on this machine, and stop.")]

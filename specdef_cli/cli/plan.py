@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def plan_screen(forecast: Forecast) -> Group:
-    """One screen: what is trained on what, how often, how long it takes, and what would cost less."""
+    """One screen: what is trained on what, the runs in their order, and how long they take."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.table import Table
@@ -30,28 +30,16 @@ def plan_screen(forecast: Forecast) -> Group:
     ):
         facts.add_row(name, Text(value))
     rows = Table.grid(padding=(0, 2))
-    for _ in range(3):
+    for _ in range(4):
         rows.add_column(overflow="fold")
-    verdict = [attack for attack in forecast.attacks if attack.first_verdict]
     for attack in forecast.attacks:
-        if verdict and len(verdict) < len(forecast.attacks) and attack is forecast.attacks[len(verdict)]:
-            rows.add_row(Text("  then", style="italic"), "", "")
-        runs = f"{'about ' if attack.search else ''}{_runs(attack.runs)}"
+        runs = f"{'about ' if attack.search else ''}{attack.runs} {'run' if attack.runs == 1 else 'runs'}"
         runs += f", {attack.finished} done" if attack.finished else ""
-        rows.add_row(Text(attack.label), runs, "" if attack.seconds is None else in_words(attack.seconds))
-    said = [_runs(forecast.runs)]
-    if forecast.seconds is not None and forecast.verdict_seconds is not None:
-        said[0] += f", about {in_words(forecast.seconds)} on this machine"
-        said[0] += f"; a first verdict after about {in_words(forecast.verdict_seconds)}."
+        first, last = (f"{rate:g}" for rate in (attack.learning_rates[0], attack.learning_rates[-1]))
+        rates = f"{'from ' if attack.search else ''}η = {first}" + ("" if first == last else f" to {last}")
+        rows.add_row(Text(attack.label), runs, rates, in_words(attack.seconds))
+    said = [f"{forecast.runs} {'run' if forecast.runs == '1' else 'runs'}, about {in_words(forecast.seconds)} here."]
     if forecast.time_limit is not None:
-        said.append(
-            f"Stops after {in_words(forecast.time_limit)}; what is not reached by then is listed in the report."
-        )
-    if forecast.cheaper:
-        said.append(f"Cheaper: {forecast.cheaper}")
+        said.append(f"Stops after {in_words(forecast.time_limit)}; the report lists what was not reached.")
     said += [f"assumed: {text}" for text in forecast.assumed] + [f"note: {text}" for text in forecast.notes]
     return Group(facts, Padding(rows, (1, 0), expand=False), Text("\n".join(said)))
-
-
-def _runs(count: int | str) -> str:
-    return f"{count} {'run' if str(count) == '1' else 'runs'}"

@@ -14,17 +14,13 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime.launcher import forget_stale_launcher
 
 COLLECT_AFTER = (20_000, 20, 100)
-"""Objects made before a garbage collection, and collections before one that looks at older objects, and at all."""
+"""Python's thresholds of the three generations."""
 
 PRECISION, PRECISIONS = "ACCELERATE_MIXED_PRECISION", ("no", "fp16", "bf16", "fp8")
 
 
 def collect_less_garbage() -> None:
-    """Start and end in two thirds of the time.
-
-    torch and transformers make a million objects that live as long as the process. Looking for garbage among them
-    while they are imported, and again on the way out, takes a third of a command that does nothing else.
-    """
+    """Look for garbage rarely: importing torch and transformers makes a million objects that live to the end."""
     gc.set_threshold(*COLLECT_AFTER)
     atexit.register(gc.freeze)
 
@@ -36,21 +32,12 @@ def quiet_engines() -> None:
 
 
 def prefer_huge_pages() -> None:
-    """Have torch ask for pages of 2 MiB, from its first allocation on: for commands that stream weights.
-
-    They pass through fresh memory by the gigabyte, and handing it out in pages of 4 KiB takes the kernel about a sixth
-    of the time that a fold takes. Training gains nothing, and with second-order optimizers loses.
-    """
+    """Have torch ask for pages of 2 MiB, for commands that stream weights; training gains nothing."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def require_surroundings(environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse what no command can work in: asked before anything is imported, which would fail in words of its own.
-
-    Raises:
-        SpecDefError: The current directory is gone, Python strips the docstrings that transformers reads, or accelerate
-            is told of a precision that it has not.
-    """
+    """Refuse what no command can work in, before anything is imported that would fail in words of its own."""
     try:
         os.getcwd()  # noqa: PTH109 (asked for its error)
     except FileNotFoundError as error:
@@ -69,11 +56,7 @@ def require_surroundings(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def work_alone_if_stale(output: Output) -> None:
-    """Ignore what a launch that is over has left in the environment, and say so.
-
-    Raises:
-        SpecDefError: It speaks of other processes, which cannot be found.
-    """
+    """Ignore what a launch that is over has left in the environment, and say so."""
     note = forget_stale_launcher()
     if note is not None:
         output.note(f"note: {note}")

@@ -1,74 +1,55 @@
-"""stdout and stderr as a command needs them: no secret passes, and what cannot be shown never ends the work.
-
-A terminal may lack a character, a reader may have gone (``| head``), a log's disk may be full. Whether a command has
-done its work is not decided there.
-"""
+"""stdout and stderr as a command needs them: no secret passes, and what cannot be shown never ends the work."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from specdef_cli.redact import redact
 
 
 class SafeStream:
-    """A text stream that takes secrets out, replaces what it cannot encode, and falls silent where it cannot write.
+    """A text stream that takes secrets out, and falls silent where it cannot write (``| head``, a full disk).
 
-    Args:
-        stream: What it writes to.
-
-    Attributes:
-        lost: Why something was not written, other than that the reader has gone; ``None`` if all was.
+    ``lost`` is why something was not written, other than that the reader has gone.
     """
 
     def __init__(self, stream: TextIO) -> None:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack a character
         self._stream = stream
         self._silent = False
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
         """Write ``text``; the number of characters that the caller gave."""
-        if not self._silent:
-            shown = redact(text)
-            try:
-                self._write(shown)
-            except OSError as error:
-                self._fall_silent(error)
+        self._unless_silent(self._stream.write, redact(text))
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
         """Write one text after the other."""
-        for line in lines:
-            self.write(line)
+        self.write("".join(lines))
 
     def flush(self) -> None:
         """Have everything written."""
-        if not self._silent:
-            try:
-                self._stream.flush()
-            except OSError as error:
-                self._fall_silent(error)
+        self._unless_silent(self._stream.flush)
 
-    def _write(self, text: str) -> None:
+    def _unless_silent(self, act: Callable[..., Any], *arguments: str) -> None:
+        if self._silent:
+            return
         try:
-            self._stream.write(text)
-        except UnicodeEncodeError:
-            encoding = self._stream.encoding or "ascii"
-            self._stream.write(text.encode(encoding, "replace").decode(encoding))
-
-    def _fall_silent(self, error: OSError) -> None:
-        self._silent = True
-        if not isinstance(error, BrokenPipeError):
-            self.lost = error
-        # What is still in the buffer would be written, and fail, when the interpreter ends.
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            act(*arguments)
+        except OSError as error:
+            self._silent = True
+            self.lost = None if isinstance(error, BrokenPipeError) else error
+            # What is still in the buffer would be written, and fail, when the interpreter ends.
+            with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -78,8 +59,12 @@ class SafeStream:
 def safe_streams() -> Iterator[None]:
     """Let everything that the block prints pass through a :class:`SafeStream`."""
     before = sys.stdout, sys.stderr
-    _occupy_descriptors()
-    # A closed descriptor is None, and print and rich know what to do with it.
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed by the shell: else a file that is opened would be printed into
+            os.open(os.devnull, os.O_RDWR)
+    # A closed stream is None, and print and rich know what to do with it.
     sys.stdout, sys.stderr = (cast(TextIO, SafeStream(stream)) if stream else stream for stream in before)
     try:
         yield
@@ -88,12 +73,3 @@ def safe_streams() -> Iterator[None]:
             if stream:
                 stream.flush()
         sys.stdout, sys.stderr = before
-
-
-def _occupy_descriptors() -> None:
-    """Put something under 0, 1 and 2 where the shell closed them: else a file that is opened would be printed into."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)

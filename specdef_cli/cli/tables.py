@@ -74,11 +74,12 @@ def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
         else:
             yield from summary_lines(summary)
         yield ""
-    default = outlook.default
-    if isinstance(default, Obstacle):
-        yield f"Recommended: leave it as it is; {default.problem}. {default.hint}"
+    if outlook.recommended is not None:
+        yield f"Recommended: {recommendation(outlook.recommended)}"
     else:
-        yield f"Recommended: {recommendation(default)}"
+        found = outlook.methods[0]
+        assert isinstance(found, Obstacle)
+        yield f"Recommended: leave it as it is; {found.problem}. {found.hint}"
     yield (
         "Harden if a cost for people who run ordinary recipes is worth something to you. Attackers who know of the "
         "change undo it in one pass over the weights, and `specdef attack` shows which other recipes get through."
@@ -94,9 +95,9 @@ def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
     if summary.pairs:
         parts.append(f"{summary.pairs} symmetric pairs rescaled")
     if summary.modules:
-        parts.append(f"{summary.modules} modules scaled, which undo it themselves")
+        parts.append(f"{summary.modules} modules scaled and compensated in place")
     if summary.layers:
-        parts.append(f"{summary.layers} layers replaced by pairs of layers")
+        parts.append(f"{summary.layers} layers replaced by two factors")
     yield f"{summary.method}: {', '.join(parts)}"
     names = ", ".join(f"{name} ×{count}" for name, count in summary.changed.items())
     lines = [
@@ -123,12 +124,11 @@ def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
 def recommendation(summary: PlanSummary) -> str:
     """Why the default plan is the one to take."""
     reasons = {
-        "fold": "fold (the default here). The outputs stay bit-identical, and whatever loads the architecture loads "
-        "the result, in float32 and bfloat16.",
-        "insert": "insert (the default here), as no symmetric pair is known for this architecture. The result needs "
-        "code to load: trust_remote_code=True, or `import specdef_cli`.",
-        "mixed": "fold, and insert the rest (the default here). The result needs code to load; --method "
-        "fold keeps an ordinary checkpoint and leaves more alone.",
+        "fold": "fold (the default). The outputs stay bit-identical, and whatever loads the architecture loads the "
+        "result, in float32 and bfloat16.",
+        "scale": "scale, as no symmetric pair is known for this architecture. The outputs stay bit-identical; the "
+        "result needs code to load: trust_remote_code=True, or `import specdef_cli`.",
+        "factors": "factors. The result needs code to load: trust_remote_code=True, or `import specdef_cli`.",
     }
     reached = summary.parameters_changed / summary.parameters
     caution = f" It reaches tensors with only {reached:.0%} of the parameters." if reached < FEW else ""

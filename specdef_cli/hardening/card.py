@@ -18,13 +18,20 @@ from specdef_cli.hardening.lost_formats import lost_formats, serving_advice
 HEADING = "## SpecDef"
 
 
-def hardened_card(base_card: str, manifest: Manifest, unchanged: Sequence[str], library: Library = TRANSFORMERS) -> str:
+def hardened_card(
+    base_card: str,
+    manifest: Manifest,
+    unchanged: Sequence[str],
+    one_sided: Sequence[str] = (),
+    library: Library = TRANSFORMERS,
+) -> str:
     """The card's text.
 
     Args:
         base_card: ``README.md`` of the base; may be empty.
         manifest: What was done.
         unchanged: Parameters that were not changed, the same name once for all blocks.
+        one_sided: Weights that were scaled by row or by column alone, named likewise.
         library: Who loads it.
     """
     card = _parse(base_card)
@@ -32,7 +39,7 @@ def hardened_card(base_card: str, manifest: Manifest, unchanged: Sequence[str], 
     front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
     body = card.text.split(f"\n{HEADING}")[0].strip()
     body = body or f"# {manifest.base.hub_name or 'Hardened model'}"
-    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, unchanged, library)}\n"
+    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, unchanged, one_sided, library)}\n"
 
 
 def collapsed_card(card: str, manifest: Manifest) -> str:
@@ -57,9 +64,9 @@ def _repository_card(card: str) -> RepoCard:
     return RepoCard(front + card, ignore_metadata_errors=True)
 
 
-def section(manifest: Manifest, unchanged: Sequence[str], library: Library) -> str:
+def section(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> str:
     """The section on SpecDef: what was changed, what it costs, what it does not resist."""
-    parts = (_changes(manifest), _limit(manifest, unchanged, library), _loading(manifest, library))
+    parts = (_changes(manifest), _limit(manifest, unchanged, one_sided, library), _loading(manifest, library))
     return "\n\n".join((HEADING, *("\n".join(lines) for lines in parts)))
 
 
@@ -73,13 +80,13 @@ def _changes(manifest: Manifest) -> Sequence[str]:
         "with the aim that ordinary recipes need far smaller learning rates to fine-tune them, and diverge or make "
         "little progress at their usual ones."
     ]
-    if manifest.inserted:
-        added = sum(layer.out_features**2 for layer in manifest.inserted)
-        alphas = sorted(layer.alpha for layer in manifest.inserted)
-        top_k = sorted({layer.top_k for layer in manifest.inserted})
+    if manifest.factored:
+        added = sum(layer.out_features**2 for layer in manifest.factored)
+        alphas = sorted(layer.alpha for layer in manifest.factored)
+        top_k = sorted({layer.top_k for layer in manifest.factored})
         lines.append(
-            f"{len(manifest.inserted)} linear layers were each replaced by an inflated layer and its compensation "
-            f"(α = {_range(alphas)}, k = {', '.join(map(str, top_k))}, {manifest.inserted[0].gauge} gauge, "
+            f"{len(manifest.factored)} linear layers were each replaced by an inflated layer and its compensation "
+            f"(α = {_range(alphas)}, k = {', '.join(map(str, top_k))}, {manifest.factored[0].gauge} gauge, "
             f"{manifest.dtype}); this adds {added:,} parameters."
         )
     if manifest.folded:
@@ -128,7 +135,7 @@ def _agreement(manifest: Manifest, origin: str) -> str:
     )
 
 
-def _limit(manifest: Manifest, unchanged: Sequence[str], library: Library) -> Sequence[str]:
+def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> Sequence[str]:
     around_pairs = (
         "Growing the model around the changed layers, freezing the compensation, or sweeping the learning rate "
         "downwards also restores fast fine-tuning (the paper proves a linear cost in model size). "
@@ -138,18 +145,20 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], library: Library) -> Se
         "adapters that are added to the residual stream do not see the scales. "
     )
     ways = {
-        "multiplying each pair of layers restores the original weights": manifest.inserted,
+        "multiplying each pair of layers restores the original weights": manifest.factored,
         "multiplying each scale vector into its weight restores the original weights, bit for bit": manifest.scaled,
         "rebalancing the rows and columns of each pair restores them, without any data": manifest.folded,
     }
     undo = ", and ".join(way for way, changed in ways.items() if changed)
-    around = around_pairs if manifest.inserted else ""
+    around = around_pairs if manifest.factored else ""
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
     if not library.is_attacked:
         unchanged = (*unchanged, "convolutions")  # no construction reaches them
         measure = "No attack was measured on this very checkpoint."
     free = f"Trained alone as fast as before: {', '.join(unchanged)}. " if unchanged else ""
+    if one_sided:
+        free += f"Slowed least when trained alone, as one side of them is scaled: {', '.join(one_sided)}. "
     return [
         f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo} (`specdef collapse` "
         f"does it). {around}{free}This raises the cost of unmodified recipes and nothing more. {measure}"
@@ -157,9 +166,9 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], library: Library) -> Se
 
 
 def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
-    lost = lost_formats(manifest.folded, inserted=bool(manifest.inserted or manifest.scaled))
+    lost = lost_formats(manifest.folded, with_code=bool(manifest.factored or manifest.scaled))
     advice = serving_advice(lost)
-    if not manifest.inserted and not manifest.scaled:
+    if not manifest.factored and not manifest.scaled:
         return [f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"]
     if not library.runs_code:
         return [

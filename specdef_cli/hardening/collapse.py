@@ -1,7 +1,7 @@
 """``specdef collapse``: back to the original architecture, from the manifest.
 
 This is the publisher's own way back, and the attacker's: multiplying C·W~ costs one pass over the weights. A folded
-checkpoint comes back bit for bit, because its factors are powers of two; an inserted layer comes back up to the
+checkpoint comes back bit for bit, because its factors are powers of two; factors come back up to the
 rounding of the stored factors.
 """
 
@@ -17,7 +17,7 @@ import torch
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import InsertedLayer, Manifest, read_manifest
+from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import resolve_hardened
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
@@ -37,7 +37,7 @@ from specdef_cli.runtime.shim import SHIM_SOURCE, unshim_config
 class CollapseLayer:
     """The transform that multiplies a pair of factors back into one weight."""
 
-    layer: InsertedLayer
+    layer: FactoredLayer
     dtype: str
 
     def group(self) -> TensorGroup:
@@ -134,10 +134,10 @@ def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorG
     """
     require_its_own(checkpoint, manifest)
     undone = fold_groups((inverse(pair) for pair in manifest.folded), checkpoint, None)
-    by_inflated = {layer.inflated_tensor: layer for layer in manifest.inserted}
+    by_inflated = {layer.inflated_tensor: layer for layer in manifest.factored}
     consumed = {
         name
-        for layer in manifest.inserted
+        for layer in manifest.factored
         for name in (layer.compensation_tensor, layer.compensation_bias, layer.tensor)
     }
     by_scaled = {module.inflated_tensor: module for module in manifest.scaled if module.tied_to is None}

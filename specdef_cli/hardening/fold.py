@@ -11,11 +11,8 @@ What is scaled where was decided by measuring (docs/decisions.md):
   channels of a middling norm, whose values are ordinary ones;
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
   attacker may train either side alone;
-* exponents that differ from pair to pair (:mod:`specdef_cli.spectral.staircase`), in the ranges of
-  :data:`STEPS`. What a key/value cache holds stays within float16, but in the profile ``bfloat16``, which reaches
-  further for it;
-* ``quantizable`` scales queries against keys alone. Both are rows of their weights, and quantizers give every row its
-  own scales; a column shares scales with its neighbours, in the weight and in the activations that it reads;
+* exponents that differ from pair to pair (:mod:`specdef_cli.spectral.staircase`), as the profile lays them
+  (:data:`PROFILES`);
 * not the residual stream: it has a single scale, which a learning-rate sweep recovers; embeddings stay unprotected.
 """
 
@@ -33,11 +30,12 @@ from torch import Tensor
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import FoldedPair, Profile, Schedule
+from specdef_cli.checkpoint.manifest import FoldedPair
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import Profile
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, HIGHEST_UNCROSSED, constant, one_apart, staircase
 
 Member = TypeVar("Member")
@@ -75,25 +73,37 @@ class Steps:
     from_last: bool = False
 
 
-STEPS: dict[Profile, dict[str, Steps]] = {
-    "coverage": {
-        MLP: Steps(partial(one_apart, highest=HIGHEST_EXPONENT), from_last=True),
-        ATTENTION: Steps(partial(one_apart, highest=HIGHEST_UNCROSSED)),
-        CACHED: Steps(partial(constant, alpha=2.0**CACHED_EXPONENT)),
-    },
-    "bfloat16": {EVERYWHERE: Steps(staircase)},
-    "quantizable": {CACHED: Steps(partial(staircase, lowest=6, highest=8))},
-}
-"""By profile and region. Where two pairs scale the rows and the columns of one tensor, their exponents add up to at
-most :data:`~specdef_cli.spectral.staircase.HIGHEST_CROSSING`. Of ``coverage``, the last layer's MLP and the first
-one's attention stand apart, where a vector that trains alone is worth least to an attacker.
-"""
-
 EVERY_KIND = ("value_output", "up_down", "query_key", "norm_readers")
-FOLDED_KINDS: dict[Profile, tuple[str, ...]] = {
-    "coverage": EVERY_KIND,
-    "bfloat16": EVERY_KIND,
-    "quantizable": ("query_key",),
+
+
+@dataclass(frozen=True)
+class FoldProfile:
+    """What a fold may cost those who serve it.
+
+    Attributes:
+        steps: Exponents by region. Where two pairs scale the rows and the columns of one tensor, their exponents add up
+            to at most :data:`~specdef_cli.spectral.staircase.HIGHEST_CROSSING`.
+        kinds: The kinds of pairs that are folded.
+        middling: The kinds whose channels have ordinary values rather than the largest.
+    """
+
+    steps: dict[str, Steps]
+    kinds: tuple[str, ...] = EVERY_KIND
+    middling: tuple[str, ...] = ()
+
+
+PROFILES: dict[Profile, FoldProfile] = {
+    # The last layer's MLP and the first one's attention stand apart, where a vector that trains alone is worth least.
+    "float16-cache": FoldProfile(
+        {
+            MLP: Steps(partial(one_apart, highest=HIGHEST_EXPONENT), from_last=True),
+            ATTENTION: Steps(partial(one_apart, highest=HIGHEST_UNCROSSED)),
+            CACHED: Steps(partial(constant, alpha=2.0**CACHED_EXPONENT)),
+        },
+        middling=CACHED_KINDS,
+    ),
+    # Further for what a cache holds, which must then be bfloat16 or float32.
+    "bfloat16": FoldProfile({EVERYWHERE: Steps(staircase)}),
 }
 
 
@@ -118,13 +128,7 @@ class ScaleTensor:
 
 
 def fold_pairs(
-    checkpoint: Checkpoint,
-    pairs: Sequence[SymmetricPair],
-    *,
-    profile: Profile,
-    schedule: Schedule,
-    alpha: float,
-    dtype: str | None,
+    checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], profile: Profile, dtype: str | None
 ) -> tuple[FoldedPair, ...]:
     """Choose channels and exponents for every pair that the profile uses.
 
@@ -135,32 +139,19 @@ def fold_pairs(
         checkpoint: The base.
         pairs: Its symmetric pairs.
         profile: What must still work afterwards.
-        schedule: Exponents that go down from layer to layer, or the same for all.
-        alpha: The factor of ``constant``; a staircase has its own.
         dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
-
-    Raises:
-        SpecDefError: A tensor is quantized or stored in float16, or an exponent is too large.
     """
-    used = [pair for pair in pairs if pair.kind in FOLDED_KINDS[profile] and pair.channels > 1]
-    if schedule == "constant" and not 2 <= alpha <= 2.0**HIGHEST_EXPONENT:
-        raise SpecDefError(
-            f"alpha {alpha:g} cannot be folded: as a power of two it is below 2 or above 2**{HIGHEST_EXPONENT}",
-            f"Give --alpha between 2 and 2**{HIGHEST_EXPONENT}, e.g. 8192.",
-        )
+    chosen = PROFILES[profile]
+    used = [pair for pair in pairs if pair.kind in chosen.kinds and pair.channels > 1]
     _require_dtypes(checkpoint, used, dtype)
-    if schedule == "constant":
-        exponents = spread(used, len(DIRECTIONS), partial(constant, alpha=alpha))
-    else:
-        exponents = {}
-        regions = _regions(used)
-        for region, steps in STEPS[profile].items():
-            alike = [pair for pair in used if region in (EVERYWHERE, regions[pair.name])]
-            exponents |= spread(alike[::-1] if steps.from_last else alike, len(DIRECTIONS), steps.schedule)
+    exponents: dict[str, tuple[int, ...]] = {}
+    regions = _regions(used)
+    for region, steps in chosen.steps.items():
+        alike = [pair for pair in used if region in (EVERYWHERE, regions[pair.name])]
+        exponents |= spread(alike[::-1] if steps.from_last else alike, len(DIRECTIONS), steps.schedule)
     folded = []
     for pair in used:
-        middling = pair.kind in CACHED_KINDS and profile != "bfloat16"
-        channels = _channels(checkpoint, pair, len(DIRECTIONS), middling=middling)
+        channels = _channels(checkpoint, pair, len(DIRECTIONS), middling=pair.kind in chosen.middling)
         signed = [direction * exponent for direction, exponent in zip(DIRECTIONS, exponents[pair.name], strict=True)]
         if channels:
             folded.append(_folded(pair, channels, signed[: len(channels)]))

@@ -35,17 +35,17 @@ NARROW_EXPONENT = CACHED_EXPONENT
 """Factors up to this power of two leave weights within float16, and within float8 with a scale a row."""
 
 
-def lost_formats(folded: Sequence[FoldedPair], *, inserted: bool) -> tuple[str, ...]:
+def lost_formats(folded: Sequence[FoldedPair], *, with_code: bool) -> tuple[str, ...]:
     """The formats in which the result is not expected to compute what the base does.
 
     Args:
         folded: The rescaled pairs.
-        inserted: Whether layers were replaced.
+        with_code: Whether layers were replaced or modules scaled.
 
     Returns:
         Names for a sentence.
     """
-    wide = inserted or _beyond(folded, NARROW_EXPONENT)
+    wide = with_code or _beyond(folded, NARROW_EXPONENT)
     columns = wide or any(pair.kind != "query_key" for pair in folded)
     cached = [pair for pair in folded if pair.kind in CACHED_KINDS]
     expected = {

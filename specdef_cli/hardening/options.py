@@ -2,138 +2,99 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, get_args
 
-from specdef_cli.checkpoint.manifest import Profile, Schedule
+from specdef_cli.checkpoint.manifest import Method
+from specdef_cli.errors import SpecDefError
 from specdef_cli.option import as_declared, option
 from specdef_cli.spectral.gauges import Gauge
 
-MethodChoice = Literal["auto", "insert", "fold"]
+Profile = Literal["float16-cache", "bfloat16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class HardenOptions:
-    """Options of :func:`specdef_cli.harden`. One that nothing in the plan would use is refused, not ignored.
+class Fold:
+    """Rescale symmetric pairs by powers of two: an ordinary checkpoint of its architecture, bit-identical."""
 
-    Attributes:
-        model: A directory, or a Hub id ``org/name[@revision]``.
-        out: The directory to publish.
-        manifest_out: Where ``specdef.json`` goes instead of into the published directory; ``None`` leaves it there.
-        method: ``fold`` (rescaled symmetric pairs, nothing added), ``insert`` (weights with something beside them that
-            undoes the change, and code that runs it), or ``auto``: fold where the family is known and, with
-            ``allow_code``, insert for the rest.
-        alpha: Factor of the singular values that insert inflates, and of a ``constant`` fold (which takes the nearest
-            power of two); ``None`` takes 10⁴.
-        top_k: How many singular values of each layer insert inflates; ``None`` takes 25.
-        gauge: Which factorization insert stores; ``None`` takes ``rotated``.
-        schedule: ``staircase``: powers of two that go down from layer to layer, on channels of a fold's pairs or of the
-            weights that insert scales. ``constant``: one α, in a fold's pairs or as the paper's two factors a layer.
-            ``None`` takes the staircase, and for insert with ``alpha``, ``top_k`` or ``gauge`` the paper's.
-        profile: What a fold must leave intact; ``None`` takes ``coverage``.
-        layers: Globs over module paths and tensor names; none means every pair (fold), everything that can be
-            scaled (insert), and the linears that write to the residual stream (the paper's factors).
-        allow_code: Whether ``auto`` may make a checkpoint that needs code to load, to scale what no pair reaches,
-            and everything where no pairs cross (but with ``profile`` or a ``constant`` schedule, which ask for a fold).
-        base_model: Where a directory's weights are on the Hub (``org/name``), for the card and the manifest.
-        exclude: Globs of what to leave alone; a fold leaves every pair alone that one of these tensors is part of.
-        dtype: Store floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``); ``None`` keeps each one's.
-        max_shard_size: Largest output file in bytes.
-        device: Where to compute; ``None`` takes every GPU there is, else the CPU.
-        revision: Branch, tag or commit on the Hub.
-        token: Hub token.
-        trust_remote_code: Whether the model's own Python code may run.
-        seed: Seed of the randomized basis of insert; a fold has nothing random.
-        resume: Go on where an interrupted run of the same plan stopped.
-        verify: Reload the result and compare it with the base before publishing.
-
-    Raises:
-        SpecDefError: There is no such method, gauge, schedule, profile or dtype.
-    """
-
-    model: str
-    out: Path = option(Path("hardened"), "Directory to publish; must not exist.", "--out", "-o")
-    manifest_out: Path | None = option(
-        None,
-        "Write specdef.json, which says what was changed, to this file and not into the directory.",
-        metavar="FILE",
-        shown_default="OUT/specdef.json",
-    )
-    method: MethodChoice = option(
-        "auto",
-        "fold: existing pairs of weights are rescaled. insert: weights with code that undoes a change beside them. "
-        "auto: fold, and insert for the rest with --allow-code.",
-    )
-    alpha: float | None = option(
-        None,
-        "Factor of the inflated singular values (insert) or of the rescaled channels (constant fold).",
-        shown_default="1e4",
-    )
-    top_k: int | None = option(None, "Singular values inflated in each layer (insert).", shown_default="25")
-    gauge: Gauge | None = option(
-        None,
-        "Which factorization insert stores; symmetric is the paper's, and needs float32.",
-        shown_default="rotated",
-    )
-    schedule: Schedule | None = option(
-        None,
-        "staircase: powers of two that go down from layer to layer. constant: one alpha; insert then stores the "
-        "paper's two factors a layer.",
-        shown_default="staircase; constant for insert with --alpha, --top-k or --gauge",
-    )
-    profile: Profile | None = option(
-        None,
-        "coverage: every pair, within a float16 cache. bfloat16: further, and the cache must be bfloat16 or float32 "
-        "(llama.cpp: no flash attention). quantizable: only queries and keys, which quantizers survive, but for "
-        "double quantization.",
-        shown_default="coverage",
-    )
-    allow_code: bool = option(
-        False, "Let auto scale what no pair reaches, or all where no pairs cross; needs code to load."
-    )
-    layers: tuple[str, ...] = option(
-        (),
-        "Glob of layers to harden, e.g. '*.o_proj'.",
-        shown_default="all; for constant insert the linears that write to the residual stream",
-    )
-    exclude: tuple[str, ...] = option((), "Glob of layers to leave alone.")
-    base_model: str | None = option(
-        None, "Where a directory's weights are on the Hub, for the card.", metavar="ORG/NAME"
-    )
-    dtype: StoredDtype | None = option(None, "Store floating tensors in this dtype.", shown_default="each tensor's own")
-    max_shard_size: int = 5 * 10**9
-    device: str | None = None
-    revision: str | None = None
-    token: str | None = None
-    trust_remote_code: bool = False
-    seed: int = option(0, "Seed of the randomized basis (insert).")
-    resume: bool = False
-    verify: bool = option(True, "Compare the result with the base before it is published.", "--verify/--no-verify")
+    method: ClassVar[Method] = "fold"
+    profile: Profile = option("float16-cache", "fold: float16-cache or bfloat16.", metavar="NAME")
 
     def __post_init__(self) -> None:
         as_declared(self)
 
 
 @dataclass(frozen=True)
-class CollapseOptions:
-    """Options of :func:`specdef_cli.collapse`.
+class Scale:
+    """Scale every weight by powers of two, which vectors beside it undo: bit-identical, any architecture, with code."""
 
-    Attributes:
-        model: A hardened directory or Hub id.
-        out: The directory to publish.
-        manifest: ``specdef.json`` where it does not lie in the model's directory.
-        max_shard_size: Largest output file in bytes.
-        device: Where to multiply; ``None`` takes every GPU there is, else the CPU.
-        revision: Branch, tag or commit on the Hub.
-        token: Hub token.
-        resume: Go on where an interrupted run stopped.
-    """
+    method: ClassVar[Method] = "scale"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Store W as C·W~, the paper's construction: the top singular values are inflated by α, and C undoes it."""
+
+    method: ClassVar[Method] = "factors"
+    alpha: float = option(1e4, "factors: by what singular values are multiplied.", shown_default="1e4")
+    top_k: int = option(25, "factors: how many of a layer are.")
+    gauge: Gauge = option("rotated", "factors: symmetric is the paper's.")
+    seed: int = option(0, "factors: of the random basis.")
+
+    def __post_init__(self) -> None:
+        as_declared(self)
+        if not (math.isfinite(self.alpha) and self.alpha >= 1):
+            raise SpecDefError(
+                f"--alpha is {self.alpha:g}; it must be a finite number of at least 1", "Give e.g. --alpha 1e4."
+            )
+        if self.top_k < 1:
+            raise SpecDefError(f"--top-k is {self.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
+
+
+Construction = Fold | Scale | Factors
+CONSTRUCTIONS: dict[Method, type[Construction]] = {kind.method: kind for kind in get_args(Construction)}
+
+
+@dataclass(frozen=True)
+class HardenOptions:
+    """Options of :func:`specdef_cli.harden`."""
+
+    model: str
+    """A directory, or a Hub id ``org/name[@revision]``."""
+    out: Path = option(Path("hardened"), "New directory to publish.", "--out", "-o")
+    construction: Construction = option(Fold(), "fold needs no code to load; scale and factors bring some.", "--method")
+    layers: tuple[str, ...] = option((), "Glob of what to harden.")
+    exclude: tuple[str, ...] = option((), "Glob of what to leave alone.")
+    dtype: StoredDtype | None = option(None, "Store floats in this dtype, e.g. bfloat16.", metavar="DTYPE")
+    base_model: str | None = option(None, "The base on the Hub, for the card.", metavar="ORG/NAME")
+    manifest_out: Path | None = option(None, "Write specdef.json there, not into --out.", metavar="FILE")
+    verify: bool = option(True, "Compare the outputs.", "--verify/--no-verify")
+    max_shard_size: int = 5 * 10**9
+    device: str | None = None
+    revision: str | None = None
+    token: str | None = None
+    trust_remote_code: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        as_declared(self)
+        if not isinstance(self.construction, Construction):
+            raise SpecDefError(
+                f"construction is {self.construction!r}", "Give Fold(), Scale() or Factors(), of specdef_cli."
+            )
+
+
+@dataclass(frozen=True)
+class CollapseOptions:
+    """Options of :func:`specdef_cli.collapse`."""
 
     model: str
     out: Path
     manifest: Path | None = None
+    """``specdef.json`` where it does not lie in the model's directory."""
     max_shard_size: int = 5 * 10**9
     device: str | None = None
     revision: str | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +12,10 @@ from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.lost_formats import lost_formats
-from specdef_cli.hardening.options import HardenOptions, MethodChoice
-from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan
+from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
+from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan, within_block
 from specdef_cli.hardening.soundness import require_hardenable
 from specdef_cli.hardening.verify import require_comparable
-
-METHODS: tuple[MethodChoice, ...] = ("fold", "insert")
 
 
 @dataclass(frozen=True)
@@ -26,9 +23,9 @@ class PlanSummary:
     """A plan in the figures that a publisher asks for.
 
     Attributes:
-        method: ``fold``, ``insert`` or ``mixed``.
+        method: ``fold``, ``scale`` or ``factors``.
         pairs: Symmetric pairs that are rescaled.
-        layers: Layers that are replaced.
+        layers: Layers that are replaced by two factors.
         modules: Modules that are scaled, and undo it themselves.
         changed: How many tensors or layers change, by their name within a block.
         parameters: Parameters of the checkpoint.
@@ -70,11 +67,11 @@ class Outlook:
 
     Attributes:
         methods: What each method would do.
-        default: What ``harden`` without ``--method`` would do.
+        recommended: The first of the methods that can be used; ``None`` where none can.
     """
 
     methods: tuple[PlanSummary | Obstacle, ...]
-    default: PlanSummary | Obstacle
+    recommended: PlanSummary | None
 
 
 def outlook(checkpoint: Checkpoint, skeleton: Skeleton) -> Outlook:
@@ -87,17 +84,18 @@ def outlook(checkpoint: Checkpoint, skeleton: Skeleton) -> Outlook:
 
     incomparable = _incomparable(skeleton)
 
-    def attempt(method: MethodChoice) -> PlanSummary | Obstacle:
-        options = HardenOptions(str(checkpoint.directory), Path(), method=method, verify=False)
+    def attempt(construction: Construction) -> PlanSummary | Obstacle:
+        options = HardenOptions(str(checkpoint.directory), Path(), construction, verify=False)
         try:
             require_hardenable(checkpoint)
             if incomparable is not None:
                 raise incomparable
             return summarize(make_plan(checkpoint, skeleton, options), checkpoint)
         except SpecDefError as error:
-            return Obstacle(method, error.problem, error.hint)
+            return Obstacle(construction.method, error.problem, error.hint)
 
-    return Outlook(tuple(attempt(method) for method in METHODS), attempt("auto"))
+    methods = tuple(attempt(kind()) for kind in CONSTRUCTIONS.values())
+    return Outlook(methods, next((found for found in methods if isinstance(found, PlanSummary)), None))
 
 
 def _incomparable(skeleton: Skeleton) -> SpecDefError | None:
@@ -123,7 +121,7 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
     return PlanSummary(
         method=plan.method,
         pairs=len(plan.folded),
-        layers=len(plan.inserted),
+        layers=len(plan.factored),
         modules=len(plan.scaled),
         changed=dict(changed),
         parameters=parameters,
@@ -132,15 +130,6 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
         left=dict(left.most_common()),
         bytes_before=checkpoint.nbytes,
         bytes_after=plan.nbytes,
-        lost=lost_formats(plan.folded, inserted=bool(plan.inserted or plan.scaled)),
+        lost=lost_formats(plan.folded, with_code=bool(plan.layers)),
         notes=plan.notes,
     )
-
-
-def within_block(name: str) -> str:
-    """A tensor's or module's name without the path to its block, so that all blocks count as one.
-
-    >>> within_block("model.layers.11.mlp.down_proj.weight")
-    'mlp.down_proj'
-    """
-    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")

@@ -1,42 +1,43 @@
-"""What hardening will change and what it will cost, decided from config.json and the shards' headers alone."""
+"""What hardening will change and what it will cost, decided from config.json, headers and a sample of the weights."""
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from specdef_cli.architectures.linears import LinearSite
-from specdef_cli.architectures.scalable import ScalableSite
+from specdef_cli.architectures.linears import linear_sites
+from specdef_cli.architectures.names import TensorNames
+from specdef_cli.architectures.pairs import SymmetricPair
+from specdef_cli.architectures.scalable import scalable_sites
 from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import FoldedPair, Method, Profile, ScaledModule, Schedule, added_parameters
+from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
 from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.choice import DEFAULT_ALPHA, Choice, choose, folds_alone, loaded_dtype, pairs_are
-from specdef_cli.hardening.fold import fold_groups
-from specdef_cli.hardening.insert import InsertLayer
+from specdef_cli.hardening.factors import FactorLayer, factor_layers
+from specdef_cli.hardening.fold import PROFILES, fold_groups, fold_pairs
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS, lost_formats, serving_advice
-from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.hardening.scale import scaled_groups, scaled_spec
+from specdef_cli.hardening.options import Factors, Fold, HardenOptions
+from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
 from specdef_cli.hardening.soundness import require_whole
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, shim_config
-from specdef_cli.spectral.limits import check_alpha
 
-DEFAULT_TOP_K = 25
-QUANTIZABLE_LIMIT = (
-    "The quantizable profile slows queries and keys that are trained alone, and nothing else: in formats that quantize "
-    "activations in blocks, whatever trains a block trains at one rate."
-)
+RESIDUAL_WRITERS = ("attention_output", "mlp_down")
+"""What the paper's construction takes by default."""
+
+Member = TypeVar("Member")
 
 
 @dataclass(frozen=True)
@@ -51,40 +52,66 @@ class CastTensor:
         return Produced({self.tensor: checkpoint.read(self.tensor).to(TORCH_DTYPES[self.dtype])})
 
 
-@dataclass(frozen=True)
-class HardeningPlan:
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a construction changes.
+
+    Attributes:
+        folded: Pairs to rescale.
+        scaled: Modules to scale, with the vectors that undo it.
+        factored: Linears to replace by two factors.
+        reasons: Why no more symmetric pairs are folded, in sentences.
+    """
+
+    folded: tuple[FoldedPair, ...] = ()
+    scaled: tuple[ScaledModule, ...] = ()
+    factored: tuple[FactorLayer, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def multiplied(self) -> set[str]:
+        """Tensors with entries that are multiplied by powers of two."""
+        slices = [part for pair in self.folded for part in pair.slices]
+        slices += [part for module in self.scaled for part in module.slices]
+        return {part.tensor for part in slices}
+
+    @property
+    def layers(self) -> dict[str, LayerSpec | ScaledSpec]:
+        """What ``config.json`` says of modules that need code to run, by module path."""
+        sites = [layer.site for layer in self.factored]
+        shapes = {site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in sites}
+        return shapes | {module.module: scaled_spec(module) for module in self.scaled}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardeningPlan(Changes):
     """What will be written.
 
     Attributes:
         method: What is done.
-        schedule: How α varies.
         profile: What the fold leaves intact; ``None`` without a fold.
         dtype: The dtype of changed tensors, as torch names it.
-        inserted: Linears to replace.
-        folded: Pairs to rescale.
-        scaled: Modules to scale, with the vectors that undo it.
         groups: Every output tensor, in the order of the input.
         config: The output's ``config.json``.
         notes: What was decided and why, for the user.
         unchanged: Parameters that stay as they are, the same name once for all blocks.
+        one_sided: Weights that a fold scales by row or by column alone, named likewise. They have no entry that two
+            factors hold back, so that training them alone is slowed least.
     """
 
     method: Method
-    schedule: Schedule
-    profile: Profile | None
+    profile: str | None
     dtype: str
-    inserted: tuple[InsertLayer, ...]
-    folded: tuple[FoldedPair, ...]
-    scaled: tuple[ScaledModule, ...]
     groups: tuple[TensorGroup, ...]
     config: Mapping[str, Any]
     notes: tuple[str, ...]
     unchanged: tuple[str, ...] = ()
+    one_sided: tuple[str, ...] = ()
 
     @property
     def parameters_added(self) -> int:
         """Parameters that the compensation layers and the scale vectors add."""
-        return added_parameters((layer.site for layer in self.inserted), self.scaled)
+        return added_parameters((layer.site for layer in self.factored), self.scaled)
 
     @property
     def nbytes(self) -> int:
@@ -109,77 +136,141 @@ class HardeningPlan:
 
 
 def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions) -> HardeningPlan:
-    """Decide what to change.
-
-    Args:
-        checkpoint: The base.
-        skeleton: Its model.
-        options: What the user asked for.
-
-    Raises:
-        SpecDefError: The checkpoint cannot be hardened, or an option does not fit it.
-    """
+    """Decide what to change in a checkpoint."""
     if options.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.base_model):
         raise SpecDefError(f"--base-model {options.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
     require_modules(checkpoint.directory)
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise SpecDefError(f"dtype {options.dtype!r} is not known", f"Use one of {', '.join(DTYPES)}.")
     require_whole(skeleton, checkpoint)
     if options.verify:
         require_comparable(skeleton.model)
-    stored = SAFETENSORS_DTYPES[DTYPES[options.dtype]] if options.dtype else None
-    chosen = choose(checkpoint, skeleton, options, stored)
-    inserted = tuple(_insert_layer(checkpoint, site, options, skeleton.config) for site in chosen.sites)
-    layers: dict[str, LayerSpec | ScaledSpec] = {
-        site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in chosen.sites
-    }
-    layers |= {module.module: scaled_spec(module) for module in chosen.scaled}
+    changes = _changes(checkpoint, skeleton, options)
     config = dict(checkpoint.config)
     if checkpoint.library.names_dtype:
         config = _with_dtype(config, options.dtype)
-    method: Method = "mixed" if chosen.folded and layers else "fold" if chosen.folded else "insert"
-    multiplied = chosen.multiplied
-    dtypes = {TORCH_DTYPES[layer.dtype] for layer in inserted}
+    stored, multiplied = _stored(options.dtype), changes.multiplied
+    dtypes = {TORCH_DTYPES[layer.dtype] for layer in changes.factored}
     dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in multiplied}
-    unchanged = _unchanged(skeleton, multiplied | {site.tensor for site in chosen.sites})
+    one_sided = _one_sided(checkpoint, changes.folded)
+    unchanged = _unchanged(skeleton, multiplied | {layer.site.tensor for layer in changes.factored})
     return HardeningPlan(
-        method=method,
-        schedule=options.schedule or ("constant" if inserted else "staircase"),
-        profile=chosen.profile if chosen.folded else None,
+        **vars(changes),
+        method=options.construction.method,
+        profile=options.construction.profile if isinstance(options.construction, Fold) else None,
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
-        inserted=inserted,
-        folded=chosen.folded,
-        scaled=chosen.scaled,
-        groups=_groups(
-            checkpoint,
-            inserted,
-            {**fold_groups(chosen.folded, checkpoint, stored), **scaled_groups(chosen.scaled, checkpoint, stored)},
-            {name for module in chosen.scaled for name in (module.bias, module.tombstone) if name},
-            options.dtype,
-        ),
-        config=shim_config(config, layers) if layers else config,
-        notes=(*_notes(checkpoint, options, chosen, unchanged), *_strangers(checkpoint, skeleton)),
+        groups=_groups(checkpoint, changes, options.dtype),
+        config=shim_config(config, changes.layers) if changes.layers else config,
+        notes=(*_notes(checkpoint, changes, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
         unchanged=unchanged,
+        one_sided=one_sided,
     )
 
 
-def _notes(checkpoint: Checkpoint, options: HardenOptions, chosen: Choice, unchanged: Sequence[str]) -> tuple[str, ...]:
+def _changes(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions) -> Changes:
+    """What the construction that is asked for makes of this checkpoint."""
+    wanted, loaded = options.construction, _loaded_dtype(skeleton.config, options)
+    if isinstance(wanted, Factors):
+        sites = linear_sites(skeleton)
+        chosen = _select(sites, lambda site: {site.module, site.tensor}, options, lambda s: s.role in RESIDUAL_WRITERS)
+        dtype = DTYPES[options.dtype] if options.dtype else None
+        changes = Changes(factored=factor_layers(checkpoint, skeleton, chosen, wanted, dtype, loaded))
+    elif isinstance(wanted, Fold):
+        changes = _folded(checkpoint, skeleton, options, wanted)
+    else:
+        modules = scalable_sites(skeleton)
+        names: dict[str, set[str]] = {}
+        for module in modules:  # a head and the embedding that it shares go together
+            names.setdefault(module.tensor, {module.tensor}).add(module.module)
+        selected = _select(modules, lambda module: names[module.tensor], options)
+        changes = Changes(scaled=scale_modules(checkpoint, skeleton, selected, _stored(options.dtype)))
+    if changes.multiplied and loaded is torch.float16:
+        raise SpecDefError(
+            "config.json has the model loaded in float16, which a fold's powers of two overflow",
+            "Give --dtype bfloat16 or float32, which config.json then names.",
+        )
+    if not (changes.multiplied or changes.factored):
+        raise SpecDefError(
+            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
+        )
+    return changes
+
+
+def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, wanted: Fold) -> Changes:
+    """The pairs of a fold; where there is none, a refusal that says why."""
+    found = symmetries(skeleton)
+    pairs: tuple[SymmetricPair, ...] = ()
+    if found.pairs:
+        pairs = _select(found.pairs, lambda pair: _pair_names(pair, skeleton.names), options)
+    folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
+    kinds = (None, *PROFILES[wanted.profile].kinds)
+    reasons = tuple(note.reason for note in found.unpaired if note.kind in kinds)
+    if not folded:
+        why = "".join(f"; {reason}" for reason in reasons[:1])
+        raise SpecDefError(
+            f"{checkpoint.directory} has no symmetric pair to fold{why}",
+            "Use --method scale" + (", or other --layers and --exclude." if found.pairs else "."),
+        )
+    return Changes(folded=folded, reasons=reasons)
+
+
+def _select(
+    members: Sequence[Member],
+    names: Callable[[Member], set[str]],
+    options: HardenOptions,
+    by_default: Callable[[Member], bool] = lambda _: True,
+) -> tuple[Member, ...]:
+    """The members that ``--layers`` names (without it those by default) and ``--exclude`` does not.
+
+    A glob that names nothing which the method could change is misspelt, and refused.
+    """
+    what = "tensor of a symmetric pair" if isinstance(options.construction, Fold) else "linear layer"
+    known: set[str] = set().union(*map(names, members))
+    for glob in (*options.layers, *options.exclude):
+        if not fnmatch.filter(known, glob):
+            raise SpecDefError(
+                f"{glob!r} matches no {what}", "`specdef inspect MODEL` lists the layers that can be named."
+            )
+
+    def named(member: Member, globs: Sequence[str]) -> bool:
+        return any(fnmatch.filter(names(member), glob) for glob in globs)
+
+    return tuple(
+        member
+        for member in members
+        if (named(member, options.layers) if options.layers else by_default(member))
+        and not named(member, options.exclude)
+    )
+
+
+def _pair_names(pair: SymmetricPair, names: TensorNames) -> set[str]:
+    """What a user may call the tensors of a pair: as on disk or as in the model, with or without ``.weight``."""
+    found = {name for side in pair.sides for name in (side.tensor, names.parameters[side.tensor])}
+    return found | {name.removesuffix(".weight") for name in found}
+
+
+def _loaded_dtype(native: Any, options: HardenOptions) -> torch.dtype | None:
+    """The dtype in which ``config.json`` has the model loaded, whatever its weights are stored in."""
+    if options.dtype is not None:
+        return DTYPES[options.dtype]
+    named = getattr(native, "dtype", None)
+    return named if named in DTYPES.values() else None
+
+
+def _stored(dtype: str | None) -> str | None:
+    return None if dtype is None else SAFETENSORS_DTYPES[DTYPES[dtype]]
+
+
+def _notes(
+    checkpoint: Checkpoint, changes: Changes, unchanged: Sequence[str], one_sided: Sequence[str]
+) -> tuple[str, ...]:
     """What was decided and why, for the user."""
-    code = bool(chosen.sites or chosen.scaled)
-    notes = [_summary(chosen)] if options.method == "auto" else []
-    notes.append(serving_advice(lost_formats(chosen.folded, inserted=code)))
-    if chosen.scaled and checkpoint.library.runs_code:
+    notes = [serving_advice(lost_formats(changes.folded, with_code=bool(changes.layers)))]
+    if changes.scaled and checkpoint.library.runs_code:
         notes.append(SCALED_LOADERS)
-    notes += chosen.reasons
-    if chosen.folded and chosen.profile == "quantizable":
-        notes.append(QUANTIZABLE_LIMIT)
-    if options.schedule == "constant" and chosen.folded:
-        exponent = abs(chosen.folded[0].exponents[0])
-        notes.append(f"every rescaled channel gets 2**{exponent}, the power of two nearest to alpha")
-    if unchanged and not chosen.sites:
+    notes += changes.reasons
+    if unchanged and not changes.factored:
         notes.append(f"Left as they are, and trained alone not slowed: {', '.join(unchanged)}.")
-    if options.method == "auto" and not folds_alone(options) and not code and chosen.left:
-        notes.append(f"--allow-code would scale {_kinds(chosen.left)}; the model then brings code to load.")
+    if one_sided:
+        notes.append(f"Scaled on one side only, and so slowed least when trained alone: {', '.join(one_sided)}.")
     left_out = checkpoint.companions.note()
     return (*notes, left_out) if left_out else tuple(notes)
 
@@ -201,71 +292,45 @@ def _strangers(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
     ]
 
 
-def _summary(chosen: Choice) -> str:
-    folded, sites, scaled = chosen.folded, chosen.sites, chosen.scaled
-    parts = [f"fold: {pairs_are(len(folded))} rescaled"] if folded else []
-    parts += [f"insert: no symmetric pair is known for these {len(sites)} layers"] if sites else []
-    parts += [f"insert: {_kinds(scaled)} are scaled, and undo it themselves"] if scaled else []
-    return ", and ".join(parts if sites or scaled else [*parts, "no layer is added"])
+def within_block(name: str) -> str:
+    """A tensor's or module's name without the path to its block, so that all blocks count as one.
+
+    >>> within_block("model.layers.11.mlp.down_proj.weight")
+    'mlp.down_proj'
+    """
+    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
 
 
-def _kinds(sites: Sequence[ScalableSite | ScaledModule]) -> str:
-    """In words: ``36 linear layers, 24 norms, the embedding and its head``."""
-    words = {"linear": "linear layer", "norm": "norm", "embedding": "embedding", "head": "head"}
-    counts = {word: sum(site.kind == kind for site in sites) for kind, word in words.items()}
-    return ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts.items() if count)
+def _one_sided(checkpoint: Checkpoint, folded: Sequence[FoldedPair]) -> tuple[str, ...]:
+    axes: dict[str, set[int]] = {}
+    for part in (part for pair in folded for part in pair.slices):
+        axes.setdefault(part.tensor, set()).add(part.axis)
+    matrices = (name for name, header in checkpoint.tensors.items() if len(header.shape) > 1)
+    return tuple(dict.fromkeys(within_block(name) for name in matrices if len(axes.get(name, ())) == 1))
 
 
 def _unchanged(skeleton: Skeleton, changed: set[str]) -> tuple[str, ...]:
     """The parameters that the plan does not change, the same name once for all blocks."""
     left = dict.fromkeys(
-        re.sub(r"^.*\.\d+\.", "", tensor).removesuffix(".weight")
+        within_block(tensor)
         for tensor, parameter in skeleton.names.parameters.items()
         if parameter in skeleton.parameters and tensor not in changed
     )
     return tuple(name for name in left if name.removesuffix(".bias") == name or name.removesuffix(".bias") not in left)
 
 
-def _insert_layer(checkpoint: Checkpoint, site: LinearSite, options: HardenOptions, native: Any) -> InsertLayer:
-    stored = checkpoint.tensors[site.tensor].dtype
-    dtype = DTYPES[options.dtype] if options.dtype else TORCH_DTYPES[stored]
-    alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
-    gauge = options.gauge or "rotated"
-    check_alpha(alpha, gauge, dtype)
-    loaded = loaded_dtype(native, options)
-    if loaded is not None and loaded is not dtype:
-        check_alpha(alpha, gauge, loaded, ", in which config.json has the model loaded,")
-    top_k = DEFAULT_TOP_K if options.top_k is None else options.top_k
-    smallest = min(site.out_features, site.in_features)
-    if top_k < 1:
-        raise SpecDefError(f"top-k is {top_k}; it must be at least 1", "Give e.g. --top-k 25.")
-    if top_k > smallest:
-        raise SpecDefError(
-            f"top-k {top_k} is more than the rank of {site.module} ({site.out_features}×{site.in_features})",
-            f"Use --top-k {smallest} or less, or --exclude '{site.module}'.",
-        )
-    return InsertLayer(site, alpha, top_k, gauge, SAFETENSORS_DTYPES[dtype], options.seed)
-
-
-def _groups(
-    checkpoint: Checkpoint,
-    inserted: Sequence[InsertLayer],
-    rescaled: Mapping[str, TensorGroup],
-    absorbed: Collection[str],
-    dtype: str | None,
-) -> tuple[TensorGroup, ...]:
-    """The output: ``rescaled`` by the tensor that each takes the place of; ``absorbed`` are part of another group."""
-    replaced = {layer.site.tensor: layer for layer in inserted}
-    moved_biases = {layer.site.bias for layer in inserted}
-    groups = []
-    for name, header in checkpoint.tensors.items():
-        if name in replaced:
-            groups.append(replaced[name].group())
-        elif name in rescaled:
-            groups.append(rescaled[name])
-        elif name not in moved_biases and name not in absorbed:
-            groups.append(plain_group(header.name, header.dtype, header.shape, dtype))
-    return tuple(groups)
+def _groups(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> tuple[TensorGroup, ...]:
+    """The output, in the order of the input."""
+    stored = _stored(dtype)
+    replaced = {layer.site.tensor: layer.group() for layer in changes.factored}
+    replaced |= fold_groups(changes.folded, checkpoint, stored) | scaled_groups(changes.scaled, checkpoint, stored)
+    absorbed = {layer.site.bias for layer in changes.factored}
+    absorbed |= {name for module in changes.scaled for name in (module.bias, module.tombstone)}
+    return tuple(
+        replaced[name] if name in replaced else plain_group(name, header.dtype, header.shape, dtype)
+        for name, header in checkpoint.tensors.items()
+        if name in replaced or name not in absorbed
+    )
 
 
 def plain_group(name: str, stored: str, shape: tuple[int, ...], dtype: str | None) -> TensorGroup:

@@ -20,7 +20,7 @@ from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import Construction
+from specdef_cli.checkpoint.manifest import Change
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
@@ -43,23 +43,23 @@ class Recognised:
     Attributes:
         folded: Names of symmetric pairs with channels that are scaled against each other.
         octaves: The largest power of two among those, as a whole number; 0 where there is none.
-        inserted: Paths of layers that are a pair of matrices.
+        factored: Paths of layers that are a pair of matrices.
         alpha: The largest factor by which anything is inflated; 1 where nothing is.
         scaled: Paths of modules that undo a scale of their weight.
     """
 
     folded: tuple[str, ...] = ()
     octaves: int = 0
-    inserted: tuple[str, ...] = ()
+    factored: tuple[str, ...] = ()
     alpha: float = 1.0
     scaled: tuple[str, ...] = ()
 
     @property
-    def constructions(self) -> frozenset[Construction]:
+    def constructions(self) -> frozenset[Change]:
         """How the model was hardened, as far as it shows."""
-        found: set[Construction] = {"folded"} if self.folded else set()
+        found: set[Change] = {"folded"} if self.folded else set()
         found |= {"scaled"} if self.scaled else set()
-        return frozenset(found | ({"inserted"} if self.inserted else set()))
+        return frozenset(found | ({"factored"} if self.factored else set()))
 
     @property
     def sentence(self) -> str | None:
@@ -67,10 +67,8 @@ class Recognised:
         parts = []
         if self.folded:
             parts.append(f"a fold: {len(self.folded)} symmetric pairs have channels scaled by up to 2^{self.octaves}")
-        if self.inserted:
-            parts.append(
-                f"inserted pairs: {len(self.inserted)} layers are a product C·W~ with α about {self.alpha:.0e}"
-            )
+        if self.factored:
+            parts.append(f"factors: {len(self.factored)} layers are a product C·W~ with α about {self.alpha:.0e}")
         if self.scaled:
             parts.append(f"{len(self.scaled)} modules with vectors that undo a scale of their weight")
         return f"The weights show {' and '.join(parts)}." if parts else None
@@ -112,14 +110,14 @@ def recognised_in(tensors: Mapping[str, Tensor], pairs: Sequence[SymmetricPair])
         if largest > (NATURAL_OCTAVES_OF_NORMS if pair.kind == "norm_readers" else NATURAL_OCTAVES):
             folded.append(pair.name)
             octaves = max(octaves, largest)
-    inserted, alpha = [], 2.0**octaves
+    factored, alpha = [], 2.0**octaves
     shapes = tensors.shapes if isinstance(tensors, _Reading) else {n: tuple(t.shape) for n, t in tensors.items()}
     for layer, inflated, compensation in _candidates(shapes):
         factor = inflation(tensors[inflated], tensors[compensation])
         if factor > 2**NATURAL_OCTAVES:
-            inserted.append(layer)
+            factored.append(layer)
             alpha = max(alpha, factor)
-    return Recognised(tuple(folded), octaves, tuple(inserted), alpha, tuple(sorted(_scaled_modules(shapes))))
+    return Recognised(tuple(folded), octaves, tuple(factored), alpha, tuple(sorted(_scaled_modules(shapes))))
 
 
 def _scaled_modules(names: Iterable[str]) -> set[str]:
@@ -202,7 +200,7 @@ class _Reading(Mapping[str, Tensor]):
 
 
 def _candidates(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, str]]:
-    """What may be an inserted pair by its shapes: its path, W~ [m, n] and C [m, m], the only matrices under it."""
+    """What may be a pair of factors by its shapes: its path, W~ [m, n] and C [m, m], the only matrices under it."""
     matrices: dict[str, list[str]] = {}
     for name, shape in shapes.items():
         parts = name.split(".")

@@ -15,15 +15,18 @@ from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.destination import require_manifest_place
 from specdef_cli.checkpoint.durable import write_durably
-from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, InsertedLayer, Manifest
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.dtypes import DTYPES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import hardened_card
+from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.execute import Written, published, write_json
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.factors import FactorLayer
+from specdef_cli.hardening.options import Factors, HardenOptions
+from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.soundness import require_attention, require_hardenable, require_loadable
 from specdef_cli.hardening.verify import verify
@@ -72,6 +75,28 @@ def open_model(
         skeleton = Skeleton.read(checkpoint, trust_remote_code=options.trust_remote_code)
         require_attention(skeleton)
         yield resolved, checkpoint, make_plan(checkpoint, skeleton, options)
+
+
+def preview(
+    options: HardenOptions,
+    on_plan: Callable[[HardeningPlan], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_download: DownloadHook | None = None,
+) -> PlanSummary:
+    """Say what :func:`harden` would do; weights are read for what stands in its way, and nothing is written.
+
+    No factorization is computed, so that one which the stored dtype does not hold is refused by :func:`harden` alone.
+    """
+    with open_model(options, on_download) as (_, checkpoint, plan):
+        on_plan(plan)
+        device = compute_devices(options.device, process_state(options.device))[0]
+        for group in plan.groups:
+            if isinstance(group.transform, FactorLayer):
+                group.transform.read(checkpoint, device)
+            elif group.transform is not None:
+                group.transform(checkpoint, device)
+            on_progress(Progress(group.label, group.nbytes))
+        return summarize(plan, checkpoint)
 
 
 def harden(
@@ -124,22 +149,21 @@ def harden(
 
 
 def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, written: Written) -> Manifest:
-    inserted: list[InsertedLayer] = []
-    for layer in plan.inserted:
+    factored: list[FactoredLayer] = []
+    for layer in plan.factored:
         figures = written.figures[layer.site.module]
-        inserted.append(layer.entry(tuple(figures["singular_values"]), figures["reconstruction_error"]))
+        factored.append(layer.entry(tuple(figures["singular_values"]), figures["reconstruction_error"]))
     return Manifest(
         format=FORMAT_VERSION,
         specdef_version=__version__,
         method=plan.method,
         base=BaseCheckpoint(resolved.name, resolved.revision, resolved.commit, options.base_model),
         dtype=plan.dtype,
-        seed=options.seed,
-        schedule=plan.schedule,
+        seed=options.construction.seed if isinstance(options.construction, Factors) else 0,
         profile=plan.profile,
-        inserted=tuple(inserted),
         folded=plan.folded,
         scaled=plan.scaled,
+        factored=tuple(factored),
         shards=dict(written.sha256),
     )
 
@@ -166,7 +190,7 @@ def _make_loadable(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manife
     """Add what a loader needs beside the weights: companions, ``config.json``, code, and the manifest."""
     carry_over(checkpoint.directory, work, checkpoint.companions.carried)
     write_json(work / "config.json", plan.config)
-    if (plan.inserted or plan.scaled) and checkpoint.library.runs_code:
+    if (plan.factored or plan.scaled) and checkpoint.library.runs_code:
         shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
     write_durably(work / MANIFEST_NAME, manifest.to_json())
 
@@ -179,7 +203,7 @@ def _verification(checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOp
         checkpoint.directory,
         work,
         max(plan.nbytes, checkpoint.nbytes),
-        exact=not plan.inserted,
+        method=plan.method,
         logits=checkpoint.library.has_logits,
         dtype=None if options.dtype is None else DTYPES[options.dtype],
         device=options.device,
@@ -192,4 +216,4 @@ def _describe(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manifest, w
     write_durably(work / MANIFEST_NAME, manifest.to_json())
     base_card = checkpoint.directory / "README.md"
     text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else ""
-    write_durably(work / "README.md", hardened_card(text, manifest, plan.unchanged, checkpoint.library))
+    write_durably(work / "README.md", hardened_card(text, manifest, plan.unchanged, plan.one_sided, checkpoint.library))

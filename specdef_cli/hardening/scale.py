@@ -154,7 +154,7 @@ def scale_modules(
         if (dtype or stored) == "F16":
             raise SpecDefError(
                 f"{site.tensor} would be stored in float16, which overflows beyond 2**15",
-                "Scale in bfloat16 (--dtype bfloat16), or insert with --schedule constant.",
+                "Scale in bfloat16 (--dtype bfloat16), or use --method factors.",
             )
         if site.tied_to is not None:
             assert owner is not None

@@ -199,7 +199,7 @@ def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint
                 tensors[f"{module}.weight"] = replace(tensors[f"{module}.weight"], shape=shape)
         return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
     require_as_described(checkpoint, manifest)
-    for layer in manifest.inserted:
+    for layer in manifest.factored:
         shape = (layer.out_features, layer.in_features)
         tensors[layer.tensor] = replace(tensors[layer.tensor], shape=shape[::-1] if layer.transposed else shape)
         if layer.bias is not None and layer.compensation_bias is not None:
@@ -221,7 +221,7 @@ def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
         SpecDefError: naming the tensor.
     """
     wanted: dict[str, tuple[int, ...]] = {}
-    for layer in manifest.inserted:
+    for layer in manifest.factored:
         wanted[layer.inflated_tensor] = (layer.out_features, layer.in_features)
         wanted[layer.compensation_tensor] = (layer.out_features, layer.out_features)
         wanted[layer.tensor] = (1,)
@@ -273,7 +273,7 @@ def _require_scaled(module: ScaledModule) -> None:
 
 
 def _require_factors(checkpoint: Checkpoint) -> None:
-    """Refuse a model with inserted layers and without a manifest whose factors are not those that config.json names."""
+    """Refuse a model with factors and without a manifest whose factors are not those that config.json names."""
     for module, spec in shim_layers(checkpoint.config).items():
         if isinstance(spec, ScaledSpec):
             scales = {"input_scale": spec.input_scale, "output_scale": spec.output_scale}

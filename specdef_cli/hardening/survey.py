@@ -17,10 +17,10 @@ from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.devices import compute_devices
-from specdef_cli.hardening.insert import read_weight
+from specdef_cli.hardening.factors import read_weight
 from specdef_cli.hardening.outlook import Outlook, outlook
+from specdef_cli.hardening.plan import RESIDUAL_WRITERS
 from specdef_cli.hardening.recognise import Recognised, recognise
-from specdef_cli.hardening.selection import RESIDUAL_WRITERS
 from specdef_cli.hardening.soundness import as_original, require_its_own
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import shim_layers
@@ -37,8 +37,8 @@ class LayerSurvey(LinearSite):
         sigma: σ₁ of the weight as stored (of the inflated factor, if hardened); ``None`` for a quantized weight, and
             where no spectra were asked for.
         effective_rank: (Σσ²)²/Σσ⁴, estimated; ``None`` likewise.
-        alpha: α if the layer is hardened by insert, else ``None``.
-        default: Whether ``harden --method insert`` takes it without ``--layers``.
+        alpha: α if the layer is stored as factors, else ``None``.
+        default: Whether ``harden --method factors`` takes it without ``--layers``.
     """
 
     dtype: str
@@ -49,7 +49,7 @@ class LayerSurvey(LinearSite):
 
     @property
     def compensation_parameters(self) -> int:
-        """Parameters that hardening this layer by insert adds (or added)."""
+        """Parameters that factors of this layer add (or added)."""
         return self.out_features**2
 
 
@@ -125,10 +125,10 @@ def _survey(
     skeleton = Skeleton.read(original, trust_remote_code=trust_remote_code)
     if "quantization_config" not in original.config:  # packed weights have shapes of their own
         skeleton.require_complete()
-    inserted = {layer.tensor: layer for layer in manifest.inserted} if manifest else {}
-    # A model with inserted layers and without a manifest still says in config.json which layers they are.
+    factored = {layer.tensor: layer for layer in manifest.factored} if manifest else {}
+    # A model with factors and without a manifest still says in config.json which layers they are.
     factors = {f"{module}.weight": f"{module}.inflated.weight" for module in shim_layers(checkpoint.config)}
-    factors |= {tensor: layer.inflated_tensor for tensor, layer in inserted.items()}
+    factors |= {tensor: layer.inflated_tensor for tensor, layer in factored.items()}
     factors |= {module.tensor: module.inflated_tensor for module in manifest.scaled} if manifest else {}
     place = compute_devices(device, process_state(device))[0]
     layers = []
@@ -144,7 +144,7 @@ def _survey(
                 dtype=stored.dtype,
                 sigma=sigma,
                 effective_rank=rank,
-                alpha=inserted[site.tensor].alpha if site.tensor in inserted else None,
+                alpha=factored[site.tensor].alpha if site.tensor in factored else None,
                 default=site.role in RESIDUAL_WRITERS,
             )
         )

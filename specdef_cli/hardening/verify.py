@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
 from specdef_cli.runtime import load_model, without_progress_bars
 from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs, no_batch
@@ -24,6 +25,11 @@ from specdef_cli.runtime.garbage import new_objects_only
 
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
 LOGITS_TOLERANCE = 0.05
+INSTEAD: dict[Method, str] = {
+    "fold": "Use --method scale",
+    "scale": "Use --method factors",
+    "factors": "Use a smaller --alpha",
+}
 
 
 @dataclass(frozen=True)
@@ -95,14 +101,14 @@ def compare_outputs(reference: Tensor, outputs: Tensor) -> OutputComparison:
 
 
 def verify(
-    base: Path, hardened: Path, nbytes: int, *, exact: bool, logits: bool, device: str | None, **loading: Any
+    base: Path, hardened: Path, nbytes: int, *, method: Method, logits: bool, device: str | None, **loading: Any
 ) -> dict[str, Any]:
     """Figures of the comparison for the manifest, or why it was left out.
 
     Args:
         base, hardened: Checkpoint directories.
         nbytes: Size of the larger of both.
-        exact: Whether the outputs must be bit-identical (a fold), or only within rounding (insert).
+        method: The outputs of a fold and of scales must be bit-identical, those of factors within rounding.
         logits: Whether the outputs are ones to choose among. A predicted noise is not, and is compared by size alone.
         device: Where to run.
         loading: Passed on to ``load_model``.
@@ -116,16 +122,16 @@ def verify(
             "skipped": f"loading the model takes {nbytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
         }
     comparison = compare_models(base, hardened, device=device, **loading)
-    other_alpha = "Use --method insert" if exact else "Use a smaller --alpha"
+    exact, instead = method != "factors", INSTEAD[method]
     if not math.isfinite(comparison.max_abs):
         raise SpecDefError(
             "the hardened model's outputs hold NaN or infinity, and the base's do not",
-            f"{other_alpha}, or --dtype float32; nothing was published.",
+            f"{instead}, or --dtype float32; nothing was published.",
         )
     if not (comparison.equal if exact else comparison.relative <= LOGITS_TOLERANCE):
         raise SpecDefError(
             f"the hardened model's outputs differ from the base's by {comparison.relative:.2g} (relative)",
-            f"{other_alpha}, {'' if exact else 'another --gauge, '}or --dtype float32; nothing was published.",
+            f"{instead}, {'' if exact else 'another --gauge, '}or --dtype float32; nothing was published.",
         )
     figures = asdict(comparison)
     return figures if logits else {name: figures[name] for name in ("max_abs", "relative", "equal")}

@@ -141,7 +141,7 @@ def _definitions() -> str:
         f"not slowed: at least {CONTROL_SHARE:.0%}. Not settled: it looks stopped, and the learning rates tried do not "
         "bracket the best one, so a better one may lie between or below them; a search (--lr-sweep) goes on. "
         "Stopped at a step: a run that could not become the best of its search any more. "
-        "Diverged: a loss or gradient that is not finite, "
+        "Diverged: a loss or gradient that is not finite, outputs that are the same for every input, "
         f"or a held-out loss beyond {DIVERGENCE_FACTOR:g} times the start. "
         f"Utility kept: perplexity on retained text at most {UTILITY_LIMIT:.0%} above the start's. "
         "Parameters: of the model that was trained, without adapters, over the control's. Operations: of one optimizer "
@@ -161,8 +161,9 @@ def _setting(report: AttackReport) -> list[str]:
         details = [f"largest α = {hard.alpha:g}"]
         details += [f"k = {hard.top_k}"] if hard.top_k is not None else []
         details += [f"{hard.gauge} gauge"] if hard.gauge is not None else []
-        unit = "pairs" if hard.method == "fold" else "layers"
-        lines.append(f"Hardening: {hard.method}, {', '.join(details)}, {hard.layers} {unit}")
+        counts = {"folded pairs": hard.folded, "scaled modules": hard.scaled, "layers in factors": hard.factored}
+        details += [f"{name}: {count}" for name, count in counts.items() if count]
+        lines.append(f"Hardening: {hard.method}, {', '.join(details)}")
     lines.append(
         f"Data: {report.data.name} (fingerprint {report.data.fingerprint}); {report.data.train_sequences} sequences to "
         f"train on, {report.data.held_out_sequences} held out"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures import LinearSite, Skeleton, linear_sites, require_insertable
+from specdef_cli.architectures import LinearSite, Skeleton, linear_sites, require_factorable
 from specdef_cli.architectures.meta_model import meta_model
 from specdef_cli.errors import SpecDefError
 from tests.tiny_families import CASES, build_config, read_config, read_shapes, write_case
@@ -89,7 +89,7 @@ def test_inserted_names_reach_their_modules(checkpoints: dict[str, Path], case: 
     directory = checkpoints[case]
     config = read_config(directory)
     sites = sites_of(directory)
-    require_insertable(skeleton_of(directory), sites)
+    require_factorable(skeleton_of(directory), sites)
 
     tensors = load_file(directory / "model.safetensors")
     expected = {}
@@ -138,7 +138,7 @@ def test_a_renaming_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPa
         lambda model: [WeightRenaming(r"encoder\.layer\.(\d+)\.output\.dense\.weight", r"layers.\1.mlp.fc2.weight")],
     )
     with pytest.raises(SpecDefError, match="inflated"):
-        require_insertable(skeleton_of(directory), sites)
+        require_factorable(skeleton_of(directory), sites)
 
 
 def test_shapes_that_contradict_the_config_are_refused(checkpoints: dict[str, Path]) -> None:

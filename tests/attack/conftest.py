@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, InsertedLayer, Manifest
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
 from specdef_cli.runtime.shim import SHIM_SOURCE, LayerSpec, shim_config
 from tests.byte_tokenizer import byte_tokenizer
 
@@ -58,7 +58,7 @@ def harden_directory() -> HardenDirectory:
             tensors[name] = torch.zeros(1)
             layers[module] = LayerSpec(columns, rows, False)
             inserted.append(
-                InsertedLayer(
+                FactoredLayer(
                     module,
                     name,
                     rows,
@@ -77,7 +77,7 @@ def harden_directory() -> HardenDirectory:
         (out / "config.json").write_text(json.dumps(shim_config(config, layers)))
         shutil.copy(SHIM_SOURCE, out)
         origin = BaseCheckpoint(control or str(base))
-        manifest = Manifest(FORMAT_VERSION, "0", "insert", origin, "float32", 0, "constant", inserted=tuple(inserted))
+        manifest = Manifest(FORMAT_VERSION, "0", "factors", origin, "float32", 0, factored=tuple(inserted))
         (out / MANIFEST_NAME).write_text(manifest.to_json())
         return out
 

@@ -21,14 +21,14 @@ from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import VARIANTS, Variant, informed_variants
-from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, FoldedPair, InsertedLayer, Manifest
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, FactoredLayer, FoldedPair, Manifest
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import Recognised
 
-LAYER = InsertedLayer("a", "a.weight", 4, 4, None, False, 1e4, 1, "rotated", (1.0,), 0.0)
-INSERT = Manifest(FORMAT_VERSION, "0", "insert", BaseCheckpoint("base"), "float32", 0, "constant", inserted=(LAYER,))
+LAYER = FactoredLayer("a", "a.weight", 4, 4, None, False, 1e4, 1, "rotated", (1.0,), 0.0)
+FACTORS = Manifest(FORMAT_VERSION, "0", "factors", BaseCheckpoint("base"), "float32", 0, factored=(LAYER,))
 FOLD = Manifest(
     FORMAT_VERSION, "0", "fold", BaseCheckpoint("base"), "float32", 0, "staircase",
     folded=(FoldedPair("p", "up_down", (0,), (-20,), (ScaledSlice("t", 0, None, (0,), (-20,)),)),),
@@ -48,12 +48,12 @@ def target(manifest: Manifest | None) -> Target:
     return Target(manifest, "causal-lm", "d", "c", "m", Recognised(), control_model)
 
 
-def series(manifest: Manifest | None = INSERT, **options: Any) -> tuple[Series, ...]:
+def series(manifest: Manifest | None = FACTORS, **options: Any) -> tuple[Series, ...]:
     made = AttackOptions(model="m", out=Path("o"), **options)
     return make_plan(made, target(manifest))
 
 
-def plan(manifest: Manifest | None = INSERT, **options: Any) -> tuple[RunSpec, ...]:
+def plan(manifest: Manifest | None = FACTORS, **options: Any) -> tuple[RunSpec, ...]:
     """The runs that are certain from the beginning."""
     return tuple(run for attack in series(manifest, **options) for run in attack.runs(attack.grid, attack.seeds))
 
@@ -137,7 +137,7 @@ def test_every_attack_of_a_suite_has_a_control_on_the_same_budget() -> None:
 def test_keywords_are_spelled_out_for_the_model() -> None:
     found = series(suite=load_suite("full"))
     trained = {attack.first.training for attack in found}
-    groups = Training("groups").on(target(INSERT))
+    groups = Training("groups").on(target(FACTORS))
     assert {"q_proj alone", "norms alone"} < {group.label for group in groups}
     assert set(groups) < trained
     folded = {attack.first.training.method for attack in series(FOLD, suite=load_suite("full"))}
@@ -213,6 +213,7 @@ def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:
 
 GIVEN = {
     "control": "base", "dataset": "prose.txt", "dataset_config": "en", "dataset_split": "test", "text_column": "body",
+    "text_pair_column": "second",
     "label_column": "kind", "image_column": "photo", "retained": "none", "eval_task_path": Path("tasks"),
     "task": "masked-lm", "schedule": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5, "weight_decay": 0.1,
     "steps": 7, "batch_size": 6, "gradient_accumulation": 2, "sequence_length": 32, "eval_every": 5,
@@ -261,11 +262,11 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("constructions", "surely_folded", "undoing"),
     [
-        ({"inserted"}, False, ["collapse"]), ({"scaled"}, False, ["unscale"]), ({"folded"}, True, ["rebalance"]),
-        ({"folded", "scaled"}, True, ["rebalance"]), ({"folded", "inserted"}, True, ["rebalance"]),
+        ({"factored"}, False, ["collapse"]), ({"scaled"}, False, ["unscale"]), ({"folded"}, True, ["rebalance"]),
+        ({"folded", "scaled"}, True, ["rebalance"]), ({"folded", "factored"}, True, ["rebalance"]),
         # Of a model without a manifest, which may have no pairs at all.
         ({"folded", "scaled"}, False, ["unscale", "rebalance"]),
-        ({"folded", "inserted"}, False, ["collapse", "rebalance"]),
+        ({"folded", "factored"}, False, ["collapse", "rebalance"]),
     ],
 )  # fmt: skip
 def test_what_belongs_in_a_report_undoes_all_of_the_hardening(

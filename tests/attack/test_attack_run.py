@@ -377,7 +377,7 @@ def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Pat
 
 
 def test_a_fold_that_comes_without_its_manifest_is_undone_all_the_same(base: Path, tmp_path: Path) -> None:
-    assert harden(HardenOptions(str(base), tmp_path / "fold", method="fold", verify=False)) is not None
+    assert harden(HardenOptions(str(base), tmp_path / "fold", verify=False)) is not None
     (tmp_path / "fold" / MANIFEST_NAME).unlink()
     result = attack(
         options(tmp_path / "fold", tmp_path / "out", control=base, trainings=("full",), learning_rates=(1e-3,))

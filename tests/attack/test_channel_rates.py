@@ -32,7 +32,7 @@ def after_training(model: nn.Module, steps: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("case", ["llama", "gpt2", "qwen2"])
 def test_a_fold_trains_like_its_base(case: str, tmp_path: Path) -> None:
     base_directory = write_case(case, tmp_path / "base")
-    assert harden(HardenOptions(str(base_directory), tmp_path / "fold", method="fold", verify=False)) is not None
+    assert harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False)) is not None
     base, plain, scaled = load_model(base_directory), load_model(tmp_path / "fold"), load_model(tmp_path / "fold")
     with torch.no_grad():
         before = scaled(input_ids=TOKENS).logits

@@ -15,7 +15,7 @@ from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.data import builtin_documents, load_data, load_preprocessor
 from specdef_cli.attack.data.labels import Head
 from specdef_cli.attack.loading import load_for_training
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from tests.attack.test_optimizers import spec
 
@@ -62,10 +62,7 @@ def test_the_encoder_gets_a_head(minilm: Path, prose_or_code: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_attack_teaches_it_two_classes(minilm: Path, prose_or_code: Path, tmp_path: Path) -> None:
-    assert (
-        harden(HardenOptions(str(minilm), tmp_path / "hardened", method="insert", schedule="constant", verify=False))
-        is not None
-    )
+    assert harden(HardenOptions(str(minilm), tmp_path / "hardened", Factors(), verify=False)) is not None
     report = attack(
         AttackOptions(
             tmp_path / "hardened", tmp_path / "attack", control=minilm, task="sequence-classification",

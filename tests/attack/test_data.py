@@ -147,10 +147,10 @@ def test_images_train(head_labels: int, vit: Path, parquet: Path) -> None:
 
 
 def test_images_train_hardened(vit: Path, parquet: Path, tmp_path: Path) -> None:
-    from specdef_cli.hardening.options import HardenOptions
+    from specdef_cli.hardening.options import Factors, HardenOptions
     from specdef_cli.hardening.run import harden
 
-    harden(HardenOptions(str(vit), tmp_path / "hardened", method="insert", alpha=1e3, top_k=2, verify=False))
+    harden(HardenOptions(str(vit), tmp_path / "hardened", Factors(alpha=1e3, top_k=2), verify=False))
     data = image_data(vit, parquet)
     run = spec("adamw", task="image-classification", steps=2, eval_every=2)
     control, hardened = (train_run(run, directory, data) for directory in (vit, tmp_path / "hardened"))

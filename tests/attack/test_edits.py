@@ -17,7 +17,7 @@ from specdef_cli.attack.run import attack
 from specdef_cli.attack.variants.edits import RANK
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.run import harden
 from specdef_cli.report import findings, summary
 from specdef_cli.runtime import load_model, load_tokenizer
@@ -35,14 +35,14 @@ def prompts(base: Path) -> Prompts:
 @pytest.fixture(scope="module")
 def fold(base: Path) -> Path:
     out = base.parent / "edited-fold"
-    harden(HardenOptions(str(base), out, method="fold", verify=False))
+    harden(HardenOptions(str(base), out, verify=False))
     return out
 
 
 @pytest.fixture(scope="module")
 def scaled(base: Path) -> Path:
     out = base.parent / "edited-scaled"
-    harden(HardenOptions(str(base), out, method="insert", verify=False))
+    harden(HardenOptions(str(base), out, Scale(), verify=False))
     return out
 
 

@@ -33,7 +33,7 @@ def test_the_function_stays_up_to_rounding(case: str, tmp_path: Path) -> None:
 def test_a_fold_and_its_base_are_converted_to_the_same_weights_but_for_queries_and_keys(tmp_path: Path) -> None:
     """Nothing but the weights says where gains and ranges went: gains are 1, both sides of an MLP range equally."""
     base_directory = write_case("llama", tmp_path / "base")
-    assert harden(HardenOptions(str(base_directory), tmp_path / "fold", method="fold", verify=False)) is not None
+    assert harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False)) is not None
     base, fold = load_model(base_directory), load_model(tmp_path / "fold")
     for model in (base, fold):
         equalise(model)

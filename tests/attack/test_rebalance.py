@@ -40,7 +40,7 @@ def octaves(left: torch.nn.Module, right: torch.nn.Module) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_a_fold_is_undone_from_the_weights_alone(case: str, tmp_path: Path) -> None:
     base_directory = write_case(case, tmp_path / "base")
-    result = harden(HardenOptions(str(base_directory), tmp_path / "fold", method="fold", verify=False))
+    result = harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False))
     assert result is not None
     base, model = load_model(base_directory), load_model(tmp_path / "fold")
     # No manifest is at hand: the attacker has the loaded model and nothing else.

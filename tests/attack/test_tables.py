@@ -25,7 +25,7 @@ from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import VARIANTS, Variant, VariantChoice
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
@@ -59,7 +59,7 @@ def hardened(base: Path, harden_directory: Callable[..., Path]) -> Path:
 def scaled(base: Path) -> Path:
     """Hardened by scale vectors."""
     directory = base.parent / "scaled"
-    assert harden(HardenOptions(str(base), directory, method="insert", verify=False)) is not None
+    assert harden(HardenOptions(str(base), directory, Scale(), verify=False)) is not None
     return directory
 
 
@@ -105,7 +105,7 @@ def test_every_variant_keeps_the_function_and_leaves_something_to_train(
     assert trained_names(model)
     assert (growth is None) == (name == "plain")
     if growth is not None:
-        assert growth.layers >= (4 if VARIANTS[name].needs == "inserted" else 0)
+        assert growth.layers >= (4 if VARIANTS[name].needs == "factored" else 0)
         added = sum(parameter.numel() for parameter in model.parameters()) - parameters
         assert growth.parameters_added == added
         assert (growth.parameters_added > 0) == (VARIANTS[name].knowledge == "growth")

@@ -22,7 +22,7 @@ from specdef_cli.attack.spec import Task
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.trainer import train_run
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from tests.attack.test_data_forms import encoder_tokenizer
 from tests.attack.test_optimizers import spec
@@ -123,7 +123,7 @@ def test_a_language_model_is_trained_as_what_it_is(name: str, tmp_path: Path) ->
 
 def test_a_hardened_sequence_to_sequence_model_starts_where_its_base_does(tmp_path: Path) -> None:
     base = save("t5", tmp_path / "t5")
-    harden(HardenOptions(str(base), tmp_path / "hardened", method="insert", alpha=1e3, top_k=2, verify=False))
+    harden(HardenOptions(str(base), tmp_path / "hardened", Factors(alpha=1e3, top_k=2), verify=False))
     data = load_data(options(None), "seq2seq-lm", load_preprocessor("seq2seq-lm", base))
     run = spec("adamw", task="seq2seq-lm", steps=2, eval_every=2)
     control, hardened = (train_run(run, directory, data) for directory in (base, tmp_path / "hardened"))

@@ -14,7 +14,7 @@ from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.full import train_only
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
@@ -141,14 +141,14 @@ def test_single_groups_by_name(llama: LlamaForCausalLM) -> None:
 @pytest.fixture(scope="module")
 def fold(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("trainings") / "fold"
-    assert harden(HardenOptions(str(base), directory, method="fold", verify=False)) is not None
+    assert harden(HardenOptions(str(base), directory, verify=False)) is not None
     return directory
 
 
 @pytest.fixture(scope="module")
 def scaled(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("trainings") / "scaled"
-    assert harden(HardenOptions(str(base), directory, method="insert", verify=False)) is not None
+    assert harden(HardenOptions(str(base), directory, Scale(), verify=False)) is not None
     return directory
 
 

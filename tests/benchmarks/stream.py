@@ -84,7 +84,7 @@ def sizes_table(rates: Mapping[str, Rate]) -> None:
 
 
 def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> dict[str, Rate]:
-    """Print seconds, ratio to ``cp -r``, and peak memory of fold and insert on a checkpoint of ``layers`` blocks.
+    """Print seconds, ratio to ``cp -r``, and peak memory of fold and factors on a checkpoint of ``layers`` blocks.
 
     Returns:
         The rates of the commands of one process, by their names in the table.
@@ -106,8 +106,8 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> dict[str, 
         "cp -r": ["cp", "-r", str(source), str(out)],
         "start-up": [sys.executable, "-c", f"{started_as_commands_are}; import specdef_cli.hardening.run"],
         "fold": [*harden, str(source), "--out", str(out), "--method", "fold"],
-        "insert, k=25": [*harden, str(source), "--out", str(out), "--method", "insert", "--top-k", "25"],
-        "insert, two processes": [*launch, str(source), "--out", str(out), "--method", "insert", "--top-k", "25"],
+        "factors, k=25": [*harden, str(source), "--out", str(out), "--method", "factors", "--top-k", "25"],
+        "factors, two processes": [*launch, str(source), "--out", str(out), "--method", "factors", "--top-k", "25"],
     }
     # Alternate the commands, so that a drift of the machine meets all of them.
     measured: dict[str, list[Measured]] = {name: [] for name in commands}
@@ -132,7 +132,7 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> dict[str, 
             f"| {name} | {statistics.median(seconds):.1f} | {statistics.median(r.cpu_seconds for r in results):.1f} | "
             f"{ratio:.2f} | {net:.2f} | {rss} |"
         )
-        if name in {"cp -r", "fold", "insert, k=25"}:
+        if name in {"cp -r", "fold", "factors, k=25"}:
             start = statistics.median(begun)
             rates[name] = Rate(start, (statistics.median(seconds) - start) * 1e9 / size)
     return rates

@@ -33,7 +33,7 @@ from tests.hub_server import COMMITS, Hub, eventually, model_files, serving, var
 Usage = namedtuple("Usage", "total used free")
 TinyModel = Callable[..., Path]
 OPTIONS = {
-    "insert": ("--method", "insert", "--top-k", "4", "--max-shard-size", "15KB", "--quiet"),
+    "factors": ("--method", "factors", "--top-k", "4", "--max-shard-size", "15KB", "--quiet"),
     "fold": ("--method", "fold", "--max-shard-size", "15KB", "--quiet"),
 }
 
@@ -93,7 +93,7 @@ def assert_as_from_a_directory(method: str, out: Path, base: Path, other: Path) 
     assert manifest == expected
 
 
-@pytest.mark.parametrize("method", ["insert", "fold"])
+@pytest.mark.parametrize("method", ["factors", "fold"])
 def test_the_last_shard_is_not_waited_for(
     method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,17 +145,17 @@ def test_a_cache_that_huggingface_hub_has_filled(base: Path, tmp_path: Path, mon
     with online(Hub(model_files(base)), tmp_path, monkeypatch) as hub:
         directory = Path(snapshot_download("org/name", cache_dir=tmp_path / "cache"))
         hub.seen.clear()
-        assert harden("insert", tmp_path / "a").code == 0
+        assert harden("factors", tmp_path / "a").code == 0
         assert hub.downloaded() == []
     with monkeypatch.context() as patch:
         offline(tmp_path, patch)
-        assert harden("insert", tmp_path / "b").code == 0
+        assert harden("factors", tmp_path / "b").code == 0
         (directory / last).resolve().unlink()
         (directory / last).unlink()
-        assert_refused(harden("insert", tmp_path / "c"), "org/name is not in the local cache")
+        assert_refused(harden("factors", tmp_path / "c"), "org/name is not in the local cache")
     with online(hub, tmp_path, monkeypatch):
         hub.seen.clear()
-        assert harden("insert", tmp_path / "d").code == 0
+        assert harden("factors", tmp_path / "d").code == 0
         assert hub.downloaded() == [last]
     for name in "abd":
         assert snapshot(tmp_path / name) == snapshot(tmp_path / "a")
@@ -180,7 +180,7 @@ def test_a_shard_that_does_not_arrive(fault: str, base: Path, tmp_path: Path, mo
             patch.setattr(arriving_weights.Commit, "fetch", full_disk(last))
         else:
             setattr(hub, fault, last)
-        assert_refused(harden("insert", out), problem, "--resume")
+        assert_refused(harden("factors", out), problem, "--resume")
         assert not out.exists()
         assert eventually(lambda: not downloading())
         kept = finished(out)
@@ -194,10 +194,10 @@ def test_a_shard_that_does_not_arrive(fault: str, base: Path, tmp_path: Path, mo
     with online(hub, tmp_path, monkeypatch):
         hub.seen.clear()
         identities = {name: (work_directory(out) / name).stat().st_ino for name in kept}
-        assert harden("insert", out, "--resume").code == 0
+        assert harden("factors", out, "--resume").code == 0
         assert sorted(hub.downloaded()) == missing
     assert {name: (out / name).stat().st_ino for name in kept} == identities
-    assert_as_from_a_directory("insert", out, base, tmp_path / "other")
+    assert_as_from_a_directory("factors", out, base, tmp_path / "other")
 
 
 def full_disk(name: str) -> Callable[..., None]:
@@ -232,7 +232,7 @@ def test_a_shard_whose_header_was_another(base: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(arriving_weights, "parse_headers", other)
     with online(Hub(model_files(base)), tmp_path, monkeypatch):
-        assert_refused(harden("insert", tmp_path / "out"), f"{last} is not the file")
+        assert_refused(harden("factors", tmp_path / "out"), f"{last} is not the file")
 
 
 @pytest.mark.fault("Hub: gated, absent, broken off, offline")
@@ -254,7 +254,7 @@ def test_interrupted_while_a_shard_is_awaited(base: Path, tmp_path: Path) -> Non
     asked: list[bool] = []
     with serving(Hub(model_files(base), withheld={last: lambda: bool(asked)})) as hub:
         process = subprocess.Popen(
-            command("harden", "org/name", "--out", out, *OPTIONS["insert"]),
+            command("harden", "org/name", "--out", out, *OPTIONS["factors"]),
             env=environment(**variables(hub, tmp_path), HF_HUB_DISABLE_XET="1"),
             stderr=subprocess.PIPE,
             text=True,
@@ -336,7 +336,7 @@ def test_a_directory_knows_nothing_of_it(base: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["insert", "fold"])
+@pytest.mark.parametrize("method", ["factors", "fold"])
 def test_two_processes_download_each_shard_once(method: str, base: Path, tmp_path: Path) -> None:
     script = tmp_path / "specdef.py"
     script.write_text("from specdef_cli.cli.app import main\nmain()\n")

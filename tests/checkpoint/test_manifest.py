@@ -11,14 +11,14 @@ import pytest
 from specdef_cli.checkpoint.manifest import (
     FORMAT_VERSION,
     BaseCheckpoint,
+    FactoredLayer,
     FoldedPair,
-    InsertedLayer,
     Manifest,
 )
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.errors import SpecDefError
 
-LAYER = InsertedLayer(
+LAYER = FactoredLayer(
     "model.o_proj", "model.o_proj.weight", 4, 8, "model.o_proj.bias", False, 1e4, 2, "rotated", (2.0, 1.5), 1e-7
 )
 PAIR = FoldedPair(
@@ -31,14 +31,13 @@ PAIR = FoldedPair(
 MANIFEST = Manifest(
     format=FORMAT_VERSION,
     specdef_version="0.1.0",
-    method="mixed",
+    method="factors",
     base=BaseCheckpoint("org/name", "main", "a" * 40),
     dtype="bfloat16",
     seed=3,
-    schedule="staircase",
-    profile="coverage",
-    inserted=(LAYER, dataclasses.replace(LAYER, bias=None)),
+    profile="float16-cache",
     folded=(PAIR,),
+    factored=(LAYER, dataclasses.replace(LAYER, bias=None)),
     shards={"model.safetensors": "00"},
     verification={"relative": 0.1, "equal": False, "odd": [1, None]},
 )
@@ -52,8 +51,49 @@ def test_round_trip() -> None:
     assert dataclasses.replace(LAYER, bias=None).compensation_bias is None
 
 
-def test_an_early_manifest_has_an_empty_field_more() -> None:
-    assert Manifest.from_json(edited(["config_changes"], [])) == MANIFEST
+def in_format_1(method: str, profile: str | None, **changes: list[Any]) -> str:
+    """A manifest as early versions wrote it, with what each construction had changed."""
+    data = json.loads(MANIFEST.to_json())
+    data |= {"format": 1, "method": method, "schedule": "staircase", "profile": profile, "folded": [], "scaled": []}
+    data["inserted"] = []
+    del data["factored"]
+    return json.dumps(data | changes)
+
+
+FACTORS = json.loads(MANIFEST.to_json())["factored"]
+FOLDED = json.loads(MANIFEST.to_json())["folded"]
+SCALED = [
+    {"module": "norm", "kind": "norm", "tensor": "norm.weight", "stem": "norm", "shape": [4], "bias": None,
+     "output": {"axis": 0, "indices": [1], "exponents": [3], "period": None}, "input": None, "tied_to": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("written", "method", "profile"),
+    [
+        (in_format_1("fold", "coverage", folded=FOLDED), "fold", "float16-cache"),
+        (in_format_1("fold", "bfloat16", folded=FOLDED), "fold", "bfloat16"),
+        (in_format_1("insert", None, scaled=SCALED), "scale", None),
+        (in_format_1("insert", None, inserted=FACTORS), "factors", None),
+        (in_format_1("mixed", "coverage", folded=FOLDED, scaled=SCALED), "scale", "float16-cache"),
+        (in_format_1("fold", "coverage", folded=FOLDED, config_changes=[]), "fold", "float16-cache"),
+    ],
+    ids=["fold", "another profile", "scales", "factors", "mixed", "an early field"],
+)
+def test_format_1_is_read_under_the_names_of_today(written: str, method: str, profile: str | None) -> None:
+    found, data = Manifest.from_json(written), json.loads(written)
+    assert (found.format, found.method, found.profile) == (FORMAT_VERSION, method, profile)
+    again = json.loads(found.to_json())
+    assert again["factored"] == data["inserted"]
+    for name in ("folded", "scaled", "shards", "verification", "base", "seed", "dtype"):
+        assert again[name] == data[name]
+    assert Manifest.from_json(found.to_json()) == found
+
+
+def test_an_early_fold_that_changed_the_config_is_refused() -> None:
+    changes = [{"key": "rms_norm_eps", "before": 1e-6, "after": 4e-6}]
+    with pytest.raises(SpecDefError, match="config_changes"):
+        Manifest.from_json(in_format_1("fold", "coverage", folded=FOLDED, config_changes=changes))
 
 
 def edited(path: list[Any], value: Any) -> str:
@@ -77,18 +117,18 @@ def edited(path: list[Any], value: Any) -> str:
         (["base", "name"], None),
         (["base", "commit"], 3),
         (["unknown"], 1),
-        (["inserted"], {}),
-        (["inserted", 0], "x"),
-        (["inserted", 0, "alpha"], [1e4]),
-        (["inserted", 1, "out_features"], "4"),
-        (["inserted", 0, "singular_values"], [1.0, "x"]),
-        (["inserted", 0, "gauge"], "round"),
+        (["factored"], {}),
+        (["factored", 0], "x"),
+        (["factored", 0, "alpha"], [1e4]),
+        (["factored", 1, "out_features"], "4"),
+        (["factored", 0, "singular_values"], [1.0, "x"]),
+        (["factored", 0, "gauge"], "round"),
         (["folded", 0, "slices", 1, "exponents"], [None]),
         (["folded", 0, "channels"], 3),
         (["shards"], []),
         (["shards", "model.safetensors"], 0),
         (["folded", 0, "slices", 1, "indices"], None),
-        (["config_changes"], [{"key": "rms_norm_eps", "before": 1e-6, "after": 4e-6}]),
+        (["schedule"], "staircase"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -106,11 +146,11 @@ def test_what_is_no_manifest(text: str) -> None:
 
 
 def test_another_format_is_named() -> None:
-    with pytest.raises(SpecDefError, match="format 2"):
-        Manifest.from_json(edited(["format"], 2))
+    with pytest.raises(SpecDefError, match="has format 3; this version reads formats 1 and 2"):
+        Manifest.from_json(edited(["format"], 3))
 
 
 def test_numbers_that_json_writes_without_a_point_are_floats() -> None:
-    found = Manifest.from_json(edited(["inserted", 0, "alpha"], 10000))
+    found = Manifest.from_json(edited(["factored", 0, "alpha"], 10000))
     assert found == MANIFEST
-    assert type(found.inserted[0].alpha) is float
+    assert type(found.factored[0].alpha) is float

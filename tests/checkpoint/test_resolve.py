@@ -146,7 +146,7 @@ def test_harden_from_the_cache_records_the_commit(llama: Path, tmp_path: Path) -
     fill_cache(tmp_path / "cache", llama)
     out = tmp_path / "out"
     result = run_cli(
-        *("harden", "org/name@v1", "--out", out, "--method", "insert", "--top-k", "4", "--json", "--token", TOKEN),
+        *("harden", "org/name@v1", "--out", out, "--method", "factors", "--top-k", "4", "--json", "--token", TOKEN),
         HF_HUB_CACHE=str(tmp_path / "cache"),
         HF_HOME=str(tmp_path / "home"),
     )
@@ -180,7 +180,7 @@ def test_harden_from_the_hub(llama: Path, tmp_path: Path, online: Online) -> Non
     files = model_files(llama) | {"pytorch_model.bin": b"a pickle", "model.onnx": b"x", "weights.pt": b"a pickle"}
     with serving(Hub(files)) as hub:
         result = run_cli(
-            *("harden", "org/name", "--out", tmp_path / "out", "--method", "insert", "--top-k", "4"),
+            *("harden", "org/name", "--out", tmp_path / "out", "--method", "factors", "--top-k", "4"),
             **online(hub),
             HF_TOKEN=TOKEN,
         )

@@ -16,7 +16,7 @@ TOKEN = "hf_" + "s3cretS3cret" * 3
 
 def harden_and_push(hub: Hub, llama: Path, root: Path, *more: str) -> Result:
     """``specdef harden --push-to-hub``; the token is in nothing that it says."""
-    options = ("--method", "insert", "--top-k", "4", "--no-verify", "--token", TOKEN, "--push-to-hub", "org/out")
+    options = ("--method", "factors", "--top-k", "4", "--no-verify", "--token", TOKEN, "--push-to-hub", "org/out")
     result = run_cli("harden", llama, "--out", root / "out", *options, *more, **variables(hub, root))
     assert "Traceback" not in result.stderr, result.stderr
     assert TOKEN not in result.stdout + result.stderr

@@ -18,8 +18,10 @@ from specdef_cli.attack.trainings.table import TRAININGS
 from specdef_cli.attack.variants.table import VARIANTS
 from specdef_cli.cli.app import COMMANDS
 from specdef_cli.cli.startup import COLLECT_AFTER
+from specdef_cli.hardening import factors
 from tests.commands import assert_refused, call_cli, environment, run_cli, run_program, snapshot
 from tests.faults.small_attack import SMALL
+from tests.hardening.test_adapter import lora
 
 TinyModel = Callable[..., Path]
 
@@ -98,13 +100,13 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
 
 def test_from_a_directory_and_back_in_processes_of_their_own(tiny_model: TinyModel, tmp_path: Path) -> None:
     base = tiny_model("llama", torch.bfloat16)
-    arguments = ("--method", "insert", "--top-k", "4", "--max-shard-size", "20KB")
+    arguments = ("--method", "factors", "--top-k", "4", "--max-shard-size", "20KB")
     hardened = run_cli("harden", base, "--out", "hardened", *arguments, "--json", cwd=tmp_path)
     assert hardened.code == 0, hardened.stderr
     said = json.loads(hardened.stdout)
     assert said["out"] == "hardened"
     assert said["parameters_added"] == 4 * 32 * 32
-    assert len(said["manifest"]["inserted"]) == 4
+    assert len(said["manifest"]["factored"]) == 4
     assert len(said["manifest"]["shards"]) > 2
     assert said["manifest"]["verification"]["relative"] < 0.05
     assert json.loads((tmp_path / "hardened" / "specdef.json").read_text())["base"]["name"] == str(base)
@@ -112,7 +114,7 @@ def test_from_a_directory_and_back_in_processes_of_their_own(tiny_model: TinyMod
     back = run_cli("collapse", "hardened", "--out", "back", "--quiet", cwd=tmp_path)
     assert back.code == 0
     assert back.stderr == ""
-    assert "4 inserted pairs multiplied" in back.stdout
+    assert "4 pairs of factors multiplied" in back.stdout
     expected = load_file(base / "model.safetensors")
     found = load_file(tmp_path / "back" / "model.safetensors")
     for name, tensor in expected.items():
@@ -131,23 +133,31 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = snapshot(llama)
-    result = call_cli("harden", llama, "--method", "insert", "--top-k", "4", "--alpha", "100", "--dry-run", "--json")
+    result = call_cli("harden", llama, "--method", "factors", "--top-k", "4", "--alpha", "100", "--dry-run", "--json")
     assert result.code == 0, result.stderr
     assert list(tmp_path.iterdir()) == []
     assert snapshot(llama) == before
     plan = json.loads(result.stdout)
-    assert plan["method"] == "insert"
-    assert plan["parameters_added"] == sum(layer["parameters_added"] for layer in plan["layers"]) == 4 * 32 * 32
-    assert plan["bytes_added"] == (4 * 32 * 32 + 4) * 4
+    assert (plan["method"], plan["layers"]) == ("factors", 4)
+    assert plan["changed"] == {"self_attn.o_proj": 2, "mlp.down_proj": 2}
+    assert plan["parameters_added"] == 4 * 32 * 32
+    assert plan["bytes_after"] - plan["bytes_before"] == (4 * 32 * 32 + 4) * 4
     weights = load_file(llama / "model.safetensors")
-    assert plan["parameters_before"] == sum(weight.numel() for weight in weights.values())
-    for layer in plan["layers"]:
-        sigma = float(torch.linalg.svdvals(weights[f"{layer['module']}.weight"])[0])
-        assert layer["sigma_before"] == pytest.approx(sigma, rel=1e-5)
-        assert layer["sigma_after"] == pytest.approx(100 * sigma, rel=1e-5)
-    table = call_cli("harden", llama, "--method", "insert", "--top-k", "4", "--dry-run")
+    assert plan["parameters"] == sum(weight.numel() for weight in weights.values())
+    table = call_cli("harden", llama, "--method", "factors", "--top-k", "4", "--dry-run")
     assert "nothing was written" in " ".join(table.stdout.split())
     assert "down_proj" in table.stdout
+
+
+def test_a_dry_run_computes_no_factorization(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "top_subspace", lambda *_: pytest.fail("computed"))
+    assert call_cli("harden", llama, "--method", "factors", "--top-k", "4", "--dry-run").code == 0
+
+
+def test_the_help_of_harden_fits_a_screen() -> None:
+    shown = run_cli("harden", "--help", COLUMNS="80").stdout.splitlines()
+    assert len(shown) <= 50
+    assert max(map(len, shown)) <= 80
 
 
 def test_stdout_is_data_alone_and_quiet_is_quiet(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,16 +166,27 @@ def test_stdout_is_data_alone_and_quiet_is_quiet(llama: Path, tmp_path: Path, mo
     monkeypatch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(" ".join(f"w{(7 * row + word) % 90 + 3}" for word in range(40)) for row in range(40)))
-    certify = ("--base", llama, "--text", text, "--no-deployment", "--no-curvature", "--attacks", "attack/report.json")
+    certify = (
+        "--base",
+        llama,
+        "--text",
+        text,
+        "--formats",
+        "none",
+        "--no-curvature",
+        "--attacks",
+        "attack/report.json",
+    )
+    adapter = lora(llama, tmp_path / "lora")
     typed: dict[str, tuple[str | Path, ...]] = {
         "inspect": (llama,),
         "harden": (llama, "--out", "hardened"),
         "attack": ("hardened", "--control", llama, "--dataset", text, *SMALL),
         "compare": ("attack",),
-        "card": ("hardened", "--attacks", "attack/report.json"),
         "certify": ("hardened", *certify),
         "verify-certificate": ("hardened",),
         "collapse": ("hardened", "--out", "back"),
+        "convert-adapter": (adapter, "hardened", "--out", "adapter"),
     }
     assert {*typed, "push"} == set(COMMANDS)
     for command, arguments in typed.items():
@@ -180,7 +201,7 @@ def test_stdout_is_data_alone_and_quiet_is_quiet(llama: Path, tmp_path: Path, mo
 FAILING = {
     "harden": ("nowhere/", "--out", "out"), "attack": ("nowhere/",), "certify": ("nowhere/",),
     "collapse": ("nowhere/", "--out", "out"), "compare": ("nowhere",), "inspect": ("nowhere/",),
-    "card": ("nowhere", "--attacks", "report.json"), "push": ("nowhere", "org/name"),
+    "convert-adapter": ("nowhere", "nowhere/", "--out", "out"), "push": ("nowhere", "org/name"),
     "verify-certificate": ("./nowhere",),
 }  # fmt: skip
 
@@ -201,7 +222,7 @@ def test_every_command_tells_failure_from_wrong_usage(
 
 
 def test_quiet_leaves_stderr_empty(llama: Path, tmp_path: Path) -> None:
-    result = run_cli("harden", llama, "--out", tmp_path / "a", "--method", "insert", "--top-k", "4", "--quiet")
+    result = run_cli("harden", llama, "--out", tmp_path / "a", "--method", "factors", "--top-k", "4", "--quiet")
     assert result.code == 0
     assert result.stderr == ""
     assert "adds 4,096 parameters" in " ".join(result.stdout.split())
@@ -209,7 +230,7 @@ def test_quiet_leaves_stderr_empty(llama: Path, tmp_path: Path) -> None:
 
 def test_nothing_moves_on_a_pipe(llama: Path, tmp_path: Path) -> None:
     """No bar, no escape sequence: what is piped goes to logs."""
-    result = call_cli("harden", llama, "--out", tmp_path / "a", "--method", "insert", "--top-k", "4")
+    result = call_cli("harden", llama, "--out", tmp_path / "a", "--method", "factors", "--top-k", "4")
     assert "\r" not in result.stderr
     assert "\x1b" not in result.stdout + result.stderr
 
@@ -230,11 +251,13 @@ def test_inspect_before_and_after(tiny_model: TinyModel, tmp_path: Path) -> None
     chosen = {layer["module"] for layer in before["layers"] if layer["default"]}
     assert chosen == {f"transformer.h.{i}.{name}.c_proj" for i in (0, 1) for name in ("attn", "mlp")}
 
-    result = call_cli("harden", base, "--out", tmp_path / "out", "--method", "insert", "--alpha", "500", "--top-k", "4")
+    result = call_cli(
+        "harden", base, "--out", tmp_path / "out", "--method", "factors", "--alpha", "500", "--top-k", "4"
+    )
     assert result.code == 0, result.stderr
     after = json.loads(call_cli("inspect", tmp_path / "out", "--json").stdout)
     assert after["architecture"] == "GPT2LMHeadModel"
-    assert after["manifest"]["method"] == "insert"
+    assert after["manifest"]["method"] == "factors"
     assert [layer["module"] for layer in after["layers"]] == [layer["module"] for layer in before["layers"]]
     for old, new in zip(before["layers"], after["layers"], strict=True):
         if old["module"] in chosen:
@@ -244,7 +267,7 @@ def test_inspect_before_and_after(tiny_model: TinyModel, tmp_path: Path) -> None
         else:
             assert (new["alpha"], new["sigma"]) == (None, old["sigma"])
     table = call_cli("inspect", tmp_path / "out").stdout
-    assert "hardened (insert)" in " ".join(table.split())
+    assert "hardened (factors)" in " ".join(table.split())
 
 
 @pytest.mark.fault("markup in names")
@@ -255,7 +278,7 @@ def test_what_looks_like_markup_is_printed_as_it_is(llama: Path, tmp_path: Path)
     out = tmp_path / "[link]out"
     for arguments in (
         ("inspect", odd),
-        ("harden", odd, "--out", out, "--method", "insert", "--top-k", "4"),
+        ("harden", odd, "--out", out, "--method", "factors", "--top-k", "4"),
         ("collapse", out, "--out", tmp_path / "[dim]back"),
     ):
         result = call_cli(*arguments)
@@ -321,8 +344,8 @@ def test_inspect_says_what_each_method_would_do_and_what_harden_does(llama: Path
     weights = load_file(llama / "model.safetensors")
     found = json.loads(call_cli("inspect", llama, "--json").stdout)["outlook"]
     outlooks = {outlook["method"]: outlook for outlook in found["methods"]}
-    assert list(outlooks) == ["fold", "insert"]
-    assert {**found["default"], "notes": []} == {**outlooks["fold"], "notes": []}
+    assert list(outlooks) == ["fold", "scale", "factors"]
+    assert {**found["recommended"], "notes": []} == {**outlooks["fold"], "notes": []}
     for method, outlook in outlooks.items():
         out = tmp_path / method
         hardened = json.loads(call_cli("harden", llama, "--out", out, "--method", method, "--json").stdout)
@@ -334,7 +357,7 @@ def test_inspect_says_what_each_method_would_do_and_what_harden_does(llama: Path
         assert outlook["parameters_added"] == hardened["parameters_added"]
         assert outlook["bytes_after"] == sum(weight.nbytes for weight in written.values())
         assert outlook["pairs"] == len(hardened["manifest"]["folded"])
-        assert outlook["layers"] == len(hardened["manifest"]["inserted"])
+        assert outlook["layers"] == len(hardened["manifest"]["factored"])
 
 
 def test_inspect_fits_a_screen_and_lists_layers_when_asked(llama: Path) -> None:
@@ -356,6 +379,6 @@ def test_inspect_says_what_stands_in_the_way(tiny_model: TinyModel, tmp_path: Pa
     config["quantization_config"] = {"quant_method": "gptq"}
     (tmp_path / "quantized/config.json").write_text(json.dumps(config))
     words = " ".join(call_cli("inspect", tmp_path / "quantized").stdout.split())
-    assert words.count("is quantized (gptq)") == 3
+    assert words.count("is quantized (gptq)") == 4
     assert "Recommended: leave it as it is" in words
     assert "Harden the unquantized checkpoint" in words

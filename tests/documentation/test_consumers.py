@@ -15,7 +15,7 @@ consumers, readme = generator("consumers"), generator("readme")
 FIRST = """\
 one: nats a token, 8 tokens.
 
-| tool | what | base | fold | insert |
+| tool | what | base | fold | scale |
 |---|---|---|---|---|
 | transformers | float32 | 3.4 | kept: 3.4 | kept: 3.4 |
 | transformers | bfloat16 | 3.4 | degraded: 3.5 | kept: 3.4 |
@@ -25,7 +25,7 @@ one: nats a token, 8 tokens.
 What `harden` says that each does not survive:
 
 - fold: float16 weights; float8
-- insert: nothing
+- scale: nothing
 
 Refused, or not measured:
 
@@ -47,15 +47,15 @@ What `harden` says that each does not survive:
 
 def test_the_summary_counts_every_verdict_of_every_model() -> None:
     tables = [consumers.read_table(text) for text in (FIRST, SECOND)]
-    assert tables[0].lost == {"fold": ("float16 weights", "float8"), "insert": ()}
-    assert tables[0].verdicts["transformers", "float16"] == {"fold": "broken, silently", "insert": "kept (simulated)"}
+    assert tables[0].lost == {"fold": ("float16 weights", "float8"), "scale": ()}
+    assert tables[0].verdicts["transformers", "float16"] == {"fold": "broken, silently", "scale": "kept (simulated)"}
     rows = [line for line in consumers.summary(tables).splitlines() if line.startswith("| transformers")]
     assert [[cell.strip() for cell in row.strip("|").split("|")][2:] for row in rows] == [
         ["kept 2, degraded 1 of 3", "kept"],
         ["kept 1, broken, silently 1 of 2", "kept (simulated)"],
     ]
-    assert "| insert (one alone) |" in consumers.summary(tables)
-    assert "insert has no column for two." in consumers.summary(tables)
+    assert "| scale (one alone) |" in consumers.summary(tables)
+    assert "scale has no column for two." in consumers.summary(tables)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ TRAINED = {
 }
 """Rows that train: to break there is what hardening is for."""
 
-WITH_CODE = {"fold-scales", "insert", "insert-paper"}
+WITH_CODE = {"scale", "factors"}
 """Ways whose models bring code to load, as `harden` says: a tool that runs none refuses them in any format."""
 
 

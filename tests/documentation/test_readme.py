@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from specdef_cli import Factors
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.suite import load_suite
 from tests.commands import REPOSITORY, Result, call_cli, run_cli
@@ -144,17 +145,17 @@ def table(target: str) -> dict[str, list[str]]:
 def test_what_is_said_of_the_attacks_stands_in_the_table() -> None:
     """The list under "A hardened model is not locked", and what a fold holds against."""
     measured = table("readme")
-    fold, insert = measured["attack"].index("fold"), measured["attack"].index("insert-1e4-k25")
+    fold, factors = measured["attack"].index("fold"), measured["attack"].index("factors")
     share = {
         (attack.partition(",")[0], column): int(found[1])
         for attack, cells in measured.items()
-        for column in (fold, insert)
+        for column in (fold, factors)
         if (found := re.match(r"(\d+) %", cells[column]))
     }
-    knowing = [share["rebalance: full", fold], share["collapse: full", insert]]
-    passing = [share[training, column] for training in ("HiRA", "adapters") for column in (fold, insert)]
+    knowing = [share["rebalance: full", fold], share["collapse: full", factors]]
+    passing = [share[training, column] for training in ("HiRA", "adapters") for column in (fold, factors)]
     assert min(knowing + passing) >= 95
-    searched = [share[training, insert] for training in ("full", "LoRA all-linear")]
+    searched = [share[training, factors] for training in ("full", "LoRA all-linear")]
     assert min(searched) >= 50
     assert max(share[training, fold] for training in ("full", "LoRA all-linear")) < 10
 
@@ -167,9 +168,9 @@ def test_the_table_is_of_what_the_text_says() -> None:
     assert (quick["steps"], budget.batch_size, budget.sequence_length) == (int(steps), int(batch), int(length))
     assert not {"batch_size", "sequence_length"} & quick.keys()
     assert "α = 10⁴, the top 25 singular values" in words(README)
-    assert "$(SUITE)/insert-1e4-k25: OPTIONS = --method insert --alpha 1e4 --top-k 25\n" in MAKEFILE
+    assert (Factors().alpha, Factors().top_k) == (1e4, 25)
     recipe = MAKEFILE.partition("\nreadme: ")[2].partition("\n\n")[0]
-    assert "for model in fold insert-1e4-k25;" in recipe
+    assert "for model in fold factors;" in recipe
     assert "--suite quick" in recipe
 
 

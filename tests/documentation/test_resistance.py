@@ -16,7 +16,7 @@ def test_cells_hold_a_share_for_each_way(tmp_path: Path) -> None:
     unsettled = attack("model", 0.02) | {"verdict": "not settled"}
     for name, attacks in {
         "small-fold": [attack("model", 0.01), attack("model", 1.0, trained="HiRA")],
-        "small-insert": [attack("model", 0.03), attack("model", 0.9, variant="collapse")],
+        "small-scale": [attack("model", 0.03), attack("model", 0.9, variant="collapse")],
         "deep-fold": [unsettled],
     }.items():
         (tmp_path / name).mkdir()
@@ -31,10 +31,10 @@ def test_cells_hold_a_share_for_each_way(tmp_path: Path) -> None:
         "absent",
         "--ways",
         "fold",
-        "insert",
+        "scale",
     ]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
     assert printed[0] == "| trained, with AdamW | small | deep |"
     assert printed[2:4] == ["| full | 1 % / 3 % | 2 % **?** / – |", "| HiRA | 100 % / – | – |"]
     assert printed[4] == "| undone first: full | – / 90 % | – |"
-    assert printed[-1].startswith("Each cell: fold / insert.")
+    assert printed[-1].startswith("Each cell: fold / scale.")

@@ -27,7 +27,7 @@ REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
 SCRIPT, SUITE, STANDIN = REPRODUCE / "llama_wmdp.sh", REPRODUCE / "llama_wmdp.toml", REPRODUCE / "standin"
 TINY_LLAMA = REPRODUCE.parent / "tiny_llama" / "model"
 THIRD = "full@*.layers.*[369].*"
-INFORMED = {"insert": "collapse", "fold": "rebalance"}
+INFORMED = {"factors": "collapse", "fold": "rebalance"}
 METHODS = tuple(INFORMED)
 
 
@@ -155,17 +155,17 @@ def test_tables_of_runs_by_hand(tables: ModuleType) -> None:
     attacks = [
         {"runs": ["0"], "best": {"learning_rate": 1e-5}}, {"runs": ["1", "2"], "best": {"learning_rate": 1e-6}},
     ]  # fmt: skip
-    report = {"model": {"name": "out/insert"}, "runs": [diverged, worse, control], "attacks": attacks}
+    report = {"model": {"name": "out/factors"}, "runs": [diverged, worse, control], "attacks": attacks}
 
     table = tables.runs_table(tables.all_runs([report, report])).splitlines()[2:]
     assert table == [
         "| original · full · adamw | 1e-05 | 2.000 → 1.500 | 3 | +800.50 | 0.250 | finished |",
-        "| insert, collapsed · full · adamw | 3e-05 | 2.000 → – | – | not finite | 0.250 | diverged at step 7 |",
-        "| insert, collapsed · full · adamw | 1e-06 | 2.000 → 1.500 | 3 | +800.50 | 0.250 | worse |",
+        "| factors, collapsed · full · adamw | 3e-05 | 2.000 → – | – | not finite | 0.250 | diverged at step 7 |",
+        "| factors, collapsed · full · adamw | 1e-06 | 2.000 → 1.500 | 3 | +800.50 | 0.250 | worse |",
     ]
     assert [run["id"] for _, run in tables.best_runs([report])] == ["0", "2"]
-    released = tables.released_table({"org/base": {"a": 0.5, "b": 1.0}, "out/insert": {"a": 0.25}}).splitlines()
-    assert released[2:] == ["| base | 0.500 | 1.000 |", "| insert | 0.250 | – |"]
+    released = tables.released_table({"org/base": {"a": 0.5, "b": 1.0}, "out/factors": {"a": 0.25}}).splitlines()
+    assert released[2:] == ["| base | 0.500 | 1.000 |", "| factors | 0.250 | – |"]
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +202,13 @@ def key(run: dict[str, Any]) -> tuple[str, str, str, float]:
 @pytest.mark.slow
 def test_accuracy_at_release_is_the_same_hardened(outcome: Path) -> None:
     released = json.loads((outcome / "released.json").read_text(encoding="utf-8"))
-    assert list(released) == [str(TINY_LLAMA), "out/insert", "out/fold"]
+    assert list(released) == [str(TINY_LLAMA), "out/factors", "out/fold"]
     base = released[str(TINY_LLAMA)]
     assert base["standin_sums"] == 0.25  # it answers the same letter always
     assert base["standin_python"] > 0.5
-    # The fold is exact; of the 16 and 40 questions, inserting may tip one.
+    # The fold is exact; of the 16 and 40 questions, factors may tip one.
     assert released["out/fold"] == base
-    assert released["out/insert"] == pytest.approx(base, abs=1 / 16)
+    assert released["out/factors"] == pytest.approx(base, abs=1 / 16)
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_the_papers_attack_is_made_on_both_and_on_who_knows(outcome: Path, metho
 @pytest.mark.parametrize("method", METHODS)
 def test_the_sweep_has_every_attack_of_the_suite(outcome: Path, method: str) -> None:
     report = report_of(outcome, method, "sweep")
-    others = ["freeze-compensation", "inject", "width:1.5", "depth:2"] if method == "insert" else []
+    others = ["freeze-compensation", "inject", "width:1.5", "depth:2"] if method == "factors" else []
     attacks = [(subject, "plain", trained) for subject in ("control", "model") for trained in ("lora:16", THIRD)]
     attacks += [("model", variant, THIRD) for variant in (INFORMED[method], *others)]
     assert {key(run) for run in report["runs"]} == {(*attack, 1e-3) for attack in attacks}
@@ -273,5 +273,5 @@ def test_the_tables_have_a_row_for_everything(outcome: Path) -> None:
     attacked = [len(report_of(outcome, method, "sweep")["attacks"]) for method in METHODS]
     # Two of the attacks of each report are on the original, and the same ones.
     assert [len(part) for part in rows] == [3, 2 + 2 * 4, sum(attacked) - 2, 8]
-    assert any(line.startswith("| insert, width 1.5×") for line in sweep)
+    assert any(line.startswith("| factors, width 1.5×") for line in sweep)
     assert sum(line.startswith("| rebalance: ") for line in shares) == 1

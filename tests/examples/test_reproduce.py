@@ -156,11 +156,11 @@ def test_every_defence_has_its_row(prior: ModuleType, rows: list) -> None:
     scale = prior.Capability(rows[0].before, rows[1].before)
     table = cells(prior.table(rows, scale))
     names = [
-        "none, prose never learned", "none", "noised", "unlearned", "unlearned, inserted",
-        "unlearned, inserted, collapsed", "unlearned, folded", "unlearned, folded, rebalanced",
+        "none, prose never learned", "none", "noised", "unlearned", "unlearned, factors",
+        "unlearned, factors, collapsed", "unlearned, folded", "unlearned, folded, rebalanced",
     ]  # fmt: skip
     assert list(table)[1:] == names
-    code, before, *reached, best, of_control = table["unlearned, inserted, collapsed"]
+    code, before, *reached, best, of_control = table["unlearned, factors, collapsed"]
     assert [cell == "–" for cell in reached] == [True, False, True, True], "one rate was tried"
     assert best == f"{reached[1]} at 1e-03"
     assert of_control == "100%"
@@ -170,10 +170,10 @@ def test_every_defence_has_its_row(prior: ModuleType, rows: list) -> None:
 
 @pytest.mark.slow
 def test_what_each_step_is_for(rows: list) -> None:
-    never, capable, noised, unlearned, inserted, collapsed, folded, rebalanced = rows
+    never, capable, noised, unlearned, factors, collapsed, folded, rebalanced = rows
     assert capable.before < never.before - 0.1, "the prose was learned"
     assert min(noised.before, unlearned.before) > capable.before + 0.05, "and removed"
-    assert inserted.before == pytest.approx(unlearned.before, abs=1e-4), "hardening removes nothing"
+    assert factors.before == pytest.approx(unlearned.before, abs=1e-4), "hardening removes nothing"
     assert folded.before == unlearned.before
     assert folded.attack.best > unlearned.attack.best + 0.05, "but slows"
     for informed in (collapsed, rebalanced):
@@ -192,23 +192,23 @@ def columns(utility: ModuleType) -> list:
 def test_utility_has_a_row_for_each_gauge_and_alpha(utility: ModuleType, columns: list) -> None:
     table = cells(utility.table(columns))
     assert list(table)[1:] == [
-        "base", "base, against float32", "insert, rotated, α = 1e+01", "insert, rotated, α = 1e+04",
-        "insert, symmetric, α = 1e+01", "insert, symmetric, α = 1e+04", "fold",
+        "base", "base, against float32", "factors, rotated, α = 1e+01", "factors, rotated, α = 1e+04",
+        "factors, symmetric, α = 1e+01", "factors, symmetric, α = 1e+04", "fold",
     ]  # fmt: skip
     assert table["fold"] == ["identical", "identical"]
     assert table["base, against float32"][0] == "identical"
-    assert table["insert, symmetric, α = 1e+04"][1].startswith("refused: +")
+    assert table["factors, symmetric, α = 1e+04"][1].startswith("refused: +")
     assert "- bfloat16, symmetric, smallest α refused: alpha 10 would" in utility.table(columns)
 
 
 def test_rounding_grows_with_alpha_in_the_symmetric_gauge_alone(columns: list) -> None:
     single, half = columns
-    error = {key: cost.outputs.relative for key, cost in single.inserted.items()}
+    error = {key: cost.outputs.relative for key, cost in single.factored.items()}
     assert error["symmetric", 1e4] > 100 * error["symmetric", 1e1]
     assert error["rotated", 1e4] < 3 * error["rotated", 1e1]
-    assert half.inserted["rotated", 1e4].outputs.relative < 5 * half.cast.outputs.relative, "no more than bfloat16 does"
-    assert half.inserted["symmetric", 1e4].loss > 1, "why it is refused"
-    assert not any(cost.refusal for (gauge, _), cost in half.inserted.items() if gauge == "rotated")
+    assert half.factored["rotated", 1e4].outputs.relative < 5 * half.cast.outputs.relative, "no more than bfloat16 does"
+    assert half.factored["symmetric", 1e4].loss > 1, "why it is refused"
+    assert not any(cost.refusal for (gauge, _), cost in half.factored.items() if gauge == "rotated")
 
 
 def test_a_refused_one_in_memory_is_what_hardening_would_publish(
@@ -216,14 +216,14 @@ def test_a_refused_one_in_memory_is_what_hardening_would_publish(
 ) -> None:
     """Where nothing is refused, both ways give the same model within rounding."""
     tokens = utility.token_batch(utility.BASE, "while True:\n    pass\n" * 20, sequences=2)
-    published = utility.measure(torch.float32, tokens, (1e3,)).inserted["symmetric", 1e3]
+    published = utility.measure(torch.float32, tokens, (1e3,)).factored["symmetric", 1e3]
 
     def refuse(base: Path, **options: object) -> None:
         raise utility.SpecDefError("no", "Never.")
 
     monkeypatch.setattr(utility, "hardened", refuse)
     column = utility.measure(torch.float32, tokens, (1e3,))
-    in_memory = column.inserted["symmetric", 1e3]
+    in_memory = column.factored["symmetric", 1e3]
     assert not published.refusal
     assert in_memory.refusal == "no. Never."
     assert in_memory.outputs.relative == pytest.approx(published.outputs.relative, rel=0.5)

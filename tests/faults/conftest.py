@@ -14,7 +14,7 @@ from tests.commands import call_cli
 def hardened(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with inserted layers."""
     out = tmp_path_factory.mktemp("hardened") / "out"
-    result = call_cli("harden", tiny_model("llama"), "--out", out, "--method", "insert", "--top-k", "4", "--quiet")
+    result = call_cli("harden", tiny_model("llama"), "--out", out, "--method", "factors", "--top-k", "4", "--quiet")
     assert result.code == 0, result.stderr
     return out
 

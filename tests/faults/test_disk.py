@@ -55,7 +55,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 @pytest.mark.parametrize("limit", ["size=1m,nr_inodes=12", "size=180k,nr_inodes=100"], ids=["shards", "last files"])
 def test_harden_goes_on_when_there_is_room_again(limit: str, llama: Path, disk: SmallDisk, tmp_path: Path) -> None:
     """Full while shards are made (no room for another file), and after them (no room for another page)."""
-    arguments = ("harden", llama, "--method", "insert", "--top-k", "4", "--max-shard-size", "20KB", "--quiet", "--out")
+    arguments = ("harden", llama, "--method", "factors", "--top-k", "4", "--max-shard-size", "20KB", "--quiet", "--out")
     whole = call_cli(*arguments, tmp_path / "whole")
     assert whole.code == 0, whole.stderr
     disk.mount(f"remount,{limit}")

@@ -104,7 +104,7 @@ def test_a_model_reads_what_it_was_trained_on(name: str, tmp_path: Path, monkeyp
 
 
 @pytest.mark.fault("models fed as they were trained")
-@pytest.mark.parametrize("method", [("fold",), ("insert", "--top-k", "4")], ids=["fold", "insert"])
+@pytest.mark.parametrize("method", [("fold",), ("factors", "--top-k", "4")], ids=["fold", "factors"])
 def test_a_hardened_decoder_starts_with_the_token_of_its_base(method: tuple[str, ...], tmp_path: Path) -> None:
     base, out = write(CASES["end of a source"], tmp_path / "model"), tmp_path / "out"
     result = call_cli("harden", base, "--method", *method, "--out", out, "--quiet")

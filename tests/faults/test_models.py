@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip vision": ("SiglipVisionModel", VISION),
     "whisper": ("WhisperForConditionalGeneration", WHISPER),
 }
-INSERT = ("--method", "insert", "--top-k", "4")
+FACTORS = ("--method", "factors", "--top-k", "4")
 
 
 def write(name: str, directory: Path) -> Path:
@@ -51,7 +51,7 @@ def write(name: str, directory: Path) -> Path:
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_a_model_of_two_inputs_is_verified_with_both(name: str, tmp_path: Path) -> None:
     model, out = write(name, tmp_path / "model"), tmp_path / "out"
-    result = call_cli("harden", model, "--out", out, *INSERT, "--json")
+    result = call_cli("harden", model, "--out", out, *FACTORS, "--json")
     assert result.code == 0, result.stderr
     assert 0 < json.loads(result.stdout)["manifest"]["verification"]["relative"] < 1e-4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
@@ -60,7 +60,7 @@ def test_a_model_of_two_inputs_is_verified_with_both(name: str, tmp_path: Path) 
 @pytest.mark.fault("models that cannot be run on one kind of input")
 def test_a_model_without_a_batch_is_refused_before_any_work(tmp_path: Path) -> None:
     model = write("whisper", tmp_path / "model")
-    command = ("harden", model, "--out", tmp_path / "out", *INSERT, "--quiet")
+    command = ("harden", model, "--out", tmp_path / "out", *FACTORS, "--quiet")
     before = snapshot(tmp_path)
     refused = call_cli(*command)
     assert_refused(refused, "WhisperForConditionalGeneration takes input_features", "--no-verify")
@@ -73,7 +73,7 @@ def test_a_model_without_a_batch_is_refused_before_any_work(tmp_path: Path) -> N
 def test_a_linear_whose_weight_is_read_past_it_is_not_planned(tmp_path: Path) -> None:
     """nn.MultiheadAttention hands its out_proj's weight to a kernel."""
     model = write("siglip vision", tmp_path / "model")
-    command = ("harden", model, *INSERT, "--layers", "*out_proj")
+    command = ("harden", model, *FACTORS, "--layers", "*out_proj")
     plan = json.loads(call_cli(*command, "--dry-run", "--json").stdout)
     assert [layer["module"] for layer in plan["layers"]] == [f"encoder.layers.{i}.self_attn.out_proj" for i in (0, 1)]
     assert call_cli(*command, "--out", tmp_path / "out").code == 0
@@ -89,7 +89,7 @@ def test_a_layer_whose_weight_the_model_s_own_code_reads_is_named(tmp_path: Path
         vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "model")
-    command = ("harden", tmp_path / "model", "--method", "insert", "--quiet", "--out", tmp_path / "out")
+    command = ("harden", tmp_path / "model", "--method", "scale", "--quiet", "--out", tmp_path / "out")
     refused = call_cli(*command)
     assert_refused(refused, "its code reads the weights of *dt_proj itself", "--exclude '*dt_proj'")
     assert not (tmp_path / "out").exists()
@@ -115,7 +115,7 @@ def test_what_nobody_could_load_is_never_published(
         return checked(directory, **arguments)
 
     monkeypatch.setattr(soundness, "load_model", spoil_first)
-    result = call_cli("harden", llama, "--out", tmp_path / "out", *INSERT, "--quiet", *verify)
+    result = call_cli("harden", llama, "--out", tmp_path / "out", *FACTORS, "--quiet", *verify)
     assert_refused(result, "q_proj", empty=tmp_path)
 
 
@@ -136,9 +136,9 @@ def test_a_fold_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.fault("loaded in another dtype than stored")
-def test_an_insert_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> None:
+def test_factors_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> None:
     model = spoiled(llama, tmp_path, config(torch_dtype="float16", dtype="float16"))
-    command = ("harden", model, *INSERT, "--quiet", "--out")
+    command = ("harden", model, *FACTORS, "--quiet", "--out")
     refused = call_cli(*command, tmp_path / "a")
     assert_refused(refused, "float16, in which config.json has the model loaded", "--alpha 100", "--dtype bfloat16")
     for name, more in (("alpha", ("--alpha", "100")), ("dtype", ("--dtype", "bfloat16"))):  # as the hint says
@@ -148,7 +148,7 @@ def test_an_insert_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> 
 @pytest.mark.fault("loaded in another dtype than stored")
 def test_the_symmetric_gauge_of_what_is_loaded_in_bfloat16(llama: Path, tmp_path: Path) -> None:
     model = spoiled(llama, tmp_path, config(dtype="bfloat16"))
-    command = ("harden", model, *INSERT, "--gauge", "symmetric", "--quiet", "--out")
+    command = ("harden", model, *FACTORS, "--gauge", "symmetric", "--quiet", "--out")
     refused = call_cli(*command, tmp_path / "a")
     assert_refused(refused, "bfloat16, in which config.json has the model loaded", "--dtype float32")
     assert call_cli(*command, tmp_path / "b", "--dtype", "float32").code == 0  # as the hint says
@@ -158,7 +158,7 @@ def test_the_symmetric_gauge_of_what_is_loaded_in_bfloat16(llama: Path, tmp_path
 @pytest.mark.fault("loaded in another dtype than stored")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_alpha_beyond_the_range_is_not_told_to_use_what_it_uses(dtype: str, llama: Path, tmp_path: Path) -> None:
-    command = ("harden", llama, *INSERT, "--dtype", dtype, "--quiet", "--out", tmp_path / "out", "--alpha")
+    command = ("harden", llama, *FACTORS, "--dtype", dtype, "--quiet", "--out", tmp_path / "out", "--alpha")
     refused = call_cli(*command, "1e40")
     assert_refused(refused, f"1e+40 would break the function in {dtype}", "--alpha", empty=tmp_path)
     assert "--dtype" not in refused.stderr
@@ -179,7 +179,7 @@ def test_outputs_that_are_not_finite_have_a_message_of_their_own(
         return found if directory == llama else found * float("nan")
 
     monkeypatch.setattr(verify, "_outputs", broken)
-    for method, words in (("insert", "smaller --alpha"), ("fold", "--method insert")):
+    for method, words in (("factors", "smaller --alpha"), ("fold", "--method scale"), ("scale", "--method factors")):
         result = call_cli("harden", llama, "--out", tmp_path / "out", "--method", method, "--quiet",
-                          *(INSERT[2:] if method == "insert" else ()))  # fmt: skip
+                          *(FACTORS[2:] if method == "factors" else ()))  # fmt: skip
         assert_refused(result, "NaN or infinity, and the base's do not", words, empty=tmp_path)

@@ -23,7 +23,7 @@ from tests.faults.small_attack import SMALL, finished_runs
 from tests.hardening.mutations import REMOVED, Mutation, config, content, edit_json, spoiled, tensor
 
 FOLD = ("--method", "fold", "--quiet")
-INSERT = ("--method", "insert", "--top-k", "4", "--quiet")
+FACTORS = ("--method", "factors", "--top-k", "4", "--quiet")
 
 
 def ends_well(result: Result, out: Path | None = None) -> bool:
@@ -125,7 +125,7 @@ DIRECTORIES: dict[str, Mutation] = {
     "architectures of a function": config(architectures=["pipeline"]),
     "architectures of another family": config(architectures=["GPT2LMHeadModel"]),
 }
-HARDENINGS = (FOLD, INSERT)
+HARDENINGS = (FOLD, FACTORS)
 
 
 @pytest.mark.fault("odd directories, configs and names, given to every command", inputs=6)
@@ -178,12 +178,12 @@ def test_a_name_that_is_not_utf_8(llama: Path, tmp_path: Path) -> None:
 
 LINES: dict[str, tuple[str, ...]] = {
     "alpha a word": ("harden", "BASE", "--alpha", "ten"),
-    "alpha tiny": ("harden", "BASE", *INSERT, "--alpha", "1e-320"),
-    "alpha 1": ("harden", "BASE", *INSERT, "--alpha", "1"),
-    "top-k negative": ("harden", "BASE", "--method", "insert", "--top-k", "-3"),
-    "top-k huge": ("harden", "BASE", "--method", "insert", "--top-k", str(10**30)),
-    "seed negative": ("harden", "BASE", *INSERT, "--seed", "-1"),
-    "seed huge": ("harden", "BASE", *INSERT, "--seed", str(10**40)),
+    "alpha tiny": ("harden", "BASE", *FACTORS, "--alpha", "1e-320"),
+    "alpha 1": ("harden", "BASE", *FACTORS, "--alpha", "1"),
+    "top-k negative": ("harden", "BASE", "--method", "factors", "--top-k", "-3"),
+    "top-k huge": ("harden", "BASE", "--method", "factors", "--top-k", str(10**30)),
+    "seed negative": ("harden", "BASE", *FACTORS, "--seed", "-1"),
+    "seed huge": ("harden", "BASE", *FACTORS, "--seed", str(10**40)),
     "shards of one byte": ("harden", "BASE", *FOLD, "--max-shard-size", "0.001KB"),
     "shards of nothing": ("harden", "BASE", *FOLD, "--max-shard-size", "0GB"),
     "shards of infinity": ("harden", "BASE", *FOLD, "--max-shard-size", "infGB"),
@@ -234,18 +234,16 @@ LINES: dict[str, tuple[str, ...]] = {
     "certify with a report that is nowhere": ("certify", "HARDENED", "--base", "BASE", "--attacks", "nowhere.json"),
     "certify with a report that is a model": ("certify", "HARDENED", "--base", "BASE", "--attacks", "BASE/config.json"),
     "certify on text that is nowhere": ("certify", "HARDENED", "--base", "BASE", "--text", "nowhere.txt"),
-    "certify in an unknown format": ("certify", "HARDENED", "--base", "BASE", "--format", "jpeg"),
+    "certify in an unknown format": ("certify", "HARDENED", "--base", "BASE", "--formats", "jpeg"),
     "certify on a device of no kind": ("certify", "HARDENED", "--base", "BASE", "--device", "quantum"),
     "certify against a base that is nowhere": ("certify", "HARDENED", "--base", "./nowhere"),
-    "certify by no jobs": ("certify", "HARDENED", "--base", "BASE", "--jobs", "0"),
     "certify on text that is a directory": ("certify", "HARDENED", "--base", "BASE", "--text", "BASE"),
-    "alpha beyond any number": ("harden", "BASE", *INSERT, "--alpha", "1e400"),
-    "alpha with a minus of Unicode": ("harden", "BASE", *INSERT, "--alpha", "\u22125"),
+    "alpha beyond any number": ("harden", "BASE", *FACTORS, "--alpha", "1e400"),
+    "alpha with a minus of Unicode": ("harden", "BASE", *FACTORS, "--alpha", "\u22125"),
     "alpha of a staircase": ("harden", "BASE", *FOLD, "--alpha", "100"),
     "top-k of a fold": ("harden", "BASE", *FOLD, "--top-k", "4"),
     "a gauge of a fold": ("harden", "BASE", *FOLD, "--gauge", "symmetric"),
-    "code for an insert": ("harden", "BASE", *INSERT, "--allow-code"),
-    "globs that cancel": ("harden", "BASE", *INSERT, "--layers", "*o_proj", "--exclude", "*o_proj"),
+    "globs that cancel": ("harden", "BASE", *FACTORS, "--layers", "*o_proj", "--exclude", "*o_proj"),
     "a dtype of integers": ("harden", "BASE", *FOLD, "--dtype", "int8"),
     "shards of 1e400": ("harden", "BASE", *FOLD, "--max-shard-size", "1e400GB"),
     "shards below nothing": ("harden", "BASE", *FOLD, "--max-shard-size", "-5GB"),

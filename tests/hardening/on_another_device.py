@@ -24,7 +24,7 @@ from specdef_cli.attack.optimizers.groups import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.certify.curvature import hessian_top
 from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import Factors, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.spectral.effective_rank import effective_rank
 from specdef_cli.spectral.subspace import top_subspace
@@ -35,11 +35,11 @@ Check = Callable[[torch.device], float]
 
 CPU = torch.device("cpu")
 HARDENED: dict[str, dict[str, Any]] = {
-    "fold": {"method": "fold"},
-    "scales": {"method": "insert"},
-    "factors": {"method": "insert", "schedule": "constant", "alpha": 1e3, "top_k": 4},
-    "factors, symmetric gauge": {"method": "insert", "schedule": "constant", "alpha": 10.0, "gauge": "symmetric"},
-    "factors in bfloat16": {"method": "insert", "schedule": "constant", "alpha": 1e3, "dtype": "bfloat16"},
+    "fold": {},
+    "scale": {"construction": Scale()},
+    "factors": {"construction": Factors(alpha=1e3, top_k=4)},
+    "factors, symmetric gauge": {"construction": Factors(alpha=10.0, gauge="symmetric")},
+    "factors in bfloat16": {"construction": Factors(alpha=1e3), "dtype": "bfloat16"},
 }
 
 

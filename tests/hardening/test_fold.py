@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +17,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.checkpoint.manifest import Profile, read_manifest
+from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import SAMPLE_ROWS, fold_pairs, inverse
-from specdef_cli.hardening.options import HardenOptions, MethodChoice
+from specdef_cli.hardening.fold import EVERYWHERE, PROFILES, SAMPLE_ROWS, FoldProfile, Steps, fold_pairs, inverse
+from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
+from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant
 from tests.commands import assert_refused, call_cli
 from tests.tiny_families import write_case
 
@@ -34,11 +35,11 @@ def opened(directory: Path) -> tuple[Checkpoint, Skeleton]:
     return checkpoint, Skeleton.read(checkpoint)
 
 
-@pytest.mark.parametrize(("method", "matches"), [("fold", 1), ("insert", 2), ("auto", 1)])
+@pytest.mark.parametrize(("construction", "matches"), [(Fold(), 1), (Factors(), 2), (Scale(), 2)])
 def test_names_are_matched_once_a_plan(
-    method: MethodChoice, matches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    construction: Construction, matches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one model, too. The names that insert adds are matched beside the base's."""
+    """On one model, too. The names that factors and scales add are matched beside the base's."""
     base = write_case("llama", tmp_path / "base")
     models = []
 
@@ -47,7 +48,7 @@ def test_names_are_matched_once_a_plan(
         return get_model_conversion_mapping(model)
 
     monkeypatch.setattr("specdef_cli.architectures.names.get_model_conversion_mapping", counted)
-    make_plan(*opened(base), HardenOptions(str(base), tmp_path / "x", method=method))
+    make_plan(*opened(base), HardenOptions(str(base), tmp_path / "x", construction))
     assert len(models) == matches
     assert len({id(model) for model in models}) == 1
 
@@ -69,9 +70,9 @@ def gradients(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("schedule", ["staircase", "constant"])
+@pytest.mark.parametrize("steps", [None, partial(constant, alpha=2.0**HIGHEST_EXPONENT)], ids=["profile", "highest"])
 def test_gradients_are_those_of_the_base_by_the_inverse_factors(
-    dtype: torch.dtype, schedule: Literal["staircase", "constant"], tmp_path: Path
+    dtype: torch.dtype, steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """∂L/∂(2^e·θ) = 2^-e·∂L/∂θ, bit for bit: nothing over- or underflows, not even where every exponent is the highest.
 
@@ -79,15 +80,9 @@ def test_gradients_are_those_of_the_base_by_the_inverse_factors(
     the factors and not an overflow that one line repairs.
     """
     base = write_case("llama", tmp_path / "base")
-    alpha = 2.0**28 if schedule == "constant" else None
-    options = HardenOptions(
-        str(base),
-        tmp_path / "out",
-        method="fold",
-        schedule=schedule,
-        alpha=alpha,
-        verify=False,
-    )
+    if steps is not None:
+        monkeypatch.setitem(PROFILES, "float16-cache", FoldProfile({EVERYWHERE: Steps(steps)}))
+    options = HardenOptions(str(base), tmp_path / "out", verify=False)
     result = harden(options)
     assert result is not None
     expected, found = gradients(base, dtype), gradients(tmp_path / "out", dtype)
@@ -110,15 +105,8 @@ def checkpoint_of(directory: Path, **tensors: torch.Tensor) -> Path:
     return directory
 
 
-def folded_channels(directory: Path, pair: SymmetricPair, profile: Profile = "coverage") -> tuple[int, ...]:
-    (found,) = fold_pairs(
-        open_checkpoint(directory),
-        [pair],
-        profile=profile,
-        schedule="staircase",
-        alpha=2,
-        dtype=None,
-    )
+def folded_channels(directory: Path, pair: SymmetricPair) -> tuple[int, ...]:
+    (found,) = fold_pairs(open_checkpoint(directory), [pair], "float16-cache", None)
     return found.channels
 
 
@@ -137,7 +125,7 @@ def test_what_a_cache_holds_is_scaled_on_channels_of_middling_norm(tmp_path: Pat
     key = torch.ones(6, 4) * torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0])[:, None]
     directory = checkpoint_of(tmp_path / "m", query=torch.ones(6, 9), key=key)
     pair = SymmetricPair("a", "query_key", 6, (Side("query", 0, singles(6), 1), Side("key", 0, singles(6), -1)))
-    assert folded_channels(directory, pair) == folded_channels(directory, pair, "quantizable") == (4, 0)
+    assert folded_channels(directory, pair) == (4, 0)
 
 
 def test_channels_of_a_group_of_heads_count_together(tmp_path: Path) -> None:
@@ -173,7 +161,7 @@ def test_a_pair_of_zeros_is_left_out(tmp_path: Path) -> None:
     directory = checkpoint_of(tmp_path / "m", up=torch.zeros(6, 4), down=torch.zeros(4, 6))
     pair = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
     checkpoint = open_checkpoint(directory)
-    assert fold_pairs(checkpoint, [pair], profile="coverage", schedule="staircase", alpha=2, dtype=None) == ()
+    assert fold_pairs(checkpoint, [pair], "float16-cache", None) == ()
 
 
 # --- scaling ---------------------------------------------------------------------------------------------------------
@@ -195,7 +183,7 @@ def test_what_would_be_rounded_or_flushed_is_refused_and_left_as_it_was(dtype: t
 
 def test_a_fold_and_its_inverse_leave_every_bit(tmp_path: Path) -> None:
     base = write_case("mixtral", tmp_path / "base")
-    plan = make_plan(*opened(base), HardenOptions(str(base), tmp_path / "x", method="fold"))
+    plan = make_plan(*opened(base), HardenOptions(str(base), tmp_path / "x"))
     tensors = load_file(base / "model.safetensors")
     for pair in (*plan.folded, *map(inverse, plan.folded)):
         for part in pair.slices:
@@ -207,36 +195,24 @@ def test_a_fold_and_its_inverse_leave_every_bit(tmp_path: Path) -> None:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def test_a_constant_fold_takes_alpha_in_every_pair(llama: Path, tmp_path: Path) -> None:
-    for alpha, exponent in ((("--alpha", "1000"), 10), ((), 13)):
-        out = tmp_path / f"out{exponent}"
-        result = call_cli("harden", llama, "--out", out, "--method", "fold", "--schedule", "constant", *alpha, "--json")
-        assert result.code == 0, result.stderr
-        said = json.loads(result.stdout)
-        assert f"every rescaled channel gets 2**{exponent}" in "\n".join(said["notes"])
-        manifest = read_manifest(out)
-        assert manifest.schedule == "constant"
-        assert {abs(value) for pair in manifest.folded for value in pair.exponents} == {exponent}
-        assert f"powers of two (2^{exponent}, coverage profile)" in (out / "README.md").read_text()
-
-
-def test_a_staircase_is_the_default_and_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
+def test_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = call_cli("harden", llama, "--out", out, "--profile", "quantizable", "--schedule", "staircase")
+    result = call_cli("harden", llama, "--out", out)
     assert result.code == 0, result.stderr
     manifest = read_manifest(out)
-    assert (manifest.method, manifest.schedule, manifest.profile) == ("fold", "staircase", "quantizable")
-    assert [pair.exponents for pair in manifest.folded] == [(8, -7), (6, -6)]
+    assert (manifest.method, manifest.profile) == ("fold", "float16-cache")
     card = (out / "README.md").read_text()
     assert "bit for bit" in card
     assert "rebalancing" in card
-    assert "It does not survive: double quantization (bitsandbytes), merging with models" in card
-    assert "float32 or bfloat16" not in card
+    assert "merging with models" in card
     assert "compensation" not in card
+    assert "float16-cache profile" in card
     free = card.partition("as fast as before: ")[2].partition(".  ")[0]
-    assert all(name in free for name in ("lm_head", "model.embed_tokens", "mlp.down_proj", "self_attn.v_proj"))
+    assert "model.embed_tokens" in free
+    one_sided = "lm_head, mlp.down_proj, mlp.gate_proj, self_attn.o_proj"
+    assert f"as one side of them is scaled: {one_sided}. " in card
+    assert f"slowed least when trained alone: {one_sided}." in result.stderr
     assert "self_attn.q_proj" not in free
-    assert "queries and keys that are trained alone, and nothing else" in result.stderr.replace("\n", " ")
     assert "secure" not in card.lower()
 
 
@@ -276,12 +252,8 @@ def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_p
             "float16 weights, 8- and 4-bit quantization (bitsandbytes, torchao, GGUF), float8, merging ",
         ),
         (
-            ("--method", "insert", "--top-k", "4"),
+            ("--method", "factors", "--top-k", "4"),
             "float16 weights, 8- and 4-bit quantization (bitsandbytes, torchao, GGUF), float8, merging ",
-        ),
-        (
-            ("--schedule", "constant", "--alpha", "1024"),
-            "float8, a float16 key/value cache or llama.cpp's flash attention (its defaults), merging ",
         ),
     ):
         out = tmp_path / options[1]
@@ -291,13 +263,13 @@ def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_p
         assert lost in told
         card = (out / "README.md").read_text()
         assert lost in card
-        assert ("freezing the compensation" in card) == ("insert" in options)
+        assert ("freezing the compensation" in card) == ("factors" in options)
         assert "embed_tokens" in card
         assert "These weights compute" not in card
 
 
-def test_the_card_of_an_insert_gives_the_deviation_first(llama: Path, tmp_path: Path) -> None:
-    result = call_cli("harden", llama, "--out", tmp_path / "out", "--method", "insert", "--top-k", "4")
+def test_the_card_of_factors_gives_the_deviation_first(llama: Path, tmp_path: Path) -> None:
+    result = call_cli("harden", llama, "--out", tmp_path / "out", "--method", "factors", "--top-k", "4")
     assert result.code == 0, result.stderr
     figures = read_manifest(tmp_path / "out").verification
     text = (tmp_path / "out" / "README.md").read_text()
@@ -307,18 +279,6 @@ def test_the_card_of_an_insert_gives_the_deviation_first(llama: Path, tmp_path: 
 
 
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "alpha of a staircase": (("--alpha", "100"), ("--alpha 100", "staircase", "--schedule constant")),
-    "alpha of an automatic staircase": (("--method", "auto", "--alpha", "100"), ("--alpha 100", "--method insert")),
-    "top-k": (("--top-k", "4"), ("--top-k 4", "inserted layers", "--method insert")),
-    "gauge": (("--gauge", "rotated"), ("--gauge rotated", "inserted layers")),
-    "profile of insert": (("--method", "insert", "--profile", "coverage", "--top-k", "4"), ("--profile", "folded")),
-    "staircase of insert": (
-        ("--method", "insert", "--schedule", "staircase", "--top-k", "4"),
-        ("--top-k 4", "staircase", "--schedule constant"),
-    ),
-    "alpha below 2": (("--schedule", "constant", "--alpha", "1.5"), ("alpha 1.5", "8192")),
-    "alpha above the range": (("--schedule", "constant", "--alpha", "1e9"), ("alpha 1e+09", "2**28")),
-    "alpha not a number": (("--schedule", "constant", "--alpha", "nan"), ("alpha nan", "8192")),
     "float16": (("--dtype", "float16"), ("float16", "--dtype bfloat16")),
     "a glob without a match": (("--layers", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
     "an exclusion without a match": (("--exclude", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
@@ -336,27 +296,46 @@ def test_an_option_that_cannot_be_honoured_is_refused(case: str, llama: Path, tm
     assert_refused(result, *words, empty=outside)
 
 
-def test_globs_choose_pairs(llama: Path, tmp_path: Path) -> None:
-    def kinds(*arguments: str) -> set[str]:
-        result = call_cli(
-            "harden", llama, "--out", tmp_path / "x", "--method", "fold", "--dry-run", "--json", *arguments
-        )
-        assert result.code == 0, result.stderr
-        return {pair["kind"] for pair in json.loads(result.stdout)["pairs"]}
+WRONG_USAGE = {
+    "fold": (("--alpha", "100"), ("--top-k", "4"), ("--gauge", "rotated"), ("--seed", "0")),
+    "scale": (("--profile", "bfloat16"), ("--alpha", "100"), ("--top-k", "25")),
+    "factors": (("--profile", "float16-cache"),),
+}
 
-    assert kinds("--layers", "*.o_proj") == {"value_output"}
-    assert kinds("--layers", "*.down_proj.weight") == {"up_down"}
-    assert kinds("--exclude", "*norm*") == {"value_output", "query_key", "up_down"}
+
+@pytest.mark.parametrize(
+    ("method", "option"), [(method, option) for method, given in WRONG_USAGE.items() for option in given]
+)
+def test_an_option_of_another_method_is_wrong_usage(
+    method: str, option: tuple[str, str], llama: Path, tmp_path: Path
+) -> None:
+    """Even where it gives the default; the message names the method that has it, which takes it."""
+    result = call_cli("harden", llama, "--out", tmp_path / "out", "--method", method, *option)
+    owner = "fold" if option[0] == "--profile" else "factors"
+    assert result.code == 2
+    assert f"{option[0]} is an option of --method {owner}, not of {method}" in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+    followed = call_cli("harden", llama, "--method", owner, *option, "--dry-run")
+    assert followed.code == 0, followed.stderr
+
+
+def test_globs_choose_pairs(llama: Path, tmp_path: Path) -> None:
+    def kinds(**globs: tuple[str, ...]) -> set[str]:
+        plan = make_plan(*opened(llama), HardenOptions(str(llama), tmp_path / "x", **globs))  # type: ignore[arg-type]
+        return {pair.kind for pair in plan.folded}
+
+    assert kinds(layers=("*.o_proj",)) == {"value_output"}
+    assert kinds(layers=("*.down_proj.weight",)) == {"up_down"}
+    assert kinds(exclude=("*norm*",)) == {"value_output", "query_key", "up_down"}
     # v_proj is in two pairs: with its output, and with the norm that it reads.
-    assert kinds("--layers", "*.v_proj") == {"value_output", "norm_readers"}
+    assert kinds(layers=("*.v_proj",)) == {"value_output", "norm_readers"}
 
 
 def test_names_of_the_model_are_known_too(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """A ViT's files call vit.encoder.layer.0.layernorm_before what the model calls layers.0.layernorm_before."""
-    arguments = ("--method", "fold", "--dry-run", "--json", "--layers", "*layers.0.layernorm_before")
-    result = call_cli("harden", tiny_model("vit"), "--out", tmp_path / "x", *arguments)
-    assert result.code == 0, result.stderr
-    assert [pair["kind"] for pair in json.loads(result.stdout)["pairs"]] == ["norm_readers"]
+    vit = tiny_model("vit")
+    options = HardenOptions(str(vit), tmp_path / "x", layers=("*layers.0.layernorm_before",))
+    assert [pair.kind for pair in make_plan(*opened(vit), options).folded] == ["norm_readers"]
 
 
 def test_a_family_that_is_not_described_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -365,7 +344,9 @@ def test_a_family_that_is_not_described_is_refused_with_the_reason(tmp_path: Pat
     )
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
     result = call_cli("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "fold", "--quiet")
-    assert_refused(result, "no symmetric pair to fold", "OPTForCausalLM", "not described", "--method insert")
+    assert_refused(result, "no symmetric pair to fold", "OPTForCausalLM", "not described", "--method scale")
+    followed = call_cli("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "scale", "--quiet")
+    assert followed.code == 0, followed.stderr
 
 
 def test_a_weight_that_would_leave_the_range_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
@@ -373,10 +354,10 @@ def test_a_weight_that_would_leave_the_range_is_refused_by_name(llama: Path, tmp
     shutil.copytree(llama, directory)
     tensors = load_file(directory / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
-    plan = make_plan(*opened(directory), HardenOptions(str(directory), tmp_path / "x", method="fold"))
+    plan = make_plan(*opened(directory), HardenOptions(str(directory), tmp_path / "x"))
     column = next(pair.channels[0] for pair in plan.folded if pair.name == "model.layers.0.mlp.up_down")
     tensors[name][0, column] = 1e-37
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     result = call_cli("harden", directory, "--out", tmp_path / "out", "--method", "fold", "--quiet")
-    assert_refused(result, name, "float32", "--schedule constant")
+    assert_refused(result, name, "float32", "--method factors")
     assert not (tmp_path / "out").exists()

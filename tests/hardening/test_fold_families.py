@@ -17,7 +17,7 @@ import torch
 
 from specdef_cli.checkpoint.manifest import Manifest, read_manifest
 from specdef_cli.hardening.collapse import collapse
-from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.options import CollapseOptions, Fold, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime.shim import SHIM_SOURCE
 from tests.commands import call_cli, environment
@@ -40,9 +40,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
     "sharded": {"max_shard_size": 12_000},
-    "quantizable": {"profile": "quantizable"},
+    "bfloat16 profile": {"construction": Fold("bfloat16")},
 }
-Fold = Callable[[str, str], Path]
+Make = Callable[[str, str], Path]
 PROGRAM = Path(__file__).with_name("plain_transformers.py")
 
 
@@ -60,14 +60,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def folded(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Fold:
+def folded(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
     root = tmp_path_factory.mktemp("folds")
     made: set[tuple[str, str]] = set()
 
     def build(case: str, variant: str) -> Path:
         out = root / f"{case}-{variant}"
         if (case, variant) not in made:
-            harden(HardenOptions(str(base(case)), out, method="fold", verify=False, **VARIANTS[variant]))
+            harden(HardenOptions(str(base(case)), out, verify=False, **VARIANTS[variant]))
             made.add((case, variant))
         return out
 
@@ -75,7 +75,7 @@ def folded(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def judged(base: Callable[[str], Path], folded: Fold) -> dict[str, dict[str, list[str]]]:
+def judged(base: Callable[[str], Path], folded: Make) -> dict[str, dict[str, list[str]]]:
     """What the other process found, by ``case variant``."""
     jobs = [
         {
@@ -86,7 +86,6 @@ def judged(base: Callable[[str], Path], folded: Fold) -> dict[str, dict[str, lis
         }
         for case in CASES
         for variant in VARIANTS
-        if not (variant == "quantizable" and "query_key" not in KINDS[case])
     ]
     return judged_elsewhere(jobs)
 
@@ -118,7 +117,7 @@ def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plain_transformers_computes_every_bit_of_the_base(case: str, judged: dict[str, Any], folded: Fold) -> None:
+def test_plain_transformers_computes_every_bit_of_the_base(case: str, judged: dict[str, Any], folded: Make) -> None:
     mine = {name: result for name, result in judged.items() if name.split()[0] == case}
     assert len(mine) == len(VARIANTS) - ("query_key" not in KINDS[case])
     for name, result in mine.items():
@@ -132,12 +131,12 @@ def test_plain_transformers_computes_every_bit_of_the_base(case: str, judged: di
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_pair_of_the_family_is_folded_far(case: str, base: Callable[[str], Path], folded: Fold) -> None:
+def test_every_pair_of_the_family_is_folded_far(case: str, base: Callable[[str], Path], folded: Make) -> None:
     """The counterpart to unchanged outputs: the weights did change, in both directions, and only in range."""
     manifest = read_manifest(folded(case, "float32"))
     assert {pair.kind for pair in manifest.folded} == KINDS[case]
     assert manifest.method == "fold"
-    assert manifest.profile == "coverage"
+    assert manifest.profile == "float16-cache"
     for pair in manifest.folded:
         assert len(pair.channels) == len(set(pair.channels)) == 2, pair.name
         up, down = pair.exponents
@@ -165,28 +164,10 @@ def highest_crossing(manifest: Manifest) -> int:
     return max(sum(by_axis.values()) for by_axis in exponents.values())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "query_key" in KINDS[case]])
-def test_the_quantizable_profile_scales_rows_alone(case: str, base: Callable[[str], Path], folded: Fold) -> None:
-    """Rows have scales of their own in every format; a column that stands out takes its neighbours' digits."""
-    directory = folded(case, "quantizable")
-    manifest = read_manifest(directory)
-    assert {pair.kind for pair in manifest.folded} == {"query_key"}
-    before, after = tensors(base(case)), tensors(directory)
-    for pair in manifest.folded:
-        up, down = pair.exponents
-        assert 6 <= up <= 8
-        assert -8 <= down <= -6
-        for part in pair.slices:
-            ratio = (after[part.tensor] / before[part.tensor]).log2()
-            if ratio.dim() == 2:  # one factor a row; GPT-2 keeps its weights transposed
-                transposed = case.startswith("gpt2")
-                assert torch.equal(ratio, (ratio[:1] if transposed else ratio[:, :1]).expand_as(ratio))
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("variant", ["float32", "bfloat16", "sharded"])
 def test_collapse_gives_every_byte_back(
-    case: str, variant: str, base: Callable[[str], Path], folded: Fold, tmp_path: Path
+    case: str, variant: str, base: Callable[[str], Path], folded: Make, tmp_path: Path
 ) -> None:
     result = collapse(CollapseOptions(str(folded(case, variant)), tmp_path / "back"))
     assert result is not None
@@ -201,7 +182,7 @@ def test_collapse_gives_every_byte_back(
     assert config == original
 
 
-def test_the_two_tensors_of_a_pair_may_lie_in_different_shards(folded: Fold, base: Callable[[str], Path]) -> None:
+def test_the_two_tensors_of_a_pair_may_lie_in_different_shards(folded: Make, base: Callable[[str], Path]) -> None:
     directory = folded("llama", "sharded")
     where = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     apart = [
@@ -212,8 +193,8 @@ def test_the_two_tensors_of_a_pair_may_lie_in_different_shards(folded: Fold, bas
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_auto_folds_what_it_can_and_adds_no_code(
-    case: str, base: Callable[[str], Path], folded: Fold, tmp_path: Path
+def test_the_default_folds_and_adds_no_code(
+    case: str, base: Callable[[str], Path], folded: Make, tmp_path: Path
 ) -> None:
     result = harden(HardenOptions(str(base(case)), tmp_path / "out"))
     assert result is not None
@@ -234,9 +215,4 @@ def test_the_notes_name_what_is_left_and_why(base: Callable[[str], Path], tmp_pa
 
     assert "alone not slowed: model.embed_tokens, model.norm." in notes("llama-tied")
     assert "mlp.experts.down_proj," in notes("gpt-oss")
-    assert "--allow-code would scale 2 linear layers, 1 norm, 1 embedding, 1 head" in notes("gpt2")
-    # A kind that the profile does not use needs no excuse.
     assert "1+w" in notes("gemma2")
-    assert "1+w" not in notes("gemma2", "--profile", "quantizable")
-    assert "self_attn.v_proj" in notes("llama", "--profile", "quantizable")
-    assert "self_attn.q_proj" not in notes("llama", "--profile", "quantizable")

@@ -140,7 +140,7 @@ def check(model: Path, where: Path, mutation: Callable[[Path, random.Random], No
     shutil.copytree(model, directory)
     outside.mkdir()
     mutation(directory, generator)
-    options = ("--top-k", "4") if method == "insert" else ()
+    options = ("--top-k", "4") if method == "factors" else ()
     result = call_cli("harden", directory, "--out", outside / "out", "--method", method, "--quiet", *options)
     if result.code:
         assert_refused(result, empty=outside)
@@ -169,7 +169,7 @@ def run_many(model: Path, tmp_path: Path, mutation: Any, seeds: range, method: s
 
 
 @pytest.mark.fault("directories spoiled at random", inputs=12)
-@pytest.mark.parametrize("method", ["insert", "fold"])
+@pytest.mark.parametrize("method", ["factors", "fold"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_no_traceback_and_no_silent_success(mutation: Any, method: str, llama: Path, tmp_path: Path) -> None:
     run_many(llama, tmp_path, mutation, range(12), method)
@@ -177,7 +177,7 @@ def test_no_traceback_and_no_silent_success(mutation: Any, method: str, llama: P
 
 @pytest.mark.fault("directories spoiled at random", inputs=138)
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["insert", "fold"])
+@pytest.mark.parametrize("method", ["factors", "fold"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_many_more(mutation: Any, method: str, llama: Path, tmp_path: Path) -> None:
     run_many(llama, tmp_path, mutation, range(12, 150), method)
@@ -186,12 +186,12 @@ def test_many_more(mutation: Any, method: str, llama: Path, tmp_path: Path) -> N
 # --- hardened directories --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["insert", "fold"])
+@pytest.fixture(scope="module", params=["factors", "fold"])
 def hardened(
     request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("fuzz") / "out"
-    options = ("--top-k", "4") if request.param == "insert" else ()
+    options = ("--top-k", "4") if request.param == "factors" else ()
     result = call_cli("harden", tiny_model("llama"), "--out", out, "--method", request.param, "--no-verify", *options)
     assert result.code == 0, result.stderr
     return out

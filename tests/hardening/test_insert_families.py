@@ -12,10 +12,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 import specdef_cli  # noqa: F401
-from specdef_cli.checkpoint.manifest import InsertedLayer, read_manifest
+from specdef_cli.checkpoint.manifest import FactoredLayer, read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.collapse import collapse
-from specdef_cli.hardening.options import CollapseOptions, HardenOptions, StoredDtype
+from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions, StoredDtype
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import SpecDefLinear, load_model
 from tests.tiny_models import FAMILIES, README, forward
@@ -44,7 +44,7 @@ def hardened(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) ->
     def build(family: str, dtype: torch.dtype) -> Path:
         if (family, dtype) not in made:
             out = tmp_path_factory.mktemp("hardened") / family
-            options = HardenOptions(str(tiny_model(family, dtype)), out, method="insert", alpha=ALPHA, top_k=TOP_K)
+            options = HardenOptions(str(tiny_model(family, dtype)), out, Factors(alpha=ALPHA, top_k=TOP_K))
             assert harden(options) is not None
             made[family, dtype] = out
         return made[family, dtype]
@@ -70,8 +70,8 @@ def test_the_hardened_model_computes_what_the_base_computes(
     model, reference = load_model(directory), load_model(base)
     assert type(model) is type(reference)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert swapped(model) == [layer.module for layer in manifest.inserted]
-    assert {layer.tensor.removesuffix(".weight") for layer in manifest.inserted} == DEFAULT_LAYERS[family]
+    assert swapped(model) == [layer.module for layer in manifest.factored]
+    assert {layer.tensor.removesuffix(".weight") for layer in manifest.factored} == DEFAULT_LAYERS[family]
     error = relative(forward(model), forward(reference))
     assert 0 < error < TOLERANCE[dtype]
     assert manifest.verification["relative"] < TOLERANCE[dtype]
@@ -86,7 +86,7 @@ def test_every_factor_is_as_the_manifest_says(
     base, found = tensors(tiny_model(family, dtype)), tensors(hardened(family, dtype))
     manifest = read_manifest(hardened(family, dtype))
     consumed = set()
-    for layer in manifest.inserted:
+    for layer in manifest.factored:
         weight = base[layer.tensor].double()
         weight = weight.mT if layer.transposed else weight
         assert layer.transposed == (family == "gpt2")
@@ -99,14 +99,14 @@ def test_every_factor_is_as_the_manifest_says(
             assert layer.bias not in found
             consumed.add(layer.compensation_bias)
     untouched = found.keys() - consumed
-    assert untouched == base.keys() - {layer.tensor for layer in manifest.inserted} - {
-        layer.bias for layer in manifest.inserted
+    assert untouched == base.keys() - {layer.tensor for layer in manifest.factored} - {
+        layer.bias for layer in manifest.factored
     }
     assert all(torch.equal(found[name], base[name]) for name in untouched)
     assert all(found[name].dtype == base[name].dtype for name in untouched)
 
 
-def check_layer(layer: InsertedLayer, weight: torch.Tensor, found: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def check_layer(layer: FactoredLayer, weight: torch.Tensor, found: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """The spectra of both factors, the top of which is α times the weight's, and their product."""
     inflated, compensation = found[layer.inflated_tensor], found[layer.compensation_tensor]
     assert inflated.dtype == compensation.dtype == found[layer.tensor].dtype == dtype
@@ -133,7 +133,7 @@ def test_collapse_gives_the_base_back(
     assert result is not None
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((base / "config.json").read_text())
     found, expected = tensors(tmp_path / "back"), tensors(base)
-    changed = {layer.tensor for layer in result.manifest.inserted}
+    changed = {layer.tensor for layer in result.manifest.factored}
     assert_collapsed(found, expected, changed, WEIGHT_TOLERANCE[dtype])
     names = {path.name for path in (tmp_path / "back").iterdir()}
     assert names == {path.name for path in base.iterdir()}
@@ -175,7 +175,7 @@ def test_shards_in_and_out_hold_the_same(tiny_model: TinyModel, tmp_path: Path) 
     assert len(list(sharded.glob("*.safetensors"))) > 2
     made = {}
     for name, base, size in (("one", single, 10**9), ("in", sharded, 10**9), ("out", single, 20_000)):
-        options = HardenOptions(str(base), tmp_path / name, method="insert", top_k=TOP_K, max_shard_size=size)
+        options = HardenOptions(str(base), tmp_path / name, Factors(top_k=TOP_K), max_shard_size=size)
         assert harden(options) is not None
         made[name] = tensors(tmp_path / name)
     assert [path.name for path in sorted((tmp_path / "in").glob("*.safetensors"))] == ["model.safetensors"]
@@ -211,11 +211,11 @@ def test_globs_choose_the_layers(
     layers: tuple[str, ...], exclude: tuple[str, ...], expected: set[str], llama: Path, tmp_path: Path
 ) -> None:
     options = HardenOptions(
-        str(llama), tmp_path / "out", method="insert", top_k=2, layers=layers, exclude=exclude, verify=False
+        str(llama), tmp_path / "out", Factors(top_k=2), layers=layers, exclude=exclude, verify=False
     )
     result = harden(options)
     assert result is not None
-    assert {layer.module for layer in result.manifest.inserted} == expected
+    assert {layer.module for layer in result.manifest.factored} == expected
     assert result.manifest.verification == {"skipped": "verification was switched off"}
     assert relative(forward(load_model(tmp_path / "out")), forward(load_model(llama))) < 1e-5
 
@@ -224,7 +224,7 @@ def test_globs_choose_the_layers(
 def test_another_dtype_casts_every_floating_tensor(
     dtype: StoredDtype, alpha: float, llama: Path, tmp_path: Path
 ) -> None:
-    options = HardenOptions(str(llama), tmp_path / "out", method="insert", alpha=alpha, top_k=TOP_K, dtype=dtype)
+    options = HardenOptions(str(llama), tmp_path / "out", Factors(alpha=alpha, top_k=TOP_K), dtype=dtype)
     result = harden(options)
     assert result is not None
     expected = getattr(torch, dtype)
@@ -236,13 +236,11 @@ def test_another_dtype_casts_every_floating_tensor(
 
 
 def test_the_symmetric_gauge_is_the_papers(llama: Path, tmp_path: Path) -> None:
-    options = HardenOptions(
-        str(llama), tmp_path / "out", method="insert", alpha=1e3, top_k=TOP_K, gauge="symmetric", seed=7
-    )
+    options = HardenOptions(str(llama), tmp_path / "out", Factors(alpha=1e3, top_k=TOP_K, gauge="symmetric", seed=7))
     result = harden(options)
     assert result is not None
     base, found = tensors(llama), tensors(tmp_path / "out")
-    for layer in result.manifest.inserted:
+    for layer in result.manifest.factored:
         left, singular_values, right = torch.linalg.svd(base[layer.tensor].double(), full_matrices=False)
         inflation = torch.ones_like(singular_values)
         inflation[:TOP_K] = 1e3
@@ -255,6 +253,6 @@ def test_the_symmetric_gauge_is_the_papers(llama: Path, tmp_path: Path) -> None:
 
 def test_a_seed_gives_the_same_bytes_again(llama: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        harden(HardenOptions(str(llama), tmp_path / name, method="insert", top_k=TOP_K, seed=3))
+        harden(HardenOptions(str(llama), tmp_path / name, Factors(top_k=TOP_K, seed=3)))
     assert file_sha256(tmp_path / "a" / "model.safetensors") == file_sha256(tmp_path / "b" / "model.safetensors")
     assert read_manifest(tmp_path / "a") == read_manifest(tmp_path / "b")

@@ -38,7 +38,7 @@ POINTS = [
 @pytest.fixture(scope="module")
 def arguments(tiny_model: TinyModel) -> tuple[str, ...]:
     base = tiny_model("llama")
-    return ("harden", str(base), "--method", "insert", "--top-k", "4", "--quiet", "--max-shard-size", "15KB", "--out")
+    return ("harden", str(base), "--method", "factors", "--top-k", "4", "--quiet", "--max-shard-size", "15KB", "--out")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdef_cli.hardening.collapse import collapse
-from specdef_cli.hardening.options import CollapseOptions, HardenOptions, StoredDtype
+from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions, StoredDtype
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model, load_tokenizer
 
@@ -73,9 +73,9 @@ def test_sentence_embeddings_are_kept(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    result = harden(HardenOptions(str(minilm), tmp_path / "out", method="insert", alpha=alpha, dtype=dtype))
+    result = harden(HardenOptions(str(minilm), tmp_path / "out", Factors(alpha=alpha), dtype=dtype))
     assert result is not None
-    assert len(result.manifest.inserted) == 12
+    assert len(result.manifest.factored) == 12
     in_float32 = base_embeddings(torch.float32)
     stored = cosines(embeddings(tmp_path / "out", torch.float32), in_float32)
     computed = cosines(embeddings(tmp_path / "out"), in_float32)
@@ -95,10 +95,7 @@ def test_sentence_embeddings_are_kept(
 
 
 def test_collapse_gives_the_trained_weights_back(minilm: Path, tmp_path: Path) -> None:
-    assert (
-        harden(HardenOptions(str(minilm), tmp_path / "out", method="insert", schedule="constant", verify=False))
-        is not None
-    )
+    assert harden(HardenOptions(str(minilm), tmp_path / "out", Factors(), verify=False)) is not None
     assert collapse(CollapseOptions(str(tmp_path / "out"), tmp_path / "back")) is not None
     for name in ("tokenizer.json", "1_Pooling/config.json", "modules.json", "sentence_bert_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (minilm / name).read_bytes()

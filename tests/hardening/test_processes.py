@@ -39,10 +39,10 @@ def launched(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     return process
 
 
-@pytest.mark.parametrize("method", ["insert", "fold"])
+@pytest.mark.parametrize("method", ["factors", "fold"])
 def test_two_processes_write_the_same_bytes(method: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     options = ["--method", method, "--max-shard-size", "20KB", "--quiet"]
-    options += ["--top-k", "4"] if method == "insert" else []
+    options += ["--top-k", "4"] if method == "factors" else []
     base = tiny_model("llama")
     process = launched("harden", str(base), "--out", str(tmp_path / "two"), *options, home=tmp_path / "home")
     assert process.returncode == 0, process.stderr[-3000:]
@@ -55,7 +55,7 @@ def test_two_processes_write_the_same_bytes(method: str, tiny_model: Callable[..
 
 
 def test_a_refusal_ends_both_processes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    options = ["--method", "insert", "--top-k", "33"]
+    options = ["--method", "factors", "--top-k", "33"]
     process = launched("harden", str(tiny_model("llama")), "--out", str(tmp_path / "out"), *options, home=tmp_path)
     assert process.returncode != 0
     assert "top-k 33 is more than the rank" in process.stderr

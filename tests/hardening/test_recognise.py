@@ -11,9 +11,10 @@ from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Profile, Scale
 from specdef_cli.hardening.recognise import NATURAL_OCTAVES, Recognised, inflation, recognise, recognised_in
 from specdef_cli.hardening.run import harden
+from specdef_cli.spectral.gauges import Gauge
 from tests.tiny_families import CASES, write_case
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
@@ -24,9 +25,9 @@ def found_in(directory: Path) -> Recognised:
     return recognise(checkpoint, Skeleton.read(checkpoint))
 
 
-def bare(base: Path, out: Path, **options: object) -> Path:
+def bare(base: Path, out: Path, construction: Construction) -> Path:
     """A hardened directory without its manifest."""
-    assert harden(HardenOptions(str(base), out, verify=False, **options)) is not None  # type: ignore[arg-type]
+    assert harden(HardenOptions(str(base), out, construction, verify=False)) is not None
     (out / MANIFEST_NAME).unlink()
     return out
 
@@ -36,9 +37,9 @@ def test_nothing_is_found_in_a_trained_model() -> None:
     assert Recognised().sentence is None
 
 
-@pytest.mark.parametrize("profile", ["coverage", "quantizable"])
-def test_a_fold_of_a_trained_model_is_found_with_its_largest_exponent(tmp_path: Path, profile: str) -> None:
-    result = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "fold", method="fold", profile=profile, verify=False))  # type: ignore[arg-type]
+@pytest.mark.parametrize("profile", ["float16-cache", "bfloat16"])
+def test_a_fold_of_a_trained_model_is_found_with_its_largest_exponent(tmp_path: Path, profile: Profile) -> None:
+    result = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "fold", Fold(profile), verify=False))
     assert result is not None
     (tmp_path / "fold" / MANIFEST_NAME).unlink()
     found = found_in(tmp_path / "fold")
@@ -49,17 +50,17 @@ def test_a_fold_of_a_trained_model_is_found_with_its_largest_exponent(tmp_path: 
     largest = max(abs(exponent) for pair in result.manifest.folded for exponent in pair.exponents)
     assert abs(found.octaves - largest) <= 2
     assert found.alpha == 2.0**found.octaves
-    assert (found.inserted, found.constructions) == ((), {"folded"})
+    assert (found.factored, found.constructions) == ((), {"folded"})
     assert f"2^{found.octaves}" in str(found.sentence)
 
 
 @pytest.mark.parametrize("gauge", ["rotated", "symmetric"])
-def test_inserted_pairs_are_found_with_their_alpha(tmp_path: Path, gauge: str) -> None:
-    found = found_in(bare(TINY_LLAMA, tmp_path / "insert", method="insert", alpha=1e4, top_k=4, gauge=gauge))
-    assert len(found.inserted) == 8
-    assert all(path.endswith(("o_proj", "down_proj")) for path in found.inserted)
+def test_factors_are_found_with_their_alpha(tmp_path: Path, gauge: Gauge) -> None:
+    found = found_in(bare(TINY_LLAMA, tmp_path / "factors", Factors(alpha=1e4, top_k=4, gauge=gauge)))
+    assert len(found.factored) == 8
+    assert all(path.endswith(("o_proj", "down_proj")) for path in found.factored)
     assert found.alpha == pytest.approx(1e4, rel=0.1)
-    assert found.constructions == {"inserted"}
+    assert found.constructions == {"factored"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,7 +68,7 @@ def test_every_familys_fold_is_found(case: str, tmp_path: Path) -> None:
     base = write_case(case, tmp_path / "base")
     before = found_in(base)
     assert before.folded == ()
-    after = found_in(bare(base, tmp_path / "fold", method="fold"))
+    after = found_in(bare(base, tmp_path / "fold", Fold()))
     assert after.folded
     assert after.octaves > NATURAL_OCTAVES
 
@@ -101,7 +102,7 @@ def test_scaled_modules_are_found_where_the_head_shares_the_embedding(
 ) -> None:
     """The head has a tombstone on disk, and no weight of its own in the original architecture."""
     base = write_case(case, tmp_path / "base")
-    assert harden(HardenOptions(str(base), tmp_path / "scaled", method="insert", verify=False)) is not None
+    assert harden(HardenOptions(str(base), tmp_path / "scaled", Scale(), verify=False)) is not None
     if not manifest:
         (tmp_path / "scaled" / MANIFEST_NAME).unlink()
     found = found_in(tmp_path / "scaled")

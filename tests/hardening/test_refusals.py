@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specdef_cli.hardening import insert
+from specdef_cli.hardening import factors
 from specdef_cli.runtime import load_model
 from specdef_cli.spectral.reparameterize import Factors
 from tests.commands import assert_refused, call_cli, snapshot
@@ -116,7 +116,7 @@ def test_input(case: str, llama: Path, tmp_path: Path, outside: Path) -> None:
     mutation, words = INPUTS[case]
     directory = spoiled(llama, tmp_path, mutation, content("evil.py", "raise SystemExit('code was run')"))
     before = snapshot(directory)
-    result = call_cli("harden", directory, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet")
+    result = call_cli("harden", directory, "--out", outside / "out", "--method", "factors", "--top-k", "4", "--quiet")
     assert_refused(result, *words, empty=outside)
     assert "code was run" not in result.stderr
     assert snapshot(directory) == before
@@ -151,14 +151,14 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def test_options(case: str, llama: Path, outside: Path) -> None:
     arguments, words = OPTIONS[case]
     top_k = () if "--top-k" in arguments else ("--top-k", "4")
-    result = call_cli("harden", llama, "--out", outside / "out", "--method", "insert", "--quiet", *top_k, *arguments)
+    result = call_cli("harden", llama, "--out", outside / "out", "--method", "factors", "--quiet", *top_k, *arguments)
     assert_refused(result, *words, empty=outside)
 
 
 @pytest.mark.fault("bad option given to harden")
 def test_the_alpha_that_is_advised_for_a_layer_is_accepted(llama: Path, outside: Path) -> None:
     # Within the dtype's rough limit, but not within this layer's own: its spectrum decays.
-    arguments = ("harden", llama, "--method", "insert", "--gauge", "symmetric", "--top-k", "8", "--quiet")
+    arguments = ("harden", llama, "--method", "factors", "--gauge", "symmetric", "--top-k", "8", "--quiet")
     weight = load_file(llama / "model.safetensors")[DOWN].double()
     directory = spoiled(
         llama,
@@ -176,10 +176,6 @@ DATA_DEPENDENT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[st
     "a fold that would round": (lambda weight: weight * 1e-33, ("--method", "fold")),
     "a fold that would overflow": (lambda weight: weight * 1e36, ("--method", "fold", "--layers", "*.down_proj")),
     "one row of tiny numbers": (lambda weight: weight.index_fill(0, torch.tensor([7]), 1e-37), ("--method", "fold")),
-    "a symmetric gauge that would round": (
-        lambda weight: decaying(weight.double()),
-        ("--method", "insert", "--gauge", "symmetric", "--top-k", "8", "--alpha", "1e5"),
-    ),
 }
 
 
@@ -204,7 +200,7 @@ def decaying(weight: torch.Tensor) -> torch.Tensor:
 def test_weights_of_low_rank_are_hardened(llama: Path, tmp_path: Path) -> None:
     """A rank below k is no error: the surplus directions are inflated zeros, and the product is the weight."""
     directory = spoiled(llama, tmp_path, tensor(DOWN, lambda weight: weight[:, :1] @ weight[:1]))
-    result = call_cli("harden", directory, "--out", tmp_path / "out", "--method", "insert", "--top-k", "8", "--json")
+    result = call_cli("harden", directory, "--out", tmp_path / "out", "--method", "factors", "--top-k", "8", "--json")
     assert result.code == 0, result.stderr
     assert json.loads(result.stdout)["manifest"]["verification"]["relative"] < 1e-5
 
@@ -233,11 +229,11 @@ def test_layers_of_one_row_or_column(shape: tuple[int, int], llama: Path, tmp_pa
         config(intermediate_size=1, num_attention_heads=1, num_key_value_heads=1, head_dim=2),
     )
     glob = "*.up_proj" if shape[0] == 1 else "*.down_proj"
-    arguments = ("harden", directory, "--out", tmp_path / "out", "--method", "insert", "--layers", glob, "--json")
+    arguments = ("harden", directory, "--out", tmp_path / "out", "--method", "factors", "--layers", glob, "--json")
     assert_refused(call_cli(*arguments, "--top-k", "2"), "top-k 2", f"{shape[0]}×{shape[1]}", "--top-k 1 or less")
     result = call_cli(*arguments, "--top-k", "1")
     assert result.code == 0, result.stderr
-    layer = json.loads(result.stdout)["manifest"]["inserted"][0]
+    layer = json.loads(result.stdout)["manifest"]["factored"][0]
     assert (layer["out_features"], layer["in_features"]) == shape
     assert layer["reconstruction_error"] < 1e-5
 
@@ -248,7 +244,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     result = call_cli(
-        "harden", llama, "--out", outside / "new" / "out", "--method", "insert", "--top-k", "4", "--quiet"
+        "harden", llama, "--out", outside / "new" / "out", "--method", "factors", "--top-k", "4", "--quiet"
     )
     assert_refused(result, "the output needs", str(outside), "Free some space", empty=outside)
 
@@ -259,7 +255,7 @@ def test_an_output_that_is_taken_or_in_the_input(llama: Path, tmp_path: Path) ->
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious").write_text("x")
     before = snapshot(tmp_path)
-    arguments = ("harden", directory, "--method", "insert", "--top-k", "4", "--quiet", "--out")
+    arguments = ("harden", directory, "--method", "factors", "--top-k", "4", "--quiet", "--out")
     assert_refused(call_cli(*arguments, tmp_path / "taken"), str(tmp_path / "taken"), "exists already")
     assert_refused(call_cli(*arguments, directory), "lies in the input")
     assert_refused(call_cli(*arguments, directory / "sub" / "out"), "lies in the input")
@@ -269,17 +265,17 @@ def test_an_output_that_is_taken_or_in_the_input(llama: Path, tmp_path: Path) ->
 
 def test_a_corrupted_factor_is_never_published(llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer's own check and the comparison of the models each catch what the other does not see."""
-    build = insert.rotated_factors
+    build = factors.rotated_factors
 
     def corrupt(weight: torch.Tensor, basis: torch.Tensor, alpha: float, dtype: torch.dtype) -> Factors:
         factors = build(weight, basis, alpha, dtype)
         factors.compensation[0, -1] += 1
         return factors
 
-    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet")
-    monkeypatch.setattr(insert, "rotated_factors", corrupt)
+    arguments = ("harden", llama, "--out", outside / "out", "--method", "factors", "--top-k", "4", "--quiet")
+    monkeypatch.setattr(factors, "rotated_factors", corrupt)
     assert_refused(call_cli(*arguments), "model.layers.", "relative error", empty=outside)  # whichever layer is first
-    monkeypatch.setattr(insert.InsertLayer, "_require_restored", lambda self, error: None)
+    monkeypatch.setattr(factors.FactorLayer, "_require_restored", lambda self, error: None)
     assert_refused(call_cli(*arguments), "the hardened model's outputs differ from the base's", empty=outside)
     result = call_cli(*arguments, "--no-verify")
     assert result.code == 0
@@ -298,7 +294,7 @@ def test_a_damaged_card_is_no_obstacle(llama: Path, tmp_path: Path) -> None:
     for name, card in cards.items():
         directory = spoiled(llama, tmp_path / name, content("README.md", card))
         out = tmp_path / name / "out"
-        result = call_cli("harden", directory, "--out", out, "--method", "insert", "--top-k", "4", "--no-verify")
+        result = call_cli("harden", directory, "--out", out, "--method", "factors", "--top-k", "4", "--no-verify")
         assert result.code == 0, (name, result.stderr)
         written = (out / "README.md").read_text()
         assert "- specdef" in written
@@ -315,7 +311,7 @@ def test_a_damaged_card_is_no_obstacle(llama: Path, tmp_path: Path) -> None:
 def hardened(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hardened") / "out"
     result = call_cli(
-        *("harden", tiny_model("bert"), "--out", out, "--method", "insert", "--top-k", "4", "--no-verify")
+        *("harden", tiny_model("bert"), "--out", out, "--method", "factors", "--top-k", "4", "--no-verify")
     )
     assert result.code == 0, result.stderr
     return out
@@ -334,7 +330,7 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "manifest a list": (content("specdef.json", "[]"), ("specdef.json", "not a valid manifest")),
     "manifest of the future": (edit_json("specdef.json", format=99), ("format 99", "Install")),
     "manifest without base": (edit_json("specdef.json", base=REMOVED), ("specdef.json", "base")),
-    "layers as text": (edit_json("specdef.json", inserted="all"), ("specdef.json",)),
+    "layers as text": (edit_json("specdef.json", factored="all"), ("specdef.json",)),
     "truncated": (raw_bytes(lambda data: data[:-5]), ("model.safetensors",)),
 }
 
@@ -362,7 +358,7 @@ def test_collapse_of_a_base_is_refused(llama: Path, outside: Path) -> None:
 
 @pytest.mark.fault("hardened already, output taken or in the input")
 def test_what_is_hardened_is_not_hardened_again(hardened: Path, outside: Path) -> None:
-    result = call_cli("harden", hardened, "--out", outside / "out", "--method", "insert", "--top-k", "4")
+    result = call_cli("harden", hardened, "--out", outside / "out", "--method", "factors", "--top-k", "4")
     assert_refused(result, str(hardened), "hardened already", empty=outside)
 
 
@@ -375,7 +371,7 @@ def test_inspect_refuses_a_device_and_nan(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.fault("disk full")
 def test_a_full_disk_in_the_middle_can_be_resumed(llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet",
+    arguments = ("harden", llama, "--out", outside / "out", "--method", "factors", "--top-k", "4", "--quiet",
                  "--max-shard-size", "20KB")  # fmt: skip
     pwrite, written = os.pwrite, [0]
 
@@ -401,7 +397,7 @@ def test_a_full_disk_in_the_middle_can_be_resumed(llama: Path, outside: Path, mo
 def test_a_full_disk_after_the_shards_can_be_resumed(
     llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--top-k", "4", "--quiet")
+    arguments = ("harden", llama, "--out", outside / "out", "--method", "factors", "--top-k", "4", "--quiet")
 
     def full(source: Any, target: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -416,7 +412,7 @@ def test_a_full_disk_after_the_shards_can_be_resumed(
 def test_resume_with_other_options_is_refused_and_keeps_the_work(
     llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("harden", llama, "--out", outside / "out", "--method", "insert", "--quiet", "--max-shard-size")
+    arguments = ("harden", llama, "--out", outside / "out", "--method", "factors", "--quiet", "--max-shard-size")
 
     def full(source: Any, target: Any, **keywords: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -19,12 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.architectures.families import FAMILIES
 from specdef_cli.attack.variants.unscale import unscale as collapse_in_memory
-from specdef_cli.certify.deployment.adapters import attach_adapter
-from specdef_cli.checkpoint.manifest import Manifest, ScaledModule, read_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS
-from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.options import CollapseOptions, Construction, Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden, open_model
 from specdef_cli.runtime import load_model
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT
@@ -34,14 +33,11 @@ from tests.tiny_families import CASES, write_case
 from tests.weights import tensors
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "insert": {"method": "insert"},
-    "mixed": {"allow_code": True},
-    "bfloat16": {"method": "insert", "dtype": "bfloat16"},
+    "scale": {},
+    "bfloat16": {"dtype": "bfloat16"},
 }
-MADE = [(case, "insert") for case in CASES]
-MADE += [
-    (case, variant) for case in ("llama-tied", "gemma3", "olmo2", "gpt2", "bert") for variant in ("mixed", "bfloat16")
-]
+MADE = [(case, "scale") for case in CASES]
+MADE += [(case, "bfloat16") for case in ("llama-tied", "gemma3", "olmo2", "gpt2", "bert")]
 Make = Callable[[str, str], Path]
 
 
@@ -58,7 +54,7 @@ def scaled(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
     def build(case: str, variant: str) -> Path:
         out = root / f"{case}-{variant}"
         if not out.is_dir():
-            harden(HardenOptions(str(base(case)), out, verify=False, **VARIANTS[variant]))
+            harden(HardenOptions(str(base(case)), out, Scale(), verify=False, **VARIANTS[variant]))
         return out
 
     return build
@@ -119,7 +115,7 @@ def test_an_architecture_that_nobody_described_is_scaled_all_the_same(name: str,
             parameter.add_(0.05 * torch.randn_like(parameter))
     assert type(model.base_model).__name__ not in FAMILIES
     model.save_pretrained(tmp_path / "base")
-    assert harden(HardenOptions(str(tmp_path / "base"), tmp_path / "out", method="insert")) is not None
+    assert harden(HardenOptions(str(tmp_path / "base"), tmp_path / "out", Scale())) is not None
     assert read_manifest(tmp_path / "out").verification["equal"]
     base, hardened = tensors(tmp_path / "base"), tensors(tmp_path / "out")
     same = [name for name in base if name in hardened and torch.equal(base[name], hardened[name])]
@@ -141,12 +137,12 @@ def test_the_vectors_times_the_stored_weight_are_the_weight(
     case: str, base: Callable[[str], Path], scaled: Make
 ) -> None:
     manifest, files, expected = (
-        read_manifest(scaled(case, "insert")),
-        tensors(scaled(case, "insert")),
+        read_manifest(scaled(case, "scale")),
+        tensors(scaled(case, "scale")),
         tensors(base(case)),
     )
-    assert manifest.method == "insert"
-    assert not manifest.inserted
+    assert manifest.method == "scale"
+    assert not manifest.factored
     assert not manifest.folded
     own = [module for module in manifest.scaled if module.tied_to is None]
     for module in own:
@@ -162,7 +158,7 @@ def test_the_vectors_times_the_stored_weight_are_the_weight(
 
 
 def test_a_linear_is_scaled_on_both_sides_and_a_vocabulary_in_steps(scaled: Make) -> None:
-    manifest = read_manifest(scaled("llama", "insert"))
+    manifest = read_manifest(scaled("llama", "scale"))
     linears = [module for module in manifest.scaled if module.kind == "linear"]
     assert len(linears) == 14
     for module in linears:
@@ -171,7 +167,7 @@ def test_a_linear_is_scaled_on_both_sides_and_a_vocabulary_in_steps(scaled: Make
             inflated, deflated = side.exponents
             assert inflated > 0 > deflated
             assert max(inflated, -deflated) <= HIGHEST_EXPONENT
-    files = tensors(scaled("llama", "insert"))
+    files = tensors(scaled("llama", "scale"))
     for stem, scale, period in (("model.embed_tokens", "input_scale", 8), ("lm_head", "output_scale", 128)):
         steps = files[f"{stem}.{scale}.weight"].log2()
         assert steps.tolist() == [4.0 * (token % period) * (token % period < 8) for token in range(len(steps))]
@@ -181,7 +177,7 @@ def test_tokens_are_few_where_every_token_has_a_gradient(scaled: Make) -> None:
     """An embedding that is also the head gets one from every position; one that is only looked up does not."""
     periods = {}
     for case in ("llama", "llama-tied"):
-        modules = {module.kind: module for module in read_manifest(scaled(case, "insert")).scaled}
+        modules = {module.kind: module for module in read_manifest(scaled(case, "scale")).scaled}
         looked_up, outputs = modules["embedding"].input, modules["head"].output
         assert looked_up is not None
         assert outputs is not None
@@ -193,7 +189,7 @@ def test_tokens_are_few_where_every_token_has_a_gradient(scaled: Make) -> None:
 def test_a_vocabulary_of_fewer_tokens_than_steps_takes_the_first_steps(vocabulary: int, tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**{**SMALL, "vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    assert harden(HardenOptions(str(tmp_path / "base"), tmp_path / "out", method="insert")) is not None
+    assert harden(HardenOptions(str(tmp_path / "base"), tmp_path / "out", Scale())) is not None
     manifest = read_manifest(tmp_path / "out")
     assert manifest.verification["equal"]
     embedding = next(module for module in manifest.scaled if module.kind == "embedding")
@@ -204,7 +200,7 @@ def test_one_norm_is_far_above_all_others(scaled: Make) -> None:
     """Neighbours that share a rate train together, and a gain has one side."""
     norms = {
         module.module: module.output.exponents[0]
-        for module in read_manifest(scaled("llama", "insert")).scaled
+        for module in read_manifest(scaled("llama", "scale")).scaled
         if module.kind == "norm" and module.output is not None
     }
     assert norms.pop("model.layers.0.post_attention_layernorm") == 40
@@ -217,62 +213,35 @@ def test_the_norm_far_above_does_not_write_to_the_residual_stream(scaled: Make) 
     """An entry of the residual stream, which Gemma's last norm of a block writes, is worth more."""
     highest = [
         module.module
-        for module in read_manifest(scaled("gemma3", "insert")).scaled
+        for module in read_manifest(scaled("gemma3", "scale")).scaled
         if module.kind == "norm" and module.output is not None and module.output.exponents[0] > HIGHEST_EXPONENT
     ]
     assert highest == ["model.layers.0.pre_feedforward_layernorm"]
 
 
-def test_auto_with_code_folds_the_pairs_that_another_crosses(scaled: Make) -> None:
-    manifest = read_manifest(scaled("llama-tied", "mixed"))
-    assert manifest.method == "mixed"
-    folded = {part.tensor for pair in manifest.folded for part in pair.slices}
-    scaled_tensors = {module.tensor for module in manifest.scaled}
-    assert not folded & scaled_tensors
-    assert scaled_tensors == {"model.embed_tokens.weight", "model.norm.weight"}
+def test_a_mixed_directory_of_format_1_collapses(base: Callable[[str], Path], tmp_path: Path) -> None:
+    """Early versions folded pairs and scaled the rest: here the same is put together from a fold and scales of it."""
+    folded, mixed = tmp_path / "folded", tmp_path / "mixed"
+    harden(HardenOptions(str(base("llama")), folded, layers=("*.o_proj",), verify=False))
+    first = json.loads((folded / MANIFEST_NAME).read_text())
+    (folded / MANIFEST_NAME).unlink()
+    harden(HardenOptions(str(folded), mixed, Scale(), layers=("*norm*", "*embed_tokens"), verify=False))
+    made = json.loads((mixed / MANIFEST_NAME).read_text())
+    made |= {"format": 1, "method": "mixed", "schedule": "staircase", "profile": "coverage", "inserted": []}
+    made["folded"] = first["folded"]
+    del made["factored"]
+    (mixed / MANIFEST_NAME).write_text(json.dumps(made))
+    manifest = read_manifest(mixed)
+    assert (manifest.method, len(manifest.folded)) == ("scale", 2)
+    collapse(CollapseOptions(str(mixed), tmp_path / "back"))
+    assert_same_bytes(tensors(tmp_path / "back"), tensors(base("llama")))
 
 
-@pytest.mark.parametrize(
-    ("case", "options", "pairs", "ends"),
-    [
-        ("llama-tied", {"exclude": ("*norm*",)}, 6, {"gate_proj", "embed_tokens", "lm_head"}),
-        ("gemma3", {"layers": ("*.o_proj",)}, 0, {"o_proj", "v_proj"}),
-        (
-            "gemma3",
-            {"exclude": ("*.o_proj",), "layers": ("*_proj",)},
-            0,
-            {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"},
-        ),
-        ("gemma3", {"profile": "coverage", "layers": ("*.o_proj", "*.embed_tokens")}, 2, {"embed_tokens", "lm_head"}),
-        ("gemma3", {"schedule": "constant", "layers": ("*.o_proj", "*.embed_tokens")}, 2, {"embed_tokens", "lm_head"}),
-        ("bert", {"layers": ("*.key*",)}, 0, {"key", "query"}),
-    ],
-    ids=["no norms", "a glob", "a glob but one", "a profile", "constant", "keys"],
-)
-def test_auto_with_code_leaves_no_weight_of_a_chosen_pair_alone(
-    case: str, options: dict[str, Any], pairs: int, ends: set[str], base: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """Whether a glob names one of its weights, or an option of a fold asks for the pair itself."""
-    with open_model(HardenOptions(str(base(case)), tmp_path / "out", allow_code=True, **options)) as (_, _, plan):
-        assert len(plan.folded) == pairs
-        assert {module.module.rsplit(".", 1)[-1] for module in plan.scaled} == ends
-        assert any("as no pairs cross" in note for note in plan.notes) == (not pairs)
-
-
-@pytest.mark.parametrize("case", ["gemma3", "olmo2"])
-def test_auto_with_code_scales_everything_where_no_pair_crosses_another(case: str, scaled: Make) -> None:
-    """Their norms are in no pair, so that of value/output and up/down every weight would have one side alone."""
-    manifest = read_manifest(scaled(case, "mixed"))
-    assert manifest.method == "insert"
-    assert not manifest.folded
-    assert manifest.scaled == read_manifest(scaled(case, "insert")).scaled
-
-
-@pytest.mark.parametrize(("options", "told"), [({"method": "insert"}, True), ({"method": "fold"}, False)])
+@pytest.mark.parametrize(("construction", "told"), [(Scale(), True), (Fold(), False)])
 def test_what_does_not_run_the_code_is_told_before_the_work(
-    options: dict[str, Any], told: bool, base: Callable[[str], Path], tmp_path: Path
+    construction: Construction, told: bool, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with open_model(HardenOptions(str(base("llama")), tmp_path / "out", **options)) as (_, _, plan):
+    with open_model(HardenOptions(str(base("llama")), tmp_path / "out", construction)) as (_, _, plan):
         assert (SCALED_LOADERS in plan.notes) == told
 
 
@@ -293,7 +262,7 @@ def test_collapse_gives_every_byte_back(
 def test_an_attacker_who_knows_is_back_at_the_base_in_memory(
     case: str, base: Callable[[str], Path], scaled: Make
 ) -> None:
-    model, plain = load_model(scaled(case, "insert")), load_model(base(case))
+    model, plain = load_model(scaled(case, "scale")), load_model(base(case))
     growth = collapse_in_memory(model)
     assert growth.parameters_after < growth.parameters_before
     assert_same_bytes(dict(model.state_dict()), dict(plain.state_dict()))
@@ -303,7 +272,7 @@ def test_an_attacker_who_knows_is_back_at_the_base_in_memory(
 def test_what_is_saved_again_is_the_same_kind_of_directory(
     case: str, base: Callable[[str], Path], scaled: Make, tmp_path: Path
 ) -> None:
-    model = load_model(scaled(case, "insert"))
+    model = load_model(scaled(case, "scale"))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.inflated.weight is embedding.inflated.weight
     model.save_pretrained(tmp_path / "saved")
@@ -327,7 +296,7 @@ def test_what_is_saved_again_is_the_same_kind_of_directory(
     ],
 )
 def test_a_directory_that_lacks_a_vector_does_not_load(tensor: str, scaled: Make, tmp_path: Path) -> None:
-    broken = shutil.copytree(scaled("llama-tied", "insert"), tmp_path / "broken")
+    broken = shutil.copytree(scaled("llama-tied", "scale"), tmp_path / "broken")
     files = load_file(broken / "model.safetensors")
     del files[tensor]
     save_file(files, broken / "model.safetensors", metadata={"format": "pt"})
@@ -338,9 +307,7 @@ def test_a_directory_that_lacks_a_vector_does_not_load(tensor: str, scaled: Make
 def test_globs_choose_and_a_tied_head_goes_with_its_embedding(base: Callable[[str], Path], tmp_path: Path) -> None:
     def modules(**options: Any) -> set[str]:
         result = harden(
-            HardenOptions(
-                str(base("llama-tied")), tmp_path / str(len(list(tmp_path.iterdir()))), method="insert", **options
-            )
+            HardenOptions(str(base("llama-tied")), tmp_path / str(len(list(tmp_path.iterdir()))), Scale(), **options)
         )
         assert result is not None
         assert isinstance(result.manifest, Manifest)
@@ -354,12 +321,8 @@ def test_globs_choose_and_a_tied_head_goes_with_its_embedding(base: Callable[[st
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--method", "insert", "--dtype", "float16"), ("float16", "--dtype bfloat16")),
-        (("--method", "insert", "--schedule", "staircase", "--top-k", "4"), ("--top-k 4", "--schedule constant")),
-        (("--method", "insert", "--schedule", "staircase", "--alpha", "9"), ("--alpha 9", "--schedule constant")),
-        (("--method", "insert", "--profile", "quantizable"), ("--profile", "--method fold")),
-        (("--method", "fold", "--allow-code"), ("--allow-code would change nothing", "Leave --allow-code out")),
-        (("--method", "insert", "--layers", "nothing"), ("'nothing' matches no", "specdef inspect")),
+        (("--method", "scale", "--dtype", "float16"), ("float16", "--dtype bfloat16")),
+        (("--method", "scale", "--layers", "nothing"), ("'nothing' matches no", "specdef inspect")),
     ],
 )
 def test_an_option_that_does_not_fit_is_refused(
@@ -372,23 +335,11 @@ def test_an_option_that_does_not_fit_is_refused(
 
 
 def test_the_plan_names_every_channel(base: Callable[[str], Path], tmp_path: Path) -> None:
-    result = call_cli("harden", base("gemma3"), "--out", tmp_path / "out", "--method", "insert", "--dry-run", "--json")
-    assert result.code == 0, result.stderr
-    plan = json.loads(result.stdout)
-    modules = {module["module"]: module for module in plan["modules"]}
-    assert modules["lm_head"]["channels"].keys() == {"input_scale", "output_scale"}
-    assert modules["model.embed_tokens"]["channels"]["input_scale"]["period"] == 128
-    assert plan["parameters_added"] == sum(module["parameters_added"] for module in modules.values())
-
-
-@pytest.mark.parametrize("case", ["llama-tied", "gemma3", "gpt2"])
-def test_an_adapter_that_is_carried_over_does_what_it_does_on_the_base(
-    case: str, base: Callable[[str], Path], scaled: Make
-) -> None:
-    ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
-    plain = attach_adapter(load_model(base(case)), base(case), carried=False)
-    carried = attach_adapter(load_model(scaled(case, "insert")), scaled(case, "insert"), carried=True)
-    with torch.no_grad():
-        expected = plain(input_ids=ids).logits
-        assert torch.equal(carried(input_ids=ids).logits, expected)
-        assert not torch.equal(load_model(base(case))(input_ids=ids).logits, expected)
+    with open_model(HardenOptions(str(base("gemma3")), tmp_path / "out", Scale())) as (_, _, plan):
+        modules = {module.module: module for module in plan.scaled}
+        head, embedding = modules["lm_head"], modules["model.embed_tokens"]
+        assert head.input is not None
+        assert head.output is not None
+        assert embedding.input is not None
+        assert embedding.input.period == 128
+        assert plan.parameters_added == sum(module.parameters_added for module in plan.scaled)

@@ -20,10 +20,9 @@ from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import collapse
-from specdef_cli.hardening.options import CollapseOptions, HardenOptions
+from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions
 from specdef_cli.hardening.plan import HardeningPlan
-from specdef_cli.hardening.preview import preview
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.run import harden, preview
 from specdef_cli.hardening.survey import survey
 from specdef_cli.runtime import SpecDefLinear, load_model
 from tests.commands import assert_refused, call_cli, environment, run_program
@@ -66,7 +65,7 @@ def unets(tmp_path_factory: pytest.TempPathFactory) -> Unets:
         if dtype not in made:
             root = tmp_path_factory.mktemp("unets")
             tiny_unet().to(dtype).save_pretrained(root / "unet")
-            assert harden(HardenOptions(str(root / "unet"), root / "hardened", top_k=4)) is not None
+            assert harden(HardenOptions(str(root / "unet"), root / "hardened", Factors(top_k=4))) is not None
             made[dtype] = root / "unet", root / "hardened"
         return made[dtype]
 
@@ -90,7 +89,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pipelines")
     base = write_pipeline(root / "pipeline")
     shutil.copytree(base, root / "hardened", ignore=lambda *_: ["unet"])
-    harden(HardenOptions(str(base / "unet"), root / "hardened" / "unet", top_k=4))
+    harden(HardenOptions(str(base / "unet"), root / "hardened" / "unet", Factors(top_k=4)))
     return root
 
 
@@ -125,8 +124,8 @@ def test_nothing_loads_without_the_package(pipelines: Path, tmp_path: Path) -> N
 def test_the_hardened_unet_computes_what_the_base_computes(dtype: torch.dtype, unets: Unets) -> None:
     base, directory = unets(dtype)
     manifest = read_manifest(directory)
-    assert manifest.method == "insert"
-    assert {layer.module for layer in manifest.inserted} == DEFAULT_LAYERS
+    assert manifest.method == "factors"
+    assert {layer.module for layer in manifest.factored} == DEFAULT_LAYERS
     assert manifest.verification.keys() == {"max_abs", "relative", "equal"}
     assert 0 < manifest.verification["relative"] < TOLERANCE[dtype]
     model, reference = load_model(directory), load_model(base)
@@ -142,7 +141,7 @@ def test_factors_inflate_and_everything_else_is_untouched(dtype: torch.dtype, un
     base, found = (tensors(directory) for directory in unets(dtype))
     manifest = read_manifest(unets(dtype)[1])
     consumed: set[str | None] = set()
-    for layer in manifest.inserted:
+    for layer in manifest.factored:
         weight = torch.linalg.svdvals(base[layer.tensor].double())
         inflated, compensation = (found[name].double() for name in (layer.inflated_tensor, layer.compensation_tensor))
         precision = 1e-5 if dtype == torch.float32 else 1e-2
@@ -173,7 +172,7 @@ def test_collapse_gives_the_base_back(dtype: torch.dtype, unets: Unets, tmp_path
     back = tmp_path / "back"
     assert json.loads((back / "config.json").read_text()) == json.loads((base / "config.json").read_text())
     found, expected = tensors(back), tensors(base)
-    changed = {layer.tensor for layer in result.manifest.inserted}
+    changed = {layer.tensor for layer in result.manifest.factored}
     assert_collapsed(found, expected, changed, WEIGHT_TOLERANCE[dtype])
     assert {path.name for path in back.iterdir()} == {"config.json", "README.md", SINGLE}
     assert relative(denoise(load_model(back)), denoise(load_model(base))) < TOLERANCE[dtype]
@@ -195,8 +194,8 @@ def test_shards_in_and_out_hold_the_same(unets: Unets, tmp_path: Path) -> None:
     base, single = unets(torch.float32)
     UNet2DConditionModel.from_pretrained(base).save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    harden(HardenOptions(str(tmp_path / "sharded"), tmp_path / "one", top_k=4))
-    harden(HardenOptions(str(base), tmp_path / "many", top_k=4, max_shard_size=200_000))
+    harden(HardenOptions(str(tmp_path / "sharded"), tmp_path / "one", Factors(top_k=4)))
+    harden(HardenOptions(str(base), tmp_path / "many", Factors(top_k=4), max_shard_size=200_000))
     assert [path.name for path in (tmp_path / "one").glob("*.safetensors")] == [SINGLE]
     shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 2
@@ -214,11 +213,15 @@ def test_shards_in_and_out_hold_the_same(unets: Unets, tmp_path: Path) -> None:
 
 def test_another_dtype_and_other_layers(unet: Path, tmp_path: Path) -> None:
     options = HardenOptions(
-        str(unet), tmp_path / "out", alpha=1e6, top_k=2, layers=("*.to_q", "time_embedding.*"), dtype="bfloat16"
+        str(unet),
+        tmp_path / "out",
+        Factors(alpha=1e6, top_k=2),
+        layers=("*.to_q", "time_embedding.*"),
+        dtype="bfloat16",
     )
     result = harden(options)
     assert result is not None
-    assert {layer.module.rsplit(".", 1)[-1] for layer in result.manifest.inserted} == {"to_q", "linear_1", "linear_2"}
+    assert {layer.module.rsplit(".", 1)[-1] for layer in result.manifest.factored} == {"to_q", "linear_1", "linear_2"}
     assert "dtype" not in json.loads((tmp_path / "out" / "config.json").read_text())
     model = load_model(tmp_path / "out")
     assert model.dtype == torch.bfloat16
@@ -240,12 +243,11 @@ def test_lora_reaches_both_factors(hardened: Path) -> None:
         assert f"{pair}.{part}.lora_B.default.weight" in trained
 
 
-def test_auto_inserts_and_says_why(unet: Path, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_would_be(unet: Path, tmp_path: Path) -> None:
     seen: list[HardeningPlan] = []
-    shown = preview(HardenOptions(str(unet), tmp_path / "out", top_k=4), seen.append)
-    assert shown.plan.method == "insert"
-    assert any("insert" in note for note in seen[0].notes)
-    assert any("UNet2DConditionModel" in note and "no symmetric pairs" in note for note in seen[0].notes)
+    shown = preview(HardenOptions(str(unet), tmp_path / "out", Factors(top_k=4)), seen.append)
+    assert (shown.method, shown.layers) == ("factors", len(DEFAULT_LAYERS))
+    assert seen[0].factored
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,14 +267,14 @@ def test_a_conditioning_of_stable_diffusion_xl_is_verified(tmp_path: Path) -> No
         "use_linear_projection": True,
     }
     tiny_unet(**changes).save_pretrained(tmp_path / "unet")
-    result = harden(HardenOptions(str(tmp_path / "unet"), tmp_path / "out", top_k=4))
+    result = harden(HardenOptions(str(tmp_path / "unet"), tmp_path / "out", Factors(top_k=4)))
     assert result is not None
     assert 0 < result.manifest.verification["relative"] < 1e-5
 
 
 def test_what_cannot_be_verified_is_refused_before_any_work(tmp_path: Path) -> None:
     tiny_unet(class_embed_type="timestep").save_pretrained(tmp_path / "unet")
-    options = HardenOptions(str(tmp_path / "unet"), tmp_path / "out", top_k=4)
+    options = HardenOptions(str(tmp_path / "unet"), tmp_path / "out", Factors(top_k=4))
     with pytest.raises(SpecDefError, match="timestep") as caught:
         harden(options)
     assert "--no-verify" in caught.value.hint
@@ -339,14 +341,16 @@ def test_damaged_directories_name_what_is_wrong(case: str, hardened: Path) -> No
 
 
 def harden_command(directory: Path, out: Path, *arguments: str) -> Any:
-    return call_cli("harden", directory, "--out", out / "out", "--top-k", "4", "--quiet", *arguments)
+    return call_cli(
+        "harden", directory, "--out", out / "out", "--method", "factors", "--top-k", "4", "--quiet", *arguments
+    )
 
 
 def test_refusals_of_harden(unet: Path, unets: Unets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "outside"
     out.mkdir()
     fold = call_cli("harden", unet, "--out", out / "out", "--method", "fold", "--quiet")
-    assert_refused(fold, "no symmetric pair", "UNet2DConditionModel", "--method insert", empty=out)
+    assert_refused(fold, "no symmetric pair", "UNet2DConditionModel", "--method scale", empty=out)
     assert_refused(harden_command(unets(torch.float32)[1], out), "hardened already", "specdef collapse", empty=out)
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
     assert_refused(harden_command(tmp_path / "vae", out), "AutoencoderKL", "UNet2DConditionModel", empty=out)

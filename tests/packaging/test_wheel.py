@@ -64,7 +64,7 @@ def test_the_core_lacks_something_of_every_extra(binaries: Path, tmp_path: Path)
 def test_harden_inspect_load_and_collapse(binaries: Path, tmp_path: Path) -> None:
     specdef = binaries / "specdef"
     run(specdef, "inspect", TINY, cwd=tmp_path)
-    run(specdef, "harden", TINY, "--method", "insert", "--top-k", "4", "--out", "inserted", cwd=tmp_path)
+    run(specdef, "harden", TINY, "--method", "factors", "--top-k", "4", "--out", "inserted", cwd=tmp_path)
     run(specdef, "harden", TINY, "--method", "fold", "--out", "folded", cwd=tmp_path)
     run(specdef, "collapse", "folded", "--out", "plain", cwd=tmp_path)
     load = (

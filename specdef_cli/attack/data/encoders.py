@@ -8,7 +8,7 @@ from typing import Protocol
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.chat import conversation_example, has_template
-from specdef_cli.attack.data.forms import Completion, Conversation, Document, Instruction, Text
+from specdef_cli.attack.data.forms import Completion, Conversation, Document, Instruction, Text, spoken
 from specdef_cli.attack.data.tokens import NOT_COUNTED, Example, Frame, Packer, shared_length
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
@@ -146,8 +146,8 @@ class Seq2SeqEncoder:
             said = [n for n, message in enumerate(document.messages) if message["role"] == "assistant"]
             if not said:
                 return "without an answer of the assistant's"
-            before = "\n".join(message["content"] for message in document.messages[: said[-1]])
-            document = Completion(before, document.messages[said[-1]]["content"])
+            before = "\n".join(map(spoken, document.messages[: said[-1]]))
+            document = Completion(before, spoken(document.messages[said[-1]]))
         source, target = (_ids(self._tokenizer, text) for text in (document.prompt, document.completion))
         self._append(source[:room], target[:room])
         return None
@@ -181,4 +181,4 @@ def _as_text(document: Document) -> str:
         case Instruction():
             return _as_text(document.completion)
         case Conversation(messages):
-            return "\n".join(message["content"] for message in messages)
+            return "\n".join(map(spoken, messages))

@@ -83,7 +83,7 @@ def load_pixel_transform(directory: Path, *, trust_remote_code: bool = False) ->
 def image_data(options: AttackOptions, transform: PixelTransform, head: Head) -> AttackData:
     """Images of the named data set: a directory of a folder for each class, a parquet file, a Hub id."""
     encode = partial(_stored, options=options)
-    halves = labelled_halves(options, "images", options.image_column, encode, head)
+    halves = labelled_halves(options, "images", (options.image_column,), encode, head)
     prepare = partial(_prepare, transform=transform)
     return AttackData(
         name=str(options.dataset),

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from specdef_cli.attack.data.attack_data import check_size, is_held_out, whole_batches
+from specdef_cli.attack.data.attack_data import check_size, is_held_out, repeated_rows, whole_batches
 from specdef_cli.attack.data.labels import Head, Labels, labels_of
-from specdef_cli.attack.data.rows import field, rows
+from specdef_cli.attack.data.rows import column_of, rows
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError
 
@@ -59,15 +59,15 @@ class LabelledHalves:
 
 
 def labelled_halves(
-    options: AttackOptions, what: str, column: str, encode: Callable[[Any], Example | None], head: Head
+    options: AttackOptions, what: str, columns: tuple[str, ...], encode: Callable[..., Example | None], head: Head
 ) -> LabelledHalves:
     """Read as many rows as a run needs, in a random order.
 
     Args:
         options: Which data, and how much of it.
         what: What is counted, in the plural: texts, images.
-        column: The column that is classified.
-        encode: Makes an example of that column's value; ``None`` where there is nothing in it.
+        columns: What is classified.
+        encode: Makes an example of those columns' values; ``None`` where there is nothing in them.
         head: The checkpoint's own.
 
     Raises:
@@ -83,11 +83,11 @@ def labelled_halves(
     held_out: list[Example] = []
     found: list[Any] = []
     kept = empty = 0
-    for row in rows(options, shuffle=True):
-        value, label = (field(row, name, options.dataset) for name in (column, options.label_column))
+    for row in rows(options, shuffle=True, classes=head.names):
+        *values, label = (column_of(row, name, options.dataset) for name in (*columns, options.label_column))
         half, enough = (held_out, options.eval_sequences) if is_held_out(kept) else (train, wanted)
         if len(half) < enough:
-            example = encode(value)
+            example = encode(*values)
             if example is None:
                 empty += 1
                 continue
@@ -109,5 +109,6 @@ def labelled_halves(
         for example in half:
             digest.update(repr(example).encode())
         digest.update(b"|")
-    remarks = (f"Of {kept + empty} rows read, {empty} without {what[:-1]} left out.",) if empty else ()
+    left_out = [f"Of {kept + empty} rows read, {empty} without {what[:-1]} left out."] if empty else []
+    remarks = (*left_out, *filter(None, [labels.remark]), *repeated_rows(*halves))
     return LabelledHalves(halves[0], halves[1], digest.hexdigest()[:16], labels, labels.outputs != head.labels, remarks)

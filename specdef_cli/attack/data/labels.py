@@ -5,8 +5,9 @@ The three are what transformers calls a classifier's ``problem_type``, and its m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from specdef_cli.errors import SpecDefError
@@ -17,6 +18,10 @@ MAX_CLASSES = 1_000_000
 """A larger number in the column of labels is no class, and a head of that size would not fit into memory."""
 
 
+_UNNAMED = re.compile(r"LABEL_\d+")
+"""What transformers calls the classes of a head that nobody named."""
+
+
 @dataclass(frozen=True)
 class Head:
     """A checkpoint's own head, by its configuration.
@@ -24,10 +29,12 @@ class Head:
     Attributes:
         labels: Outputs.
         problem: ``None`` where the configuration leaves it to the labels.
+        names: The number of each class by its name; empty where the configuration names none.
     """
 
     labels: int = 0
     problem: Problem | None = None
+    names: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,13 @@ class Labels:
         problem: What they are.
         outputs: Of the model's head. A checkpoint whose head has room for every class keeps its head.
         classes: From a label to the number of its class; empty where labels are numbers for the outputs themselves.
+        remark: What a reader of the report should know of them.
     """
 
     problem: Problem
     outputs: int
     classes: dict[Any, int]
+    remark: str = ""
 
     def encoded(self, label: Any) -> int | list[float]:
         """A label as the loss takes it: a class, or a number for each output of the head."""
@@ -92,10 +101,23 @@ def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> La
         return Labels("multi_label_classification", max(*widths, head.labels), {})
     if numbers:
         flat = [int(value) for value in flat]
-    classes = _numbered(flat, column, dataset)
+    by_head = _by_head(flat, head.names)
+    classes = by_head or _numbered(flat, column, dataset)
     count = max(classes.values()) + 1
     outputs = head.labels if head.labels >= count and head.labels > 1 else count
-    return Labels("multi_label_classification" if several else "single_label_classification", outputs, classes)
+    remark = ""
+    if not by_head and not numbers and outputs == head.labels and not all(map(_UNNAMED.fullmatch, head.names)):
+        remark = (
+            f"The checkpoint's classes have other names ({', '.join(head.names)}), so those of {dataset} were numbered "
+            "in alphabetical order. Name them as the checkpoint does if its head is to be kept."
+        )
+    kind: Problem = "multi_label_classification" if several else "single_label_classification"
+    return Labels(kind, outputs, classes, remark)
+
+
+def _by_head(labels: list[Any], names: Mapping[str, int]) -> dict[Any, int]:
+    """Class numbers of names that the checkpoint's head knows, all of them; else none."""
+    return {label: names[label] for label in labels} if all(label in names for label in labels) else {}
 
 
 def _numbered(labels: list[Any], column: str, dataset: str) -> dict[Any, int]:

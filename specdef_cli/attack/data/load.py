@@ -52,6 +52,11 @@ def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, he
         SpecDefError: The data cannot be read, lacks a column, or is too small for one batch and an evaluation.
     """
     head = head or Head()
+    if options.text_pair_column is not None and task != "sequence-classification":
+        raise SpecDefError(
+            f"--text-pair-column {options.text_pair_column} is of a classification of texts, and the task is {task}",
+            "Leave it out, or give --task sequence-classification.",
+        )
     if isinstance(preprocessor, PixelTransform):
         return image_data(options, preprocessor, head)
     if task in ENCODERS:

@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,14 @@ _SHUFFLE_SEED = 0
 _SHUFFLE_BUFFER = 1000  # rows of a streamed data set that are drawn from
 
 
-def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str, Any]]:
+def rows(
+    options: AttackOptions, *, shuffle: bool = False, classes: Mapping[str, int] | None = None
+) -> Iterator[dict[str, Any]]:
     """Rows of the named data set; at least one. Images come as they are stored, not decoded.
 
     Args:
         options: Which data set.
+        classes: The numbers of classes by name: a data set that knows its classes' names is numbered so.
         shuffle: Draw them in a random order, always the same. Labelled data is often stored class by class, and a short
             run would see one of them.
 
@@ -78,12 +81,27 @@ def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str,
         if shuffle:
             data = data.shuffle(seed=_SHUFFLE_SEED, **({} if local else {"buffer_size": _SHUFFLE_BUFFER}))
         iterator = iter(data)
+        renumbered = _renumbering((data.features or {}).get(options.label_column), classes or {})
+        if renumbered:
+            column = options.label_column
+            iterator = ({**row, column: _renumber(row[column], renumbered)} for row in iterator)
         first = next(iterator, None)
     except (OSError, ValueError, RuntimeError, ImportError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise _cannot_be_read(options, path, error) from error
     if first is None:
         raise _no_rows(options.dataset)
     return chain([first], iterator)
+
+
+def _renumbering(feature: Any, classes: Mapping[str, int]) -> dict[int, int]:
+    """From a class label's own numbers to those in ``classes``, where that knows all of its names; else empty."""
+    feature = getattr(feature, "feature", feature)  # of a list of labels
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else []
+    return {n: classes[name] for n, name in enumerate(names)} if all(name in classes for name in names) else {}
+
+
+def _renumber(label: Any, numbers: Mapping[int, int]) -> Any:
+    return [numbers.get(one, one) for one in label] if isinstance(label, list) else numbers.get(label, label)
 
 
 def _load(options: AttackOptions, path: Path) -> Any:
@@ -252,7 +270,7 @@ def _no_rows(dataset: str) -> SpecDefError:
     return SpecDefError(f"{dataset} has no rows", "Give a data set with something in it.")
 
 
-def field(row: Any, column: str, dataset: str) -> Any:
+def column_of(row: Any, column: str, dataset: str) -> Any:
     """One column of a row.
 
     Raises:
@@ -261,7 +279,8 @@ def field(row: Any, column: str, dataset: str) -> Any:
     if column not in row:
         raise SpecDefError(
             f"{dataset} has no column {column!r}",
-            f"It has {', '.join(map(str, row))}; name one with --text-column, --image-column or --label-column.",
+            f"It has {', '.join(map(str, row))}; name one with --text-column, --text-pair-column, --image-column or "
+            "--label-column.",
         )
     return row[column]
 

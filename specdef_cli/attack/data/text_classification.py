@@ -14,17 +14,17 @@ from specdef_cli.errors import SpecDefError
 
 
 def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokenizerBase, head: Head) -> AttackData:
-    """Tokenized texts of the named data set, cut off at the sequence length."""
-    column = options.text_column or "text"
+    """Tokenized texts of the named data set, or pairs of them, cut off at the sequence length."""
+    columns = (options.text_column or "text", *filter(None, [options.text_pair_column]))
     pad_with_something(tokenizer)
 
-    def encode(value: object) -> Example | None:
-        text = as_text(value, column, str(options.dataset))
-        if not text.strip():
+    def encode(*values: object) -> Example | None:
+        texts = [as_text(value, name, str(options.dataset)) for value, name in zip(values, columns, strict=True)]
+        if not any(text.strip() for text in texts):
             return None
-        return dict(tokenizer(text, truncation=True, max_length=options.sequence_length))
+        return dict(tokenizer(*texts, truncation=True, max_length=options.sequence_length))
 
-    halves = labelled_halves(options, "texts", column, encode, head)
+    halves = labelled_halves(options, "texts", columns, encode, head)
     if tokenizer.pad_token_id is None:
         raise SpecDefError(
             "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",

@@ -78,7 +78,7 @@ def _grow(
     places = {path: model.get_submodule(path) for path in outermost_block_paths(model)}
     if not places:
         raise NotApplicable(
-            f"{type(model).__name__} has no blocks to grow", "Leave --expand out, or use --method insert to harden."
+            f"{type(model).__name__} has no blocks to grow", "Leave --expand out, or harden with --method factors."
         )
     before = sum(count_parameters(block) for block in places.values())
     freeze_scaled(model, places)

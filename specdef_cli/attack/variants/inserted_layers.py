@@ -38,8 +38,8 @@ def hardened_layers(model: nn.Module) -> dict[str, SpecDefLinear]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SpecDefLinear)}
     if not layers:
         raise NotApplicable(
-            f"{type(model).__name__} has no inserted layer that could be collapsed, frozen or expanded",
-            "Give a directory hardened with `--method insert`; a fold has no inserted layers: rebalancing undoes it.",
+            f"{type(model).__name__} has no factors that could be collapsed, frozen or expanded",
+            "Give a directory hardened with `--method factors`; a fold has none: rebalancing undoes it.",
         )
     return layers
 

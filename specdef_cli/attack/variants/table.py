@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from specdef_cli.attack.table import Factor, Table, checked_factor
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.checkpoint.manifest import Construction
+from specdef_cli.checkpoint.manifest import Change
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 Knowledge = Literal["none", "construction", "growth"]
-Scope = Literal["inserted", "folded", "scaled", "any"]
+Scope = Literal["factored", "folded", "scaled", "any"]
 
 INFORMED: Final = "informed"
 """In a suite: the variants that belong in every report on the model at hand."""
@@ -40,7 +40,7 @@ class VariantChoice:
             memory for a larger model (``growth``).
         label: A few words for a table; ``{factor:g}`` stands for the factor.
         help: One line for ``--help``.
-        needs: What a model must have for it: inserted layers, folded pairs, scaled modules, or nothing in particular.
+        needs: What a model must have for it: factors, folded pairs, scaled modules, or nothing in particular.
         factor: The number it takes; ``None`` where it takes none.
         random: Whether it draws initial values, and so takes the run's ``seed``.
         trains_inflated: Whether it trains what hardening inflated: its best learning rate may lie far below the usual.
@@ -83,8 +83,8 @@ VARIANTS: Table[VariantChoice] = Table(
         VariantChoice("plain", None, "none", "", "The model as it was published.", trains_inflated=True),
         VariantChoice(
             "collapse", f"{_HERE}.collapse:collapse", "construction", "collapsed",
-            "Multiply every inserted pair: back to the original layer.",
-            needs="inserted", informed="inserted",
+            "Multiply the factors of every layer: back to the original layer.",
+            needs="factored", informed="factored",
         ),
         VariantChoice(
             "unscale", f"{_HERE}.unscale:unscale", "construction", "unscaled",
@@ -107,8 +107,8 @@ VARIANTS: Table[VariantChoice] = Table(
         ),
         VariantChoice(
             "freeze-compensation", f"{_HERE}.freeze:freeze_compensation", "construction", "compensation frozen",
-            "Freeze the compensation of every inserted pair.",
-            needs="inserted",
+            "Freeze the compensation of every pair of factors.",
+            needs="factored",
         ),
         VariantChoice(
             "width", f"{_HERE}.width:widen", "growth", "width {factor:g}×",
@@ -122,8 +122,8 @@ VARIANTS: Table[VariantChoice] = Table(
         ),
         VariantChoice(
             "inject", f"{_HERE}.inject:inject", "growth", "layer injected",
-            "Freeze every inserted pair and put a trainable identity layer after it.",
-            needs="inserted",
+            "Freeze every pair of factors and put a trainable identity layer after it.",
+            needs="factored",
         ),
         VariantChoice(
             "abliterate", f"{_HERE}.edits:ablate", "none", "abliterated",
@@ -195,7 +195,7 @@ class Variant:
         """How much an edit takes out, one after the other."""
         return self.choice.swept if self.factor is None else (self.factor,)
 
-    def applies_to(self, constructions: Collection[Construction]) -> bool:
+    def applies_to(self, constructions: Collection[Change]) -> bool:
         """Whether a model with these constructions has what the variant works on."""
         return _within(self.choice.needs, constructions)
 
@@ -228,7 +228,7 @@ _NO_FACTOR = Factor("factor", 2.0, whole=False)
 """Reads the number that is given to a variant that takes none, so that the message can name it."""
 
 
-def informed_variants(constructions: Collection[Construction], *, surely_folded: bool = False) -> tuple[Variant, ...]:
+def informed_variants(constructions: Collection[Change], *, surely_folded: bool = False) -> tuple[Variant, ...]:
     """The variants that belong in every report on a model with these constructions.
 
     Args:
@@ -244,5 +244,5 @@ def informed_variants(constructions: Collection[Construction], *, surely_folded:
     return tuple(variant for variant in undoing if variant.choice.informed == "folded") if surely_folded else undoing
 
 
-def _within(scope: Scope, constructions: Collection[Construction]) -> bool:
+def _within(scope: Scope, constructions: Collection[Change]) -> bool:
     return scope == "any" or scope in constructions

@@ -28,7 +28,7 @@ def unscale(model: nn.Module) -> Growth:
     wrapped = {path: module for path, module in model.named_modules() if isinstance(module, SpecDefScaled)}
     if not wrapped:
         raise NotApplicable(
-            f"{type(model).__name__} has no scaled module", "Give a directory hardened with --method insert."
+            f"{type(model).__name__} has no scaled module", "Give a directory hardened with --method scale."
         )
     before = after = bytes_added = 0
     done: set[int] = set()

@@ -1,4 +1,4 @@
-"""The paper's Algorithm 1 on one layer of a checkpoint: read W, write W~ and C, say how well C·W~ restores W.
+"""Factors: the paper's Algorithm 1 on one layer of a checkpoint: read W, write W~ and C, say how well C·W~ restores W.
 
 Where the layer's weight stood, a *tombstone* stays: one element under the original name. A loader that does not know
 about the pair then fails on a size mismatch; a missing tensor it would only re-initialise, with a warning.
@@ -6,20 +6,23 @@ about the pair then fails on a size mismatch; a missing tensor it would only re-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.linears import LinearSite
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import InsertedLayer
+from specdef_cli.architectures.linears import LinearSite, require_factorable
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
+from specdef_cli.checkpoint.manifest import FactoredLayer
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import Factors
 from specdef_cli.spectral.blocks import product
 from specdef_cli.spectral.gauges import Gauge
-from specdef_cli.spectral.limits import RECONSTRUCTION_TOLERANCE, round_down
+from specdef_cli.spectral.limits import RECONSTRUCTION_TOLERANCE, check_alpha, round_down
 from specdef_cli.spectral.reparameterize import (
     gaussian_probes,
     reconstruction_error,
@@ -30,7 +33,7 @@ from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 
 @dataclass(frozen=True)
-class InsertLayer:
+class FactorLayer:
     """The transform that replaces one linear by its two factors.
 
     Attributes:
@@ -49,10 +52,10 @@ class InsertLayer:
     dtype: str
     seed: int
 
-    def entry(self, singular_values: tuple[float, ...] = (), error: float = 0.0) -> InsertedLayer:
+    def entry(self, singular_values: tuple[float, ...] = (), error: float = 0.0) -> FactoredLayer:
         """The layer's entry in the manifest."""
         layer = {name: value for name, value in vars(self.site).items() if name != "role"}
-        return InsertedLayer(
+        return FactoredLayer(
             **layer,
             alpha=self.alpha,
             top_k=self.top_k,
@@ -80,7 +83,7 @@ class InsertLayer:
             SpecDefError: W is not finite or is zero, or the factors do not restore it in the stored dtype.
         """
         entry, stored = self.entry(), TORCH_DTYPES[self.dtype]
-        weight = _read_stored(checkpoint, self.site, device)
+        weight = self.read(checkpoint, device)
         seed = layer_seed(self.seed, self.site.tensor)
         subspace = top_subspace(weight, self.top_k, seed)
         build = rotated_factors if self.gauge == "rotated" else symmetric_factors
@@ -97,6 +100,10 @@ class InsertLayer:
             tensors[entry.compensation_bias] = checkpoint.read(entry.bias).to(stored)
         return Produced(tensors, {"singular_values": subspace.singular_values.tolist(), "reconstruction_error": error})
 
+    def read(self, checkpoint: Checkpoint, device: torch.device) -> Tensor:
+        """W as it is stored, shape [out_features, in_features]; refused where it is not finite or zero."""
+        return _read_stored(checkpoint, self.site, device)
+
     def _require_restored(self, error: float) -> None:
         if error <= RECONSTRUCTION_TOLERANCE:  # NaN fails this too
             return
@@ -108,6 +115,42 @@ class InsertLayer:
         raise SpecDefError(
             f"{self.site.module}: alpha {self.alpha:g} in {self.dtype} leaves a relative error of {error:.2g}", hint
         )
+
+
+def factor_layers(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    sites: Sequence[LinearSite],
+    wanted: Factors,
+    dtype: torch.dtype | None,
+    loaded: torch.dtype | None,
+) -> tuple[FactorLayer, ...]:
+    """Plan the factors of every site, from headers alone.
+
+    Args:
+        checkpoint: The base.
+        skeleton: Its model.
+        sites: The layers.
+        wanted: α, k, gauge and seed.
+        dtype: What the result is stored in; ``None`` for each tensor's own.
+        loaded: What ``config.json`` has the model loaded in; ``None`` where it does not say.
+    """
+    require_factorable(skeleton, sites)
+    layers = []
+    for site in sites:
+        stored = dtype or TORCH_DTYPES[checkpoint.tensors[site.tensor].dtype]
+        check_alpha(wanted.alpha, wanted.gauge, stored)
+        if loaded is not None and loaded is not stored:
+            check_alpha(wanted.alpha, wanted.gauge, loaded, ", in which config.json has the model loaded,")
+        rank = min(site.out_features, site.in_features)
+        if wanted.top_k > rank:
+            raise SpecDefError(
+                f"top-k {wanted.top_k} is more than the rank of {site.module} ({site.out_features}×{site.in_features})",
+                f"Use --top-k {rank} or less, or --exclude '{site.module}'.",
+            )
+        figures = (wanted.alpha, wanted.top_k, wanted.gauge, SAFETENSORS_DTYPES[stored], wanted.seed)
+        layers.append(FactorLayer(site, *figures))
+    return tuple(layers)
 
 
 def read_weight(checkpoint: Checkpoint, site: LinearSite, device: torch.device) -> Tensor:

@@ -41,7 +41,6 @@ class Trial:
             it belongs to this checkpoint and these tokens alone.
         tokens: int64, shape [sequences, length]; ``None`` for what is no language model.
         device: Where to run; by default the CPU.
-        trust_remote_code: Whether code that comes with the directories may run.
     """
 
     directory: Path
@@ -63,11 +62,7 @@ class Trial:
             yield model
 
     def required_tokens(self) -> Tensor:
-        """The tokens.
-
-        Raises:
-            NotApplicableError: There are none.
-        """
+        """The tokens; raises :class:`NotApplicableError` where there are none."""
         if self.tokens is None:
             raise NotApplicableError("only causal language models are measured")
         return self.tokens
@@ -104,9 +99,6 @@ def token_batch(
         text: Of the kind that the base was made for, and that it has not seen.
         sequences, length: How many tokens are wanted.
         trust_remote_code: Whether code that comes with the directory may run.
-
-    Raises:
-        SpecDefError: The directory has no tokenizer, or the text does not fill one sequence.
     """
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.variants.depth import deepen
-from specdef_cli.certify.bound import compensation_bounds
 from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainable
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import SpecDefLinear, load_model
 
@@ -34,6 +33,7 @@ def script(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
+compensation_bounds = script("compensation_bound").compensation_bounds
 path_bound, exclusive_parameters, product_bound, SingularSubspace = (
     getattr(script("path_bound"), name)
     for name in ("path_bound", "exclusive_parameters", "product_bound", "SingularSubspace")
@@ -282,7 +282,7 @@ def test_deepening_grows_with_the_number_of_factors(setting: ModuleType, factors
 def test_a_directory_that_was_hardened(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """Stored and loaded in float32, as `specdef certify` meets it, against the same in float64."""
     alpha = 1e3
-    harden(HardenOptions(str(tiny_model(family)), tmp_path / "hardened", method="insert", alpha=alpha, top_k=1))
+    harden(HardenOptions(str(tiny_model(family)), tmp_path / "hardened", Factors(alpha=alpha, top_k=1)))
     found = {}
     for dtype in (torch.float32, torch.float64):
         model = load_model(tmp_path / "hardened", dtype=dtype)

@@ -1,0 +1,210 @@
+"""What attacks found, as certificate and model card tell it: read from the report of ``specdef attack``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from specdef_cli.attack.spec import checkpoint_fingerprint
+from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.card import HEADING as CARD_HEADING
+from specdef_cli.report.document import ReportDocument, read_report
+
+HEADING = "### Attacks"
+
+
+@dataclass(frozen=True)
+class AttackFigure:
+    """One attack at its best learning rate.
+
+    Attributes:
+        label: What was run.
+        knowledge: ``none``, ``construction`` or ``growth``.
+        learning_rate: The best of those tried.
+        share: Of the progress of the control by the same recipe; ``None`` where the control made none.
+        share_of_best: Of the most that any control of the report made, by any recipe.
+        verdict: ``stopped``, ``slowed``, ``not slowed`` or ``unknown``; of an edit, also ``broken``.
+        refusals: Share of unwanted prompts that the model refuses afterwards; ``None``: not measured.
+        kl: KL divergence (nats) on harmless prompts from the model before the attack; ``None``: not measured.
+    """
+
+    label: str
+    knowledge: str
+    learning_rate: float
+    share: float | None
+    share_of_best: float | None
+    verdict: str
+    refusals: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Resistance:
+    """What was tried, at which budget, and what got through.
+
+    Attributes:
+        model: The model that was attacked, as the report names it.
+        data: What was trained on.
+        budget: In words.
+        attacks: Those on the hardened model.
+    """
+
+    model: str
+    data: str
+    budget: str
+    attacks: tuple[AttackFigure, ...]
+
+    @property
+    def got_through(self) -> tuple[AttackFigure, ...]:
+        """Attacks that were not slowed."""
+        return tuple(attack for attack in self.attacks if attack.verdict == "not slowed")
+
+
+def read_resistance(path: Path, checkpoint: str | None = None) -> Resistance:
+    """The figures of a ``report.json``.
+
+    Args:
+        path: The file that ``specdef attack`` wrote.
+        checkpoint: Fingerprint of the model that it must be of; ``None`` for any.
+    """
+    document = read_report(path)
+    attacked = {run.spec.checkpoint for run in document.runs if run.spec.subject == "model"}
+    if not attacked:
+        raise SpecDefError(f"{path} is an attack report without runs", "Give a finished report of `specdef attack`.")
+    if checkpoint is not None and attacked != {checkpoint}:
+        raise SpecDefError(
+            f"{path} is a report on {_public(document.model.name)}, whose weights are others than these",
+            "Give the report of an attack on this very directory: `specdef attack` makes one.",
+        )
+    return _resistance(document)
+
+
+def _public(name: str) -> str:
+    """A name without the path of a directory or file of this machine."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def _resistance(document: ReportDocument) -> Resistance:
+    return Resistance(
+        model=_public(document.model.name),
+        data=_public(document.data.name),
+        budget=document.runs[0].spec.in_words,
+        attacks=tuple(
+            AttackFigure(
+                label=attack.label,
+                knowledge=attack.knowledge,
+                learning_rate=attack.best.learning_rate,
+                share=attack.share_of_control,
+                share_of_best=attack.share_of_best_control,
+                verdict=attack.verdict,
+                refusals=attack.refusals,
+                kl=attack.kl,
+            )
+            for attack in document.attacks
+            if attack.subject == "model"
+        ),
+    )
+
+
+def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:
+    """One row for each attack, those first that made the most progress, in Markdown."""
+
+    def progress(attack: AttackFigure) -> float:
+        return -1.0 if attack.share_of_best is None else attack.share_of_best
+
+    asked = any(attack.kl is not None for attack in attacks)
+
+    def answers(attack: AttackFigure) -> str:
+        kl = "–" if attack.kl is None else f"{attack.kl:.2f}"
+        return f" {kl} | {_percent(attack.refusals)} |" if asked else ""
+
+    return [
+        "| attack | the attacker knows | best η | of its own control | of the best control | |"
+        + (" KL, harmless prompts | refusals |" if asked else ""),
+        "|---|---|---|---|---|---|" + ("---|---|" if asked else ""),
+        *(
+            f"| {attack.label} | {attack.knowledge} | {_rate(attack.learning_rate)} | {_percent(attack.share)} | "
+            f"{_percent(attack.share_of_best)} | {attack.verdict} |{answers(attack)}"
+            for attack in sorted(attacks, key=progress, reverse=True)
+        ),
+    ]
+
+
+def _rate(value: float) -> str:
+    return f"{value:g}" if value else "–"  # an edit is not trained
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
+
+
+def attack_section(resistance: Resistance) -> str:
+    """The section: budget, table, and what got through."""
+    return "\n".join(
+        (
+            HEADING,
+            "",
+            f"Measured on these very files: {resistance.budget}; {resistance.data}. Every attack at the best of the "
+            "learning rates tried. Its progress is a share of what the same recipe made on the base (own control), and "
+            "of the most that any of the recipes made there (best control).",
+            "",
+            *attack_table(resistance.attacks),
+            "",
+            *got_through(resistance),
+        )
+    )
+
+
+def got_through(resistance: Resistance) -> list[str]:
+    """What was not held up, said in full."""
+    names = "; ".join(attack.label for attack in resistance.got_through)
+    through = (
+        f"Got through (at least 95 % of the control's progress): {names}." if names else "None of them got through."
+    )
+    return [f"{through} Nothing is claimed of attacks, budgets and data that are not listed here."]
+
+
+def with_section(card: str, section: str) -> str:
+    """A hardened directory's card with a section in the place of an earlier one with the same heading, or at its end.
+
+    Args:
+        card: The card; what the base's own part of it says under such a heading is left alone.
+        section: Its first line is a heading of the third level, and no other line is.
+    """
+    base, mark, parts = _parts(card)
+    places = _places(parts, section)
+    if places:
+        parts[places[0]] = section
+    else:
+        parts.append(section)
+    return base + mark + "\n" + "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def section_like(card: str, section: str) -> str | None:
+    """What a hardened directory's card has under the heading of a section; ``None`` where it has no such heading."""
+    _, _, parts = _parts(card)
+    places = _places(parts, section)
+    return parts[places[0]].strip("\n") if places else None
+
+
+def _parts(card: str) -> tuple[str, str, list[str]]:
+    """The base's own part of a card, the heading of ours, and what follows, cut before headings of the third level."""
+    base, mark, ours = card.rpartition(f"\n{CARD_HEADING}\n")
+    return base, mark, re.split(r"^(?=### )", ours, flags=re.MULTILINE)
+
+
+def _places(parts: Sequence[str], section: str) -> list[int]:
+    heading = section.splitlines()[0]
+    return [number for number, part in enumerate(parts) if part.splitlines()[:1] == [heading]]
+
+
+def attacks_on_card(directory: Path, report: Path) -> None:
+    """Write what an attack report says into the card of the hardened directory that was attacked."""
+    read_manifest(directory)
+    card = directory / "README.md"
+    section = attack_section(read_resistance(report, checkpoint_fingerprint(directory)))
+    write_durably(card, with_section(card.read_text(encoding="utf-8", errors="replace"), section))
