@@ -15,7 +15,7 @@ from pathlib import Path
 from setting import base_text
 
 from specdef_cli.certify.formats import FORMATS, FormatFigure, measure_formats
-from specdef_cli.certify.trial import token_batch
+from specdef_cli.runtime.tokens import token_batch
 
 
 def cell(figure: FormatFigure) -> str:

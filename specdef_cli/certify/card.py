@@ -97,9 +97,9 @@ def _resistance(document: ReportDocument) -> Resistance:
             AttackFigure(
                 label=attack.label,
                 knowledge=attack.knowledge,
-                learning_rate=attack.best.learning_rate,
-                share=attack.share_of_control,
-                share_of_best=attack.share_of_best_control,
+                learning_rate=attack.learning_rate,
+                share=attack.share,
+                share_of_best=attack.share_of_best,
                 verdict=attack.verdict,
                 refusals=attack.refusals,
                 kl=attack.kl,

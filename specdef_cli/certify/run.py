@@ -35,7 +35,6 @@ from specdef_cli.certify.formats import chosen_formats, measure_formats
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.options import CERTIFICATE_NAME, CertifyOptions
 from specdef_cli.certify.spectrum import measure_spectrum
-from specdef_cli.certify.trial import token_batch
 from specdef_cli.checkpoint.destination import require_outside, writable_ancestor
 from specdef_cli.checkpoint.durable import takes_files, write_durably
 from specdef_cli.checkpoint.manifest import Manifest, read_manifest
@@ -46,6 +45,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.soundness import require_sound
 from specdef_cli.runtime.processes import process_state
+from specdef_cli.runtime.tokens import token_batch
 from specdef_cli.runtime.vocabulary import require_in_vocabulary
 from specdef_cli.version import __version__
 

@@ -81,7 +81,7 @@ class Condition:
 
     def _concerns(self, finding: Finding) -> bool:
         """An edit has no steps and no loss, and one that breaks the model has no answers."""
-        if finding.attack.edit is None:
+        if finding.edit is None:
             return True
         return self.metric == "share_of_control" or (self.metric == "refusals" and finding.verdict != "broken")
 

@@ -70,7 +70,7 @@ def report_html(report: AttackReport, image: bytes) -> str:
         image: The plot, PNG.
     """
     found = findings(report)
-    trained = tuple(finding for finding in found if finding.attack.edit is None)
+    trained = tuple(finding for finding in found if finding.edit is None)
     environment = Environment(
         loader=PackageLoader("specdef_cli.report", "."),
         autoescape=True,
@@ -235,10 +235,10 @@ def _edits_table(found: Sequence[Finding]) -> Table:
                 f"{edit.strength:g}",
                 percent(edit.left),
                 number(edit.kl, 3),
-                percent(finding.share) if edit == finding.attack.edit else "",
-                finding.verdict if edit == finding.attack.edit else "broken" if edit.broken else "",
+                percent(finding.share) if edit == finding.edit else "",
+                finding.verdict if edit == finding.edit else "broken" if edit.broken else "",
             ),
-            " ".join(["first"] * (place == 0) + ["best"] * (edit == finding.attack.edit)),
+            " ".join(["first"] * (place == 0) + ["best"] * (edit == finding.edit)),
         )
         for finding in of_edits(found)
         for place, edit in enumerate(finding.attack.best_run.edits)

@@ -26,7 +26,7 @@ def attacks_table(report: AttackReport) -> Table:
     """One line for each attack at its best learning rate, in 80 columns. Cells are :class:`Text`, so nothing in a name
     is taken for markup.
     """
-    found = [finding for finding in findings(report) if finding.attack.edit is None]
+    found = [finding for finding in findings(report) if finding.edit is None]
     table = _table(report, "attack", "best η", "loss", "of its\ncontrol", "of best\ncontrol", "steps")
     table.add_column("verdict", no_wrap=True)
     previous = None
@@ -56,7 +56,7 @@ def edits_table(report: AttackReport) -> Table | None:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for finding in found:
-        edit = finding.attack.edit
+        edit = finding.edit
         assert edit is not None
         cells = [_name(finding), f"{edit.strength:g}", percent(edit.left), number(edit.kl), percent(finding.share)]
         cells += [percent(finding.refusals)] if asked else []

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.certify.formats import FORMATS, measure_format, measure_formats
 from specdef_cli.certify.tools import LLAMA_CPP, missing
-from specdef_cli.certify.trial import Trial, token_batch
+from specdef_cli.certify.trial import Trial
+from specdef_cli.runtime.tokens import token_batch
 from tests.commands import REPOSITORY, run_cli
 from tests.consumer_tables import TABLES, generator
 from tests.examples.test_consumer_rows import one, rows
