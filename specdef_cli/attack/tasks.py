@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from specdef_cli.architectures.causal import is_causal_lm
-from specdef_cli.attack.data.labels import Head
+from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.target import Task
 from specdef_cli.checkpoint.weight_files import read_config
 from specdef_cli.errors import SpecDefError
@@ -42,9 +42,6 @@ def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
     Args:
         directory: The control, which is an ordinary checkpoint.
         asked: The user's choice; ``None`` is what the architecture says.
-
-    Raises:
-        SpecDefError: The architecture says nothing of a task, or the model cannot be trained for the one asked for.
     """
     config = read_config(directory)
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))

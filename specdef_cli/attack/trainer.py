@@ -86,10 +86,6 @@ def train_run(
         eval_task_path: Where the user's own tasks of lm-eval are.
         lead: As :class:`Recorder` takes it.
         prompts: What edits tell apart, and what the model is asked after a run.
-
-    Raises:
-        SpecDefError: The model cannot be loaded, the recipe matches nothing, or the batch or the optimizer does not
-            split over the processes.
     """
     state = process_state()
     if spec.is_edit:
@@ -261,11 +257,7 @@ class AttackTrainer(Trainer):
         return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Called after sharding, with the sharded model, where there is any.
-
-        Raises:
-            SpecDefError: The optimizer cannot work on shards.
-        """
+        """Called after sharding, with the sharded model, where there is any."""
         if self.is_fsdp_enabled and not self._choice.elementwise:
             others = (name for name, choice in OPTIMIZERS.items() if choice.elementwise and not choice.second_order)
             raise SpecDefError(
@@ -324,11 +316,7 @@ def make_trainer(
     memory: Memory = Memory(),
     tracking: Tracking = NOWHERE,
 ) -> Trainer:
-    """The Trainer of a run, silent and without checkpoints.
-
-    Raises:
-        SpecDefError: The model cannot compute its activations again.
-    """
+    """The Trainer of a run, silent and without checkpoints."""
     choice = OPTIMIZERS.choose(spec.optimizer)
     if memory.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise SpecDefError(

@@ -133,7 +133,10 @@ def _gguf(path: Path) -> str:
 def _pipeline(directory: Path) -> tuple[str, str] | None:
     if not (directory / "model_index.json").is_file():
         return None
-    return "it is a pipeline of diffusers", f"Give one of its models, such as {directory / 'unet'}."
+    models = sorted(path.parent for path in directory.glob("*/config.json"))
+    denoiser = [path for name in ("unet", "transformer") for path in models if path.name == name]
+    which = f"Give its denoiser, {denoiser[0]}." if denoiser else "Fetch the directory of its denoiser, and give that."
+    return "it is a pipeline of diffusers", which
 
 
 def _sentence_transformer(directory: Path) -> tuple[str, str] | None:

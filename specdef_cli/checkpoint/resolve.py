@@ -19,7 +19,7 @@ from huggingface_hub.errors import DryRunError
 from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.hub import Commit, download_all, not_available
-from specdef_cli.checkpoint.manifest import Manifest, base_of, keep_elsewhere
+from specdef_cli.checkpoint.manifest import Manifest, base_of, keep_elsewhere, last_part
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.redact import clean_token
@@ -48,7 +48,7 @@ class Resolved:
     @property
     def public_name(self) -> str:
         """What others may read: the Hub id, or the last part of the directory's path."""
-        return self.name if self.commit else self.directory.absolute().name
+        return self.name if self.commit else last_part(self.directory)
 
 
 def resolve(model: str, *, revision: str | None = None, token: str | None = None) -> Resolved:

@@ -23,6 +23,7 @@ def certify_command(
     model: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
     ] = "hardened",
+    no_deployment: Annotated[bool, typer.Option("--no-deployment", hidden=True, help="--formats none.")] = False,
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -68,6 +69,8 @@ def certify_command(
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)
+    if no_deployment:  # how scripts of earlier versions say it
+        given["formats"] = ("none",)
     options = CertifyOptions(
         model, **given, manifest=manifest, trust_remote_code=trust_remote_code, revision=revision, token=token
     )

@@ -48,11 +48,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read a condition.
-
-        Raises:
-            SpecDefError: It is not one.
-        """
+        """Read a condition."""
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
         try:
             if match is None or match[1] not in _METRICS:

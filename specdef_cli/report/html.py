@@ -31,8 +31,7 @@ from specdef_cli.report.findings import (
     steps_words,
     summary,
 )
-from specdef_cli.report.matrix import coverage_matrix
-from specdef_cli.report.plot import curves_png, growth_png
+from specdef_cli.report.plot import curves_png
 
 MAX_LISTED = 12
 """Attacks that are listed under a verdict at the head of the page; the tables below have them all."""
@@ -86,7 +85,6 @@ def report_html(report: AttackReport, image: bytes) -> str:
         not_slowed=_lines(found, "not slowed"),
         curves=_base64(image),
         narrow_curves=_base64(curves_png(report, narrow=True)),
-        matrix=coverage_matrix(trained),
         broken=[
             f"{finding.attack.variant.label}: {edit_words(finding)}" for finding in found if finding.verdict == "broken"
         ],
@@ -100,18 +98,14 @@ def report_html(report: AttackReport, image: bytes) -> str:
         runs=_runs_table(report),
         definitions=_definitions(),
         growth=growth_words(report),
-        growth_curve=_base64(growth_png(found)),
         setting=_setting(report),
         notes=report.notes,
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        percent=percent,
-        rate=rate,
-        heat=lambda share: f"{0.75 * min(max(share, 0.0), 1.0):.2f}",
     )
 
 
-def _base64(image: bytes | None) -> str:
-    return "" if image is None else base64.b64encode(image).decode("ascii")
+def _base64(image: bytes) -> str:
+    return base64.b64encode(image).decode("ascii")
 
 
 def _table(headings: Sequence[str], words: Iterable[str], rows: Iterable[Row]) -> Table:
