@@ -36,6 +36,7 @@ from specdef_cli.hardening.factors import FactorLayer
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
+from specdef_cli.hardening.rehearsal import rehearse
 from specdef_cli.hardening.soundness import require_attention, require_hardenable, require_loadable
 from specdef_cli.hardening.verify import verify
 from specdef_cli.runtime.processes import process_state
@@ -66,7 +67,9 @@ class HardenResult:
 def open_model(
     options: HardenOptions, on_download: DownloadHook | None = None
 ) -> Iterator[tuple[Resolved, Checkpoint, HardeningPlan]]:
-    """Find the model, read its headers, decide what to change; weights may arrive while the block runs.
+    """Find the model, read its headers, decide what to change, and load the result without its numbers.
+
+    Weights may arrive while the block runs.
 
     Raises:
         SpecDefError: As :func:`resolving`, :func:`open_checkpoint` and :func:`make_plan`.
@@ -82,7 +85,9 @@ def open_model(
         require_hardenable(checkpoint)
         skeleton = Skeleton.read(checkpoint, trust_remote_code=options.trust_remote_code)
         require_attention(skeleton)
-        yield resolved, checkpoint, make_plan(checkpoint, skeleton, options)
+        plan = make_plan(checkpoint, skeleton, options)
+        rehearse(checkpoint, skeleton, plan, trust_remote_code=options.trust_remote_code)
+        yield resolved, checkpoint, plan
 
 
 def preview(
