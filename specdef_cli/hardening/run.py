@@ -15,7 +15,15 @@ from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.destination import require_manifest_place
 from specdef_cli.checkpoint.durable import write_durably
-from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
+from specdef_cli.checkpoint.front_matter import read_card
+from specdef_cli.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    BaseCheckpoint,
+    FactoredLayer,
+    Manifest,
+    remember_base,
+)
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
@@ -28,6 +36,7 @@ from specdef_cli.hardening.factors import FactorLayer
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
+from specdef_cli.hardening.rehearsal import rehearse
 from specdef_cli.hardening.soundness import require_attention, require_hardenable, require_loadable
 from specdef_cli.hardening.verify import verify
 from specdef_cli.runtime.processes import process_state
@@ -58,7 +67,9 @@ class HardenResult:
 def open_model(
     options: HardenOptions, on_download: DownloadHook | None = None
 ) -> Iterator[tuple[Resolved, Checkpoint, HardeningPlan]]:
-    """Find the model, read its headers, decide what to change; weights may arrive while the block runs.
+    """Find the model, read its headers, decide what to change, and load the result without its numbers.
+
+    Weights may arrive while the block runs.
 
     Raises:
         SpecDefError: As :func:`resolving`, :func:`open_checkpoint` and :func:`make_plan`.
@@ -74,7 +85,9 @@ def open_model(
         require_hardenable(checkpoint)
         skeleton = Skeleton.read(checkpoint, trust_remote_code=options.trust_remote_code)
         require_attention(skeleton)
-        yield resolved, checkpoint, make_plan(checkpoint, skeleton, options)
+        plan = make_plan(checkpoint, skeleton, options)
+        rehearse(checkpoint, skeleton, plan, trust_remote_code=options.trust_remote_code)
+        yield resolved, checkpoint, plan
 
 
 def preview(
@@ -143,6 +156,8 @@ def harden(
                 manifest, verification=_verification(checkpoint, plan, options, written.work)
             )
             _describe(checkpoint, plan, manifest, written.work)
+    if resolved.commit is None:
+        remember_base(manifest, resolved.directory)
     if options.manifest_out is not None:
         _move_manifest(options.out, options.manifest_out)
     return HardenResult(options.out, manifest, plan.parameters_added, plan.nbytes - checkpoint.nbytes, plan.notes)
@@ -165,7 +180,7 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         scaled=plan.scaled,
         factored=tuple(factored),
         shards=dict(written.sha256),
-    )
+    ).published()
 
 
 def _move_manifest(directory: Path, path: Path) -> None:
@@ -214,6 +229,5 @@ def _verification(checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOp
 def _describe(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manifest, work: Path) -> None:
     """Write the manifest with its verification, and the model card."""
     write_durably(work / MANIFEST_NAME, manifest.to_json())
-    base_card = checkpoint.directory / "README.md"
-    text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else ""
+    text = read_card(checkpoint.directory / "README.md")
     write_durably(work / "README.md", hardened_card(text, manifest, plan.unchanged, plan.one_sided, checkpoint.library))

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
 from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs, no_batch
+from specdef_cli.runtime.fixed_batch import model_outputs, no_batch
 from specdef_cli.runtime.garbage import new_objects_only
 
+COMPARE_YOURSELF = "With --no-verify it is written unseen: run it, and compare it with the base, before you publish it."
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
 LOGITS_TOLERANCE = 0.05
 INSTEAD: dict[Method, str] = {
@@ -67,7 +69,12 @@ def compare_models(
             finite, or the hardened model does not run (naming layers whose weight is read without running them).
     """
     with new_objects_only():
-        reference = _outputs(base, dtype, device, loading)
+        try:
+            reference = _outputs(base, dtype, device, loading)
+        except (RuntimeError, IndexError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise _base_does_not_run(base, error) from error
         if not torch.isfinite(reference).all():
             raise SpecDefError(
                 f"the outputs of {base} hold NaN or infinity before any change",
@@ -137,28 +144,28 @@ def verify(
     return figures if logits else {name: figures[name] for name in ("max_abs", "relative", "equal")}
 
 
-def require_comparable(model: nn.Module) -> None:
-    """Refuse, before any work, a model for which no batch can be made up, so that its outputs cannot be compared.
-
-    Args:
-        model: On the meta device, where a forward pass computes shapes alone.
+def require_comparable(skeleton: Skeleton) -> None:
+    """Refuse, before any work, a model for which no batch can be made up, or that does not run on it.
 
     Raises:
-        SpecDefError: naming what it takes.
+        SpecDefError: naming what it takes, or why it does not run.
     """
-    hint = "Run the same command with --no-verify, and compare the outputs yourself."
-    try:
-        inputs = fixed_inputs(model)
-    except ResumableError as error:
-        raise SpecDefError(error.problem, hint) from error
-    try:
-        with torch.inference_mode():
-            model(**inputs)
-    except (TypeError, ValueError, AttributeError) as error:
-        # An input is missing. Other errors are those of the meta device, which cannot branch on values.
-        raise SpecDefError(no_batch(model, f"more than {' and '.join(inputs)}").problem, hint) from error
-    except Exception:
-        return
+    trial, name = skeleton.trial, type(skeleton.model).__name__
+    if isinstance(trial.error, ResumableError):
+        raise SpecDefError(trial.error.problem, COMPARE_YOURSELF) from trial.error
+    if isinstance(trial.error, TypeError):  # of an input that is missing
+        raise SpecDefError(
+            no_batch(skeleton.model, f"more than {' and '.join(trial.inputs)}").problem, COMPARE_YOURSELF
+        )
+    if trial.error is not None and trial.certain:
+        raise _base_does_not_run(name, trial.error) from trial.error
+
+
+def _base_does_not_run(name: object, error: Exception) -> SpecDefError:
+    return SpecDefError(
+        f"{name} cannot be run before any change, on inputs made up from config.json: {first_line(error)}",
+        f"Correct config.json if transformers cannot run it either. {COMPARE_YOURSELF}",
+    )
 
 
 def _does_not_run(reason: str, base: Path, dtype: torch.dtype | None, loading: dict[str, Any]) -> SpecDefError:
