@@ -19,7 +19,7 @@ from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, find_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 
 Subject = Literal["control", "model"]
 RUN_FORMAT = 4
@@ -93,7 +93,7 @@ class RunSpec(Budget):
 _RECORD = TypeAdapter(RunSpec)
 
 
-def checkpoint_fingerprint(directory: Path) -> str:
+def checkpoint_fingerprint(directory: Path, manifest: Manifest | None) -> str:
     """Sixteen hexadecimal digits that change when the weights or the configuration of a checkpoint directory do.
 
     A manifest names the hash of every shard, so it is enough; elsewhere names, sizes and times of the weight files
@@ -101,9 +101,8 @@ def checkpoint_fingerprint(directory: Path) -> str:
     run.
     """
     digest = hashlib.sha256()
-    manifest = find_manifest(directory)
     if manifest is not None:
-        digest.update(MANIFEST_NAME.encode() + b"\0" + manifest.read_bytes())
+        digest.update(f"{MANIFEST_NAME}\0{manifest.to_json()}".encode())
     config = directory / "config.json"
     if config.is_file():
         digest.update(config.name.encode() + b"\0" + config.read_bytes())

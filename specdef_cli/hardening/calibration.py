@@ -28,7 +28,8 @@ from specdef_cli.architectures.pairs import SymmetricPair
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.load import load_model, without_progress_bars
+from specdef_cli.hardening.opened import OpenedModel
+from specdef_cli.runtime.load import without_progress_bars
 from specdef_cli.runtime.tokens import token_batch
 
 SEQUENCES, LENGTH = 8, 128
@@ -111,30 +112,27 @@ class _Recorder:
 
 
 def calibrate(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    base: OpenedModel,
     pairs: Sequence[SymmetricPair],
     text: str,
     *,
     exponents: Sequence[int] = (),
     device: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Activations:
     """Run a model on a text, and record what passes through the modules of its pairs.
 
     Args:
-        checkpoint: The model's weights.
-        skeleton: The model.
+        base: The model.
         pairs: Whose modules are recorded.
         text: The first 1,024 tokens of it are taken.
         exponents: For which ``drowned`` is measured.
         device: Where to run; ``None`` takes a GPU where there is one.
-        trust_remote_code: Whether the model's own code may run.
 
     Raises:
         SpecDefError: The model takes no text, has no tokenizer, or its weights do not fit into memory and cannot be
             read layer by layer.
     """
+    checkpoint, skeleton = base.checkpoint, base.skeleton
     model = skeleton.model
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
         raise SpecDefError(f"{type(model).__name__} takes no text to calibrate with", WITHOUT)
@@ -142,7 +140,7 @@ def calibrate(
     length = min(LENGTH, (getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH + 2) - 2)
     try:
         tokens = token_batch(
-            checkpoint.directory, text, sequences=SEQUENCES, length=length, trust_remote_code=trust_remote_code
+            base.directory, text, sequences=SEQUENCES, length=length, trust_remote_code=base.trust_remote_code
         )
     except SpecDefError as error:
         raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
@@ -155,11 +153,7 @@ def calibrate(
         if (parameter := skeleton.names.parameters.get(side.tensor, "")).endswith(".weight")
     }
     streamed = all(_sources(skeleton, name) for name, _ in model.base_model.named_parameters(_path_of(model)))
-    runner = (
-        _streamed_model(checkpoint, skeleton, recorder, place)
-        if streamed
-        else _whole_model(checkpoint, skeleton, recorder, place, trust_remote_code)
-    )
+    runner = _streamed_model(checkpoint, skeleton, recorder, place) if streamed else _whole_model(base, recorder, place)
     modules = dict(runner.named_modules())
     for path, weight in weights.items():
         modules[path].register_forward_hook(recorder.hook(weight))
@@ -260,10 +254,9 @@ def _streamed_model(checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recor
     return model.eval()
 
 
-def _whole_model(
-    checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recorder, device: torch.device, trust_remote_code: bool
-) -> Any:
+def _whole_model(base: OpenedModel, recorder: _Recorder, device: torch.device) -> Any:
     """A model that stacks or splits tensors as it loads them, in memory."""
+    skeleton = base.skeleton
     parameters = sum(parameter.numel() for parameter in skeleton.parameters.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if 6 * parameters > free:  # float32, and half as much again for what is being loaded
@@ -273,13 +266,7 @@ def _whole_model(
             WITHOUT,
         )
     with without_progress_bars():
-        model = load_model(
-            checkpoint.directory,
-            auto_class=type(skeleton.model).__name__,
-            dtype=torch.float32,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
+        model = base.load(auto_class=type(skeleton.model).__name__, dtype=torch.float32, device=device)
     for path, module in model.named_modules():
         tensor = skeleton.names.tensor(f"{path}.weight")
         if tensor is not None:
