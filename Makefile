@@ -49,7 +49,7 @@ attack-demo: $(SUITE)/factors  ## the paper's construction attacked at full leng
 	  --out $(DEMO)/attack-full
 
 certify-demo: $(DEMO)/hardened  ## the certificate of the demo's model
-	$(BIN)/specdef certify $(DEMO)/hardened --base $(TINY) --jobs $(JOBS) --out $(DEMO)/certificate
+	$(BIN)/specdef certify $(DEMO)/hardened --base $(TINY) --out $(DEMO)/certificate
 
 $(DEMO)/hardened: | install
 	$(BIN)/specdef harden $(TINY) --out $@
@@ -177,7 +177,7 @@ reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, unde
 reproduce-wmdp: install  ## the paper's main experiment, on the tiny Llama with a stand-in for WMDP
 	PYTHON=$(BIN)/python MODEL=$(TINY) DATASET=examples/reproduce/standin/sums_corpus.jsonl EVAL_TASKS=standin_sums \
 	  UTILITY_TASKS=standin_python EVAL_TASK_PATH=examples/reproduce/standin STEPS=4 PAPER_DTYPE=float32 \
-	  CERTIFY=--no-deployment JOBS=$(JOBS) OUT=$(DEMO)/wmdp bash examples/reproduce/llama_wmdp.sh
+	  CERTIFY="--formats none" JOBS=$(JOBS) OUT=$(DEMO)/wmdp bash examples/reproduce/llama_wmdp.sh
 
 # Tests that need neither training nor a process of their own.
 QUICK := tests/test_schemas.py tests/spectral tests/report tests/architectures tests/documentation \

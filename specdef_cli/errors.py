@@ -36,6 +36,10 @@ class SpecDefError(Exception):
         return type(self), (self.problem, self.hint)
 
 
+class WrongUsage(SpecDefError):
+    """Options that come to nothing together."""
+
+
 class ResumableError(SpecDefError):
     """Neither the input nor an option is at fault (the disk is): what is finished is kept for ``--resume``."""
 

@@ -12,7 +12,7 @@ from specdef_cli.errors import SpecDefError
 
 EXTRA_MODULES: Mapping[str, tuple[str, ...]] = {
     "attack": ("datasets", "peft", "PIL", "pytorch_optimizer"),
-    "deploy": ("bitsandbytes", "gguf", "torchao"),
+    "deploy": ("bitsandbytes", "torchao"),
     "diffusion": ("diffusers",),
     "eval": ("lm_eval",),
     "report": ("jinja2", "matplotlib"),

@@ -10,25 +10,21 @@ from typing import Any
 import jsonschema
 import pytest
 
-from specdef_cli.certify.certificate import Certificate, Claim
-from specdef_cli.certify.curvature import Curvature, DivergenceRate
-from specdef_cli.certify.curvature_change import CurvatureFigures
-from specdef_cli.certify.deployment import DeploymentFigure
+from specdef_cli.certify.card import AttackFigure, Resistance
+from specdef_cli.certify.certificate import Certificate, Claim, Provenance
+from specdef_cli.certify.curvature import Curvature, CurvatureFigures
+from specdef_cli.certify.formats import FormatFigure
 from specdef_cli.certify.function import FunctionFigures
-from specdef_cli.certify.presence import CERTIFICATE_NAME
-from specdef_cli.certify.provenance import Provenance
-from specdef_cli.certify.resistance import AttackFigure, Resistance
+from specdef_cli.certify.options import CERTIFICATE_NAME
 from specdef_cli.certify.spectrum import LayerSpectrum, SpectrumFigures
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, ScaledChannels, ScaledModule
 from specdef_cli.hardening.verify import OutputComparison
 from specdef_cli.schemas import SCHEMA_FILES, schema_text
 from tests.checkpoint.test_manifest import MANIFEST
 
-CURVATURE = CurvatureFigures(
-    Curvature(-3.0, 1e-4, True, 20, 10), "model.layers.1", 2.0, 0.6, DivergenceRate(0.5, math.inf, 30)
-)
+CURVATURE = CurvatureFigures(Curvature(-3.0, 1e-4, True, 20, 10), "model.layers.1", 0.6)
 CERTIFICATE = Certificate(
-    format=2,
+    format=3,
     holds=False,
     specdef_version="0.1.0",
     model="hardened",
@@ -37,8 +33,8 @@ CERTIFICATE = Certificate(
     claims=(Claim("function", False, "It differs."), Claim("curvature", None, "Not measured.")),
     function=FunctionFigures(OutputComparison(math.nan, math.inf, 0.1, 1.0, False), 2.0, None, 1.0, ("a",), True),
     spectrum=SpectrumFigures((LayerSpectrum("o_proj", (2.0,), (math.inf,)),), 0, (), 0),
-    curvature=(CURVATURE, dataclasses.replace(CURVATURE, block=None, bound=None, observed=None)),
-    deployment=(DeploymentFigure("int8", "bitsandbytes", "loss", 2.0, None, "broken"),),
+    curvature=(CURVATURE, dataclasses.replace(CURVATURE, block=None)),
+    deployment=(FormatFigure("int8", "bitsandbytes", "loss", 2.0, None, "broken"),),
     resistance=Resistance("m", "d", "10 steps", (AttackFigure("full", "none", 1e-3, None, 0.5, "slowed"),)),
 )
 SCALED = ScaledModule(
@@ -83,4 +79,3 @@ def test_a_certificate_says_format_and_verdict_first() -> None:
     data = strict_json(CERTIFICATE.to_json())
     assert list(data)[:3] == ["format", "holds", "specdef_version"]
     assert data["function"]["outputs"]["max_abs"] is data["spectrum"]["layers"][0]["measured"][0] is None
-    assert data["curvature"][0]["observed"] == {"stable": 0.5, "divergent": None, "steps": 30}

@@ -29,26 +29,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from consumer_rows import ROWS as FORMATS
+from consumer_rows import missing
 from filelock import FileLock, Timeout
 
 from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.spec import checkpoint_fingerprint
-from specdef_cli.certify.deployment import (
-    FORMATS,
-    DeploymentFigure,
-    Outcome,
-    Trial,
-    compare,
-    measure_format,
-    token_batch,
-)
-from specdef_cli.certify.deployment.tools import missing
+from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_format
+from specdef_cli.certify.trial import Trial
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.weight_files import read_config
 from specdef_cli.cli.startup import quiet_engines
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.runtime import load_tokenizer
+from specdef_cli.runtime.tokens import token_batch
 
 ROWS = (
     *("float32", "bfloat16", "float16", "static-cache", "long-input", "left-padded"),
@@ -58,7 +53,7 @@ ROWS = (
     *("gguf-f16", "gguf-f16/converter", "q8_0", "q8_0/converter", "q4_0", "q4_k_m"),
     *("lora", "lora-merged", "lora-round-trip", "sft", "lm-eval", "merge"),
 )
-"""Rows of a language model's table: what a tool does, none of the stand-ins for engines that are not run from here."""
+"""Rows of a language model's table."""
 
 ENCODER_ROWS = (
     *("float32", "bfloat16", "float16", "llm-int8", "nf4", "torchao-float8", "torchao-int8"),
@@ -207,7 +202,7 @@ def outcome(trial: Trial, name: str, bench: Bench) -> Outcome:
         if time.monotonic() >= bench.last_start:
             return Outcome("skipped", note=UNFINISHED)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["specdef_cli.certify.deployment"])
+        context.set_forkserver_preload(["specdef_cli.certify.formats"])
         process = context.Process(target=measured, args=(trial, name, path))
         process.start()
         process.join(SECONDS)
@@ -225,7 +220,7 @@ def outcome(trial: Trial, name: str, bench: Bench) -> Outcome:
 def measured(trial: Trial, name: str, path: Path) -> None:
     """Measure a cell, and keep it."""
     quiet_engines()
-    found = measure_format(trial, name)
+    found = measure_format(trial, FORMATS[name])
     write_durably(path, json.dumps(asdict(found)))
     usages = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
@@ -266,7 +261,7 @@ def markdown(base: Path, columns: dict[Path, dict[str, Outcome]], tokens: torch.
         if value is None:
             remarks.setdefault(of_base[name].note or "the base itself is not finite", []).append(f"{where}, base")
             continue
-        shown = f"{value:.3f}{' (simulated)' if of_base[name].simulated else ''}"
+        shown = f"{value:.3f}"
         lines.append(f"| {row.tool} | {row.description} | {shown} | {' | '.join(map(cell, figures))} |")
         for column, figure in zip(hardened, figures, strict=True):
             if figure.status in {"refused", "skipped"}:
@@ -289,7 +284,7 @@ def lost(directory: Path) -> tuple[str, ...]:
     return lost_formats(manifest.folded, with_code=bool(manifest.factored or manifest.scaled))
 
 
-def cell(figure: DeploymentFigure) -> str:
+def cell(figure: FormatFigure) -> str:
     """A verdict with its figure."""
     if figure.status in {"refused", "skipped"}:
         return figure.verdict

@@ -17,13 +17,13 @@ matplotlib.use("Agg")
 import itertools
 
 import torch
+from compensation_bound import compensation_bounds
 from matplotlib import pyplot as plt
 from path_bound import PathBound, path_bound
 from setting import insert, markdown, output_directory
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.certify.bound import compensation_bounds
 from specdef_cli.certify.curvature import (
     HessianProducts,
     Loss,

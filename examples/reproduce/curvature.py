@@ -12,11 +12,11 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from compensation_bound import compensation_bounds
 from matplotlib import pyplot as plt
 from path_bound import path_bound
 from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, output_directory, slope, tiny_llama
 
-from specdef_cli.certify.bound import compensation_bounds
 from specdef_cli.certify.curvature import Curvature, hessian_top, model_loss, trainable
 
 ALPHAS = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from setting import base_text
 
-from specdef_cli.certify.deployment import DEFAULT_FORMATS, FORMATS, DeploymentFigure, measure_deployment, token_batch
+from specdef_cli.certify.formats import FORMATS, FormatFigure, measure_formats
+from specdef_cli.runtime.tokens import token_batch
 
 
-def cell(figure: DeploymentFigure) -> str:
+def cell(figure: FormatFigure) -> str:
     """The hardened loss and what became of it."""
     if figure.status == "skipped":
         return f"skipped: {figure.note}"
@@ -31,13 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("base", type=Path)
     parser.add_argument("hardened", type=Path, nargs="+", help="hardened directories; a column each")
-    parser.add_argument("--formats", nargs="*", default=list(DEFAULT_FORMATS), choices=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--sequences", type=int, default=16)
     arguments = parser.parse_args()
     _, held_out = base_text()
     tokens = token_batch(arguments.base, held_out, sequences=arguments.sequences, length=256)
     columns = {
-        directory.name: measure_deployment(arguments.base, directory, tokens, arguments.formats)
+        directory.name: measure_formats(arguments.base, directory, tokens, arguments.formats)
         for directory in arguments.hardened
     }
     print(f"| format | base | {' | '.join(columns)} | note |")

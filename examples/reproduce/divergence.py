@@ -16,17 +16,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 import torch
+from descent import DivergenceRate, observed_divergence_rate
 from matplotlib import pyplot as plt
 from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, output_directory, slope, tiny_llama
 from torch import nn
 
 from specdef_cli.certify.curvature import (
-    DivergenceRate,
     Loss,
     hessian_top,
     largest_stable_rate,
     model_loss,
-    observed_divergence_rate,
     trainable,
 )
 

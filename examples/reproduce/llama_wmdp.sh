@@ -9,7 +9,7 @@
 #
 #   HF_HUB_OFFLINE=1 MODEL=examples/tiny_llama/model DATASET=examples/reproduce/standin/sums_corpus.jsonl \
 #   EVAL_TASKS=standin_sums UTILITY_TASKS=standin_python EVAL_TASK_PATH=examples/reproduce/standin \
-#   STEPS=4 PAPER_DTYPE=float32 CERTIFY="--no-deployment" OUT=demo/standin bash examples/reproduce/llama_wmdp.sh
+#   STEPS=4 PAPER_DTYPE=float32 CERTIFY="--formats", "none" OUT=demo/standin bash examples/reproduce/llama_wmdp.sh
 #
 # What is the paper's: model, questions, α, k, the three learning rates, the tasks of utility. What is chosen here,
 # because this project doesn't know the paper's: the layers (harden's default: all that write to the residual stream),
@@ -65,7 +65,7 @@ BATCH_SIZE=${BATCH_SIZE:-4}
 SEQUENCE_LENGTH=${SEQUENCE_LENGTH:-128}
 JOBS=${JOBS:-1}                                      # with several GPUs, runs at a time, one on each
 # The Hessian of 8·10⁹ parameters and every deployment format are days on the CPU, where a certificate is measured.
-CERTIFY=${CERTIFY---no-curvature --no-deployment}
+CERTIFY=${CERTIFY---no-curvature --formats none}
 PYTHON=${PYTHON:-python}
 
 specdef() { "$PYTHON" -m specdef_cli "$@"; }

@@ -40,10 +40,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from compensation_bound import observed
 from torch import Tensor, nn
 
 from specdef_cli.attack.variants.inserted_layers import hardened_layers
-from specdef_cli.certify.bound import observed
 from specdef_cli.certify.curvature import HessianProducts, Loss, differentiable_gradient, trainable
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.lanczos import top_eigenpairs

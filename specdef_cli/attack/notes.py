@@ -68,10 +68,14 @@ def _not_tried(options: AttackOptions, target: Target) -> list[str]:
     """What the user asked for and this model has nothing for."""
     asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
     missing = [variant for variant in asked if not variant.applies_to(target.constructions)]
+    untrained = [training for table in options.tables for training in table.trainings if not training.on(target)]
     words = {"factored": "a layer stored as factors", "folded": "a folded pair", "any": "nothing"}
     return [
-        f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
-        for variant in missing
+        *(f"Not tried: {training}. The model has nothing for it." for training in dict.fromkeys(untrained)),
+        *(
+            f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
+            for variant in missing
+        ),
     ]
 
 

@@ -49,7 +49,7 @@ class AttackOptions(Budget):
         dataset_config, dataset_split: Which part of a Hub dataset; the split defaults to ``train``.
         text_column: The column with the text; ``None`` takes what the rows have
             (:data:`specdef_cli.attack.data.forms.FORMS`).
-        label_column, image_column: Columns of the dataset; of classification alone.
+        text_pair_column, label_column, image_column: Columns of the dataset; of classification alone.
         retained: Text, as ``dataset``, that the attacker wants to keep the model's ability on; ``None`` is the source
             of Python's standard library, and ``none`` leaves that measurement out.
         eval_task_path: A directory with tasks of the user's own, as lm-eval's ``--include_path``.
@@ -101,6 +101,7 @@ class AttackOptions(Budget):
     text_column: str | None = option(
         None, "Column with the text.", shown_default="messages, prompt, instruction or text"
     )
+    text_pair_column: str | None = option(None, "Column with a second text (classification of pairs).")
     label_column: str = option("label", "Column with the label (classification).")
     image_column: str = option("image", "Column with the image.")
     retained: str | None = option(

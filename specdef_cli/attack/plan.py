@@ -16,7 +16,7 @@ from specdef_cli.attack.suite import AttackTable
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant, informed_variants
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import WrongUsage
 
 MAX_RATES = 12
 """More decades than this (α beyond about 10⁹) are sampled every second, third … decade."""
@@ -116,8 +116,11 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
     if not attacks:
-        asked = ", ".join(str(training) for table in options.tables for training in table.trainings)
-        raise SpecDefError(f"no attack is left: {asked} trains nothing of this model", "Choose another --training.")
+        asked = dict.fromkeys(str(asked) for table in options.tables for asked in (*table.trainings, *table.variants))
+        raise WrongUsage(
+            f"no attack is left: {', '.join(asked)} find nothing in this model",
+            "Choose another --training or --variant; `specdef attack --help` lists them.",
+        )
     return tuple(_distinct(controls) + _distinct(attacks))
 
 

@@ -18,6 +18,7 @@ from specdef_cli.attack.prospects import Lead, is_hopeless
 from specdef_cli.attack.run_result import (
     BATCHES_BEYOND_TWICE,
     BEYOND_TWICE,
+    DEAD,
     DIVERGENCE_FACTOR,
     Divergence,
     DivergenceReason,
@@ -30,6 +31,9 @@ BATCHES = 2
 
 ATTACK, RETAINED = "attack", "retained"
 """What the data sets that are evaluated are called in the Trainer's metrics."""
+
+CONSTANT = "constant"
+"""The metric that says whether all outputs were the same."""
 
 
 EventKind = Literal["run-start", "step", "run-end", "run-reused"]
@@ -128,11 +132,13 @@ class Recorder(TrainerCallback):
             return
         if self._ended:
             return
-        loss = finite(metrics[f"eval_{ATTACK}_loss"])
+        dead = bool(metrics.get(f"eval_{ATTACK}_{CONSTANT}")) and state.global_step > 0
+        # What says the same of every input has learned nothing, also where its loss is below a bad start.
+        loss = None if dead else finite(metrics[f"eval_{ATTACK}_loss"])
         self.evaluations.append(EvalPoint(state.global_step, loss, time.perf_counter() - self._began))
         start = self.evaluations[0].loss
         if loss is None:
-            self._diverged(state, control, "held-out loss is not finite")
+            self._diverged(state, control, DEAD if dead else "held-out loss is not finite")
         elif start is not None and loss > DIVERGENCE_FACTOR * start:
             self._diverged(state, control, BEYOND_TWICE)
         elif self._lead is not None and is_hopeless(self.evaluations, state.max_steps, self._lead.progress):

@@ -124,7 +124,9 @@ class Hardening:
     alpha: float
     top_k: int | None
     gauge: str | None
-    layers: int
+    factored: int = 0
+    folded: int = 0
+    scaled: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class AttackReport:
         notes: What the reader must know to read the figures, one sentence each.
         versions: Of this package and the libraries that did the training.
         device: What it ran on.
+        not_reached: Labels of attacks without knowledge of the construction that the time limit left out.
     """
 
     model: str
@@ -161,6 +164,7 @@ class AttackReport:
     notes: tuple[str, ...]
     versions: dict[str, str]
     device: str
+    not_reached: tuple[str, ...] = ()
 
     @cached_property
     def attacks(self) -> tuple[Attack, ...]:

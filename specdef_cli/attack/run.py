@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
 from specdef_cli.architectures.skeleton import Skeleton
@@ -96,6 +97,8 @@ def attack(
             deadline=None if options.time_limit is None else Deadline(prepared.time_left()),
             on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
         )
+    firsts = [series.first for series in plan if series.first.subject == "model"]
+    plain = [first.label for first in firsts if first.variant.knowledge == "none"]
     report = AttackReport(
         model=str(options.model),
         control=prepared.control_name,
@@ -107,6 +110,7 @@ def attack(
         versions={"specdef-cli": __version__}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
+        not_reached=tuple(label for label in outcome.not_reached if label in plain),
     )
     notes = (*plan_notes(options, prepared.target), *outcome_notes(options, outcome))
     return replace(report, notes=(*notes, *report_notes(options, prepared.target, report)))
@@ -123,6 +127,15 @@ def _check_processes(options: AttackOptions, processes: int) -> None:
             f"--time-limit is measured by every process, and {processes} of them would not agree",
             "Leave it out under `accelerate launch`, and give --steps.",
         )
+
+
+def _check_engine() -> None:
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise SpecDefError(
+                f"ACCELERATE_USE_{engine} is set, and attacks train with DDP or FSDP alone",
+                f"Run `unset ACCELERATE_USE_{engine}`, or launch with `accelerate launch --use_fsdp`.",
+            )
 
 
 def plan_attack(options: AttackOptions) -> Forecast:
@@ -163,6 +176,7 @@ class _Prepared:
 
 
 def _prepare(options: AttackOptions) -> _Prepared:
+    _check_engine()
     began = time.monotonic()
     writable_ancestor(options.out)
     directory, manifest = _subject(options)
@@ -337,5 +351,7 @@ def _hardening(manifest: Manifest | None) -> Hardening | None:
         alpha=largest_alpha(manifest),
         top_k=first.top_k if first else None,
         gauge=first.gauge if first else None,
-        layers=len(manifest.factored) + len(manifest.scaled) or len(manifest.folded),
+        factored=len(manifest.factored),
+        folded=len(manifest.folded),
+        scaled=len(manifest.scaled),
     )

@@ -31,9 +31,13 @@ DivergenceReason = Literal[
     "training loss is not finite",
     "held-out loss is not finite",
     "held-out loss is beyond twice the start",
+    "outputs are the same for every input",
 ]
 BEYOND_TWICE: Final = "held-out loss is beyond twice the start"
 """The one reason that a run can go on after, where it is asked to."""
+
+DEAD: Final = "outputs are the same for every input"
+"""The network is dead: its gradient is zero, and nothing comes back from there."""
 
 BATCHES_BEYOND_TWICE: Final = "training loss is beyond twice the start"
 """The reason that holds in a search alone, where every run has others to measure up to."""
@@ -139,8 +143,8 @@ class RunResult:
 
     @property
     def final(self) -> float | None:
-        """Held-out loss at the end; ``None`` where it is not a number any more."""
-        if self.divergence is not None and "not finite" in self.divergence.reason:
+        """Held-out loss at the end; ``None`` where it is not a number any more, or the network is dead."""
+        if self.divergence is not None and ("not finite" in self.divergence.reason or self.divergence.reason == DEAD):
             return None
         return self.evaluations[-1].loss if self.evaluations else None
 

@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from specdef_cli.architectures.causal import is_causal_lm
-from specdef_cli.attack.data.labels import Head
+from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.target import Task
 from specdef_cli.checkpoint.weight_files import read_config
 from specdef_cli.errors import SpecDefError
@@ -42,13 +42,11 @@ def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
     Args:
         directory: The control, which is an ordinary checkpoint.
         asked: The user's choice; ``None`` is what the architecture says.
-
-    Raises:
-        SpecDefError: The architecture says nothing of a task, or the model cannot be trained for the one asked for.
     """
     config = read_config(directory)
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
-    head = Head(labels, config.get("problem_type"))
+    named = config.get("label2id") or {name: number for number, name in (config.get("id2label") or {}).items()}
+    head = Head(labels, config.get("problem_type"), {name: int(number) for name, number in named.items()})
     architecture = (config.get("architectures") or ["none named"])[0]
     if asked is not None:
         _refuse_attention_both_ways(config, asked, directory)
@@ -78,9 +76,12 @@ def auto_class(task: Task, directory: Path) -> Any:
 
 
 def _possible(config: Mapping[str, Any]) -> list[Task]:
-    """The tasks that transformers has a class for, for this type of model."""
+    """The tasks that transformers has a class for, for this type of model, and that are not refused."""
     kind = config.get("model_type")
-    return [task for task, names in _NAMES.items() if kind in names or (task == "causal-lm" and kind in _READS_IMAGES)]
+    found: list[Task] = [task for task, names in _NAMES.items() if kind in names]
+    if kind in _READS_IMAGES and "causal-lm" not in found:
+        found.append("causal-lm")
+    return [task for task in found if not (task == "causal-lm" and _attends_both_ways(config))]
 
 
 def _refuse_without_class(config: Mapping[str, Any], asked: Task, directory: Path) -> None:
@@ -101,11 +102,14 @@ def _flat(names: Mapping[str, Any]) -> set[str]:
 
 def _refuse_attention_both_ways(config: Mapping[str, Any], asked: Task, directory: Path) -> None:
     """An encoder that is trained to say the next token sees it: its loss falls, and nothing is learned."""
-    kind = config.get("model_type")
-    encoder = kind in _NAMES["masked-lm"] and kind not in _NAMES["seq2seq-lm"] and not config.get("is_decoder", False)
-    if asked == "causal-lm" and encoder:
+    if asked == "causal-lm" and _attends_both_ways(config):
         raise SpecDefError(
-            f"{directory} is an encoder ({kind}): each of its tokens attends to the ones after it, so that as a causal "
-            "language model it would be trained to copy",
+            f"{directory} is an encoder ({config.get('model_type')}): each of its tokens attends to the ones after it, "
+            "so that as a causal language model it would be trained to copy",
             "Use --task masked-lm.",
         )
+
+
+def _attends_both_ways(config: Mapping[str, Any]) -> bool:
+    kind = config.get("model_type")
+    return kind in _NAMES["masked-lm"] and kind not in _NAMES["seq2seq-lm"] and not config.get("is_decoder", False)

@@ -23,6 +23,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+from transformers.trainer_utils import EvalLoopOutput
 
 from specdef_cli.attack.accuracy import task_accuracy
 from specdef_cli.attack.data import AttackData
@@ -30,9 +32,10 @@ from specdef_cli.attack.loading import leave_to_fsdp, load_for_training
 from specdef_cli.attack.optimizers.groups import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS, OptimizerChoice
 from specdef_cli.attack.prospects import Lead
-from specdef_cli.attack.recorder import ATTACK, RETAINED, Recorder
+from specdef_cli.attack.recorder import ATTACK, CONSTANT, RETAINED, Recorder
 from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.target import Task
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import load_tokenizer
@@ -79,10 +82,6 @@ def train_run(
         trust_remote_code: Passed on to transformers.
         eval_task_path: Where the user's own tasks of lm-eval are.
         lead: As :class:`Recorder` takes it.
-
-    Raises:
-        SpecDefError: The model cannot be loaded, the recipe matches nothing, or the batch or the optimizer does not
-            split over the processes.
     """
     state = process_state()
     _check_passes(spec, state, memory)
@@ -157,29 +156,62 @@ def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
         )
 
 
+CONSTANT_WITHIN = 1e-6
+"""Outputs that differ by no more than this share of the largest are the same."""
+
+
 class AttackTrainer(Trainer):
-    """transformers' Trainer with an optimizer of the table.
+    """transformers' Trainer with an optimizer of the table, which evaluates the cross-entropy of the labels alone.
 
     Optimizers that evaluate at other weights than they train at (schedule-free ones) are switched by the Trainer
     itself, which calls their ``train`` and ``eval``.
-
-    Args:
-        choice: The optimizer.
-        arguments: As the Trainer takes them.
     """
 
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, choice: OptimizerChoice, **arguments: Any) -> None:
+    def __init__(self, choice: OptimizerChoice, task: Task, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._choice = choice
+        self._task = task
+        self._constant: list[torch.Tensor] = []
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Trained on is the model's own loss, evaluated that of the labels: many models add a router's to theirs."""
+        if model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._task not in _LABEL_LOSSES:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        else:
+            labels = inputs["labels"]
+            # A decoder reads its labels; other models would only spend a second loss on them.
+            read = {name: value for name, value in inputs.items() if name != "labels" or self._task == "seq2seq-lm"}
+            outputs = model(**read)
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs["labels" in read]
+            counted = logits[:, -labels.shape[1] :].contiguous()  # without the tokens of a trained prompt
+            loss = _LABEL_LOSSES[self._task](counted, labels, counted.shape[-1], num_items_in_batch)
+            if num_items_in_batch is not None:  # of all processes, whose losses the Trainer averages
+                loss = loss * self.accelerator.num_processes
+        self._constant.append(_constant(inputs, logits))
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **more: Any) -> EvalLoopOutput:
+        """Also says whether the outputs were the same for all inputs, which no network that can learn has."""
+        self._constant = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **more)
+        found = torch.stack(self._constant).all() if self._constant else torch.tensor(False)
+        gathered = self.accelerator.gather(found.to(self.args.device))
+        output.metrics[f"{metric_key_prefix}_{CONSTANT}"] = bool(gathered.all())
+        return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Called after sharding, with the sharded model, where there is any.
-
-        Raises:
-            SpecDefError: The optimizer cannot work on shards.
-        """
+        """Called after sharding, with the sharded model, where there is any."""
         if self.is_fsdp_enabled and not self._choice.elementwise:
             others = (name for name, choice in OPTIMIZERS.items() if choice.elementwise and not choice.second_order)
             raise SpecDefError(
@@ -196,6 +228,22 @@ class AttackTrainer(Trainer):
                 decayed=self.get_decay_parameter_names(trained),
             )
         return self.optimizer
+
+
+_LABEL_LOSSES: dict[Task, Callable[..., torch.Tensor]] = {
+    "causal-lm": ForCausalLMLoss,
+    "masked-lm": ForMaskedLMLoss,
+    "seq2seq-lm": ForMaskedLMLoss,
+}
+
+
+def _constant(inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
+    """Whether inputs that differ give one output: a boolean scalar."""
+    read = inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"]
+    first = read[0] if logits.ndim == 2 else read[0, 0]  # an output for each row, or for each token
+    flat = logits.detach().flatten(0, -2)  # [outputs, classes]
+    spread, largest = (flat.amax(0) - flat.amin(0)).max(), flat.abs().max()
+    return (read != first).any() & (spread <= CONSTANT_WITHIN * largest)
 
 
 class SecondOrderTrainer(AttackTrainer):
@@ -222,11 +270,7 @@ def make_trainer(
     memory: Memory = Memory(),
     tracking: Tracking = NOWHERE,
 ) -> Trainer:
-    """The Trainer of a run, silent and without checkpoints.
-
-    Raises:
-        SpecDefError: The model cannot compute its activations again.
-    """
+    """The Trainer of a run, silent and without checkpoints."""
     choice = OPTIMIZERS.choose(spec.optimizer)
     if memory.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise SpecDefError(
@@ -274,6 +318,7 @@ def make_trainer(
     arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = (SecondOrderTrainer if choice.second_order else AttackTrainer)(
         choice,
+        spec.task,
         model=model,
         args=arguments,
         train_dataset=data.train,

@@ -74,10 +74,25 @@ def _claim_device(places: multiprocessing.SimpleQueue[int], jobs: int) -> None:
     place = places.get()
     import torch
 
-    devices = torch.cuda.device_count()
-    if devices > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % devices)
+    devices = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count)
+    if len(devices) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else 1))
+
+
+def visible_devices(named: str, count: Callable[[], int]) -> tuple[str, ...]:
+    """The GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them: numbers, UUIDs or parts of one (MIG).
+
+    Args:
+        named: The variable; empty where it is not set.
+        count: Asks the driver. CUDA leaves out everything from the first name on that it does not know. Of MIG
+            devices a process sees one, and to ask would fix which.
+    """
+    names = [name.strip() for name in named.split(",") if name.strip()]
+    if any(name.startswith("MIG") for name in names):
+        return tuple(names)
+    found = count()
+    return tuple(names[:found]) if names else tuple(map(str, range(found)))
 
 
 def _end_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""σ₁ of the loss Hessian, and the learning rate at which plain gradient descent is seen to diverge.
+"""σ₁ of the loss Hessian, of any loss and of a checkpoint's; plain gradient descent is stable up to 2/σ₁.
 
 Gradient descent with rate η multiplies the component of the parameters along an eigenvector of the Hessian by 1 − ηλ,
 so on a quadratic it diverges exactly above 2/σ₁ (for λ > 0). The Hessian is never formed: one product Hv is a second
@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from specdef_cli.dtypes import dtype_name
 from specdef_cli.errors import SpecDefError, first_line
@@ -36,14 +37,17 @@ TOLERANCE = 1e-3
 
 MAX_PRODUCTS = 100
 
-BISECTION_RATIO = 1.05
-"""The rate at which descent diverges is located to within this factor, where no other is asked for."""
+MAX_FOR_DOUBLE = 5_000_000
+"""Parameters up to which float64 is used."""
 
-HEADROOM = 16
-"""The search for that rate begins this many times above 2/σ₁: networks let descent go on up to some times it."""
+MAX_FOR_WHOLE = 100_000_000
+"""Parameters up to which the whole Hessian is taken; beyond, its diagonal blocks, one for each layer."""
 
-SEARCHED = 1e9
-"""The search ends this many times above, or below, the rate that it was given."""
+MEMORY_PER_PARAMETER = 4 * 30
+"""Bytes: Lanczos keeps some 26 vectors, and the graph of the gradient comes on top."""
+
+ROUGH = 0.1
+"""Tolerance with which every block is measured; the largest is then measured to the usual one."""
 
 
 @dataclass(frozen=True)
@@ -71,28 +75,6 @@ class Curvature:
         return abs(self.eigenvalue)
 
 
-@dataclass(frozen=True)
-class DivergenceRate:
-    """Where plain gradient descent was seen to turn from stable to divergent.
-
-    Attributes:
-        stable: The largest learning rate tried that did not diverge; 0 where all did.
-        divergent: The smallest that did; infinite where none did.
-        steps: Steps of each trial.
-    """
-
-    stable: float
-    divergent: float
-    steps: int
-
-    @property
-    def value(self) -> float:
-        """The geometric mean of both, or the one that is a positive number."""
-        if self.stable == 0 or math.isinf(self.divergent):
-            return self.stable or self.divergent
-        return math.sqrt(self.stable * self.divergent)
-
-
 def hessian_top(
     loss: Loss,
     parameters: Sequence[Tensor],
@@ -110,9 +92,6 @@ def hessian_top(
         tolerance: Relative residual that counts as converged.
         max_products: Hessian-vector products that may be taken; memory is some 26 vectors of the parameters' size.
         seed: Of the start vector.
-
-    Raises:
-        SpecDefError: There is no parameter or it has 16 bits, the loss is not finite, or it has no second derivative.
     """
     (curvature,) = hessian_top_by_group(
         loss, {"all": parameters}, tolerance=tolerance, max_products=max_products, seed=seed
@@ -139,9 +118,6 @@ def hessian_top_by_group(
         groups: Parameters by name of the group, e.g. from :func:`groups_by_layer`.
         tolerance, max_products, seed: As for :func:`hessian_top`, for each group.
         on_group: Called with a group's name before it is measured.
-
-    Raises:
-        SpecDefError: As :func:`hessian_top`.
     """
     parameters = list({id(parameter): parameter for members in groups.values() for parameter in members}.values())
     gradients = dict(zip(map(id, parameters), differentiable_gradient(loss(), parameters), strict=True))
@@ -208,75 +184,6 @@ def largest_stable_rate(curvature: Curvature) -> float:
     return 2 / curvature.value if curvature.value else math.inf
 
 
-def observed_divergence_rate(
-    loss: Loss,
-    parameters: Sequence[Tensor],
-    *,
-    around: float,
-    steps: int = 100,
-    growth: float = 2.0,
-    ratio: float = BISECTION_RATIO,
-) -> DivergenceRate:
-    """The learning rate at which plain full-batch gradient descent diverges.
-
-    A trial *diverges* when its loss stops being finite or exceeds ``growth`` times the start's modulus. The descent
-    from 2/σ₁ need not diverge right there: where the loss is not quadratic, a rate somewhat above it can throw the
-    parameters into a flatter region and converge ("catapult", Lewkowycz et al., arXiv 2003.02218), and a rate below it
-    can fail when the Hessian grows on the way.
-
-    Rates are tried from above: one that diverges shows it within a few steps, one that is stable takes all of them.
-
-    Args:
-        loss: Called for every step. The parameters are put back before this returns.
-        parameters: What is trained.
-        around: Where the search begins, e.g. 2/σ₁: a few times above it.
-        steps: Steps of each trial.
-        growth: How many times the start's loss counts as divergence.
-        ratio: The search ends once a stable and a divergent rate are within this factor of each other.
-    """
-    start = loss()
-    limit = growth * abs(float(start.detach()))
-    first_gradients = torch.autograd.grad(start, parameters, materialize_grads=True)
-
-    def diverges(rate: float) -> bool:
-        gradients = first_gradients
-        with restored(parameters):
-            for remaining in reversed(range(steps)):
-                with torch.no_grad():
-                    for parameter, gradient in zip(parameters, gradients, strict=True):
-                        parameter.sub_(gradient, alpha=rate)
-                with torch.set_grad_enabled(remaining > 0):
-                    value = loss()
-                if not float(value.detach()) <= limit:  # NaN fails this too
-                    return True
-                if remaining:
-                    gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
-        return False
-
-    stable, divergent = 0.0, around * HEADROOM
-    while not diverges(divergent):
-        stable = divergent
-        if stable >= around * SEARCHED:
-            return DivergenceRate(stable, math.inf, steps)
-        divergent *= 4
-    while divergent > around / SEARCHED:
-        for rate in bisection_rates(divergent / 4, divergent, ratio):
-            if rate == stable or not diverges(rate):
-                return DivergenceRate(rate, divergent, steps)
-            divergent = rate
-    return DivergenceRate(0.0, divergent, steps)
-
-
-def bisection_rates(low: float, high: float, ratio: float) -> Iterator[float]:
-    """The rates of all bisections of [low, high], from above: down to ``low``, and neighbours within ``ratio``."""
-    if high / low <= ratio:
-        yield low
-        return
-    middle = math.sqrt(low * high)
-    yield from bisection_rates(middle, high, ratio)
-    yield from bisection_rates(low, middle, ratio)
-
-
 class HessianProducts:
     """v ↦ Jᵀv for the Jacobian J of ``gradients`` by ``variables``, through a graph that is kept for the next product.
 
@@ -292,11 +199,7 @@ class HessianProducts:
         self.size = sum(variable.numel() for variable in variables)
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """Jᵀv: shape [outputs] → [variables]. With g = ∇loss over the same variables, Hv.
-
-        Raises:
-            SpecDefError: The graph cannot be differentiated a second time.
-        """
+        """Jᵀv: shape [outputs] → [variables]. With g = ∇loss over the same variables, Hv."""
         cotangents = split_like(vector, self.gradients)
         # What the loss is linear in has a gradient without a graph: its second derivative is zero.
         live = [pair for pair in zip(self.gradients, cotangents, strict=True) if pair[0].requires_grad]
@@ -314,12 +217,7 @@ class HessianProducts:
 
 
 def differentiable_gradient(value: Tensor, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """∇ of a scalar, with the graph that a second derivative needs.
-
-    Raises:
-        SpecDefError: There are no variables or they have 16 bits, or the value is not finite or depends on nothing that
-            trains.
-    """
+    """∇ of a scalar, with the graph that a second derivative needs."""
     if not variables:
         raise SpecDefError("there is no parameter to take the Hessian over", "Choose parameters that exist and train.")
     for variable in variables:
@@ -342,13 +240,52 @@ def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-@contextmanager
-def restored(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Put the parameters' values back afterwards."""
-    before = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+@dataclass(frozen=True)
+class CurvatureFigures:
+    """The curvature of one checkpoint's loss on a small batch.
+
+    Attributes:
+        top: Of the whole Hessian, or the largest of its diagonal blocks.
+        block: Which block that is; ``None`` for the whole.
+        largest_stable_rate: 2/σ₁.
+    """
+
+    top: Curvature
+    block: str | None
+    largest_stable_rate: float
+
+
+def measure_curvature(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    on_block: Callable[[str], None] = lambda _: None,
+) -> CurvatureFigures | str:
+    """The figures of one causal language model, or why they were not measured.
+
+    Args:
+        model: It is left in another dtype, and on ``device``.
+        tokens: int64, shape [sequences, length]: the batch.
+        device: Without float64 there, everything is measured in float32.
+        on_block: Called with a layer's name before its block is measured, where the whole Hessian is too large.
+    """
+    model.to(device=torch.device(device), dtype=torch.float32)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    on_gpu = model.device.type == "cuda"
+    available = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    if count * MEMORY_PER_PARAMETER > available and count <= MAX_FOR_WHOLE:
+        needed = count * MEMORY_PER_PARAMETER
+        return f"it takes about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
+    double = count <= MAX_FOR_DOUBLE and model.device.type != "mps"
+    module: nn.Module = model.double() if double else model
+    tokens = tokens.to(model.device)
+    loss, block = model_loss(module, {"input_ids": tokens, "labels": tokens}), None
+    if count <= MAX_FOR_WHOLE:
+        top = hessian_top(loss, list(trainable(module).values()))
+    else:
+        groups = groups_by_layer(module)
+        rough = hessian_top_by_group(loss, groups, tolerance=ROUGH, on_group=on_block)
+        block = max(rough, key=lambda name: rough[name].value)
+        top = hessian_top_by_group(loss, {block: groups[block]})[block]
+    return CurvatureFigures(top, block, largest_stable_rate(top))

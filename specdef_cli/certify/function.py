@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.certify.deployment import mean_loss
+from specdef_cli.certify.trial import mean_loss
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.stream import file_sha256
@@ -102,16 +102,9 @@ def measure_function(
     """Compare two checkpoints on the CPU, one in memory at a time.
 
     Args:
-        base, hardened: Directories.
-        manifest: Of the hardened one.
         tokens: int64, shape [sequences, length], for a causal language model; ``None`` for others.
-        trust_remote_code: Whether code that comes with the base may run.
         on_model: Called with each model whose outputs are finite, the base first, once its function is known: for what
             else is measured on it, so that it is loaded once. It may change the model.
-
-    Raises:
-        SpecDefError: A directory cannot be loaded, the hardened one brings code of its own that is not trusted, or the
-            base's outputs are not finite.
     """
     run_code = _may_run_code(hardened, trust_remote_code)
     with new_objects_only():
@@ -171,11 +164,7 @@ def _greedy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def _may_run_code(directory: Path, trust_remote_code: bool) -> bool:
-    """Whether a process may run the code in a hardened directory: asked for, or ours to the last byte.
-
-    Raises:
-        SpecDefError: It needs its code, and that is somebody else's.
-    """
+    """Whether a process may run a directory's code: if the user allows it, or if it is this release's file."""
     config = open_checkpoint(directory).config
     if trust_remote_code or config.get("model_type") != MODEL_TYPE:
         return trust_remote_code

@@ -1,11 +1,14 @@
-"""What a caller may ask of :func:`specdef_cli.certify`."""
+"""What a caller may ask of :func:`specdef_cli.certify`, and where its certificate lies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.option import as_declared, option, require_positive
+from specdef_cli.errors import SpecDefError
+from specdef_cli.option import as_declared, option
+
+CERTIFICATE_NAME = "certificate.json"
 
 
 @dataclass(frozen=True)
@@ -13,40 +16,27 @@ class CertifyOptions:
     """Options of :func:`specdef_cli.certify`.
 
     Attributes:
-        model: The hardened directory (or a Hub id).
-        out: Where the certificate is written, and the attack report where one is made.
+        model: The hardened directory or Hub id.
+        formats: Names of :data:`specdef_cli.certify.formats.FORMATS`, ``all`` or ``none``.
+        device: The function is always compared on the CPU, where a fresh process must give the same bits.
         manifest: ``specdef.json`` where it does not lie in the model's directory.
-        base: What it was made from; ``None`` takes the base that the manifest names.
-        attacks: A ``report.json`` on this model; ``None`` runs the quick suite.
-        text: A text file to measure loss on; ``None`` is the source of Python's standard library.
-        formats: Deployment formats; ``None`` takes those that take seconds, and empty leaves that part out.
-        curvature: Whether the Hessian is measured.
-        card: Whether a local model's card and directory get the certificate too.
-        statement: Whether the certificate is written as an in-toto statement too.
-        jobs: Attack runs at a time.
-        device: Where the curvature and the deployment formats are measured. The function is always compared on the CPU,
-            where a fresh process must give the same bits.
-        trust_remote_code: Whether the base's own Python code may run.
-        revision, token: Passed on to the Hub.
-
-    Raises:
-        SpecDefError: ``jobs`` is not positive.
     """
 
     model: str
-    out: Path = option(Path("certificate"), "Where the certificate and the attack report go.", "--out", "-o")
+    out: Path = option(Path("certificate"), "Where the certificate goes.", "--out", "-o")
     base: str | None = option(None, "What it was made from.", shown_default="the base that the manifest names")
     attacks: Path | None = option(
-        None, "report.json of an attack on it.", metavar="REPORT", shown_default="the quick suite is run"
+        None,
+        "The report.json of `specdef attack` on it, or its directory.",
+        metavar="REPORT",
+        shown_default="no attacks in the certificate",
     )
     text: Path | None = option(None, "Text to measure loss on.", shown_default="Python's standard library")
     formats: tuple[str, ...] | None = option(
-        None, "Deployment format to try.", "--format", shown_default="those that take seconds"
+        None, "Format to measure: a name, all or none", "--formats", shown_default="float32, bfloat16, float16"
     )
     curvature: bool = option(True, "Measure the Hessian.", "--curvature/--no-curvature")
     card: bool = option(True, "Put the certificate into the model's directory and its card.", "--card/--no-card")
-    statement: bool = option(False, "Write certificate.intoto.json too, which in-toto's tools can sign.")
-    jobs: int = option(1, "Attack runs at a time.", "--jobs", "-j")
     device: str = option("cpu", "Where curvature and formats are measured, e.g. cuda.")
     manifest: Path | None = None
     trust_remote_code: bool = False
@@ -55,4 +45,14 @@ class CertifyOptions:
 
     def __post_init__(self) -> None:
         as_declared(self)
-        require_positive(self, "jobs")
+
+
+def require_certificate(directory: Path) -> Path:
+    """Where the certificate of a hardened directory lies; asked before anything heavy is imported."""
+    path = directory / CERTIFICATE_NAME
+    if not path.is_file():
+        raise SpecDefError(
+            f"{directory} has no {CERTIFICATE_NAME}",
+            "Write one with `specdef certify`, or fetch the one it came with.",
+        )
+    return path

@@ -107,6 +107,8 @@ class FoldedPair:
         channels: The channels of the pair that were rescaled.
         exponents: log2 of the factor of each channel.
         slices: Every tensor slice that was multiplied; undoing the fold multiplies each by 2**-exponent.
+        given_up: Share of the energy that the readers put out, which a format that loses these channels loses; ``None``
+            where they were not chosen by that.
     """
 
     name: str
@@ -114,6 +116,7 @@ class FoldedPair:
     channels: tuple[int, ...]
     exponents: tuple[int, ...]
     slices: tuple[ScaledSlice, ...]
+    given_up: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from specdef_cli.cli.attack import attack_command
-from specdef_cli.cli.card import card_command
 from specdef_cli.cli.certify import certify_command
 from specdef_cli.cli.collapse import collapse_command
 from specdef_cli.cli.compare import compare_command
+from specdef_cli.cli.convert_adapter import convert_adapter_command
 from specdef_cli.cli.harden import harden_command
 from specdef_cli.cli.inspect import inspect_command
 from specdef_cli.cli.listing import ListingCommand
@@ -26,7 +26,7 @@ from specdef_cli.cli.push import push_command
 from specdef_cli.cli.startup import require_surroundings
 from specdef_cli.cli.streams import safe_streams
 from specdef_cli.cli.verify_certificate import verify_certificate_command
-from specdef_cli.errors import SpecDefError, first_line, is_out_of_memory, printable
+from specdef_cli.errors import SpecDefError, WrongUsage, first_line, is_out_of_memory, printable
 from specdef_cli.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -49,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "collapse": collapse_command,
     "compare": compare_command,
     "inspect": inspect_command,
-    "card": card_command,
+    "convert-adapter": convert_adapter_command,
     "push": push_command,
     "verify-certificate": verify_certificate_command,
 }
@@ -82,7 +82,7 @@ def main() -> None:
             app()
         except (SpecDefError, OSError) as error:
             _say_failed(error if isinstance(error, SpecDefError) else _system_failure(error))
-            sys.exit(1)
+            sys.exit(2 if isinstance(error, WrongUsage) else 1)
         except KeyboardInterrupt:
             _say_interrupted()
             sys.exit(INTERRUPTED)

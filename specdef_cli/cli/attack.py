@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -40,10 +41,13 @@ def attack_command(
         list[str] | None,
         typer.Option(
             metavar="CONDITION",
-            help="Exit with 1 if any attack that knows nothing of the construction meets this, e.g. "
-            "'steps_to_control<500' (repeatable).",
+            help="Exit with 1 if any attack that knows nothing of the construction meets this, or was not measured, "
+            "e.g. 'steps_to_control<500' (repeatable).",
         ),
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write what was found into the model card, as `specdef certify` does.")
+    ] = False,
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -108,6 +112,10 @@ def attack_command(
         trust_remote_code=trust_remote_code,
     )
     require_models(model, given.get("control"), "--control", manifest)
+    if card:
+        from specdef_cli.checkpoint.presence import require_card
+
+        require_card(model)
     require_data(options.dataset)
     if options.retained != NO_RETAINED:
         require_data(options.retained)
@@ -137,6 +145,11 @@ def attack_command(
     written = write_report(report, options.out)
     if not is_main_process():
         return
+    if card:
+        from specdef_cli.attack.presence import REPORT_NAME
+        from specdef_cli.certify.card import attacks_on_card
+
+        attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
@@ -147,8 +160,8 @@ def attack_command(
     table = runs_table(report) if verbose else attacks_table(report)
     output.data(report_dict(report), Group(verdict, table, *sentences), written=written[0])
     output.note(f"report: {written[0]}")
-    met = [(condition, finding) for condition in conditions for finding in condition.met_by(report)]
-    for condition, finding in met:
-        output.note(f"failed: {finding.attack.label} meets {condition.text}")
-    if met:
+    failures = dict.fromkeys(line for condition in conditions for line in condition.failures(report))
+    for line in failures:
+        output.note(f"failed: {line}")
+    if failures:
         raise typer.Exit(1)

@@ -10,7 +10,6 @@ from specdef_cli.certify.options import CertifyOptions
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
-from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import work_alone_if_stale
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def certify_command(
     model: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
     ] = "hardened",
-    no_deployment: Annotated[bool, typer.Option("--no-deployment", help="Try no deployment formats.")] = False,
+    no_deployment: Annotated[bool, typer.Option("--no-deployment", hidden=True, help="--formats none.")] = False,
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -34,17 +33,19 @@ def certify_command(
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
-    """Measure a hardened checkpoint: function kept, spectrum as planned, curvature, attacks, formats.
+    """Measure a hardened checkpoint: function kept, spectrum as planned, curvature, formats.
 
-    Exits with 1 if a claim fails. The certificate names what was tried and what got through; it promises nothing else.
+    Attacks are quoted from a report of `specdef attack`. Exits with 1 if a claim fails. The certificate names what was
+    tried and what got through; it promises nothing else.
 
     Examples:
 
       specdef certify hardened --base ./my-model
 
       specdef certify hardened --attacks attack/report.json --json
+
+      specdef certify hardened --formats nf4 --formats q8_0
     """
-    from rich.console import Group
     from rich.text import Text
 
     from specdef_cli.checkpoint.destination import writable_ancestor
@@ -61,28 +62,21 @@ def certify_command(
     require_extra("attack", "certificates")
     if (report := given.get("attacks")) is not None:
         from specdef_cli.attack.presence import require_report
-
-        require_report(report)
         from specdef_cli.report.document import read_report
 
-        read_report(report)
-    from specdef_cli.certify.deployment import DEFAULT_FORMATS
-    from specdef_cli.certify.run import certify, plan_certify
-    from specdef_cli.cli.plan import plan_screen
+        read_report(require_report(report))
+    from specdef_cli.certify.run import attack_command, certify, plan_certify
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)
-    if no_deployment:
-        given["formats"] = ()
+    if no_deployment:  # how scripts of earlier versions say it
+        given["formats"] = ("none",)
     options = CertifyOptions(
         model, **given, manifest=manifest, trust_remote_code=trust_remote_code, revision=revision, token=token
     )
     if dry_run:
-        forecast = plan_certify(options)
-        formats = DEFAULT_FORMATS if options.formats is None else options.formats
-        parts = ("function", "spectrum", *["curvature"] * options.curvature, *(f"format {name}" for name in formats))
-        table = Group(Text(f"measured: {', '.join(parts)}"), *([plan_screen(forecast)] if forecast else []))
-        output.data({"measured": parts, "attacks": forecast}, table)
+        parts = plan_certify(options)
+        output.data({"measured": parts}, Text(f"measured: {', '.join(parts)}"))
         return
     with output.progress("certifying") as bar:
 
@@ -90,9 +84,14 @@ def certify_command(
             bar.advance(name, 0)
             bar.log(name)
 
-        certificate = certify(options, part, RunProgress(bar).show)
+        certificate = certify(options, part)
     output.data(certificate, certificate_tables(certificate), written=options.out / "certificate.json")
     output.note(f"certificate: {options.out / 'certificate.json'}")
+    if certificate.resistance is None:
+        output.note(
+            f"attacks: no report was given. `{attack_command(options)}` makes one; "
+            "then certify with --attacks attack/report.json."
+        )
     if not certificate.holds:
         raise typer.Exit(1)
 
@@ -103,24 +102,26 @@ def certificate_tables(certificate: Certificate) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from specdef_cli.certify.attack_section import got_through
+    from specdef_cli.certify.card import got_through
 
     words = {True: "holds", False: "FAILS", None: "not measured"}
     claims = Table("claim", "", "what was found", title=f"{certificate.model} against {certificate.base}")
     for claim in certificate.claims:
         claims.add_row(claim.name, words[claim.holds], Text(claim.sentence))
-    attacks = Table(
-        "attack", "the attacker knows", "best η", "of the control", "",
-        title=f"Attacks tried: {certificate.resistance.budget}", title_justify="left",
-    )  # fmt: skip
-    for attack in certificate.resistance.attacks:
-        share = "–" if attack.share is None else f"{attack.share:.0%}"
-        attacks.add_row(Text(attack.label), attack.knowledge, f"{attack.learning_rate:.3g}", share, attack.verdict)
-    parts: list[object] = [claims, attacks, Text("\n".join(got_through(certificate.resistance)))]
+    parts: list[Table | Text] = [claims]
+    if certificate.resistance is not None:
+        attacks = Table(
+            "attack", "the attacker knows", "best η", "of the control", "",
+            title=f"Attacks tried: {certificate.resistance.budget}", title_justify="left",
+        )  # fmt: skip
+        for attack in certificate.resistance.attacks:
+            share = "–" if attack.share is None else f"{attack.share:.0%}"
+            attacks.add_row(Text(attack.label), attack.knowledge, f"{attack.learning_rate:.3g}", share, attack.verdict)
+        parts += [attacks, Text("\n".join(got_through(certificate.resistance)))]
     if certificate.deployment:
-        formats = Table("format", "tool", "base", "hardened", "", "note", title="Deployment", title_justify="left")
+        formats = Table("format", "tool", "base", "hardened", "", "note", title="Formats", title_justify="left")
         for figure in certificate.deployment:
             values = ("–" if value is None else f"{value:.4f}" for value in (figure.base, figure.hardened))
             formats.add_row(figure.format, figure.tool, *values, figure.verdict, Text(figure.note))
         parts.append(formats)
-    return Group(*parts)  # type: ignore[arg-type]
+    return Group(*parts)

@@ -25,11 +25,15 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
 }
 _METRICS: dict[str, Callable[[Finding], float | None]] = {
-    # Never reached within the budget counts as infinitely many steps.
-    "steps_to_control": lambda finding: float("inf") if finding.steps_to_control is None else finding.steps_to_control,
+    "steps_to_control": lambda finding: _steps_to_control(finding),
     "share_of_control": lambda finding: finding.share,
     "best_loss": lambda finding: finding.best,
 }
+
+
+def _steps_to_control(finding: Finding) -> float | None:
+    """Never reached within the budget counts as infinitely many; nothing does where the control learned nothing."""
+    return float("inf") if finding.steps_to_control is None and finding.share is not None else finding.steps_to_control
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read a condition.
-
-        Raises:
-            SpecDefError: It is not one.
-        """
+        """Read a condition."""
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
         try:
             if match is None or match[1] not in _METRICS:
@@ -59,15 +59,21 @@ class Condition:
                 f"Write e.g. 'steps_to_control<500'; metrics: {', '.join(_METRICS)}.",
             ) from error
 
-    def met_by(self, report: AttackReport) -> tuple[Finding, ...]:
-        """The attacks without knowledge of the construction that meet the condition."""
+    def failures(self, report: AttackReport) -> tuple[str, ...]:
+        """Why a gate on this condition fails, one line each: what was not measured holds nothing back."""
         from specdef_cli.report.findings import findings
 
-        met = []
-        for finding in findings(report):
-            if finding.attack.subject != "model" or finding.attack.knowledge != "none":
-                continue
+        failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
+        plain = [found for found in findings(report) if found.attack.subject == "model"]
+        plain = [found for found in plain if found.attack.knowledge == "none"]
+        for finding in plain:
             value = _METRICS[self.metric](finding)
-            if value is not None and _OPERATORS[self.operator](value, self.value):
-                met.append(finding)
-        return tuple(met)
+            if value is None:
+                failed.append(f"{finding.attack.label}: {self.metric} was not measured, as {_why(finding)}")
+            elif _OPERATORS[self.operator](value, self.value):
+                failed.append(f"{finding.attack.label} meets {self.text}")
+        return tuple(failed) or ((f"no attack was measured for {self.text}",) if not plain else ())
+
+
+def _why(finding: Finding) -> str:
+    return "its start is not finite" if finding.start is None else "the control learned nothing by the same recipe"

@@ -14,7 +14,7 @@ from specdef_cli.cli.output import Output
 def verify_certificate_command(
     model: Annotated[str, typer.Argument(metavar="HARDENED", help="Directory or Hub id with a certificate.json.")],
     base: Annotated[
-        str | None, typer.Option(help="What it was made from.", show_default="what needs the base is not checked")
+        str | None, typer.Option(help="What it was made from.", show_default="its files are not checked")
     ] = None,
     attacks: Annotated[
         Path | None,
@@ -25,9 +25,10 @@ def verify_certificate_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check a certificate against the files: hashes, and what can be found out again cheaply.
+    """Check that files, figures and verdicts still fit a certificate.
 
-    Exits with 1 if anything differs. What was not checked is listed too.
+    Compares hashes, and derives the verdicts from the figures again. Exits with 1 if anything differs. What was not
+    checked is listed too.
 
     Examples:
 
@@ -39,7 +40,7 @@ def verify_certificate_command(
     from rich.text import Text
 
     from specdef_cli.attack.presence import require_report
-    from specdef_cli.certify.presence import require_certificate
+    from specdef_cli.certify.options import require_certificate
     from specdef_cli.checkpoint.presence import require_model
 
     directory = require_model(model)

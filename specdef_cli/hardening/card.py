@@ -13,7 +13,7 @@ from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.extras import INSTALLATION
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
-from specdef_cli.hardening.lost_formats import lost_formats, serving_advice
+from specdef_cli.hardening.lost_formats import given_up, lost_formats, serving_advice
 
 HEADING = "## SpecDef"
 
@@ -96,6 +96,7 @@ def _changes(manifest: Manifest) -> Sequence[str]:
             f"existing weights were rescaled by powers of two ({_range(exponents, '2^')}, {manifest.profile} profile), "
             "which adds no parameter."
         )
+        lines += [loss] if (loss := given_up(manifest.folded)) else []
     if manifest.scaled:
         exponents = sorted(
             abs(exponent)

@@ -143,7 +143,7 @@ def fold_pairs(
     """
     chosen = PROFILES[profile]
     used = [pair for pair in pairs if pair.kind in chosen.kinds and pair.channels > 1]
-    _require_dtypes(checkpoint, used, dtype)
+    require_dtypes(checkpoint, used, dtype)
     exponents: dict[str, tuple[int, ...]] = {}
     regions = _regions(used)
     for region, steps in chosen.steps.items():
@@ -154,7 +154,7 @@ def fold_pairs(
         channels = _channels(checkpoint, pair, len(DIRECTIONS), middling=pair.kind in chosen.middling)
         signed = [direction * exponent for direction, exponent in zip(DIRECTIONS, exponents[pair.name], strict=True)]
         if channels:
-            folded.append(_folded(pair, channels, signed[: len(channels)]))
+            folded.append(folded_pair(pair, channels, signed[: len(channels)]))
     return tuple(folded)
 
 
@@ -212,7 +212,10 @@ def inverse(pair: FoldedPair) -> FoldedPair:
     )
 
 
-def _folded(pair: SymmetricPair, channels: Sequence[int], exponents: Sequence[int]) -> FoldedPair:
+def folded_pair(
+    pair: SymmetricPair, channels: Sequence[int], exponents: Sequence[int], given_up: float | None = None
+) -> FoldedPair:
+    """A pair with channels multiplied by 2**exponent on the sides of power 1, and divided on the others."""
     slices = []
     for side in pair.sides:
         indices = [index for channel in channels for index in side.indices[channel]]
@@ -222,7 +225,7 @@ def _folded(pair: SymmetricPair, channels: Sequence[int], exponents: Sequence[in
             for _ in side.indices[channel]
         ]
         slices.append(ScaledSlice(side.tensor, side.axis, side.block, tuple(indices), tuple(powers)))
-    return FoldedPair(pair.name, pair.kind, tuple(channels), tuple(exponents), tuple(slices))
+    return FoldedPair(pair.name, pair.kind, tuple(channels), tuple(exponents), tuple(slices), given_up)
 
 
 def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int, *, middling: bool) -> tuple[int, ...]:
@@ -232,7 +235,7 @@ def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int, *, middli
     """
     matrices = [side for side in pair.sides if len(checkpoint.tensors[side.tensor].shape) > 1] or pair.sides
     side = min(matrices, key=lambda side: _bytes_to_measure(checkpoint, side))
-    norms = _channel_norms(checkpoint, side)
+    norms = channel_norms(checkpoint, side)
     order = norms.argsort(descending=True, stable=True)
     order = order[norms[order] > 0]
     count = min(count, pair.channels - 1, len(order))
@@ -260,7 +263,7 @@ def _bytes_to_measure(checkpoint: Checkpoint, side: Side) -> int:
     return len(_rows(checkpoint, side)) * header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
 
 
-def _channel_norms(checkpoint: Checkpoint, side: Side) -> Tensor:
+def channel_norms(checkpoint: Checkpoint, side: Side) -> Tensor:
     """Squared norm of each channel on one side, shape [channels]; estimated on the rows of :func:`_rows`."""
     shape = checkpoint.tensors[side.tensor].shape
     squares = checkpoint.read_rows(side.tensor, _rows(checkpoint, side)).float().square()  # [rows, columns]
@@ -328,7 +331,14 @@ def _mlp_first(pairs: Sequence[SymmetricPair]) -> list[SymmetricPair]:
     return sorted(pairs, key=rank)
 
 
-def _require_dtypes(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], wanted: str | None) -> None:
+def require_dtypes(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], wanted: str | None) -> None:
+    """Refuse float16, in which small columns are rounded.
+
+    Args:
+        checkpoint: The base.
+        pairs: What is folded.
+        wanted: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
+    """
     for pair in pairs:
         for side in pair.sides:
             dtype = checkpoint.tensors[side.tensor].dtype

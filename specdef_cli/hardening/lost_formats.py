@@ -24,6 +24,8 @@ DOUBLE = "double quantization (bitsandbytes)"
 FLOAT8 = "float8"
 CACHE = "a float16 key/value cache or llama.cpp's flash attention (its defaults)"
 MERGES = "merging with models that are not hardened alike"
+LLAMA_CPP_BLOCKS = "llama.cpp's quantized files (Q8_0, Q4_0, Q4_K_M)"
+W8A8 = "engines that quantize activations by token (w8a8)"
 
 SCALED_LOADERS = (
     "It brings code to load, with trust_remote_code=True or `import specdef_cli`. What does not run it stops with an "
@@ -45,6 +47,8 @@ def lost_formats(folded: Sequence[FoldedPair], *, with_code: bool) -> tuple[str,
     Returns:
         Names for a sentence.
     """
+    if folded and not with_code and all(pair.given_up is not None for pair in folded):
+        return (LLAMA_CPP_BLOCKS, DOUBLE, W8A8, MERGES)
     wide = with_code or _beyond(folded, NARROW_EXPONENT)
     columns = wide or any(pair.kind != "query_key" for pair in folded)
     cached = [pair for pair in folded if pair.kind in CACHED_KINDS]
@@ -63,6 +67,18 @@ def serving_advice(lost: Sequence[str]) -> str:
     """What :func:`lost_formats` found, in a sentence or two."""
     dtype = "Serve it in float32 or bfloat16. " if FLOAT16 in lost or CACHE in lost else ""
     return f"{dtype}It does not survive: {', '.join(lost)}."
+
+
+def given_up(folded: Sequence[FoldedPair]) -> str:
+    """What formats lose that round the smallest columns to zero, in a sentence; empty where nothing is known of it."""
+    shares = {pair.name: pair.given_up for pair in folded if pair.given_up}
+    if not shares:
+        return ""
+    worst = max(shares, key=lambda name: shares[name])
+    return (
+        f"Quantized, it loses {len(shares)} channels, one a pair: at most {shares[worst]:.2%} of what the pair's "
+        f"readers put out ({worst}), as energy."
+    )
 
 
 def _beyond(folded: Sequence[FoldedPair], limit: int) -> bool:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +26,12 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
+from specdef_cli.hardening.expendable import raise_pairs
 from specdef_cli.hardening.factors import FactorLayer, factor_layers
-from specdef_cli.hardening.fold import PROFILES, fold_groups, fold_pairs
-from specdef_cli.hardening.lost_formats import SCALED_LOADERS, lost_formats, serving_advice
-from specdef_cli.hardening.options import Factors, Fold, HardenOptions
+from specdef_cli.hardening.fold import fold_groups, fold_pairs
+from specdef_cli.hardening.lost_formats import SCALED_LOADERS, given_up, lost_formats, serving_advice
+from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
 from specdef_cli.hardening.soundness import require_whole
 from specdef_cli.hardening.verify import require_comparable
@@ -200,9 +203,18 @@ def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, 
     pairs: tuple[SymmetricPair, ...] = ()
     if found.pairs:
         pairs = _select(found.pairs, lambda pair: _pair_names(pair, skeleton.names), options)
-    folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
-    kinds = (None, *PROFILES[wanted.profile].kinds)
-    reasons = tuple(note.reason for note in found.unpaired if note.kind in kinds)
+    folded: tuple[FoldedPair, ...]
+    if wanted.profile == "quantizable":
+        activations = _activations(checkpoint, skeleton, pairs, options, wanted.calibration) if pairs else None
+        folded = raise_pairs(checkpoint, pairs, activations, _stored(options.dtype))
+    else:
+        folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
+    reasons = tuple(note.reason for note in found.unpaired)
+    if wanted.calibration == BY_WEIGHTS:
+        reasons = (
+            "The weights alone chose the channels: quantized or in float16, that may cost nats.",
+            *reasons,
+        )
     if not folded:
         why = "".join(f"; {reason}" for reason in reasons[:1])
         raise SpecDefError(
@@ -210,6 +222,21 @@ def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, 
             "Use --method scale" + (", or other --layers and --exclude." if found.pairs else "."),
         )
     return Changes(folded=folded, reasons=reasons)
+
+
+def _activations(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    pairs: Sequence[SymmetricPair],
+    options: HardenOptions,
+    calibration: str | None,
+) -> Activations | None:
+    """What passes through the pairs on the text that was asked for."""
+    if calibration == BY_WEIGHTS:
+        return None
+    text = default_text() if calibration is None else read_text(Path(calibration))
+    trust = options.trust_remote_code
+    return calibrate(checkpoint, skeleton, pairs, text, device=options.device, trust_remote_code=trust)
 
 
 def _select(
@@ -264,6 +291,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """What was decided and why, for the user."""
     notes = [serving_advice(lost_formats(changes.folded, with_code=bool(changes.layers)))]
+    notes += [loss] if (loss := given_up(changes.folded)) else []
     if changes.scaled and checkpoint.library.runs_code:
         notes.append(SCALED_LOADERS)
     notes += changes.reasons

@@ -1,7 +1,7 @@
 """An attack's results for people (terminal table, plot, HTML) and for programs (JSON, CSV)."""
 
+from specdef_cli.report.document import report_dict
 from specdef_cli.report.findings import Finding, findings, summary
-from specdef_cli.report.serialize import report_dict
 from specdef_cli.report.table import attacks_table, runs_table
 from specdef_cli.report.write import write_report
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.report.document import AttackPart, ReportDocument
-from specdef_cli.report.findings import number, percent, rate
+from specdef_cli.report.document import ReportDocument
+from specdef_cli.report.findings import Finding, number, percent, rate
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def compare(reports: Sequence[ReportDocument]) -> Comparison:
     Args:
         reports: Their contents (:func:`specdef_cli.report.document.read_report`), one for each model.
     """
-    controls: dict[str, AttackPart] = {}
-    columns: list[dict[str, AttackPart]] = []
+    controls: dict[str, Finding] = {}
+    columns: list[dict[str, Finding]] = []
     for report in reports:
         column = {}
         for attack in report.attacks:
@@ -96,7 +96,7 @@ def compare(reports: Sequence[ReportDocument]) -> Comparison:
             ComparedAttack(
                 attack=name,
                 control=_learned(control) if control else "–",
-                control_share=control.share_of_best_control if control else None,
+                control_share=control.share_of_best if control else None,
                 cells=tuple(None if attack is None else _cell(attack) for attack in attacks),
             )
         )
@@ -119,22 +119,20 @@ def comparison_markdown(comparison: Comparison) -> str:
     return "\n".join([*lines, *(f"- {note}" for note in comparison.notes)]) + "\n"
 
 
-def _recipe(attack: AttackPart) -> str:
+def _recipe(attack: Finding) -> str:
     return f"{attack.trained}, {attack.optimizer}"
 
 
-def _learned(control: AttackPart) -> str:
-    best = control.best
-    return f"{number(control.start)} → {number(best.loss)} ({rate(best.learning_rate)})"
+def _learned(control: Finding) -> str:
+    return f"{number(control.start)} → {number(control.best)} ({rate(control.learning_rate)})"
 
 
-def _cell(attack: AttackPart) -> Cell:
-    best = attack.best
+def _cell(attack: Finding) -> Cell:
     return Cell(
-        share=attack.share_of_control,
-        share_of_best=attack.share_of_best_control,
-        learning_rate=best.learning_rate,
-        loss=best.loss,
+        share=attack.share,
+        share_of_best=attack.share_of_best,
+        learning_rate=attack.learning_rate,
+        loss=attack.best,
         verdict=attack.verdict,
     )
 

@@ -10,27 +10,29 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.presence import require_report
-from specdef_cli.attack.results import DataSummary, Hardening
-from specdef_cli.attack.run_result import Divergence, EvalPoint, RunOutcome, TrainPoint
+from specdef_cli.attack.results import CONTROL_SHARE, AttackReport, DataSummary, Hardening
+from specdef_cli.attack.run_result import (
+    DIVERGENCE_FACTOR,
+    UTILITY_LIMIT,
+    Divergence,
+    EvalPoint,
+    RunOutcome,
+    RunResult,
+    TrainPoint,
+)
 from specdef_cli.attack.spec import Subject
 from specdef_cli.attack.target import Task
-from specdef_cli.attack.variants.table import Knowledge
+from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.errors import SpecDefError, first_violation
-from specdef_cli.report.findings import Verdict
+from specdef_cli.report.findings import STOPPED_SHARE, Finding, Part, findings, summary
 
 SCHEMA_NAME: Final = "specdef-attack-report/2"
-
-
-class Part(BaseModel):
-    """A part of the document. The text below a field is its description in the schema."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
 class ModelPart(Part):
@@ -58,56 +60,6 @@ class Definitions(Part):
     """At or below this share of the control's progress an attack counts as stopped."""
     utility_limit: float
     """Utility is kept while perplexity on retained text is at most this share above the start's."""
-
-
-class Best(Part):
-    """Where an attack did best."""
-
-    learning_rate: float
-    loss: float | None
-
-
-class AttackPart(Part):
-    """Runs grouped over learning rates and seeds; judged at the best learning rate, means over seeds."""
-
-    label: str
-    subject: Subject
-    variant: str
-    """What the attacker did to the model before training, as --variant takes it."""
-    knowledge: Knowledge
-    training: str
-    """What was trained, as --training takes it."""
-    trained: str
-    """The same in words."""
-    optimizer: str
-    learning_rates: tuple[float, ...]
-    best: Best
-    start: float | None
-    share_of_control: float | None
-    """Progress (start − best) over the control's."""
-    share_of_best_control: float | None
-    """Progress over the most that any control of the report made, by any training."""
-    share_of_control_over_seeds: tuple[float, float] | None
-    """Of the seed that did worst and the one that did best, at the best learning rate."""
-    share_of_control_at_its_rates: float | None
-    """As share_of_control, over the learning rates that the control ran at only."""
-    share_of_control_with_utility_kept: float | None
-    """The most of any run while perplexity on retained text was within the limit; null: not measured."""
-    control_share_with_utility_kept: float | None
-    """What the control reaches under that same limit; null: not measured."""
-    divergent_learning_rate: float | None
-    """The smallest at which a run diverged; null: none did."""
-    steps_to_control: int | None
-    """null: the budget did not get there."""
-    seconds_to_control: float | None
-    """Of training and evaluation."""
-    parameters_times: float
-    """Parameters over the control's."""
-    flops_times: float
-    """Operations of an optimizer step over the control's, estimated from parameters."""
-    verdict: Verdict
-    runs: tuple[str, ...]
-    """Ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,17 +96,6 @@ class RunParameters(Part):
     """The total over the control's."""
 
 
-class GrowthPart(Part):
-    """What the variant did to the layers that it changed."""
-
-    layers: int
-    parameters_before: int
-    parameters_after: int
-    bytes_added: int
-    parameters_added: int
-    layers_times: float
-
-
 class Curve(Part):
     """A run, step by step."""
 
@@ -175,7 +116,7 @@ class RunPart(Part):
     """null: the budget did not get there."""
     first_grad_norm: float | None
     parameters: RunParameters
-    growth: GrowthPart | None
+    growth: Growth | None
     flops_per_step: int
     accuracy: dict[str, float]
     """On tasks of lm-eval, after the last step; empty: not measured."""
@@ -208,8 +149,68 @@ class ReportDocument(Part):
     definitions: Definitions
     versions: dict[str, str]
     device: str
-    attacks: tuple[AttackPart, ...]
+    attacks: tuple[Finding, ...]
     runs: tuple[RunPart, ...]
+
+
+_SPEC = TypeAdapter(SpecPart)
+
+
+def report_document(report: AttackReport) -> ReportDocument:
+    """A report as ``report.json`` holds it."""
+    return ReportDocument(
+        schema=SCHEMA_NAME,
+        summary=summary(report),
+        model=ModelPart(name=report.model, hardening=report.hardening),
+        control=ControlPart(name=report.control),
+        data=report.data,
+        assumed=report.assumed,
+        notes=report.notes,
+        definitions=Definitions(
+            control_share=CONTROL_SHARE,
+            divergence_factor=DIVERGENCE_FACTOR,
+            stopped_share=STOPPED_SHARE,
+            utility_limit=UTILITY_LIMIT,
+        ),
+        versions=report.versions,
+        device=report.device,
+        attacks=findings(report),
+        runs=tuple(_run(report, run) for run in report.runs),
+    )
+
+
+def report_dict(report: AttackReport) -> dict[str, Any]:
+    """A report as plain JSON data, as ``schema.json`` describes it."""
+    return report_document(report).model_dump(mode="json", by_alias=True)
+
+
+def report_json(report: AttackReport) -> str:
+    """The text of ``report.json``."""
+    return json.dumps(report_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _run(report: AttackReport, run: RunResult) -> RunPart:
+    reached = report.reached_control(run)
+    return RunPart(
+        id=run.spec.run_id,
+        label=run.spec.label,
+        spec=_SPEC.validate_python(run.spec.record),
+        loss=RunLoss(start=run.start, best=run.best, final=run.final),
+        best_step=run.best_step,
+        steps_to_control=None if reached is None else reached.step,
+        first_grad_norm=run.first_grad_norm,
+        parameters=RunParameters(
+            total=run.parameters, trainable=run.trainable_parameters, times=report.parameters_times(run)
+        ),
+        growth=run.growth,
+        flops_per_step=run.flops_per_step,
+        accuracy=run.accuracy,
+        outcome=run.outcome,
+        divergence=run.divergence,
+        stopped=run.stopped,
+        seconds=run.seconds,
+        curve=Curve(train=run.train, evaluations=run.evaluations),
+    )
 
 
 def read_report(path: Path) -> ReportDocument:

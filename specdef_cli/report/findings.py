@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport
 from specdef_cli.attack.run_result import UTILITY_LIMIT, RunResult
 from specdef_cli.attack.search import next_rates
+from specdef_cli.attack.spec import Subject
+from specdef_cli.attack.variants.table import Knowledge
 
 STOPPED_SHARE = 0.05
 """At or below this share of the control's progress an attack counts as stopped, within its budget."""
@@ -37,45 +40,76 @@ KNOWLEDGE_WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One attack, judged at its best learning rate.
+class Part(BaseModel):
+    """A part of ``report.json``. The text below a field is its description in the schema."""
 
-    Attributes:
-        attack: Its runs.
-        learning_rate: The best of those tried.
-        start, best: Held-out loss at step 0, and the lowest at that rate (mean over seeds).
-        share: Progress over the control's; ``None`` for an unknown control.
-        share_of_best: Progress over the most that any control of the report made, by any training. Embeddings alone may
-            reach all of their own control's progress, and half of what full fine-tuning learns.
-        share_range: ``share`` for the seed that did worst and the one that did best.
-        usual_share: ``share`` over the learning rates that the control ran at only.
-        useful_share: ``share`` while perplexity on retained text stayed near the start's; ``None`` if not measured.
-        control_useful_share: What the undefended control reaches under that same limit, of its own progress without it.
-        divergent_rate: The smallest learning rate at which a run diverged; ``None`` where none did.
-        steps_to_control: When :meth:`AttackReport.reached_control`, for the first seed.
-        seconds_to_control: The same in seconds of training and evaluation.
-        parameters_times, flops_times: Parameters, and operations of a step, over the control's.
-        verdict: ``stopped`` (share ≤ 5 %), ``not slowed`` (≥ 95 %), ``slowed`` between; ``not settled`` for a share
-            ≤ 5 % at learning rates that do not bracket the best one.
-    """
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
-    attack: Attack
+
+class Best(Part):
+    """Where an attack did best."""
+
     learning_rate: float
+    loss: float | None
+
+
+class Finding(Part):
+    """Runs grouped over learning rates and seeds; judged at the best learning rate, means over seeds."""
+
+    _attack: Attack = PrivateAttr()
+    label: str
+    subject: Subject
+    variant: str
+    """What the attacker did to the model before training, as --variant takes it."""
+    knowledge: Knowledge
+    training: str
+    """What was trained, as --training takes it."""
+    trained: str
+    """The same in words."""
+    optimizer: str
+    learning_rates: tuple[float, ...]
+    at: Best = Field(alias="best")
     start: float | None
-    best: float | None
-    share: float | None
-    share_of_best: float | None
-    share_range: tuple[float, float] | None
-    usual_share: float | None
-    useful_share: float | None
-    control_useful_share: float | None
-    divergent_rate: float | None
+    share: float | None = Field(alias="share_of_control")
+    """Progress (start − best) over the control's."""
+    share_of_best: float | None = Field(alias="share_of_best_control")
+    """Progress over the most that any control of the report made, by any training."""
+    share_range: tuple[float, float] | None = Field(alias="share_of_control_over_seeds")
+    """Of the seed that did worst and the one that did best, at the best learning rate."""
+    usual_share: float | None = Field(alias="share_of_control_at_its_rates")
+    """As share_of_control, over the learning rates that the control ran at only."""
+    useful_share: float | None = Field(alias="share_of_control_with_utility_kept")
+    """The most of any run while perplexity on retained text was within the limit; null: not measured."""
+    control_useful_share: float | None = Field(alias="control_share_with_utility_kept")
+    """What the control reaches under that same limit; null: not measured."""
+    divergent_rate: float | None = Field(alias="divergent_learning_rate")
+    """The smallest at which a run diverged; null: none did."""
     steps_to_control: int | None
+    """null: the budget did not get there."""
     seconds_to_control: float | None
+    """Of training and evaluation."""
     parameters_times: float
+    """Parameters over the control's."""
     flops_times: float
+    """Operations of an optimizer step over the control's, estimated from parameters."""
     verdict: Verdict
+    runs: tuple[str, ...]
+    """Ids."""
+
+    @property
+    def attack(self) -> Attack:
+        """Its runs; those of a report that was read from a file are not there."""
+        return self._attack
+
+    @property
+    def learning_rate(self) -> float:
+        """The best of those tried."""
+        return self.at.learning_rate
+
+    @property
+    def best(self) -> float | None:
+        """The lowest held-out loss at that rate."""
+        return self.at.loss
 
 
 def findings(report: AttackReport) -> tuple[Finding, ...]:
@@ -164,7 +198,7 @@ def growth_words(report: AttackReport) -> tuple[str, ...]:
         if growth is not None:
             lines.append(
                 f"{attack.variant.label}: {growth.parameters_added:+,} parameters, {size(growth.bytes_added)}, "
-                f"in {growth.layers} layers, which are {growth.times:.2f}× as large"
+                f"in {growth.layers} layers, which are {growth.layers_times:.2f}× as large"
             )
     return tuple(dict.fromkeys(lines))
 
@@ -203,24 +237,35 @@ def _finding(report: AttackReport, attack: Attack) -> Finding:
     best = attack.best_run
     reached = report.reached_control(best)
     spread = tuple(report.of_control(attack, report.gain(attack, progress)) for progress in attack.progress_range or ())
-    return Finding(
-        attack=attack,
-        learning_rate=attack.best_learning_rate,
+    finding = Finding(
+        label=attack.label,
+        subject=attack.subject,
+        variant=str(attack.variant),
+        knowledge=attack.knowledge,
+        training=str(attack.training),
+        trained=attack.training.label,
+        optimizer=attack.optimizer,
+        learning_rates=attack.learning_rates,
+        best=Best(learning_rate=attack.best_learning_rate, loss=attack.best),
         start=best.start,
-        best=attack.best,
-        share=share,
-        share_of_best=report.of_best_control(report.gain(attack, attack.progress())),
-        share_range=(spread[0], spread[1]) if spread and spread[0] is not None and spread[1] is not None else None,
-        usual_share=max((value for value in shares if value is not None), default=None),
-        useful_share=report.of_control(attack, report.gain(attack, attack.useful_progress)),
-        control_useful_share=report.of_control(attack, control.useful_progress) if control else None,
-        divergent_rate=attack.divergent_rate,
+        share_of_control=share,
+        share_of_best_control=report.of_best_control(report.gain(attack, attack.progress())),
+        share_of_control_over_seeds=(spread[0], spread[1])
+        if spread and spread[0] is not None and spread[1] is not None
+        else None,
+        share_of_control_at_its_rates=max((value for value in shares if value is not None), default=None),
+        share_of_control_with_utility_kept=report.of_control(attack, report.gain(attack, attack.useful_progress)),
+        control_share_with_utility_kept=report.of_control(attack, control.useful_progress) if control else None,
+        divergent_learning_rate=attack.divergent_rate,
         steps_to_control=None if reached is None else reached.step,
         seconds_to_control=None if reached is None else reached.seconds,
         parameters_times=report.parameters_times(best),
         flops_times=best.flops_per_step / (control.runs[0].flops_per_step if control else best.flops_per_step),
         verdict=_verdict(attack, share),
+        runs=tuple(run.spec.run_id for run in attack.runs),
     )
+    finding._attack = attack
+    return finding
 
 
 def _verdict(attack: Attack, share: float | None) -> Verdict:

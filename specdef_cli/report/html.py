@@ -29,8 +29,7 @@ from specdef_cli.report.findings import (
     steps_words,
     summary,
 )
-from specdef_cli.report.matrix import coverage_matrix
-from specdef_cli.report.plot import curves_png, growth_png
+from specdef_cli.report.plot import curves_png
 
 MAX_LISTED = 12
 """Attacks that are listed under a verdict at the head of the page; the tables below have them all."""
@@ -83,25 +82,20 @@ def report_html(report: AttackReport, image: bytes) -> str:
         not_slowed=_lines(found, "not slowed"),
         curves=_base64(image),
         narrow_curves=_base64(curves_png(report, narrow=True)),
-        matrix=coverage_matrix(found),
         attacks=_attacks_table(found),
         costs=_costs_table(report, found),
         accuracy=_accuracy_table(found),
         runs=_runs_table(report),
         definitions=_definitions(),
         growth=growth_words(report),
-        growth_curve=_base64(growth_png(found)),
         setting=_setting(report),
         notes=report.notes,
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        percent=percent,
-        rate=rate,
-        heat=lambda share: f"{0.75 * min(max(share, 0.0), 1.0):.2f}",
     )
 
 
-def _base64(image: bytes | None) -> str:
-    return "" if image is None else base64.b64encode(image).decode("ascii")
+def _base64(image: bytes) -> str:
+    return base64.b64encode(image).decode("ascii")
 
 
 def _table(headings: Sequence[str], words: Iterable[str], rows: Iterable[Row]) -> Table:
@@ -130,7 +124,7 @@ def _definitions() -> str:
         f"not slowed: at least {CONTROL_SHARE:.0%}. Not settled: it looks stopped, and the learning rates tried do not "
         "bracket the best one, so a better one may lie between or below them; a search (--lr-sweep) goes on. "
         "Stopped at a step: a run that could not become the best of its search any more. "
-        "Diverged: a loss or gradient that is not finite, "
+        "Diverged: a loss or gradient that is not finite, outputs that are the same for every input, "
         f"or a held-out loss beyond {DIVERGENCE_FACTOR:g} times the start. "
         f"Utility kept: perplexity on retained text at most {UTILITY_LIMIT:.0%} above the start's. "
         "Parameters: of the model that was trained, without adapters, over the control's. Operations: of one optimizer "
@@ -150,8 +144,9 @@ def _setting(report: AttackReport) -> list[str]:
         details = [f"largest α = {hard.alpha:g}"]
         details += [f"k = {hard.top_k}"] if hard.top_k is not None else []
         details += [f"{hard.gauge} gauge"] if hard.gauge is not None else []
-        unit = "pairs" if hard.method == "fold" else "layers"
-        lines.append(f"Hardening: {hard.method}, {', '.join(details)}, {hard.layers} {unit}")
+        counts = {"folded pairs": hard.folded, "scaled modules": hard.scaled, "layers in factors": hard.factored}
+        details += [f"{name}: {count}" for name, count in counts.items() if count]
+        lines.append(f"Hardening: {hard.method}, {', '.join(details)}")
     lines.append(
         f"Data: {report.data.name} (fingerprint {report.data.fingerprint}); {report.data.train_sequences} sequences to "
         f"train on, {report.data.held_out_sequences} held out"

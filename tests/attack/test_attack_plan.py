@@ -213,6 +213,7 @@ def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:
 
 GIVEN = {
     "control": "base", "dataset": "prose.txt", "dataset_config": "en", "dataset_split": "test", "text_column": "body",
+    "text_pair_column": "second",
     "label_column": "kind", "image_column": "photo", "retained": "none", "eval_task_path": Path("tasks"),
     "task": "masked-lm", "schedule": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5, "weight_decay": 0.1,
     "steps": 7, "batch_size": 6, "gradient_accumulation": 2, "sequence_length": 32, "eval_every": 5,

@@ -414,7 +414,7 @@ def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(base: Path, tmp
     plain, width = run_of(result, "plain"), run_of(result, "width")
     assert width.start == plain.start
     assert width.growth is not None
-    assert width.growth.times == 2
+    assert width.growth.layers_times == 2
     # What trains is fresh, but for the embeddings, which no fold scales.
     assert width.trainable_parameters == width.growth.parameters_added + 258 * 32
 

@@ -40,7 +40,7 @@ def test_the_function_is_the_same_bit_for_bit(case: str, variant: str, tmp_path:
     assert growth is not None
     assert torch.equal(logits(model), before)
     assert growth.layers == len(outermost_block_paths(model))
-    assert growth.times >= 1.4
+    assert growth.layers_times >= 1.4
     assert growth.bytes_added == 4 * growth.parameters_added
 
 

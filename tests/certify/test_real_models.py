@@ -10,20 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specdef_cli.certify.deployment import FORMATS, Trial, measure_deployment, measure_format, token_batch
-from specdef_cli.certify.deployment.tools import LLAMA_CPP, missing
+from specdef_cli.certify.formats import FORMATS, measure_format, measure_formats
+from specdef_cli.certify.tools import LLAMA_CPP, missing
+from specdef_cli.certify.trial import Trial
+from specdef_cli.runtime.tokens import token_batch
 from tests.commands import REPOSITORY, run_cli
 from tests.consumer_tables import TABLES, generator
+from tests.examples.test_consumer_rows import one, rows
 
 SMOLLM2 = REPOSITORY / "models" / "smollm2-135m-instruct"
 CONVERTED = REPOSITORY / "models" / "tools" / "llama.cpp"
 """Where `make real-tools` puts llama.cpp's converter."""
 
-ENGINES = [
-    name
-    for name, row in FORMATS.items()
-    if row.tool in {"bitsandbytes", "torchao", "llama.cpp"} and "/" not in name  # the settings of llama.cpp apart
-]
+ENGINES = [name for name, row in FORMATS.items() if row.tool in {"bitsandbytes", "torchao", "llama.cpp"}]
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,17 +63,16 @@ def test_an_engine_costs_the_base_little_and_sees_a_damaged_model(
 ) -> None:
     if missing(FORMATS[name].tool):
         pytest.skip(missing(FORMATS[name].tool))
-    plain = measure_format(Trial(SMOLLM2, SMOLLM2, tmp_path, tokens), "float32").value
-    figure = measure_deployment(SMOLLM2, damaged, tokens, [name])[0]
+    plain = measure_format(Trial(SMOLLM2, SMOLLM2, tmp_path, tokens), FORMATS["float32"]).value
+    figure = measure_formats(SMOLLM2, damaged, tokens, [name])[0]
     if figure.status == "skipped":
         pytest.skip(figure.note)  # the tool has no kernel for this machine
-    assert not figure.simulated
     assert plain is not None
     assert figure.base == pytest.approx(plain, abs=0.8)  # four bits cost a model of this size up to 0.7 nats
     assert figure.status in {"broken", "refused"}, figure
 
 
-WAYS = {"fold": (), "quantizable": ("--profile", "quantizable")}
+WAYS = {"fold": (), "bfloat16": ("--profile", "bfloat16")}
 """Ways of hardening whose cells are measured again, by the name of their column in the table."""
 
 CELLS = [
@@ -96,11 +94,11 @@ def hardened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(("way", "name"), CELLS)
 def test_a_cell_of_the_table_comes_out_as_it_stands_there(
-    way: str, name: str, hardened: dict[str, Path], tokens: torch.Tensor
+    way: str, name: str, hardened: dict[str, Path], tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    row = FORMATS[name]
-    if missing(row.tool):
-        pytest.skip(missing(row.tool))
+    row = rows.ROWS[name]
+    if reason := rows.missing(row.tool):
+        pytest.skip(reason)
     table = generator("consumers").read_table((TABLES / f"consumers-{SMOLLM2.name}.md").read_text(encoding="utf-8"))
-    figure = measure_deployment(SMOLLM2, hardened[way], tokens[:, :128], [name])[0]
+    figure = one(hardened[way], tokens[:, :128], name, tmp_path, SMOLLM2)
     assert figure.verdict == table.verdicts[row.tool, row.description][way], figure

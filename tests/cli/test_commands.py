@@ -21,6 +21,7 @@ from specdef_cli.cli.startup import COLLECT_AFTER
 from specdef_cli.hardening import factors
 from tests.commands import assert_refused, call_cli, environment, run_cli, run_program, snapshot
 from tests.faults.small_attack import SMALL
+from tests.hardening.test_adapter import lora
 
 TinyModel = Callable[..., Path]
 
@@ -165,16 +166,27 @@ def test_stdout_is_data_alone_and_quiet_is_quiet(llama: Path, tmp_path: Path, mo
     monkeypatch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(" ".join(f"w{(7 * row + word) % 90 + 3}" for word in range(40)) for row in range(40)))
-    certify = ("--base", llama, "--text", text, "--no-deployment", "--no-curvature", "--attacks", "attack/report.json")
+    certify = (
+        "--base",
+        llama,
+        "--text",
+        text,
+        "--formats",
+        "none",
+        "--no-curvature",
+        "--attacks",
+        "attack/report.json",
+    )
+    adapter = lora(llama, tmp_path / "lora")
     typed: dict[str, tuple[str | Path, ...]] = {
         "inspect": (llama,),
         "harden": (llama, "--out", "hardened"),
         "attack": ("hardened", "--control", llama, "--dataset", text, *SMALL),
         "compare": ("attack",),
-        "card": ("hardened", "--attacks", "attack/report.json"),
         "certify": ("hardened", *certify),
         "verify-certificate": ("hardened",),
         "collapse": ("hardened", "--out", "back"),
+        "convert-adapter": (adapter, "hardened", "--out", "adapter"),
     }
     assert {*typed, "push"} == set(COMMANDS)
     for command, arguments in typed.items():
@@ -189,7 +201,7 @@ def test_stdout_is_data_alone_and_quiet_is_quiet(llama: Path, tmp_path: Path, mo
 FAILING = {
     "harden": ("nowhere/", "--out", "out"), "attack": ("nowhere/",), "certify": ("nowhere/",),
     "collapse": ("nowhere/", "--out", "out"), "compare": ("nowhere",), "inspect": ("nowhere/",),
-    "card": ("nowhere", "--attacks", "report.json"), "push": ("nowhere", "org/name"),
+    "convert-adapter": ("nowhere", "nowhere/", "--out", "out"), "push": ("nowhere", "org/name"),
     "verify-certificate": ("./nowhere",),
 }  # fmt: skip
 

@@ -109,6 +109,6 @@ def test_help_has_every_option_with_the_default_that_holds(name: str, monkeypatc
         if field.default and not isinstance(field.default, bool):
             shown = field.metadata["spelling"].shown_default or getattr(field.default, "method", field.default)
             assert f"[default: {shown}]" in entry.replace("(", "").replace(")", "")
-    assert len(options) >= 10
+    assert len(options) >= 8
     hidden = {field.name for field in dataclasses.fields(model)} - options_of(model).keys()
     assert hidden >= {"model", "revision", "token", "trust_remote_code"}

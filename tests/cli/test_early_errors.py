@@ -35,8 +35,8 @@ CODE = (
         "attack model --control model --out there/file",
         "certify nowhere/", "certify model", "certify model --text missing.txt", "collapse model --out new",
         "inspect nowhere/", "inspect there", "harden there --out new", "harden hardened --out new",
-        "certify hardened --base model --attacks missing.json", "card nowhere --attacks there/file",
-        "card model --attacks missing.json", "card hardened --attacks missing.json",
+        "certify hardened --base model --attacks missing.json", "convert-adapter there hardened --out new",
+        "convert-adapter there nowhere/ --out new", "attack hardened --control model --card",
         "compare missing.json", "push nowhere org/name", "verify-certificate hardened", "verify-certificate nowhere/",
     ],
 )  # fmt: skip

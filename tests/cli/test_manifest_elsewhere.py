@@ -49,7 +49,7 @@ def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_pa
     text.write_text(" ".join(f"w{number % 90 + 3}" for number in range(3000)))
     certified = run_cli(
         "certify", out, "--manifest", manifest, "--attacks", tmp_path / "attack" / "report.json", "--text", text,
-        "--no-deployment", "--no-curvature", "--out", tmp_path / "certificate", "--json",
+        "--formats", "none", "--no-curvature", "--out", tmp_path / "certificate", "--json",
     )  # fmt: skip
     assert certified.code == 0, certified.stderr
     claims = {claim["name"]: claim["holds"] for claim in json.loads(certified.stdout)["claims"]}

@@ -260,7 +260,7 @@ def test_weights_that_became_nan_fail_the_certificate(
     report: Path, hardened: Path, llama: Path, text: Path, tmp_path: Path
 ) -> None:
     directory = spoiled(hardened, tmp_path, tensor(INFLATED, element(math.nan)))
-    options = ("--attacks", report, "--text", text, "--no-deployment", "--no-curvature", "--no-card", "--json")
+    options = ("--attacks", report, "--text", text, "--formats", "none", "--no-curvature", "--no-card", "--json")
     result = call_cli("certify", directory, "--base", llama, *options, "--out", tmp_path / "out")
     assert "Traceback" not in result.stderr, result.stderr
     assert result.code == 1
@@ -277,7 +277,7 @@ def test_weights_of_low_rank_are_certified(llama: Path, text: Path, tmp_path: Pa
     hardening = ("--method", "factors", "--top-k", "8", "--no-verify", "--quiet")
     assert call_cli("harden", base, "--out", out, *hardening).code == 0
     assert call_cli("attack", out, "--control", base, *SMALL, "--out", tmp_path / "attack").code == 0
-    options = ("--attacks", tmp_path / "attack" / "report.json", "--text", text, "--no-deployment", "--no-curvature")
+    options = ("--attacks", tmp_path / "attack" / "report.json", "--text", text, "--formats", "none", "--no-curvature")
     result = call_cli("certify", out, "--base", base, *options, "--json", "--out", tmp_path / "certificate")
     assert {claim["name"]: claim["holds"] for claim in json.loads(result.stdout)["claims"]}["spectrum"] is True
 
@@ -339,7 +339,7 @@ def test_spoiled_manifests_are_not_attacked_nor_certified(
         name = generator.choice(["specdef.json", "config.json"])
         key = generator.choice(sorted(json.loads((directory / name).read_text())))
         edit_json(name, **{key: generator.choice(ODD_VALUES)})(directory)
-        certifying = ("--base", llama, "--text", text, "--no-deployment", "--no-curvature", "--no-card", "--quiet")
+        certifying = ("--base", llama, "--text", text, "--formats", "none", "--no-curvature", "--no-card", "--quiet")
         for result in (
             call_cli("attack", directory, "--control", llama, *SMALL, "--out", tmp_path / "out"),
             call_cli("certify", directory, *certifying, "--attacks", llama / "config.json", "--out", tmp_path / "cert"),

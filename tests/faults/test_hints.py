@@ -73,14 +73,16 @@ def test_a_task_that_is_advised_is_one_that_the_model_has(tmp_path: Path) -> Non
 
 @pytest.mark.fault("hints, followed")
 def test_certify_of_a_classifier_leads_to_attack(tmp_path: Path, llama: Path) -> None:
-    """certify has neither --task nor --dataset: its hint is the attack that has."""
+    """Without a report certify says which attack makes one, with the options that this model needs."""
     torch.manual_seed(0)
     base = spoiled(llama, tmp_path)
     model_config = transformers.LlamaConfig.from_pretrained(base, num_labels=3, pad_token_id=0)
     transformers.LlamaForSequenceClassification(model_config).save_pretrained(base)
     out = harden(base, tmp_path / "out")
-    refused = call_cli("certify", out, "--base", base, "--quiet", "--out", tmp_path / "c")
-    assert_refused(refused, "classifier", "specdef attack", "--dataset", "--attacks", f"--control {base}")
+    quick = ("--formats", "none", "--no-curvature", "--no-card")
+    alone = call_cli("certify", out, "--base", base, *quick, "--out", tmp_path / "alone")
+    assert f"`specdef attack {out} --control {base} --dataset …`" in alone.stderr
+    assert json.loads((tmp_path / "alone" / "certificate.json").read_text())["resistance"] is None
     data = tmp_path / "d.jsonl"
     data.write_text("\n".join(json.dumps({"text": "w1 w2 w3 " * 5, "label": n % 3}) for n in range(60)))
     attack = ("attack", out, "--control", base, "--dataset", data, *SMALL, "--out", tmp_path / "a")
@@ -88,7 +90,7 @@ def test_certify_of_a_classifier_leads_to_attack(tmp_path: Path, llama: Path) ->
     edit_json("tokenizer_config.json", pad_token="w0")(base)
     attacked = call_cli(*attack)
     assert attacked.code == 0, attacked.stderr
-    more = ("--attacks", tmp_path / "a" / "report.json", "--no-deployment", "--no-curvature", "--no-card", "--quiet")
+    more = ("--attacks", tmp_path / "a" / "report.json", *quick, "--quiet")
     certified = call_cli("certify", out, "--base", base, *more, "--out", tmp_path / "c")
     assert "Traceback" not in certified.stderr
     assert (tmp_path / "c" / "certificate.json").is_file(), certified.stderr

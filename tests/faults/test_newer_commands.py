@@ -1,4 +1,4 @@
-"""compare, card, push, verify-certificate, and manifests that lie elsewhere, given what does not fit them."""
+"""compare, convert-adapter, push, verify-certificate, and manifests elsewhere, given what does not fit them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.hardening.mutations import spoiled
 
 FOLD = ("--method", "fold", "--quiet")
 OUT = ("--out", "OUT")
-QUICK = ("--no-deployment", "--no-curvature", "--quiet")
+QUICK = ("--formats", "none", "--no-curvature", "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,12 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "compare a certificate": (("compare", "CERTIFICATE/certificate.json"), ("not an attack report",)),
     "compare a page": (("compare", "ATTACK/report.html"), ("not an attack report",)),
     "compare one that is broken, as JSON": (("compare", "ATTACK", "nowhere", "--json"), ("nowhere",)),
-    "a card of nothing": (("card", "nowhere", "--attacks", "ATTACK/report.json"), ("nowhere is not a directory",)),
-    "a card with a report that is nowhere": (("card", "CERTIFIED", "--attacks", "nowhere"), ("nowhere",)),
-    "a card with a report on another model": (
-        ("card", "FOLD", "--attacks", "ATTACK"), ("others than these", "specdef attack"),
+    "an adapter that is a model": (("convert-adapter", "BASE", "FOLD", *OUT), ("adapter_config.json", "PEFT")),
+    "an adapter that is nowhere": (("convert-adapter", "./nowhere", "FOLD", *OUT), ("nowhere",)),
+    "an adapter for a base": (("convert-adapter", "BASE", "BASE", *OUT), ("specdef.json",)),
+    "an attack for the card of a base": (
+        ("attack", "BASE", "--control", "BASE", "--card", "--dataset", "TEXT", *SMALL, *OUT), ("specdef.json",),
     ),
-    "a card with a report that is a config": (("card", "CERTIFIED", "--attacks", "BASE/config.json"), ("not an",)),
-    "a card of what has its manifest elsewhere": (("card", "APART", "--attacks", "ATTACK"), ("--manifest",)),
     "push to no name": (("push", "HARDENED", ""), ("not the name of a repository", "org/name")),
     "push to a name with blanks": (("push", "HARDENED", "a b/c"), ("'a b/c'", "org/name")),
     "push to a path": (("push", "HARDENED", "a/b/c"), ("'a/b/c'", "org/name")),
@@ -136,14 +135,26 @@ def test_what_does_not_fit(case: str, places: dict[str, Path], tmp_path: Path, m
     assert {place: snapshot(place) for place in before} == before
 
 
-@pytest.mark.fault("hints, followed", inputs=3)
+@pytest.mark.fault("hints, followed", inputs=2)
 def test_a_manifest_elsewhere_is_given_as_the_hints_say(places: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    """By collapse, and by the card, whose hint named an option that it had not."""
+    """By attack, for its card, and by collapse."""
     apart, manifest = spoiled(places["APART"], tmp_path), ("--manifest", places["APART.JSON"])
     report = tmp_path / "attack"
-    attack = ("attack", apart, *manifest, "--control", places["BASE"], "--dataset", text, *SMALL, "--out", report)
+    attack = (
+        "attack",
+        apart,
+        *manifest,
+        "--control",
+        places["BASE"],
+        "--dataset",
+        text,
+        *SMALL,
+        "--card",
+        "--out",
+        report,
+    )
     collapse = ("collapse", apart, *manifest, "--out", tmp_path / "back")
-    for command in (attack, ("card", apart, *manifest, "--attacks", report), collapse):
+    for command in (attack, collapse):
         result = call_cli(*command)
         assert result.code == 0, result.stderr
     assert "### Attacks" in (apart / "README.md").read_text()

@@ -31,7 +31,7 @@ class Canary:
 def every_command(base: Path, hardened: Path, text: Path, out: Path) -> dict[str, Result]:
     """All five commands on two directories."""
     insert = ("--method", "factors", "--top-k", "4", "--quiet")
-    certify = ("--text", text, "--attacks", out / "attack" / "report.json", "--no-deployment", "--no-curvature")
+    certify = ("--text", text, "--attacks", out / "attack" / "report.json", "--formats", "none", "--no-curvature")
     return {
         "harden": call_cli("harden", base, *insert, "--out", out / "hardened"),
         "inspect": call_cli("inspect", base, "--quiet"),
@@ -96,7 +96,7 @@ def test_no_token_is_written_down(llama: Path, text: Path, tmp_path: Path, monke
         call_cli("collapse", hardened, *token, "--out", tmp_path / "back"),
         call_cli(
             *("certify", hardened, "--base", llama, "--text", text, *token, "--out", tmp_path / "certificate"),
-            *("--attacks", tmp_path / "attack" / "report.json", "--no-deployment", "--no-curvature"),
+            *("--attacks", tmp_path / "attack" / "report.json", "--formats", "none", "--no-curvature"),
         ),
     ]
     assert [result.code for result in results] == [0] * 5, [result.stderr for result in results]

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "sharded": {"max_shard_size": 12_000},
     "bfloat16 profile": {"construction": Fold("bfloat16")},
+    "quantizable": {"construction": Fold("quantizable", "none")},
 }
 Make = Callable[[str, str], Path]
 PROGRAM = Path(__file__).with_name("plain_transformers.py")
@@ -119,7 +120,7 @@ def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.
 @pytest.mark.parametrize("case", CASES)
 def test_plain_transformers_computes_every_bit_of_the_base(case: str, judged: dict[str, Any], folded: Make) -> None:
     mine = {name: result for name, result in judged.items() if name.split()[0] == case}
-    assert len(mine) == len(VARIANTS) - ("query_key" not in KINDS[case])
+    assert len(mine) == len(VARIANTS)
     for name, result in mine.items():
         assert result["different"] == [], name
         assert "eager" in result["compared"]

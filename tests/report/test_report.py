@@ -24,11 +24,9 @@ from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
-from specdef_cli.report.document import ReportDocument
+from specdef_cli.report.document import ReportDocument, report_document, report_json
 from specdef_cli.report.findings import outcome_words, rate, size
-from specdef_cli.report.html import report_html
-from specdef_cli.report.matrix import coverage_matrix
-from specdef_cli.report.serialize import CURVE_COLUMNS, curves_csv, report_document, report_json
+from specdef_cli.report.write import CURVE_COLUMNS, curves_csv
 from specdef_cli.schemas import SCHEMA_FILES
 
 SCHEMA = json.loads(SCHEMA_FILES["report.json"].read_text(encoding="utf-8"))
@@ -79,7 +77,7 @@ def report() -> AttackReport:
     return AttackReport(
         model=f"hardened/{NASTY}",
         control="base",
-        hardening=Hardening("factors", 1e4, 8, "rotated", 2),
+        hardening=Hardening("factors", 1e4, 8, "rotated", factored=2, folded=21),
         data=DataSummary(NASTY, 100, 10, "f"),
         runs=(
             run("control", [3.0, 2.0, 1.0]),
@@ -179,22 +177,6 @@ def test_the_best_rate_is_one_that_all_seeds_ran_at(report: AttackReport) -> Non
     assert plain.share_range == pytest.approx((0.25, 0.5))
 
 
-def test_matrix(report: AttackReport) -> None:
-    assert coverage_matrix(findings(report)) is None
-    subjects: tuple[Literal["control", "model"], ...] = ("control", "model")
-    runs = tuple(
-        run(subject, [3.0, loss], train=train, optimizer=optimizer)
-        for optimizer in ("adamw", "sgd") for train in ((), ("*norm*",))
-        for subject, loss in zip(subjects, (1.0, 2.0 if train else 2.9), strict=True)
-        if (optimizer, train) != ("sgd", ("*norm*",))
-    )  # fmt: skip
-    matrix = coverage_matrix(findings(replace(report, runs=runs)))
-    assert matrix is not None
-    assert (matrix.rows, matrix.columns) == (("full", "full on *norm*"), ("adamw", "sgd"))
-    shares = {key: round(cell.share or 0, 2) for key, cell in matrix.cells.items()}
-    assert shares == {("full", "adamw"): 0.05, ("full on *norm*", "adamw"): 0.5, ("full", "sgd"): 0.05}
-
-
 def test_many_attacks_are_counted_and_the_strongest_named(report: AttackReport) -> None:
     losses = {"adamw": 2.99, "sgd": 2.98, "lion": 2.0, "muon": 1.0, "soap": 2.97, "madam": 2.96}
     runs = [run("control", [3.0, 0.8 if name == "soap" else 1.0], optimizer=name) for name in losses]
@@ -256,7 +238,7 @@ def test_later_keys_break_no_consumer_and_missing_ones_do(report: AttackReport) 
         place = dict(objects(data))[path]
         place["a_later_key"] = 1
         assert validator.is_valid(data), path
-        assert ReportDocument.model_validate(data) == document
+        assert ReportDocument.model_validate(data).model_dump() == document.model_dump()
         for key in [key for key in place if key != "a_later_key"]:
             value = place.pop(key)
             assert not validator.is_valid(data), (path, key)
@@ -309,11 +291,12 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     assert page.fetched
     assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
     assert NASTY in page.text  # shown as it is
+    assert "folded pairs: 21, layers in factors: 2" in page.text
     assert "secure" not in page.text.lower()
     assert not re.search(r"url\(|@import|\{\{|\{%", html)
-    # 4 attacks in two tables and 5 runs, with a head each; the curves and the growth
+    # 4 attacks in two tables and 5 runs, with a head each; the curves
     assert page.tags.count("tr") == 3 + 4 + 4 + 5
-    assert page.tags.count("img") == 2
+    assert page.tags.count("img") == 1
 
 
 def test_table(report: AttackReport) -> None:
@@ -400,10 +383,8 @@ def test_a_model_that_was_converted_first_has_rows_of_its_own(report: AttackRepo
     """Both are full fine-tuning by somebody who knows only recipes; neither may stand in the other's place."""
     runs = (run("control", [3.0, 1.0]), run("model", [3.0, 2.9]), run("model", [3.0, 2.0], kind="equalise"))
     found = findings(replace(report, runs=runs))
-    matrix = coverage_matrix(found)
-    assert matrix is not None
-    assert {row: cell.share for (row, _), cell in matrix.cells.items()} == pytest.approx(
-        {"full": 0.05, "equalised: full": 0.5}
+    assert {each.label: each.share for each in found if each.subject == "model"} == pytest.approx(
+        {"hardened · full · adamw": 0.05, "hardened, equalised · full · adamw": 0.5}
     )
     assert "only slowed: full, equalised: full;" in summary(replace(report, runs=runs))[0]
 
@@ -442,23 +423,3 @@ def test_an_attack_that_learned_nothing_is_at_no_edge(report: AttackReport) -> N
         runs = (run("model", [3.0, 3.0], learning_rate=1e-3), run("model", [3.0, loss], learning_rate=1e-4))
         found = replace(report, runs=(run("control", [3.0, 1.0]), *runs))
         assert found.at_edge(found.attacks[1]) == edge
-
-
-def test_a_wide_matrix_comes_in_parts_that_fit_a_page(report: AttackReport) -> None:
-    optimizers = ("sgd", "lion", "muon", "madam", "sophia", "rprop", "lamb", "lars", "soap", "shampoo")
-    attacks = [((), "adamw"), (("*norm*",), "adamw"), *(((), optimizer) for optimizer in optimizers)]
-    subjects: tuple[Literal["control", "model"], ...] = ("control", "model")
-    runs = tuple(
-        run(subject, [3.0, 2.0], train=train, optimizer=optimizer)
-        for train, optimizer in attacks
-        for subject in subjects
-    )
-    wide = replace(report, runs=runs)
-    matrix = coverage_matrix(findings(wide))
-    assert matrix is not None
-    narrow, first, second = matrix.parts
-    assert (len(narrow.rows), narrow.columns) == (2, ("adamw",))
-    assert first.rows == second.rows == narrow.rows[:1]
-    assert first.columns + second.columns == optimizers
-    assert len(first.columns) == 8
-    assert report_html(wide, b"").count('<table class="matrix">') == 3

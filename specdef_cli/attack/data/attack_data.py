@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -76,24 +76,33 @@ def check_size(
     options: AttackOptions,
     *,
     remarks: tuple[str, ...] = (),
-    longer: bool = False,
+    remedy: str | None = None,
 ) -> None:
     """Refuse data that is too small for one batch and one evaluation.
 
     Args:
         what: What is counted: sequences, texts, images.
         remarks: Sentences on what was left out of it.
-        longer: Whether it is too small because sequences are too short for the answers in them.
+        remedy: What to do, where it is not to give more.
     """
     if train >= options.batch_size and held_out >= 1:
         return
     shorter = " or --sequence-length" if what == "sequences" else ""
-    remedy = f"Give more data, or a smaller --batch-size{shorter}."
-    if longer:
-        remedy = f"Give a --sequence-length above {options.sequence_length}."
     left_out = f" ({' '.join(remarks)})" if remarks else ""
     raise SpecDefError(
         f"{name} gives {train} {what} to train on and {held_out} to evaluate; a batch has {options.batch_size}"
         f"{left_out}",
-        remedy,
+        remedy or f"Give more data, or a smaller --batch-size{shorter}.",
+    )
+
+
+def repeated_rows(train: Iterable[Any], held_out: Iterable[Any]) -> tuple[str, ...]:
+    """A remark where held-out rows are training rows too."""
+    known = {hash(repr(row)) for row in train}
+    again = [hash(repr(row)) in known for row in held_out]
+    if not any(again):
+        return ()
+    return (
+        f"Of {len(again)} held-out rows, {sum(again)} are repeated among those trained on: their loss shows memory. "
+        "Remove repeated rows to measure what is learned.",
     )

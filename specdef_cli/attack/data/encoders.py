@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.chat import conversation_example, has_template
-from specdef_cli.attack.data.forms import Completion, Conversation, Document, Instruction, Text
+from specdef_cli.attack.data.forms import Completion, Conversation, Document, Instruction, Text, spoken
 from specdef_cli.attack.data.tokens import NOT_COUNTED, Example, Frame, Packer, shared_length
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
@@ -16,22 +15,6 @@ from specdef_cli.errors import SpecDefError
 BEYOND = "whose answer begins beyond --sequence-length"
 
 _MASKING_SEED = 0
-
-
-class Encoder(Protocol):
-    """Collects examples.
-
-    Attributes:
-        examples: Those that are complete.
-    """
-
-    examples: list[Example]
-
-    def add(self, document: Document) -> str | None:
-        """Add a document; the reason, in a few words, where nothing can be learned from it."""
-
-    def finished(self) -> list[Example]:
-        """The examples as a model is trained on them."""
 
 
 class CausalEncoder:
@@ -51,7 +34,7 @@ class CausalEncoder:
         self.examples = self._packer.examples
 
     def add(self, document: Document) -> str | None:
-        """As the protocol says."""
+        """Add a document; the reason, in a few words, where nothing can be learned from it."""
         if isinstance(document, Instruction):
             document = document.conversation if has_template(self._tokenizer) else document.completion
         if isinstance(document, Text):
@@ -79,16 +62,12 @@ class CausalEncoder:
         return Example((*before, *answer), (*[NOT_COUNTED] * len(before), *answer))
 
     def finished(self) -> list[Example]:
-        """As the protocol says."""
+        """The examples as a model is trained on them."""
         return self.examples
 
 
 class MaskedEncoder:
-    """For models that say what was masked. Which tokens are is drawn once, so that every run learns the same.
-
-    Raises:
-        SpecDefError: The tokenizer has no mask.
-    """
+    """For models that say what was masked. Which tokens are is drawn once, so that every run learns the same."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         if tokenizer.mask_token_id is None:
@@ -102,12 +81,12 @@ class MaskedEncoder:
         self.examples = self._packer.examples
 
     def add(self, document: Document) -> str | None:
-        """As the protocol says."""
+        """As of a causal model."""
         self._packer.add(_ids(self._tokenizer, _as_text(document)))
         return None
 
     def finished(self) -> list[Example]:
-        """As the protocol says, without sequences in which chance masked nothing."""
+        """As of a causal model, without sequences in which chance masked nothing."""
         if not self.examples:
             return []
         masking = DataCollatorForLanguageModeling(self._tokenizer, seed=_MASKING_SEED)
@@ -129,7 +108,7 @@ class Seq2SeqEncoder:
         self.examples: list[Example] = []
 
     def add(self, document: Document) -> str | None:
-        """As the protocol says."""
+        """As of a causal model."""
         room = self._length - len(self._frame.before) - len(self._frame.after)
         if isinstance(document, Text):
             tokens = _ids(self._tokenizer, document.text)
@@ -146,8 +125,8 @@ class Seq2SeqEncoder:
             said = [n for n, message in enumerate(document.messages) if message["role"] == "assistant"]
             if not said:
                 return "without an answer of the assistant's"
-            before = "\n".join(message["content"] for message in document.messages[: said[-1]])
-            document = Completion(before, document.messages[said[-1]]["content"])
+            before = "\n".join(map(spoken, document.messages[: said[-1]]))
+            document = Completion(before, spoken(document.messages[said[-1]]))
         source, target = (_ids(self._tokenizer, text) for text in (document.prompt, document.completion))
         self._append(source[:room], target[:room])
         return None
@@ -157,7 +136,7 @@ class Seq2SeqEncoder:
         self.examples.append(Example(read, said))
 
     def finished(self) -> list[Example]:
-        """As the protocol says."""
+        """As of a causal model."""
         return self.examples
 
 
@@ -181,4 +160,4 @@ def _as_text(document: Document) -> str:
         case Instruction():
             return _as_text(document.completion)
         case Conversation(messages):
-            return "\n".join(message["content"] for message in messages)
+            return "\n".join(map(spoken, messages))

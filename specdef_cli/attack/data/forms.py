@@ -7,15 +7,16 @@ older than these conventions have: ``conversations`` with ``from`` and ``value``
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from specdef_cli.attack.data.rows import as_text, field
+from specdef_cli.attack.data.rows import as_text, column_of
 from specdef_cli.errors import SpecDefError
 
-Message: TypeAlias = dict[str, str]
-"""``role`` and ``content``, as chat templates take them."""
+Message: TypeAlias = dict[str, Any]
+"""``role`` and ``content``, and whatever else the row has (tool calls, reasoning): chat templates get it whole."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,17 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn; what the assistant says is learned."""
+    """Messages in turn; what the assistant says is learned.
+
+    Attributes:
+        messages: The turns.
+        given: So many of them are a prompt, of which nothing is learned.
+        arguments: What else the chat template takes of the row: ``tools``, and its ``chat_template_kwargs``.
+    """
 
     messages: tuple[Message, ...]
+    given: int = 0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 Document: TypeAlias = Text | Completion | Instruction | Conversation
@@ -92,9 +101,6 @@ def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Fo
         row: Any of it.
         text_column: The column that the user named; ``None`` leaves it to the row.
         dataset: What errors call it.
-
-    Raises:
-        SpecDefError: No form has the row's columns.
     """
     if text_column is None:
         for form in FORMS:
@@ -112,7 +118,7 @@ def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Fo
 
 def _text_in(column: str) -> Callable[[Mapping[str, Any], str], Text | None]:
     def read(row: Mapping[str, Any], dataset: str) -> Text | None:
-        text = as_text(field(row, column, dataset), column, dataset)
+        text = as_text(column_of(row, column, dataset), column, dataset)
         return Text(text) if text.strip() else None
 
     return read
@@ -120,17 +126,42 @@ def _text_in(column: str) -> Callable[[Mapping[str, Any], str], Text | None]:
 
 def _conversation_in(column: str) -> Callable[[Mapping[str, Any], str], Conversation | None]:
     def read(row: Mapping[str, Any], dataset: str) -> Conversation | None:
-        messages = _messages(field(row, column, dataset), column, dataset)
-        return Conversation(messages) if any(message["content"].strip() for message in messages) else None
+        messages = _messages(column_of(row, column, dataset), column, dataset)
+        return Conversation(messages, 0, _template_arguments(row)) if any(map(says, messages)) else None
 
     return read
+
+
+def says(message: Message) -> bool:
+    """Whether there is anything in a message."""
+    return any(value.strip() if isinstance(value, str) else value for key, value in message.items() if key != "role")
+
+
+def spoken(message: Message) -> str:
+    """A message as plain text, for models without a chat template."""
+    more = [json.dumps(value) for key, value in message.items() if key not in ("role", "content", "reasoning_content")]
+    return "\n".join(filter(None, (message.get("reasoning_content"), message["content"], *more)))
+
+
+def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What TRL hands to a chat template beside the messages."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    return {**({"tools": _without_nothing(tools)} if tools else {}), **(row.get("chat_template_kwargs") or {})}
+
+
+def _without_nothing(value: Any) -> Any:
+    """Without the keys that hold ``None``: Arrow and Parquet write those of one row into all others."""
+    if isinstance(value, Mapping):
+        return {key: _without_nothing(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _prompt_and_completion(row: Mapping[str, Any], dataset: str) -> Document | None:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):  # TRL's conversational kind
-        both = (*_messages(prompt, "prompt", dataset), *_messages(completion, "completion", dataset))
-        return Conversation(both) if any(message["content"].strip() for message in both) else None
+        given, said = _messages(prompt, "prompt", dataset), _messages(completion, "completion", dataset)
+        return Conversation(given + said, len(given), _template_arguments(row)) if any(map(says, said)) else None
     prompt, completion = as_text(prompt, "prompt", dataset), as_text(completion, "completion", dataset)
     return Completion(prompt, completion) if completion.strip() else None
 
@@ -145,11 +176,7 @@ def _instruction(given: str, answer: str) -> Callable[[Mapping[str, Any], str], 
 
 
 def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
-    """Messages with ``role`` and ``content``, whatever their keys are called.
-
-    Raises:
-        SpecDefError: The column holds something else.
-    """
+    """Messages with ``role`` and ``content``, whatever those keys are called, and all other keys as they are."""
     messages = []
     for entry in value or ():
         role = entry.get("role", entry.get("from")) if isinstance(entry, Mapping) else None
@@ -161,7 +188,9 @@ def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
         content = entry.get("content", entry.get("value"))
         if isinstance(content, list):  # parts, as models that also read images have them
             content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
-        messages.append({"role": _ROLES.get(role, role), "content": as_text(content, column, dataset)})
+        more = {key: value for key, value in entry.items() if key not in ("from", "value")}
+        named = {"role": _ROLES.get(role, role), "content": as_text(content, column, dataset)}
+        messages.append({**_without_nothing(more), **named})
     return tuple(messages)
 
 

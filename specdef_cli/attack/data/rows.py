@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -52,16 +52,16 @@ _SHUFFLE_SEED = 0
 _SHUFFLE_BUFFER = 1000  # rows of a streamed data set that are drawn from
 
 
-def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str, Any]]:
+def rows(
+    options: AttackOptions, *, shuffle: bool = False, classes: Mapping[str, int] | None = None
+) -> Iterator[dict[str, Any]]:
     """Rows of the named data set; at least one. Images come as they are stored, not decoded.
 
     Args:
         options: Which data set.
+        classes: The numbers of classes by name: a data set that knows its classes' names is numbered so.
         shuffle: Draw them in a random order, always the same. Labelled data is often stored class by class, and a short
             run would see one of them.
-
-    Raises:
-        SpecDefError: There is no such data set, it cannot be read, or it is empty.
     """
     assert options.dataset is not None
     path = Path(options.dataset).expanduser()
@@ -78,6 +78,10 @@ def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str,
         if shuffle:
             data = data.shuffle(seed=_SHUFFLE_SEED, **({} if local else {"buffer_size": _SHUFFLE_BUFFER}))
         iterator = iter(data)
+        renumbered = _renumbering((data.features or {}).get(options.label_column), classes or {})
+        if renumbered:
+            column = options.label_column
+            iterator = ({**row, column: _renumber(row[column], renumbered)} for row in iterator)
         first = next(iterator, None)
     except (OSError, ValueError, RuntimeError, ImportError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise _cannot_be_read(options, path, error) from error
@@ -86,13 +90,19 @@ def rows(options: AttackOptions, *, shuffle: bool = False) -> Iterator[dict[str,
     return chain([first], iterator)
 
 
-def _load(options: AttackOptions, path: Path) -> Any:
-    """The split that is asked for, as `datasets` has it.
+def _renumbering(feature: Any, classes: Mapping[str, int]) -> dict[int, int]:
+    """From a class label's own numbers to those in ``classes``, where that knows all of its names; else empty."""
+    feature = getattr(feature, "feature", feature)  # of a list of labels
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else []
+    return {n: classes[name] for n, name in enumerate(names)} if all(name in classes for name in names) else {}
 
-    Raises:
-        SpecDefError: There is nothing of that name, or it is of a kind that is not read.
-        OSError, ValueError, RuntimeError, ImportError, StopIteration: As `datasets` raises them.
-    """
+
+def _renumber(label: Any, numbers: Mapping[int, int]) -> Any:
+    return [numbers.get(one, one) for one in label] if isinstance(label, list) else numbers.get(label, label)
+
+
+def _load(options: AttackOptions, path: Path) -> Any:
+    """The split that is asked for, as `datasets` has it."""
     split = options.dataset_split or "train"
     if path.is_file():
         _require_no_choice(options, path)
@@ -169,9 +179,6 @@ def _require_one_kind(directory: Path, files: Sequence[Path]) -> None:
 
     Text beside another kind is taken for remarks on it, and what `datasets` itself writes is no data. A card is left to
     `datasets`, since it may say what belongs together.
-
-    Raises:
-        SpecDefError: naming the kinds.
     """
     data = [path for path in files if path.name not in _REMARKS]
     if not data:
@@ -203,11 +210,7 @@ def _patterns(directory: Path) -> dict[str, list[str]] | None:
 
 
 def _require_cache() -> None:
-    """Check that `datasets` can keep there what it makes of a file.
-
-    Raises:
-        SpecDefError: naming the directory.
-    """
+    """Check that `datasets` can keep there what it makes of a file."""
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -252,26 +255,19 @@ def _no_rows(dataset: str) -> SpecDefError:
     return SpecDefError(f"{dataset} has no rows", "Give a data set with something in it.")
 
 
-def field(row: Any, column: str, dataset: str) -> Any:
-    """One column of a row.
-
-    Raises:
-        SpecDefError: There is none of that name.
-    """
+def column_of(row: Any, column: str, dataset: str) -> Any:
+    """One column of a row."""
     if column not in row:
         raise SpecDefError(
             f"{dataset} has no column {column!r}",
-            f"It has {', '.join(map(str, row))}; name one with --text-column, --image-column or --label-column.",
+            f"It has {', '.join(map(str, row))}; name one with --text-column, --text-pair-column, --image-column or "
+            "--label-column.",
         )
     return row[column]
 
 
 def as_text(value: Any, column: str, dataset: str) -> str:
-    """What a column of text holds; a row without any counts as empty.
-
-    Raises:
-        SpecDefError: It holds something else.
-    """
+    """What a column of text holds; a row without any counts as empty."""
     if not isinstance(value, str | None):
         raise SpecDefError(
             f"column {column!r} of {dataset} holds {type(value).__name__}, not text",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import computed_field
+
 
 @dataclass(frozen=True)
 class Growth:
@@ -29,12 +31,14 @@ class Growth:
             self.bytes_added + other.bytes_added,
         )
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def parameters_added(self) -> int:
         """Negative where the change made the model smaller."""
         return self.parameters_after - self.parameters_before
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def times(self) -> float:
+    def layers_times(self) -> float:
         """How many times as large the changed layers are; 1 where none was changed."""
         return self.parameters_after / self.parameters_before if self.parameters_before else 1.0

@@ -1,19 +1,107 @@
-"""What attacks found, as a part of a model card."""
+"""What attacks found, as certificate and model card tell it: read from the report of ``specdef attack``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from specdef_cli.attack.spec import checkpoint_fingerprint
-from specdef_cli.certify.resistance import AttackFigure, Resistance, read_resistance
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
+from specdef_cli.report.document import ReportDocument, read_report
 
 HEADING = "### Attacks"
+
+
+@dataclass(frozen=True)
+class AttackFigure:
+    """One attack at its best learning rate.
+
+    Attributes:
+        label: What was run.
+        knowledge: ``none``, ``construction`` or ``growth``.
+        learning_rate: The best of those tried.
+        share: Of the progress of the control by the same recipe; ``None`` where the control made none.
+        share_of_best: Of the most that any control of the report made, by any recipe.
+        verdict: ``stopped``, ``slowed``, ``not slowed`` or ``unknown``.
+    """
+
+    label: str
+    knowledge: str
+    learning_rate: float
+    share: float | None
+    share_of_best: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Resistance:
+    """What was tried, at which budget, and what got through.
+
+    Attributes:
+        model: The model that was attacked, as the report names it.
+        data: What was trained on.
+        budget: In words.
+        attacks: Those on the hardened model.
+    """
+
+    model: str
+    data: str
+    budget: str
+    attacks: tuple[AttackFigure, ...]
+
+    @property
+    def got_through(self) -> tuple[AttackFigure, ...]:
+        """Attacks that were not slowed."""
+        return tuple(attack for attack in self.attacks if attack.verdict == "not slowed")
+
+
+def read_resistance(path: Path, checkpoint: str | None = None) -> Resistance:
+    """The figures of a ``report.json``.
+
+    Args:
+        path: The file that ``specdef attack`` wrote.
+        checkpoint: Fingerprint of the model that it must be of; ``None`` for any.
+    """
+    document = read_report(path)
+    attacked = {run.spec.checkpoint for run in document.runs if run.spec.subject == "model"}
+    if not attacked:
+        raise SpecDefError(f"{path} is an attack report without runs", "Give a finished report of `specdef attack`.")
+    if checkpoint is not None and attacked != {checkpoint}:
+        raise SpecDefError(
+            f"{path} is a report on {_public(document.model.name)}, whose weights are others than these",
+            "Give the report of an attack on this very directory: `specdef attack` makes one.",
+        )
+    return _resistance(document)
+
+
+def _public(name: str) -> str:
+    """A name without the path of a directory or file of this machine."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def _resistance(document: ReportDocument) -> Resistance:
+    return Resistance(
+        model=_public(document.model.name),
+        data=_public(document.data.name),
+        budget=document.runs[0].spec.in_words,
+        attacks=tuple(
+            AttackFigure(
+                label=attack.label,
+                knowledge=attack.knowledge,
+                learning_rate=attack.learning_rate,
+                share=attack.share,
+                share_of_best=attack.share_of_best,
+                verdict=attack.verdict,
+            )
+            for attack in document.attacks
+            if attack.subject == "model"
+        ),
+    )
 
 
 def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:
@@ -97,20 +185,9 @@ def _places(parts: Sequence[str], section: str) -> list[int]:
     return [number for number, part in enumerate(parts) if part.splitlines()[:1] == [heading]]
 
 
-def attacks_on_card(directory: Path, report: Path) -> str:
-    """Write what an attack report says into the card of a hardened directory, and return the section.
-
-    Args:
-        directory: What ``harden`` published.
-        report: A ``report.json`` on this very directory.
-
-    Raises:
-        SpecDefError: The directory is not hardened or has no card, or the report is of other weights.
-    """
+def attacks_on_card(directory: Path, report: Path) -> None:
+    """Write what an attack report says into the card of the hardened directory that was attacked."""
     read_manifest(directory)
     card = directory / "README.md"
-    if not card.is_file():
-        raise SpecDefError(f"{directory} has no README.md to write to", "Harden the base model again, or restore it.")
     section = attack_section(read_resistance(report, checkpoint_fingerprint(directory)))
     write_durably(card, with_section(card.read_text(encoding="utf-8", errors="replace"), section))
-    return section

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from specdef_cli.certify.attack_section import attack_section, attack_table, with_section
-from specdef_cli.certify.resistance import AttackFigure, Resistance
+from specdef_cli.certify.card import AttackFigure, Resistance, attack_section, attack_table, with_section
 
 CARD = "# A model\n\n### Attacks\n\nThe base's own words.\n\n## SpecDef\n\nWhat was changed.\n"
 

@@ -1,4 +1,4 @@
-"""What users do with a checkpoint besides running it: caches, padding, training, evaluation, merging, embedding.
+"""What users do with a checkpoint besides running it, as rows of :mod:`consumers`: caches, adapters, training, merging.
 
 Every function takes a trial and returns a loss (or a relative error where it says so) and a note; it raises what the
 library raises where that refuses the checkpoint.
@@ -6,19 +6,26 @@ library raises where that refuses the checkpoint.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import subprocess
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdef_cli.certify.deployment.tools import program
-from specdef_cli.certify.deployment.trial import (
+from specdef_cli.architectures.names import repeated_blocks
+from specdef_cli.certify import tools
+from specdef_cli.certify.formats import FORMATS, Format
+from specdef_cli.certify.tools import Settings, gguf_loss, program
+from specdef_cli.certify.trial import (
     NotApplicableError,
     RefusedError,
     Trial,
@@ -27,19 +34,24 @@ from specdef_cli.certify.deployment.trial import (
     mean_over_batches,
     next_token_loss,
 )
-from specdef_cli.runtime import load_tokenizer
+from specdef_cli.checkpoint.manifest import is_hardened
+from specdef_cli.hardening.adapter import convert_adapter
+from specdef_cli.runtime import load_model, load_tokenizer, without_progress_bars
+from specdef_cli.spectral.subspace import layer_seed
 
+Score = tuple[float, str]
+
+PACKAGES = {
+    "PEFT": "peft", "lm-eval": "lm_eval", "TRL": "trl", "sentence-transformers": "sentence_transformers",
+}  # fmt: skip
+"""Tools of the rows below that ``specdef certify`` does not run: the package to import."""
+
+RANK, SCALE = 8, 0.1
+"""Of the fixed adapter; the standard deviation of B's entries. A's is 1/√n."""
 LORA_STEPS, LORA_RATE = 4, 1e-4
 SFT_STEPS = 5
 TRAINED_LENGTH = 128
 LONGEST = 2048
-
-
-class Score(NamedTuple):
-    """A consumer's measure, and what there is to say about it."""
-
-    value: float
-    note: str = ""
 
 
 def static_cache(trial: Trial) -> Score:
@@ -56,7 +68,7 @@ def static_cache(trial: Trial) -> Score:
         return found
 
     with trial.loaded(torch.float32) as model, torch.inference_mode():
-        return Score(mean_over_batches(tokens, model.config, logits))
+        return mean_over_batches(tokens, model.config, logits), ""
 
 
 def long_input(trial: Trial) -> Score:
@@ -65,7 +77,7 @@ def long_input(trial: Trial) -> Score:
     with trial.loaded(torch.float32) as model:
         longest = min(LONGEST, getattr(model.config, "max_position_embeddings", LONGEST))
         sequence = tokens.flatten()[None, :longest]
-        return Score(mean_loss(model, sequence), f"{sequence.shape[1]} tokens")
+        return mean_loss(model, sequence), f"{sequence.shape[1]} tokens"
 
 
 def left_padded(trial: Trial) -> Score:
@@ -86,7 +98,7 @@ def left_padded(trial: Trial) -> Score:
                 own = length - start - 1
                 total += own * next_token_loss(logits[row : row + 1, start:], batch[row : row + 1, start:])
                 predicted += own
-    return Score(total / predicted)
+    return total / predicted, ""
 
 
 def lora_round_trip(trial: Trial) -> Score:
@@ -114,9 +126,7 @@ def lora_round_trip(trial: Trial) -> Score:
         adapted.merge_and_unload().save_pretrained(out)
     with load(out, torch.float32, trial.device, trial.trust_remote_code) as model:
         reloaded = mean_loss(model, held_out)
-    return Score(
-        reloaded, f"loss {before:.4f} before training, {trained:.4f} attached, {reloaded:.4f} merged, reloaded"
-    )
+    return reloaded, f"loss {before:.4f} before training, {trained:.4f} attached, {reloaded:.4f} merged, reloaded"
 
 
 def fine_tuned(trial: Trial) -> Score:
@@ -140,7 +150,7 @@ def fine_tuned(trial: Trial) -> Score:
         )
         trainer.train()
         after = mean_loss(model.eval(), held_out)
-    return Score(after, f"loss {before:.4f} before training, {after:.4f} after {SFT_STEPS} steps")
+    return after, f"loss {before:.4f} before training, {after:.4f} after {SFT_STEPS} steps"
 
 
 def harness(trial: Trial) -> Score:
@@ -174,7 +184,7 @@ def harness(trial: Trial) -> Score:
             bootstrap_iters=0,
             log_samples=False,
         )
-    return Score((found or {})["results"]["local_text"]["bits_per_byte,none"] * math.log(2), "nats a byte")
+    return (found or {})["results"]["local_text"]["bits_per_byte,none"] * math.log(2), "nats a byte"
 
 
 def merged_with_base(trial: Trial) -> Score:
@@ -199,7 +209,7 @@ def merged_with_base(trial: Trial) -> Score:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise RefusedError(f"mergekit: {lines[-1] if lines else f'exit status {done.returncode}'}")
     with load(out, torch.float32, trial.device, trial.trust_remote_code) as model:
-        return Score(mean_loss(model, trial.required_tokens()))
+        return mean_loss(model, trial.required_tokens()), ""
 
 
 def sentence_embeddings(trial: Trial) -> Score:
@@ -215,7 +225,7 @@ def sentence_embeddings(trial: Trial) -> Score:
         return torch.as_tensor(model.encode(sentences, show_progress_bar=False)).double()
 
     own, reference = embedded(trial.directory), embedded(trial.base)
-    return Score(float((own - reference).norm() / reference.norm()))
+    return float((own - reference).norm() / reference.norm()), ""
 
 
 def _halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,3 +234,117 @@ def _halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
         raise NotApplicableError("the text is one sequence, and training needs another")
     half = len(tokens) // 2
     return tokens[:half, :TRAINED_LENGTH], tokens[half:]
+
+
+def adapted(model: Any, trial: Trial, *, merged: bool) -> Any:
+    """Put a fixed LoRA adapter on, carried over to hardened weights; merge it into the stored weights if asked."""
+    from peft import PeftModel
+
+    plain = trial.scratch / "adapter"
+    if not plain.is_dir():
+        fixed_adapter(trial.base, plain, trial.trust_remote_code)
+    place = plain
+    if is_hardened(trial.directory):
+        place = trial.scratch / "converted"
+        if not place.is_dir():
+            convert_adapter(str(plain), trial.directory, place, trust_remote_code=trial.trust_remote_code)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it found a Conv1D, and treats it as one
+        attached: Any = PeftModel.from_pretrained(model, place)
+    return attached.merge_and_unload() if merged else attached.eval()
+
+
+def fixed_adapter(base: Path, out: Path, trust_remote_code: bool = False) -> None:
+    """Write an adapter of every linear layer in the base's blocks; its values depend on the layers' names alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    with without_progress_bars():
+        model = load_model(base, trust_remote_code=trust_remote_code)
+    blocks = tuple(f"{block}." for block in repeated_blocks(model))
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(blocks) and isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped: Any = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
+    for name in names:
+        layer = wrapped.base_model.model.get_submodule(name)
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        generator = torch.Generator().manual_seed(layer_seed(0, name))
+        with torch.no_grad():
+            down.copy_(torch.randn(down.shape, generator=generator) / math.sqrt(down.shape[1]))
+            up.copy_(SCALE * torch.randn(up.shape, generator=generator))
+    wrapped.save_pretrained(out)
+
+
+def missing(tool: str) -> str:
+    """Why a tool cannot be used, with what to do about it; empty if it can."""
+    if tool == "mergekit":
+        return "" if program("mergekit-yaml") else "not installed: pip install mergekit"
+    if tool in PACKAGES:
+        found = importlib.util.find_spec(PACKAGES[tool])
+        return "" if found else f"not installed: pip install {PACKAGES[tool].replace('_', '-')}"
+    return tools.missing(tool)
+
+
+def _checked(row: Format) -> Format:
+    """The row, skipped where its tool is not installed."""
+
+    def score(trial: Trial) -> Score:
+        if reason := missing(row.tool):
+            raise NotApplicableError(reason)
+        assert row.score is not None
+        return row.score(trial)
+
+    return row if row.score is None else replace(row, score=score)
+
+
+def _scored(description: str, tool: str, score: Callable[[Trial], Score]) -> Format:
+    return _checked(Format(description, tool, score=score))
+
+
+def _llama_cpp(settings: Settings, words: str) -> Format:
+    return Format(f"{settings.kind}{words}", "llama.cpp", score=lambda trial: (gguf_loss(trial, settings), ""))
+
+
+CONVERTED = ("F16", "Q8_0")
+"""Types that llama.cpp's converter writes itself, and its quantizer too."""
+
+
+def _llama_cpp_rows() -> dict[str, Format]:
+    """Every type without flash attention, with a float32 cache, and as the converter writes it."""
+    rows = {}
+    for name, row in FORMATS.items():
+        if row.tool != "llama.cpp":
+            continue
+        kind = row.description
+        rows[f"{name}/no-flash"] = _llama_cpp(Settings(kind, "f16", False), ", no flash attention")
+        rows[f"{name}/f32-cache"] = _llama_cpp(Settings(kind, "f32", True), ", float32 cache")
+        rows[f"{name}/f32-cache/no-flash"] = _llama_cpp(
+            Settings(kind, "f32", False), ", float32 cache, no flash attention"
+        )
+        if kind in CONVERTED:
+            rows[f"{name}/converter"] = _llama_cpp(Settings(kind, by_converter=True), ", written by the converter")
+    return rows
+
+
+_attached, _merged = partial(adapted, merged=False), partial(adapted, merged=True)
+
+ROWS: Mapping[str, Format] = {
+    **FORMATS,
+    **_llama_cpp_rows(),
+    "static-cache": _scored("static cache", "transformers", static_cache),
+    "long-input": _scored("long input", "transformers", long_input),
+    "left-padded": _scored("left-padded batch", "transformers", left_padded),
+    "lora": Format("LoRA carried over, attached", "PEFT", None, change=_attached, reference=_attached),
+    "lora-merged": Format("LoRA carried over, merged", "PEFT", None, change=_merged, reference=_attached),
+    "lora-round-trip": _scored("LoRA attached, trained, merged, reloaded", "PEFT", lora_round_trip),
+    "sft": _scored("SFTTrainer with its defaults, after 5 steps", "TRL", fine_tuned),
+    "lm-eval": _scored("a local task", "lm-eval", harness),
+    "merge": _scored("linear merge with the base", "mergekit", merged_with_base),
+    "embeddings": _scored("embeddings", "sentence-transformers", sentence_embeddings),
+}
+"""Every row of the tables by its name: the formats of ``specdef certify``, and what else users do."""

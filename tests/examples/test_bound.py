@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.variants.depth import deepen
-from specdef_cli.certify.bound import compensation_bounds
 from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainable
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors, HardenOptions
@@ -34,6 +33,7 @@ def script(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
+compensation_bounds = script("compensation_bound").compensation_bounds
 path_bound, exclusive_parameters, product_bound, SingularSubspace = (
     getattr(script("path_bound"), name)
     for name in ("path_bound", "exclusive_parameters", "product_bound", "SingularSubspace")

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import load_model, load_tokenizer, without_progress_bars
+from specdef_cli.runtime import load_model, without_progress_bars
 
 MAX_LOGITS = 2**24
 """Logits of one forward pass: 128 MB in float64, in which their loss is taken."""
@@ -41,7 +39,6 @@ class Trial:
             it belongs to this checkpoint and these tokens alone.
         tokens: int64, shape [sequences, length]; ``None`` for what is no language model.
         device: Where to run; by default the CPU.
-        trust_remote_code: Whether code that comes with the directories may run.
     """
 
     directory: Path
@@ -63,11 +60,7 @@ class Trial:
             yield model
 
     def required_tokens(self) -> Tensor:
-        """The tokens.
-
-        Raises:
-            NotApplicableError: There are none.
-        """
+        """The tokens; raises :class:`NotApplicableError` where there are none."""
         if self.tokens is None:
             raise NotApplicableError("only causal language models are measured")
         return self.tokens
@@ -89,47 +82,6 @@ def load(
     finally:
         del model
         gc.collect()
-
-
-def token_batch(
-    directory: Path, text: str, *, sequences: int = 32, length: int = 128, trust_remote_code: bool = False
-) -> Tensor:
-    """The first tokens of a text as int64, shape [sequences, length]; fewer sequences where the text is short.
-
-    Where the tokenizer begins a text with a token of its own (``<bos>``), every sequence does: some models predict
-    nothing without it.
-
-    Args:
-        directory: The base, whose tokenizer is used.
-        text: Of the kind that the base was made for, and that it has not seen.
-        sequences, length: How many tokens are wanted.
-        trust_remote_code: Whether code that comes with the directory may run.
-
-    Raises:
-        SpecDefError: The directory has no tokenizer, or the text does not fill one sequence.
-    """
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
-        raise SpecDefError(f"{directory} has no tokenizer", "Copy the base model's tokenizer files there.")
-    first = first_token(tokenizer)
-    beginning = [] if first is None else [first]
-    own = length - len(beginning)
-    enough = text[: 16 * sequences * length]  # more characters than that a token does not have on average
-    ids = tokenizer(enough, add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(sequences, len(ids) // own)
-    if not count:
-        raise SpecDefError(
-            f"the text has {len(ids)} tokens, and one sequence needs {own}", "Give more text, or shorter sequences."
-        )
-    rows = [beginning + ids[own * row : own * (row + 1)] for row in range(count)]
-    return torch.tensor(rows, dtype=torch.int64)
-
-
-def first_token(tokenizer: Any) -> int | None:
-    """The token that a tokenizer puts before every text; ``None`` if it puts none."""
-    with_it = tokenizer("a", verbose=False)["input_ids"]
-    found = tokenizer.bos_token_id
-    return found if found is not None and with_it[:1] == [found] else None
 
 
 def mean_loss(model: Any, tokens: Tensor) -> float:

@@ -1,0 +1,303 @@
+"""What passes through a model's channels on a little text: how much on average, and how large at most.
+
+The model runs once, on all of the text. Every layer's weights are read as it is reached and dropped behind it
+(accelerate's hooks around transformers' own modules), so that a model needs no more memory than its largest layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import logging
+import statistics
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.hooks import attach_align_device_hook
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from specdef_cli.architectures.pairs import SymmetricPair
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime.load import load_model, without_progress_bars
+from specdef_cli.runtime.tokens import token_batch
+
+SEQUENCES, LENGTH = 8, 128
+
+WITHOUT = "Choose the channels by the weights alone: --calibration none."
+
+BLOCK = 32
+"""Neighbours that llama.cpp gives one scale when it rounds activations to 8 bits (Q8_0; K-quants take 256)."""
+
+LEVELS = 127
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What a module's inputs or outputs are, channel by channel; every tensor has shape [channels].
+
+    Attributes:
+        mean_square: Over all tokens.
+        largest: Magnitude.
+    """
+
+    mean_square: Tensor
+    largest: Tensor
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a text makes of the modules that symmetric pairs belong to, by the names of their weights on disk.
+
+    Attributes:
+        inputs, outputs: Of linears; of norms the outputs alone.
+        column_norms: Of linears: ‖column‖², shape [inputs].
+        row_largest: Of linears and norms: the largest weight in each row, shape [outputs].
+        drowned: (weight, e) → for each input channel c the mean energy, Σ min(x_j², s²/12)·‖column_j‖² over the
+            neighbours j in its block of :data:`BLOCK`, that falls below the block's step s once x_c is 2^e times as
+            large. Shape [inputs].
+    """
+
+    inputs: Mapping[str, Channels]
+    outputs: Mapping[str, Channels]
+    column_norms: Mapping[str, Tensor]
+    row_largest: Mapping[str, Tensor]
+    drowned: Mapping[tuple[str, int], Tensor]
+
+
+@dataclass
+class _Recorder:
+    """Takes statistics as modules run."""
+
+    exponents: Sequence[int]
+    inputs: dict[str, Channels] = field(default_factory=dict)
+    outputs: dict[str, Channels] = field(default_factory=dict)
+    column_norms: dict[str, Tensor] = field(default_factory=dict)
+    row_largest: dict[str, Tensor] = field(default_factory=dict)
+    drowned: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def hook(self, weight: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        """A forward hook for the module with this weight."""
+
+        def record(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            if torch.is_tensor(output):
+                self.outputs[weight] = _channels(output)
+            if weight in self.column_norms and arguments:
+                self.inputs[weight] = _channels(arguments[0])
+                norms = self.column_norms[weight].to(arguments[0].device)
+                for exponent in self.exponents:
+                    self.drowned[weight, exponent] = drowned_energy(arguments[0], norms, exponent)
+
+        return record
+
+    def weigh(self, name: str, module: nn.Module, weight: Tensor) -> None:
+        """Keep what a module's weight is by row and by column."""
+        values = weight.detach().float()
+        if isinstance(module, nn.Linear | Conv1D):
+            values = values.T if isinstance(module, Conv1D) else values
+            self.column_norms[name] = values.square().sum(0).cpu()
+            self.row_largest[name] = values.abs().amax(1).cpu()
+        elif values.dim() == 1:
+            self.row_largest[name] = values.abs().cpu()
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    pairs: Sequence[SymmetricPair],
+    text: str,
+    *,
+    exponents: Sequence[int] = (),
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Activations:
+    """Run a model on a text, and record what passes through the modules of its pairs.
+
+    Args:
+        checkpoint: The model's weights.
+        skeleton: The model.
+        pairs: Whose modules are recorded.
+        text: The first 1,024 tokens of it are taken.
+        exponents: For which ``drowned`` is measured.
+        device: Where to run; ``None`` takes a GPU where there is one.
+        trust_remote_code: Whether the model's own code may run.
+
+    Raises:
+        SpecDefError: The model takes no text, has no tokenizer, or its weights do not fit into memory and cannot be
+            read layer by layer.
+    """
+    model = skeleton.model
+    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
+        raise SpecDefError(f"{type(model).__name__} takes no text to calibrate with", WITHOUT)
+    # RoBERTa's positions begin after two others.
+    length = min(LENGTH, (getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH + 2) - 2)
+    try:
+        tokens = token_batch(
+            checkpoint.directory, text, sequences=SEQUENCES, length=length, trust_remote_code=trust_remote_code
+        )
+    except SpecDefError as error:
+        raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recorder = _Recorder(exponents)
+    weights = {
+        parameter.removesuffix(".weight"): side.tensor
+        for pair in pairs
+        for side in pair.sides
+        if (parameter := skeleton.names.parameters.get(side.tensor, "")).endswith(".weight")
+    }
+    streamed = all(_sources(skeleton, name) for name, _ in model.base_model.named_parameters(_path_of(model)))
+    runner = (
+        _streamed_model(checkpoint, skeleton, recorder, place)
+        if streamed
+        else _whole_model(checkpoint, skeleton, recorder, place, trust_remote_code)
+    )
+    modules = dict(runner.named_modules())
+    for path, weight in weights.items():
+        modules[path].register_forward_hook(recorder.hook(weight))
+    inputs: dict[str, Any] = {"input_ids": tokens.to(place), "attention_mask": torch.ones_like(tokens).to(place)}
+    if runner.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    with torch.no_grad():
+        runner.base_model(**inputs)
+    return Activations(recorder.inputs, recorder.outputs, recorder.column_norms, recorder.row_largest, recorder.drowned)
+
+
+def drowned_energy(inputs: Tensor, column_norms: Tensor, exponent: int) -> Tensor:
+    """For each channel, what its neighbours lose below their block's step once it is 2^exponent times as large.
+
+    Args:
+        inputs: x, shape [..., channels].
+        column_norms: ‖column‖² of the weight that reads them, shape [channels].
+        exponent: Of the factor.
+
+    Returns:
+        Mean over tokens of Σ_j min(x_j², s²/12)·‖column_j‖², s = |x_c|·2^exponent/127; shape [channels].
+    """
+    rows = inputs.float().flatten(0, -2)
+    channels = rows.shape[-1]
+    padded = nn.functional.pad(rows, (0, -channels % BLOCK)).unflatten(-1, (-1, BLOCK))  # [tokens, blocks, 32]
+    weights = nn.functional.pad(column_norms, (0, -channels % BLOCK)).unflatten(-1, (-1, BLOCK))
+    noise = padded.square() * (2.0 ** (2 * exponent) / (12 * LEVELS**2))  # [tokens, blocks, 32]: step²/12 by channel
+    energy = padded.square()
+    lost = torch.zeros_like(noise)
+    for neighbour in range(BLOCK):
+        lost += torch.minimum(energy[..., neighbour, None], noise) * weights[:, neighbour, None]
+    lost -= torch.minimum(energy, noise) * weights  # its own
+    return lost.mean(0).flatten()[:channels].cpu()
+
+
+def _channels(values: Tensor) -> Channels:
+    rows = values.detach().float().flatten(0, -2)
+    return Channels(rows.square().mean(0).cpu(), rows.abs().amax(0).cpu())
+
+
+def _path_of(model: PreTrainedModel) -> str:
+    return "" if model.base_model is model else model.base_model_prefix
+
+
+def _sources(skeleton: Skeleton, parameter: str) -> str | None:
+    """The tensor on disk that a parameter is as it stands, or that of one which it is tied to."""
+    tensor = skeleton.names.tensor(parameter)
+    if tensor is None and parameter in skeleton.tied and isinstance(skeleton.model, PreTrainedModel):
+        shared = skeleton.parameters[parameter]
+        ties = skeleton.model.get_expanded_tied_weights_keys(all_submodels=True)
+        others = [name for name, other in skeleton.parameters.items() if other is shared]
+        others += [ties[parameter]] if parameter in ties else []
+        tensor = next((found for name in others if (found := skeleton.names.tensor(name)) is not None), None)
+    return tensor
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Every parameter of a skeleton, read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recorder) -> None:
+        self._checkpoint, self._skeleton, self._recorder = checkpoint, skeleton, recorder
+
+    def __getitem__(self, parameter: str) -> Tensor:
+        tensor = _sources(self._skeleton, parameter)
+        if tensor is None:
+            raise KeyError(parameter)
+        value = self._checkpoint.read(tensor)
+        path, _, leaf = parameter.rpartition(".")
+        if leaf == "weight":
+            self._recorder.weigh(tensor, self._skeleton.modules[path], value)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._skeleton.parameters)
+
+    def __len__(self) -> int:
+        return len(self._skeleton.parameters)
+
+
+def _streamed_model(checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recorder, device: torch.device) -> Any:
+    """A model whose modules read their weights as they are called, and drop them afterwards."""
+    with torch.device("meta"):
+        model: Any = type(skeleton.model)(copy.deepcopy(skeleton.model.config))  # in float32
+    # What is not stored (RoPE's frequencies, positions) is computed as from_pretrained does it.
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            stored = skeleton.names.tensor(f"{path}.{name}")
+            value = torch.empty_like(buffer, device="cpu") if stored is None else checkpoint.read(stored)
+            setattr(module, name, value)
+    model.initialize_weights()
+    attach_align_device_hook(
+        model.base_model,
+        execution_device=device,
+        offload=True,
+        weights_map=_Weights(checkpoint, skeleton, recorder),
+        module_name=_path_of(model),
+    )
+    return model.eval()
+
+
+def _whole_model(
+    checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recorder, device: torch.device, trust_remote_code: bool
+) -> Any:
+    """A model that stacks or splits tensors as it loads them, in memory."""
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters.values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if 6 * parameters > free:  # float32, and half as much again for what is being loaded
+        raise SpecDefError(
+            f"{type(skeleton.model).__name__} cannot be read layer by layer, and its {parameters:,} parameters "
+            f"do not fit into {free / 2**30:.0f} GiB to calibrate",
+            WITHOUT,
+        )
+    with without_progress_bars():
+        model = load_model(
+            checkpoint.directory,
+            auto_class=type(skeleton.model).__name__,
+            dtype=torch.float32,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+    for path, module in model.named_modules():
+        tensor = skeleton.names.tensor(f"{path}.weight")
+        if tensor is not None:
+            recorder.weigh(tensor, module, module.weight)
+    return model
+
+
+def read_text(path: Path) -> str:
+    """A text to calibrate with."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecDefError(f"--calibration {path} is not a text that can be read", "Give a file of UTF-8.") from error
+
+
+def default_text() -> str:
+    """Source and prose that every Python has: some modules of the standard library, and what they say of themselves."""
+    modules = (statistics, argparse, logging, textwrap)
+    parts = [Path(inspect.getfile(module)).read_text(encoding="utf-8") for module in modules]
+    size = SEQUENCES * LENGTH * 4
+    return "\n".join(part[: 2 * size // len(parts)] for part in parts)

@@ -1,0 +1,151 @@
+"""Which channel of a symmetric pair can be lost, and how far it can be raised: a fold that quantizers survive.
+
+A quantizer gives every row of a weight, or every block of a row, a scale of its own: a row may carry any power of two.
+A column that goes up drowns its neighbours; one that goes down is rounded to zero, and with it its channel. So a pair
+is folded in one direction, rows up and columns down, on a channel whose loss costs nothing. In float32 and bfloat16
+nothing is rounded, and the channel is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.checkpoint.manifest import FoldedPair
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.hardening.calibration import Activations
+from specdef_cli.hardening.fold import channel_norms, folded_pair, require_dtypes
+
+EXPONENT = 12
+"""What every pair gets, as far as float16 allows."""
+
+LARGEST = torch.finfo(torch.float16).max / 8
+"""Of what passes through a raised channel: a factor of 8 stays for texts that calibration has not seen."""
+
+LOWEST_EXPONENT = 1
+
+QUERIES = 4
+"""Channels that are raised where queries meet keys: those that carry most, as rows on both sides lose nothing."""
+
+NormsOf = Callable[[Side], Tensor]
+"""The squared norm of each channel's slices on one side of a pair, shape [channels]."""
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The channels of a pair that are raised.
+
+    Attributes:
+        channels: Of the pair.
+        exponents: log2 of their factors.
+        given_up: Share of what the pair's readers put out, as energy, that a format loses which loses the channels;
+            ``None`` where only the weights are known.
+    """
+
+    channels: tuple[int, ...]
+    exponents: tuple[int, ...]
+    given_up: float | None
+
+
+def raise_pairs(
+    checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], activations: Activations | None, dtype: str | None
+) -> tuple[FoldedPair, ...]:
+    """Fold every pair in one direction, on what can best be lost.
+
+    Args:
+        checkpoint: The base.
+        pairs: Its symmetric pairs.
+        activations: What a text makes of them; ``None`` chooses channels by the weights alone.
+        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
+    """
+    used = [pair for pair in pairs if pair.channels > 1]
+    require_dtypes(checkpoint, used, dtype)
+    found = [(pair, raise_pair(pair, activations, EXPONENT, partial(channel_norms, checkpoint))) for pair in used]
+    return tuple(
+        folded_pair(pair, raised.channels, raised.exponents, raised.given_up)
+        for pair, raised in found
+        if raised is not None
+    )
+
+
+def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: int, norms: NormsOf) -> Raised | None:
+    """Choose the channel whose loss costs least, of those that take 2^exponent; else of those that take most.
+
+    Args:
+        pair: A symmetric pair.
+        activations: What a text makes of it; ``None`` ranks channels by the weights alone.
+        exponent: The wanted one.
+        norms: Of the weights.
+
+    Returns:
+        ``None`` where every channel is zero, which no factor changes, or too large to be raised.
+    """
+    costs = energies(pair, activations, norms)
+    allowed = torch.full_like(costs, exponent)
+    if activations is not None:
+        allowed = allowed.minimum((LARGEST / largest(pair, activations)).log2().floor())
+    allowed = torch.where(costs > 0, allowed, -math.inf)
+    best = allowed.max()
+    if best < LOWEST_EXPONENT:
+        return None
+    rows_alone = pair.kind == "query_key"
+    if rows_alone:
+        order = torch.where(allowed < LOWEST_EXPONENT, -math.inf, costs).argsort(descending=True, stable=True)
+        count = min(QUERIES, pair.channels - 1, int((allowed >= LOWEST_EXPONENT).sum()))
+        chosen = order[:count].tolist()
+    else:
+        chosen = [int(torch.where(allowed == best, costs, math.inf).argmin())]
+    lost = 0.0 if rows_alone else float(costs[chosen].sum() / costs.sum())
+    exponents = tuple(int(allowed[channel]) for channel in chosen)
+    return Raised(tuple(chosen), exponents, None if activations is None else lost)
+
+
+def energies(pair: SymmetricPair, activations: Activations | None, norms: NormsOf) -> Tensor:
+    """What each channel contributes to what the pair's consumers put out, as energy; shape [channels], float64.
+
+    E[x²]·‖column‖², summed over the consumers; of queries against keys E[q²]·E[k²]. Where x was not seen, the norm of
+    the rows that make it stands for it.
+    """
+    makers = [side for side in pair.sides if side.power > 0]
+    readers = [side for side in pair.sides if side.power < 0]
+    made = _put_out(makers, activations, norms)
+    if pair.kind == "query_key":
+        return made * _put_out(readers, activations, norms)
+    total = torch.zeros(pair.channels, dtype=torch.float64)
+    for side in readers:
+        seen = None if activations is None else activations.inputs.get(side.tensor)
+        if activations is None or seen is None:
+            total += made * norms(side).double()
+        else:
+            energy = seen.mean_square.double() * activations.column_norms[side.tensor]
+            total += energy[torch.tensor(side.indices)].sum(-1)
+    return total
+
+
+def largest(pair: SymmetricPair, activations: Activations) -> Tensor:
+    """The largest magnitude that passes through each channel, and of the rows that are raised; shape [channels]."""
+    found = torch.zeros(pair.channels)
+    for side in pair.sides:
+        seen = [activations.row_largest.get(side.tensor)] if side.power > 0 else []
+        of = activations.outputs if side.power > 0 else activations.inputs
+        seen += [of[side.tensor].largest] if side.tensor in of else []
+        for values in seen:
+            if values is not None:
+                found = found.maximum(values[torch.tensor(side.indices)].amax(-1))
+    return found
+
+
+def _put_out(sides: Sequence[Side], activations: Activations | None, norms: NormsOf) -> Tensor:
+    """Mean square of what passes through each channel, shape [channels]; the norm of its rows where that is not known.
+
+    A bias is part of what its linear puts out, and only counts where that is not known.
+    """
+    seen = {} if activations is None else activations.outputs
+    known = [seen[side.tensor].mean_square[torch.tensor(side.indices)].sum(-1) for side in sides if side.tensor in seen]
+    return torch.stack(known or [norms(side) for side in sides]).double().sum(0)

@@ -1,0 +1,125 @@
+"""What counts as the held-out loss, and as progress: the labels' cross-entropy, of a network that is alive."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel, TrainerCallback
+
+from specdef_cli.attack import AttackOptions
+from specdef_cli.attack.data import load_data, load_preprocessor
+from specdef_cli.attack.loading import load_for_training
+from specdef_cli.attack.recorder import Recorder
+from specdef_cli.attack.run_result import DEAD, Divergence
+from specdef_cli.attack.target import Task
+from specdef_cli.attack.trainer import make_trainer, train_run
+from specdef_cli.runtime import load_model
+from tests.attack.test_optimizers import spec
+from tests.attack.test_tasks import DECODER
+from tests.byte_tokenizer import byte_tokenizer
+
+
+def mixtral(routed: bool) -> PreTrainedModel:
+    config = transformers.MixtralConfig(
+        **DECODER, num_local_experts=4, router_aux_loss_coef=0.5, output_router_logits=routed
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def bamba(added: bool) -> PreTrainedModel:
+    """Adds the square of its logits' partition function, and says so in none of its outputs."""
+    config = transformers.BambaConfig(
+        **DECODER, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_state=8, mamba_d_head=16, mamba_n_groups=1,
+        z_loss_coefficient=0.1 if added else 0.0,
+    )  # fmt: skip
+    return transformers.BambaForCausalLM(config)
+
+
+def data_of(directory: Path, task: Task, **changes: Any) -> Any:
+    fields = {"steps": 2, "batch_size": 4, "sequence_length": 16, "eval_sequences": 4, **changes}
+    return load_data(AttackOptions(model="m", out=Path("o"), **fields), task, load_preprocessor(task, directory))
+
+
+@pytest.mark.parametrize("make", [mixtral, bamba])
+def test_what_a_model_adds_to_its_loss_is_not_held_out_loss(make: Any, tmp_path: Path) -> None:
+    """The same weights twice, and the mean written down directly."""
+    starts = []
+    for added in (False, True):
+        torch.manual_seed(0)
+        directory = tmp_path / str(added)
+        make(added).save_pretrained(directory)
+        byte_tokenizer().save_pretrained(directory)
+        data = data_of(directory, "causal-lm")
+        starts.append(train_run(spec("adamw", steps=1, eval_every=1), directory, data).start)
+    assert starts[0] == pytest.approx(starts[1], rel=1e-6)
+    batch = data.collate([data.held_out[index] for index in range(4)])
+    with torch.no_grad():
+        output = load_model(directory)(**batch)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert starts[1] == pytest.approx(float(expected), rel=1e-5)
+    assert float(output.loss) > float(expected) + 0.1, "the model itself adds something, or this shows nothing"
+
+
+class Kill(TrainerCallback):
+    """What a step that is far too large leaves on some processors: every weight is zero."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+
+
+def dead_run(base: Path, task: Task, data: Any, tmp_path: Path) -> Recorder:
+    run = spec("adamw", task=task, steps=4, eval_every=2, learning_rate=1e-5)
+    recorder = Recorder(lambda step, loss: None)
+    model = load_for_training(run, base, data, False)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+        trainer = make_trainer(run, model, data, recorder, scratch)
+        trainer.add_callback(Kill())
+        trainer.train()
+    return recorder
+
+
+def test_a_dead_network_has_diverged_whatever_its_loss_is(base: Path, tmp_path: Path) -> None:
+    """It says ln 258 of everything, which is below the start of a random model."""
+    recorder = dead_run(base, "causal-lm", data_of(base, "causal-lm"), tmp_path)
+    assert recorder.evaluations[0].loss == pytest.approx(5.7, abs=0.13)
+    assert recorder.divergence == Divergence(2, DEAD)
+    assert [(point.step, point.loss) for point in recorder.evaluations[1:]] == [(2, None)]
+
+
+def test_so_has_a_dead_classifier(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    directory, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**DECODER)).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    rows.write_text("\n".join(json.dumps({"text": f"{'ab'[n % 2]} {n}", "label": n % 2}) for n in range(60)))
+    data = data_of(directory, "sequence-classification", dataset=str(rows))
+    assert dead_run(directory, "sequence-classification", data, tmp_path).divergence == Divergence(2, DEAD)
+
+
+def test_the_same_input_everywhere_is_no_sign_of_death(base: Path, tmp_path: Path) -> None:
+    """Of one token repeated, a network without positions says the same everywhere."""
+    rows = tmp_path / "rows.txt"
+    rows.write_text("\n\n".join("a" * 400 for _ in range(40)))
+    data = data_of(base, "causal-lm", dataset=str(rows), steps=4)
+    result = train_run(spec("adamw", steps=4, eval_every=2, learning_rate=1e-4), base, data)
+    assert (result.divergence, result.learned) == (None, True)
+
+
+def test_a_model_that_was_dead_before_the_attack_makes_no_progress(base: Path, tmp_path: Path) -> None:
+    model = load_model(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "dead")
+    byte_tokenizer().save_pretrained(tmp_path / "dead")
+    result = train_run(spec("adamw", steps=4, eval_every=2), tmp_path / "dead", data_of(base, "causal-lm"))
+    assert (result.divergence, result.outcome, result.final) == (Divergence(2, DEAD), "diverged", None)
+    assert result.progress == 0

@@ -1,0 +1,58 @@
+"""Rows of the tables of consumers: a copy of the base is kept, a damaged model is not."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_format
+from specdef_cli.certify.trial import Trial
+from specdef_cli.hardening.options import HardenOptions
+from specdef_cli.hardening.run import harden
+from tests.certify.test_formats import TINY_LLAMA, copied, damaged, tokens
+
+REAL = Path(__file__).parents[2] / "examples" / "real"
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(REAL))
+    rows = importlib.import_module("consumer_rows")
+
+__all__ = ["tokens"]
+
+
+def one(hardened: Path, tokens: torch.Tensor, name: str, scratch: Path, base: Path = TINY_LLAMA) -> FormatFigure:
+    found: list[Outcome] = []
+    for directory in (base, hardened):
+        place = scratch / str(len(found))
+        place.mkdir(parents=True)
+        found.append(measure_format(Trial(directory, base, place, tokens), rows.ROWS[name]))
+    return compare(name, rows.ROWS[name].tool, "loss", *found)
+
+
+@pytest.mark.parametrize("name", ["static-cache", "long-input", "left-padded", "lora-round-trip", "sft", "lm-eval"])
+def test_consumers_keep_a_copy_and_see_a_broken_one(name: str, tmp_path: Path, tokens: torch.Tensor) -> None:
+    if reason := rows.missing(rows.ROWS[name].tool):
+        pytest.skip(reason)
+    kept = one(copied(TINY_LLAMA, tmp_path / "copy"), tokens, name, tmp_path / "a")
+    assert kept.status == "kept", kept
+    assert kept.hardened == pytest.approx(kept.base, abs=1e-3)
+    broken = one(damaged(tmp_path / "broken"), tokens, name, tmp_path / "b")
+    assert broken.status == "broken", broken
+
+
+def test_an_adapter_carried_over_holds_attached_and_merged(tmp_path: Path, tokens: torch.Tensor) -> None:
+    harden(HardenOptions(str(TINY_LLAMA), tmp_path / "fold", verify=False))
+    for name in ("lora", "lora-merged"):
+        figure = one(tmp_path / "fold", tokens, name, tmp_path / name)
+        assert figure.status == "kept", figure
+        plain = one(copied(TINY_LLAMA, tmp_path / f"copy-{name}"), tokens, "float32", tmp_path / f"plain-{name}")
+        assert figure.base != pytest.approx(plain.base, abs=0.01), "the adapter does nothing"
+
+
+def test_a_left_padded_batch_costs_nothing(tmp_path: Path, tokens: torch.Tensor) -> None:
+    # The first of four sequences is not padded: alone in its batch it has the plain loss.
+    padded = measure_format(Trial(TINY_LLAMA, TINY_LLAMA, tmp_path, tokens[:1]), rows.ROWS["left-padded"])
+    plain = measure_format(Trial(TINY_LLAMA, TINY_LLAMA, tmp_path, tokens[:1]), rows.ROWS["float32"])
+    assert padded.value == pytest.approx(plain.value, abs=1e-6)

@@ -1,0 +1,160 @@
+"""A converted adapter does on the hardened model what it did on the base, attached and merged; the rest is refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
+
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.adapter import convert_adapter
+from specdef_cli.hardening.options import Factors, Fold, HardenOptions, Scale
+from specdef_cli.hardening.run import harden
+from specdef_cli.runtime import load_model
+from tests.commands import assert_refused, call_cli
+from tests.tiny_families import write_case
+
+
+def lora(base: Path, out: Path, *, head: bool = False, **settings: Any) -> Path:
+    """An adapter of every linear layer whose B is not zero."""
+    model = load_model(base)
+    torch.manual_seed(0)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and (head or "lm_head" not in name)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: Any = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": names} | settings))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(out)
+    return out
+
+
+def logits(directory: Path, adapter: Path | None = None, *, merged: bool = False) -> torch.Tensor:
+    model: Any = load_model(directory)
+    if adapter is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(model, str(adapter))
+        if merged:
+            model = model.merge_and_unload()
+    ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(input_ids=ids).logits
+    return found
+
+
+HARDENED: dict[str, Fold | Scale | Factors] = {"fold": Fold(), "scale": Scale(), "factors": Factors(alpha=1e3, top_k=4)}
+
+
+# Separate and fused tensors, grouped queries, biases; Conv1D, whose weights are transposed; per-head fused; tied heads.
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [("llama", "fold"), ("phi3", "fold"), ("gpt2-untied", "fold"), ("gpt-neox", "fold"), ("llama", "factors"),
+     ("gpt2", "factors"), ("llama-tied", "scale"), ("gemma3", "scale"), ("gpt2", "scale")],
+)  # fmt: skip
+def test_a_converted_adapter_is_the_same_function(case: str, way: str, tmp_path: Path) -> None:
+    base, hardened = write_case(case, tmp_path / "base"), tmp_path / "hardened"
+    harden(HardenOptions(str(base), hardened, HARDENED[way], verify=False))
+    adapter = lora(base, tmp_path / "lora", head=case in ("llama", "llama-tied"))
+    converted = convert_adapter(str(adapter), hardened, tmp_path / "converted")
+    assert converted.rewritten > 0
+    plain, expected = logits(base), logits(base, adapter)
+    scale = float((expected - plain).abs().max())
+    assert scale > 0.01
+    # Merged, the adapter of a tied head changes the embedding too, on the base as well.
+    for merged in (False,) if case == "llama-tied" else (False, True):
+        found = logits(hardened, tmp_path / "converted", merged=merged)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * scale)
+
+
+def test_the_adapter_of_the_base_is_another_function_on_a_fold(tmp_path: Path) -> None:
+    base, fold = write_case("llama", tmp_path / "base"), tmp_path / "fold"
+    harden(HardenOptions(str(base), fold, verify=False))
+    adapter = lora(base, tmp_path / "lora")
+    assert not torch.allclose(logits(fold, adapter), logits(base, adapter), rtol=0.1, atol=0.1)
+
+
+def test_ranks_alphas_and_rslora_are_kept(tmp_path: Path) -> None:
+    base, hardened = write_case("llama", tmp_path / "base"), tmp_path / "hardened"
+    harden(HardenOptions(str(base), hardened, HARDENED["scale"], verify=False))
+    adapter = lora(
+        base, tmp_path / "lora", target_modules=["q_proj", "up_proj"], layers_to_transform=[1], use_rslora=True,
+        rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 32},
+    )  # fmt: skip
+    convert_adapter(str(adapter), hardened, tmp_path / "converted")
+    expected = logits(base, adapter)
+    torch.testing.assert_close(logits(hardened, tmp_path / "converted"), expected, rtol=0, atol=1e-5)
+    assert float((expected - logits(base)).abs().max()) > 0.01
+
+
+@pytest.fixture(scope="module")
+def places(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(adapter, hardened, base)."""
+    root, base = tmp_path_factory.mktemp("adapter"), tiny_model("llama")
+    harden(HardenOptions(str(base), root / "fold", verify=False))
+    return lora(base, root / "lora"), root / "fold", base
+
+
+def edited(adapter: Path, out: Path, tensors: Callable[[dict[str, torch.Tensor]], Any], **settings: Any) -> Path:
+    out.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(config | settings))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    tensors(weights)
+    save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+DOWN = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+REFUSED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], dict[str, Any], tuple[str, ...]]] = {
+    "DoRA": (lambda _: None, {"use_dora": True}, ("use_dora=True", "merge_and_unload")),
+    "biases": (lambda _: None, {"bias": "all"}, ("bias='all'", "merge_and_unload")),
+    "whole modules": (lambda _: None, {"modules_to_save": ["lm_head"]}, ("modules_to_save", "lm_head")),
+    "PiSSA": (lambda _: None, {"init_lora_weights": "pissa"}, ("init_lora_weights='pissa'",)),
+    "another kind": (lambda _: None, {"peft_type": "IA3"}, ("IA3", "only LORA")),
+    "a layer too many": (
+        lambda w: w.update({name.replace("layers.0", "layers.9"): w[name].clone() for name in list(w)}), {},
+        ("model.layers.9", "that was hardened"),
+    ),
+    "another width": (lambda w: w.update({DOWN: w[DOWN][:, :3].clone()}), {}, ("down_proj", "that was hardened")),
+    "one half": (lambda w: w.pop(DOWN), {}, ("lora_A and lora_B",)),
+    "nothing": (lambda w: w.clear(), {}, ("lora_A and lora_B",)),
+    "an embedding": (
+        lambda w: w.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 8)}), {},
+        ("embed_tokens", "linear"),
+    ),
+    "what is not finite": (lambda w: w.update({DOWN: w[DOWN] * torch.inf}), {}, ("down_proj",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_converted_is_refused(case: str, places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    adapter, fold, _ = places
+    tensors, settings, words = REFUSED[case]
+    changed = edited(adapter, tmp_path / "adapter", tensors, **settings)
+    out = tmp_path / "outside"
+    out.mkdir()
+    assert_refused(call_cli("convert-adapter", changed, fold, "--out", out / "converted"), *words, empty=out)
+
+
+def test_places_that_do_not_fit(places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    adapter, fold, base = places
+    assert_refused(call_cli("convert-adapter", adapter, base, "--out", tmp_path / "new"), "specdef.json")
+    assert_refused(call_cli("convert-adapter", adapter, fold, "--out", base), "exists already")
+    assert_refused(call_cli("convert-adapter", base, fold, "--out", tmp_path / "new"), "adapter_config.json")
+    with pytest.raises(SpecDefError, match="lies in the input"):
+        convert_adapter(str(adapter), fold, fold / "new")
+    assert not (tmp_path / "new").exists()

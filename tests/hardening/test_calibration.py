@@ -1,0 +1,233 @@
+"""Statistics of activations against a plain forward pass, and what they say of channels against taking these out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from specdef_cli.architectures.pairs import SymmetricPair
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.architectures.symmetries import symmetries
+from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening import calibration
+from specdef_cli.hardening.calibration import LENGTH, SEQUENCES, Activations, calibrate, default_text, drowned_energy
+from specdef_cli.hardening.expendable import LARGEST, energies, largest, raise_pair
+from specdef_cli.hardening.fold import channel_norms
+from specdef_cli.runtime import load_model
+from specdef_cli.runtime.tokens import token_batch
+from tests.tiny_families import write_case
+from tests.tiny_models import write_model
+
+TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
+TEXT = " ".join(f"w{(7 * number) % 96}" for number in range(900))
+
+
+def opened(directory: Path) -> tuple[Checkpoint, Skeleton, tuple[SymmetricPair, ...]]:
+    checkpoint = open_checkpoint(directory)
+    skeleton = Skeleton.read(checkpoint)
+    return checkpoint, skeleton, symmetries(skeleton).pairs
+
+
+def with_tokenizer(case: str, directory: Path) -> Path:
+    """A family's checkpoint beside the tokenizer of the tiny models."""
+    write_model("llama", directory.parent / "words")
+    write_case(case, directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((directory.parent / "words" / name).read_bytes())
+    return directory
+
+
+def run_whole(
+    directory: Path, text: str, hook: Callable[[str, nn.Module, torch.Tensor, Any], None], length: int = LENGTH
+) -> None:
+    """The model in memory, its hooks told of every module's first input and its output."""
+    model = load_model(directory, dtype=torch.float32)
+    for path, module in model.named_modules():
+
+        def record(module: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
+            if inputs and torch.is_tensor(output):
+                hook(f"{path}.weight", module, inputs[0], output)
+
+        module.register_forward_hook(record)
+    tokens = token_batch(directory, text, sequences=SEQUENCES, length=length)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    with torch.no_grad():
+        model(**inputs)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "gpt2", "bert", "gemma3", "t5", "mixtral", "tiny"])
+def test_streamed_statistics_are_those_of_the_whole_model(case: str, tmp_path: Path) -> None:
+    """Mixtral stacks its experts as it loads, so it is not streamed; GPT-2 stores its weights transposed."""
+    if case == "tiny":
+        directory, text = TINY_LLAMA, default_text()
+    else:
+        own = case in {"gpt2", "bert", "llama"}
+        directory = write_model(case, tmp_path / "m") if own else with_tokenizer(case, tmp_path / "m")
+        text = TEXT
+    checkpoint, skeleton, pairs = opened(directory)
+    found = calibrate(checkpoint, skeleton, pairs, text)
+    seen = 0
+    tensors = {parameter: tensor for tensor, parameter in skeleton.names.parameters.items()}
+    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", LENGTH + 2)
+
+    def compare(parameter: str, module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
+        nonlocal seen
+        name = tensors.get(parameter, "")
+        pairs_of = [(found.outputs, output)] if name in found.outputs else []
+        pairs_of += [(found.inputs, given)] if name in found.inputs else []
+        for kept, values in pairs_of:
+            rows = values.flatten(0, -2)
+            torch.testing.assert_close(kept[name].mean_square, rows.square().mean(0), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(kept[name].largest, rows.abs().amax(0), rtol=1e-5, atol=1e-6)
+            seen += 1
+
+    run_whole(directory, text, compare, min(LENGTH, positions - 2))
+    assert seen == len(found.outputs) + len(found.inputs)
+    # Of the body's linears, all that read: a head stands behind it, and experts are no linears.
+    readers = {side.tensor for pair in pairs for side in pair.sides if side.power < 0 and pair.kind != "query_key"}
+    inside = f"{skeleton.model.base_model_prefix}."
+    linears = {name for name in readers if skeleton.names.parameters[name].startswith(inside) and "moe" not in name}
+    assert linears <= found.inputs.keys()
+
+
+def test_layers_are_read_one_after_the_other_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, skeleton, pairs = opened(TINY_LLAMA)
+    models = []
+    streamed = calibration._streamed_model
+    monkeypatch.setattr(
+        calibration, "_streamed_model", lambda *arguments: models.append(streamed(*arguments)) or models[0]
+    )
+    read: list[str] = []
+    alive: list[int] = []
+    reading = Checkpoint.read
+
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        read.append(name)
+        alive.append(sum(not parameter.is_meta for parameter in models[0].parameters()) if models else 0)
+        return reading(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    calibrate(checkpoint, skeleton, pairs, default_text())
+    body = [name for name in checkpoint.tensors if name != "lm_head.weight"]
+    assert sorted(read) == sorted(body)
+    layers = [int(name.split(".")[2]) for name in read if ".layers." in name]
+    assert layers == sorted(layers)
+    assert max(alive) <= 1
+    assert all(parameter.is_meta for parameter in models[0].parameters())
+
+
+def test_drowned_energy_is_the_sum_over_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(5, 70, generator=generator).double().float()  # two blocks of 32 and one of 6
+    norms = torch.rand(70, generator=generator)
+    found = drowned_energy(inputs, norms, 5)
+    for channel in (0, 31, 32, 69):
+        block = range(channel // 32 * 32, min(70, channel // 32 * 32 + 32))
+        expected = 0.0
+        for row in inputs.double():
+            step = float(row[channel].abs()) * 2**5 / 127
+            expected += sum(min(float(row[j]) ** 2, step**2 / 12) * float(norms[j]) for j in block if j != channel)
+        assert float(found[channel]) == pytest.approx(expected / 5, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Checkpoint, tuple[SymmetricPair, ...], Activations]:
+    checkpoint, skeleton, pairs = opened(TINY_LLAMA)
+    return checkpoint, pairs, calibrate(checkpoint, skeleton, pairs, default_text())
+
+
+def no_norms(side: Any) -> torch.Tensor:
+    raise AssertionError("the activations say it all")
+
+
+@pytest.mark.parametrize("kind", ["up_down", "value_output", "norm_readers"])
+def test_the_energy_given_up_is_what_taking_the_channel_out_changes(
+    kind: str, tiny: tuple[Checkpoint, tuple[SymmetricPair, ...], Activations]
+) -> None:
+    """‖W x − W x without the channel‖², a mean over tokens, from the weights and a forward pass."""
+    _, pairs, activations = tiny
+    pair = next(pair for pair in pairs if pair.kind == kind and ".2." in pair.name)
+    costs = energies(pair, activations, no_norms)
+    channel = int(costs.argsort()[len(costs) // 2])
+    raised = raise_pair(pair, activations, 12, no_norms)
+    assert raised is not None
+    (raised_channel,) = raised.channels
+    changes = {channel: 0.0, raised_channel: 0.0}
+    readers = {side.tensor: side for side in pair.sides if side.power < 0}
+
+    def take_out(name: str, module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
+        if name in readers:
+            for which in changes:
+                without = given.clone()
+                without[..., list(readers[name].indices[which])] = 0
+                changes[which] += float((module(without) - output).square().sum(-1).mean())
+
+    def hook(name: str, module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
+        if name in readers and "busy" not in readers:
+            readers["busy"] = readers[name]
+            take_out(name, module, given, output)
+            del readers["busy"]
+
+    run_whole(TINY_LLAMA, default_text(), hook)
+    assert changes[channel] == pytest.approx(float(costs[channel]), rel=2e-2 if kind != "value_output" else 0.5)
+    assert raised.given_up == pytest.approx(float(costs[raised_channel] / costs.sum()))
+    assert costs[raised_channel] < costs[channel]
+
+
+def test_what_passes_through_a_raised_channel_stays_far_below_float16s_largest(
+    tiny: tuple[Checkpoint, tuple[SymmetricPair, ...], Activations],
+) -> None:
+    checkpoint, pairs, activations = tiny
+    for pair in pairs:
+        for exponent in (4, 12, 20):
+            raised = raise_pair(pair, activations, exponent, partial(channel_norms, checkpoint))
+            assert raised is not None
+            for channel, own in zip(raised.channels, raised.exponents, strict=True):
+                passed = largest(pair, activations) * 2.0**own
+                assert passed[channel] <= LARGEST
+                # Fewer steps only where this channel needs it, and of columns only where every one does.
+                full = 2 * passed > LARGEST
+                assert own == exponent or bool(full[channel] if pair.kind == "query_key" else full.all())
+
+
+def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
+    directory = write_model("llama", tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3] = 0
+    tensors["model.layers.1.mlp.down_proj.weight"][:] = 0
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    checkpoint, skeleton, pairs = opened(directory)
+    activations = calibrate(checkpoint, skeleton, pairs, TEXT)
+    first, second = [raise_pair(pair, activations, 12, no_norms) for pair in pairs if pair.kind == "up_down"]
+    assert first is not None
+    assert first.channels != (3,)
+    assert second is None
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "problem"),
+    [("vit", TEXT, "takes no text"), ("llama", "w1 w2", "the text has 2 tokens")],
+)
+def test_without_a_text_the_way_out_is_named(family: str, text: str, problem: str, tmp_path: Path) -> None:
+    checkpoint, skeleton, pairs = opened(write_model(family, tmp_path / "m"))
+    with pytest.raises(SpecDefError, match=problem) as caught:
+        calibrate(checkpoint, skeleton, pairs, text)
+    assert "--calibration none" in caught.value.hint
+
+
+def test_a_model_that_does_not_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, skeleton, pairs = opened(with_tokenizer("mixtral", tmp_path / "m"))
+    monkeypatch.setattr(calibration.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10_000}))
+    with pytest.raises(SpecDefError, match="do not fit") as caught:
+        calibrate(checkpoint, skeleton, pairs, TEXT)
+    assert "--calibration none" in caught.value.hint

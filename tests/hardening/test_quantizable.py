@@ -1,0 +1,106 @@
+"""The profile that quantizers survive: what it scales, what it says, and what float16 and 4 bits make of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from specdef_cli.certify.formats import FORMATS, measure_format
+from specdef_cli.certify.trial import Trial
+from specdef_cli.checkpoint.manifest import Manifest, read_manifest
+from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import Fold, HardenOptions
+from specdef_cli.hardening.run import harden
+from specdef_cli.runtime.tokens import token_batch
+from tests.commands import assert_refused, call_cli
+
+TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
+
+
+@pytest.fixture(scope="module")
+def hardened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("q") / "hardened"
+    result = call_cli("harden", TINY_LLAMA, "--out", out, "--profile", "quantizable")
+    assert result.code == 0, result.stderr
+    return out, result.stderr
+
+
+@pytest.fixture(scope="module")
+def manifest(hardened: tuple[Path, str]) -> Manifest:
+    return read_manifest(hardened[0])
+
+
+def test_rows_go_up_and_columns_down(manifest: Manifest) -> None:
+    """Queries against keys are rows on both sides: one of them has to go down."""
+    assert manifest.profile == "quantizable"
+    for pair in manifest.folded:
+        for part in pair.slices:
+            rows = part.axis == 0
+            down = pair.kind == "query_key" and "q_proj" in part.tensor
+            assert rows or pair.kind != "query_key"
+            assert all((exponent > 0) == (rows and not down) for exponent in part.exponents), part.tensor
+
+
+def test_the_notes_and_the_card_say_what_is_given_up(hardened: tuple[Path, str], manifest: Manifest) -> None:
+    shares = {pair.name: pair.given_up for pair in manifest.folded if pair.kind != "query_key"}
+    assert all(share is not None and 0 < share < 0.01 for share in shares.values())
+    assert {pair.given_up for pair in manifest.folded if pair.kind == "query_key"} == {0}
+    worst = max(shares, key=lambda name: shares[name] or 0)
+    card = (hardened[0] / "README.md").read_text(encoding="utf-8")
+    for text in (card, " ".join(hardened[1].split())):
+        assert f"at most {shares[worst]:.2%} of what the pair's readers put out ({worst})" in text
+        assert "double quantization" in text
+        assert "float16 weights" not in text
+
+
+def losses(directory: Path, tokens: Tensor, scratch: Path) -> dict[str, float]:
+    """In float16, and in 8 bits by two tools; bitsandbytes has no 4 bits for rows of 352."""
+    trial = Trial(directory, TINY_LLAMA, scratch, tokens)
+    found = {name: measure_format(trial, FORMATS[name]) for name in ("float16", "llm-int8", "torchao-int8")}
+    return {name: math.nan if outcome.value is None else outcome.value for name, outcome in found.items()}
+
+
+def test_float16_and_8_bits_cost_what_they_cost_the_base(hardened: tuple[Path, str], tmp_path: Path) -> None:
+    """On text that calibration has not seen, and of another kind; today's default is lost there."""
+    for tool in ("bitsandbytes", "torchao"):
+        pytest.importorskip(tool)
+    prose = (TINY_LLAMA.parent / "train.py").read_text(encoding="utf-8")
+    tokens = token_batch(TINY_LLAMA, prose, sequences=8, length=128)
+    base, fold = (losses(directory, tokens, tmp_path) for directory in (TINY_LLAMA, hardened[0]))
+    for name, loss in base.items():
+        assert fold[name] == pytest.approx(loss, abs=0.02), name
+    harden(HardenOptions(str(TINY_LLAMA), tmp_path / "default", verify=False))
+    default = losses(tmp_path / "default", tokens, tmp_path)
+    assert all(not loss < base[name] + 0.5 for name, loss in default.items())
+
+
+def test_a_text_of_ones_own_chooses_other_channels(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("0123456789, " * 2_000)
+    found = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "m", Fold("quantizable", str(text)), verify=False))
+    usual = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "n", Fold("quantizable"), verify=False))
+    assert found is not None
+    assert usual is not None
+    assert [pair.channels for pair in found.manifest.folded] != [pair.channels for pair in usual.manifest.folded]
+
+
+def test_without_a_text_it_warns_and_claims_no_format(tmp_path: Path) -> None:
+    result = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "m", Fold("quantizable", "none"), verify=False))
+    assert result is not None
+    assert "may cost nats" in " ".join(result.notes)
+    assert "8- and 4-bit quantization" in " ".join(result.notes)
+    assert all(pair.given_up is None for pair in result.manifest.folded)
+
+
+def test_a_calibration_that_changes_nothing_or_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecDefError, match="changes nothing in --profile float16-cache"):
+        Fold(calibration="none")
+    out = tmp_path / "m"
+    result = call_cli(
+        "harden", TINY_LLAMA, "--out", out, "--profile", "quantizable", "--calibration", tmp_path / "absent"
+    )
+    assert_refused(result, "--calibration", "UTF-8")
+    assert not out.exists()
