@@ -85,7 +85,7 @@ class RunResult:
         seconds: Wall time of training and evaluation.
         accuracy: On tasks of lm-eval, after the last step.
         stopped: The step after which a search ended the run, as it could not become the best any more
-            (:mod:`specdef_cli.attack.prospects`); ``None`` for a run that was made in full, or diverged.
+            (:mod:`specdef_cli.attack.search`); ``None`` for a run that was made in full, or diverged.
     """
 
     spec: RunSpec

@@ -12,13 +12,16 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.attack.variants.collapse import collapse
-from specdef_cli.attack.variants.depth import deepen
-from specdef_cli.attack.variants.freeze import freeze_compensation
+from specdef_cli.attack.variants.factored import (
+    collapse,
+    deepen,
+    freeze_compensation,
+    hardened_paths,
+    inject,
+    original_name,
+    widen,
+)
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.attack.variants.inject import inject
-from specdef_cli.attack.variants.inserted_layers import hardened_paths, original_name
-from specdef_cli.attack.variants.width import widen
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import SpecDefLinear
 

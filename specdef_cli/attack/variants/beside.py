@@ -24,8 +24,8 @@ from specdef_cli.architectures.meta_model import meta_model
 from specdef_cli.architectures.names import repeated_blocks
 from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.variants.factored import count_parameters
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.attack.variants.inserted_layers import count_parameters
 from specdef_cli.errors import first_line
 from specdef_cli.runtime import SpecDefScaled
 
