@@ -14,13 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.variants.factored import (
     collapse,
-    deepen,
     freeze_compensation,
     hardened_paths,
     inject,
     original_name,
-    widen,
 )
+from specdef_cli.attack.variants.grown import deepen, widen
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import SpecDefLinear

@@ -11,9 +11,9 @@ from torch import nn
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Target, Task
 from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.beside import outermost_block_paths
 from specdef_cli.attack.variants.channel_rates import parameter_name
 from specdef_cli.attack.variants.factored import hardened_paths, original_name
+from specdef_cli.attack.variants.grown import outermost_block_paths
 from specdef_cli.errors import SpecDefError
 
 

@@ -100,12 +100,12 @@ VARIANTS: Table[VariantChoice] = Table(
             needs="factored",
         ),
         VariantChoice(
-            "width", f"{_HERE}.factored:widen", "growth", "width {factor:g}×",
+            "width", f"{_HERE}.grown:widen", "growth", "width {factor:g}×",
             "Freeze what was rescaled and set a fresh parallel path beside it; on a fold, beside every block.",
             factor=Factor("growth", 2.0, above=1.0, whole=False), random=True,
         ),
         VariantChoice(
-            "depth", f"{_HERE}.factored:deepen", "growth", "depth {factor:g}",
+            "depth", f"{_HERE}.grown:deepen", "growth", "depth {factor:g}",
             "Split inflated factors into several (the paper's Theorem 8); on a fold, fresh blocks in between.",
             factor=Factor("number of factors", 2, above=1.0), random=True, trains_inflated=True,
         ),
