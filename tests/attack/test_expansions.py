@@ -176,6 +176,6 @@ def test_original_names(hardened: LlamaForCausalLM) -> None:
 
 
 def test_a_model_without_inserted_layers_is_refused(llama: LlamaForCausalLM) -> None:
-    with pytest.raises(SpecDefError, match="no inserted layer") as caught:
+    with pytest.raises(SpecDefError, match="no factors") as caught:
         collapse(llama)
     assert "rebalanc" in caught.value.hint
