@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.data import AttackData
-from specdef_cli.attack.data.labels import Head
+from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Task
@@ -48,9 +48,6 @@ def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
     Args:
         directory: The control, which is an ordinary checkpoint.
         asked: The user's choice; ``None`` is what the architecture says.
-
-    Raises:
-        SpecDefError: The architecture says nothing of a task, or the model cannot be trained for the one asked for.
     """
     config = read_config(directory)
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))

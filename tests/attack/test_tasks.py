@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.data.labels import Head, labels_of
+from specdef_cli.attack.data.labelled import Head, labels_of
 from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.spec import Task
 from specdef_cli.attack.tasks import load_for_training, task_of
