@@ -190,7 +190,9 @@ class _Queue:
     def tell(self, kind: EventKind, spec: RunSpec, result: RunResult | None = None, **changes: Any) -> None:
         """Pass on that a run started, stepped or ended."""
         total = self.finished + sum(search.remaining for search in self.searches)
-        event = ProgressEvent(kind, self.finished, total, f"{spec.label} · η={spec.learning_rate:g}", 0, spec.steps)
+        label = spec.label if spec.is_edit else f"{spec.label} · η={spec.learning_rate:g}"
+        steps = len(spec.variant.strengths) if spec.is_edit else spec.steps
+        event = ProgressEvent(kind, self.finished, total, label, 0, steps)
         if result is not None:
             steps = result.train[-1].step if result.train else 0
             event = replace(event, step=steps, loss=result.final, diverged=result.divergence is not None)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingChoice:
-    """One training of the table: either ``function`` or ``stands_for``.
+    """One training of the table: either ``function`` or ``stands_for``; ``none`` has neither.
 
     Attributes:
         name: As users write it.
@@ -83,6 +83,7 @@ TRAININGS: Table[TrainingChoice] = Table(
             "Every parameter, those that globs name (full@*norm*), or all but some (full@!*bias).",
             function=f"{_HERE}.full:train_parameters", where="parameters", label_everywhere="full",
         ),
+        TrainingChoice("none", "no training", "Nothing: edits such as --variant abliterate need no training."),
         TrainingChoice(
             "groups", "each kind of parameter alone",
             "Each kind of parameter alone: embeddings, norms, each linear; or some: groups@norms,head.",
