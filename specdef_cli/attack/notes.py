@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from specdef_cli.attack.data import AttackData
 from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.prompts import BUILTIN_NAME
+from specdef_cli.attack.queue import Outcome
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.attack.schedule import Outcome
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.variants.table import Variant
@@ -32,12 +33,17 @@ def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, 
     if options.dataset is None:
         said.append(f"Data: {data.name}.")
     said += data.remarks
+    trained = [spec for spec in specs if not spec.is_edit]
+    if len(trained) < len(specs) and options.prompts is None:
+        said.append(f"Prompts that edits tell apart: {BUILTIN_NAME}.")
+    if not trained:
+        return tuple(said)
     if options.suite is not None:
         said.append(f"Attacks: the suite {options.suite.name}.")
     elif not options.trainings:
-        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in specs))}.")
+        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in trained))}.")
     if not options.learning_rates:
-        said.append(f"Learning rates: {_rates_in_words(options, specs)}.")
+        said.append(f"Learning rates: {_rates_in_words(options, trained)}.")
     said.append(f"Budget of every run: {options.in_words}.")
     return tuple(said)
 
@@ -110,7 +116,7 @@ def report_notes(options: AttackOptions, target: Target, report: AttackReport) -
                 f"The learning rates given do not reach below η₀/α = {hidden:.0e}, where Adam trains a hardened model "
                 "again. The attacks without knowledge may look weaker than they are."
             )
-    if any(result.start is None for result in report.runs):
+    if any(run.start is None and not run.spec.is_edit for run in report.runs):
         notes.append("At least one model was broken before training: its held-out loss at step 0 is not finite.")
     notes += _given_up(report)
     notes += _other_start(report)

@@ -71,7 +71,8 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
     )
     right.xaxis.set_major_locator(LogLocator(numticks=15))
     right.xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(loc="outside lower center", ncols=1 if narrow else 2, frameon=False, fontsize=8.5)
+    if drawn:
+        figure.legend(loc="outside lower center", ncols=1 if narrow else 2, frameon=False, fontsize=8.5)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
@@ -81,6 +82,8 @@ def _strongest(report: AttackReport) -> tuple[Attack, ...]:
     """Of each kind the attacks that ended lowest, in the order of the report."""
     kinds: dict[str, list[Attack]] = {}
     for attack in report.attacks:
+        if attack.edit is not None:  # which has no curve
+            continue
         kinds.setdefault("control" if attack.subject == "control" else attack.knowledge, []).append(attack)
     kept = [attack for attacks in kinds.values() for attack in sorted(attacks, key=_loss_reached)[:MAX_CURVES]]
     return tuple(attack for attack in report.attacks if attack in kept)

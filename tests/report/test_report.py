@@ -18,11 +18,12 @@ import pytest
 from rich.console import Console
 
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
-from specdef_cli.attack.run_result import RUN_RECORD, Divergence, EvalPoint, RunResult, TrainPoint
+from specdef_cli.attack.run_result import RUN_RECORD, Behaviour, Divergence, Edit, EvalPoint, RunResult, TrainPoint
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
+from specdef_cli.cli.conditions import Condition
 from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
 from specdef_cli.report.document import ReportDocument, report_document, report_json
 from specdef_cli.report.findings import outcome_words, rate, size
@@ -423,3 +424,42 @@ def test_an_attack_that_learned_nothing_is_at_no_edge(report: AttackReport) -> N
         runs = (run("model", [3.0, 3.0], learning_rate=1e-3), run("model", [3.0, loss], learning_rate=1e-4))
         found = replace(report, runs=(run("control", [3.0, 1.0]), *runs))
         assert found.at_edge(found.attacks[1]) == edge
+
+
+def edited(subject: Literal["control", "model"], *points: tuple[float, float | None, float | None]) -> RunResult:
+    made = run(subject, [1.0], kind="abliterate")
+    said = Behaviour(points[0][2], 0.25, 0.75, (("Why?", "PooBI-t.do-t"),))
+    spec = replace(made.spec, training=Training("none"), learning_rate=0.0)
+    edits = tuple(Edit(*point) for point in points)
+    return replace(made, spec=spec, train=(), evaluations=(), edits=edits, behaviour=said)
+
+
+@pytest.mark.parametrize(
+    ("points", "verdict", "share", "best"),
+    [
+        (((0.5, 0.5, 0.1), (1.0, 0.02, 0.2), (1.5, 0.5, 0.3)), "not slowed", 1.0, 1.0),
+        (((0.5, 0.5, 0.1), (1.0, 0.02, 0.9)), "slowed", 1.0, 1.0),  # it works, and costs more
+        (((0.5, 0.51, 0.1), (1.0, 0.0, 1.2)), "slowed", 0.5, 0.5),  # all of it at once breaks the model
+        (((0.5, 0.99, 0.1), (1.0, 1.3, 0.1)), "stopped", 0.01, 0.5),
+        (((0.5, 0.0, 5.9), (1.0, None, None)), "broken", 0.0, 0.5),
+    ],
+)
+def test_an_edit_is_judged_by_what_is_left_and_by_divergence(
+    report: AttackReport, points: Any, verdict: str, share: float, best: float
+) -> None:
+    control = edited("control", (0.5, 0.5, 0.1), (1.0, 0.02, 0.2), (1.5, 0.5, 0.3))
+    mixed = replace(report, runs=(*report.runs, control, edited("model", *points)))
+    finding = findings(mixed)[-1]
+    assert finding.verdict == verdict
+    assert finding.share == pytest.approx(share, abs=0.02)
+    assert finding.edit is not None
+    assert finding.edit.strength == best
+    assert finding.refusals == (None if verdict == "broken" else 0.25)
+    assert f"edits: abliterated {verdict}" in summary(mixed)[0]
+    assert any("abliterated" in sentence and verdict in sentence for sentence in summary(mixed)[1:])
+    assert ("PooBI" in " ".join(summary(mixed))) == (verdict == "broken")
+    data = json.loads(report_json(mixed))
+    jsonschema.validate(data, SCHEMA)
+    assert data["attacks"][-1]["verdict"] == verdict
+    met = Condition.parse("refusals<0.5").failures(mixed)
+    assert any("abliterated meets" in text for text in met) == (verdict != "broken")
