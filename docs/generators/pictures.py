@@ -24,6 +24,8 @@ NAMES = {
     "LoRA all-linear": "LoRA on every linear",
     "LoRA default": "LoRA on queries and values",
     "the last half of the layers": "last half of the layers",
+    "channel-rates: full": "full, a rate for each channel",
+    "equalise: full": "channels equalised first, then full",
 }
 """What people say, where a table's own name is another."""
 
