@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.presence import require_report
 from specdef_cli.attack.retained import standard_library
-from specdef_cli.attack.spec import checkpoint_fingerprint
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, with_section
 from specdef_cli.certify.certificate import (
@@ -39,7 +38,7 @@ from specdef_cli.checkpoint.destination import require_outside, writable_ancesto
 from specdef_cli.checkpoint.durable import takes_files, write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices
-from specdef_cli.hardening.opened import OpenedModel, open_base, open_model, require_sound
+from specdef_cli.hardening.opened import OpenedModel, checkpoint_fingerprint, open_base, open_model, require_sound
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.tokens import token_batch
 from specdef_cli.runtime.vocabulary import require_in_vocabulary
@@ -93,8 +92,8 @@ def certify(options: CertifyOptions, on_progress: Callable[[str], None] = lambda
     on_progress("spectrum")
     spectrum = measure_spectrum(base.checkpoint, hardened.checkpoint, hardened.hardening)
     formats = measure_formats(
-        base.directory, hardened.directory, None if opened.tokens is None else opened.tokens[:FORMAT_SEQUENCES],
-        opened.formats, device=options.device, trust_remote_code=base.trust_remote_code,
+        base, hardened, None if opened.tokens is None else opened.tokens[:FORMAT_SEQUENCES], opened.formats,
+        device=options.device,
         on_figure=lambda figure: on_progress(f"format {figure.format}: {figure.verdict}"),
     )  # fmt: skip
     claims = (

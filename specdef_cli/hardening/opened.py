@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import ArrivingWeights
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import Manifest, base_of, is_hardened, manifest_of, no_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, base_of, is_hardened, manifest_of, no_manifest
 from specdef_cli.checkpoint.presence import hardened_already, no_base, require_undefended
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, resolve
@@ -40,8 +41,8 @@ class OpenedModel:
     """
 
     found: Resolved
-    checkpoint: Checkpoint
-    manifest: Manifest | None = None
+    checkpoint: Checkpoint = field(compare=False)
+    manifest: Manifest | None = field(default=None, compare=False)
     trust_remote_code: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,6 +69,11 @@ class OpenedModel:
     def skeleton(self) -> Skeleton:
         """The model of its original architecture, without weights."""
         return Skeleton.read(self.original, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change when its weights or its configuration do."""
+        return checkpoint_fingerprint(self.directory, self.manifest)
 
     def load(self, **arguments: Any) -> Any:
         """Load it, as :func:`specdef_cli.runtime.load_model` does."""
@@ -161,6 +167,7 @@ def open_base(model: OpenedModel, given: str | Path | None, option: str, *, toke
                 f"{error.problem}",
                 f"Give its directory or Hub id with {option}.",
             ) from error
+        found = dataclasses.replace(found, name=model.manifest.base.name)
     return open_found(found, hardened=False, trust_remote_code=model.trust_remote_code)
 
 
@@ -216,3 +223,23 @@ def require_unquantized(checkpoint: Checkpoint) -> None:
             f"{checkpoint.directory} is quantized ({method})",
             "Harden the unquantized checkpoint, and quantize the result.",
         )
+
+
+def checkpoint_fingerprint(directory: Path, manifest: Manifest | None) -> str:
+    """Sixteen hexadecimal digits that change when the weights or the configuration of a checkpoint directory do.
+
+    A manifest names the hash of every shard, so it is enough; elsewhere names, sizes and times of the weight files
+    stand for their contents, because hashing tens of gigabytes to look up a finished run would cost more than many a
+    run.
+    """
+    digest = hashlib.sha256()
+    if manifest is not None:
+        digest.update(f"{MANIFEST_NAME}\0{manifest.to_json()}".encode())
+    config = directory / "config.json"
+    if config.is_file():
+        digest.update(config.name.encode() + b"\0" + config.read_bytes())
+    if manifest is None:
+        for path in sorted(directory.glob("*.safetensors")):
+            stat = path.stat()
+            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]

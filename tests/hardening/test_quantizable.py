@@ -12,6 +12,7 @@ from specdef_cli.certify.formats import FORMATS, measure_format
 from specdef_cli.certify.trial import Trial
 from specdef_cli.checkpoint.manifest import Manifest, read_manifest
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import Fold, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime.tokens import token_batch
@@ -58,7 +59,7 @@ def test_the_notes_and_the_card_say_what_is_given_up(hardened: tuple[Path, str],
 
 def losses(directory: Path, tokens: Tensor, scratch: Path) -> dict[str, float]:
     """In float16, and in 8 bits by two tools; bitsandbytes has no 4 bits for rows of 352."""
-    trial = Trial(directory, TINY_LLAMA, scratch, tokens)
+    trial = Trial(open_model(directory), open_model(TINY_LLAMA), scratch, tokens)
     found = {name: measure_format(trial, FORMATS[name]) for name in ("float16", "llm-int8", "torchao-int8")}
     return {name: math.nan if outcome.value is None else outcome.value for name, outcome in found.items()}
 
