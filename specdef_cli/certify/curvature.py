@@ -46,8 +46,8 @@ MAX_FOR_WHOLE = 100_000_000
 MEMORY_PER_PARAMETER = 4 * 30
 """Bytes: Lanczos keeps some 26 vectors, and the graph of the gradient comes on top."""
 
-ROUGH = 0.1
-"""Tolerance with which every block is measured; the largest is then measured to the usual one."""
+ROUGH, ROUGH_PRODUCTS = 0.1, 5
+"""Tolerance and products with which every block is measured; the largest is then measured to the usual tolerance."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def measure_curvature(
         top = hessian_top(loss, list(trainable(module).values()))
     else:
         groups = groups_by_layer(module)
-        rough = hessian_top_by_group(loss, groups, tolerance=ROUGH, on_group=on_block)
+        rough = hessian_top_by_group(loss, groups, tolerance=ROUGH, max_products=ROUGH_PRODUCTS, on_group=on_block)
         block = max(rough, key=lambda name: rough[name].value)
         top = hessian_top_by_group(loss, {block: groups[block]})[block]
     return CurvatureFigures(top, block, largest_stable_rate(top))

@@ -62,9 +62,11 @@ def certify_command(
     require_extra("attack", "certificates")
     if (report := given.get("attacks")) is not None:
         from specdef_cli.attack.presence import require_report
+
+        report = require_report(report)
         from specdef_cli.report.document import read_report
 
-        read_report(require_report(report))
+        read_report(report)
     from specdef_cli.certify.run import attack_command, certify, plan_certify
 
     output = Output(as_json, quiet)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
@@ -32,13 +34,12 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.execute import Written, published, write_json
-from specdef_cli.hardening.factors import FactorLayer
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
-from specdef_cli.hardening.rehearsal import rehearse
+from specdef_cli.hardening.rehearsal import load_empty, rehearse
 from specdef_cli.hardening.soundness import require_attention, require_hardenable, require_loadable
-from specdef_cli.hardening.verify import verify
+from specdef_cli.hardening.verify import Loader, is_loadable_here, verify
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE
 from specdef_cli.version import __version__
@@ -96,19 +97,26 @@ def preview(
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_download: DownloadHook | None = None,
 ) -> PlanSummary:
-    """Say what :func:`harden` would do; weights are read for what stands in its way, and nothing is written.
-
-    No factorization is computed, so that one which the stored dtype does not hold is refused by :func:`harden` alone.
-    """
+    """Say what :func:`harden` would do: all is computed and compared in memory, and nothing is written."""
     with open_model(options, on_download) as (_, checkpoint, plan):
         on_plan(plan)
         device = compute_devices(options.device, process_state(options.device))[0]
+        fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
+        tensors: dict[str, Tensor] = {}
         for group in plan.groups:
-            if isinstance(group.transform, FactorLayer):
-                group.transform.read(checkpoint, device)
-            elif group.transform is not None:
-                group.transform(checkpoint, device)
+            if group.transform is not None:
+                made = group.transform(checkpoint, device).tensors
+            else:
+                made = {spec.name: checkpoint.read(spec.name) for spec in group.outputs} if fits else {}
+            tensors |= made if fits else {}
             on_progress(Progress(group.label, group.nbytes))
+        if fits:
+            empty = load_empty(checkpoint, plan, trust_remote_code=options.trust_remote_code)
+
+            def load(**loading: Any) -> Any:
+                return type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **loading)
+
+            _verification(checkpoint, plan, options, load)
         return summarize(plan, checkpoint)
 
 
@@ -210,7 +218,9 @@ def _make_loadable(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manife
     write_durably(work / MANIFEST_NAME, manifest.to_json())
 
 
-def _verification(checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOptions, work: Path) -> dict[str, Any]:
+def _verification(
+    checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOptions, work: Path | Loader
+) -> dict[str, Any]:
     """Figures of the comparison with the base, or why there are none."""
     if not options.verify:
         return {"skipped": "verification was switched off"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ INSTEAD: dict[Method, str] = {
     "factors": "Use a smaller --alpha",
 }
 
+Loader = Callable[..., Any]
+
 
 @dataclass(frozen=True)
 class OutputComparison:
@@ -54,12 +57,12 @@ class OutputComparison:
 
 
 def compare_models(
-    base: Path, hardened: Path, *, dtype: torch.dtype | None = None, device: str | None = None, **loading: Any
+    base: Path, hardened: Path | Loader, *, dtype: torch.dtype | None = None, device: str | None = None, **loading: Any
 ) -> OutputComparison:
     """Load both directories in turn, run the same batch through them, and compare.
 
     Args:
-        base, hardened: Checkpoint directories.
+        base, hardened: Checkpoint directories, or what loads the model.
         dtype: What to load both in; ``None`` for the dtype they are stored in.
         device: Where to run.
         loading: Passed on to ``load_model``.
@@ -107,13 +110,25 @@ def compare_outputs(reference: Tensor, outputs: Tensor) -> OutputComparison:
     )
 
 
+def is_loadable_here(nbytes: int) -> bool:
+    """Whether that much of memory is free, and some to spare."""
+    return nbytes <= 0.8 * psutil.virtual_memory().available
+
+
 def verify(
-    base: Path, hardened: Path, nbytes: int, *, method: Method, logits: bool, device: str | None, **loading: Any
+    base: Path,
+    hardened: Path | Loader,
+    nbytes: int,
+    *,
+    method: Method,
+    logits: bool,
+    device: str | None,
+    **loading: Any,
 ) -> dict[str, Any]:
     """Figures of the comparison for the manifest, or why it was left out.
 
     Args:
-        base, hardened: Checkpoint directories.
+        base, hardened: Checkpoint directories, or what loads the model.
         nbytes: Size of the larger of both.
         method: The outputs of a fold and of scales must be bit-identical, those of factors within rounding.
         logits: Whether the outputs are ones to choose among. A predicted noise is not, and is compared by size alone.
@@ -124,7 +139,7 @@ def verify(
         SpecDefError: The hardened model is not the base model's function.
     """
     available = psutil.virtual_memory().available
-    if nbytes > 0.8 * available:
+    if not is_loadable_here(nbytes):
         return {
             "skipped": f"loading the model takes {nbytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
         }
@@ -195,9 +210,12 @@ def _does_not_run(reason: str, base: Path, dtype: torch.dtype | None, loading: d
     )
 
 
-def _outputs(directory: Path, dtype: torch.dtype | None, device: str | None, loading: dict[str, Any]) -> Tensor:
+def _outputs(source: Path | Loader, dtype: torch.dtype | None, device: str | None, loading: dict[str, Any]) -> Tensor:
     with without_progress_bars():
-        model = load_model(directory, dtype=dtype, device=device, **loading).eval()
+        if isinstance(source, Path):
+            model = load_model(source, dtype=dtype, device=device, **loading).eval()
+        else:
+            model = source(dtype=dtype or "auto", device_map={"": device or "cpu"}).eval()
     outputs = model_outputs(model)
     del model
     gc.collect()

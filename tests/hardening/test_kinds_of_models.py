@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands import assert_refused, call_cli
 from tests.hardening.mutations import DOWN, Mutation, config, content, spoiled, tensor
-from tests.tiny_families import write_case
+from tests.tiny_families import CASES, write_case
 
 SOUND = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 40,
@@ -112,6 +113,13 @@ def test_a_hardened_model_without_its_manifest_is_inspected(
 
 
 OWN = "from transformers import LlamaForCausalLM as Base\nclass {name}(Base):\n    pass\n"
+CLAMPED = """from transformers import LlamaForCausalLM as Base
+class LlamaForCausalLM(Base):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.up_proj.register_forward_hook(lambda module, inputs, output: output.clamp(-0.5, 0.5))
+"""
 REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, ...]]] = {
     "an expert is missing": (
         "mixtral", (tensor("model.layers.0.block_sparse_moe.experts.3.w2.weight", None),), (),
@@ -132,6 +140,15 @@ REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, 
     ),
     "code beside another class": (
         "llama", (config(auto_map={"AutoModel": "modeling_own.OwnModel"}),), (), ("OwnModel", "auto_map"),
+    ),
+    "code that computes something else": (
+        "llama",
+        (
+            content("modeling_own.py", CLAMPED),
+            config(auto_map={"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}),
+        ),
+        ("--trust-remote-code",),
+        ("differ from the base's",),
     ),
     "scales in a class of its own": (
         "llama",
@@ -156,3 +173,13 @@ def test_the_dry_run_ends_as_the_run_does(case: str, tmp_path: Path) -> None:
     assert_refused(refused, *words)
     assert call_cli(*command, "--dry-run") == refused
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "method"), zip(list(CASES)[::3], cycle(["fold", "scale"]), strict=False))
+def test_of_a_family_the_dry_run_ends_as_the_run_does(family: str, method: str, tmp_path: Path) -> None:
+    base = write_case(family, tmp_path / "base")
+    command: tuple[str | Path, ...] = ("harden", base, "--method", method, "--out", tmp_path / "out", "--quiet")
+    dry = call_cli(*command, "--dry-run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    run = call_cli(*command)
+    assert (dry.code, dry.stderr) == (run.code, run.stderr)
