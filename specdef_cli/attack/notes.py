@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from specdef_cli.attack.data import AttackData
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.prompts import BUILTIN_NAME
+from specdef_cli.attack.queue import Outcome
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.attack.schedule import Outcome
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.variants.table import Variant
