@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.run import attack
 from specdef_cli.attack.trainings.table import Training
-from specdef_cli.hardening.options import HardenOptions, Scale
+from specdef_cli.hardening.options import Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model
 from tests.byte_tokenizer import byte_tokenizer
@@ -60,7 +60,7 @@ def test_linears_are_quantized_as_by_transformers(wide: Path, name: str, nested:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_progress_counts_from_the_control_in_the_same_format(wide: Path, tmp_path: Path, scaled: bool) -> None:
     hardened = tmp_path / "hardened"
-    harden(HardenOptions(str(wide), hardened, *([Scale()] if scaled else []), verify=False))
+    harden(HardenOptions(str(wide), hardened, Scale() if scaled else Fold(), verify=False))
     report = attack(
         AttackOptions(
             model=hardened, control=wide, trainings=("qlora:4",), learning_rates=(1e-2,), steps=3, batch_size=4,
