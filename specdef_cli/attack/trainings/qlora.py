@@ -14,7 +14,7 @@ from torch import nn
 from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
-from specdef_cli.attack.trainings.lora import train_lora
+from specdef_cli.attack.trainings.adapters import train_lora
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.runtime import SpecDefScaled
 
