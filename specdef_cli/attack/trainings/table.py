@@ -107,6 +107,17 @@ TRAININGS: Table[TrainingChoice] = Table(
             function=f"{_HERE}.adapters:train_lora_default", size=_RANK,
         ),
         TrainingChoice(
+            "qlora", "QLoRA {where}",
+            "LoRA on linears in 4 bits (NF4, double quantization, computed in bfloat16; arXiv 2305.14314).",
+            function=f"{_HERE}.qlora:train_qlora", size=_RANK, where="modules", label_everywhere="QLoRA all-linear",
+        ),
+        TrainingChoice(
+            "qlora-single", "QLoRA without double quantization {where}",
+            "QLoRA with the scales of blocks in float32.",
+            function=f"{_HERE}.qlora:train_qlora_single", size=_RANK, where="modules",
+            label_everywhere="QLoRA without double quantization",
+        ),
+        TrainingChoice(
             "dora", "DoRA {where}", "DoRA on every linear, or on those named.",
             function=f"{_HERE}.adapters:train_dora", size=_RANK, where="modules", label_everywhere="DoRA all-linear",
         ),
