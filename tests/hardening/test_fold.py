@@ -354,5 +354,5 @@ def test_a_weight_that_would_leave_the_range_is_refused_by_name(llama: Path, tmp
     tensors[name][0, column] = 1e-37
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     result = call_cli("harden", directory, "--out", tmp_path / "out", "--method", "fold", "--quiet")
-    assert_refused(result, name, "float32", "--method factors")
+    assert_refused(result, name, "float32", "--exclude")
     assert not (tmp_path / "out").exists()
