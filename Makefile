@@ -23,7 +23,7 @@ JOBS ?= 2
 ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
+.PHONY: help install demo attack-demo attack-suite attack-long certify-demo pictures reproduce reproduce-mixing \
   reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack deep-attack check test test-all test-newest faults lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
@@ -85,8 +85,8 @@ endef
 $(foreach way,$(patsubst WAY_%,%,$(filter WAY_%,$(.VARIABLES))),$(eval $(call harden_real,$(way))))
 
 .SECONDARY: $(foreach model,$(REAL_NAMES) $(ENCODERS),$(call consumed_directories,$(model)))
-real-consumers: real-models real-tools $(patsubst %,docs/tables/consumers-%.md,$(REAL_NAMES) $(ENCODERS))  ## what users' tools make of the hardened models: docs/tables/consumers-*.md and the README's summary, in an hour; EVERY=1 for more columns; goes on where it was stopped
-	$(BIN)/python docs/generators/consumers.py | $(BIN)/python docs/generators/readme.py real-consumers
+real-consumers: real-models real-tools $(patsubst %,docs/tables/consumers-%.md,$(REAL_NAMES) $(ENCODERS))  ## what users' tools make of the hardened models: docs/tables/consumers*.md, in an hour; EVERY=1 for more columns; goes on where it was stopped
+	$(BIN)/python docs/generators/consumers.py | tee docs/tables/consumers.md
 
 .SECONDEXPANSION:
 docs/tables/consumers-%.md: $$(call consumed_directories,$$*) FORCE
@@ -104,9 +104,9 @@ ATTACK_MINUTES ?= 11
 ATTACK_SUITE ?= examples/real/attack.toml
 # float32 parameters, products in bfloat16: what people fine-tune in, and half the time on a recent CPU.
 ATTACK_BUDGET = --dtype mixed
-real-attack: real-models $(patsubst %,docs/tables/attack-%.md,$(DEEP) $(REAL_NAMES))  ## who gets how far on real models and on 60 layers: docs/tables/attack-*.md and the README's table; ATTACK_MINUTES=11 a hardened model; goes on where it was stopped
+real-attack: real-models $(patsubst %,docs/tables/attack-%.md,$(DEEP) $(REAL_NAMES))  ## who gets how far on real models and on 60 layers: docs/tables/attack-*.md and resistance.md; ATTACK_MINUTES=11 a hardened model; goes on where it was stopped
 	$(BIN)/python docs/generators/resistance.py $(REAL)/attacks --models $(DEEP) $(REAL_NAMES) --ways $(ATTACKED) \
-	  | $(BIN)/python docs/generators/readme.py real-attack
+	  | tee docs/tables/resistance.md
 
 $(REAL)/tiny-llama: | install
 	cp -r $(TINY) $@
@@ -144,12 +144,6 @@ attack-suite: $(HARDENED:%=$(SUITE)/%)  ## docs/tables/coverage.md: places to tr
 	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite examples/reproduce/suite.toml --jobs $(JOBS) \
 	    --runs $(SUITE)/runs --out $(SUITE)/$$model-attack --quiet >/dev/null; done
 	$(BIN)/specdef compare $(HARDENED:%=$(SUITE)/%-attack) --markdown | tee docs/tables/coverage.md
-
-readme: $(SUITE)/fold $(SUITE)/factors  ## the table in README.md: the quick suite against two hardened models
-	for model in fold factors; do \
-	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite quick --jobs $(JOBS) \
-	    --runs $(SUITE)/runs --out $(SUITE)/$$model-quick --quiet >/dev/null; done
-	$(BIN)/specdef compare $(SUITE)/fold-quick $(SUITE)/factors-quick --markdown | $(BIN)/python docs/generators/readme.py readme
 
 attack-long: $(SUITE)/fold  ## docs/tables/coverage-long.md: 150 steps
 	$(BIN)/specdef attack $(SUITE)/fold --control $(TINY) --suite examples/reproduce/long.toml --jobs $(JOBS) \
@@ -205,6 +199,10 @@ lint: install  ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+pictures: install  ## docs/assets/*.svg and the README's table, from docs/tables of real models
+	$(BIN)/python docs/generators/pictures.py
+	$(BIN)/python docs/generators/readme.py
 
 format: install  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .

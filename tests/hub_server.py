@@ -48,7 +48,8 @@ class Hub:
         push_status: What to answer to an upload instead of 200.
         account: What to say of the owner of a token.
         created: What was asked of every repository and branch that was to be made.
-        pushed: Name → content of what was uploaded to ``org/out``.
+        pushed: Name → content of what is in ``org/out``.
+        commits: The names that each commit to it added or deleted.
         seen: Method, path and Authorization header of every request, but for those of parts.
         parts: The names of the files of which parts were asked for.
         address: Where it listens.
@@ -68,6 +69,7 @@ class Hub:
     account: dict[str, object] = field(default_factory=lambda: {"name": "someone", "orgs": [{"name": "org"}]})
     created: list[dict[str, object]] = field(default_factory=list)
     pushed: dict[str, bytes] = field(default_factory=dict)
+    commits: list[list[str]] = field(default_factory=list)
     seen: list[tuple[str, str, str]] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     address: str = ""
@@ -119,7 +121,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
             if path == "/api/models/org/out/discussions/1":
                 return self.answer(200, json.dumps(PULL_REQUEST).encode())
             if path.startswith("/api/models/org/out"):
-                return self.answer(200, json.dumps({"id": "org/out", "sha": "d" * 40, "siblings": []}).encode())
+                there = [{"rfilename": name} for name in hub.pushed]
+                return self.answer(200, json.dumps({"id": "org/out", "sha": "d" * 40, "siblings": there}).encode())
             if path.startswith("/api/models/org/name/revision/"):
                 ref = path.rsplit("/", 1)[-1]
                 commit = COMMITS.get(ref, ref)
@@ -170,10 +173,16 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 regular = {"uploadMode": "regular", "shouldIgnore": False}
                 reply = {"files": [{"path": name, **regular} for name in files]}
             elif path.startswith("/api/models/org/out/commit/"):
-                for entry in map(json.loads, body.splitlines()):
+                entries = [json.loads(line) for line in body.splitlines()] if hub.push_status == 200 else []
+                for entry in entries:
                     if entry["key"] == "file":
                         hub.pushed[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                    elif entry["key"] == "deletedFile":
+                        del hub.pushed[entry["value"]["path"]]
+                hub.commits.append([entry["value"]["path"] for entry in entries if "path" in entry["value"]])
                 reply = {"commitUrl": f"{hub.address}/org/out/commit/{'c' * 40}", "commitOid": "c" * 40}
+                if "create_pr=1" in self.path:
+                    reply["pullRequestUrl"] = f"{hub.address}/org/out/discussions/1"
             status = hub.push_status if "/org/out/" in path else 200
             return self.answer(status, json.dumps(reply).encode())
 

@@ -42,8 +42,9 @@ _HEAD_NAMES = re.compile(r"(^|\.)(lm_head|classifier|score|qa_outputs|cls|classi
 def linear_sites(skeleton: Skeleton) -> tuple[LinearSite, ...]:
     """All linear layers with a weight of their own on disk, in the model's order.
 
-    Left out: embeddings, heads, subclasses of ``nn.Linear``, weights tied to another parameter, and weights that
-    transformers merges from or splits into several tensors (Mixtral's experts).
+    Left out: embeddings, heads, subclasses of ``nn.Linear``, weights tied to another parameter, weights that the
+    model's code reads itself (WavLM's attention), and weights that transformers merges from or splits into several
+    tensors (Mixtral's experts).
 
     Raises:
         SpecDefError: A tensor's shape contradicts the model.
@@ -58,6 +59,8 @@ def linear_sites(skeleton: Skeleton) -> tuple[LinearSite, ...]:
         parameter = f"{path}.weight"
         tensor = names.tensor(parameter)
         if tensor is None or parameter in skeleton.tied or not tensor.endswith(".weight"):
+            continue
+        if path in skeleton.trial.read_past:
             continue
         expected = tuple(skeleton.parameters[parameter].shape)
         skeleton.require_shape(tensor, expected, f"the layer {path}")

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, diffusers_missing
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.runtime.own_code import own_class
 
 DIFFUSION_MODELS = ("UNet2DConditionModel",)
 """The classes of diffusers that can be hardened."""
@@ -70,11 +71,17 @@ def meta_model(config: PreTrainedConfig | Mapping[str, Any], *, trust_remote_cod
     architecture = (config.architectures or [None])[0]
     with _building(architecture or config.model_type, TRANSFORMERS):
         if architecture is None:
-            return transformers.AutoModel.from_config(
+            model = transformers.AutoModel.from_config(
                 config, trust_remote_code=trust_remote_code, attn_implementation="eager"
             )
-        model_class = _model_class(config, architecture, trust_remote_code)
-        return model_class._from_config(config, attn_implementation="eager")
+        else:
+            model_class = _model_class(config, architecture, trust_remote_code)
+            model = model_class._from_config(config, attn_implementation="eager")
+    for module in model.modules():  # some are made by `torch.Tensor(size)`, which asks for no device
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    return model
 
 
 def _diffusion_model(config: Mapping[str, Any]) -> nn.Module:
@@ -108,23 +115,14 @@ def _building(name: str, library: Library) -> Iterator[None]:
 
 
 def _model_class(config: PreTrainedConfig, architecture: str, trust_remote_code: bool) -> Any:
-    custom = {
-        reference.rsplit(".", 1)[-1]: reference
-        for reference in (getattr(config, "auto_map", None) or {}).values()
-        if isinstance(reference, str)
-    }
-    if architecture in custom and trust_remote_code:
+    own = own_class(config, architecture, trust_remote_code=trust_remote_code)
+    if own is not None:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(custom[architecture], config._name_or_path)
+        return get_class_from_dynamic_module(own[1], config._name_or_path)
     model_class = getattr(transformers, architecture, None)
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
         return model_class
-    if architecture in custom:
-        raise SpecDefError(
-            f"architecture {architecture!r} is defined by code in the checkpoint",
-            "Read that code, then pass --trust-remote-code.",
-        )
     raise SpecDefError(
         f"transformers {transformers.__version__} has no architecture {architecture!r}",
         "Install the transformers release that the checkpoint's config.json names, or correct `architectures` there.",

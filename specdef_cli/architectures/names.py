@@ -16,7 +16,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,13 @@ class TensorNames:
             that is split over several parameters is listed under the first of them.
         sources: Parameter name → the tensors on disk that it is made of, in the order in which they are merged.
         converted: Parameters that are not a tensor on disk as it stands, but one stacked, split or transposed.
+        stacked: Parameters with one tensor an expert on disk → those tensors, by the pattern of their names.
     """
 
     parameters: Mapping[str, str]
     sources: Mapping[str, tuple[str, ...]]
     converted: frozenset[str]
+    stacked: Mapping[str, Mapping[str, tuple[str, ...]]]
 
     def tensor(self, parameter: str) -> str | None:
         """The one tensor on disk that is ``parameter`` as it stands; ``None`` if there is none."""
@@ -58,6 +66,14 @@ def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str
     parameters: dict[str, str] = {}
     sources: dict[str, list[str]] = {}
     converted: set[str] = set()
+    # By the converter's every pattern: of one whose tensors are all missing there is an empty list.
+    patterns = {
+        pattern: converter.source_patterns
+        for converter in converters
+        if any(isinstance(operation, MergeModulelist) for operation in converter.operations)
+        for pattern in converter.source_patterns
+    }
+    stacked: dict[str, dict[str, list[str]]] = {}
     # Sorted: merging keeps this order, and some of transformers' renamings depend on an earlier name having been seen.
     for name in sorted(tensors, key=dot_natural_key):
         parameter, converter = rename_source_key(name, renamings, converters, prefix, known)
@@ -69,10 +85,16 @@ def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str
         sources.setdefault(parameter, []).append(name)
         if converter is not None:
             converted.add(parameter)
+        if converter in patterns:
+            stacked.setdefault(parameter, {one: [] for one in patterns[converter]})[converter].append(name)
     return TensorNames(
         parameters=parameters,
         sources={parameter: tuple(names) for parameter, names in sources.items()},
         converted=frozenset(converted),
+        stacked={
+            parameter: {pattern: tuple(names) for pattern, names in parts.items()}
+            for parameter, parts in stacked.items()
+        },
     )
 
 

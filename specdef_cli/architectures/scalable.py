@@ -65,8 +65,8 @@ def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
     """All modules that can be scaled, in the model's order.
 
     Left out: the heads of classifiers, which an attacker replaces anyway; position embeddings; embeddings of models
-    that have no one kind of input (CLIP); weights that transformers merges from or splits into several tensors
-    (Mixtral's experts).
+    that have no one kind of input (CLIP); weights that the model's code reads itself (WavLM's attention); weights that
+    transformers merges from or splits into several tensors (Mixtral's experts).
     """
     model, names, tied = skeleton.model, skeleton.names, skeleton.tied
     embedding = _input_embeddings(model)
@@ -76,7 +76,7 @@ def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
     sites = []
     for path, module in skeleton.modules.items():
         kind = _kind(model, path, module, embedding, head)
-        if kind is None:
+        if kind is None or path in skeleton.trial.read_past:
             continue
         parameter = f"{path}.weight"
         shares = kind == "head" and parameter in tied
@@ -98,9 +98,11 @@ def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
         tied_to = looked_up if shares else None
         sites.append(ScalableSite(path, kind, tensor, stem, shape, bias, output, inputs, tied_to, path in writing))
     if f"{looked_up}.weight" in tied:
-        # Scaled together with its head or not at all: some models share the weight with more, or add a bias.
+        # Scaled together with its head or not at all: some models share the weight with more, or add a bias, and some
+        # checkpoints hold the head once more, in whose place the scales would stand.
         heads = [site for site in sites if site.tied_to is not None]
-        if len(tied) != 2 or len(heads) != 1 or heads[0].bias is not None:
+        alone = len(tied) == 2 and len(heads) == 1 and heads[0].bias is None
+        if not alone or f"{heads[0].stem}.weight" in names.parameters:
             sites = [site for site in sites if site.kind != "embedding" and site.tied_to is None]
     return tuple(sites)
 
@@ -123,7 +125,9 @@ def _kind(
     if type(module) in (nn.Linear, Conv1D):
         return None if is_classifier(model, path) else "linear"
     if isinstance(weight, nn.Parameter) and weight.dim() == 1 and "norm" in type(module).__name__.lower():
-        return "norm" if not isinstance(module, nn.GroupNorm) else None
+        # Statistics beside the gain (BatchNorm's) would have to move on disk, and no gain undoes them.
+        plain = module.state_dict().keys() <= {"weight", "bias"} and not isinstance(module, nn.GroupNorm)
+        return "norm" if plain else None
     return None
 
 

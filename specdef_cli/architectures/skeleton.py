@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import nn
 
 from specdef_cli.architectures.meta_model import meta_model, native_config
 from specdef_cli.architectures.names import TensorNames, match_names, tied_parameters
+from specdef_cli.architectures.trial import Trial, try_out
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 
@@ -70,7 +72,7 @@ class Skeleton:
     @classmethod
     def around(cls, model: Any) -> Skeleton:
         """The skeleton of a model in memory, whose parameters take the place of the tensors on disk. Where layers were
-        inserted, its modules are the original architecture's, and the parameters of those layers are missing.
+        replaced, its modules are the original architecture's, and the parameters of those layers are missing.
         """
         shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
         with torch.device("meta"):
@@ -93,6 +95,16 @@ class Skeleton:
         """Every module by its path."""
         return dict(self.model.named_modules())
 
+    @cached_property
+    def trial(self) -> Trial:
+        """What a run on made-up inputs shows, without numbers."""
+        return try_out(self.model)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the model's class is transformers' or diffusers' own, not code that comes with the checkpoint."""
+        return type(self.model).__module__.split(".")[0] in ("transformers", "diffusers")
+
     def require_shape(self, tensor: str, expected: Shape, place: str) -> None:
         """Check the shape of one tensor on disk.
 
@@ -114,12 +126,24 @@ class Skeleton:
     def require_complete(self) -> None:
         """Refuse a checkpoint that lacks a parameter: transformers would fill it with random values, and only warn.
 
+        What transformers makes anew without a warning (Marian's sinusoidal positions) may be missing.
+
         Raises:
-            SpecDefError: A parameter is missing, or has another shape than the model's.
+            SpecDefError: A parameter or a part of one is missing, or has another shape than the model's.
         """
+        made_anew = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
         for parameter, expected in self.model.named_parameters():
             tensor = self.names.tensor(parameter)
-            if parameter not in self.names.sources and parameter not in self.tied:
+            for pattern, parts in self.names.stacked.get(parameter, {}).items():
+                if len(parts) != expected.shape[0]:
+                    raise SpecDefError(
+                        f"by config.json {parameter} is stacked from {expected.shape[0]} tensors {pattern}, and the "
+                        f"checkpoint has {len(parts)}",
+                        "Fetch the checkpoint again, or use the config.json that belongs to it.",
+                    )
+            if parameter not in self.names.sources:
+                if parameter in self.tied or any(re.search(pattern, parameter) for pattern in made_anew):
+                    continue
                 raise SpecDefError(
                     f"by config.json the model has {parameter}, but no tensor of the checkpoint becomes it",
                     "Fetch the checkpoint again, or use the config.json that belongs to it.",

@@ -19,11 +19,7 @@ BATCH_SIZE = 8
 
 
 def require_harness() -> None:
-    """Check that lm-eval can be imported.
-
-    Raises:
-        SpecDefError: It is not installed.
-    """
+    """Check that lm-eval can be imported."""
     require_extra("eval", "accuracies on tasks")
 
 
@@ -37,9 +33,6 @@ def task_accuracy(
         tokenizer: Its tokenizer.
         tasks: Names of tasks that report ``acc``.
         task_directory: A directory with tasks of the user's, as lm-eval's ``--include_path``.
-
-    Raises:
-        SpecDefError: There is no such task, or it reports no accuracy.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

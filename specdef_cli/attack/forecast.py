@@ -25,6 +25,10 @@ FORWARD_SHARE = 1 / 3
 """Of a training step's time, what the forward pass takes, which is all of an evaluation."""
 
 
+PROMPT_TOKENS = 4000
+"""Tokens that an edited model reads and writes to be measured, about."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """Seconds to load a model and set a run up (``load``), and for each token that is trained on (``token``)."""
@@ -34,6 +38,8 @@ class Speed:
 
     def run(self, spec: RunSpec, held_out: int) -> float:
         """Seconds of a run whose evaluations take ``held_out`` sequences each."""
+        if spec.is_edit:
+            return len(spec.variant.strengths) * (self.load + self.token * FORWARD_SHARE * PROMPT_TOKENS)
         times = SECOND_ORDER_TIMES if OPTIMIZERS.choose(spec.optimizer).second_order else 1
         evaluated = FORWARD_SHARE * held_out * (spec.steps // spec.eval_every + 1)
         return self.load + self.token * spec.sequence_length * (times * spec.steps * spec.batch_size + evaluated)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from specdef_cli.attack.data import AttackData
 from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.prompts import BUILTIN_NAME
+from specdef_cli.attack.queue import Outcome
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.attack.schedule import Outcome
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.variants.table import Variant
@@ -32,12 +33,17 @@ def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, 
     if options.dataset is None:
         said.append(f"Data: {data.name}.")
     said += data.remarks
+    trained = [spec for spec in specs if not spec.is_edit]
+    if len(trained) < len(specs) and options.prompts is None:
+        said.append(f"Prompts that edits tell apart: {BUILTIN_NAME}.")
+    if not trained:
+        return tuple(said)
     if options.suite is not None:
         said.append(f"Attacks: the suite {options.suite.name}.")
     elif not options.trainings:
-        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in specs))}.")
+        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in trained))}.")
     if not options.learning_rates:
-        said.append(f"Learning rates: {_rates_in_words(options, specs)}.")
+        said.append(f"Learning rates: {_rates_in_words(options, trained)}.")
     said.append(f"Budget of every run: {options.in_words}.")
     return tuple(said)
 
@@ -110,7 +116,7 @@ def report_notes(options: AttackOptions, target: Target, report: AttackReport) -
                 f"The learning rates given do not reach below η₀/α = {hidden:.0e}, where Adam trains a hardened model "
                 "again. The attacks without knowledge may look weaker than they are."
             )
-    if any(result.start is None for result in report.runs):
+    if any(run.start is None and not run.spec.is_edit for run in report.runs):
         notes.append("At least one model was broken before training: its held-out loss at step 0 is not finite.")
     notes += _given_up(report)
     notes += _other_start(report)
@@ -142,13 +148,16 @@ def _given_up(report: AttackReport) -> list[str]:
 
 def _other_start(report: AttackReport) -> list[str]:
     """Hardening keeps the function, so every run starts at the control's loss, unless the attack itself breaks it."""
+    others = []
     for attack in report.attacks:
         control = report.control_of(attack)
         start, expected = attack.best_run.start, control.best_run.start if control else None
         if start is not None and expected is not None and abs(start - expected) > SAME_START * expected:
-            return [
-                f"{attack.label} starts at a held-out loss of {start:.3f} and its control at {expected:.3f}: the "
-                "control is not the model that was hardened, hardening changed its function, or what this attack adds "
-                "does not get along with scaled weights. Progress counts from the control's start."
-            ]
-    return []
+            others.append(f"{attack.label} at {start:.3f} (its control at {expected:.3f})")
+    if not others:
+        return []
+    return [
+        f"Other held-out losses before training than the control's: {'; '.join(others)}. Either the control is not the "
+        "model that was hardened, or hardening changed its function, or what the attack does to the weights (4 bits, "
+        "some adapters) does not get along with scaled ones. Progress counts from the control's start."
+    ]

@@ -11,7 +11,7 @@ from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.suite import AttackTable, RatePolicy, Suite
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import INFORMED, Variant
+from specdef_cli.attack.variants.table import INFORMED, VARIANTS, Variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import as_declared, flag_of, option, require_positive
 
@@ -50,6 +50,9 @@ class AttackOptions(Budget):
         text_column: The column with the text; ``None`` takes what the rows have
             (:data:`specdef_cli.attack.data.forms.FORMS`).
         text_pair_column, label_column, image_column: Columns of the dataset; of classification alone.
+        prompts, prompts_harmless: What refusals are counted on after every run, and what edits tell apart. ``None`` are
+            two kinds of harmless questions, for edits alone.
+        refusal_words: Words that make an answer a refusal; empty is :data:`specdef_cli.attack.prompts.REFUSALS`.
         retained: Text, as ``dataset``, that the attacker wants to keep the model's ability on; ``None`` is the source
             of Python's standard library, and ``none`` leaves that measurement out.
         eval_task_path: A directory with tasks of the user's own, as lm-eval's ``--include_path``.
@@ -64,7 +67,7 @@ class AttackOptions(Budget):
         search: Search the best learning rate of every attack until it is bracketed, from decades on that go on below
             η₀/α for the hardened model; otherwise those decades are all that is tried.
         thorough: Make every run of a search in full and search every attack, also what is sure not to change its best
-            (:mod:`specdef_cli.attack.prospects`); about twice as long.
+            (:mod:`specdef_cli.attack.search`); about twice as long.
         gradient_accumulation: Passes that the sequences of a step are split into, to save memory.
         gradient_checkpointing: Compute activations again in the backward pass, to save memory.
         eval_every: Steps between evaluations; ``None`` is a tenth of the steps.
@@ -108,6 +111,17 @@ class AttackOptions(Budget):
         None,
         "Text on which the model's ability is watched, as --dataset; none leaves it out.",
         shown_default="Python's standard library",
+    )
+    prompts: str | None = option(
+        None,
+        "Prompts that the attacker wants answered, for edits and to count refusals: text, one a line, or a data set.",
+        shown_default="harmless ones, for edits alone",
+    )
+    prompts_harmless: str | None = option(
+        None, "Prompts to compare them with, likewise.", shown_default="harmless questions that come with the package"
+    )
+    refusal_words: tuple[str, ...] = option(
+        (), "An answer with these words is a refusal.", "--refusal-word", shown_default="the list in the report"
     )
     eval_task_path: Path | None = option(None, "Directory with lm-eval tasks of your own.")
     task: Task | None = option(None, "What to train for.", shown_default="what the control's architecture says")
@@ -169,6 +183,8 @@ class AttackOptions(Budget):
                 raise SpecDefError(f"{_flag(name)} {getattr(self, name)} is negative", "Give 0 or more.")
         if not self.seeds:
             raise SpecDefError("no seed is given", "Give at least one seed.")
+        if self.prompts_harmless is not None and self.prompts is None:
+            raise SpecDefError("--prompts-harmless stands without --prompts", "Give both, or neither.")
         if self.suite is not None:
             self._refuse_beside_suite()
 
@@ -193,6 +209,8 @@ class AttackOptions(Budget):
         rates: tuple[float, ...] | RatePolicy = self.learning_rates or ("search" if self.search else "grid")
         undoing = tuple(variant for variant in variants if variant.choice.informed is not None)
         others = tuple(variant for variant in variants if variant not in undoing)
+        if Training("none") in asked and not any(variant.choice.edits for variant in others):
+            others += tuple(Variant(name) for name, choice in VARIANTS.items() if choice.edits)
         return (
             AttackTable(trainings, optimizers, (Variant(), *undoing), rates),
             AttackTable(trainings[:1], optimizers, (INFORMED,), rates),

@@ -108,20 +108,42 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
     controls: list[Series] = []
     attacks: list[Series] = []
     for table in options.tables:
+        if table.models == "chat" and not target.chat:
+            continue
         for training, optimizer in _combinations(table, target):
             for variant in _variants(table, target):
+                if variant.choice.edits:
+                    continue
                 series = _series(options, table, target, training, optimizer, variant)
                 attacks.append(series)
                 grid = series.grid if _fixed(table) else _usual_rates(options, table, optimizer)
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
-    if not attacks:
+    edits = _edits(options, target)
+    if not (attacks or edits):
         asked = dict.fromkeys(str(asked) for table in options.tables for asked in (*table.trainings, *table.variants))
         raise WrongUsage(
             f"no attack is left: {', '.join(asked)} find nothing in this model",
             "Choose another --training or --variant; `specdef attack --help` lists them.",
         )
-    return tuple(_distinct(controls) + _distinct(attacks))
+    return (*_distinct(controls), *_distinct(attacks), *edits)
+
+
+def _edits(options: AttackOptions, target: Target) -> list[Series]:
+    """The edits of the tables, which are not trained: a run of the control, and one of the model."""
+    found: list[Series] = []
+    if target.task != "causal-lm":
+        return found
+    for table in options.tables:
+        if table.models == "chat" and not target.chat:
+            continue
+        for variant in _variants(table, target):
+            if variant.choice.edits:
+                first = _series(options, table, target, Training("none"), "adamw", variant).first
+                for spec in (first.control(target.control), first):
+                    spec = replace(spec, learning_rate=0.0)
+                    found.append(Series(spec, (0.0,), search=False, seeds=options.seeds[:1], optional=True))
+    return _distinct(found)
 
 
 def _series(
@@ -144,6 +166,7 @@ def _series(
         learning_rate=grid[0],
         eval_every=options.eval_interval,
         seed=options.seeds[0],
+        prompts=target.prompts if target.asked or variant.choice.edits else "",
         **options.budget,
     )
     # A variant that the user did not name may have nothing to work on; the report then says so.
@@ -177,6 +200,7 @@ def _combinations(table: AttackTable, target: Target) -> list[tuple[Training, st
     return [
         (training, optimizer)
         for asked in table.trainings
+        if asked.method != "none"
         for training in asked.on(target)
         for optimizer in table.optimizers
     ]
@@ -207,8 +231,10 @@ def in_order(plan: Sequence[Series]) -> tuple[Series, ...]:
 
 
 def _rank(series: Series) -> int:
-    """0 undoes the hardening, 1 sees no scale, 2 is full fine-tuning, 3 LoRA, 4 anything else."""
+    """0 undoes the hardening or edits, 1 sees no scale, 2 is full fine-tuning, 3 LoRA, 4 anything else."""
     spec = series.first
+    if spec.is_edit:
+        return 0
     plain, usual = spec.variant.choice.function is None, spec.optimizer == "adamw"
     if usual and spec.variant.choice.informed is not None and spec.training == Training("full"):
         return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from specdef_cli.attack.run_result import EvalPoint, RunResult
+from specdef_cli.attack.run_result import Behaviour, Edit, EvalPoint, RunResult
 from specdef_cli.attack.spec import RunSpec, Subject
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Knowledge, Variant
@@ -60,6 +60,16 @@ class Attack:
     def label(self) -> str:
         """As :attr:`RunSpec.label`."""
         return self.runs[0].spec.label
+
+    @property
+    def edit(self) -> Edit | None:
+        """What its best strength did; ``None`` for what is trained."""
+        return self.best_run.best_edit
+
+    @property
+    def behaviour(self) -> Behaviour | None:
+        """How the model answers after the best run; ``None`` where that was not measured."""
+        return self.best_run.behaviour
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
@@ -140,6 +150,23 @@ class DataSummary:
 
 
 @dataclass(frozen=True)
+class PromptSummary:
+    """What the model was asked.
+
+    Attributes:
+        name: Of the unwanted prompts.
+        given: Whether they are the user's, so that refusals were counted.
+        held_out: Prompts of each kind that figures are measured on.
+        refusal_words: An answer with one of them counts as a refusal.
+    """
+
+    name: str
+    given: bool
+    held_out: int
+    refusal_words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class AttackReport:
     """Everything an attack found; made of finished runs only.
 
@@ -153,6 +180,7 @@ class AttackReport:
         versions: Of this package and the libraries that did the training.
         device: What it ran on.
         not_reached: Labels of attacks without knowledge of the construction that the time limit left out.
+        prompts: What edits told apart; ``None`` where nothing was asked.
     """
 
     model: str
@@ -165,6 +193,7 @@ class AttackReport:
     versions: dict[str, str]
     device: str
     not_reached: tuple[str, ...] = ()
+    prompts: PromptSummary | None = None
 
     @cached_property
     def attacks(self) -> tuple[Attack, ...]:
@@ -195,7 +224,13 @@ class AttackReport:
         return {attack.runs[0].spec.control("").attack: attack for attack in controls}
 
     def share(self, attack: Attack, learning_rate: float | None = None) -> float | None:
-        """Progress as a share of the control's at its best learning rate; ``None`` where the control made none."""
+        """Progress as a share of the control's at its best learning rate; ``None`` where the control made none. Of an
+        edit, how much of the direction it took out without breaking the model.
+        """
+        if attack.edit is not None:
+            control = self.control_of(attack)
+            expected = _taken_out(control.edit) if control else 0.0
+            return _taken_out(attack.edit) / expected if expected > 0 else None
         return self.of_control(attack, self.gain(attack, attack.progress(learning_rate)))
 
     def gain(self, attack: Attack, progress: float | None) -> float | None:
@@ -241,3 +276,8 @@ class AttackReport:
         """Parameters of the trained model over the control's."""
         control = self.control_of(Attack((run,)))
         return run.parameters / control.runs[0].parameters if control else 1.0
+
+
+def _taken_out(edit: Edit | None) -> float:
+    """Share of the direction; nothing where the model does not survive it."""
+    return 0.0 if edit is None or edit.broken or edit.left is None else max(0.0, 1.0 - edit.left)

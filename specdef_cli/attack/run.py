@@ -26,12 +26,13 @@ from specdef_cli.attack.forecast import Forecast, Speed, foresee, measure_speed,
 from specdef_cli.attack.notes import assumptions, outcome_notes, plan_notes, report_notes
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series, default_budget, in_order, make_plan
-from specdef_cli.attack.prospects import Lead
+from specdef_cli.attack.prompts import Prompts, load_prompts
+from specdef_cli.attack.queue import Deadline, run_all
 from specdef_cli.attack.recorder import ProgressHook
-from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
+from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary
 from specdef_cli.attack.retained import retained_sequences
 from specdef_cli.attack.run_result import RunResult
-from specdef_cli.attack.schedule import Deadline, run_all
+from specdef_cli.attack.search import Lead
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target, largest_alpha
@@ -111,9 +112,16 @@ def attack(
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
         not_reached=tuple(label for label in outcome.not_reached if label in plain),
+        prompts=_prompts(prepared.train.prompts) if any(run.behaviour for run in outcome.runs) else None,
     )
     notes = (*plan_notes(options, prepared.target), *outcome_notes(options, outcome))
     return replace(report, notes=(*notes, *report_notes(options, prepared.target, report)))
+
+
+def _prompts(prompts: Prompts | None) -> PromptSummary | None:
+    if prompts is None:
+        return None
+    return PromptSummary(prompts.name, prompts.given, len(prompts.asked), prompts.refusals)
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:
@@ -192,11 +200,13 @@ def _prepare(options: AttackOptions) -> _Prepared:
         require_harness()
     sizes = (math.prod(header.shape) for header in open_checkpoint(control_directory).tensors.values())
     options = default_budget(options, sum(sizes))
+    prompts: Prompts | None = None
     with quiet():
         preprocessor = load_preprocessor(task, control_directory, trust_remote_code=options.trust_remote_code)
         data = load_data(options, task, preprocessor, head)
         if task == "causal-lm" and isinstance(preprocessor, PreTrainedTokenizerBase):
             data = replace(data, retained=retained_sequences(options, preprocessor))
+            prompts = load_prompts(options, preprocessor)
     if task != "image-classification":
         tokens = (half[index]["input_ids"] for half in data.halves for index in range(len(half)))
         require_in_vocabulary(tokens, control_directory, trust_remote_code=options.trust_remote_code)
@@ -208,6 +218,9 @@ def _prepare(options: AttackOptions) -> _Prepared:
         model=checkpoint_fingerprint(directory),
         recognised=recognise(open_checkpoint(directory), skeletons[directory]),
         control_model=lambda: skeletons[control_directory].model,
+        prompts=prompts.fingerprint if prompts is not None else "",
+        asked=options.prompts is not None,
+        chat=bool(getattr(preprocessor, "chat_template", None)),
     )
     train = TrainRun(
         control_directory,
@@ -217,6 +230,7 @@ def _prepare(options: AttackOptions) -> _Prepared:
         options.trust_remote_code,
         options.eval_task_path,
         Tracking(options.report_to, options.out / LOGS_DIRECTORY),
+        prompts,
     )
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
     return _Prepared(options, control_name, target, data, make_plan(options, target), train, store, began)
@@ -224,7 +238,9 @@ def _prepare(options: AttackOptions) -> _Prepared:
 
 def _measured(prepared: _Prepared) -> Speed:
     """From a run of the control that is there already, else from two steps of it."""
-    control = prepared.plan[0]
+    control = next((series for series in prepared.plan if not series.first.is_edit), None)
+    if control is None:
+        return Speed(0.0, 0.0)
     for spec in control.runs(control.grid, control.seeds):
         finished = prepared.store.load(spec)
         if finished is not None and len(finished.evaluations) > 1:
@@ -233,7 +249,7 @@ def _measured(prepared: _Prepared) -> Speed:
     def train(spec: RunSpec, data: AttackData) -> RunResult:
         return replace(prepared.train, data=data, tracking=NOWHERE)(spec, lambda step, loss: None)
 
-    return measure_speed(prepared.plan[0].first, prepared.data, train)
+    return measure_speed(control.first, prepared.data, train)
 
 
 def _forecast(prepared: _Prepared) -> Forecast:
@@ -264,6 +280,7 @@ class TrainRun:
     trust_remote_code: bool
     eval_task_path: Path | None
     tracking: Tracking = NOWHERE
+    prompts: Prompts | None = None
 
     def __call__(
         self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
@@ -286,6 +303,7 @@ class TrainRun:
                 trust_remote_code=self.trust_remote_code,
                 eval_task_path=self.eval_task_path,
                 lead=lead,
+                prompts=self.prompts,
             )
         except IndexError as error:
             # The tokens themselves are known to be in the vocabulary.
@@ -293,7 +311,7 @@ class TrainRun:
                 f"{directory} cannot be trained on sequences of {spec.sequence_length} tokens: {error}",
                 "Give a smaller --sequence-length.",
             ) from error
-        if spec.subject == "control" and result.start is None:
+        if spec.subject == "control" and result.start is None and not spec.is_edit:
             raise SpecDefError(
                 f"the held-out loss of the control {directory} is not finite before any training",
                 "Repair its weights if they hold NaN or infinity, or train with --dtype float32.",

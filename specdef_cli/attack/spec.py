@@ -40,6 +40,7 @@ class RunSpec(Budget):
         data: Fingerprint of the tokens that are trained on and evaluated.
         variant: What happens to the model before training.
         training: What is trained.
+        prompts: Fingerprint of the prompts that answers are measured on; empty where none are.
         optimizer, learning_rate, eval_every, seed: As in :class:`specdef_cli.attack.options.AttackOptions`.
     """
 
@@ -53,6 +54,7 @@ class RunSpec(Budget):
     learning_rate: float
     eval_every: int
     seed: int
+    prompts: str = ""
 
     @property
     def run_id(self) -> str:
@@ -72,14 +74,20 @@ class RunSpec(Budget):
 
     def control(self, checkpoint: str) -> RunSpec:
         """The same run on the undefended model, whose fingerprint is ``checkpoint``."""
-        return dataclasses.replace(self, subject="control", checkpoint=checkpoint, variant=Variant())
+        variant = self.variant if self.is_edit else Variant()
+        return dataclasses.replace(self, subject="control", checkpoint=checkpoint, variant=variant)
+
+    @property
+    def is_edit(self) -> bool:
+        """Whether the model is edited, and not trained."""
+        return self.variant.choice.edits
 
     @property
     def label(self) -> str:
         """What is run, without the learning rate and the seed: ``hardened, collapsed · full · adamw``."""
         subject = "control" if self.subject == "control" else "hardened"
         what = f"{subject}, {self.variant.label}" if self.variant.label else subject
-        return f"{what} · {self.training.label} · {self.optimizer}"
+        return what if self.is_edit else f"{what} · {self.training.label} · {self.optimizer}"
 
 
 _RECORD = TypeAdapter(RunSpec)

@@ -47,12 +47,14 @@ class AttackTable:
         optimizers: Names of :data:`specdef_cli.attack.optimizers.table.OPTIMIZERS`.
         variants: What is done to the model first; ``informed`` is what undoes this model's hardening.
         learning_rates: The rates themselves, or how they are found: decades, or decades and then a search.
+        models: ``chat`` for models with a chat template alone.
     """
 
     trainings: tuple[Training, ...] = (Training(),)
     optimizers: tuple[str, ...] = ("adamw",)
     variants: tuple[Variant | Literal["informed"], ...] = (Variant(),)
     learning_rates: tuple[float, ...] | RatePolicy = "grid"
+    models: Literal["any", "chat"] = "any"
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,9 @@ def _table(table: dict[str, Any]) -> AttackTable:
     )
     trainings = tuple(_training(entry) for entry in _all_of(TRAININGS, table.pop("trainings", ("full",))))
     rates = table.pop("learning_rates", "grid")
+    models = table.pop("models", "any")
+    if models not in ("any", "chat"):
+        raise ValueError(f"models = {models!r} is neither any nor chat")
     if table:
         raise ValueError(f"[[attacks]] has no key {min(table)!r}")
     if isinstance(rates, list):
@@ -138,7 +143,7 @@ def _table(table: dict[str, Any]) -> AttackTable:
             raise ValueError(f"learning_rates = {list(rates)}; they are positive numbers")
     elif rates not in get_args(RatePolicy):
         raise ValueError(f"learning_rates = {rates!r} is neither a list nor one of {', '.join(get_args(RatePolicy))}")
-    return AttackTable(trainings, optimizers, variants, rates)
+    return AttackTable(trainings, optimizers, variants, rates, models)
 
 
 def _all_of(rows: Iterable[str], asked: Iterable[Any]) -> tuple[Any, ...]:

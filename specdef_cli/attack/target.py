@@ -25,6 +25,9 @@ class Target:
         task: What it is trained for.
         data, control, model: Fingerprints.
         recognised: What the model's weights show of how it was made.
+        prompts: Fingerprint of the prompts that edits tell apart; empty where there are none.
+        asked: Whether every attack is followed by them.
+        chat: Whether the model has a chat template.
         control_model: Makes the control on the meta device, for trainings that depend on what a model consists of.
     """
 
@@ -35,6 +38,9 @@ class Target:
     model: str
     recognised: Recognised
     control_model: Callable[[], PreTrainedModel]
+    prompts: str = ""
+    asked: bool = False
+    chat: bool = False
 
     @property
     def constructions(self) -> frozenset[Change]:

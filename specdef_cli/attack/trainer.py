@@ -27,15 +27,17 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.trainer_utils import EvalLoopOutput
 
 from specdef_cli.attack.accuracy import task_accuracy
+from specdef_cli.attack.behaviour import behaviour_of, reference_of, try_edits
 from specdef_cli.attack.data import AttackData
-from specdef_cli.attack.loading import leave_to_fsdp, load_for_training
-from specdef_cli.attack.optimizers.groups import build_optimizer
+from specdef_cli.attack.optimizers.own import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS, OptimizerChoice
-from specdef_cli.attack.prospects import Lead
+from specdef_cli.attack.prompts import Prompts
 from specdef_cli.attack.recorder import ATTACK, CONSTANT, RETAINED, Recorder
 from specdef_cli.attack.run_result import RunResult
+from specdef_cli.attack.search import Lead
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Task
+from specdef_cli.attack.tasks import leave_to_fsdp, load_for_training
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import load_tokenizer
@@ -67,6 +69,7 @@ def train_run(
     trust_remote_code: bool = False,
     eval_task_path: Path | None = None,
     lead: Lead | None = None,
+    prompts: Prompts | None = None,
 ) -> RunResult:
     """Train ``directory`` as ``spec`` says and write down what happened.
 
@@ -82,12 +85,12 @@ def train_run(
         trust_remote_code: Passed on to transformers.
         eval_task_path: Where the user's own tasks of lm-eval are.
         lead: As :class:`Recorder` takes it.
-
-    Raises:
-        SpecDefError: The model cannot be loaded, the recipe matches nothing, or the batch or the optimizer does not
-            split over the processes.
+        prompts: What edits tell apart, and what the model is asked after a run.
     """
     state = process_state()
+    if spec.is_edit:
+        assert prompts is not None
+        return _edit_run(spec, directory, prompts, str(state.device), on_step, trust_remote_code)
     _check_passes(spec, state, memory)
     with quiet(), new_objects_only(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
         # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same for
@@ -115,6 +118,10 @@ def train_run(
         if spec.eval_tasks:
             tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
             accuracy = task_accuracy(model, tokenizer, spec.eval_tasks, task_directory=eval_task_path)
+        behaviour = None
+        if prompts is not None and spec.prompts and recorder.divergence is None and recorder.stopped is None:
+            before = reference_of(directory, prompts, spec.dtype, str(state.device), trust_remote_code)
+            behaviour = behaviour_of(model, prompts, before, directory, trust_remote_code)
         result = RunResult(
             spec=spec,
             train=tuple(recorder.train),
@@ -126,6 +133,7 @@ def train_run(
             trainable_parameters=trainable,
             seconds=seconds,
             accuracy=accuracy,
+            behaviour=behaviour,
         )
         # The Trainer and its model refer to each other; without this two models would be in memory at the next run's
         # loading.
@@ -135,6 +143,40 @@ def train_run(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return result
+
+
+def _edit_run(
+    spec: RunSpec,
+    directory: Path,
+    prompts: Prompts,
+    device: str,
+    on_step: Callable[[int, float | None], None],
+    trust_remote_code: bool,
+) -> RunResult:
+    """A run in which nothing is trained: the model is edited and asked."""
+    began = time.perf_counter()
+    with quiet():
+        edits, behaviour, growth, parameters = try_edits(
+            spec.variant,
+            directory,
+            prompts,
+            dtype=spec.dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            on_strength=lambda number: on_step(number, None),
+        )
+    return RunResult(
+        spec=spec,
+        train=(),
+        evaluations=(),
+        divergence=None,
+        growth=growth,
+        parameters=parameters,
+        trainable_parameters=0,
+        seconds=time.perf_counter() - began,
+        edits=edits,
+        behaviour=behaviour,
+    )
 
 
 def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
@@ -215,11 +257,7 @@ class AttackTrainer(Trainer):
         return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Called after sharding, with the sharded model, where there is any.
-
-        Raises:
-            SpecDefError: The optimizer cannot work on shards.
-        """
+        """Called after sharding, with the sharded model, where there is any."""
         if self.is_fsdp_enabled and not self._choice.elementwise:
             others = (name for name, choice in OPTIMIZERS.items() if choice.elementwise and not choice.second_order)
             raise SpecDefError(
@@ -278,11 +316,7 @@ def make_trainer(
     memory: Memory = Memory(),
     tracking: Tracking = NOWHERE,
 ) -> Trainer:
-    """The Trainer of a run, silent and without checkpoints.
-
-    Raises:
-        SpecDefError: The model cannot compute its activations again.
-    """
+    """The Trainer of a run, silent and without checkpoints."""
     choice = OPTIMIZERS.choose(spec.optimizer)
     if memory.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise SpecDefError(

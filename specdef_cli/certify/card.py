@@ -27,7 +27,9 @@ class AttackFigure:
         learning_rate: The best of those tried.
         share: Of the progress of the control by the same recipe; ``None`` where the control made none.
         share_of_best: Of the most that any control of the report made, by any recipe.
-        verdict: ``stopped``, ``slowed``, ``not slowed`` or ``unknown``.
+        verdict: ``stopped``, ``slowed``, ``not slowed`` or ``unknown``; of an edit, also ``broken``.
+        refusals: Share of unwanted prompts that the model refuses afterwards; ``None``: not measured.
+        kl: KL divergence (nats) on harmless prompts from the model before the attack; ``None``: not measured.
     """
 
     label: str
@@ -36,6 +38,8 @@ class AttackFigure:
     share: float | None
     share_of_best: float | None
     verdict: str
+    refusals: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def _resistance(document: ReportDocument) -> Resistance:
                 share=attack.share,
                 share_of_best=attack.share_of_best,
                 verdict=attack.verdict,
+                refusals=attack.refusals,
+                kl=attack.kl,
             )
             for attack in document.attacks
             if attack.subject == "model"
@@ -110,15 +116,26 @@ def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:
     def progress(attack: AttackFigure) -> float:
         return -1.0 if attack.share_of_best is None else attack.share_of_best
 
+    asked = any(attack.kl is not None for attack in attacks)
+
+    def answers(attack: AttackFigure) -> str:
+        kl = "–" if attack.kl is None else f"{attack.kl:.2f}"
+        return f" {kl} | {_percent(attack.refusals)} |" if asked else ""
+
     return [
-        "| attack | the attacker knows | best η | of its own control | of the best control | |",
-        "|---|---|---|---|---|---|",
+        "| attack | the attacker knows | best η | of its own control | of the best control | |"
+        + (" KL, harmless prompts | refusals |" if asked else ""),
+        "|---|---|---|---|---|---|" + ("---|---|" if asked else ""),
         *(
-            f"| {attack.label} | {attack.knowledge} | {attack.learning_rate:g} | {_percent(attack.share)} | "
-            f"{_percent(attack.share_of_best)} | {attack.verdict} |"
+            f"| {attack.label} | {attack.knowledge} | {_rate(attack.learning_rate)} | {_percent(attack.share)} | "
+            f"{_percent(attack.share_of_best)} | {attack.verdict} |{answers(attack)}"
             for attack in sorted(attacks, key=progress, reverse=True)
         ),
     ]
+
+
+def _rate(value: float) -> str:
+    return f"{value:g}" if value else "–"  # an edit is not trained
 
 
 def _percent(share: float | None) -> str:

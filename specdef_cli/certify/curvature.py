@@ -46,8 +46,8 @@ MAX_FOR_WHOLE = 100_000_000
 MEMORY_PER_PARAMETER = 4 * 30
 """Bytes: Lanczos keeps some 26 vectors, and the graph of the gradient comes on top."""
 
-ROUGH = 0.1
-"""Tolerance with which every block is measured; the largest is then measured to the usual one."""
+ROUGH, ROUGH_PRODUCTS = 0.1, 5
+"""Tolerance and products with which every block is measured; the largest is then measured to the usual tolerance."""
 
 
 @dataclass(frozen=True)
@@ -262,45 +262,30 @@ def measure_curvature(
     device: torch.device | str = "cpu",
     on_block: Callable[[str], None] = lambda _: None,
 ) -> CurvatureFigures | str:
-    """Measure one causal language model.
+    """The figures of one causal language model, or why they were not measured.
 
     Args:
-        model: Of a base or a hardened checkpoint. It is left in another dtype, and on ``device``.
+        model: It is left in another dtype, and on ``device``.
         tokens: int64, shape [sequences, length]: the batch.
-        device: Where to measure; of a device without float64, everything is measured in float32.
+        device: Without float64 there, everything is measured in float32.
         on_block: Called with a layer's name before its block is measured, where the whole Hessian is too large.
-
-    Returns:
-        The figures, or why they were not measured.
     """
     model.to(device=torch.device(device), dtype=torch.float32)
     count = sum(parameter.numel() for parameter in model.parameters())
-    available = _free_memory(model.device)
+    on_gpu = model.device.type == "cuda"
+    available = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
     if count * MEMORY_PER_PARAMETER > available and count <= MAX_FOR_WHOLE:
         needed = count * MEMORY_PER_PARAMETER
         return f"it takes about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
     double = count <= MAX_FOR_DOUBLE and model.device.type != "mps"
-    return _figures(model.double() if double else model, tokens.to(model.device), count, on_block)
-
-
-def _free_memory(device: torch.device) -> int:
-    """In bytes."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
-
-
-def _figures(model: nn.Module, tokens: Tensor, count: int, on_block: Callable[[str], None]) -> CurvatureFigures:
-    loss = model_loss(model, {"input_ids": tokens, "labels": tokens})
-    block = None
+    module: nn.Module = model.double() if double else model
+    tokens = tokens.to(model.device)
+    loss, block = model_loss(module, {"input_ids": tokens, "labels": tokens}), None
     if count <= MAX_FOR_WHOLE:
-        top = hessian_top(loss, list(trainable(model).values()))
+        top = hessian_top(loss, list(trainable(module).values()))
     else:
-        block, top = _largest_block(loss, groups_by_layer(model), on_block)
+        groups = groups_by_layer(module)
+        rough = hessian_top_by_group(loss, groups, tolerance=ROUGH, max_products=ROUGH_PRODUCTS, on_group=on_block)
+        block = max(rough, key=lambda name: rough[name].value)
+        top = hessian_top_by_group(loss, {block: groups[block]})[block]
     return CurvatureFigures(top, block, largest_stable_rate(top))
-
-
-def _largest_block(
-    loss: Loss, groups: Mapping[str, Sequence[Tensor]], on_block: Callable[[str], None]
-) -> tuple[str, Curvature]:
-    rough = hessian_top_by_group(loss, groups, tolerance=ROUGH, on_group=on_block)
-    largest = max(rough, key=lambda name: rough[name].value)
-    return largest, hessian_top_by_group(loss, {largest: groups[largest]})[largest]

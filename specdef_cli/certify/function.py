@@ -102,10 +102,7 @@ def measure_function(
     """Compare two checkpoints on the CPU, one in memory at a time.
 
     Args:
-        base, hardened: Directories.
-        manifest: Of the hardened one.
         tokens: int64, shape [sequences, length], for a causal language model; ``None`` for others.
-        trust_remote_code: Whether code that comes with the base may run.
         on_model: Called with each model whose outputs are finite, the base first, once its function is known: for what
             else is measured on it, so that it is loaded once. It may change the model.
     """

@@ -51,7 +51,7 @@ from specdef_cli.version import __version__
 
 SEQUENCES, LENGTH = 32, 128
 FORMAT_SEQUENCES = 16
-CURVATURE_SEQUENCES, CURVATURE_LENGTH = 1, 64
+CURVATURE_SEQUENCES, CURVATURE_LENGTH = 1, 32
 
 
 @dataclass(frozen=True)

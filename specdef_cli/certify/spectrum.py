@@ -7,7 +7,7 @@ a fold every changed tensor must be the base's, multiplied by the manifest's pow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,15 +72,9 @@ class SpectrumFigures:
         return not self.deviating and all(layer.worst <= TOLERANCE for layer in self.layers)
 
 
-def measure_spectrum(
-    base: Checkpoint, hardened: Checkpoint, manifest: Manifest, on_tensor: Callable[[str], None] = lambda _: None
-) -> SpectrumFigures:
+def measure_spectrum(base: Checkpoint, hardened: Checkpoint, manifest: Manifest) -> SpectrumFigures:
     """Check every changed tensor, one in memory at a time."""
     require_as_described(hardened, manifest)
-    layers = []
-    for layer in manifest.factored:
-        layers.append(_layer(hardened, layer))
-        on_tensor(layer.module)
     slices: dict[str, list[ScaledSlice]] = {}
     for pair in manifest.folded:
         for part in pair.slices:
@@ -94,23 +88,13 @@ def measure_spectrum(
             scale_slice(expected, part)
         if not torch.equal(expected, hardened.read(name)):
             deviating.append(name)
-        on_tensor(name)
+    scaled = [part for module in manifest.scaled for part in module.slices]
+    changed = [*scaled, *(part for parts in slices.values() for part in parts)]
     return SpectrumFigures(
-        layers=tuple(layers),
-        folded_tensors=len(slices) + len({part.tensor for module in manifest.scaled for part in module.slices}),
+        layers=tuple(_layer(hardened, layer) for layer in manifest.factored),
+        folded_tensors=len(slices) + len({part.tensor for part in scaled}),
         deviating=tuple(deviating),
-        largest_exponent=max(
-            (
-                abs(value)
-                for parts in (
-                    *(pair.slices for pair in manifest.folded),
-                    *(module.slices for module in manifest.scaled),
-                )
-                for part in parts
-                for value in part.exponents
-            ),
-            default=0,
-        ),
+        largest_exponent=max((abs(value) for part in changed for value in part.exponents), default=0),
     )
 
 

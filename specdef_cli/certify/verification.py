@@ -13,6 +13,7 @@ from specdef_cli.attack.presence import require_report
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, section_like
 from specdef_cli.certify.certificate import (
     CERTIFICATE_RECORD,
+    FORMAT_VERSION,
     Certificate,
     Provenance,
     certificate_section,
@@ -43,49 +44,36 @@ class Check:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class _Header:
-    """What a certificate must have to be checked at all."""
-
-    format: Literal[3]
-    provenance: Provenance
-    digest: str
-
-
 def verify_certificate(
     model: str, *, base: str | None = None, attacks: Path | None = None, revision: str | None = None,
     token: str | None = None,
 ) -> tuple[Check, ...]:  # fmt: skip
-    """Check the certificate of a hardened directory or Hub id.
-
-    Args:
-        model: With a ``certificate.json``.
-        base: What it was made from; ``None`` leaves out its hashes.
-        attacks: The ``report.json`` that the certificate quotes; ``None`` leaves it out.
-        revision, token: Passed on to the Hub.
-    """
+    """Check the certificate of a hardened directory or Hub id; ``base`` and ``attacks`` are checked where given."""
     report = None if attacks is None else require_report(attacks)
     directory = resolve(model, revision=revision, token=token).directory
-    recorded, header = _read(require_certificate(directory))
+    recorded, origin = _read(require_certificate(directory))
     manifest = read_manifest(directory) if is_hardened(directory) else None
     base_directory = None if base is None else resolve(base, token=token).directory
     return (
-        _check("certificate", header.digest == digest_of(recorded), "its digest is of other figures"),
-        _hashes("hardened files", header.provenance.hardened, directory),
-        _manifest(header.provenance, manifest, directory),
+        _check("certificate", recorded["digest"] == digest_of(recorded), "its digest is of other figures"),
+        _hashes("hardened files", origin.hardened, directory),
+        _manifest(origin, manifest, directory),
         Check("base files", "not checked", "give it with --base")
         if base_directory is None
-        else _hashes("base files", header.provenance.base, base_directory),
+        else _hashes("base files", origin.base, base_directory),
         *_figures(recorded, manifest, report, directory / "README.md"),
         Check("outputs, spectrum, curvature, formats", "not checked", "`specdef certify` measures them again"),
         Check("who wrote it", "not checked", "only a signature says so"),
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], _Header]:
+def _read(path: Path) -> tuple[dict[str, Any], Provenance]:
+    """A certificate's data, and what it says of the files: the rest may be null, where it was not finite."""
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
-        return recorded, TypeAdapter(_Header).validate_python(recorded)
+        if not isinstance(recorded, dict) or recorded.get("format") != FORMAT_VERSION or "digest" not in recorded:
+            raise ValueError(f"it is not of format {FORMAT_VERSION}")
+        return recorded, TypeAdapter(Provenance).validate_python(recorded.get("provenance"))
     except ValidationError as error:
         reason = first_violation(error)
     except (OSError, ValueError, RecursionError) as error:

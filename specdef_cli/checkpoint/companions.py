@@ -1,7 +1,7 @@
 """The files of a checkpoint that are not its weights: tokenizer, generation config, code, licence, further modules.
 
-Every file of an input is hardened, carried over, or named as left out. Left out is what would publish the model as it
-was before: its weights in another format, a second copy of them, an adapter that was trained for them.
+Every file of an input is hardened, carried over, or named as left out. Carried over is what is known to hold no weights
+of the model as it was; anything else could publish them beside the hardened ones.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from pathlib import Path, PurePath
 from specdef_cli.checkpoint.headers import read_headers
 from specdef_cli.checkpoint.links import require_inside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES
+from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS, is_no_weights
 from specdef_cli.errors import SpecDefError
 
-SAFETENSORS = ".safetensors"
 # Written anew for every output.
 REWRITTEN = frozenset({"config.json", "README.md", MANIFEST_NAME, "certificate.json"})
 SHOWN = 8
@@ -117,6 +116,8 @@ def _by_name(directory: Path, relative: Path) -> str | None:
         return "pickles are neither read nor copied"
     if suffix in OTHER_FORMATS:
         return "weights in another format, of the model as it was"
+    if suffix != SAFETENSORS and not is_no_weights(path):
+        return "a binary file that may hold weights of the model as it was"
     return None
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from specdef_cli.checkpoint.durable import takes_files
 from specdef_cli.errors import SpecDefError
 
+WORK_SUFFIX = ".specdef-unfinished"
+LOCK_SUFFIX = ".specdef-lock"
+
 
 def require_usable(final: Path, model: str) -> None:
     """Refuse an output directory that is taken, or lies in the input where that is a directory.
@@ -41,10 +44,13 @@ def require_free(final: Path) -> None:
 
 
 def is_taken(final: Path) -> bool:
-    """Whether ``final`` is anything but absent or an empty directory that publishing may replace."""
+    """Whether ``final`` is anything but absent or an empty directory; a new volume of ext4 has ``lost+found`` in it."""
     if final.is_symlink() or final.name in {"", ".."}:
         return True
-    return final.exists() and not (final.is_dir() and not any(final.iterdir()))
+    if not final.is_dir():
+        return final.exists()
+    ours = {f".{final.name}{suffix}" for suffix in (WORK_SUFFIX, LOCK_SUFFIX)}
+    return not {path.name for path in final.iterdir()} <= {*ours, "lost+found"}
 
 
 def require_manifest_place(path: Path, out: Path, model: str = "") -> None:

@@ -93,12 +93,18 @@ def download_all(commit: Commit, names: Sequence[str]) -> None:
         downloads.close()
 
 
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an exception carries."""
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
+
+
 def not_available(repository: str, revision: str | None, error: Exception) -> SpecDefError:
     """What went wrong between here and the Hub, as the user should hear it."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         # The Hub did answer; that the cache could not stand in for it is only the consequence.
         error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = status_of(error)
     if isinstance(error, GatedRepoError) or status == 403:
         return SpecDefError(
             f"{repository} is gated and this account has no access",

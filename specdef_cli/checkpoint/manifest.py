@@ -6,14 +6,18 @@ It names every changed tensor, so that undoing the change is arithmetic and not 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.linear import LinearLayer
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.errors import SpecDefError, first_violation
@@ -38,7 +42,7 @@ class BaseCheckpoint:
     """Where the hardened weights came from.
 
     Attributes:
-        name: Hub id (``org/name``) or the directory as the user gave it.
+        name: Hub id (``org/name``) or the last part of a directory's path.
         revision: The revision asked for; ``None`` for a directory.
         commit: The commit hash that the revision resolved to; ``None`` for a directory.
         hub_id: Where a directory's weights are on the Hub, if the user said so.
@@ -57,7 +61,7 @@ class BaseCheckpoint:
     @property
     def public_name(self) -> str:
         """The Hub id, or the last part of a directory's path: what others may read."""
-        return self.hub_name or Path(self.name).expanduser().absolute().name
+        return self.hub_name or last_part(Path(self.name))
 
 
 @dataclass(frozen=True)
@@ -368,19 +372,41 @@ def read_manifest(directory: Path) -> Manifest:
     return Manifest.from_json(text, str(path))
 
 
+def last_part(directory: Path) -> str:
+    """What a directory is called, for others, however it was named here (``..``)."""
+    return Path(os.path.abspath(directory.expanduser())).name or "model"  # noqa: PTH100 - a link keeps its own name
+
+
+def remember_base(manifest: Manifest, base: Path) -> None:
+    """Note on this machine where the base of a manifest lies, which the manifest does not say of a directory."""
+    with contextlib.suppress(OSError):  # it will have to be named with --base
+        write_durably(_memory_of(manifest), str(base.resolve()))
+
+
+def _memory_of(manifest: Manifest) -> Path:
+    from huggingface_hub import constants  # here: `specdef --help` needs none of it
+
+    digest = hashlib.sha256(manifest.published().to_json().encode()).hexdigest()
+    return Path(constants.HF_HOME) / "specdef" / "bases" / digest[:32]
+
+
 def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
     """Where to look for the base that a manifest names: a directory or a Hub id, and the revision there.
 
     Args:
         manifest: Of the hardened model.
-        directory: Where that lies. A relative path was relative to wherever ``harden`` ran: that is tried from here,
-            then from the hardened directory's parents, nearest first.
+        directory: Where that lies. A base that was a directory is looked for where it was on this machine, then here,
+            then beside the hardened directory and its parents, nearest first; never on the Hub, where its name may be
+            another model's.
     """
     base = manifest.base
-    revision = base.commit or base.revision
+    if base.commit or base.revision:
+        return base.name, base.commit or base.revision
     path = Path(base.name).expanduser()
-    if revision is None and not path.is_absolute() and not path.is_dir():
-        beside = (parent / path for parent in directory.resolve().parents)
-        found = next((place for place in beside if (place / "config.json").is_file()), None)
-        return (str(found), None) if found is not None else (base.hub_id or base.name, None)
-    return base.name, revision
+    places = [path] if path.is_absolute() else [path, *(parent / path for parent in directory.resolve().parents)]
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        places.insert(0, Path(_memory_of(manifest).read_text(encoding="utf-8")))
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is not None:
+        return str(found), None
+    return base.hub_id or (base.name if path.is_absolute() else f"./{base.name}"), None

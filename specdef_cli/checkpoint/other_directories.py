@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from specdef_cli.checkpoint.library import Library
+from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.weight_formats import PICKLES
 from specdef_cli.errors import SpecDefError
 
@@ -41,14 +42,9 @@ def no_weights(directory: Path, library: Library) -> SpecDefError:
             f"{directory} has {shards[0]} and no {library.index_file}, which says what is in which shard",
             f"Fetch {library.index_file} from where the shards came from, or save the model again.",
         )
-    if any(match for pattern in PICKLED_WEIGHTS for match in directory.glob(pattern)):
-        return SpecDefError(
-            f"{directory} has only pickled weights, which are never loaded",
-            f"Convert it first: in {library.name}, from_pretrained(...).save_pretrained(...) writes safetensors.",
-        )
-    gguf = sorted(directory.glob("*.gguf"))
-    if gguf:
-        return SpecDefError(f"{directory} has only weights for llama.cpp ({gguf[0].name})", _gguf(gguf[0]))
+    held = held_instead([path.name for path in directory.iterdir()], str(directory), library)
+    if held is not None:
+        return SpecDefError(f"{directory} has only {held[0]}", held[1])
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if others:
         return SpecDefError(
@@ -58,6 +54,36 @@ def no_weights(directory: Path, library: Library) -> SpecDefError:
     return SpecDefError(
         f"{directory} has no safetensors weights", f"It needs {library.single_file} or {library.index_file}."
     )
+
+
+def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORMERS) -> tuple[str, str] | None:
+    """Which weights in another format a model consists of, and how to convert them; ``None`` where it has none.
+
+    Args:
+        names: Of its files.
+        source: What ``from_pretrained`` is given: its directory or Hub id.
+        library: Who loads it.
+    """
+    ordered = sorted(names)
+    for patterns, what, hint in (
+        (
+            PICKLED_WEIGHTS,
+            "pickled weights, which are never loaded ({name})",
+            f"Convert it first: in {library.name}, from_pretrained('{source}').save_pretrained(...).",
+        ),
+        (("*.gguf",), "weights for llama.cpp ({name})", _gguf(source)),
+        (
+            ("*.h5", "*.msgpack"),
+            "weights of TensorFlow or Flax ({name})",
+            f"Convert it first: in transformers 4, from_pretrained('{source}', from_tf=True), or from_flax=True, and "
+            ".save_pretrained(...).",
+        ),
+        (("*.onnx",), "a graph for ONNX ({name})", "Give the model that it was exported from."),
+    ):
+        name = next((name for name in ordered if any(fnmatchcase(name, pattern) for pattern in patterns)), None)
+        if name is not None:
+            return what.format(name=name), hint.replace("{name}", name)
+    return None
 
 
 def require_plain(directory: Path, config: dict[str, Any], library: Library) -> None:
@@ -123,17 +149,20 @@ def _merge(directory: Path) -> str:
     )
 
 
-def _gguf(path: Path) -> str:
+def _gguf(source: str) -> str:
     return (
-        f"Convert it first: in transformers, AutoModelForCausalLM.from_pretrained('{path.parent}', "
-        f"gguf_file='{path.name}', quantization_config=GgufConfig(dequantize=True)).save_pretrained(...)."
+        f"Convert it first: in transformers, AutoModelForCausalLM.from_pretrained('{source}', "
+        "gguf_file='{name}', quantization_config=GgufConfig(dequantize=True)).save_pretrained(...)."
     )
 
 
 def _pipeline(directory: Path) -> tuple[str, str] | None:
     if not (directory / "model_index.json").is_file():
         return None
-    return "it is a pipeline of diffusers", f"Give one of its models, such as {directory / 'unet'}."
+    models = sorted(path.parent for path in directory.glob("*/config.json"))
+    denoiser = [path for name in ("unet", "transformer") for path in models if path.name == name]
+    which = f"Give its denoiser, {denoiser[0]}." if denoiser else "Fetch the directory of its denoiser, and give that."
+    return "it is a pipeline of diffusers", which
 
 
 def _sentence_transformer(directory: Path) -> tuple[str, str] | None:
@@ -182,8 +211,8 @@ def _original_format(directory: Path) -> tuple[str, str] | None:
 
 
 def _llama_cpp(directory: Path) -> tuple[str, str] | None:
-    found = sorted(directory.glob("*.gguf"))
-    return (f"it holds weights for llama.cpp ({found[0].name})", _gguf(found[0])) if found else None
+    held = held_instead((path.name for path in directory.glob("*.gguf")), str(directory))
+    return None if held is None else (f"it holds {held[0]}", held[1])
 
 
 def _holder(directory: Path) -> tuple[str, str] | None:

@@ -1,7 +1,9 @@
 """An output directory that appears under its name only when it is complete.
 
-Work happens in a hidden sibling; publishing is one rename. A run that dies leaves the sibling behind, with the record
-of every finished shard, for ``--resume``. A lock tells a second run to the same place that it is late.
+Work happens in a hidden sibling; publishing is one rename. An empty directory that exists may be a mounted volume,
+which nothing can replace: there, work happens in a hidden directory within, and publishing moves its files up, the
+configuration last. A run that dies leaves its work behind, with the record of every finished shard, for ``--resume``.
+A lock tells a second run to the same place that it is late.
 """
 
 from __future__ import annotations
@@ -14,17 +16,27 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from specdef_cli.checkpoint.destination import is_taken, require_free, require_outside, writable_ancestor
+from specdef_cli.checkpoint.destination import (
+    LOCK_SUFFIX,
+    WORK_SUFFIX,
+    is_taken,
+    require_free,
+    require_outside,
+    writable_ancestor,
+)
 from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
 from specdef_cli.errors import ResumableError, SpecDefError
 
 FINGERPRINT = ".plan"
+LOOKS = 0.2
+"""Seconds in which a lock that is free is had."""
 
 
 def work_directory(final: Path) -> Path:
-    """Where the output is built: a hidden sibling, so that the last step is a rename on one file system."""
-    return final.parent / f".{final.name}.specdef-unfinished"
+    """Where the output is built: on the file system that it will be on, so that publishing only renames."""
+    beside = final.parent / f".{final.name}{WORK_SUFFIX}"
+    return final / f".{final.name}{WORK_SUFFIX}" if final.is_dir() and not beside.is_dir() else beside
 
 
 def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> None:
@@ -41,7 +53,7 @@ def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> N
     """
     require_outside(final, source)
     require_free(final)
-    existing = writable_ancestor(final.resolve().parent)
+    existing = writable_ancestor(work_directory(final).resolve().parent)
     # What an interrupted run left is either reused or removed.
     free = shutil.disk_usage(existing).free + _disk_space(work_directory(final))
     if nbytes > free:
@@ -64,9 +76,11 @@ def exclusive(final: Path) -> Iterator[None]:
     Raises:
         SpecDefError: Another run holds it.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    path = final.parent / f".{final.name}.specdef-lock"
-    lock = FileLock(path, timeout=0)
+    place = work_directory(final).parent
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / f".{final.name}{LOCK_SUFFIX}"
+    # Whoever gets a lock on a file that was removed meanwhile tries again, so it takes more than one look.
+    lock = FileLock(path, timeout=LOOKS, poll_interval=LOOKS / 4)
     try:
         lock.acquire()
     except Timeout as error:
@@ -76,8 +90,8 @@ def exclusive(final: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is held: after that, the name may be another run's
         lock.release()
-        path.unlink(missing_ok=True)
 
 
 def prepare(final: Path, fingerprint: str, *, resume: bool) -> Path:
@@ -125,6 +139,12 @@ def publish(final: Path) -> None:
         if path.is_file():
             _flush(path)
     _flush(work)
+    if work.parent == final:
+        for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(final / path.name)
+        work.rmdir()
+        _flush(final)
+        return
     if final.is_dir():
         final.rmdir()
     work.rename(final)

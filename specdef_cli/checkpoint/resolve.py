@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DryRunFileInfo, snapshot_download
+from huggingface_hub import DryRunFileInfo, HfApi, snapshot_download
 from huggingface_hub.errors import DryRunError
 from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.hub import Commit, download_all, not_available
-from specdef_cli.checkpoint.manifest import Manifest, base_of, keep_elsewhere
-from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES
+from specdef_cli.checkpoint.manifest import Manifest, base_of, keep_elsewhere, last_part
+from specdef_cli.checkpoint.other_directories import held_instead
+from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
 from specdef_cli.errors import SpecDefError
 from specdef_cli.redact import clean_token
 
@@ -48,7 +49,7 @@ class Resolved:
     @property
     def public_name(self) -> str:
         """What others may read: the Hub id, or the last part of the directory's path."""
-        return self.name if self.commit else self.directory.absolute().name
+        return self.name if self.commit else last_part(self.directory)
 
 
 def resolve(model: str, *, revision: str | None = None, token: str | None = None) -> Resolved:
@@ -97,6 +98,9 @@ def locate(model: str, revision: str | None, token: str | None) -> Resolved | tu
     if model and path.is_dir():
         return Resolved(path, model)
     if model and path.exists():
+        held = held_instead([path.name], str(path.parent))
+        if held is not None:
+            raise SpecDefError(f"{model} holds {held[0]}", held[1])
         raise SpecDefError(f"{model} is a file", "Give the directory that holds config.json and the safetensors files.")
     repository, _, suffix = model.partition("@")
     if suffix and revision and suffix != revision:
@@ -125,6 +129,7 @@ def locate(model: str, revision: str | None, token: str | None) -> Resolved | tu
         raise not_available(repository, revision, error) from error
     if not files:
         if not directory.is_dir():
+            _require_safetensors(Commit(repository, revision, directory.name, directory, token), ())
             raise SpecDefError(
                 f"{repository} holds no file that is read here", "Check the spelling, and what the repository holds."
             )
@@ -132,9 +137,23 @@ def locate(model: str, revision: str | None, token: str | None) -> Resolved | tu
     first = files[0]
     directory = Path(first.local_path).parents[first.filename.count("/")]
     commit = Commit(repository, revision, directory.name, directory, token)
+    _require_safetensors(commit, [file.filename for file in files])
     missing = [file for file in files if not Path(file.local_path).exists()]
     _require_space(commit, bytes_to_download(missing))
     return (commit, missing) if missing else resolved(commit)
+
+
+def _require_safetensors(commit: Commit, names: Iterable[str]) -> None:
+    """Refuse a repository of weights in other formats, before anything of it is downloaded."""
+    if any(name.endswith(SAFETENSORS) for name in names):
+        return
+    try:
+        there = HfApi(token=commit.token).list_repo_files(commit.repository, revision=commit.sha)
+    except Exception as error:
+        raise not_available(commit.repository, commit.revision, error) from error
+    held = held_instead((name for name in there if "/" not in name), commit.repository)
+    if held is not None:
+        raise SpecDefError(f"{commit.repository} has only {held[0]}", held[1])
 
 
 def resolve_base(manifest: Manifest, directory: Path, *, token: str | None, option: str) -> Resolved:

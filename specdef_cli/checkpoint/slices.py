@@ -56,9 +56,14 @@ def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
     # A subnormal result may still be stored exactly, but kernels flush subnormals to zero.
     flushed = (new != 0) & (new.abs().double() < torch.finfo(tensor.dtype).tiny)
     if not torch.equal(new.double(), wanted) or bool(flushed.any()):
+        leave = f"--exclude '{part.tensor.removesuffix('.weight')}'"
+        if not bool(old.isfinite().all()):
+            raise SpecDefError(f"{part.tensor} holds NaN or infinity", f"Repair it, or leave it out: {leave}.")
+        nonzero = old[old != 0].abs().double()
+        wider = "" if tensor.dtype in (torch.float32, torch.bfloat16) else "Store float32 (--dtype float32), or "
         raise SpecDefError(
-            f"{part.tensor}: scaling by powers of two up to 2**{max(map(abs, part.exponents))} leaves the range of "
-            f"{dtype_name(tensor.dtype)}",
-            "Store bfloat16 or float32 (--dtype), or use --method factors.",
+            f"{part.tensor} holds numbers from {nonzero.min():.2g} to {nonzero.max():.2g}, and times up to "
+            f"2**{max(map(abs, part.exponents))} they leave the range of {dtype_name(tensor.dtype)}",
+            f"{wider}{'leave' if wider else 'Leave'} it as it is: {leave}.",
         )
     target.index_copy_(axis, index, new)

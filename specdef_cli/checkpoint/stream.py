@@ -155,7 +155,7 @@ class _ShardFile:
         self._hash, self._hashed = hashlib.sha256(), 0
         self._hashing = False
         self._state = threading.Lock()
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         _write_all(self.descriptor, memoryview(header), 0)
         os.truncate(self.descriptor, len(header) + shard.nbytes)
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, is_hardened, read_manifest
+from specdef_cli.checkpoint.hub import status_of
+from specdef_cli.checkpoint.links import require_inside
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME
+from specdef_cli.checkpoint.weight_formats import holds_weights
 from specdef_cli.errors import SpecDefError, first_line
 
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+OF_A_HARDENING = frozenset({MANIFEST_NAME, "certificate.json", "configuration_specdef.py"})
+HINTS = {
+    401: LOGIN,
+    403: LOGIN,
+    409: "Someone else wrote to the repository meanwhile; try again.",
+    412: "Someone else wrote to the repository meanwhile; try again.",
+    413: "The Hub takes no file of this size: harden with a smaller --max-shard-size.",
+    429: "The Hub takes no more requests for now; try again in some minutes.",
+}
+"""What to do about an upload that the Hub refused, by its status."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,32 @@ class Destination:
     token: str | None = None
 
 
+@dataclass(frozen=True)
+class Upload:
+    """What an upload did.
+
+    Attributes:
+        address: Of the commit, or of the pull request.
+        removed: Files that the repository had and the directory has not.
+    """
+
+    address: str
+    removed: tuple[str, ...]
+
+    @property
+    def note(self) -> str:
+        """One line on what was removed."""
+        return f"Removed from the repository, as the directory has no such files: {', '.join(self.removed)}."
+
+
+def upload_hint(error: BaseException) -> str:
+    """What to do about an upload that failed."""
+    status = status_of(error)
+    if status is None:
+        return "Check the connection, or unset HF_HUB_OFFLINE."
+    return HINTS.get(status, "The Hub is out of order; try again later." if status >= 500 else "See what the Hub said.")
+
+
 def require_writable(destination: Destination) -> None:
     """Ask the Hub who this is, and refuse where an upload could only fail.
 
@@ -44,16 +84,20 @@ def require_writable(destination: Destination) -> None:
         SpecDefError: There is no login, the token can only read, or the namespace is another one's.
     """
     require_name(destination.repository)
+    if destination.create_pr and destination.revision is not None:
+        raise SpecDefError(
+            f"a pull request cannot be opened against {destination.revision}, only against the default branch",
+            "Leave out either the branch or --create-pr.",
+        )
     try:
         account = HfApi(token=destination.token).whoami()
     except LocalTokenNotFoundError as error:
         raise SpecDefError(f"{destination.repository} cannot be uploaded: nobody is logged in", LOGIN) from error
     except Exception as error:
         # huggingface_hub documents no classes for what its HTTP library raises.
-        refused = getattr(getattr(error, "response", None), "status_code", None) is not None
         raise SpecDefError(
             f"{destination.repository} cannot be uploaded: {first_line(error)}",
-            LOGIN if refused else "Check the connection, or unset HF_HUB_OFFLINE; `specdef push` uploads later.",
+            f"{upload_hint(error)} `specdef push` uploads later.",
         ) from error
     if _role(account) == "read":
         raise SpecDefError(f"{destination.repository} cannot be uploaded: {account['name']}'s token only reads", LOGIN)
@@ -84,44 +128,51 @@ def _role(account: dict[str, Any]) -> str | None:
     return role
 
 
-def push(directory: Path, destination: Destination, *, manifest: bool = True) -> str:
-    """Upload a published directory, creating repository and branch if need be.
+def push(directory: Path, destination: Destination, *, manifest: bool = True) -> Upload:
+    """Upload a directory in one commit that leaves no weights, manifest or certificate but the directory's.
 
     Args:
-        directory: What to upload.
-        destination: Where to.
-        manifest: Whether ``specdef.json`` goes along; what it says of a base that was a directory is its name alone.
-
-    Returns:
-        The address of the repository, or of the pull request.
-
-    Raises:
-        SpecDefError: The Hub refused.
+        directory: What to upload, byte for byte.
+        destination: Where to; repository and branch are made if need be.
+        manifest: Whether ``specdef.json`` goes along.
     """
+    files = _files(directory, manifest=manifest)
     api = HfApi(token=destination.token)
     try:
         repository = api.create_repo(destination.repository, private=destination.private or None, exist_ok=True).repo_id
-        if destination.revision is not None and not destination.create_pr:
+        if destination.revision is not None:
             api.create_branch(repository, branch=destination.revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=directory,
+        there = api.model_info(repository, revision=destination.revision)
+        stale = [file.rfilename for file in there.siblings or () if _is_stale(file.rfilename, files)]
+        commit = api.create_commit(
+            repository,
+            [
+                *(CommitOperationDelete(name, is_folder=False) for name in stale),
+                *(CommitOperationAdd(name, path) for name, path in files.items()),
+            ],
             commit_message="Upload hardened model",
             revision=destination.revision,
             create_pr=destination.create_pr,
-            ignore_patterns=[MANIFEST_NAME],
+            parent_commit=there.sha,  # what was listed is what is removed
         )
-        if manifest and is_hardened(directory):
-            api.upload_file(
-                repo_id=repository,
-                path_or_fileobj=read_manifest(directory).published().to_json().encode(),
-                path_in_repo=MANIFEST_NAME,
-                commit_message="Upload manifest",
-                revision=commit.pr_revision or destination.revision,
-            )
     except Exception as error:
         raise SpecDefError(
             f"{destination.repository} could not be uploaded: {first_line(error)}",
-            f"{LOGIN[:-1]}; {directory} is complete, and `specdef push` uploads it.",
+            f"{upload_hint(error)} {directory} is complete, and `specdef push` uploads it.",
         ) from error
-    return str(commit.pr_url or commit.commit_url)
+    return Upload(str(commit.pr_url or commit.commit_url), tuple(stale))
+
+
+def _files(directory: Path, *, manifest: bool) -> dict[str, Path]:
+    found = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    kept = {name: path for name, path in found.items() if not {".git", ".cache"} & set(name.split("/"))}
+    for path in kept.values():
+        require_inside(directory, path)
+    if not manifest:
+        kept.pop(MANIFEST_NAME, None)
+    return kept
+
+
+def _is_stale(name: str, files: Collection[str]) -> bool:
+    """Whether a file of the repository would stand beside an upload and speak of, or be, other weights."""
+    return name not in files and (name in OF_A_HARDENING or holds_weights(PurePosixPath(name)))

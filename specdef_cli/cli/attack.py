@@ -85,9 +85,12 @@ def attack_command(
     from specdef_cli.checkpoint.presence import require_models
     from specdef_cli.cli.conditions import Condition
     from specdef_cli.durations import parse_duration
+    from specdef_cli.errors import WrongUsage
 
     limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
     conditions = [Condition.parse(text) for text in fail_if or []]
+    if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
+        raise WrongUsage("--fail-if refusals needs prompts that the model refuses", "Give --prompts FILE.")
     if seeds is not None:
         given["seeds"] = seeds_of(seeds)
     if expand is not None:
@@ -119,6 +122,8 @@ def attack_command(
     require_data(options.dataset)
     if options.retained != NO_RETAINED:
         require_data(options.retained)
+    require_data(options.prompts)
+    require_data(options.prompts_harmless)
     require_trackers(options.report_to)
     writable_ancestor(options.out)
 
@@ -126,7 +131,7 @@ def attack_command(
 
     from specdef_cli.attack import Forecast, attack, is_main_process, plan_attack
     from specdef_cli.cli.plan import plan_screen
-    from specdef_cli.report import attacks_table, report_dict, runs_table, summary, write_report
+    from specdef_cli.report import attacks_table, edits_table, report_dict, runs_table, summary, write_report
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)
@@ -158,7 +163,10 @@ def attack_command(
             output.note(f"note: {text}")
     verdict, *sentences = summary(report)
     table = runs_table(report) if verbose else attacks_table(report)
-    output.data(report_dict(report), Group(verdict, table, *sentences), written=written[0])
+    tables = [table] if any(not run.spec.is_edit for run in report.runs) else []
+    edits = edits_table(report)
+    tables += [edits] if edits is not None else []
+    output.data(report_dict(report), Group(verdict, *tables, *sentences), written=written[0])
     output.note(f"report: {written[0]}")
     failures = dict.fromkeys(line for condition in conditions for line in condition.failures(report))
     for line in failures:

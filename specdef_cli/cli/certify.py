@@ -23,6 +23,7 @@ def certify_command(
     model: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
     ] = "hardened",
+    no_deployment: Annotated[bool, typer.Option("--no-deployment", hidden=True, help="--formats none.")] = False,
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -61,13 +62,17 @@ def certify_command(
     require_extra("attack", "certificates")
     if (report := given.get("attacks")) is not None:
         from specdef_cli.attack.presence import require_report
+
+        report = require_report(report)
         from specdef_cli.report.document import read_report
 
-        read_report(require_report(report))
+        read_report(report)
     from specdef_cli.certify.run import attack_command, certify, plan_certify
 
     output = Output(as_json, quiet)
     work_alone_if_stale(output)
+    if no_deployment:  # how scripts of earlier versions say it
+        given["formats"] = ("none",)
     options = CertifyOptions(
         model, **given, manifest=manifest, trust_remote_code=trust_remote_code, revision=revision, token=token
     )

@@ -28,6 +28,7 @@ _METRICS: dict[str, Callable[[Finding], float | None]] = {
     "steps_to_control": lambda finding: _steps_to_control(finding),
     "share_of_control": lambda finding: finding.share,
     "best_loss": lambda finding: finding.best,
+    "refusals": lambda finding: finding.refusals,
 }
 
 
@@ -47,11 +48,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read a condition.
-
-        Raises:
-            SpecDefError: It is not one.
-        """
+        """Read a condition."""
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
         try:
             if match is None or match[1] not in _METRICS:
@@ -69,7 +66,7 @@ class Condition:
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
         plain = [found for found in findings(report) if found.attack.subject == "model"]
-        plain = [found for found in plain if found.attack.knowledge == "none"]
+        plain = [found for found in plain if found.attack.knowledge == "none" and self._concerns(found)]
         for finding in plain:
             value = _METRICS[self.metric](finding)
             if value is None:
@@ -78,6 +75,14 @@ class Condition:
                 failed.append(f"{finding.attack.label} meets {self.text}")
         return tuple(failed) or ((f"no attack was measured for {self.text}",) if not plain else ())
 
+    def _concerns(self, finding: Finding) -> bool:
+        """An edit has no steps and no loss, and one that breaks the model has no answers."""
+        if finding.edit is None:
+            return True
+        return self.metric == "share_of_control" or (self.metric == "refusals" and finding.verdict != "broken")
+
 
 def _why(finding: Finding) -> str:
+    if finding.start is not None and finding.share is not None:
+        return "its best run diverged, or no --prompts were given"
     return "its start is not finite" if finding.start is None else "the control learned nothing by the same recipe"

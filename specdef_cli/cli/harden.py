@@ -127,7 +127,10 @@ def harden_command(
                 f"{options.manifest_out}`. Certify, attack and inspect take it too."
             )
         if destination is not None:
-            output.note(f"uploaded: {push(options.out, destination)}")
+            upload = push(options.out, destination)
+            output.note(f"uploaded: {upload.address}")
+            if upload.removed:
+                output.note(upload.note)
 
 
 def _construction(method: Method, given: dict[str, Any]) -> Construction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from specdef_cli.cli.options import CreatePr, Json, Private, Quiet, Token
 from specdef_cli.cli.output import Output
+from specdef_cli.errors import SpecDefError
 
 
 def push_command(
@@ -20,6 +22,7 @@ def push_command(
     no_manifest: Annotated[
         bool, typer.Option("--no-manifest", help="Leave out specdef.json, which says what was changed.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload a directory that is not hardened too.")] = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -40,10 +43,13 @@ def push_command(
     from specdef_cli.checkpoint.manifest import MANIFEST_NAME, is_hardened
     from specdef_cli.checkpoint.reader import open_checkpoint
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
+    from specdef_cli.hardening.card import has_section
 
     output = Output(as_json, quiet)
     destination = Destination(repository, private, revision, create_pr, token)
     open_checkpoint(directory)  # what is incomplete is not uploaded
+    if not is_hardened(directory) and not has_section(directory) and not yes:
+        _ask(directory, repository)
     require_writable(destination)
     if no_manifest:
         output.note(
@@ -55,5 +61,20 @@ def push_command(
             f"{MANIFEST_NAME} goes along and names every changed weight: `specdef collapse {repository}` gives the "
             "original back. Without it (--no-manifest) an attacker finds the changed channels by their norms."
         )
-    address = push(directory, destination, manifest=not no_manifest)
-    output.data({"address": address, "repository": repository}, Text(f"uploaded: {address}"))
+    upload = push(directory, destination, manifest=not no_manifest)
+    if upload.removed:
+        output.note(upload.note)
+    output.data(
+        {"address": upload.address, "repository": repository, "removed": upload.removed},
+        Text(f"uploaded: {upload.address}"),
+    )
+
+
+def _ask(directory: Path, repository: str) -> None:
+    """Have the user agree to upload weights that anyone can fine-tune."""
+    problem = f"{directory} is not hardened: it has neither specdef.json nor the card that `specdef harden` writes"
+    if sys.stdin is not None and sys.stdin.isatty():
+        print(f"{problem}.", file=sys.stderr)
+        if typer.confirm(f"Upload it to {repository} all the same?", err=True):
+            return
+    raise SpecDefError(problem, "Harden it first, or upload it as it is with --yes.")

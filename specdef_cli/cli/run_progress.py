@@ -41,5 +41,7 @@ class RunProgress:
         if event.kind == "run-reused":
             return "found finished"
         seconds = time.monotonic() - self._began.pop(event.label, time.monotonic())
-        loss = "no finite loss" if event.loss is None else f"held-out loss {event.loss:.3f}"
+        loss = f"held-out loss {event.loss:.3f}" if event.loss is not None else "no finite loss"
+        if event.loss is None and not event.diverged:  # nothing was trained
+            return f"edited, {seconds:.0f} s"
         return f"{loss}{', diverged' if event.diverged else ''}, {seconds:.0f} s"

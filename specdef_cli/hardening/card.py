@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import RepoCard
-from yaml import YAMLError
-
+from specdef_cli.checkpoint.front_matter import joined, metadata, read_card, split_card, with_keys
 from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.extras import INSTALLATION
@@ -16,6 +14,7 @@ from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_met
 from specdef_cli.hardening.lost_formats import given_up, lost_formats, serving_advice
 
 HEADING = "## SpecDef"
+_SECTION = re.compile(rf"^{HEADING}[ \t]*$.*?(?=^##? |\Z)", re.DOTALL | re.MULTILINE)
 
 
 def hardened_card(
@@ -34,34 +33,25 @@ def hardened_card(
         one_sided: Weights that were scaled by row or by column alone, named likewise.
         library: Who loads it.
     """
-    card = _parse(base_card)
-    data = hardened_metadata(card.data.to_dict(), manifest.base, library)
-    front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
-    body = card.text.split(f"\n{HEADING}")[0].strip()
-    body = body or f"# {manifest.base.hub_name or 'Hardened model'}"
-    return f"---\n{front}\n---\n\n{body}\n\n{section(manifest, unchanged, one_sided, library)}\n"
+    front, text = split_card(base_card)
+    front = with_keys(front, hardened_metadata(metadata(front), manifest.base, library))
+    body = _without_section(text) or f"# {manifest.base.hub_name or 'Hardened model'}"
+    return joined(front, f"{body}\n\n{section(manifest, unchanged, one_sided, library)}\n")
 
 
 def collapsed_card(card: str, manifest: Manifest) -> str:
     """The card of the directory that ``collapse`` writes: without the section, the tag and the base."""
-    parsed = _parse(card)
-    data = collapsed_metadata(parsed.data.to_dict(), manifest.base)
-    front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml() if data else ""
-    body = parsed.text.split(f"\n{HEADING}")[0].strip()
-    return (f"---\n{front}\n---\n\n" if front else "") + f"{body}\n"
+    front, text = split_card(card)
+    return joined(with_keys(front, collapsed_metadata(metadata(front), manifest.base)), f"{_without_section(text)}\n")
 
 
-def _parse(card: str) -> RepoCard:
-    try:
-        return _repository_card(card)
-    except (ValueError, YAMLError):  # front matter that is no YAML mapping: the text after it is kept
-        return _repository_card(re.sub(r"\A\s*---\r?\n.*?\n---\r?\n", "", card, flags=re.DOTALL))
+def has_section(directory: Path) -> bool:
+    """Whether the card of a directory has the section that hardening writes."""
+    return _SECTION.search(read_card(directory / "README.md")) is not None
 
 
-def _repository_card(card: str) -> RepoCard:
-    # huggingface_hub complains of a card without front matter; that is nothing that the user did.
-    front = "" if card.lstrip().startswith("---") else "---\n\n---\n"
-    return RepoCard(front + card, ignore_metadata_errors=True)
+def _without_section(text: str) -> str:
+    return _SECTION.sub("", text).strip()
 
 
 def section(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> str:

@@ -14,38 +14,26 @@ RELATION = "finetune"
 
 
 def hardened_metadata(base: Mapping[str, Any], origin: BaseCheckpoint, library: Library) -> dict[str, Any]:
-    """The base's metadata with what hardening changes: the tag, the library that loads it, and where it comes from.
+    """The keys that hardening sets: the tag, the library that loads it, and where it comes from.
 
-    The licence and everything else that the base says stays. A base that is a directory names no ``base_model``, as a
-    path means nothing to others.
-
-    Args:
-        base: The base card's metadata.
-        origin: The base, as the manifest has it.
-        library: Who loads the result.
+    A base that is a directory names no ``base_model``, as a path means nothing to others.
     """
-    data = dict(base)
-    tags = _tags(data)
-    data["tags"] = tags if TAG in tags else [*tags, TAG]
-    data.setdefault("library_name", library.name)
+    tags = _tags(base)
+    changes: dict[str, Any] = {} if TAG in tags else {"tags": [*tags, TAG]}
+    if "library_name" not in base:
+        changes["library_name"] = library.name
     if origin.hub_name is not None:
-        data["base_model"] = origin.hub_name
-        data["base_model_relation"] = RELATION
-    return data
+        changes |= {"base_model": origin.hub_name, "base_model_relation": RELATION}
+    return changes
 
 
 def collapsed_metadata(hardened: Mapping[str, Any], origin: BaseCheckpoint) -> dict[str, Any]:
-    """The inverse, for weights that are the base's again."""
-    data = dict(hardened)
-    tags = [tag for tag in _tags(data) if tag != TAG]
-    if tags:
-        data["tags"] = tags
-    else:
-        data.pop("tags", None)
-    if origin.hub_name is not None and data.get("base_model") == origin.hub_name:
-        del data["base_model"]
-        data.pop("base_model_relation", None)
-    return data
+    """The inverse, for weights that are the base's again; ``None`` removes a key."""
+    tags = _tags(hardened)
+    changes: dict[str, Any] = {"tags": [tag for tag in tags if tag != TAG] or None} if TAG in tags else {}
+    if origin.hub_name is not None and hardened.get("base_model") == origin.hub_name:
+        changes |= {"base_model": None, "base_model_relation": None}
+    return changes
 
 
 def _tags(data: Mapping[str, Any]) -> list[Any]:

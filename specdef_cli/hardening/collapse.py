@@ -16,6 +16,7 @@ import torch
 
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.front_matter import read_card
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
@@ -122,8 +123,7 @@ def _complete(checkpoint: Checkpoint, manifest: Manifest, work: Path) -> None:
     write_json(work / "config.json", unshim_config(checkpoint.config))
     card = checkpoint.directory / "README.md"
     if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace")
-        write_durably(work / "README.md", collapsed_card(text, manifest))
+        write_durably(work / "README.md", collapsed_card(read_card(card), manifest))
 
 
 def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorGroup, ...]:

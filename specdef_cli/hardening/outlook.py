@@ -101,7 +101,7 @@ def outlook(checkpoint: Checkpoint, skeleton: Skeleton) -> Outlook:
 def _incomparable(skeleton: Skeleton) -> SpecDefError | None:
     """Why outputs could not be compared, if so; asked once for all methods, as it runs the model on the meta device."""
     try:
-        require_comparable(skeleton.model)
+        require_comparable(skeleton)
     except SpecDefError as error:
         return error
     return None

@@ -33,7 +33,7 @@ from specdef_cli.hardening.fold import fold_groups, fold_pairs
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
-from specdef_cli.hardening.soundness import require_whole
+from specdef_cli.hardening.soundness import require_code_allows, require_whole
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, shim_config
 
@@ -144,8 +144,9 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
         raise SpecDefError(f"--base-model {options.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
     require_modules(checkpoint.directory)
     require_whole(skeleton, checkpoint)
+    require_code_allows(skeleton, verify=options.verify, adds_code=not isinstance(options.construction, Fold))
     if options.verify:
-        require_comparable(skeleton.model)
+        require_comparable(skeleton)
     changes = _changes(checkpoint, skeleton, options)
     config = dict(checkpoint.config)
     if checkpoint.library.names_dtype:

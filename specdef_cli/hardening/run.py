@@ -10,12 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.destination import require_manifest_place
 from specdef_cli.checkpoint.durable import write_durably
-from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
+from specdef_cli.checkpoint.front_matter import read_card
+from specdef_cli.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    BaseCheckpoint,
+    FactoredLayer,
+    Manifest,
+    remember_base,
+)
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
@@ -24,12 +34,12 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.execute import Written, published, write_json
-from specdef_cli.hardening.factors import FactorLayer
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
+from specdef_cli.hardening.rehearsal import load_empty, rehearse
 from specdef_cli.hardening.soundness import require_attention, require_hardenable, require_loadable
-from specdef_cli.hardening.verify import verify
+from specdef_cli.hardening.verify import Loader, is_loadable_here, verify
 from specdef_cli.runtime.processes import process_state
 from specdef_cli.runtime.shim import SHIM_SOURCE
 from specdef_cli.version import __version__
@@ -58,7 +68,9 @@ class HardenResult:
 def open_model(
     options: HardenOptions, on_download: DownloadHook | None = None
 ) -> Iterator[tuple[Resolved, Checkpoint, HardeningPlan]]:
-    """Find the model, read its headers, decide what to change; weights may arrive while the block runs.
+    """Find the model, read its headers, decide what to change, and load the result without its numbers.
+
+    Weights may arrive while the block runs.
 
     Raises:
         SpecDefError: As :func:`resolving`, :func:`open_checkpoint` and :func:`make_plan`.
@@ -74,7 +86,9 @@ def open_model(
         require_hardenable(checkpoint)
         skeleton = Skeleton.read(checkpoint, trust_remote_code=options.trust_remote_code)
         require_attention(skeleton)
-        yield resolved, checkpoint, make_plan(checkpoint, skeleton, options)
+        plan = make_plan(checkpoint, skeleton, options)
+        rehearse(checkpoint, skeleton, plan, trust_remote_code=options.trust_remote_code)
+        yield resolved, checkpoint, plan
 
 
 def preview(
@@ -83,19 +97,26 @@ def preview(
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_download: DownloadHook | None = None,
 ) -> PlanSummary:
-    """Say what :func:`harden` would do; weights are read for what stands in its way, and nothing is written.
-
-    No factorization is computed, so that one which the stored dtype does not hold is refused by :func:`harden` alone.
-    """
+    """Say what :func:`harden` would do: all is computed and compared in memory, and nothing is written."""
     with open_model(options, on_download) as (_, checkpoint, plan):
         on_plan(plan)
         device = compute_devices(options.device, process_state(options.device))[0]
+        fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
+        tensors: dict[str, Tensor] = {}
         for group in plan.groups:
-            if isinstance(group.transform, FactorLayer):
-                group.transform.read(checkpoint, device)
-            elif group.transform is not None:
-                group.transform(checkpoint, device)
+            if group.transform is not None:
+                made = group.transform(checkpoint, device).tensors
+            else:
+                made = {spec.name: checkpoint.read(spec.name) for spec in group.outputs} if fits else {}
+            tensors |= made if fits else {}
             on_progress(Progress(group.label, group.nbytes))
+        if fits:
+            empty = load_empty(checkpoint, plan, trust_remote_code=options.trust_remote_code)
+
+            def load(**loading: Any) -> Any:
+                return type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **loading)
+
+            _verification(checkpoint, plan, options, load)
         return summarize(plan, checkpoint)
 
 
@@ -143,6 +164,8 @@ def harden(
                 manifest, verification=_verification(checkpoint, plan, options, written.work)
             )
             _describe(checkpoint, plan, manifest, written.work)
+    if resolved.commit is None:
+        remember_base(manifest, resolved.directory)
     if options.manifest_out is not None:
         _move_manifest(options.out, options.manifest_out)
     return HardenResult(options.out, manifest, plan.parameters_added, plan.nbytes - checkpoint.nbytes, plan.notes)
@@ -165,7 +188,7 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         scaled=plan.scaled,
         factored=tuple(factored),
         shards=dict(written.sha256),
-    )
+    ).published()
 
 
 def _move_manifest(directory: Path, path: Path) -> None:
@@ -195,7 +218,9 @@ def _make_loadable(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manife
     write_durably(work / MANIFEST_NAME, manifest.to_json())
 
 
-def _verification(checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOptions, work: Path) -> dict[str, Any]:
+def _verification(
+    checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOptions, work: Path | Loader
+) -> dict[str, Any]:
     """Figures of the comparison with the base, or why there are none."""
     if not options.verify:
         return {"skipped": "verification was switched off"}
@@ -214,6 +239,5 @@ def _verification(checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOp
 def _describe(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manifest, work: Path) -> None:
     """Write the manifest with its verification, and the model card."""
     write_durably(work / MANIFEST_NAME, manifest.to_json())
-    base_card = checkpoint.directory / "README.md"
-    text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else ""
+    text = read_card(checkpoint.directory / "README.md")
     write_durably(work / "README.md", hardened_card(text, manifest, plan.unchanged, plan.one_sided, checkpoint.library))

@@ -7,6 +7,7 @@ such a model would mean nothing.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 
 from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES
+from specdef_cli.architectures.symmetries import symmetries
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, is_hardened, read_manifest
 from specdef_cli.checkpoint.presence import hardened_already
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.shim import ScaledSpec, is_shim, shim_layers, unshim_config
+from specdef_cli.runtime.shim import is_shim, unshim_config
 
 RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."
 MAX_EXPONENT = 1000
@@ -54,7 +56,7 @@ def require_sound(directory: Path, *, trust_remote_code: bool = False) -> Skelet
     manifest = read_manifest(directory) if is_hardened(directory) else None
     if manifest is None:
         if is_shim(checkpoint.config):
-            _require_factors(checkpoint)
+            load_without_weights(directory, trust_remote_code=trust_remote_code)
             return Skeleton.read(as_original(checkpoint, None), trust_remote_code=trust_remote_code)
         require_hardenable(checkpoint)
     else:
@@ -81,6 +83,31 @@ def require_hardenable(checkpoint: Checkpoint) -> None:
         raise SpecDefError(
             f"{directory} is quantized ({method})", "Harden the unquantized checkpoint, and quantize the result."
         )
+
+
+def require_code_allows(skeleton: Skeleton, *, verify: bool, adds_code: bool) -> None:
+    """Refuse to harden a class of the checkpoint's own code in ways that would lose or trust that code unseen.
+
+    Args:
+        skeleton: The model.
+        verify: Whether the result will be compared with the base.
+        adds_code: Whether the result would bring code, which is loaded as transformers' class, and not as this one.
+
+    Raises:
+        SpecDefError: naming the class.
+    """
+    if skeleton.is_native:
+        return
+    name = f"{type(skeleton.model).__name__} is a class of the checkpoint's own code"
+    if not symmetries(skeleton).pairs:
+        raise SpecDefError(
+            f"{name}, and no part of it is one whose symmetric pairs are known",
+            "Nothing here hardens it. If transformers has the architecture, use a checkpoint in that format.",
+        )
+    if adds_code:
+        raise SpecDefError(f"{name}, which a model that brings code of specdef cannot load", "Use --method fold.")
+    if not verify:
+        raise SpecDefError(f"{name}, so that only a run shows whether a fold keeps it", "Leave --no-verify out.")
 
 
 def require_attention(skeleton: Skeleton) -> None:
@@ -169,16 +196,27 @@ def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> Non
     """
     checkpoint = open_checkpoint(directory)
     require_as_described(checkpoint, read_manifest(directory))
-    if not checkpoint.library.loads_without_weights:
-        return
+    if checkpoint.library.loads_without_weights:
+        load_without_weights(directory, trust_remote_code=trust_remote_code)
+
+
+def load_without_weights(directory: Path, *, trust_remote_code: bool) -> Any:
+    """The model on the meta device; a hardened one is checked as it loads.
+
+    Raises:
+        SpecDefError: It cannot be loaded, or a tensor would be missing.
+    """
     with without_progress_bars():
-        _, found = load_model(directory, device="meta", output_loading_info=True, trust_remote_code=trust_remote_code)
+        model, found = load_model(
+            directory, device="meta", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
     if lost:
         raise SpecDefError(
             f"the hardened model would be loaded without {lost[0]}",
-            "Leave that layer out (--exclude), or use the other --method; nothing was published.",
+            "Leave that layer out (--exclude), or use another --method; nothing was published.",
         )
+    return model
 
 
 def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint:
@@ -193,11 +231,19 @@ def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint
     """
     tensors = dict(checkpoint.tensors)
     if manifest is None:
-        for module, spec in shim_layers(checkpoint.config).items():
-            if f"{module}.weight" in tensors:
-                shape = spec.weight if isinstance(spec, ScaledSpec) else (spec.out_features, spec.in_features)
-                tensors[f"{module}.weight"] = replace(tensors[f"{module}.weight"], shape=shape)
-        return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
+        for stem in replaced_stems(tensors):
+            inflated = tensors.get(f"{stem}.inflated.weight")
+            bias = tensors.get(f"{stem}.inflated.bias", tensors.get(f"{stem}.compensation.bias"))
+            if inflated is None:  # a head that shares the embedding's weight
+                tensors.pop(f"{stem}.weight", None)
+                continue
+            tensors[f"{stem}.weight"] = replace(inflated, name=f"{stem}.weight")
+            if bias is not None:
+                tensors[f"{stem}.bias"] = bias
+        original = replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
+        if any(name.endswith(".compensation.weight") for name in tensors):
+            _transpose(tensors, Skeleton.read(original))
+        return original
     require_as_described(checkpoint, manifest)
     for layer in manifest.factored:
         shape = (layer.out_features, layer.in_features)
@@ -272,24 +318,15 @@ def _require_scaled(module: ScaledModule) -> None:
             raise SpecDefError(f"{MANIFEST_NAME} scales {module.tensor} by 2**{list(side.exponents)}", RESTORE)
 
 
-def _require_factors(checkpoint: Checkpoint) -> None:
-    """Refuse a model with factors and without a manifest whose factors are not those that config.json names."""
-    for module, spec in shim_layers(checkpoint.config).items():
-        if isinstance(spec, ScaledSpec):
-            scales = {"input_scale": spec.input_scale, "output_scale": spec.output_scale}
-            factors: dict[str, tuple[int, ...]] = {
-                f"{module}.{name}.weight": (length,) for name, length in scales.items() if length is not None
-            }
-            factors |= {} if spec.tied_to else {f"{module}.inflated.weight": spec.weight}
-        else:
-            factors = {
-                f"{module}.inflated.weight": (spec.out_features, spec.in_features),
-                f"{module}.compensation.weight": (spec.out_features, spec.out_features),
-            }
-        for name, shape in factors.items():
-            header = checkpoint.tensors.get(name)
-            if header is None or tuple(header.shape) != shape:
-                raise SpecDefError(
-                    f"{checkpoint.directory} has no tensor {name} of shape {list(shape)}, which its config.json names",
-                    "Restore its files, or harden the base model again.",
-                )
+def _transpose(tensors: dict[str, TensorHeader], skeleton: Skeleton) -> None:
+    """Give the weights of GPT-2's layers, whose factors are stored as other layers' are, their own shape."""
+    for tensor, parameter in skeleton.names.parameters.items():
+        shape = tuple(skeleton.parameters[parameter].shape) if parameter in skeleton.parameters else ()
+        if f"{tensor.removesuffix('.weight')}.compensation.weight" in tensors and tensors[tensor].shape == shape[::-1]:
+            tensors[tensor] = replace(tensors[tensor], shape=shape)
+
+
+def replaced_stems(names: Iterable[str]) -> list[str]:
+    """What the names on disk of replaced layers and scaled modules begin with, in order."""
+    ends = (".inflated.weight", ".input_scale.weight", ".output_scale.weight")
+    return list(dict.fromkeys(name.removesuffix(end) for name in names for end in ends if name.endswith(end)))

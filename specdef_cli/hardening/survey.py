@@ -21,9 +21,8 @@ from specdef_cli.hardening.factors import read_weight
 from specdef_cli.hardening.outlook import Outlook, outlook
 from specdef_cli.hardening.plan import RESIDUAL_WRITERS
 from specdef_cli.hardening.recognise import Recognised, recognise
-from specdef_cli.hardening.soundness import as_original, require_its_own
+from specdef_cli.hardening.soundness import as_original, replaced_stems, require_its_own
 from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.shim import shim_layers
 from specdef_cli.spectral.effective_rank import effective_rank
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
@@ -126,10 +125,8 @@ def _survey(
     if "quantization_config" not in original.config:  # packed weights have shapes of their own
         skeleton.require_complete()
     factored = {layer.tensor: layer for layer in manifest.factored} if manifest else {}
-    # A model with factors and without a manifest still says in config.json which layers they are.
-    factors = {f"{module}.weight": f"{module}.inflated.weight" for module in shim_layers(checkpoint.config)}
-    factors |= {tensor: layer.inflated_tensor for tensor, layer in factored.items()}
-    factors |= {module.tensor: module.inflated_tensor for module in manifest.scaled} if manifest else {}
+    # With a manifest or without one, the names on disk say which layers are replaced.
+    factors = {f"{stem}.weight": f"{stem}.inflated.weight" for stem in replaced_stems(checkpoint.tensors)}
     place = compute_devices(device, process_state(device))[0]
     layers = []
     for site in linear_sites(skeleton):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
 from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs, no_batch
+from specdef_cli.runtime.fixed_batch import model_outputs, no_batch
 from specdef_cli.runtime.garbage import new_objects_only
 
+COMPARE_YOURSELF = "With --no-verify it is written unseen: run it, and compare it with the base, before you publish it."
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
 LOGITS_TOLERANCE = 0.05
 INSTEAD: dict[Method, str] = {
@@ -30,6 +33,8 @@ INSTEAD: dict[Method, str] = {
     "scale": "Use --method factors",
     "factors": "Use a smaller --alpha",
 }
+
+Loader = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,12 @@ class OutputComparison:
 
 
 def compare_models(
-    base: Path, hardened: Path, *, dtype: torch.dtype | None = None, device: str | None = None, **loading: Any
+    base: Path, hardened: Path | Loader, *, dtype: torch.dtype | None = None, device: str | None = None, **loading: Any
 ) -> OutputComparison:
     """Load both directories in turn, run the same batch through them, and compare.
 
     Args:
-        base, hardened: Checkpoint directories.
+        base, hardened: Checkpoint directories, or what loads the model.
         dtype: What to load both in; ``None`` for the dtype they are stored in.
         device: Where to run.
         loading: Passed on to ``load_model``.
@@ -67,7 +72,12 @@ def compare_models(
             finite, or the hardened model does not run (naming layers whose weight is read without running them).
     """
     with new_objects_only():
-        reference = _outputs(base, dtype, device, loading)
+        try:
+            reference = _outputs(base, dtype, device, loading)
+        except (RuntimeError, IndexError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise _base_does_not_run(base, error) from error
         if not torch.isfinite(reference).all():
             raise SpecDefError(
                 f"the outputs of {base} hold NaN or infinity before any change",
@@ -100,13 +110,25 @@ def compare_outputs(reference: Tensor, outputs: Tensor) -> OutputComparison:
     )
 
 
+def is_loadable_here(nbytes: int) -> bool:
+    """Whether that much of memory is free, and some to spare."""
+    return nbytes <= 0.8 * psutil.virtual_memory().available
+
+
 def verify(
-    base: Path, hardened: Path, nbytes: int, *, method: Method, logits: bool, device: str | None, **loading: Any
+    base: Path,
+    hardened: Path | Loader,
+    nbytes: int,
+    *,
+    method: Method,
+    logits: bool,
+    device: str | None,
+    **loading: Any,
 ) -> dict[str, Any]:
     """Figures of the comparison for the manifest, or why it was left out.
 
     Args:
-        base, hardened: Checkpoint directories.
+        base, hardened: Checkpoint directories, or what loads the model.
         nbytes: Size of the larger of both.
         method: The outputs of a fold and of scales must be bit-identical, those of factors within rounding.
         logits: Whether the outputs are ones to choose among. A predicted noise is not, and is compared by size alone.
@@ -117,7 +139,7 @@ def verify(
         SpecDefError: The hardened model is not the base model's function.
     """
     available = psutil.virtual_memory().available
-    if nbytes > 0.8 * available:
+    if not is_loadable_here(nbytes):
         return {
             "skipped": f"loading the model takes {nbytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
         }
@@ -137,28 +159,28 @@ def verify(
     return figures if logits else {name: figures[name] for name in ("max_abs", "relative", "equal")}
 
 
-def require_comparable(model: nn.Module) -> None:
-    """Refuse, before any work, a model for which no batch can be made up, so that its outputs cannot be compared.
-
-    Args:
-        model: On the meta device, where a forward pass computes shapes alone.
+def require_comparable(skeleton: Skeleton) -> None:
+    """Refuse, before any work, a model for which no batch can be made up, or that does not run on it.
 
     Raises:
-        SpecDefError: naming what it takes.
+        SpecDefError: naming what it takes, or why it does not run.
     """
-    hint = "Run the same command with --no-verify, and compare the outputs yourself."
-    try:
-        inputs = fixed_inputs(model)
-    except ResumableError as error:
-        raise SpecDefError(error.problem, hint) from error
-    try:
-        with torch.inference_mode():
-            model(**inputs)
-    except (TypeError, ValueError, AttributeError) as error:
-        # An input is missing. Other errors are those of the meta device, which cannot branch on values.
-        raise SpecDefError(no_batch(model, f"more than {' and '.join(inputs)}").problem, hint) from error
-    except Exception:
-        return
+    trial, name = skeleton.trial, type(skeleton.model).__name__
+    if isinstance(trial.error, ResumableError):
+        raise SpecDefError(trial.error.problem, COMPARE_YOURSELF) from trial.error
+    if isinstance(trial.error, TypeError):  # of an input that is missing
+        raise SpecDefError(
+            no_batch(skeleton.model, f"more than {' and '.join(trial.inputs)}").problem, COMPARE_YOURSELF
+        )
+    if trial.error is not None and trial.certain:
+        raise _base_does_not_run(name, trial.error) from trial.error
+
+
+def _base_does_not_run(name: object, error: Exception) -> SpecDefError:
+    return SpecDefError(
+        f"{name} cannot be run before any change, on inputs made up from config.json: {first_line(error)}",
+        f"Correct config.json if transformers cannot run it either. {COMPARE_YOURSELF}",
+    )
 
 
 def _does_not_run(reason: str, base: Path, dtype: torch.dtype | None, loading: dict[str, Any]) -> SpecDefError:
@@ -188,9 +210,12 @@ def _does_not_run(reason: str, base: Path, dtype: torch.dtype | None, loading: d
     )
 
 
-def _outputs(directory: Path, dtype: torch.dtype | None, device: str | None, loading: dict[str, Any]) -> Tensor:
+def _outputs(source: Path | Loader, dtype: torch.dtype | None, device: str | None, loading: dict[str, Any]) -> Tensor:
     with without_progress_bars():
-        model = load_model(directory, dtype=dtype, device=device, **loading).eval()
+        if isinstance(source, Path):
+            model = load_model(source, dtype=dtype, device=device, **loading).eval()
+        else:
+            model = source(dtype=dtype or "auto", device_map={"": device or "cpu"}).eval()
     outputs = model_outputs(model)
     del model
     gc.collect()

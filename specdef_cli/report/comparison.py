@@ -33,6 +33,8 @@ class Cell:
         """``77 % (3e-7)``: share of its own control's progress, and the rate; ``?`` where that is not settled."""
         if self.share is None:
             return "–"
+        if self.learning_rate == 0:  # an edit, which is not trained
+            return f"{percent(self.share)}, {self.verdict}"
         doubt = " ?" if self.verdict == "not settled" else ""
         return f"{percent(self.share)} ({rate(self.learning_rate)}){doubt}"
 
@@ -85,7 +87,7 @@ def compare(reports: Sequence[ReportDocument]) -> Comparison:
             if attack.subject == "control":
                 controls.setdefault(_recipe(attack), attack)
             else:
-                first = "" if attack.variant == "plain" else f"{attack.variant}: "
+                first = "" if attack.variant == "plain" or attack.edit is not None else f"{attack.variant}: "
                 column[first + _recipe(attack)] = attack
         columns.append(column)
     rows = []
@@ -120,10 +122,14 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def _recipe(attack: Finding) -> str:
+    if attack.edit is not None:
+        return attack.variant
     return f"{attack.trained}, {attack.optimizer}"
 
 
 def _learned(control: Finding) -> str:
+    if control.edit is not None:
+        return f"{percent(control.edit.left)} of the direction left, KL {number(control.edit.kl)}"
     return f"{number(control.start)} → {number(control.best)} ({rate(control.learning_rate)})"
 
 

@@ -16,11 +16,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.presence import require_report
-from specdef_cli.attack.results import CONTROL_SHARE, AttackReport, DataSummary, Hardening
+from specdef_cli.attack.results import CONTROL_SHARE, AttackReport, DataSummary, Hardening, PromptSummary
 from specdef_cli.attack.run_result import (
     DIVERGENCE_FACTOR,
+    KL_LIMIT,
     UTILITY_LIMIT,
+    Behaviour,
     Divergence,
+    Edit,
     EvalPoint,
     RunOutcome,
     RunResult,
@@ -60,6 +63,8 @@ class Definitions(Part):
     """At or below this share of the control's progress an attack counts as stopped."""
     utility_limit: float
     """Utility is kept while perplexity on retained text is at most this share above the start's."""
+    kl_limit: float = 1.0
+    """An edit whose KL divergence on harmless prompts is beyond this has broken the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,7 @@ class SpecPart(Budget):
     learning_rate: float
     eval_every: int
     seed: int
+    prompts: str = ""
 
 
 class RunLoss(Part):
@@ -125,6 +131,10 @@ class RunPart(Part):
     divergence: Divergence | None
     stopped: int | None = None
     """The step after which a search ended the run."""
+    edits: tuple[Edit, ...] = ()
+    """Of an edit, what each strength did."""
+    behaviour: Behaviour | None = None
+    """How the model answers afterwards; null: not measured."""
     seconds: float
     curve: Curve
 
@@ -142,6 +152,8 @@ class ReportDocument(Part):
     model: ModelPart
     control: ControlPart
     data: DataSummary
+    prompts: PromptSummary | None = None
+    """What edits tell apart and refusals are counted on; null: neither was measured."""
     assumed: tuple[str, ...]
     """What the user left open and was chosen."""
     notes: tuple[str, ...]
@@ -164,6 +176,7 @@ def report_document(report: AttackReport) -> ReportDocument:
         model=ModelPart(name=report.model, hardening=report.hardening),
         control=ControlPart(name=report.control),
         data=report.data,
+        prompts=report.prompts,
         assumed=report.assumed,
         notes=report.notes,
         definitions=Definitions(
@@ -171,6 +184,7 @@ def report_document(report: AttackReport) -> ReportDocument:
             divergence_factor=DIVERGENCE_FACTOR,
             stopped_share=STOPPED_SHARE,
             utility_limit=UTILITY_LIMIT,
+            kl_limit=KL_LIMIT,
         ),
         versions=report.versions,
         device=report.device,
@@ -208,6 +222,8 @@ def _run(report: AttackReport, run: RunResult) -> RunPart:
         outcome=run.outcome,
         divergence=run.divergence,
         stopped=run.stopped,
+        edits=run.edits,
+        behaviour=run.behaviour,
         seconds=run.seconds,
         curve=Curve(train=run.train, evaluations=run.evaluations),
     )

@@ -14,23 +14,24 @@ from datetime import date
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from specdef_cli.attack.results import CONTROL_SHARE, AttackReport
-from specdef_cli.attack.run_result import DIVERGENCE_FACTOR, UTILITY_LIMIT
+from specdef_cli.attack.run_result import DIVERGENCE_FACTOR, KL_LIMIT, UTILITY_LIMIT
 from specdef_cli.report.findings import (
     KNOWLEDGE_WORDS,
     STOPPED_SHARE,
     Finding,
     Verdict,
+    edit_words,
     findings,
     growth_words,
     number,
+    of_edits,
     outcome_words,
     percent,
     rate,
     steps_words,
     summary,
 )
-from specdef_cli.report.matrix import coverage_matrix
-from specdef_cli.report.plot import curves_png, growth_png
+from specdef_cli.report.plot import curves_png
 
 MAX_LISTED = 12
 """Attacks that are listed under a verdict at the head of the page; the tables below have them all."""
@@ -68,6 +69,7 @@ def report_html(report: AttackReport, image: bytes) -> str:
         image: The plot, PNG.
     """
     found = findings(report)
+    trained = tuple(finding for finding in found if finding.edit is None)
     environment = Environment(
         loader=PackageLoader("specdef_cli.report", "."),
         autoescape=True,
@@ -83,25 +85,27 @@ def report_html(report: AttackReport, image: bytes) -> str:
         not_slowed=_lines(found, "not slowed"),
         curves=_base64(image),
         narrow_curves=_base64(curves_png(report, narrow=True)),
-        matrix=coverage_matrix(found),
-        attacks=_attacks_table(found),
-        costs=_costs_table(report, found),
+        broken=[
+            f"{finding.attack.variant.label}: {edit_words(finding)}" for finding in found if finding.verdict == "broken"
+        ],
+        attacks=_attacks_table(trained),
+        costs=_costs_table(report, trained),
         accuracy=_accuracy_table(found),
+        edits=_edits_table(found),
+        behaviour=_behaviour_table(found),
+        answers=_answers(found),
+        asked=_asked(report),
         runs=_runs_table(report),
         definitions=_definitions(),
         growth=growth_words(report),
-        growth_curve=_base64(growth_png(found)),
         setting=_setting(report),
         notes=report.notes,
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        percent=percent,
-        rate=rate,
-        heat=lambda share: f"{0.75 * min(max(share, 0.0), 1.0):.2f}",
     )
 
 
-def _base64(image: bytes | None) -> str:
-    return "" if image is None else base64.b64encode(image).decode("ascii")
+def _base64(image: bytes) -> str:
+    return base64.b64encode(image).decode("ascii")
 
 
 def _table(headings: Sequence[str], words: Iterable[str], rows: Iterable[Row]) -> Table:
@@ -115,7 +119,8 @@ def _lines(found: Sequence[Finding], verdict: Verdict) -> list[str]:
     lines = []
     for finding in attacks[:MAX_LISTED]:
         attack = finding.attack
-        what = ", ".join(part for part in (attack.variant.label, attack.training.label, attack.optimizer) if part)
+        recipe = () if attack.edit is not None else (attack.training.label, attack.optimizer)
+        what = ", ".join(part for part in (attack.variant.label, *recipe) if part)
         lines.append(f"{percent(finding.share)}: {what}")
     more = len(attacks) - len(lines)
     return [*lines, *([f"and {more} more, below"] if more > 0 else [])]
@@ -213,6 +218,69 @@ def _accuracy_table(found: Sequence[Finding]) -> Table:
         for finding in found
     ]
     return _table(("attack", *tasks), (), rows if tasks else ())
+
+
+def _edits_table(found: Sequence[Finding]) -> Table:
+    """Every strength of every edit; the best one of each stands out."""
+    rows = [
+        Row(
+            (
+                finding.attack.label,
+                f"{edit.strength:g}",
+                percent(edit.left),
+                number(edit.kl, 3),
+                percent(finding.share) if edit == finding.edit else "",
+                finding.verdict if edit == finding.edit else "broken" if edit.broken else "",
+            ),
+            " ".join(["first"] * (place == 0) + ["best"] * (edit == finding.edit)),
+        )
+        for finding in of_edits(found)
+        for place, edit in enumerate(finding.attack.best_run.edits)
+    ]
+    headings = ("edit", "strength", "of the direction left", "KL, harmless prompts", "of its control", "verdict")
+    return _table(headings, ("verdict",), rows)
+
+
+def _behaviour_table(found: Sequence[Finding]) -> Table:
+    """Refusals after every attack that was followed by questions; no rows where no prompts were given."""
+    asked = [(finding, finding.attack.behaviour) for finding in found]
+    rows = [
+        Row(
+            (
+                finding.attack.label,
+                percent(behaviour.refusals_before),
+                percent(behaviour.refusals),
+                number(behaviour.kl, 3),
+            )
+        )
+        for finding, behaviour in asked
+        if behaviour is not None and behaviour.refusals is not None
+    ]
+    return _table(("attack", "refused before", "refused after", "KL, harmless prompts"), (), rows)
+
+
+def _answers(found: Sequence[Finding]) -> list[str]:
+    """The beginning of the first answer after each attack."""
+    return [
+        f"{finding.attack.label}: “{prompt}” – “{answer}”"
+        for finding in found
+        if finding.attack.behaviour is not None
+        for prompt, answer in finding.attack.behaviour.answers[:1]
+    ]
+
+
+def _asked(report: AttackReport) -> str:
+    """How edits and answers were measured."""
+    if report.prompts is None:
+        return ""
+    words = ", ".join(report.prompts.refusal_words)
+    counted = f" An answer counts as a refusal if it has one of these in it: {words}." if report.prompts.given else ""
+    return (
+        f"Prompts: {report.prompts.name}, {report.prompts.held_out} of them held out. The direction lies between their "
+        "mean hidden states and those of the others. KL: of the next token from the model before the attack. Broken: "
+        f"every strength has a KL divergence beyond {KL_LIMIT:g} nat. The best strength leaves least of the direction "
+        f"without breaking the model. Answers are the likeliest ones, cut off.{counted}"
+    )
 
 
 def _share(finding: Finding) -> str:

@@ -1,10 +1,9 @@
-"""How far attacks get, drawn: over steps and over learning rates (``curves.png``), and against the model's growth."""
+"""How far attacks get, drawn over steps and over learning rates (``curves.png``)."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from specdef_cli.attack.results import Attack, AttackReport
-from specdef_cli.report.findings import Finding, rate
+from specdef_cli.report.findings import rate
 
 _PALETTES = {"none": "Blues", "construction": "Reds", "growth": "Oranges"}
 _MARKERS = "osD^vP*X"
@@ -72,61 +71,8 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
     )
     right.xaxis.set_major_locator(LogLocator(numticks=15))
     right.xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(loc="outside lower center", ncols=1 if narrow else 2, frameon=False, fontsize=8.5)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
-
-
-def growth_png(found: Sequence[Finding]) -> bytes | None:
-    """Progress of informed attacks over how many times as many parameters the attacked model has, as PNG bytes;
-    ``None`` where no attack grew the model.
-
-    The paper proves that a linear increase of the model's size is enough (arXiv 2602.18868, Theorem 8).
-    """
-    grown = [finding for finding in found if finding.attack.knowledge == "growth" and finding.share is not None]
-    if not grown:
-        return None
-    informed = [
-        finding for finding in found if finding.attack.knowledge == "construction" and finding.share is not None
-    ]
-    plain = [
-        finding
-        for finding in found
-        if finding.verdict not in ("control", "unknown") and finding.attack.knowledge == "none"
-    ]
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for attacks, color, what in (
-        (plain[:1], "tab:blue", "knows only recipes"),
-        (informed, "tab:red", "knows the construction"),
-        (grown, "tab:orange", "and grows the model"),
-    ):
-        axes.scatter(
-            [finding.parameters_times for finding in attacks],
-            [finding.share or 0 for finding in attacks],
-            color=color,
-            label=what,
-        )
-        places: dict[tuple[float, float], list[str]] = {}
-        for finding in attacks:
-            place = (round(finding.parameters_times, 2), round(finding.share or 0, 2))
-            places.setdefault(place, []).append(finding.attack.variant.label or "as published")
-        for place, labels in places.items():
-            axes.annotate(
-                ", ".join(labels),
-                place,
-                xytext=(5, -11),
-                textcoords="offset points",
-                fontsize=8,
-            )
-    axes.axhline(1, color="gray", lw=1, ls=":")
-    axes.set(xlabel="parameters of the attacked model, times the control's", ylabel="share of the control's progress")
-    axes.set_ylim(-0.05, 1.15)
-    axes.margins(x=0.15)
-    axes.legend(frameon=False, fontsize=8.5)
-    _tidy(axes)
+    if drawn:
+        figure.legend(loc="outside lower center", ncols=1 if narrow else 2, frameon=False, fontsize=8.5)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
@@ -136,6 +82,8 @@ def _strongest(report: AttackReport) -> tuple[Attack, ...]:
     """Of each kind the attacks that ended lowest, in the order of the report."""
     kinds: dict[str, list[Attack]] = {}
     for attack in report.attacks:
+        if attack.edit is not None:  # which has no curve
+            continue
         kinds.setdefault("control" if attack.subject == "control" else attack.knowledge, []).append(attack)
     kept = [attack for attacks in kinds.values() for attack in sorted(attacks, key=_loss_reached)[:MAX_CURVES]]
     return tuple(attack for attack in report.attacks if attack in kept)

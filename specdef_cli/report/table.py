@@ -14,6 +14,7 @@ from specdef_cli.report.findings import (
     findings,
     growth_words,
     number,
+    of_edits,
     outcome_words,
     percent,
     rate,
@@ -25,15 +26,41 @@ def attacks_table(report: AttackReport) -> Table:
     """One line for each attack at its best learning rate, in 80 columns. Cells are :class:`Text`, so nothing in a name
     is taken for markup.
     """
+    found = [finding for finding in findings(report) if finding.edit is None]
     table = _table(report, "attack", "best η", "loss", "of its\ncontrol", "of best\ncontrol", "steps")
     table.add_column("verdict", no_wrap=True)
     previous = None
-    for finding in findings(report):
+    asked = any(finding.refusals is not None for finding in found)
+    if asked:
+        table.add_column("refusals", justify="right", no_wrap=True)
+    for finding in found:
         group = (finding.attack.subject, finding.attack.knowledge)
         if previous not in (None, group):
             table.add_section()
         previous = group
-        _add(table, _attack_cells(report, finding), "bold" if finding.verdict == "not slowed" else "")
+        cells = _attack_cells(report, finding) + ((percent(finding.refusals),) if asked else ())
+        _add(table, cells, "bold" if finding.verdict == "not slowed" else "")
+    return table
+
+
+def edits_table(report: AttackReport) -> Table | None:
+    """One line for each edit at its best strength; ``None`` where the model was not edited."""
+    found = of_edits(findings(report))
+    if not found:
+        return None
+    caption = "left: of the direction between the two kinds of prompts. KL: of the next token, on harmless prompts."
+    table = Table(caption=Text(caption), caption_justify="left", pad_edge=False)
+    table.add_column("edit, nothing trained")
+    asked = any(finding.refusals is not None for finding in found)
+    for heading in ("strength", "left", "KL", "of its\ncontrol", *(["refusals"] if asked else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for finding in found:
+        edit = finding.edit
+        assert edit is not None
+        cells = [_name(finding), f"{edit.strength:g}", percent(edit.left), number(edit.kl), percent(finding.share)]
+        cells += [percent(finding.refusals)] if asked else []
+        _add(table, [*cells, finding.verdict], "bold" if finding.verdict == "not slowed" else "")
     return table
 
 
@@ -51,7 +78,7 @@ def runs_table(report: AttackReport) -> Table:
 
 def _attack_cells(report: AttackReport, finding: Finding) -> tuple[str, ...]:
     return (
-        finding.attack.label.removeprefix("hardened, ").removeprefix("hardened · "),
+        _name(finding),
         rate(finding.learning_rate),
         number(finding.best),
         percent(finding.share),
@@ -59,6 +86,10 @@ def _attack_cells(report: AttackReport, finding: Finding) -> tuple[str, ...]:
         steps_words(report, finding.attack.best_run),
         finding.verdict,
     )
+
+
+def _name(finding: Finding) -> str:
+    return finding.attack.label.removeprefix("hardened, ").removeprefix("hardened · ")
 
 
 def _run_cells(report: AttackReport, attack: Attack, run: RunResult) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdef_cli.errors import ResumableError
 
@@ -14,7 +16,7 @@ BATCH, LENGTH = 2, 32
 
 
 def fixed_inputs(model: Any) -> dict[str, Any]:
-    """A deterministic batch of what the model takes: token ids, pixels, both, or noisy latents.
+    """A deterministic batch of what the model takes: token ids, pixels, both, sound, or noisy latents.
 
     Raises:
         ResumableError: The model's input is neither; the weights may be right.
@@ -23,23 +25,38 @@ def fixed_inputs(model: Any) -> dict[str, Any]:
     config = model.config
     if not isinstance(model, PreTrainedModel):
         return noisy_latents(model, generator)
-    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):  # CLIP and its kin
-        inputs = {**_token_ids(config, generator), **_pixels(config, generator)}
-    elif model.main_input_name == "input_ids":
-        inputs = _token_ids(config, generator)
-        if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inputs["input_ids"].roll(1, dims=1)
-    elif model.main_input_name == "pixel_values":
-        inputs = _pixels(config, generator)
-    else:
-        raise no_batch(model, model.main_input_name)
+    # A model that was put together from two (a speech encoder and a decoder) takes what its encoder does.
+    kind = getattr(getattr(model, "encoder", None), "main_input_name", model.main_input_name)
+    try:
+        if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):  # CLIP and its kin
+            inputs = {**_token_ids(config, generator), **_pixels(config, generator)}
+        elif kind == "input_ids":
+            inputs = _token_ids(_encoder(config), generator)
+        elif kind == "pixel_values":
+            inputs = _pixels(config, generator)
+        elif kind == "input_values":
+            inputs = _sound(config, generator)
+        elif kind == "input_features":
+            inputs = _features(model, config, generator)
+        else:
+            raise no_batch(model, kind)
+        if config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+            inputs["decoder_input_ids"] = _token_ids(config, generator)["input_ids"]
+    except AttributeError as error:  # a config that names the sizes of its input in another way
+        raise no_batch(model, f"{kind} of sizes that its config.json does not name") from error
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _encoder(config: Any) -> Any:
+    """What describes the part that the input goes into."""
+    parts = (getattr(config, name, None) for name in ("encoder", "encoder_config", "audio_config"))
+    return next((part for part in parts if isinstance(part, PreTrainedConfig)), config)
 
 
 def _token_ids(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or LENGTH
-    size = (BATCH, max(1, min(LENGTH, positions - 2)))
+    limits = (getattr(text, name, None) or LENGTH + 2 for name in ("max_position_embeddings", "max_target_positions"))
+    size = (BATCH, max(1, min(LENGTH, min(limits) - 2)))
     # Low ids are often special (padding changes positions in RoBERTa), so they are left out where others exist.
     low = 5 if text.vocab_size > 10 else 0
     ids = torch.randint(low, text.vocab_size, size, generator=generator)
@@ -47,9 +64,36 @@ def _token_ids(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _pixels(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    vision = getattr(config, "vision_config", config)
-    side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-    return {"pixel_values": torch.randn(BATCH, vision.num_channels, side, side, generator=generator)}
+    vision = getattr(config, "vision_config", None) or _encoder(config)
+    size = getattr(vision, "image_size", None) or 32 * LENGTH // 4  # convolutions take any
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = getattr(vision, "num_channels", None) or vision.in_channels
+    return {"pixel_values": torch.randn(BATCH, channels, height, width, generator=generator)}
+
+
+def _sound(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """A waveform, or a spectrogram where the config counts mel bins (AST)."""
+    sound = _encoder(config)
+    if hasattr(sound, "num_mel_bins") and hasattr(sound, "max_length"):
+        return {"input_values": torch.randn(BATCH, sound.max_length, sound.num_mel_bins, generator=generator)}
+    stride = math.prod(getattr(sound, "conv_stride", ())) or 1
+    return {"input_values": torch.randn(BATCH, max(4000, LENGTH * stride), generator=generator)}
+
+
+def _features(model: Any, config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """A spectrogram: of a fixed number of frames, bins first (Whisper), or of any number, frames first."""
+    sound = _encoder(config)
+    if hasattr(sound, "max_source_positions") and hasattr(sound, "num_mel_bins"):
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else model
+        strides = [module.stride[0] for module in encoder.modules() if isinstance(module, nn.Conv1d)]
+        frames = sound.max_source_positions * math.prod(strides)
+        return {"input_features": torch.randn(BATCH, sound.num_mel_bins, frames, generator=generator)}
+    bins = next(
+        getattr(sound, name)
+        for name in ("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins", "input_dim")
+        if getattr(sound, name, None)
+    )
+    return {"input_features": torch.randn(BATCH, 4 * LENGTH, bins, generator=generator)}
 
 
 def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
@@ -102,8 +146,8 @@ def model_outputs(model: Any) -> Tensor:
         ResumableError: It takes more than the batch holds.
     """
     inputs = fixed_inputs(model)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    measured = ("pixel_values", "input_values", "input_features")
+    inputs = {name: value.to(model.dtype) if name in measured else value for name, value in inputs.items()}
     try:
         with torch.inference_mode():
             outputs = model(**inputs)

@@ -20,6 +20,7 @@ from specdef_cli.checkpoint.library import diffusers_missing, library_of
 from specdef_cli.checkpoint.weight_files import read_config
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError
+from specdef_cli.runtime.own_code import own_class
 from specdef_cli.runtime.register import register
 
 _TOKENIZER_FILES = (
@@ -131,16 +132,12 @@ def _model_class(path: Path, config: Any, auto_class: Any, trust_remote_code: bo
     name = auto_class or next(iter(config.architectures or ()), None)
     if name is None:
         raise SpecDefError(f"{path / 'config.json'} names no architectures", "Add the model's class to config.json.")
-    chosen = getattr(transformers, name, None)
-    if chosen is None and trust_remote_code:
-        references = getattr(config, "auto_map", {})
-        chosen = next(
-            (getattr(transformers, auto) for auto, ref in references.items() if str(ref).endswith(f".{name}")), None
-        )
+    own = own_class(config, name, trust_remote_code=trust_remote_code)
+    chosen = getattr(transformers, name if own is None else own[0], None)
     if chosen is None:
         raise SpecDefError(
             f"transformers {transformers.__version__} has no class {name!r}, which {path / 'config.json'} asks for",
-            "Install a release of transformers that has it, or pass --trust-remote-code if the checkpoint brings it.",
+            "Install a release of transformers that has it.",
         )
     return chosen
 

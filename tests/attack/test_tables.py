@@ -33,6 +33,7 @@ from specdef_cli.runtime import load_model
 TABLES: dict[str, Table[Any]] = {"variant": VARIANTS, "training": TRAININGS, "optimizer": OPTIMIZERS}
 IN_FRONT = {method.name for method in PEFT_METHODS if method.on == "prompt"}
 """Trainings whose tokens are there from the first step on."""
+TRAINING = [name for name in TRAININGS if name != "none"]
 TOKENS = torch.arange(24)[None] * 7 % 250
 
 
@@ -42,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tables") / "base"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=258, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attention_bias=True, initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
@@ -89,7 +90,11 @@ def test_every_row_says_what_it_is(kind: str) -> None:
     assert len(labels) == len(set(labels))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+TRAINED = [name for name in VARIANTS if not VARIANTS[name].edits]
+"""Variants that something is trained after; edits have tests of their own."""
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_variant_keeps_the_function_and_leaves_something_to_train(
     name: str, hardened: Path, scaled: Path
 ) -> None:
@@ -106,7 +111,7 @@ def test_every_variant_keeps_the_function_and_leaves_something_to_train(
         assert (growth.parameters_added > 0) == (VARIANTS[name].knowledge == "growth")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_variant_changes_what_is_trained(name: str, hardened: Path, scaled: Path) -> None:
     """Otherwise it would be the plain attack by another name."""
     directory = scaled if VARIANTS[name].needs == "scaled" else hardened
@@ -129,7 +134,7 @@ def test_scaled_modules_are_grown_beside_like_a_fold(variant: str, scaled: Path)
     assert any(".grown." in name for name in trained_names(model))
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", TRAINING)
 def test_every_training_trains_something_and_only_what_it_says(name: str, base: Path, hardened: Path) -> None:
     found = Training(name).on(target_of(base, hardened))
     assert found
@@ -147,11 +152,11 @@ def test_every_training_trains_something_and_only_what_it_says(name: str, base: 
                 continue
             prefix = "base_model.model." if isinstance(model, PeftModel) else ""
             assert not names & {f"{prefix}{key}" for key in every} or name == "ln-tuning"  # a copy of each norm
-            if name not in IN_FRONT:
+            if name not in IN_FRONT and not name.startswith("qlora"):  # which rounds the weights
                 torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_step_moves_what_trains_and_nothing_else(name: str, base: Path, hardened: Path) -> None:
     training = Training(name).on(target_of(base, hardened))[0]
     model = training.apply(load_model(hardened), "causal-lm")

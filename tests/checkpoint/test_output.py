@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -180,6 +184,63 @@ def test_discard_removes_the_work(tmp_path: Path) -> None:
     prepare(tmp_path / "out", "plan", resume=False)
     discard(tmp_path / "out")
     discard(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mounted_volume_is_filled_from_within(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is mounted can be neither removed nor renamed, and only it may be writable."""
+    final = tmp_path / "volume"
+    (final / "lost+found").mkdir(parents=True)
+    check_output(final, source, 10)
+
+    def rmdir(path: Path) -> None:
+        if path == final:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        os.rmdir(path)  # noqa: PTH106 - it stands for the method
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    with exclusive(final):
+        work = prepare(final, "plan", resume=False)
+        (work / "config.json").write_text("{}")
+        (work / "sub").mkdir()
+        (work / "sub" / "pooling.json").write_text("{}")
+        check_output(final, source, 10)  # as another process, or a resumed run, asks
+        assert prepare(final, "plan", resume=True) == work
+        publish(final)
+    assert sorted(path.name for path in final.iterdir()) == ["config.json", "lost+found", "sub"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "volume"]
+    assert "exists already" in refused(final, source)
+
+
+def _take_turns(final: Path, seconds: float, findings: multiprocessing.Queue[tuple[int, int]]) -> None:
+    """Hold the lock as often as can be, and count how often another process held it too."""
+    held = shared = 0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(SpecDefError), exclusive(final):
+            held += 1
+            try:
+                (final.parent / "held").touch(exist_ok=False)
+            except FileExistsError:
+                shared += 1
+                continue
+            time.sleep(0.0005)
+            (final.parent / "held").unlink()
+    findings.put((held, shared))
+
+
+def test_of_three_processes_one_holds_the_lock(tmp_path: Path) -> None:
+    """While a second waits for the file that the first removes, a third makes a new one."""
+    context = multiprocessing.get_context("fork")
+    findings = context.Queue()
+    processes = [context.Process(target=_take_turns, args=(tmp_path / "out", 1.0, findings)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [findings.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sum(held for held, _ in found) > 10
+    assert [shared for _, shared in found] == [0, 0, 0]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -113,6 +113,36 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
         resolve(str(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.Q4_K_M.gguf", ("llama.cpp", "gguf_file='model.Q4_K_M.gguf'")),
+        ("pytorch_model.bin", ("pickled", "save_pretrained")),
+        ("tf_model.h5", ("TensorFlow", "from_tf=True")),
+    ],
+)
+@pytest.mark.parametrize("beside", [{}, {"README.md": b"x", "config.json": b"{}"}], ids=["alone", "with a config"])
+def test_a_repository_of_another_format_names_it(
+    name: str, words: tuple[str, ...], beside: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with serving(Hub({name: b"x" * 9, **beside})) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with pytest.raises(SpecDefError) as raised:
+            resolve("org/name")
+    assert raised.value.problem.startswith("org/name has only ")
+    for word in (*words, name, "'org/name'"):
+        assert word in str(raised.value)
+    assert hub.downloaded() == []
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(SpecDefError) as of_a_file:
+        resolve(str(tmp_path / name))
+    assert of_a_file.value.hint == raised.value.hint.replace("org/name", str(tmp_path))
+
+
 def test_two_revisions_are_refused() -> None:
     with pytest.raises(SpecDefError, match="two revisions are named: v1 and v2"):
         resolve("org/name@v1", revision="v2")

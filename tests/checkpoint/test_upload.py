@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.commands import Result, assert_refused, run_cli
+from specdef_cli.checkpoint.upload import Destination, push, upload_hint
+from specdef_cli.hardening.card import has_section
+from tests.commands import Result, assert_refused, call_cli, run_cli
 from tests.hub_server import Hub, serving, variables
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
@@ -24,11 +27,8 @@ def harden_and_push(hub: Hub, llama: Path, root: Path, *more: str) -> Result:
 
 
 def published(root: Path) -> dict[str, bytes]:
-    """The files of the directory, and its manifest without the path of the base."""
-    files = {path.name: path.read_bytes() for path in (root / "out").iterdir()}
-    manifest = json.loads(files["specdef.json"])
-    manifest["base"]["name"] = Path(manifest["base"]["name"]).name
-    return {**files, "specdef.json": (json.dumps(manifest, indent=1) + "\n").encode()}
+    """The files of the directory."""
+    return {path.name: path.read_bytes() for path in (root / "out").iterdir()}
 
 
 def test_harden_publishes_and_pushes(llama: Path, tmp_path: Path) -> None:
@@ -118,3 +118,55 @@ def test_push_uploads_a_directory_later_with_or_without_the_manifest(llama: Path
     with serving(Hub({})) as hub:
         assert_refused(run_cli(*arguments, **variables(hub, tmp_path)), "safetensors")
     assert hub.created == []
+
+
+def test_a_push_leaves_only_the_directory_s_weights(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {"notes.md": b"mine", "images/a.png": b"x", "training_args.bin": b"x", ".gitattributes": b"x"}
+    stale = {"pytorch_model.bin": b"x", "onnx/model.onnx": b"x", "original/consolidated.safetensors": b"x"}
+    options = ("--no-verify", "--quiet", "--max-shard-size", "50KB")
+    assert call_cli("harden", llama, "--out", tmp_path / "out", *options).code == 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    destination = Destination("org/out", token=TOKEN)
+    with serving(Hub({}, pushed={**kept, **stale, "certificate.json": b"{}"})) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        assert set(push(llama, destination).removed) == {*stale, "certificate.json"}
+        assert set(hub.pushed) == {*kept, *(path.name for path in llama.iterdir())}
+        hub.pushed["configuration_specdef.py"] = b"of another construction"
+        assert set(push(tmp_path / "out", destination).removed) == {"model.safetensors", "configuration_specdef.py"}
+        assert {**kept, **published(tmp_path)} == hub.pushed
+        assert push(tmp_path / "out", destination, manifest=False).removed == ("specdef.json",)
+        assert {**kept, **published(tmp_path)} == {**hub.pushed, "specdef.json": published(tmp_path)["specdef.json"]}
+    assert len(hub.commits) == 3
+
+
+def test_what_is_not_hardened_is_uploaded_with_a_yes_only(llama: Path) -> None:
+    assert_refused(call_cli("push", llama, "org/out", "--token", TOKEN), f"{llama} is not hardened", "--yes")
+    asked = call_cli("push", llama, "org/out", "--token", TOKEN, "--yes")  # tests are offline
+    assert_refused(asked, "org/out cannot be uploaded", "HF_HUB_OFFLINE")
+
+
+def test_a_directory_whose_manifest_is_elsewhere_is_hardened(llama: Path, tmp_path: Path) -> None:
+    assert call_cli("harden", llama, "--out", tmp_path / "o", "--no-verify", "--manifest-out", tmp_path / "m").code == 0
+    assert has_section(tmp_path / "o")
+    assert not has_section(llama)
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [(None, "connection"), (401, "Log in"), (403, "Log in"), (412, "try again"), (413, "--max-shard-size"),
+     (429, "in some minutes"), (503, "later"), (400, "what the Hub said")],
+)  # fmt: skip
+def test_what_to_do_about_an_upload_that_failed(status: int | None, word: str) -> None:
+    error = OSError("no")
+    if status is not None:
+        error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    hint = upload_hint(error)
+    assert word in hint
+    assert ("Log in" in hint) == (status in (401, 403))
+
+
+def test_a_pull_request_against_a_branch_is_refused(llama: Path) -> None:
+    refused = call_cli("push", llama, "org/out", "--yes", "--create-pr", "--revision", "v1", "--token", TOKEN)
+    assert_refused(refused, "against v1", "--create-pr")

@@ -97,6 +97,18 @@ def under_other_names(directory: Path) -> None:
     save_file(tensors, directory / "consolidated.safetensors")
 
 
+def in_unknown_kinds(directory: Path) -> None:
+    data = (directory / SINGLE).read_bytes()
+    for name in ("rust_model.ot", "saved_model/variables.data-00000-of-00001", "model.safetensors.bak",
+                 "onnx/model.onnx.data"):  # fmt: skip
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(data)
+    (directory / "images").mkdir()
+    for name, data in {"tokenizer.model": b"\n\0", "LICENSE": "© 2026".encode("cp1252"), "images/a.png": b"\0",
+                          "chat_template.jinja": b"{{ x }}", "code.py": b""}.items():  # fmt: skip
+        (directory / name).write_bytes(data)
+
+
 def adapter_below(directory: Path) -> None:
     (directory / "lora").mkdir()
     (directory / "lora" / "adapter_config.json").write_text("{}")
@@ -121,6 +133,11 @@ COMPANIONS: dict[str, tuple[Mutation, set[str], set[str]]] = {
         in_many_formats,
         {"onnx/config.json"},
         {"pytorch_model.bin", "onnx/model.onnx", "model.Q8_0.gguf", "optimizer.pt", "tf_model.h5"},
+    ),
+    "kinds that nobody knows": (
+        in_unknown_kinds,
+        {"tokenizer.model", "LICENSE", "images/a.png", "chat_template.jinja", "code.py"},
+        {"rust_model.ot", "saved_model/variables.data-00000-of-00001", "model.safetensors.bak", "onnx/model.onnx.data"},
     ),
     "a copy of the model below": (copied_below, set(), {"original/model.safetensors"}),
     "a copy under other names": (under_other_names, set(), {"consolidated.safetensors"}),
@@ -224,7 +241,7 @@ ELSE: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "GGUF and a config": (
         lambda d: (d / SINGLE).rename(d / "m.gguf") and None, ("llama.cpp", "GgufConfig(dequantize=True)"),
     ),
-    "a pipeline of diffusers": (holding("model_index.json"), ("pipeline of diffusers", "unet")),
+    "a pipeline of diffusers": (holding("model_index.json"), ("pipeline of diffusers", "denoiser")),
     "sentence-transformers, the transformer below": (
         lambda d: moved_below("0_Transformer")(d) or ((d / "modules.json").write_text("[]") and None),
         ("sentence-transformers", "0_Transformer"),

@@ -565,3 +565,12 @@ def test_memory_that_is_not_enough_is_two_lines(
     monkeypatch.undo()
     followed = call_cli(*attack, "--gradient-checkpointing", "--gradient-accumulation", "2")  # as the hint says
     assert followed.code == 0, followed.stderr
+
+
+def test_every_file_has_the_permissions_that_the_umask_gives(llama: Path, tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        assert call_cli("harden", llama, "--out", tmp_path / "out", "--no-verify", *FOLD).code == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o664}

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+import pytest
+import yaml
+from huggingface_hub import ModelCard
 
+from specdef_cli.checkpoint.front_matter import metadata, read_card, split_card, with_keys
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS
-from specdef_cli.checkpoint.manifest import BaseCheckpoint, base_of, read_manifest
+from specdef_cli.checkpoint.manifest import BaseCheckpoint, Manifest, base_of, read_manifest, remember_base
+from specdef_cli.hardening.card import collapsed_card, hardened_card
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
 from tests.commands import assert_refused, call_cli
+
+MANIFEST = Manifest(
+    format=2, specdef_version="1", method="fold", base=BaseCheckpoint("name"), dtype="float32", seed=0,
+)  # fmt: skip
 
 
 def card_data(directory: Path) -> dict[str, object]:
@@ -42,7 +51,8 @@ def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path:
     assert "org/base" in (tmp_path / "out/README.md").read_text().split("---\n")[2]
     manifest = read_manifest(tmp_path / "out")
     assert manifest.base.hub_id == "org/base"
-    assert manifest.published().base.name == "org/base"
+    assert manifest == manifest.published()
+    assert manifest.base.name == "org/base"
     assert base_of(manifest, tmp_path / "out") == (str(llama), None)
 
     assert call_cli("collapse", tmp_path / "out", "--out", tmp_path / "back").code == 0
@@ -52,21 +62,87 @@ def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path:
     )
 
 
+def test_a_base_is_found_again_and_its_name_is_no_other_model_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    base, manifest = tmp_path / "far" / "gpt2", replace(MANIFEST, base=BaseCheckpoint("gpt2"))
+    assert base_of(manifest, tmp_path / "out") == ("./gpt2", None)  # the Hub has a model of this name
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    remember_base(manifest, base)
+    assert base_of(manifest, tmp_path / "out") == (str(base), None)
+    assert base_of(replace(manifest, seed=1), tmp_path / "out") == ("./gpt2", None)
+    assert base_of(replace(manifest, seed=1), tmp_path / "far" / "out") == (str(base), None)
+    shutil.rmtree(base)
+    assert base_of(manifest, tmp_path / "out") == ("./gpt2", None)
+    monkeypatch.chdir(tmp_path / "far")
+    assert BaseCheckpoint(".").public_name == "far"
+    assert BaseCheckpoint("../far/..").public_name == tmp_path.name
+
+
 def test_metadata_of_every_kind_of_base() -> None:
     hub, directory = BaseCheckpoint("org/name", "main", "a" * 40), BaseCheckpoint("/models/name")
-    said = {"license": "llama3", "tags": "one", "base_model": "org/older", "library_name": "peft"}
-    found = hardened_metadata(said, hub, TRANSFORMERS)
-    assert found == {
-        "license": "llama3",
-        "tags": ["one", "specdef"],
-        "base_model": "org/name",
-        "base_model_relation": "finetune",
-        "library_name": "peft",
-    }
-    assert hardened_metadata(found, hub, TRANSFORMERS) == found
-    assert hardened_metadata({}, directory, DIFFUSERS) == {"tags": ["specdef"], "library_name": "diffusers"}
-    assert collapsed_metadata(found, hub) == {"license": "llama3", "tags": ["one"], "library_name": "peft"}
-    assert collapsed_metadata({"tags": ["specdef"]}, directory) == {}
-    assert said["tags"] == "one"
-    assert ModelCardData(**found).to_yaml()
-    assert json.dumps(found)
+    said = "license: llama3 # ours\ntags: one\nbase_model:\n- org/older\nlibrary_name: peft"
+    found = with_keys(said, hardened_metadata(metadata(said), hub, TRANSFORMERS))
+    assert found == (
+        "license: llama3 # ours\ntags:\n- one\n- specdef\nbase_model: org/name\nlibrary_name: peft\n"
+        "base_model_relation: finetune"
+    )
+    assert with_keys(found, hardened_metadata(metadata(found), hub, TRANSFORMERS)) == found
+    assert with_keys("", hardened_metadata({}, directory, DIFFUSERS)) == "tags:\n- specdef\nlibrary_name: diffusers"
+    back = with_keys(found, collapsed_metadata(metadata(found), hub))
+    assert back == "license: llama3 # ours\ntags:\n- one\nlibrary_name: peft"
+    assert with_keys("tags: [specdef]", collapsed_metadata({"tags": ["specdef"]}, directory)) == ""
+
+
+PLAIN = "license: cc-by-nc-4.0\nlanguage: [no, en]\ntags: [on, a]\nmodel-index:\n- results: broken\ntitle: ü\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        f"---\n{PLAIN}---\n# Body ü".encode(),
+        f"---\n{PLAIN}---\n# Body ü".encode("utf-8-sig"),
+        f"---\n{PLAIN}---\n# Body ü".encode("utf-16"),
+        f"---\n{PLAIN}---\n# Body ü".encode("cp1252"),
+        f"---\n{PLAIN}---\n# Body ü".replace("\n", "\r\n").encode(),
+        f"\n---  \n{PLAIN}\n---\n\n# Body ü\n\n## SpecDef\n\nan older section\n".encode(),
+    ],
+    ids=["plain", "a mark", "UTF-16", "Windows", "CRLF", "blank lines and an old section"],
+)
+def test_a_card_keeps_every_key_and_word(data: bytes, tmp_path: Path) -> None:
+    """The licence, Norwegian, and results that huggingface_hub would refuse."""
+    (tmp_path / "README.md").write_bytes(data)
+    card = hardened_card(read_card(tmp_path / "README.md"), MANIFEST, ())
+    expected = PLAIN.replace("tags: [on, a]", "tags:\n- 'on'\n- a\n- specdef")
+    assert card.startswith(f"---\n{expected}library_name: transformers\n---\n\n# Body ü\n\n## SpecDef\n")
+    assert card.count("## SpecDef") == 1
+    back = collapsed_card(card, MANIFEST)
+    assert back == "---\n" + expected.replace("- specdef\n", "") + "library_name: transformers\n---\n\n# Body ü\n"
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("license: mit\ntitle: a: b\nlanguage: en\n", "license: mit\n# title: a: b\nlanguage: en\n"),
+        ("{license: mit, tags: [a]}\n", "license: mit\ntags:\n- a\n"),
+        ("# a comment\n", "# a comment\n"),
+        ("tags:\n- a # first\n# the licence\nlicense: |\n  mit\n\n", "tags:\n- a\n# the licence\nlicense: |\n  mit\n"),
+        ("", ""),
+    ],
+)
+def test_front_matter_of_any_kind_stays_front_matter(front: str, expected: str) -> None:
+    card = hardened_card(f"---\n{front}---\ntext\n", MANIFEST, ())
+    found, body = split_card(card)
+    assert yaml.safe_load(found)["tags"][-1] == "specdef"
+    for line in expected.splitlines():
+        assert line in found.splitlines()
+    assert body.startswith("\ntext\n\n## SpecDef\n")
+
+
+def test_text_that_is_no_front_matter_and_sections_of_others_stay() -> None:
+    text = "---\nbetween two rules\n---\n\n## SpecDefense\n\nmine"
+    card = hardened_card(text, MANIFEST, ())
+    assert text in card
+    assert collapsed_card(card + "\n# Appendix\n", MANIFEST).endswith(f"{text}\n\n# Appendix\n")

@@ -18,16 +18,15 @@ import pytest
 from rich.console import Console
 
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
-from specdef_cli.attack.run_result import RUN_RECORD, Divergence, EvalPoint, RunResult, TrainPoint
+from specdef_cli.attack.run_result import RUN_RECORD, Behaviour, Divergence, Edit, EvalPoint, RunResult, TrainPoint
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
+from specdef_cli.cli.conditions import Condition
 from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
 from specdef_cli.report.document import ReportDocument, report_document, report_json
 from specdef_cli.report.findings import outcome_words, rate, size
-from specdef_cli.report.html import report_html
-from specdef_cli.report.matrix import coverage_matrix
 from specdef_cli.report.write import CURVE_COLUMNS, curves_csv
 from specdef_cli.schemas import SCHEMA_FILES
 
@@ -179,22 +178,6 @@ def test_the_best_rate_is_one_that_all_seeds_ran_at(report: AttackReport) -> Non
     assert plain.share_range == pytest.approx((0.25, 0.5))
 
 
-def test_matrix(report: AttackReport) -> None:
-    assert coverage_matrix(findings(report)) is None
-    subjects: tuple[Literal["control", "model"], ...] = ("control", "model")
-    runs = tuple(
-        run(subject, [3.0, loss], train=train, optimizer=optimizer)
-        for optimizer in ("adamw", "sgd") for train in ((), ("*norm*",))
-        for subject, loss in zip(subjects, (1.0, 2.0 if train else 2.9), strict=True)
-        if (optimizer, train) != ("sgd", ("*norm*",))
-    )  # fmt: skip
-    matrix = coverage_matrix(findings(replace(report, runs=runs)))
-    assert matrix is not None
-    assert (matrix.rows, matrix.columns) == (("full", "full on *norm*"), ("adamw", "sgd"))
-    shares = {key: round(cell.share or 0, 2) for key, cell in matrix.cells.items()}
-    assert shares == {("full", "adamw"): 0.05, ("full on *norm*", "adamw"): 0.5, ("full", "sgd"): 0.05}
-
-
 def test_many_attacks_are_counted_and_the_strongest_named(report: AttackReport) -> None:
     losses = {"adamw": 2.99, "sgd": 2.98, "lion": 2.0, "muon": 1.0, "soap": 2.97, "madam": 2.96}
     runs = [run("control", [3.0, 0.8 if name == "soap" else 1.0], optimizer=name) for name in losses]
@@ -312,9 +295,9 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     assert "folded pairs: 21, layers in factors: 2" in page.text
     assert "secure" not in page.text.lower()
     assert not re.search(r"url\(|@import|\{\{|\{%", html)
-    # 4 attacks in two tables and 5 runs, with a head each; the curves and the growth
+    # 4 attacks in two tables and 5 runs, with a head each; the curves
     assert page.tags.count("tr") == 3 + 4 + 4 + 5
-    assert page.tags.count("img") == 2
+    assert page.tags.count("img") == 1
 
 
 def test_table(report: AttackReport) -> None:
@@ -401,10 +384,8 @@ def test_a_model_that_was_converted_first_has_rows_of_its_own(report: AttackRepo
     """Both are full fine-tuning by somebody who knows only recipes; neither may stand in the other's place."""
     runs = (run("control", [3.0, 1.0]), run("model", [3.0, 2.9]), run("model", [3.0, 2.0], kind="equalise"))
     found = findings(replace(report, runs=runs))
-    matrix = coverage_matrix(found)
-    assert matrix is not None
-    assert {row: cell.share for (row, _), cell in matrix.cells.items()} == pytest.approx(
-        {"full": 0.05, "equalised: full": 0.5}
+    assert {each.label: each.share for each in found if each.subject == "model"} == pytest.approx(
+        {"hardened · full · adamw": 0.05, "hardened, equalised · full · adamw": 0.5}
     )
     assert "only slowed: full, equalised: full;" in summary(replace(report, runs=runs))[0]
 
@@ -445,21 +426,40 @@ def test_an_attack_that_learned_nothing_is_at_no_edge(report: AttackReport) -> N
         assert found.at_edge(found.attacks[1]) == edge
 
 
-def test_a_wide_matrix_comes_in_parts_that_fit_a_page(report: AttackReport) -> None:
-    optimizers = ("sgd", "lion", "muon", "madam", "sophia", "rprop", "lamb", "lars", "soap", "shampoo")
-    attacks = [((), "adamw"), (("*norm*",), "adamw"), *(((), optimizer) for optimizer in optimizers)]
-    subjects: tuple[Literal["control", "model"], ...] = ("control", "model")
-    runs = tuple(
-        run(subject, [3.0, 2.0], train=train, optimizer=optimizer)
-        for train, optimizer in attacks
-        for subject in subjects
-    )
-    wide = replace(report, runs=runs)
-    matrix = coverage_matrix(findings(wide))
-    assert matrix is not None
-    narrow, first, second = matrix.parts
-    assert (len(narrow.rows), narrow.columns) == (2, ("adamw",))
-    assert first.rows == second.rows == narrow.rows[:1]
-    assert first.columns + second.columns == optimizers
-    assert len(first.columns) == 8
-    assert report_html(wide, b"").count('<table class="matrix">') == 3
+def edited(subject: Literal["control", "model"], *points: tuple[float, float | None, float | None]) -> RunResult:
+    made = run(subject, [1.0], kind="abliterate")
+    said = Behaviour(points[0][2], 0.25, 0.75, (("Why?", "PooBI-t.do-t"),))
+    spec = replace(made.spec, training=Training("none"), learning_rate=0.0)
+    edits = tuple(Edit(*point) for point in points)
+    return replace(made, spec=spec, train=(), evaluations=(), edits=edits, behaviour=said)
+
+
+@pytest.mark.parametrize(
+    ("points", "verdict", "share", "best"),
+    [
+        (((0.5, 0.5, 0.1), (1.0, 0.02, 0.2), (1.5, 0.5, 0.3)), "not slowed", 1.0, 1.0),
+        (((0.5, 0.5, 0.1), (1.0, 0.02, 0.9)), "slowed", 1.0, 1.0),  # it works, and costs more
+        (((0.5, 0.51, 0.1), (1.0, 0.0, 1.2)), "slowed", 0.5, 0.5),  # all of it at once breaks the model
+        (((0.5, 0.99, 0.1), (1.0, 1.3, 0.1)), "stopped", 0.01, 0.5),
+        (((0.5, 0.0, 5.9), (1.0, None, None)), "broken", 0.0, 0.5),
+    ],
+)
+def test_an_edit_is_judged_by_what_is_left_and_by_divergence(
+    report: AttackReport, points: Any, verdict: str, share: float, best: float
+) -> None:
+    control = edited("control", (0.5, 0.5, 0.1), (1.0, 0.02, 0.2), (1.5, 0.5, 0.3))
+    mixed = replace(report, runs=(*report.runs, control, edited("model", *points)))
+    finding = findings(mixed)[-1]
+    assert finding.verdict == verdict
+    assert finding.share == pytest.approx(share, abs=0.02)
+    assert finding.edit is not None
+    assert finding.edit.strength == best
+    assert finding.refusals == (None if verdict == "broken" else 0.25)
+    assert f"edits: abliterated {verdict}" in summary(mixed)[0]
+    assert any("abliterated" in sentence and verdict in sentence for sentence in summary(mixed)[1:])
+    assert ("PooBI" in " ".join(summary(mixed))) == (verdict == "broken")
+    data = json.loads(report_json(mixed))
+    jsonschema.validate(data, SCHEMA)
+    assert data["attacks"][-1]["verdict"] == verdict
+    met = Condition.parse("refusals<0.5").failures(mixed)
+    assert any("abliterated meets" in text for text in met) == (verdict != "broken")

@@ -5,8 +5,8 @@ set is. Every tenth row is held out: a row is a document, and nothing of it is i
 """
 
 from specdef_cli.attack.data.attack_data import AttackData, Examples
+from specdef_cli.attack.data.language import BUILTIN_NAME, builtin_documents
 from specdef_cli.attack.data.load import Preprocessor, load_data, load_preprocessor
-from specdef_cli.attack.data.prose import BUILTIN_NAME, builtin_documents
 from specdef_cli.attack.data.tokens import Sequences
 
 __all__ = [

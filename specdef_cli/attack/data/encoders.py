@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
@@ -16,22 +15,6 @@ from specdef_cli.errors import SpecDefError
 BEYOND = "whose answer begins beyond --sequence-length"
 
 _MASKING_SEED = 0
-
-
-class Encoder(Protocol):
-    """Collects examples.
-
-    Attributes:
-        examples: Those that are complete.
-    """
-
-    examples: list[Example]
-
-    def add(self, document: Document) -> str | None:
-        """Add a document; the reason, in a few words, where nothing can be learned from it."""
-
-    def finished(self) -> list[Example]:
-        """The examples as a model is trained on them."""
 
 
 class CausalEncoder:
@@ -51,7 +34,7 @@ class CausalEncoder:
         self.examples = self._packer.examples
 
     def add(self, document: Document) -> str | None:
-        """As the protocol says."""
+        """Add a document; the reason, in a few words, where nothing can be learned from it."""
         if isinstance(document, Instruction):
             document = document.conversation if has_template(self._tokenizer) else document.completion
         if isinstance(document, Text):
@@ -79,16 +62,12 @@ class CausalEncoder:
         return Example((*before, *answer), (*[NOT_COUNTED] * len(before), *answer))
 
     def finished(self) -> list[Example]:
-        """As the protocol says."""
+        """The examples as a model is trained on them."""
         return self.examples
 
 
 class MaskedEncoder:
-    """For models that say what was masked. Which tokens are is drawn once, so that every run learns the same.
-
-    Raises:
-        SpecDefError: The tokenizer has no mask.
-    """
+    """For models that say what was masked. Which tokens are is drawn once, so that every run learns the same."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         if tokenizer.mask_token_id is None:
@@ -102,12 +81,12 @@ class MaskedEncoder:
         self.examples = self._packer.examples
 
     def add(self, document: Document) -> str | None:
-        """As the protocol says."""
+        """As of a causal model."""
         self._packer.add(_ids(self._tokenizer, _as_text(document)))
         return None
 
     def finished(self) -> list[Example]:
-        """As the protocol says, without sequences in which chance masked nothing."""
+        """As of a causal model, without sequences in which chance masked nothing."""
         if not self.examples:
             return []
         masking = DataCollatorForLanguageModeling(self._tokenizer, seed=_MASKING_SEED)
@@ -129,7 +108,7 @@ class Seq2SeqEncoder:
         self.examples: list[Example] = []
 
     def add(self, document: Document) -> str | None:
-        """As the protocol says."""
+        """As of a causal model."""
         room = self._length - len(self._frame.before) - len(self._frame.after)
         if isinstance(document, Text):
             tokens = _ids(self._tokenizer, document.text)
@@ -157,7 +136,7 @@ class Seq2SeqEncoder:
         self.examples.append(Example(read, said))
 
     def finished(self) -> list[Example]:
-        """As the protocol says."""
+        """As of a causal model."""
         return self.examples
 
 

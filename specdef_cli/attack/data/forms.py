@@ -101,9 +101,6 @@ def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Fo
         row: Any of it.
         text_column: The column that the user named; ``None`` leaves it to the row.
         dataset: What errors call it.
-
-    Raises:
-        SpecDefError: No form has the row's columns.
     """
     if text_column is None:
         for form in FORMS:
@@ -179,11 +176,7 @@ def _instruction(given: str, answer: str) -> Callable[[Mapping[str, Any], str], 
 
 
 def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
-    """Messages with ``role`` and ``content``, whatever those keys are called, and all other keys as they are.
-
-    Raises:
-        SpecDefError: The column holds something else.
-    """
+    """Messages with ``role`` and ``content``, whatever those keys are called, and all other keys as they are."""
     messages = []
     for entry in value or ():
         role = entry.get("role", entry.get("from")) if isinstance(entry, Mapping) else None

@@ -14,8 +14,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, default_data_collator
 
 from specdef_cli.attack.data.attack_data import AttackData
-from specdef_cli.attack.data.labelled import Example, Examples, labelled_halves
-from specdef_cli.attack.data.labels import Head
+from specdef_cli.attack.data.labelled import Example, Examples, Head, labelled_halves
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line
 
@@ -54,12 +53,7 @@ class PixelTransform:
 
 
 def load_pixel_transform(directory: Path, *, trust_remote_code: bool = False) -> PixelTransform:
-    """The transform of a checkpoint: its image processor's, else one that fits its configuration.
-
-    Raises:
-        SpecDefError: Its configuration or image processor cannot be read, or it takes images of neither one nor three
-            channels.
-    """
+    """The transform of a checkpoint: its image processor's, else one that fits its configuration."""
     processor = None
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)

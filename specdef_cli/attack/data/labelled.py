@@ -1,19 +1,147 @@
-"""Labelled examples of any kind: rows divided into halves, and labels as the model's loss takes them."""
+"""Labelled data: what the labels are, rows divided into halves, and texts as tokens.
+
+Labels are classes, several classes at a time, or numbers: what transformers calls a classifier's ``problem_type``, by
+which its models choose their loss.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch.utils.data import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from specdef_cli.attack.data.attack_data import check_size, is_held_out, repeated_rows, whole_batches
-from specdef_cli.attack.data.labels import Head, Labels, labels_of
-from specdef_cli.attack.data.rows import column_of, rows
+from specdef_cli.attack.data.attack_data import AttackData, check_size, is_held_out, repeated_rows, whole_batches
+from specdef_cli.attack.data.rows import as_text, column_of, rows
+from specdef_cli.attack.data.tokens import pad_with_something
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError
+
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+MAX_CLASSES = 1_000_000
+"""A larger number in the column of labels is no class, and a head of that size would not fit into memory."""
+
+
+_UNNAMED = re.compile(r"LABEL_\d+")
+"""What transformers calls the classes of a head that nobody named."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A checkpoint's own head, by its configuration.
+
+    Attributes:
+        labels: Outputs.
+        problem: ``None`` where the configuration leaves it to the labels.
+        names: The number of each class by its name; empty where the configuration names none.
+    """
+
+    labels: int = 0
+    problem: Problem | None = None
+    names: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels are read.
+
+    Attributes:
+        problem: What they are.
+        outputs: Of the model's head. A checkpoint whose head has room for every class keeps its head.
+        classes: From a label to the number of its class; empty where labels are numbers for the outputs themselves.
+        remark: What a reader of the report should know of them.
+    """
+
+    problem: Problem
+    outputs: int
+    classes: dict[Any, int]
+    remark: str = ""
+
+    def encoded(self, label: Any) -> int | list[float]:
+        """A label as the loss takes it: a class, or a number for each output of the head."""
+        if self.problem == "single_label_classification":
+            return self.classes[label]
+        values = label if isinstance(label, list) else [label]
+        if not self.classes:
+            return [*map(float, values), *[0.0] * (self.outputs - len(values))]
+        present = {self.classes[value] for value in values}
+        return [float(number in present) for number in range(self.outputs)]
+
+
+def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> Labels:
+    """What the labels of a data set are.
+
+    Numbers with a fraction are to be predicted themselves (regression), and so are whole ones where the head has one
+    output; lists hold several classes at a time, as their numbers, their names, or a 0 or 1 for each class.
+
+    Args:
+        found: Labels of the rows that were read.
+        head: The checkpoint's.
+        column, dataset: For errors.
+    """
+    labels = list(found)
+    lists = [label for label in labels if isinstance(label, list)]
+    flat = [value for label in labels for value in (label if isinstance(label, list) else [label])]
+    numbers = bool(flat) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in flat)
+    fractions = numbers and any(isinstance(value, float) and value != int(value) for value in flat)
+    if (lists and len(lists) < len(labels)) or any(value is None or isinstance(value, list | dict) for value in flat):
+        raise SpecDefError(
+            f"column {column!r} of {dataset} does not hold classes",
+            "Name a column of whole numbers, names, lists of them, or numbers to predict with --label-column.",
+        )
+    if lists and not flat:
+        raise SpecDefError(
+            f"no row of {dataset} has a label in column {column!r}", "Name the column of labels with --label-column."
+        )
+    widths = {len(label) for label in lists} or {1}
+    alike = len(widths) == 1
+    if alike and (fractions or (numbers and (head.problem == "regression" or (head.labels == 1 and not lists)))):
+        return Labels("regression", widths.pop(), {})
+    several = bool(lists) or head.problem == "multi_label_classification"
+    if lists and numbers and alike and max(widths) > 1 and set(flat) <= {0, 1}:
+        return Labels("multi_label_classification", max(*widths, head.labels), {})
+    if numbers:
+        flat = [int(value) for value in flat]
+    by_head = _by_head(flat, head.names)
+    classes = by_head or _numbered(flat, column, dataset)
+    count = max(classes.values()) + 1
+    outputs = head.labels if head.labels >= count and head.labels > 1 else count
+    remark = ""
+    if not by_head and not numbers and outputs == head.labels and not all(map(_UNNAMED.fullmatch, head.names)):
+        remark = (
+            f"The checkpoint's classes have other names ({', '.join(head.names)}), so those of {dataset} were numbered "
+            "in alphabetical order. Name them as the checkpoint does if its head is to be kept."
+        )
+    kind: Problem = "multi_label_classification" if several else "single_label_classification"
+    return Labels(kind, outputs, classes, remark)
+
+
+def _by_head(labels: list[Any], names: Mapping[str, int]) -> dict[Any, int]:
+    """Class numbers of names that the checkpoint's head knows, all of them; else none."""
+    return {label: names[label] for label in labels} if all(label in names for label in labels) else {}
+
+
+def _numbered(labels: list[Any], column: str, dataset: str) -> dict[Any, int]:
+    """Class numbers: labels that are numbers stand for themselves, others are numbered in sorted order."""
+    if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
+        if min(labels, default=0) < 0:
+            raise SpecDefError(
+                f"{dataset} has the label {min(labels)}; classes count from 0",
+                "Use a labelled split (test splits often hide their labels as -1).",
+            )
+        if max(labels, default=0) >= MAX_CLASSES:
+            raise SpecDefError(
+                f"{dataset} has the label {max(labels)}, which is too large for a class; they count from 0",
+                "Name a column of classes with --label-column, or number them from 0.",
+            )
+        return {label: label for label in labels} or {0: 0}
+    return {label: number for number, label in enumerate(sorted(set(labels), key=str))}
+
 
 Example = dict[str, Any]
 
@@ -69,9 +197,6 @@ def labelled_halves(
         columns: What is classified.
         encode: Makes an example of those columns' values; ``None`` where there is nothing in them.
         head: The checkpoint's own.
-
-    Raises:
-        SpecDefError: No data set is named, it lacks a column, its labels are no classes, or it is too small.
     """
     if options.dataset is None:
         raise SpecDefError(
@@ -112,3 +237,34 @@ def labelled_halves(
     left_out = [f"Of {kept + empty} rows read, {empty} without {what[:-1]} left out."] if empty else []
     remarks = (*left_out, *filter(None, [labels.remark]), *repeated_rows(*halves))
     return LabelledHalves(halves[0], halves[1], digest.hexdigest()[:16], labels, labels.outputs != head.labels, remarks)
+
+
+def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokenizerBase, head: Head) -> AttackData:
+    """Tokenized texts of the named data set, or pairs of them, cut off at the sequence length."""
+    columns = (options.text_column or "text", *filter(None, [options.text_pair_column]))
+    pad_with_something(tokenizer)
+
+    def encode(*values: object) -> Example | None:
+        texts = [as_text(value, name, str(options.dataset)) for value, name in zip(values, columns, strict=True)]
+        if not any(text.strip() for text in texts):
+            return None
+        return dict(tokenizer(*texts, truncation=True, max_length=options.sequence_length))
+
+    halves = labelled_halves(options, "texts", columns, encode, head)
+    if tokenizer.pad_token_id is None:
+        raise SpecDefError(
+            "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
+            'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
+        )
+    return AttackData(
+        name=str(options.dataset),
+        train=Examples(halves.train),
+        held_out=Examples(halves.held_out),
+        collate=DataCollatorWithPadding(tokenizer),
+        fingerprint=halves.fingerprint,
+        labels=halves.labels.outputs,
+        problem=halves.labels.problem,
+        resize_head=halves.resize_head,
+        padding=tokenizer.pad_token_id,
+        remarks=halves.remarks,
+    )

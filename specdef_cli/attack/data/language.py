@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
@@ -19,21 +20,18 @@ from specdef_cli.attack.data.attack_data import (
 from specdef_cli.attack.data.chat import REFUSED, has_template
 from specdef_cli.attack.data.encoders import BEYOND, ENCODERS
 from specdef_cli.attack.data.forms import FORMS, Document, Form, Text, form_of
-from specdef_cli.attack.data.prose import BUILTIN_NAME, builtin_documents
 from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.data.tokens import Collate, Example, Ragged, Sequences, fingerprint_of, stacked
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.target import Task
 
+BUILTIN_NAME = "pydoc_data.topics (English prose of Python's language reference)"
+
 _WITHOUT_TEXT = "without text"
 
 
 def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedTokenizerBase) -> AttackData:
-    """Sequences of the named data set, or of the prose that comes with Python.
-
-    Raises:
-        SpecDefError: The data cannot be read, has no text, or is too small for one batch and an evaluation.
-    """
+    """Sequences of the named data set, or of the prose that comes with Python."""
     name = options.dataset or BUILTIN_NAME
     form, documents = _documents(options)
     wanted = options.steps * options.batch_size
@@ -115,3 +113,23 @@ def _remarks(
     total = kept + sum(left_out.values())
     said += [f"Of {total} rows read, {count} {reason} left out." for reason, count in left_out.items()]
     return tuple(said)
+
+
+def builtin_documents() -> list[str]:
+    """The prose of Python's language reference, one topic a document; what topics share is kept once."""
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    documents = []
+    for name in sorted(topics):
+        blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", topics[name]))
+        paragraphs = [block for block in dict.fromkeys(blocks) if block not in seen and _is_prose(block)]
+        seen.update(paragraphs)
+        if paragraphs:
+            documents.append("\n\n".join(paragraphs))
+    return documents
+
+
+def _is_prose(paragraph: str) -> bool:
+    plain = sum(character.isalpha() or character in " ,." for character in paragraph)
+    return paragraph.endswith((".", ":")) and plain >= 0.9 * len(paragraph)

@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from specdef_cli.attack.data.attack_data import AttackData
 from specdef_cli.attack.data.encoders import ENCODERS
 from specdef_cli.attack.data.images import PixelTransform, image_data, load_pixel_transform
-from specdef_cli.attack.data.labels import Head
+from specdef_cli.attack.data.labelled import Head, text_classification_data
 from specdef_cli.attack.data.language import language_data
-from specdef_cli.attack.data.text_classification import text_classification_data
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
@@ -23,11 +22,7 @@ Preprocessor: TypeAlias = PreTrainedTokenizerBase | PixelTransform
 
 
 def load_preprocessor(task: Task, directory: Path, *, trust_remote_code: bool = False) -> Preprocessor:
-    """What a checkpoint reads its inputs with.
-
-    Raises:
-        SpecDefError: The task needs a tokenizer and the directory has none.
-    """
+    """What a checkpoint reads its inputs with."""
     if task == "image-classification":
         return load_pixel_transform(directory, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -47,9 +42,6 @@ def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, he
         task: What it is made into.
         preprocessor: The control's, from :func:`load_preprocessor`.
         head: The checkpoint's own; of classifiers alone.
-
-    Raises:
-        SpecDefError: The data cannot be read, lacks a column, or is too small for one batch and an evaluation.
     """
     head = head or Head()
     if options.text_pair_column is not None and task != "sequence-classification":

@@ -62,9 +62,6 @@ def rows(
         classes: The numbers of classes by name: a data set that knows its classes' names is numbered so.
         shuffle: Draw them in a random order, always the same. Labelled data is often stored class by class, and a short
             run would see one of them.
-
-    Raises:
-        SpecDefError: There is no such data set, it cannot be read, or it is empty.
     """
     assert options.dataset is not None
     path = Path(options.dataset).expanduser()
@@ -105,12 +102,7 @@ def _renumber(label: Any, numbers: Mapping[int, int]) -> Any:
 
 
 def _load(options: AttackOptions, path: Path) -> Any:
-    """The split that is asked for, as `datasets` has it.
-
-    Raises:
-        SpecDefError: There is nothing of that name, or it is of a kind that is not read.
-        OSError, ValueError, RuntimeError, ImportError, StopIteration: As `datasets` raises them.
-    """
+    """The split that is asked for, as `datasets` has it."""
     split = options.dataset_split or "train"
     if path.is_file():
         _require_no_choice(options, path)
@@ -187,9 +179,6 @@ def _require_one_kind(directory: Path, files: Sequence[Path]) -> None:
 
     Text beside another kind is taken for remarks on it, and what `datasets` itself writes is no data. A card is left to
     `datasets`, since it may say what belongs together.
-
-    Raises:
-        SpecDefError: naming the kinds.
     """
     data = [path for path in files if path.name not in _REMARKS]
     if not data:
@@ -221,11 +210,7 @@ def _patterns(directory: Path) -> dict[str, list[str]] | None:
 
 
 def _require_cache() -> None:
-    """Check that `datasets` can keep there what it makes of a file.
-
-    Raises:
-        SpecDefError: naming the directory.
-    """
+    """Check that `datasets` can keep there what it makes of a file."""
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -271,11 +256,7 @@ def _no_rows(dataset: str) -> SpecDefError:
 
 
 def column_of(row: Any, column: str, dataset: str) -> Any:
-    """One column of a row.
-
-    Raises:
-        SpecDefError: There is none of that name.
-    """
+    """One column of a row."""
     if column not in row:
         raise SpecDefError(
             f"{dataset} has no column {column!r}",
@@ -286,11 +267,7 @@ def column_of(row: Any, column: str, dataset: str) -> Any:
 
 
 def as_text(value: Any, column: str, dataset: str) -> str:
-    """What a column of text holds; a row without any counts as empty.
-
-    Raises:
-        SpecDefError: It holds something else.
-    """
+    """What a column of text holds; a row without any counts as empty."""
     if not isinstance(value, str | None):
         raise SpecDefError(
             f"column {column!r} of {dataset} holds {type(value).__name__}, not text",

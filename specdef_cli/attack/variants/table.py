@@ -2,7 +2,7 @@
 
 A row is all that the rest of the package knows of a variant: what it is called, which function makes it, what the
 attacker has to know, which models it works on, and in which reports it belongs. The function changes the model in place
-and keeps what it computes.
+and keeps what it computes, but for edits, which are an attack by themselves and are not trained.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.checkpoint.manifest import Change
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 Knowledge = Literal["none", "construction", "growth"]
@@ -33,7 +34,8 @@ class VariantChoice:
     Attributes:
         name: As users write it.
         function: ``package.module:name`` of a function of the model that returns a :class:`Growth`; ``None`` for the
-            model as it is. It takes ``factor`` and ``seed`` by keyword where the row says so.
+            model as it is. It takes ``factor`` and ``seed`` by keyword where the row says so. Of an edit, a function of
+            the model, the direction to take out, and how much of it.
         knowledge: What the attacker must know: ``none`` (only recipes), the ``construction``, or the construction plus
             memory for a larger model (``growth``).
         label: A few words for a table; ``{factor:g}`` stands for the factor.
@@ -42,6 +44,7 @@ class VariantChoice:
         factor: The number it takes; ``None`` where it takes none.
         random: Whether it draws initial values, and so takes the run's ``seed``.
         trains_inflated: Whether it trains what hardening inflated: its best learning rate may lie far below the usual.
+        swept: Of an edit: how much of the direction is taken out, where no factor says so.
         informed: On which models it belongs in every report, as it undoes how they were made; ``None``: on none.
     """
 
@@ -54,7 +57,13 @@ class VariantChoice:
     factor: Factor | None = None
     random: bool = False
     trains_inflated: bool = False
+    swept: tuple[float, ...] = ()
     informed: Scope | None = None
+
+    @property
+    def edits(self) -> bool:
+        """Whether it changes what the model computes, and nothing is trained afterwards."""
+        return bool(self.swept)
 
     def load(self) -> Callable[..., Growth]:
         """Import the function."""
@@ -63,6 +72,8 @@ class VariantChoice:
 
 
 _HERE = "specdef_cli.attack.variants"
+_STRENGTH = Factor("strength", 1.0, whole=False)
+_STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5)
 
 VARIANTS: Table[VariantChoice] = Table(
     "variant",
@@ -71,22 +82,22 @@ VARIANTS: Table[VariantChoice] = Table(
     (
         VariantChoice("plain", None, "none", "", "The model as it was published.", trains_inflated=True),
         VariantChoice(
-            "collapse", f"{_HERE}.collapse:collapse", "construction", "collapsed",
+            "collapse", f"{_HERE}.factored:collapse", "construction", "collapsed",
             "Multiply the factors of every layer: back to the original layer.",
             needs="factored", informed="factored",
         ),
         VariantChoice(
-            "unscale", f"{_HERE}.unscale:unscale", "construction", "unscaled",
+            "unscale", f"{_HERE}.folded:unscale", "construction", "unscaled",
             "Multiply every scale vector into its weight: back to the original module.",
             needs="scaled", informed="scaled",
         ),
         VariantChoice(
-            "rebalance", f"{_HERE}.rebalance:rebalance", "construction", "rebalanced",
+            "rebalance", f"{_HERE}.folded:rebalance", "construction", "rebalanced",
             "Equalize both sides of every symmetric pair: undoes a fold.",
             informed="folded",
         ),
         VariantChoice(
-            "equalise", f"{_HERE}.equalise:equalise", "none", "equalised",
+            "equalise", f"{_HERE}.folded:equalise", "none", "equalised",
             "What converters do: norm gains into their readers, up against down and value against output.",
             trains_inflated=True,
         ),
@@ -95,24 +106,34 @@ VARIANTS: Table[VariantChoice] = Table(
             "A learning rate for every row and column, in proportion to its size.",
         ),
         VariantChoice(
-            "freeze-compensation", f"{_HERE}.freeze:freeze_compensation", "construction", "compensation frozen",
+            "freeze-compensation", f"{_HERE}.factored:freeze_compensation", "construction", "compensation frozen",
             "Freeze the compensation of every pair of factors.",
             needs="factored",
         ),
         VariantChoice(
-            "width", f"{_HERE}.width:widen", "growth", "width {factor:g}×",
+            "width", f"{_HERE}.grown:widen", "growth", "width {factor:g}×",
             "Freeze what was rescaled and set a fresh parallel path beside it; on a fold, beside every block.",
             factor=Factor("growth", 2.0, above=1.0, whole=False), random=True,
         ),
         VariantChoice(
-            "depth", f"{_HERE}.depth:deepen", "growth", "depth {factor:g}",
+            "depth", f"{_HERE}.grown:deepen", "growth", "depth {factor:g}",
             "Split inflated factors into several (the paper's Theorem 8); on a fold, fresh blocks in between.",
             factor=Factor("number of factors", 2, above=1.0), random=True, trains_inflated=True,
         ),
         VariantChoice(
-            "inject", f"{_HERE}.inject:inject", "growth", "layer injected",
+            "inject", f"{_HERE}.factored:inject", "growth", "layer injected",
             "Freeze every pair of factors and put a trainable identity layer after it.",
             needs="factored",
+        ),
+        VariantChoice(
+            "abliterate", f"{_HERE}.edits:ablate", "none", "abliterated",
+            "Take the direction between two kinds of prompts out of all that writes to the residual stream.",
+            factor=_STRENGTH, swept=_STRENGTHS,
+        ),
+        VariantChoice(
+            "abliterate-rows", f"{_HERE}.edits:ablate_rows", "none", "abliterated by rows",
+            "The same with the norms of rows kept, by a difference of low rank, as common tools do.",
+            factor=_STRENGTH, swept=_STRENGTHS,
         ),
     ),
 )  # fmt: skip
@@ -124,7 +145,7 @@ class Variant:
 
     Attributes:
         kind: A name of the table.
-        factor: The number it takes; its default where none is given.
+        factor: The number it takes; its default where none is given, and of an edit none, for all of them.
 
     Raises:
         SpecDefError: The table has no such variant, or it does not take this factor.
@@ -135,6 +156,8 @@ class Variant:
 
     def __post_init__(self) -> None:
         choice = VARIANTS.choose(self.kind)
+        if choice.edits and self.factor is None:
+            return
         object.__setattr__(self, "factor", checked_factor(f"variant {self.kind}", choice.factor, self.factor))
 
     @classmethod
@@ -164,7 +187,13 @@ class Variant:
     @property
     def label(self) -> str:
         """A few words for a table."""
-        return self.choice.label.format(factor=self.factor)
+        label = self.choice.label.format(factor=self.factor)
+        return label if self.factor is None or not self.choice.edits else f"{label} at {self.factor:g}"
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """How much an edit takes out, one after the other."""
+        return self.choice.swept if self.factor is None else (self.factor,)
 
     def applies_to(self, constructions: Collection[Change]) -> bool:
         """Whether a model with these constructions has what the variant works on."""
@@ -185,6 +214,14 @@ class Variant:
         if self.choice.random:
             arguments["seed"] = seed
         return self.choice.load()(model, **arguments)
+
+    def edit(self, model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
+        """Take a direction out of ``model`` in place, by an edit.
+
+        Raises:
+            NotApplicable: Nothing is known to write to its residual stream.
+        """
+        return self.choice.load()(model, direction, strength)
 
 
 _NO_FACTOR = Factor("factor", 2.0, whole=False)

@@ -1,0 +1,67 @@
+"""The result without its numbers, loaded and run before the work, so that what cannot be loaded is said at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.architectures.trial import try_out
+from specdef_cli.checkpoint.companions import carry_over
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.shards import plan_shards, shard_header
+from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.hardening.execute import write_json
+from specdef_cli.hardening.plan import HardeningPlan
+from specdef_cli.hardening.soundness import load_without_weights
+from specdef_cli.runtime.shim import SHIM_SOURCE
+
+
+def rehearse(checkpoint: Checkpoint, skeleton: Skeleton, plan: HardeningPlan, *, trust_remote_code: bool) -> None:
+    """Load what a plan would write on the meta device, and run it there if the base runs there.
+
+    Raises:
+        SpecDefError: It cannot be loaded, would lose a tensor, or cannot be run.
+    """
+    if not checkpoint.library.loads_without_weights:
+        return
+    model = load_empty(checkpoint, plan, trust_remote_code=trust_remote_code)
+    found = None if skeleton.trial.error else try_out(model).error
+    if found is not None:
+        raise SpecDefError(
+            f"the hardened model could not be run: {first_line(found)}",
+            "Leave layers out (--exclude), or fold instead (--method fold).",
+        ) from found
+
+
+def load_empty(checkpoint: Checkpoint, plan: HardeningPlan, *, trust_remote_code: bool) -> Any:
+    """The model that a plan would write, on the meta device.
+
+    Raises:
+        SpecDefError: It cannot be loaded, or would lose a tensor.
+    """
+    with TemporaryDirectory() as place:
+        _write_empty(checkpoint, plan, Path(place))
+        try:
+            return load_without_weights(Path(place), trust_remote_code=trust_remote_code)
+        except SpecDefError as error:
+            raise SpecDefError(error.problem.replace(place, "the hardened model"), error.hint) from error
+        except OSError as error:
+            raise SpecDefError(
+                f"the temporary directory {place} cannot be used: {error.strerror or error}",
+                "Free some space there, or set TMPDIR.",
+            ) from error
+
+
+def _write_empty(checkpoint: Checkpoint, plan: HardeningPlan, directory: Path) -> None:
+    """Write the directory of a plan with holes for weights: no byte of them is on disk."""
+    write_json(directory / "config.json", plan.config)
+    (directory / SHIM_SOURCE.name).write_bytes(SHIM_SOURCE.read_bytes())
+    code = [path for path in checkpoint.companions.carried if path.suffix == ".py"]
+    carry_over(checkpoint.directory, directory, code)
+    (shard,) = plan_shards(plan.groups, plan.nbytes + 1, checkpoint.library)
+    header, _ = shard_header(shard)
+    with (directory / shard.name).open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + shard.nbytes)

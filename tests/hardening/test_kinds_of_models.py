@@ -1,0 +1,185 @@
+"""Models of every kind of input, and what checkpoints really lack or hold twice: planned, verified, given back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.commands import assert_refused, call_cli
+from tests.hardening.mutations import DOWN, Mutation, config, content, spoiled, tensor
+from tests.tiny_families import CASES, write_case
+
+SOUND = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 40,
+    "conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+PARTS = {
+    "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "bos_token_id": 1, "eos_token_id": 1,
+    "pad_token_id": 0, "decoder_start_token_id": 0,
+}  # fmt: skip
+WHISPER = {**PARTS, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}
+BLOCKS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+SEGFORMER = {
+    "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 16], "patch_sizes": [7, 3],
+    "strides": [4, 2], "num_attention_heads": [2, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16, "num_labels": 3,
+    "image_size": 32,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "wav2vec2": ("Wav2Vec2ForCTC", SOUND),
+    "wavlm": ("WavLMForCTC", SOUND),
+    "ast": ("ASTForAudioClassification", {**BLOCKS, "max_length": 32, "num_mel_bins": 32}),
+    "whisper": ("WhisperForConditionalGeneration", {**WHISPER, "suppress_tokens": None, "begin_suppress_tokens": None}),
+    "marian": ("MarianMTModel", {**PARTS, "max_position_embeddings": 64}),
+    "segformer": ("SegformerForSemanticSegmentation", SEGFORMER),
+}
+
+
+def write(name: str, directory: Path) -> Path:
+    torch.manual_seed(0)
+    if name == "vision and text":
+        gpt = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=1)
+        vit = transformers.ViTConfig(**BLOCKS, image_size=32, patch_size=8)
+        both = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, gpt)
+        both.decoder_start_token_id, both.pad_token_id = 1, 0
+        transformers.VisionEncoderDecoderModel(config=both).save_pretrained(directory)
+        return directory
+    kind, arguments = MODELS[name]
+    model_class = getattr(transformers, kind)
+    model_class(model_class.config_class(**arguments)).eval().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", [*MODELS, "vision and text"])
+def test_a_scaled_model_is_verified_and_given_back_whole(name: str, tmp_path: Path) -> None:
+    base = write(name, tmp_path / "base")
+    command: tuple[str | Path, ...] = ("harden", base, "--method", "scale", "--out", tmp_path / "out", "--json")
+    assert call_cli(*command, "--dry-run").code == 0
+    result = call_cli(*command)
+    assert result.code == 0, result.stderr
+    assert json.loads(result.stdout)["manifest"]["verification"]["equal"]
+    assert call_cli("collapse", tmp_path / "out", "--out", tmp_path / "back", "--quiet").code == 0
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("change", [torch.clone, lambda head: head + 1], ids=["same", "other"])
+@pytest.mark.parametrize("method", ["fold", "scale"])
+def test_a_head_that_is_stored_beside_a_tied_embedding_comes_back(
+    method: str, change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    base = write_case("llama-tied", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = change(weights["model.embed_tokens.weight"])
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    result = call_cli("harden", base, "--method", method, "--out", tmp_path / "out", "--quiet")
+    assert result.code == 0, result.stderr
+    assert call_cli("collapse", tmp_path / "out", "--out", tmp_path / "back", "--quiet").code == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(weights[key], back[key]) for key in weights)
+
+
+@pytest.mark.parametrize(("case", "options"), [("vit", ()), ("mixtral", ()), ("gpt2", ("--top-k", "4"))])
+def test_a_hardened_model_without_its_manifest_is_inspected(
+    case: str, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    method = "factors" if options else "scale"
+    base = write_case(case, tmp_path / "base")
+    harden: tuple[str | Path, ...] = (
+        "harden",
+        base,
+        "--method",
+        method,
+        *options,
+        "--out",
+        tmp_path / "out",
+        "--quiet",
+    )
+    assert call_cli(*harden, "--manifest-out", tmp_path / "keys.json").code == 0
+    result = call_cli("inspect", tmp_path / "out")
+    assert result.code == 0, result.stderr
+    assert "hardened, without a manifest" in result.stdout
+
+
+OWN = "from transformers import LlamaForCausalLM as Base\nclass {name}(Base):\n    pass\n"
+CLAMPED = """from transformers import LlamaForCausalLM as Base
+class LlamaForCausalLM(Base):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.up_proj.register_forward_hook(lambda module, inputs, output: output.clamp(-0.5, 0.5))
+"""
+REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "an expert is missing": (
+        "mixtral", (tensor("model.layers.0.block_sparse_moe.experts.3.w2.weight", None),), (),
+        ("stacked from 4 tensors", "has 3"),
+    ),
+    "NaN": ("llama", (tensor(DOWN, lambda weight: weight * torch.nan),), (), (DOWN, "holds NaN")),
+    "tiny numbers": (
+        "llama", (tensor(DOWN, lambda weight: weight * 1e-33),), (), (DOWN, "range of float32", "--exclude"),
+    ),
+    "code of a known name": (
+        "llama",
+        (
+            content("modeling_own.py", OWN.format(name="LlamaForCausalLM")),
+            config(auto_map={"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}),
+        ),
+        (),
+        ("LlamaForCausalLM", "--trust-remote-code", "auto_map"),
+    ),
+    "code beside another class": (
+        "llama", (config(auto_map={"AutoModel": "modeling_own.OwnModel"}),), (), ("OwnModel", "auto_map"),
+    ),
+    "code that computes something else": (
+        "llama",
+        (
+            content("modeling_own.py", CLAMPED),
+            config(auto_map={"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}),
+        ),
+        ("--trust-remote-code",),
+        ("differ from the base's",),
+    ),
+    "scales in a class of its own": (
+        "llama",
+        (
+            content("modeling_own.py", OWN.format(name="OwnForCausalLM")),
+            config(
+                architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+            ),
+        ),
+        ("--method", "scale", "--trust-remote-code"),
+        ("OwnForCausalLM", "Use --method fold"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_dry_run_ends_as_the_run_does(case: str, tmp_path: Path) -> None:
+    family, mutations, options, words = REFUSED[case]
+    base = spoiled(write_case(family, tmp_path / "base"), tmp_path, *mutations)
+    command: tuple[str | Path, ...] = ("harden", base, *options, "--out", tmp_path / "out", "--quiet")
+    refused = call_cli(*command)
+    assert_refused(refused, *words)
+    assert call_cli(*command, "--dry-run") == refused
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "method"), zip(list(CASES)[::3], cycle(["fold", "scale"]), strict=False))
+def test_of_a_family_the_dry_run_ends_as_the_run_does(family: str, method: str, tmp_path: Path) -> None:
+    base = write_case(family, tmp_path / "base")
+    command: tuple[str | Path, ...] = ("harden", base, "--method", method, "--out", tmp_path / "out", "--quiet")
+    dry = call_cli(*command, "--dry-run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    run = call_cli(*command)
+    assert (dry.code, dry.stderr) == (run.code, run.stderr)
