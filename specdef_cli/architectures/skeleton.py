@@ -72,7 +72,7 @@ class Skeleton:
     @classmethod
     def around(cls, model: Any) -> Skeleton:
         """The skeleton of a model in memory, whose parameters take the place of the tensors on disk. Where layers were
-        inserted, its modules are the original architecture's, and the parameters of those layers are missing.
+        replaced, its modules are the original architecture's, and the parameters of those layers are missing.
         """
         shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
         with torch.device("meta"):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from specdef_cli.attack.prospects import Lead, is_hopeless
 from specdef_cli.attack.run_result import (
     BATCHES_BEYOND_TWICE,
     BEYOND_TWICE,
@@ -25,6 +24,7 @@ from specdef_cli.attack.run_result import (
     EvalPoint,
     TrainPoint,
 )
+from specdef_cli.attack.search import Lead, is_hopeless
 
 BATCHES = 2
 """So many batches in a row beyond twice the first one's loss are no chance."""

@@ -27,12 +27,12 @@ from specdef_cli.attack.notes import assumptions, outcome_notes, plan_notes, rep
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series, default_budget, in_order, make_plan
 from specdef_cli.attack.prompts import Prompts, load_prompts
-from specdef_cli.attack.prospects import Lead
+from specdef_cli.attack.queue import Deadline, run_all
 from specdef_cli.attack.recorder import ProgressHook
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary
 from specdef_cli.attack.retained import retained_sequences
 from specdef_cli.attack.run_result import RunResult
-from specdef_cli.attack.schedule import Deadline, run_all
+from specdef_cli.attack.search import Lead
 from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
 from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target, largest_alpha

@@ -62,7 +62,7 @@ def _load_linear_algebra(devices: Sequence[torch.device]) -> None:
 def worker_count(devices: Sequence[torch.device], processes: int, largest_tensor: int) -> int:
     """Threads of this process: one more than cores, but never more layers at once than half of the free memory holds.
 
-    One waits for the disk while the others compute: with a thread more, insert takes a sixth less on two cores.
+    One waits for the disk while the others compute: with a thread more, factors take a sixth less on two cores.
 
     Args:
         devices: The devices of this process.

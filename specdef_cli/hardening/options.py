@@ -51,7 +51,7 @@ class Factors:
 
     method: ClassVar[Method] = "factors"
     alpha: float = option(1e4, "factors: by what singular values are multiplied.", shown_default="1e4")
-    top_k: int = option(25, "factors: how many of a layer are.")
+    top_k: int = option(25, "factors: how many.")
     gauge: Gauge = option("rotated", "factors: symmetric is the paper's.")
     seed: int = option(0, "factors: of the random basis.")
 

@@ -1,8 +1,8 @@
 """The traces of hardening, read off the weights: a published model need not say how it was made.
 
 A fold scales a few channels of a symmetric pair by large powers of two and divides their partners by them. How much
-larger one side is than its channels usually are, against how much smaller the other side is, gives the factor. An
-inserted pair is two matrices, one after the other, whose product has far smaller singular values than they have.
+larger one side is than its channels usually are, against how much smaller the other side is, gives the factor. A
+pair of factors is two matrices, one after the other, whose product has far smaller singular values than they have.
 
 A channel's size is the median of its weights' absolute values: a fold changes few channels of each pair, so that what
 other pairs did to single entries of the same row or column does not move a median.

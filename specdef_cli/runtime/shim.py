@@ -1,4 +1,4 @@
-"""What an *insert* hardened directory's ``config.json`` says beyond the base model's.
+"""What the ``config.json`` of a directory that brings code says beyond the base model's.
 
 A hardened directory must load with the runtime and fail everywhere else. transformers only warns about missing tensors
 and re-initialises them, so the failure has to happen before any weight is read: the config names a ``model_type`` that
@@ -22,7 +22,7 @@ from specdef_cli.checkpoint.library import library_of
 from specdef_cli.errors import SpecDefError
 
 SHIM_SOURCE = Path(__file__).with_name("configuration_specdef.py")
-"""The file to copy, verbatim and under the same name, into every insert directory of transformers."""
+"""The file to copy, verbatim and under the same name, into every directory of transformers that brings code."""
 
 MODEL_TYPE = "specdef"
 BASE_MODEL_TYPE_KEY = "specdef_base_model_type"
@@ -65,7 +65,7 @@ class ScaledSpec:
 
 
 def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | ScaledSpec]) -> dict[str, Any]:
-    """The ``config.json`` of an insert directory.
+    """The ``config.json`` of a directory of *scale* or *factors*.
 
     Args:
         config: The base model's ``config.json``. It is not changed.
@@ -106,7 +106,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | Scal
 
 
 def is_shim(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is that of an insert directory."""
+    """Whether a ``config.json`` is that of *scale* or *factors*."""
     if not library_of(config).has_model_types:
         listed = config.get("quantization_config")
         return isinstance(listed, Mapping) and listed.get("quant_method") == MODEL_TYPE

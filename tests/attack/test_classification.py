@@ -14,7 +14,7 @@ import torch
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.data import builtin_documents, load_data, load_preprocessor
 from specdef_cli.attack.data.labelled import Head
-from specdef_cli.attack.loading import load_for_training
+from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from tests.attack.test_optimizers import spec

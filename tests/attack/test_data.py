@@ -19,7 +19,7 @@ from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
 from specdef_cli.attack.data.images import PixelTransform, load_pixel_transform
 from specdef_cli.attack.data.labelled import Head
-from specdef_cli.attack.loading import load_for_training
+from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import train_run
 from specdef_cli.errors import SpecDefError
 from tests.attack.test_optimizers import spec

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.loading import load_for_training
 from specdef_cli.attack.recorder import Recorder
 from specdef_cli.attack.run_result import DEAD, Divergence
 from specdef_cli.attack.target import Task
+from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import make_trainer, train_run
 from specdef_cli.runtime import load_model
 from tests.attack.test_optimizers import spec

@@ -22,13 +22,11 @@ from transformers import (
 )
 
 from specdef_cli.attack.data import AttackData, Sequences
-from specdef_cli.attack.loading import load_for_training
-from specdef_cli.attack.optimizers.groups import build_optimizer, hidden_matrices
-from specdef_cli.attack.optimizers.madam import Madam
-from specdef_cli.attack.optimizers.normalized import NormalizedSGD
+from specdef_cli.attack.optimizers.own import Madam, NormalizedSGD, build_optimizer, hidden_matrices
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.recorder import Recorder
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import (
     AttackTrainer,
     Memory,

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import AttackData, load_data
 from specdef_cli.attack.data.labelled import Head, labels_of
+from specdef_cli.attack.queue import visible_devices
 from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.tasks import task_of
-from specdef_cli.attack.workers import visible_devices
 from specdef_cli.cli.app import app
 from specdef_cli.cli.conditions import Condition
 from specdef_cli.errors import SpecDefError

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
-from specdef_cli.attack.loading import load_for_training
 from specdef_cli.attack.recorder import Recorder
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import make_trainer, quiet
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant

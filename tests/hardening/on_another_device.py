@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.attack.optimizers.groups import build_optimizer
+from specdef_cli.attack.optimizers.own import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.certify.curvature import hessian_top
 from specdef_cli.checkpoint.reader import open_checkpoint
