@@ -14,7 +14,8 @@ PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 WRITTEN = [*PAGES, *(REPOSITORY / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 LONGEST_SENTENCE, LONGEST_README, LARGEST_DOCS = 25, 130, 12_000
 FOREIGN = re.compile(
-    r"\b(stands? apart|walks? (through|around)|but for|nothing but)\b|(^|[.:] )(Of|Beside) [^.,:]{1,40}, [a-z]", re.MULTILINE
+    r"\b(stands? apart|walks? (through|around)|but for|nothing but)\b|(^|[.:] )(Of|Beside) [^.,:]{1,40}, [a-z]",
+    re.MULTILINE,
 )
 """Phrases of other languages; the last kind puts what a sentence is about before its subject."""
 
