@@ -211,10 +211,11 @@ test-newest:  ## the tests of what rests on internals of transformers, on its ne
 faults: install  ## docs/tables/faults.md: the fault table alone, without the long tests
 	$(BIN)/python -m tests.faults | tee /dev/stderr | grep '^|' > docs/tables/faults.md
 
-lint: install  ## style, formatting and types
+lint: install  ## style of code and prose, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/proselint check README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs/*.md examples/*/README.md
 
 pictures: install  ## docs/assets/*.svg and the README's table, from docs/tables of real models
 	$(BIN)/python docs/generators/pictures.py
