@@ -24,7 +24,7 @@ ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo pictures reproduce reproduce-mixing \
-  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack deep-attack check test test-all test-newest faults lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
+  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest faults lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,22 @@ real-consumers: real-models real-tools $(patsubst %,docs/tables/consumers-%.md,$
 docs/tables/consumers-%.md: $$(call consumed_directories,$$*) FORCE
 	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/real/consumers.py --base $(REAL)/$* \
 	  $(call consumed_directories,$*) $(TOKENS) --jobs $(JOBS) --cells $(REAL)/cells --out $@
+
+# What attackers use, in an environment of its own: heretic wants versions that differ from ours, and torchvision, which it
+# imports for images alone. It is AGPL-3.0, and run as a program.
+$(REAL)/tools/attackers/.installed: | install
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/specdef-tools.pth
+	$(@D)/bin/pip install --quiet --no-deps heretic-llm==1.4.0 trl==1.16.0 optuna questionary prompt_toolkit wcwidth py-cpuinfo \
+	  pydantic-settings python-dotenv langdetect immutabledict tomli-w colorlog alembic sqlalchemy Mako
+	touch $@
+
+ATTACKERS_STEPS ?= 30
+real-attackers: real-models $(REAL)/tools/attackers/.installed $(REAL_NAMES:%=docs/tables/attackers-%.md)  ## what attackers' tools (heretic, TRL, QLoRA, bf16) make of hardened models: docs/tables/attackers-*.md; goes on where it was stopped
+
+docs/tables/attackers-%.md: $(addprefix $(REAL)/hardened/%-,fold scale factors) FORCE
+	$(BIN)/python examples/real/attackers.py $(REAL)/$* $(addprefix $(REAL)/hardened/$*-,fold scale factors) \
+	  --tools $(REAL)/tools/attackers --cells $(REAL)/cells/attackers --steps $(ATTACKERS_STEPS) --out $@
 
 # The ways of hardening that the attack on real models compares, and beside those models the tiny Llama and a stack of 60
 # layers made of it: models of bytes, which train on more of them. deep-80 is beside that table (`make deep-attack`).
@@ -195,10 +211,11 @@ test-newest:  ## the tests of what rests on internals of transformers, on its ne
 faults: install  ## docs/tables/faults.md: the fault table alone, without the long tests
 	$(BIN)/python -m tests.faults | tee /dev/stderr | grep '^|' > docs/tables/faults.md
 
-lint: install  ## style, formatting and types
+lint: install  ## style of code and prose, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/proselint check README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs/*.md examples/*/README.md
 
 pictures: install  ## docs/assets/*.svg and the README's table, from docs/tables of real models
 	$(BIN)/python docs/generators/pictures.py

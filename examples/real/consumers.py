@@ -281,7 +281,7 @@ def markdown(base: Path, columns: dict[Path, dict[str, Outcome]], tokens: torch.
 def lost(directory: Path) -> tuple[str, ...]:
     """The formats that ``harden`` names before it works, and the card."""
     manifest = read_manifest(directory)
-    return lost_formats(manifest.folded, with_code=bool(manifest.factored or manifest.scaled))
+    return lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.factored or manifest.scaled))
 
 
 def cell(figure: FormatFigure) -> str:

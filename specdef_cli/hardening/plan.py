@@ -27,7 +27,7 @@ from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
-from specdef_cli.hardening.expendable import raise_pairs
+from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
 from specdef_cli.hardening.factors import FactorLayer, factor_layers
 from specdef_cli.hardening.fold import fold_groups, fold_pairs
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS, given_up, lost_formats, serving_advice
@@ -158,14 +158,15 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in multiplied}
     one_sided = _one_sided(checkpoint, changes.folded)
     unchanged = _unchanged(skeleton, multiplied | {layer.site.tensor for layer in changes.factored})
+    profile = options.construction.profile if isinstance(options.construction, Fold) else None
     return HardeningPlan(
         **vars(changes),
         method=options.construction.method,
-        profile=options.construction.profile if isinstance(options.construction, Fold) else None,
+        profile=profile,
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
         groups=_groups(checkpoint, changes, options.dtype),
         config=shim_config(config, changes.layers) if changes.layers else config,
-        notes=(*_notes(checkpoint, changes, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
+        notes=(*_notes(checkpoint, changes, profile, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
         unchanged=unchanged,
         one_sided=one_sided,
     )
@@ -209,8 +210,8 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
     if found.pairs:
         pairs = _select(found.pairs, lambda pair: _pair_names(pair, skeleton.names), options)
     folded: tuple[FoldedPair, ...]
-    if wanted.profile == "quantizable":
-        activations = _activations(base, pairs, options, wanted.calibration) if pairs else None
+    if wanted.profile in ("quantizable", "gguf"):
+        activations = _activations(base, pairs, options, wanted) if pairs else None
         folded = raise_pairs(checkpoint, pairs, activations, _stored(options.dtype))
     else:
         folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
@@ -230,13 +231,18 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
 
 
 def _activations(
-    base: OpenedModel, pairs: Sequence[SymmetricPair], options: HardenOptions, calibration: str | None
+    base: OpenedModel, pairs: Sequence[SymmetricPair], options: HardenOptions, wanted: Fold
 ) -> Activations | None:
     """What passes through the pairs on the text that was asked for."""
-    if calibration == BY_WEIGHTS:
+    if wanted.calibration == BY_WEIGHTS:
         return None
-    text = default_text() if calibration is None else read_text(Path(calibration))
-    return calibrate(base, pairs, text, device=options.device)
+    return calibrate(
+        base,
+        pairs,
+        default_text() if wanted.calibration is None else read_text(Path(wanted.calibration)),
+        exponents=range(1, HIGHEST_IN_BLOCKS + 1) if wanted.profile == "gguf" else (),
+        device=options.device,
+    )
 
 
 def _select(
@@ -287,10 +293,10 @@ def _stored(dtype: str | None) -> str | None:
 
 
 def _notes(
-    checkpoint: Checkpoint, changes: Changes, unchanged: Sequence[str], one_sided: Sequence[str]
+    checkpoint: Checkpoint, changes: Changes, profile: str | None, unchanged: Sequence[str], one_sided: Sequence[str]
 ) -> tuple[str, ...]:
     """What was decided and why, for the user."""
-    notes = [serving_advice(lost_formats(changes.folded, with_code=bool(changes.layers)))]
+    notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.layers)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
     if changes.scaled and checkpoint.library.runs_code:
         notes.append(SCALED_LOADERS)

@@ -125,18 +125,22 @@ def test_layers_are_read_one_after_the_other_and_dropped(monkeypatch: pytest.Mon
     assert all(parameter.is_meta for parameter in models[0].parameters())
 
 
-def test_drowned_energy_is_the_sum_over_neighbours() -> None:
+@pytest.mark.parametrize(("channels", "block"), [(70, 32), (512, 256)])
+def test_drowned_energy_is_the_sum_over_neighbours(channels: int, block: int) -> None:
+    """Blocks of 32 where the width is no multiple of 256, as llama.cpp takes them; 70: two blocks and one of 6."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(5, 70, generator=generator).double().float()  # two blocks of 32 and one of 6
-    norms = torch.rand(70, generator=generator)
-    found = drowned_energy(inputs, norms, 5)
-    for channel in (0, 31, 32, 69):
-        block = range(channel // 32 * 32, min(70, channel // 32 * 32 + 32))
-        expected = 0.0
-        for row in inputs.double():
-            step = float(row[channel].abs()) * 2**5 / 127
-            expected += sum(min(float(row[j]) ** 2, step**2 / 12) * float(norms[j]) for j in block if j != channel)
-        assert float(found[channel]) == pytest.approx(expected / 5, rel=1e-4)
+    inputs = torch.randn(5, channels, generator=generator)
+    norms = torch.rand(channels, generator=generator)
+    found = drowned_energy(inputs, norms, (2, 5, 9))
+    for index, exponent in enumerate((2, 5, 9)):
+        for channel in (0, 31, 32, channels - 1):
+            start = channel // block * block
+            expected = 0.0
+            for row in inputs.double():
+                noise = (float(row[channel].abs()) * 2**exponent / 127) ** 2 / 12
+                neighbours = [j for j in range(start, min(channels, start + block)) if j != channel]
+                expected += sum(min(float(row[j]) ** 2, noise) * float(norms[j]) for j in neighbours)
+            assert float(found[index, channel]) == pytest.approx(expected / 5, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
