@@ -114,7 +114,7 @@ def test_a_calibration_that_changes_nothing_or_cannot_be_read_is_refused(tmp_pat
 def test_gguf_keeps_blocks_of_activations(tmp_path: Path) -> None:
     """No pair's blocks lose more than its part of what all may lose, and a factor more loses more than that."""
     base = open_model(TINY_LLAMA)
-    checkpoint, pairs = base.checkpoint, symmetries(base.skeleton).pairs
+    pairs = symmetries(base.skeleton).pairs
     activations = calibrate(base, pairs, default_text(), exponents=range(1, 15))
     result = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "m", Fold("gguf"), verify=False))
     assert result is not None
