@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, base_of, is_hardened, keep_elsewhere, read_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, base_of, find_manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.other_directories import no_config
 from specdef_cli.errors import SpecDefError
 
@@ -31,7 +31,7 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        keep_elsewhere(path, manifest)
+        find_manifest(path, manifest)
         if not (path / "config.json").is_file():
             raise no_config(path)
         return path
@@ -50,7 +50,7 @@ def require_hardened(model: str, manifest: Path | None = None) -> None:
     """
     directory = require_model(model, manifest)
     if directory is not None:
-        read_manifest(directory)
+        read_manifest(directory, manifest)
 
 
 def require_directory(directory: Path) -> None:
@@ -108,9 +108,9 @@ def require_models(model: str, base: str | None, option: str, manifest: Path | N
         if found is not None:
             require_undefended(found, option)
     elif directory is not None:
-        if not is_hardened(directory):
+        if find_manifest(directory, manifest) is None:
             raise no_base(model, option)
-        name, _ = base_of(read_manifest(directory), directory)
+        name, _ = base_of(read_manifest(directory, manifest), directory)
         try:
             require_model(name)
         except SpecDefError as error:

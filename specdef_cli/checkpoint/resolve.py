@@ -19,7 +19,7 @@ from huggingface_hub.errors import DryRunError
 from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.hub import Commit, download_all, not_available
-from specdef_cli.checkpoint.manifest import Manifest, base_of, keep_elsewhere, last_part
+from specdef_cli.checkpoint.manifest import last_part
 from specdef_cli.checkpoint.other_directories import held_instead
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
 from specdef_cli.errors import SpecDefError
@@ -69,19 +69,6 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
     commit, missing = where
     download_all(commit, [file.filename for file in missing])
     return resolved(commit)
-
-
-def resolve_hardened(
-    model: str, manifest: Path | None, *, revision: str | None = None, token: str | None = None
-) -> Resolved:
-    """Find a hardened model as :func:`resolve` does, and its manifest where ``--manifest`` names one elsewhere.
-
-    Raises:
-        SpecDefError: As :func:`resolve` and :func:`keep_elsewhere`.
-    """
-    found = resolve(model, revision=revision, token=token)
-    keep_elsewhere(found.directory, manifest)
-    return found
 
 
 def locate(model: str, revision: str | None, token: str | None) -> Resolved | tuple[Commit, list[DryRunFileInfo]]:
@@ -154,27 +141,6 @@ def _require_safetensors(commit: Commit, names: Iterable[str]) -> None:
     held = held_instead((name for name in there if "/" not in name), commit.repository)
     if held is not None:
         raise SpecDefError(f"{commit.repository} has only {held[0]}", held[1])
-
-
-def resolve_base(manifest: Manifest, directory: Path, *, token: str | None, option: str) -> Resolved:
-    """Find the base that the manifest of a hardened directory names.
-
-    Args:
-        manifest, directory: As for :func:`base_of`.
-        token: As for :func:`resolve`.
-        option: The option that names the base otherwise.
-
-    Raises:
-        SpecDefError: It is not there.
-    """
-    name, revision = base_of(manifest, directory)
-    try:
-        return resolve(name, revision=revision, token=token)
-    except SpecDefError as error:
-        raise SpecDefError(
-            f"the base {manifest.base.name} that the manifest of {directory} names is not available: {error.problem}",
-            f"Give its directory or Hub id with {option}.",
-        ) from error
 
 
 def bytes_to_download(missing: Iterable[DryRunFileInfo]) -> int:

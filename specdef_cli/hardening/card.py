@@ -157,7 +157,7 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
 
 
 def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
-    lost = lost_formats(manifest.folded, with_code=bool(manifest.factored or manifest.scaled))
+    lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.factored or manifest.scaled))
     advice = serving_advice(lost)
     if not manifest.factored and not manifest.scaled:
         return [f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"]

@@ -6,83 +6,22 @@ such a model would mean nothing.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import torch
 
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, is_hardened, read_manifest
-from specdef_cli.checkpoint.presence import hardened_already
-from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.shim import is_shim, unshim_config
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.errors import SpecDefError
+from specdef_cli.runtime.shim import unshim_config
 
 RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."
 MAX_EXPONENT = 1000
 """No power of two beyond is a number of any dtype here."""
 CERTAIN_OCTAVES = 8
 """Half of that is further than the channels of a trained model stand out by themselves, outside of norms' readers."""
-
-
-def require_sound(directory: Path, *, trust_remote_code: bool = False) -> Skeleton:
-    """Refuse a base or hardened directory that transformers could only load as something else than it is.
-
-    Reads headers only.
-
-    Args:
-        directory: The checkpoint.
-        trust_remote_code: Whether code that comes with it may run.
-
-    Returns:
-        The model of its original architecture, without weights.
-
-    Raises:
-        SpecDefError: It is not a model of transformers; a file is missing, corrupt or leaves the directory; a tensor is
-            missing, quantized, or of another shape than config.json or the manifest says.
-    """
-    checkpoint = open_checkpoint(directory)
-    if not checkpoint.library.is_attacked:
-        raise SpecDefError(
-            f"{directory} is a model of diffusers, and only models of transformers are attacked and certified",
-            "Train it in its pipeline, as examples/reproduce/unet.py does.",
-        )
-    manifest = read_manifest(directory) if is_hardened(directory) else None
-    if manifest is None:
-        if is_shim(checkpoint.config):
-            load_without_weights(directory, trust_remote_code=trust_remote_code)
-            return Skeleton.read(as_original(checkpoint, None), trust_remote_code=trust_remote_code)
-        require_hardenable(checkpoint)
-    else:
-        require_its_own(checkpoint, manifest)
-    original = as_original(checkpoint, manifest)
-    skeleton = Skeleton.read(original, trust_remote_code=trust_remote_code)
-    require_attention(skeleton)
-    require_whole(skeleton, original)
-    return skeleton
-
-
-def require_hardenable(checkpoint: Checkpoint) -> None:
-    """Refuse what is hardened already or quantized.
-
-    Raises:
-        SpecDefError: saying which.
-    """
-    directory = checkpoint.directory
-    if is_hardened(directory) or is_shim(checkpoint.config):
-        raise hardened_already(directory)
-    quantized = checkpoint.config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
-        raise SpecDefError(
-            f"{directory} is quantized ({method})", "Harden the unquantized checkpoint, and quantize the result."
-        )
 
 
 def require_code_allows(skeleton: Skeleton, *, verify: bool, adds_code: bool) -> None:
@@ -108,26 +47,6 @@ def require_code_allows(skeleton: Skeleton, *, verify: bool, adds_code: bool) ->
         raise SpecDefError(f"{name}, which a model that brings code of specdef cannot load", "Use --method fold.")
     if not verify:
         raise SpecDefError(f"{name}, so that only a run shows whether a fold keeps it", "Leave --no-verify out.")
-
-
-def require_attention(skeleton: Skeleton) -> None:
-    """Refuse a config.json that asks for an attention kernel that is not here: nothing could load what comes of it.
-
-    Raises:
-        SpecDefError: naming the kernel.
-    """
-    kernel = getattr(skeleton.config, "_attn_implementation", None)
-    if kernel in (None, "eager", "sdpa"):
-        return
-    model_class: Any = type(skeleton.model)
-    try:
-        with torch.device("meta"):
-            model_class._from_config(copy.deepcopy(skeleton.config))
-    except Exception as error:  # ImportError, ValueError and what packages of kernels raise
-        raise SpecDefError(
-            f"config.json asks for the attention kernel {kernel}, which cannot be used here: {first_line(error)}",
-            "Install what it needs, or take attn_implementation out of config.json.",
-        ) from error
 
 
 def require_its_own(checkpoint: Checkpoint, manifest: Manifest) -> None:
@@ -161,62 +80,6 @@ def require_its_own(checkpoint: Checkpoint, manifest: Manifest) -> None:
             f"{MANIFEST_NAME} says that channel {index} of {part.tensor} is multiplied by 2^{exponent}, and it is not",
             f"Give the {MANIFEST_NAME} that belongs to these weights. If a fold was undone, nothing is left to do.",
         )
-
-
-def require_whole(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that lacks a parameter, or stores one as integers or in eight bits.
-
-    Args:
-        skeleton: Its model.
-        checkpoint: What is stored.
-
-    Raises:
-        SpecDefError: naming the parameter or the tensor.
-    """
-    skeleton.require_complete()
-    for tensor, parameter in skeleton.names.parameters.items():
-        dtype = checkpoint.tensors[tensor].dtype
-        if parameter in skeleton.parameters and dtype not in FLOATING_DTYPES:
-            raise SpecDefError(
-                f"{tensor} is stored as {dtype}", "Harden the unquantized checkpoint, and quantize the result."
-            )
-
-
-def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse a hardened directory that cannot be loaded. Asked before publication, with ``--no-verify`` too.
-
-    Reads headers only: transformers loads the model on the meta device, as it would load it anywhere.
-
-    Args:
-        directory: What is to be published.
-        trust_remote_code: Whether code that comes with it may run.
-
-    Raises:
-        SpecDefError: A tensor is missing, or the classes are not those that can be replaced.
-    """
-    checkpoint = open_checkpoint(directory)
-    require_as_described(checkpoint, read_manifest(directory))
-    if checkpoint.library.loads_without_weights:
-        load_without_weights(directory, trust_remote_code=trust_remote_code)
-
-
-def load_without_weights(directory: Path, *, trust_remote_code: bool) -> Any:
-    """The model on the meta device; a hardened one is checked as it loads.
-
-    Raises:
-        SpecDefError: It cannot be loaded, or a tensor would be missing.
-    """
-    with without_progress_bars():
-        model, found = load_model(
-            directory, device="meta", output_loading_info=True, trust_remote_code=trust_remote_code
-        )
-    lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
-    if lost:
-        raise SpecDefError(
-            f"the hardened model would be loaded without {lost[0]}",
-            "Leave that layer out (--exclude), or use another --method; nothing was published.",
-        )
-    return model
 
 
 def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint:
