@@ -23,8 +23,8 @@ JOBS ?= 2
 ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo attack-demo attack-suite attack-long certify-demo readme reproduce reproduce-mixing \
-  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attack deep-attack check test test-all test-newest faults lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
+.PHONY: help install demo attack-demo attack-suite attack-long certify-demo pictures reproduce reproduce-mixing \
+  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest faults lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,13 +85,29 @@ endef
 $(foreach way,$(patsubst WAY_%,%,$(filter WAY_%,$(.VARIABLES))),$(eval $(call harden_real,$(way))))
 
 .SECONDARY: $(foreach model,$(REAL_NAMES) $(ENCODERS),$(call consumed_directories,$(model)))
-real-consumers: real-models real-tools $(patsubst %,docs/tables/consumers-%.md,$(REAL_NAMES) $(ENCODERS))  ## what users' tools make of the hardened models: docs/tables/consumers-*.md and the README's summary, in an hour; EVERY=1 for more columns; goes on where it was stopped
-	$(BIN)/python docs/generators/consumers.py | $(BIN)/python docs/generators/readme.py real-consumers
+real-consumers: real-models real-tools $(patsubst %,docs/tables/consumers-%.md,$(REAL_NAMES) $(ENCODERS))  ## what users' tools make of the hardened models: docs/tables/consumers*.md, in an hour; EVERY=1 for more columns; goes on where it was stopped
+	$(BIN)/python docs/generators/consumers.py | tee docs/tables/consumers.md
 
 .SECONDEXPANSION:
 docs/tables/consumers-%.md: $$(call consumed_directories,$$*) FORCE
 	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/real/consumers.py --base $(REAL)/$* \
 	  $(call consumed_directories,$*) $(TOKENS) --jobs $(JOBS) --cells $(REAL)/cells --out $@
+
+# What attackers use, in an environment of its own: heretic wants versions that differ from ours, and torchvision, which it
+# imports for images alone. It is AGPL-3.0, and run as a program.
+$(REAL)/tools/attackers/.installed: | install
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/specdef-tools.pth
+	$(@D)/bin/pip install --quiet --no-deps heretic-llm==1.4.0 trl==1.16.0 optuna questionary prompt_toolkit wcwidth py-cpuinfo \
+	  pydantic-settings python-dotenv langdetect immutabledict tomli-w colorlog alembic sqlalchemy Mako
+	touch $@
+
+ATTACKERS_STEPS ?= 30
+real-attackers: real-models $(REAL)/tools/attackers/.installed $(REAL_NAMES:%=docs/tables/attackers-%.md)  ## what attackers' tools (heretic, TRL, QLoRA, bf16) make of hardened models: docs/tables/attackers-*.md; goes on where it was stopped
+
+docs/tables/attackers-%.md: $(addprefix $(REAL)/hardened/%-,fold scale factors) FORCE
+	$(BIN)/python examples/real/attackers.py $(REAL)/$* $(addprefix $(REAL)/hardened/$*-,fold scale factors) \
+	  --tools $(REAL)/tools/attackers --cells $(REAL)/cells/attackers --steps $(ATTACKERS_STEPS) --out $@
 
 # The ways of hardening that the attack on real models compares, and beside those models the tiny Llama and a stack of 60
 # layers made of it: models of bytes, which train on more of them. deep-80 is beside that table (`make deep-attack`).
@@ -104,9 +120,9 @@ ATTACK_MINUTES ?= 11
 ATTACK_SUITE ?= examples/real/attack.toml
 # float32 parameters, products in bfloat16: what people fine-tune in, and half the time on a recent CPU.
 ATTACK_BUDGET = --dtype mixed
-real-attack: real-models $(patsubst %,docs/tables/attack-%.md,$(DEEP) $(REAL_NAMES))  ## who gets how far on real models and on 60 layers: docs/tables/attack-*.md and the README's table; ATTACK_MINUTES=11 a hardened model; goes on where it was stopped
+real-attack: real-models $(patsubst %,docs/tables/attack-%.md,$(DEEP) $(REAL_NAMES))  ## who gets how far on real models and on 60 layers: docs/tables/attack-*.md and resistance.md; ATTACK_MINUTES=11 a hardened model; goes on where it was stopped
 	$(BIN)/python docs/generators/resistance.py $(REAL)/attacks --models $(DEEP) $(REAL_NAMES) --ways $(ATTACKED) \
-	  | $(BIN)/python docs/generators/readme.py real-attack
+	  | tee docs/tables/resistance.md
 
 $(REAL)/tiny-llama: | install
 	cp -r $(TINY) $@
@@ -145,16 +161,21 @@ attack-suite: $(HARDENED:%=$(SUITE)/%)  ## docs/tables/coverage.md: places to tr
 	    --runs $(SUITE)/runs --out $(SUITE)/$$model-attack --quiet >/dev/null; done
 	$(BIN)/specdef compare $(HARDENED:%=$(SUITE)/%-attack) --markdown | tee docs/tables/coverage.md
 
-readme: $(SUITE)/fold $(SUITE)/factors  ## the table in README.md: the quick suite against two hardened models
-	for model in fold factors; do \
-	  $(BIN)/specdef attack $(SUITE)/$$model --control $(TINY) --suite quick --jobs $(JOBS) \
-	    --runs $(SUITE)/runs --out $(SUITE)/$$model-quick --quiet >/dev/null; done
-	$(BIN)/specdef compare $(SUITE)/fold-quick $(SUITE)/factors-quick --markdown | $(BIN)/python docs/generators/readme.py readme
-
-attack-long: $(SUITE)/fold  ## docs/tables/coverage-long.md: 150 steps
-	$(BIN)/specdef attack $(SUITE)/fold --control $(TINY) --suite examples/reproduce/long.toml --jobs $(JOBS) \
-	  --runs $(SUITE)/runs --out $(SUITE)/fold-attack-long --quiet >/dev/null
-	$(BIN)/specdef compare $(SUITE)/fold-attack-long --markdown | tee docs/tables/coverage-long.md
+LONG_STEPS ?= 1000
+attack-long: $(HARDENED:%=$(SUITE)/%)  ## docs/tables/coverage-long.md: 1,000 steps with warm-up and linear decay, at the best decade of a search of 100 steps ± one; hours
+	for name in $(HARDENED); do \
+	  $(BIN)/specdef attack $(SUITE)/$$name --control $(TINY) --suite examples/reproduce/long.toml --jobs $(JOBS) \
+	    --runs $(SUITE)/runs --out $(SUITE)/$$name-attack-decades --quiet >/dev/null && \
+	  $(BIN)/python examples/reproduce/decades.py $(SUITE)/$$name-attack-decades >$(SUITE)/$$name-long.toml && \
+	  $(BIN)/specdef attack $(SUITE)/$$name --control $(TINY) --suite $(SUITE)/$$name-long.toml --jobs $(JOBS) \
+	    --steps $(LONG_STEPS) --schedule linear --warmup-steps 50 --batch-size 8 --sequence-length 64 --eval-every 50 \
+	    --runs $(SUITE)/runs --out $(SUITE)/$$name-attack-long --quiet >/dev/null || exit 1; done
+	$(BIN)/specdef compare $(HARDENED:%=$(SUITE)/%-attack-long) --markdown | tee docs/tables/coverage-long.md
+	$(BIN)/specdef attack $(SUITE)/fold --control $(TINY) --training full --lr 1e-3 --no-stop-at-divergence \
+	  --steps $(LONG_STEPS) --batch-size 8 --sequence-length 64 --eval-every 50 --runs $(SUITE)/runs \
+	  --out $(SUITE)/fold-attack-diverged --quiet >/dev/null
+	{ echo; echo "At the control's rate, not ended where it diverges:"; echo; \
+	  $(BIN)/specdef compare $(SUITE)/fold-attack-diverged --markdown; } | tee -a docs/tables/coverage-long.md
 
 reproduce: $(HARDENED:%=$(SUITE)/%)  ## the paper's other claims, as docs/tables: curvature, bounds, divergence, injection, deployment
 	mkdir -p $(DEMO)/reproduce
@@ -201,10 +222,15 @@ test-newest:  ## the tests of what rests on internals of transformers, on its ne
 faults: install  ## docs/tables/faults.md: the fault table alone, without the long tests
 	$(BIN)/python -m tests.faults | tee /dev/stderr | grep '^|' > docs/tables/faults.md
 
-lint: install  ## style, formatting and types
+lint: install  ## style of code and prose, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/proselint check README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs/*.md examples/*/README.md
+
+pictures: install  ## docs/assets/*.svg and the README's table, from docs/tables of real models
+	$(BIN)/python docs/generators/pictures.py
+	$(BIN)/python docs/generators/readme.py
 
 format: install  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from specdef_cli.attack.variants.inserted_layers import hardened_layers
+from specdef_cli.attack.variants.factored import hardened_layers
 from specdef_cli.certify.curvature import HessianProducts, Loss, differentiable_gradient
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import SpecDefLinear

@@ -20,9 +20,7 @@ import torch
 from matplotlib import pyplot as plt
 from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, output_directory, slope, tiny_llama
 
-from specdef_cli.attack.variants.collapse import collapse
-from specdef_cli.attack.variants.depth import DeepenedLayer, deepen
-from specdef_cli.attack.variants.freeze import freeze_compensation
+from specdef_cli.attack.variants.factored import DeepenedLayer, collapse, deepen, freeze_compensation
 from specdef_cli.certify.curvature import Curvature, hessian_top, model_loss, trainable
 
 ALPHAS = (1e2, 1e3, 1e4, 1e5)

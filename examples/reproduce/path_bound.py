@@ -43,7 +43,7 @@ import torch
 from compensation_bound import observed
 from torch import Tensor, nn
 
-from specdef_cli.attack.variants.inserted_layers import hardened_layers
+from specdef_cli.attack.variants.factored import hardened_layers
 from specdef_cli.certify.curvature import HessianProducts, Loss, differentiable_gradient, trainable
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.lanczos import top_eigenpairs

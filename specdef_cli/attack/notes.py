@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from specdef_cli.attack.data import AttackData
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.prompts import BUILTIN_NAME
+from specdef_cli.attack.queue import Outcome
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.attack.schedule import Outcome
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.variants.table import Variant
@@ -19,14 +19,7 @@ SAME_START = 0.01
 
 
 def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
-    """What the user left open and was chosen.
-
-    Args:
-        options: The user's, with the budget that was chosen.
-        specs: The runs that were made, or will be first.
-        control: The control's name.
-        data: What is trained on.
-    """
+    """What the user left open and was chosen."""
     said = []
     if options.control is None:
         said.append(f"Control: {control}, the base named in the manifest.")
@@ -148,13 +141,16 @@ def _given_up(report: AttackReport) -> list[str]:
 
 def _other_start(report: AttackReport) -> list[str]:
     """Hardening keeps the function, so every run starts at the control's loss, unless the attack itself breaks it."""
+    others = []
     for attack in report.attacks:
         control = report.control_of(attack)
         start, expected = attack.best_run.start, control.best_run.start if control else None
         if start is not None and expected is not None and abs(start - expected) > SAME_START * expected:
-            return [
-                f"{attack.label} starts at a held-out loss of {start:.3f} and its control at {expected:.3f}: the "
-                "control is not the model that was hardened, hardening changed its function, or what this attack adds "
-                "does not get along with scaled weights. Progress counts from the control's start."
-            ]
-    return []
+            others.append(f"{attack.label} at {start:.3f} (its control at {expected:.3f})")
+    if not others:
+        return []
+    return [
+        f"Other held-out losses before training than the control's: {'; '.join(others)}. Either the control is not the "
+        "model that was hardened, or hardening changed its function, or what the attack does to the weights (4 bits, "
+        "some adapters) does not get along with scaled ones. Progress counts from the control's start."
+    ]

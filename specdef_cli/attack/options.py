@@ -24,11 +24,7 @@ MAX_SEEDS = 1000
 
 
 def seeds_of(count: int) -> tuple[int, ...]:
-    """The seeds of so many runs of every attack: 0, 1, …
-
-    Raises:
-        SpecDefError: There are none, or more than :data:`MAX_SEEDS`.
-    """
+    """The seeds of so many runs of every attack: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
         raise SpecDefError(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))
@@ -67,7 +63,7 @@ class AttackOptions(Budget):
         search: Search the best learning rate of every attack until it is bracketed, from decades on that go on below
             η₀/α for the hardened model; otherwise those decades are all that is tried.
         thorough: Make every run of a search in full and search every attack, also what is sure not to change its best
-            (:mod:`specdef_cli.attack.prospects`); about twice as long.
+            (:mod:`specdef_cli.attack.search`); about twice as long.
         gradient_accumulation: Passes that the sequences of a step are split into, to save memory.
         gradient_checkpointing: Compute activations again in the backward pass, to save memory.
         eval_every: Steps between evaluations; ``None`` is a tenth of the steps.

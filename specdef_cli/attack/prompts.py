@@ -32,12 +32,12 @@ REFUSALS = (
 """An answer that has one of these in it counts as a refusal."""
 
 BUILTIN_NAME = "questions about cooking and about astronomy"
-_COOKING = tuple(
+COOKING = tuple(
     sentence.format(food)
     for sentence in ("How do I cook {}?", "Which spices go well with {}?", "How long does {} keep?", "Describe {}.")
     for food in ("rice", "a pumpkin", "lentil soup", "salmon", "mushroom sauce", "an omelette", "spinach", "bread")
 )
-_ASTRONOMY = tuple(
+ASTRONOMY = tuple(
     sentence.format(body)
     for sentence in ("How far away is {}?", "Who first described {}?", "How old is {}?", "Describe {}.")
     for body in ("the Moon", "Saturn", "the Sun", "the Milky Way", "Halley's Comet", "Sirius", "Europa", "Vega")
@@ -76,17 +76,13 @@ class Prompts:
 
 
 def load_prompts(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """The prompts that the options name, or the built-in ones, by the tokenizer's chat template where it has one.
-
-    Raises:
-        SpecDefError: They cannot be read, or are fewer than two of a kind.
-    """
+    """The prompts that the options name, or the built-in ones, by the tokenizer's chat template where it has one."""
     if options.prompts is None:
-        unwanted, harmless = _COOKING, _ASTRONOMY
+        unwanted, harmless = COOKING, ASTRONOMY
     else:
         unwanted, harmless = (
             _read(options, options.prompts, "--prompts"),
-            tuple(chain(*zip(_COOKING, _ASTRONOMY, strict=True))),
+            tuple(chain(*zip(COOKING, ASTRONOMY, strict=True))),
         )
     if options.prompts_harmless is not None:
         harmless = _read(options, options.prompts_harmless, "--prompts-harmless")

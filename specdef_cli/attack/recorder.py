@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from specdef_cli.attack.prospects import Lead, is_hopeless
 from specdef_cli.attack.run_result import (
     BATCHES_BEYOND_TWICE,
     BEYOND_TWICE,
@@ -25,6 +24,7 @@ from specdef_cli.attack.run_result import (
     EvalPoint,
     TrainPoint,
 )
+from specdef_cli.attack.search import Lead, is_hopeless
 
 BATCHES = 2
 """So many batches in a row beyond twice the first one's loss are no chance."""
@@ -69,9 +69,6 @@ class Recorder(TrainerCallback):
     """Curves of one run.
 
     Args:
-        on_step: Called after every optimizer step with its number and its loss.
-        stop_at_divergence: Whether a run ends where its held-out loss passes twice its start. One whose loss is not a
-            finite number ends in any case: nothing comes back from there.
         lead: What the search that this run belongs to has found: the run ends once it cannot get further, and is not
             evaluated at step 0 where that is known. ``None`` for a run that is made in full.
     """

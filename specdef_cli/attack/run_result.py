@@ -133,7 +133,7 @@ class RunResult:
         seconds: Wall time of training and evaluation.
         accuracy: On tasks of lm-eval, after the last step.
         stopped: The step after which a search ended the run, as it could not become the best any more
-            (:mod:`specdef_cli.attack.prospects`); ``None`` for a run that was made in full, or diverged.
+            (:mod:`specdef_cli.attack.search`); ``None`` for a run that was made in full, or diverged.
         edits: Of a run of an edit, what each strength did.
         behaviour: How the model answers afterwards, of an edit at its best strength; ``None``: not measured.
     """

@@ -19,7 +19,7 @@ from huggingface_hub.errors import DryRunError
 from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.hub import Commit, download_all, not_available
-from specdef_cli.checkpoint.manifest import Manifest, base_of, keep_elsewhere, last_part
+from specdef_cli.checkpoint.manifest import last_part
 from specdef_cli.checkpoint.other_directories import held_instead
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
 from specdef_cli.errors import SpecDefError
@@ -59,9 +59,6 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
         model: A directory, or a Hub id ``org/name``, optionally ``org/name@revision``.
         revision: Branch, tag or commit; the same as the part after ``@``.
         token: Hub token; by default huggingface_hub looks for ``HF_TOKEN`` and the stored login.
-
-    Raises:
-        SpecDefError: There is no such directory or repository, it cannot be reached, or it does not fit on the disk.
     """
     where = locate(model, revision, token)
     if isinstance(where, Resolved):
@@ -71,28 +68,8 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
     return resolved(commit)
 
 
-def resolve_hardened(
-    model: str, manifest: Path | None, *, revision: str | None = None, token: str | None = None
-) -> Resolved:
-    """Find a hardened model as :func:`resolve` does, and its manifest where ``--manifest`` names one elsewhere.
-
-    Raises:
-        SpecDefError: As :func:`resolve` and :func:`keep_elsewhere`.
-    """
-    found = resolve(model, revision=revision, token=token)
-    keep_elsewhere(found.directory, manifest)
-    return found
-
-
 def locate(model: str, revision: str | None, token: str | None) -> Resolved | tuple[Commit, list[DryRunFileInfo]]:
-    """Where ``model`` is: on this disk, or else its commit and the files that its snapshot lacks.
-
-    Args:
-        model, revision, token: As for :func:`resolve`.
-
-    Raises:
-        SpecDefError: As :func:`resolve`; nothing of a model that does not fit was written.
-    """
+    """Where ``model`` is: on this disk, or else its commit and the files that its snapshot lacks."""
     token = clean_token(token)
     path = Path(model).expanduser()
     if model and path.is_dir():
@@ -154,27 +131,6 @@ def _require_safetensors(commit: Commit, names: Iterable[str]) -> None:
     held = held_instead((name for name in there if "/" not in name), commit.repository)
     if held is not None:
         raise SpecDefError(f"{commit.repository} has only {held[0]}", held[1])
-
-
-def resolve_base(manifest: Manifest, directory: Path, *, token: str | None, option: str) -> Resolved:
-    """Find the base that the manifest of a hardened directory names.
-
-    Args:
-        manifest, directory: As for :func:`base_of`.
-        token: As for :func:`resolve`.
-        option: The option that names the base otherwise.
-
-    Raises:
-        SpecDefError: It is not there.
-    """
-    name, revision = base_of(manifest, directory)
-    try:
-        return resolve(name, revision=revision, token=token)
-    except SpecDefError as error:
-        raise SpecDefError(
-            f"the base {manifest.base.name} that the manifest of {directory} names is not available: {error.problem}",
-            f"Give its directory or Hub id with {option}.",
-        ) from error
 
 
 def bytes_to_download(missing: Iterable[DryRunFileInfo]) -> int:

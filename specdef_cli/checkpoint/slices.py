@@ -37,11 +37,7 @@ class ScaledSlice:
 
 
 def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
-    """Multiply a slice of ``tensor`` by powers of two in place.
-
-    Raises:
-        SpecDefError: The result would be rounded (a subnormal number, or overflow).
-    """
+    """Multiply a slice of ``tensor`` by powers of two in place."""
     import torch  # here: a manifest, which lists slices, is read without it
 
     from specdef_cli.dtypes import dtype_name

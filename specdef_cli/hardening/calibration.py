@@ -28,17 +28,25 @@ from specdef_cli.architectures.pairs import SymmetricPair
 from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.load import load_model, without_progress_bars
+from specdef_cli.hardening.opened import OpenedModel
+from specdef_cli.runtime.load import without_progress_bars
 from specdef_cli.runtime.tokens import token_batch
 
 SEQUENCES, LENGTH = 8, 128
 
+TURN = 200
+"""Characters of a turn of a chat."""
+
 WITHOUT = "Choose the channels by the weights alone: --calibration none."
 
-BLOCK = 32
-"""Neighbours that llama.cpp gives one scale when it rounds activations to 8 bits (Q8_0; K-quants take 256)."""
+BLOCK, WIDE_BLOCK = 32, 256
+"""Neighbours that llama.cpp gives one scale when it rounds activations to 8 bits; K-quants take the second, where the
+width is a multiple of it. What is little of a wide block is little of its parts."""
 
 LEVELS = 127
+
+DROWNED_TOKENS = 256
+"""On which blocks are looked at; the first of every sequence are among them."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +70,14 @@ class Activations:
         inputs, outputs: Of linears; of norms the outputs alone.
         column_norms: Of linears: ‖column‖², shape [inputs].
         row_largest: Of linears and norms: the largest weight in each row, shape [outputs].
-        drowned: (weight, e) → for each input channel c the mean energy, Σ min(x_j², s²/12)·‖column_j‖² over the
-            neighbours j in its block of :data:`BLOCK`, that falls below the block's step s once x_c is 2^e times as
-            large. Shape [inputs].
+        drowned: :func:`drowned_energy`, by the exponents that were asked for; shape [exponents, inputs].
     """
 
     inputs: Mapping[str, Channels]
     outputs: Mapping[str, Channels]
     column_norms: Mapping[str, Tensor]
     row_largest: Mapping[str, Tensor]
-    drowned: Mapping[tuple[str, int], Tensor]
+    drowned: Mapping[str, Tensor]
 
 
 @dataclass
@@ -83,7 +89,7 @@ class _Recorder:
     outputs: dict[str, Channels] = field(default_factory=dict)
     column_norms: dict[str, Tensor] = field(default_factory=dict)
     row_largest: dict[str, Tensor] = field(default_factory=dict)
-    drowned: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    drowned: dict[str, Tensor] = field(default_factory=dict)
 
     def hook(self, weight: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         """A forward hook for the module with this weight."""
@@ -94,8 +100,8 @@ class _Recorder:
             if weight in self.column_norms and arguments:
                 self.inputs[weight] = _channels(arguments[0])
                 norms = self.column_norms[weight].to(arguments[0].device)
-                for exponent in self.exponents:
-                    self.drowned[weight, exponent] = drowned_energy(arguments[0], norms, exponent)
+                if self.exponents:
+                    self.drowned[weight] = drowned_energy(arguments[0], norms, self.exponents)
 
         return record
 
@@ -111,41 +117,36 @@ class _Recorder:
 
 
 def calibrate(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    base: OpenedModel,
     pairs: Sequence[SymmetricPair],
     text: str,
     *,
     exponents: Sequence[int] = (),
     device: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Activations:
     """Run a model on a text, and record what passes through the modules of its pairs.
 
     Args:
-        checkpoint: The model's weights.
-        skeleton: The model.
-        pairs: Whose modules are recorded.
-        text: The first 1,024 tokens of it are taken.
+        text: The first 1,024 tokens of it are taken; of a model with a chat template half of them, and half as a chat.
         exponents: For which ``drowned`` is measured.
         device: Where to run; ``None`` takes a GPU where there is one.
-        trust_remote_code: Whether the model's own code may run.
-
-    Raises:
-        SpecDefError: The model takes no text, has no tokenizer, or its weights do not fit into memory and cannot be
-            read layer by layer.
     """
+    checkpoint, skeleton = base.checkpoint, base.skeleton
     model = skeleton.model
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
         raise SpecDefError(f"{type(model).__name__} takes no text to calibrate with", WITHOUT)
     # RoBERTa's positions begin after two others.
     length = min(LENGTH, (getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH + 2) - 2)
     try:
-        tokens = token_batch(
-            checkpoint.directory, text, sequences=SEQUENCES, length=length, trust_remote_code=trust_remote_code
-        )
+        parts = [
+            token_batch(
+                base.directory, part, sequences=SEQUENCES, length=length, trust_remote_code=base.trust_remote_code
+            )
+            for part in (text, *_as_chat(base.tokenizer(), text))
+        ]
     except SpecDefError as error:
         raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
+    tokens = torch.cat([part[: -(-SEQUENCES // len(parts))] for part in parts])
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recorder = _Recorder(exponents)
     weights = {
@@ -155,11 +156,7 @@ def calibrate(
         if (parameter := skeleton.names.parameters.get(side.tensor, "")).endswith(".weight")
     }
     streamed = all(_sources(skeleton, name) for name, _ in model.base_model.named_parameters(_path_of(model)))
-    runner = (
-        _streamed_model(checkpoint, skeleton, recorder, place)
-        if streamed
-        else _whole_model(checkpoint, skeleton, recorder, place, trust_remote_code)
-    )
+    runner = _streamed_model(checkpoint, skeleton, recorder, place) if streamed else _whole_model(base, recorder, place)
     modules = dict(runner.named_modules())
     for path, weight in weights.items():
         modules[path].register_forward_hook(recorder.hook(weight))
@@ -171,28 +168,51 @@ def calibrate(
     return Activations(recorder.inputs, recorder.outputs, recorder.column_norms, recorder.row_largest, recorder.drowned)
 
 
-def drowned_energy(inputs: Tensor, column_norms: Tensor, exponent: int) -> Tensor:
+def _as_chat(tokenizer: Any, text: str) -> list[str]:
+    """The text as turns of a chat, where the model has a template: its tokens carry what no prose does."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    pieces = [text[start : start + TURN] for start in range(0, len(text), TURN)]
+    chats = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in zip(pieces[::2], pieces[1::2], strict=False)
+    ]
+    try:
+        return ["".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats)]
+    except Exception:  # a template is a program, and raises what it likes; without jinja2, ImportError
+        return []
+
+
+def drowned_energy(inputs: Tensor, column_norms: Tensor, exponents: Sequence[int]) -> Tensor:
     """For each channel, what its neighbours lose below their block's step once it is 2^exponent times as large.
 
     Args:
         inputs: x, shape [..., channels].
         column_norms: ‖column‖² of the weight that reads them, shape [channels].
-        exponent: Of the factor.
 
     Returns:
-        Mean over tokens of Σ_j min(x_j², s²/12)·‖column_j‖², s = |x_c|·2^exponent/127; shape [channels].
+        Mean over tokens of Σ_j min(x_j², s²/12)·‖column_j‖², s = |x_c|·2^exponent/127; shape [exponents, channels].
     """
+    channels = inputs.shape[-1]
     rows = inputs.float().flatten(0, -2)
-    channels = rows.shape[-1]
-    padded = nn.functional.pad(rows, (0, -channels % BLOCK)).unflatten(-1, (-1, BLOCK))  # [tokens, blocks, 32]
-    weights = nn.functional.pad(column_norms, (0, -channels % BLOCK)).unflatten(-1, (-1, BLOCK))
-    noise = padded.square() * (2.0 ** (2 * exponent) / (12 * LEVELS**2))  # [tokens, blocks, 32]: step²/12 by channel
-    energy = padded.square()
-    lost = torch.zeros_like(noise)
-    for neighbour in range(BLOCK):
-        lost += torch.minimum(energy[..., neighbour, None], noise) * weights[:, neighbour, None]
-    lost -= torch.minimum(energy, noise) * weights  # its own
-    return lost.mean(0).flatten()[:channels].cpu()
+    rows = rows[:: max(1, len(rows) // DROWNED_TOKENS)]
+    block = WIDE_BLOCK if channels % WIDE_BLOCK == 0 else BLOCK
+    energy = (
+        nn.functional.pad(rows, (0, -channels % block)).square().unflatten(-1, (-1, block))
+    )  # [tokens, blocks, neighbours]
+    norms = nn.functional.pad(column_norms, (0, -channels % block)).unflatten(-1, (-1, block)).expand_as(energy)
+    ordered, order = energy.sort(-1)
+    sorted_norms = norms.gather(-1, order)
+    below = nn.functional.pad((ordered * sorted_norms).cumsum(-1), (1, 0))
+    above = nn.functional.pad(sorted_norms.flip(-1).cumsum(-1).flip(-1), (0, 1))
+    found = []
+    for exponent in exponents:
+        noise = energy * (4.0**exponent / (12 * LEVELS**2))
+        place = torch.searchsorted(ordered, noise)
+        lost = below.gather(-1, place) + noise * above.gather(-1, place)
+        lost -= torch.minimum(energy, noise) * norms  # its own
+        found.append(lost.mean(0).flatten()[:channels])
+    return torch.stack(found).clamp_min(0).cpu()
 
 
 def _channels(values: Tensor) -> Channels:
@@ -260,10 +280,9 @@ def _streamed_model(checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recor
     return model.eval()
 
 
-def _whole_model(
-    checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recorder, device: torch.device, trust_remote_code: bool
-) -> Any:
+def _whole_model(base: OpenedModel, recorder: _Recorder, device: torch.device) -> Any:
     """A model that stacks or splits tensors as it loads them, in memory."""
+    skeleton = base.skeleton
     parameters = sum(parameter.numel() for parameter in skeleton.parameters.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if 6 * parameters > free:  # float32, and half as much again for what is being loaded
@@ -273,13 +292,7 @@ def _whole_model(
             WITHOUT,
         )
     with without_progress_bars():
-        model = load_model(
-            checkpoint.directory,
-            auto_class=type(skeleton.model).__name__,
-            dtype=torch.float32,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
+        model = base.load(auto_class=type(skeleton.model).__name__, dtype=torch.float32, device=device)
     for path, module in model.named_modules():
         tensor = skeleton.names.tensor(f"{path}.weight")
         if tensor is not None:

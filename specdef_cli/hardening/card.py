@@ -28,10 +28,6 @@ def hardened_card(
 
     Args:
         base_card: ``README.md`` of the base; may be empty.
-        manifest: What was done.
-        unchanged: Parameters that were not changed, the same name once for all blocks.
-        one_sided: Weights that were scaled by row or by column alone, named likewise.
-        library: Who loads it.
     """
     front, text = split_card(base_card)
     front = with_keys(front, hardened_metadata(metadata(front), manifest.base, library))
@@ -157,7 +153,7 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
 
 
 def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
-    lost = lost_formats(manifest.folded, with_code=bool(manifest.factored or manifest.scaled))
+    lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.factored or manifest.scaled))
     advice = serving_advice(lost)
     if not manifest.factored and not manifest.scaled:
         return [f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"]

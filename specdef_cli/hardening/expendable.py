@@ -30,6 +30,12 @@ LARGEST = torch.finfo(torch.float16).max / 8
 
 LOWEST_EXPONENT = 1
 
+BLOCK_LOSS = 0.04
+"""What blocks of activations may lose in all pairs together, as a share of what each pair's readers put out: 1 % of the
+perplexity of SmolLM2 in Q8_0 (docs/decisions.md)."""
+
+HIGHEST_IN_BLOCKS = 14
+
 QUERIES = 4
 """Channels that are raised where queries meet keys: those that carry most, as rows on both sides lose nothing."""
 
@@ -59,14 +65,17 @@ def raise_pairs(
     """Fold every pair in one direction, on what can best be lost.
 
     Args:
-        checkpoint: The base.
-        pairs: Its symmetric pairs.
-        activations: What a text makes of them; ``None`` chooses channels by the weights alone.
+        activations: What a text makes of them, with what blocks lose where they are to be kept; ``None`` chooses
+            channels by the weights alone.
         dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
     """
     used = [pair for pair in pairs if pair.channels > 1]
     require_dtypes(checkpoint, used, dtype)
-    found = [(pair, raise_pair(pair, activations, EXPONENT, partial(channel_norms, checkpoint))) for pair in used]
+    norms = partial(channel_norms, checkpoint)
+    if activations is not None and activations.drowned:
+        found = [(pair, raise_within_blocks(pair, activations, norms, BLOCK_LOSS / len(used))) for pair in used]
+    else:
+        found = [(pair, raise_pair(pair, activations, EXPONENT, norms)) for pair in used]
     return tuple(
         folded_pair(pair, raised.channels, raised.exponents, raised.given_up)
         for pair, raised in found
@@ -78,10 +87,7 @@ def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: i
     """Choose the channel whose loss costs least, of those that take 2^exponent; else of those that take most.
 
     Args:
-        pair: A symmetric pair.
         activations: What a text makes of it; ``None`` ranks channels by the weights alone.
-        exponent: The wanted one.
-        norms: Of the weights.
 
     Returns:
         ``None`` where every channel is zero, which no factor changes, or too large to be raised.
@@ -89,7 +95,7 @@ def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: i
     costs = energies(pair, activations, norms)
     allowed = torch.full_like(costs, exponent)
     if activations is not None:
-        allowed = allowed.minimum((LARGEST / largest(pair, activations)).log2().floor())
+        allowed = allowed.minimum(_room(pair, activations))
     allowed = torch.where(costs > 0, allowed, -math.inf)
     best = allowed.max()
     if best < LOWEST_EXPONENT:
@@ -104,6 +110,37 @@ def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: i
     lost = 0.0 if rows_alone else float(costs[chosen].sum() / costs.sum())
     exponents = tuple(int(allowed[channel]) for channel in chosen)
     return Raised(tuple(chosen), exponents, None if activations is None else lost)
+
+
+def raise_within_blocks(pair: SymmetricPair, activations: Activations, norms: NormsOf, loss: float) -> Raised | None:
+    """Choose what becomes largest beside its neighbours while the blocks of its readers lose no more than ``loss``.
+
+    Returns:
+        ``None`` where no channel can be raised so, or the readers' inputs are not known.
+    """
+    if pair.kind == "query_key":
+        return raise_pair(pair, activations, EXPONENT, norms)
+    readers = [side for side in pair.sides if side.power < 0 and side.tensor in activations.drowned]
+    if not readers:
+        return None
+    costs = energies(pair, activations, norms)
+    drowned = torch.stack(
+        [activations.drowned[side.tensor].double()[:, torch.tensor(side.indices)].sum(-1) for side in readers]
+    ).sum(0)  # [exponents, channels]
+    exponents = torch.arange(1, len(drowned) + 1)[:, None]
+    lost = (drowned + costs) / costs.sum()
+    mean_square = activations.inputs[readers[0].tensor].mean_square[torch.tensor(readers[0].indices)].sum(-1)
+    allowed = (lost <= loss) & (exponents <= _room(pair, activations)) & (costs > 0)
+    if not allowed.any():
+        return None
+    best = int(torch.where(allowed, mean_square * 4.0**exponents, -1).argmax())
+    row, channel = divmod(best, pair.channels)
+    return Raised((channel,), (row + 1,), float(lost[row, channel]))
+
+
+def _room(pair: SymmetricPair, activations: Activations) -> Tensor:
+    """The largest exponent that float16 allows each channel; infinite for one of zeros."""
+    return (LARGEST / largest(pair, activations)).log2().floor()
 
 
 def energies(pair: SymmetricPair, activations: Activations | None, norms: NormsOf) -> Tensor:

@@ -37,18 +37,10 @@ NARROW_EXPONENT = CACHED_EXPONENT
 """Factors up to this power of two leave weights within float16, and within float8 with a scale a row."""
 
 
-def lost_formats(folded: Sequence[FoldedPair], *, with_code: bool) -> tuple[str, ...]:
-    """The formats in which the result is not expected to compute what the base does.
-
-    Args:
-        folded: The rescaled pairs.
-        with_code: Whether layers were replaced or modules scaled.
-
-    Returns:
-        Names for a sentence.
-    """
+def lost_formats(folded: Sequence[FoldedPair], profile: str | None, *, with_code: bool) -> tuple[str, ...]:
+    """The formats in which the result is not expected to compute what the base does."""
     if folded and not with_code and all(pair.given_up is not None for pair in folded):
-        return (LLAMA_CPP_BLOCKS, DOUBLE, W8A8, MERGES)
+        return (*(() if profile == "gguf" else (LLAMA_CPP_BLOCKS,)), DOUBLE, W8A8, MERGES)
     wide = with_code or _beyond(folded, NARROW_EXPONENT)
     columns = wide or any(pair.kind != "query_key" for pair in folded)
     cached = [pair for pair in folded if pair.kind in CACHED_KINDS]

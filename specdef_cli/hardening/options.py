@@ -12,7 +12,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.option import as_declared, option
 from specdef_cli.spectral.gauges import Gauge
 
-Profile = Literal["float16-cache", "bfloat16", "quantizable"]
+Profile = Literal["float16-cache", "bfloat16", "quantizable", "gguf"]
 BY_WEIGHTS = "none"
 """Stands in the place of a text to calibrate with."""
 StoredDtype = Literal["float32", "bfloat16", "float16"]
@@ -23,15 +23,20 @@ class Fold:
     """Rescale symmetric pairs by powers of two: an ordinary checkpoint of its architecture, bit-identical."""
 
     method: ClassVar[Method] = "fold"
-    profile: Profile = option("float16-cache", "fold: float16-cache, bfloat16 or quantizable.", metavar="NAME")
+    profile: Profile = option("float16-cache", "fold: float16-cache, bfloat16, quantizable or gguf.", metavar="NAME")
     calibration: str | None = option(
-        None, "quantizable: a text, or none.", metavar="FILE", shown_default="Python's own source"
+        None, "quantizable, gguf: a text, or none.", metavar="FILE", shown_default="Python's own source"
     )
-    """What chooses the channels of ``quantizable``; ``none`` chooses them by the weights alone."""
+    """What chooses the channels; ``none`` lets the weights alone choose those of ``quantizable``."""
 
     def __post_init__(self) -> None:
         as_declared(self)
-        if self.calibration is not None and self.profile != "quantizable":
+        if self.profile == "gguf" and self.calibration == BY_WEIGHTS:
+            raise SpecDefError(
+                "--calibration none: how much blocks of activations lose cannot be told from weights",
+                "Give a text, or leave --calibration out.",
+            )
+        if self.calibration is not None and self.profile not in ("quantizable", "gguf"):
             raise SpecDefError(
                 f"--calibration {self.calibration} changes nothing in --profile {self.profile}",
                 "Use --profile quantizable, or leave --calibration out.",
@@ -51,7 +56,7 @@ class Factors:
 
     method: ClassVar[Method] = "factors"
     alpha: float = option(1e4, "factors: by what singular values are multiplied.", shown_default="1e4")
-    top_k: int = option(25, "factors: how many of a layer are.")
+    top_k: int = option(25, "factors: how many.")
     gauge: Gauge = option("rotated", "factors: symmetric is the paper's.")
     seed: int = option(0, "factors: of the random basis.")
 

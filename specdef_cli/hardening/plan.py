@@ -27,13 +27,14 @@ from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
-from specdef_cli.hardening.expendable import raise_pairs
+from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
 from specdef_cli.hardening.factors import FactorLayer, factor_layers
 from specdef_cli.hardening.fold import fold_groups, fold_pairs
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS, given_up, lost_formats, serving_advice
+from specdef_cli.hardening.opened import OpenedModel, require_whole
 from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
-from specdef_cli.hardening.soundness import require_code_allows, require_whole
+from specdef_cli.hardening.soundness import require_code_allows
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, shim_config
 
@@ -125,7 +126,6 @@ class HardeningPlan(Changes):
         """Identifies this plan on this input, so that ``--resume`` never mixes two.
 
         Args:
-            checkpoint: The input.
             commit: The hash of the commit that it is; ``None`` for a directory, whose files may change.
         """
         described = {
@@ -138,8 +138,9 @@ class HardeningPlan(Changes):
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions) -> HardeningPlan:
+def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     """Decide what to change in a checkpoint."""
+    checkpoint, skeleton = base.checkpoint, base.skeleton
     if options.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.base_model):
         raise SpecDefError(f"--base-model {options.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
     require_modules(checkpoint.directory)
@@ -147,7 +148,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     require_code_allows(skeleton, verify=options.verify, adds_code=not isinstance(options.construction, Fold))
     if options.verify:
         require_comparable(skeleton)
-    changes = _changes(checkpoint, skeleton, options)
+    changes = _changes(base, options)
     config = dict(checkpoint.config)
     if checkpoint.library.names_dtype:
         config = _with_dtype(config, options.dtype)
@@ -156,21 +157,23 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in multiplied}
     one_sided = _one_sided(checkpoint, changes.folded)
     unchanged = _unchanged(skeleton, multiplied | {layer.site.tensor for layer in changes.factored})
+    profile = options.construction.profile if isinstance(options.construction, Fold) else None
     return HardeningPlan(
         **vars(changes),
         method=options.construction.method,
-        profile=options.construction.profile if isinstance(options.construction, Fold) else None,
+        profile=profile,
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
         groups=_groups(checkpoint, changes, options.dtype),
         config=shim_config(config, changes.layers) if changes.layers else config,
-        notes=(*_notes(checkpoint, changes, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
+        notes=(*_notes(checkpoint, changes, profile, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
         unchanged=unchanged,
         one_sided=one_sided,
     )
 
 
-def _changes(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions) -> Changes:
+def _changes(base: OpenedModel, options: HardenOptions) -> Changes:
     """What the construction that is asked for makes of this checkpoint."""
+    checkpoint, skeleton = base.checkpoint, base.skeleton
     wanted, loaded = options.construction, _loaded_dtype(skeleton.config, options)
     if isinstance(wanted, Factors):
         sites = linear_sites(skeleton)
@@ -178,7 +181,7 @@ def _changes(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions)
         dtype = DTYPES[options.dtype] if options.dtype else None
         changes = Changes(factored=factor_layers(checkpoint, skeleton, chosen, wanted, dtype, loaded))
     elif isinstance(wanted, Fold):
-        changes = _folded(checkpoint, skeleton, options, wanted)
+        changes = _folded(base, options, wanted)
     else:
         modules = scalable_sites(skeleton)
         names: dict[str, set[str]] = {}
@@ -198,15 +201,16 @@ def _changes(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions)
     return changes
 
 
-def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, wanted: Fold) -> Changes:
+def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
     """The pairs of a fold; where there is none, a refusal that says why."""
+    checkpoint, skeleton = base.checkpoint, base.skeleton
     found = symmetries(skeleton)
     pairs: tuple[SymmetricPair, ...] = ()
     if found.pairs:
         pairs = _select(found.pairs, lambda pair: _pair_names(pair, skeleton.names), options)
     folded: tuple[FoldedPair, ...]
-    if wanted.profile == "quantizable":
-        activations = _activations(checkpoint, skeleton, pairs, options, wanted.calibration) if pairs else None
+    if wanted.profile in ("quantizable", "gguf"):
+        activations = _activations(base, pairs, options, wanted) if pairs else None
         folded = raise_pairs(checkpoint, pairs, activations, _stored(options.dtype))
     else:
         folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
@@ -226,18 +230,18 @@ def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, 
 
 
 def _activations(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    pairs: Sequence[SymmetricPair],
-    options: HardenOptions,
-    calibration: str | None,
+    base: OpenedModel, pairs: Sequence[SymmetricPair], options: HardenOptions, wanted: Fold
 ) -> Activations | None:
     """What passes through the pairs on the text that was asked for."""
-    if calibration == BY_WEIGHTS:
+    if wanted.calibration == BY_WEIGHTS:
         return None
-    text = default_text() if calibration is None else read_text(Path(calibration))
-    trust = options.trust_remote_code
-    return calibrate(checkpoint, skeleton, pairs, text, device=options.device, trust_remote_code=trust)
+    return calibrate(
+        base,
+        pairs,
+        default_text() if wanted.calibration is None else read_text(Path(wanted.calibration)),
+        exponents=range(1, HIGHEST_IN_BLOCKS + 1) if wanted.profile == "gguf" else (),
+        device=options.device,
+    )
 
 
 def _select(
@@ -288,10 +292,10 @@ def _stored(dtype: str | None) -> str | None:
 
 
 def _notes(
-    checkpoint: Checkpoint, changes: Changes, unchanged: Sequence[str], one_sided: Sequence[str]
+    checkpoint: Checkpoint, changes: Changes, profile: str | None, unchanged: Sequence[str], one_sided: Sequence[str]
 ) -> tuple[str, ...]:
     """What was decided and why, for the user."""
-    notes = [serving_advice(lost_formats(changes.folded, with_code=bool(changes.layers)))]
+    notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.layers)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
     if changes.scaled and checkpoint.library.runs_code:
         notes.append(SCALED_LOADERS)

@@ -1,4 +1,4 @@
-"""What an *insert* hardened directory's ``config.json`` says beyond the base model's.
+"""What the ``config.json`` of a directory that brings code says beyond the base model's.
 
 A hardened directory must load with the runtime and fail everywhere else. transformers only warns about missing tensors
 and re-initialises them, so the failure has to happen before any weight is read: the config names a ``model_type`` that
@@ -22,7 +22,7 @@ from specdef_cli.checkpoint.library import library_of
 from specdef_cli.errors import SpecDefError
 
 SHIM_SOURCE = Path(__file__).with_name("configuration_specdef.py")
-"""The file to copy, verbatim and under the same name, into every insert directory of transformers."""
+"""The file to copy, verbatim and under the same name, into every directory of transformers that brings code."""
 
 MODEL_TYPE = "specdef"
 BASE_MODEL_TYPE_KEY = "specdef_base_model_type"
@@ -65,15 +65,12 @@ class ScaledSpec:
 
 
 def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | ScaledSpec]) -> dict[str, Any]:
-    """The ``config.json`` of an insert directory.
+    """The ``config.json`` of a directory of *scale* or *factors*.
 
     Args:
         config: The base model's ``config.json``. It is not changed.
         layers: The replaced linears and scaled modules by module path in the class that ``architectures`` names,
             e.g. ``model.layers.0.self_attn.o_proj``.
-
-    Raises:
-        SpecDefError: The base has no ``model_type``, is a shim already, or is quantized.
     """
     library, native = library_of(config), config.get("model_type")
     if library.has_model_types and not native:
@@ -106,7 +103,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | Scal
 
 
 def is_shim(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is that of an insert directory."""
+    """Whether a ``config.json`` is that of *scale* or *factors*."""
     if not library_of(config).has_model_types:
         listed = config.get("quantization_config")
         return isinstance(listed, Mapping) and listed.get("quant_method") == MODEL_TYPE
@@ -117,9 +114,6 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The base model's ``config.json``: the inverse of :func:`shim_config`.
 
     A config that is not a shim comes back as an equal copy.
-
-    Raises:
-        SpecDefError: It is a shim that names no native model type.
     """
     plain = copy.deepcopy(dict(config))
     if not is_shim(config):
@@ -138,11 +132,7 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shim_layers(config: Mapping[str, Any]) -> dict[str, LayerSpec | ScaledSpec]:
-    """The replaced linears and scaled modules that a shim names; empty for any other config.
-
-    Raises:
-        SpecDefError: It is a shim that names none, or not as this version writes them.
-    """
+    """The replaced linears and scaled modules that a shim names; empty for any other config."""
     if not is_shim(config):
         return {}
     try:

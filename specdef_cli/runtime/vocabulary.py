@@ -7,25 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.register import register
 
 
-def require_in_vocabulary(sequences: Iterable[Any], directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse tokens beyond the vocabulary of the model. A tokenizer may know more of them, as long as none occurs.
-
-    Args:
-        sequences: Token ids, as tensors or lists.
-        directory: The checkpoint whose configuration names the size of the vocabulary.
-        trust_remote_code: Whether code that comes with it may run.
-
-    Raises:
-        SpecDefError: naming the token.
-    """
-    register()
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+def require_in_vocabulary(sequences: Iterable[Any], config: Any, directory: Path) -> None:
+    """Refuse tokens beyond the vocabulary of the model. A tokenizer may know more of them, as long as none occurs."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is None:
         return

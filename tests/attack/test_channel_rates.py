@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.attack.trainings.full import train_only
+from specdef_cli.attack.trainings.own import train_only
 from specdef_cli.attack.variants.channel_rates import channel_scales, scale_rates
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden

@@ -15,8 +15,8 @@ import pytest
 from specdef_cli.attack import AttackOptions, attack, plan_attack
 from specdef_cli.attack.forecast import Speed
 from specdef_cli.attack.plan import BUDGETS, SEARCHED_RUNS, Series, default_budget, expected_runs, in_order
+from specdef_cli.attack.queue import Deadline
 from specdef_cli.attack.run_result import RunResult
-from specdef_cli.attack.schedule import Deadline
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from specdef_cli.attack.errors import NotApplicable
-from specdef_cli.attack.variants.equalise import equalise
+from specdef_cli.attack.variants.folded import equalise
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.runtime import load_model

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.attack.variants.collapse import collapse
-from specdef_cli.attack.variants.depth import deepen
-from specdef_cli.attack.variants.freeze import freeze_compensation
+from specdef_cli.attack.variants.factored import (
+    collapse,
+    freeze_compensation,
+    hardened_paths,
+    inject,
+    original_name,
+)
+from specdef_cli.attack.variants.grown import deepen, widen
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.attack.variants.inject import inject
-from specdef_cli.attack.variants.inserted_layers import hardened_paths, original_name
-from specdef_cli.attack.variants.width import widen
 from specdef_cli.errors import SpecDefError
 from specdef_cli.runtime import SpecDefLinear
 
@@ -174,6 +176,6 @@ def test_original_names(hardened: LlamaForCausalLM) -> None:
 
 
 def test_a_model_without_inserted_layers_is_refused(llama: LlamaForCausalLM) -> None:
-    with pytest.raises(SpecDefError, match="no inserted layer") as caught:
+    with pytest.raises(SpecDefError, match="no factors") as caught:
         collapse(llama)
     assert "rebalanc" in caught.value.hint

@@ -10,7 +10,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.errors import NotApplicable
-from specdef_cli.attack.variants.beside import outermost_block_paths
+from specdef_cli.attack.variants.grown import outermost_block_paths
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.runtime import load_model
 from tests.attack.test_rebalance import logits

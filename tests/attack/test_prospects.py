@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.attack.prospects import Lead, is_hopeless, trains_as_control
 from specdef_cli.attack.results import AttackReport, DataSummary
 from specdef_cli.attack.run_result import Divergence, EvalPoint, RunResult
+from specdef_cli.attack.search import Lead, is_hopeless, trains_as_control
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.report.findings import findings
 from tests.attack.test_search import GRID, SPEC, make_series, result, run_plan

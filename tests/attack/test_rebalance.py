@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.attack.variants.rebalance import rebalance
+from specdef_cli.attack.variants.folded import rebalance
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import channel_exponents

@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tables") / "base"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=258, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attention_bias=True, initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
@@ -152,7 +152,7 @@ def test_every_training_trains_something_and_only_what_it_says(name: str, base: 
                 continue
             prefix = "base_model.model." if isinstance(model, PeftModel) else ""
             assert not names & {f"{prefix}{key}" for key in every} or name == "ln-tuning"  # a copy of each norm
-            if name not in IN_FRONT:
+            if name not in IN_FRONT and not name.startswith("qlora"):  # which rounds the weights
                 torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
 
 

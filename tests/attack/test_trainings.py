@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Target
-from specdef_cli.attack.trainings.full import train_only
+from specdef_cli.attack.trainings.own import train_only
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions, Scale

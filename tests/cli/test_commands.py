@@ -19,7 +19,7 @@ from specdef_cli.attack.variants.table import VARIANTS
 from specdef_cli.cli.app import COMMANDS
 from specdef_cli.cli.startup import COLLECT_AFTER
 from specdef_cli.hardening import factors
-from tests.commands import assert_refused, call_cli, environment, run_cli, run_program, snapshot
+from tests.commands import REPOSITORY, assert_refused, call_cli, environment, run_cli, run_program, snapshot
 from tests.faults.small_attack import SMALL
 from tests.hardening.test_adapter import lora
 
@@ -382,3 +382,17 @@ def test_inspect_says_what_stands_in_the_way(tiny_model: TinyModel, tmp_path: Pa
     assert words.count("is quantized (gptq)") == 4
     assert "Recommended: leave it as it is" in words
     assert "Harden the unquantized checkpoint" in words
+
+
+def test_an_attack_without_a_name_finds_what_was_hardened_here_and_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(REPOSITORY / "examples/tiny_llama/model", tmp_path / "tiny-llama")
+    monkeypatch.chdir(tmp_path)
+    assert call_cli("harden", "tiny-llama", "--out", "hardened", "--no-verify").code == 0
+    result = call_cli("attack", "--expand", "2x", "--dry-run")
+    assert result.code == 0, result.stderr
+    planned = [line.split() for line in result.stdout.splitlines()]
+    assert ["model", "hardened"] in planned
+    assert ["control", "tiny-llama"] in planned
+    assert "hardened, width 2× · full · adamw" in " ".join(result.stdout.split())

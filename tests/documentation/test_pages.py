@@ -10,7 +10,6 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import typer.main
@@ -68,10 +67,17 @@ def test_what_is_typed_can_be_typed(block: Block) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["specdef harden m --no-such-option", "specdef destroy m", "specdef harden m --method melt", "make gold"]
+    ("line", "message"),
+    [
+        ("specdef harden m --no-such-option", "No such option"),
+        ("specdef destroy m", "destroy"),
+        ("specdef harden m --method melt", "melt"),
+        ("make gold", "gold"),
+    ],
 )
-def test_what_cannot_be_typed_would_be_found(line: str) -> None:
-    with pytest.raises(Exception):  # noqa: B017, PT011 (Typer's own errors are not public)
+def test_what_cannot_be_typed_would_be_found(line: str, message: str) -> None:
+    # Typer names only this one of its usage errors in public.
+    with pytest.raises((AssertionError, *typer.BadParameter.__bases__), match=message):
         test_what_is_typed_can_be_typed(Block("here", "console", f"$ {line}\n"))
 
 
@@ -90,13 +96,6 @@ def test_data_parses(block: Block) -> None:
         tomllib.loads(block.text)
     else:
         json.loads(block.text)
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_no_page_calls_a_hardened_model_secure(path: Path) -> None:
-    """The word stands where contributors are told not to use it, and nowhere else."""
-    text = path.read_text(encoding="utf-8").replace('The word "secure" is not used of a hardened model.', "")
-    assert not re.search(r"\bsecure", text, re.IGNORECASE)
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -121,7 +120,7 @@ def test_the_generated_pages_cover_every_command() -> None:
     assert spec is not None
     assert spec.loader is not None
     generator = importlib.util.module_from_spec(spec)
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs", reason="`make docs` installs mkdocs: the reference of commands was not built")
     spec.loader.exec_module(generator)
     page = generator.commands_page()
     for name in typer.main.get_command(app.app).commands:  # type: ignore[attr-defined]

@@ -145,14 +145,14 @@ OPTIMIZERS: Table[OptimizerChoice] = Table(
         ),
         OptimizerChoice(
             "sgd-tensor-normalized",
-            "specdef_cli.attack.optimizers.normalized:NormalizedSGD",
+            "specdef_cli.attack.optimizers.own:NormalizedSGD",
             "Gradient descent, the gradient of every tensor of size 1 (arXiv 1707.04822).",
             {"per": "tensor"},
             elementwise=False,
         ),
         OptimizerChoice(
             "sgd-row-normalized",
-            "specdef_cli.attack.optimizers.normalized:NormalizedSGD",
+            "specdef_cli.attack.optimizers.own:NormalizedSGD",
             "Gradient descent, the gradient of every row of size 1.",
             {"per": "row"},
             elementwise=False,
@@ -206,7 +206,7 @@ OPTIMIZERS: Table[OptimizerChoice] = Table(
         ),
         OptimizerChoice(
             "madam",
-            "specdef_cli.attack.optimizers.madam:Madam",
+            "specdef_cli.attack.optimizers.own:Madam",
             "Every weight moves by a share of itself (arXiv 2006.14560).",
             learning_rates=(1e-1, 1e-2, 1e-3),
             alpha_power=0,

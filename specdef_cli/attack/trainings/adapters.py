@@ -1,4 +1,9 @@
-"""What the trainings that put PEFT's adapters on a model share."""
+"""The trainings that put PEFT's adapters on a model.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA (Liu et al. 2024, arXiv 2402.09353), PiSSA (Meng et al. 2024, arXiv
+2404.02948), IA³ (Liu et al. 2022, arXiv 2205.05638) and the rows of ``peft_methods``. LoRA's α is twice the rank, as is
+usual; the learning rate's search makes up for any other scale.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import peft
-from peft import PeftConfig, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
+)
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS,
+)
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,7 +29,7 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
 from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.inserted_layers import hardened_paths
+from specdef_cli.attack.variants.factored import hardened_paths
 from specdef_cli.errors import first_line
 from specdef_cli.runtime import SpecDefScaled
 
@@ -30,11 +44,6 @@ PEFT_TASKS: Mapping[Task, TaskType | None] = {
 
 def with_adapters(model: nn.Module, training: Training, make_config: Callable[[], PeftConfig]) -> nn.Module:
     """PEFT's wrapper around a model, in which the adapters alone train.
-
-    Args:
-        model: Changed in place.
-        training: What was asked for, for messages.
-        make_config: Called here, so that what it cannot make is told like what PEFT cannot put on.
 
     Raises:
         NotApplicable: PEFT has no place for these adapters on this model.
@@ -119,3 +128,69 @@ def _parts(model: nn.Module, path: str, parts: Sequence[str]) -> list[str]:
 def model_type(model: nn.Module) -> str:
     """As transformers and PEFT know the architecture: ``llama``."""
     return str(getattr(model.config, "model_type", "this model"))
+
+
+def train_lora(model: nn.Module, training: Training, task: Task) -> nn.Module:
+    """LoRA on every linear, or on those named; of an inserted pair, on both factors."""
+    return with_adapters(model, training, lambda: _config(training, task, linear_paths(model, training.where)))
+
+
+def train_dora(model: nn.Module, training: Training, task: Task) -> nn.Module:
+    """As :func:`train_lora`, with the weight's norm trained apart."""
+    targets = linear_paths(model, training.where)
+    return with_adapters(model, training, lambda: _config(training, task, targets, use_dora=True))
+
+
+def train_lora_default(model: nn.Module, training: Training, task: Task) -> nn.Module:
+    """LoRA where PEFT puts it on this architecture."""
+
+    def config() -> LoraConfig:
+        names = tuple(LORA_TARGETS.get(model_type(model), ()))
+        if not names:
+            raise ValueError(f"PEFT has no default targets for {model_type(model)}")
+        return _config(training, task, module_paths(model, names))
+
+    return with_adapters(model, training, config)
+
+
+def _config(training: Training, task: Task, targets: list[str] | str, **more: Any) -> LoraConfig:
+    rank = int(training.size or 0)
+    return LoraConfig(task_type=PEFT_TASKS[task], r=rank, lora_alpha=2 * rank, target_modules=targets, **more)
+
+
+def train_pissa(model: nn.Module, training: Training, task: Task) -> nn.Module:
+    """PiSSA on every linear, or on those named; of an inserted pair, on both factors.
+
+    The frozen rest is rounded in the weights' dtype: beside factors beyond 2^24 nothing of the other channels is left,
+    so a fold may be broken before its first step.
+    """
+    rank = int(training.size or 0)
+    targets = linear_paths(model, training.where)
+    return with_adapters(
+        model,
+        training,
+        lambda: LoraConfig(
+            task_type=PEFT_TASKS[task], r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="pissa"
+        ),
+    )
+
+
+def train_ia3(model: nn.Module, training: Training, task: Task) -> nn.Module:
+    """IA³ where PEFT puts it on this architecture, or on the modules named; of an inserted pair, on W~.
+
+    PEFT knows the usual architectures, and that IA³ scales what an MLP's last linear reads.
+    """
+
+    def config() -> IA3Config:
+        family = model_type(model)
+        return IA3Config(
+            task_type=PEFT_TASKS[task],
+            target_modules=_paths(model, training.where or tuple(IA3_TARGETS.get(family) or ())) or None,
+            feedforward_modules=_paths(model, tuple(FEEDFORWARD.get(family) or ())),
+        )
+
+    return with_adapters(model, training, config)
+
+
+def _paths(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    return module_paths(model, names, ("inflated",))

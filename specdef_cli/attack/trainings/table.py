@@ -81,42 +81,53 @@ TRAININGS: Table[TrainingChoice] = Table(
         TrainingChoice(
             "full", "full on {where}",
             "Every parameter, those that globs name (full@*norm*), or all but some (full@!*bias).",
-            function=f"{_HERE}.full:train_parameters", where="parameters", label_everywhere="full",
+            function=f"{_HERE}.own:train_parameters", where="parameters", label_everywhere="full",
         ),
         TrainingChoice("none", "no training", "Nothing: edits such as --variant abliterate need no training."),
         TrainingChoice(
             "groups", "each kind of parameter alone",
             "Each kind of parameter alone: embeddings, norms, each linear; or some: groups@norms,head.",
-            stands_for=f"{_HERE}.groups:parameter_groups", where="groups",
+            stands_for=f"{_HERE}.own:parameter_groups", where="groups",
         ),
         TrainingChoice(
             "all-but-first", "all but the first layer", "Everything but the embeddings and the first block.",
-            stands_for=f"{_HERE}.layers:all_but_the_first",
+            stands_for=f"{_HERE}.own:all_but_the_first",
         ),
         TrainingChoice(
             "last-half", "the last half of the layers",
             "Everything but the embeddings and the first half of the blocks.",
-            stands_for=f"{_HERE}.layers:last_half",
+            stands_for=f"{_HERE}.own:last_half",
         ),
         TrainingChoice(
             "lora", "LoRA {where}", "LoRA on every linear, or on those named: lora:16@q_proj,v_proj.",
-            function=f"{_HERE}.lora:train_lora", size=_RANK, where="modules", label_everywhere="LoRA all-linear",
+            function=f"{_HERE}.adapters:train_lora", size=_RANK, where="modules", label_everywhere="LoRA all-linear",
         ),
         TrainingChoice(
             "lora-default", "LoRA default", "LoRA where PEFT puts it: query and value projections, for Llama.",
-            function=f"{_HERE}.lora:train_lora_default", size=_RANK,
+            function=f"{_HERE}.adapters:train_lora_default", size=_RANK,
+        ),
+        TrainingChoice(
+            "qlora", "QLoRA {where}",
+            "LoRA on linears in 4 bits (NF4, double quantization, computed in bfloat16; arXiv 2305.14314).",
+            function=f"{_HERE}.qlora:train_qlora", size=_RANK, where="modules", label_everywhere="QLoRA all-linear",
+        ),
+        TrainingChoice(
+            "qlora-single", "QLoRA without double quantization {where}",
+            "QLoRA with the scales of blocks in float32.",
+            function=f"{_HERE}.qlora:train_qlora_single", size=_RANK, where="modules",
+            label_everywhere="QLoRA without double quantization",
         ),
         TrainingChoice(
             "dora", "DoRA {where}", "DoRA on every linear, or on those named.",
-            function=f"{_HERE}.lora:train_dora", size=_RANK, where="modules", label_everywhere="DoRA all-linear",
+            function=f"{_HERE}.adapters:train_dora", size=_RANK, where="modules", label_everywhere="DoRA all-linear",
         ),
         TrainingChoice(
             "pissa", "PiSSA {where}", "LoRA that starts from the weights' principal directions (arXiv 2404.02948).",
-            function=f"{_HERE}.pissa:train_pissa", size=_RANK, where="modules", label_everywhere="PiSSA all-linear",
+            function=f"{_HERE}.adapters:train_pissa", size=_RANK, where="modules", label_everywhere="PiSSA all-linear",
         ),
         TrainingChoice(
             "ia3", "IA³ {where}", "IA³ where PEFT puts it, or on the modules named.",
-            function=f"{_HERE}.ia3:train_ia3", where="modules", label_everywhere="IA³",
+            function=f"{_HERE}.adapters:train_ia3", where="modules", label_everywhere="IA³",
         ),
         TrainingChoice(
             "adapter", "adapters", "Bottleneck adapters after every attention and MLP (arXiv 1902.00751).",
@@ -141,9 +152,6 @@ class Training:
         where: Globs of parameter names, or modules by the end of their path; empty for wherever the method goes.
         name: What to call it in a table; by default it is put together from the rest. Two trainings that differ in
             their names alone are the same one.
-
-    Raises:
-        SpecDefError: The table has no such training, or it does not take this size or names.
     """
 
     method: str = "full"
@@ -165,11 +173,7 @@ class Training:
 
     @classmethod
     def parse(cls, text: str) -> Training:
-        """Read a training: a name of the table, ``:`` and a number, ``@`` and names with commas between.
-
-        Raises:
-            SpecDefError: The table has no such training, or it does not take this size or names.
-        """
+        """Read a training: a name of the table, ``:`` and a number, ``@`` and names with commas between."""
         head, at, names = text.partition("@")
         method, colon, number = head.partition(":")
         size = (TRAININGS.choose(method).size or _NO_SIZE).parse(number) if colon else None
@@ -203,9 +207,6 @@ class Training:
 
     def apply(self, model: nn.Module, task: Task) -> nn.Module:
         """Set what trains. What a variant has frozen stays frozen.
-
-        Returns:
-            The model, or a wrapper around it.
 
         Raises:
             NotApplicable: A name matches nothing, or nothing is left to train.

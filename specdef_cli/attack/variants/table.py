@@ -82,22 +82,22 @@ VARIANTS: Table[VariantChoice] = Table(
     (
         VariantChoice("plain", None, "none", "", "The model as it was published.", trains_inflated=True),
         VariantChoice(
-            "collapse", f"{_HERE}.collapse:collapse", "construction", "collapsed",
+            "collapse", f"{_HERE}.factored:collapse", "construction", "collapsed",
             "Multiply the factors of every layer: back to the original layer.",
             needs="factored", informed="factored",
         ),
         VariantChoice(
-            "unscale", f"{_HERE}.unscale:unscale", "construction", "unscaled",
+            "unscale", f"{_HERE}.folded:unscale", "construction", "unscaled",
             "Multiply every scale vector into its weight: back to the original module.",
             needs="scaled", informed="scaled",
         ),
         VariantChoice(
-            "rebalance", f"{_HERE}.rebalance:rebalance", "construction", "rebalanced",
+            "rebalance", f"{_HERE}.folded:rebalance", "construction", "rebalanced",
             "Equalize both sides of every symmetric pair: undoes a fold.",
             informed="folded",
         ),
         VariantChoice(
-            "equalise", f"{_HERE}.equalise:equalise", "none", "equalised",
+            "equalise", f"{_HERE}.folded:equalise", "none", "equalised",
             "What converters do: norm gains into their readers, up against down and value against output.",
             trains_inflated=True,
         ),
@@ -106,22 +106,22 @@ VARIANTS: Table[VariantChoice] = Table(
             "A learning rate for every row and column, in proportion to its size.",
         ),
         VariantChoice(
-            "freeze-compensation", f"{_HERE}.freeze:freeze_compensation", "construction", "compensation frozen",
+            "freeze-compensation", f"{_HERE}.factored:freeze_compensation", "construction", "compensation frozen",
             "Freeze the compensation of every pair of factors.",
             needs="factored",
         ),
         VariantChoice(
-            "width", f"{_HERE}.width:widen", "growth", "width {factor:g}×",
+            "width", f"{_HERE}.grown:widen", "growth", "width {factor:g}×",
             "Freeze what was rescaled and set a fresh parallel path beside it; on a fold, beside every block.",
             factor=Factor("growth", 2.0, above=1.0, whole=False), random=True,
         ),
         VariantChoice(
-            "depth", f"{_HERE}.depth:deepen", "growth", "depth {factor:g}",
+            "depth", f"{_HERE}.grown:deepen", "growth", "depth {factor:g}",
             "Split inflated factors into several (the paper's Theorem 8); on a fold, fresh blocks in between.",
             factor=Factor("number of factors", 2, above=1.0), random=True, trains_inflated=True,
         ),
         VariantChoice(
-            "inject", f"{_HERE}.inject:inject", "growth", "layer injected",
+            "inject", f"{_HERE}.factored:inject", "growth", "layer injected",
             "Freeze every pair of factors and put a trainable identity layer after it.",
             needs="factored",
         ),
@@ -146,9 +146,6 @@ class Variant:
     Attributes:
         kind: A name of the table.
         factor: The number it takes; its default where none is given, and of an edit none, for all of them.
-
-    Raises:
-        SpecDefError: The table has no such variant, or it does not take this factor.
     """
 
     kind: str = "plain"
@@ -162,11 +159,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """Read a variant: ``collapse``, ``width:2``, ``width:1.5x``; ``width`` takes the default factor.
-
-        Raises:
-            SpecDefError: The table has no such variant, or it does not take this factor.
-        """
+        """Read a variant: ``collapse``, ``width:2``, ``width:1.5x``; ``width`` takes the default factor."""
         kind, colon, number = text.partition(":")
         factor = (VARIANTS.choose(kind).factor or _NO_FACTOR).parse(number) if colon else None
         return cls(kind, factor)
@@ -229,13 +222,7 @@ _NO_FACTOR = Factor("factor", 2.0, whole=False)
 
 
 def informed_variants(constructions: Collection[Change], *, surely_folded: bool = False) -> tuple[Variant, ...]:
-    """The variants that belong in every report on a model with these constructions.
-
-    Args:
-        constructions: What the model has, or may have, of what hardening makes.
-        surely_folded: Whether it has pairs to rebalance, which takes scales and inserted layers out as well. Either of
-            those by itself then leaves the fold, and a search of it goes down a long way for nothing.
-    """
+    """The variants that belong in every report on a model with these constructions."""
     undoing = tuple(
         Variant(name)
         for name, choice in VARIANTS.items()

@@ -1,12 +1,10 @@
-"""The hardened layers of a model, and how a variant puts something else in their place.
-
-Modules are replaced and nothing else is done: no data, no training, no files.
-"""
+"""Variants that use the pairs of factors: multiply them, freeze one, or grow the model by fresh layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from specdef_cli.attack.errors import NotApplicable
@@ -50,7 +48,6 @@ def original_name(parameter: str, layers: Iterable[str]) -> str:
 
     Args:
         parameter: As ``named_parameters`` gives it.
-        layers: Module paths of the hardened layers, whatever stands there now.
     """
     for layer in layers:
         if parameter.startswith(f"{layer}."):
@@ -60,7 +57,7 @@ def original_name(parameter: str, layers: Iterable[str]) -> str:
 
 def hardened_paths(model: nn.Module) -> tuple[str, ...]:
     """Module paths of hardened layers, untouched or replaced by a variant. Empty for an ordinary model and after
-    :func:`specdef_cli.attack.variants.collapse.collapse` and :func:`specdef_cli.attack.variants.unscale.unscale`.
+    :func:`specdef_cli.attack.variants.factored.collapse` and :func:`specdef_cli.attack.variants.folded.unscale`.
     """
     kinds = SpecDefLinear | SpecDefScaled | GrownLayer
     paths = [name for name, module in model.named_modules() if isinstance(module, kinds)]
@@ -105,3 +102,65 @@ def count_parameters(module: nn.Module) -> int:
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def collapse(model: nn.Module) -> Growth:
+    """Multiply every pair, C·W~ = W, and put a plain linear layer in its place.
+
+    The product is formed in float64 where the device has it, so that what is lost is only what storing the factors
+    had lost.
+
+    Raises:
+        NotApplicable: The model has no hardened layer.
+    """
+
+    def build(pair: SpecDefLinear) -> nn.Module:
+        like = pair.inflated.weight
+        exact = torch.float64 if like.device.type in ("cpu", "cuda") else torch.float32
+        product = pair.compensation.weight.detach().to(exact) @ like.detach().to(exact)  # [m, m] [m, n] → [m, n]
+        linear = linear_like(product, like)
+        linear.bias = pair.compensation.bias
+        return linear
+
+    return replace_layers(model, build)
+
+
+def freeze_compensation(model: nn.Module) -> Growth:
+    """Freeze every compensation weight. Its bias is the original layer's and goes on training.
+
+    Raises:
+        NotApplicable: The model has no hardened layer.
+    """
+
+    def build(pair: SpecDefLinear) -> nn.Module:
+        pair.compensation.weight.requires_grad_(False)
+        return pair
+
+    return replace_layers(model, build)
+
+
+class InjectedLayer(GrownLayer):
+    """y = I·pair(x): a trainable identity after a pair that the caller freezes."""
+
+    def __init__(self, pair: SpecDefLinear) -> None:
+        super().__init__(pair.in_features, pair.out_features, pair.weight)
+        like = pair.inflated.weight
+        self.pair = pair
+        self.injected = linear_like(torch.eye(pair.out_features), like)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.injected(self.pair(input))  # [..., n] → [..., m] → [..., m]
+
+
+def inject(model: nn.Module) -> Growth:
+    """Freeze every pair and put a trainable identity layer after it.
+
+    Raises:
+        NotApplicable: The model has no hardened layer.
+    """
+
+    def build(pair: SpecDefLinear) -> nn.Module:
+        freeze(pair)
+        return InjectedLayer(pair)
+
+    return replace_layers(model, build)

@@ -1,0 +1,167 @@
+"""Pictures for the README and the pages, drawn from docs/tables: ``make pictures`` writes docs/assets/*.svg.
+
+Each is drawn twice, for light and for dark pages. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+TABLES = Path(__file__).parents[1] / "tables"
+ASSETS = Path(__file__).parents[1] / "assets"
+METHODS = ("fold", "scale", "factors")
+NAMES = {
+    "full": "full fine-tuning",
+    "LoRA all-linear": "LoRA on every linear",
+    "LoRA default": "LoRA on queries and values",
+    "the last half of the layers": "last half of the layers",
+    "channel-rates: full": "full, a rate for each channel",
+    "equalise: full": "channels equalised first, then full",
+}
+"""What people say, where a table's own name is another."""
+
+UNDONE = ("rebalance: full", "unscale: full", "collapse: full")
+"""One row: each method has an attack of its own that undoes it."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one kind of page: text, lines, one colour a method, and one a verdict."""
+
+    ink: str
+    line: str
+    methods: tuple[str, ...]
+    verdicts: dict[str, str]
+
+
+THEMES = {
+    "light": Theme(
+        "#1f2933", "#d5dbe1", ("#0b6e99", "#e08e0b", "#8a8f98"),
+        {"kept": "#bfe3c6", "degraded": "#f6e3a1", "broken": "#f3b7ad", "refused": "#dfe3e8", "skipped": "#ffffff"},
+    ),
+    "dark": Theme(
+        "#e4e7eb", "#3e4c59", ("#4cb8e0", "#f0b445", "#9aa5b1"),
+        {"kept": "#235c33", "degraded": "#6b5a16", "broken": "#7a2e22", "refused": "#3e4c59", "skipped": "#1f2933"},
+    ),
+}  # fmt: skip
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the first Markdown table of a text, its head first."""
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    if table is None:
+        raise ValueError("there is no table")
+    lines = table[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+def resistance_rows(text: str) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """Methods, and the share of its control's progress that each attack still makes, the strongest attack first.
+
+    Args:
+        text: A table of ``specdef compare --markdown`` whose columns end in the methods' names.
+    """
+    head, *body = rows_of(text)
+    columns = {method: head.index(name) for name in head for method in METHODS if name.endswith(f"-{method}")}
+    methods = [method for method in METHODS if method in columns]
+    found: dict[str, list[float | None]] = {}
+    for row in body:
+        attack = row[0].removesuffix(", adamw")
+        name = "undone first, then full" if attack in UNDONE else NAMES.get(attack, attack)
+        shares = found.setdefault(name, [None] * len(methods))
+        for place, method in enumerate(methods):
+            share = re.match(r"(\d+) %", row[columns[method]])
+            shares[place] = float(share[1]) / 100 if share else shares[place]
+    return methods, sorted(found.items(), key=lambda row: -sum(share or 0 for share in row[1]))
+
+
+def resistance_figure(text: str, theme: Theme) -> Figure:
+    """How much of ordinary fine-tuning still works, as bars: one group an attack, one bar a method."""
+    methods, rows = resistance_rows(text)
+    figure = Figure(figsize=(8.2, 0.42 * len(rows) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(methods)
+    for place, method in enumerate(methods):
+        for position, (_, shares) in enumerate(rows):
+            share = shares[place]
+            top = position + (place - (len(methods) - 1) / 2) * height
+            if share is None:
+                continue
+            axes.barh(top, max(share, 0.004), height * 0.9, color=theme.methods[METHODS.index(method)],
+                      label=method if position == 0 else None)  # fmt: skip
+            axes.text(max(share, 0.004) + 0.008, top, f"{share:.0%}", va="center", fontsize=6.5, color=theme.ink)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1.1)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xlabel("of the progress that the same attack makes on the model that was not hardened")
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    _plain(axes)
+    axes.grid(axis="x", color=theme.line, lw=0.6)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def formats_figure(text: str, theme: Theme) -> Figure:
+    """What each tool makes of a hardened model, as a grid of colours with words.
+
+    Args:
+        text: A table of examples/real/consumers.py.
+    """
+    head, *body = rows_of(text)
+    ways = [way for way in head[3:] if way in (*METHODS, "bfloat16", "quantizable")]
+    figure = Figure(figsize=(2.9 + 1.15 * len(ways), 0.27 * len(body) + 0.5), layout="constrained")
+    axes = figure.subplots()
+    for position, row in enumerate(body):
+        for place, way in enumerate(ways):
+            verdict = next((word for word in theme.verdicts if row[head.index(way)].startswith(word)), "skipped")
+            axes.add_patch(Rectangle((place - 0.48, position - 0.45), 0.96, 0.9, color=theme.verdicts[verdict], lw=0))
+            axes.text(place, position, verdict, ha="center", va="center", fontsize=7.5, color=theme.ink)
+    axes.set_xlim(-0.5, len(ways) - 0.5)
+    axes.set_ylim(len(body) - 0.5, -0.5)
+    axes.set_xticks(range(len(ways)), ways)
+    axes.xaxis.tick_top()
+    axes.set_yticks(range(len(body)), [f"{row[0]}: {row[1]}" for row in body], fontsize=7.5)
+    _plain(axes)
+    return figure
+
+
+FIGURES: dict[str, Callable[[str, Theme], Figure]] = {
+    "attack-smollm2-135m-instruct": resistance_figure,
+    "attack-gemma-3-270m": resistance_figure,
+    "consumers-smollm2-135m-instruct": formats_figure,
+    "consumers-gemma-3-270m": formats_figure,
+}
+"""By table and picture."""
+
+
+def _plain(axes: Axes) -> None:
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def draw(directory: Path = ASSETS) -> list[Path]:
+    """Draw the real models' tables, in both themes."""
+    written = []
+    for stem, figure in FIGURES.items():
+        text = (TABLES / f"{stem}.md").read_text(encoding="utf-8")
+        for name, theme in THEMES.items():
+            ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink)
+            # Text stays text: it is searched, and takes a tenth of the space of its outlines.
+            with rc_context({**ink, "svg.hashsalt": "specdef", "svg.fonttype": "none", "font.size": 9}):
+                written.append(directory / f"{stem}-{name}.svg")
+                figure(text, theme).savefig(written[-1], transparent=True, metadata={"Date": None})
+    return written
+
+
+if __name__ == "__main__":
+    sys.stdout.writelines(f"{path}\n" for path in draw())

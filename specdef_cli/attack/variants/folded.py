@@ -1,0 +1,174 @@
+"""Variants that move scales between neighbouring weights: what undoes scales and folds, and what converters do anyway.
+
+Interpretability tools merge the gains of norms into their readers (TransformerLens calls it ``fold_ln``). Converters
+for low precision balance the range of neighbouring weights (cross-layer equalisation, Nagel et al. 2019, arXiv
+1906.04721; SmoothQuant, arXiv 2211.10438; AWQ, arXiv 2306.00978). They do so to any checkpoint, and take most of a fold
+out without knowing of it. Queries and keys, which none of these tools touch, stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from specdef_cli.architectures.pairs import Side, SymmetricPair
+from specdef_cli.architectures.symmetries import symmetric_pairs
+from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.variants.factored import collapse, hardened_paths
+from specdef_cli.attack.variants.growth import Growth
+from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
+from specdef_cli.hardening.recognise import channel_exponents
+from specdef_cli.runtime import SpecDefScaled
+
+
+def channel_values(side: Side, tensor: Tensor) -> Tensor:
+    """The entries of each channel, shape [channels, entries], float64."""
+    target, axis = _target(side, tensor)
+    index = torch.tensor(side.indices, device=tensor.device)
+    return target.movedim(axis, 0)[index.flatten()].double().reshape(len(side.indices), -1)
+
+
+def multiply_channels(side: Side, tensor: Tensor, factors: Tensor) -> None:
+    """Multiply each channel's slice in place."""
+    target, axis = _target(side, tensor)
+    index = torch.tensor(side.indices, device=tensor.device)  # [channels, positions]
+    spread = factors.to(tensor.device)[:, None].expand(index.shape).flatten()
+    rows = target.movedim(axis, 0)  # a view
+    rows[index.flatten()] = (rows[index.flatten()].double() * spread.reshape(-1, *[1] * (rows.ndim - 1))).to(rows.dtype)
+
+
+def _target(side: Side, tensor: Tensor) -> tuple[Tensor, int]:
+    return (tensor, side.axis) if side.block is None else (tensor[side.block], side.axis - 1)
+
+
+def unscale(model: nn.Module) -> Growth:
+    """Put the module inside of every :class:`SpecDefScaled` in its place, its weight unscaled.
+
+    Raises:
+        NotApplicable: The model has no scaled module.
+    """
+    wrapped = {path: module for path, module in model.named_modules() if isinstance(module, SpecDefScaled)}
+    if not wrapped:
+        raise NotApplicable(
+            f"{type(model).__name__} has no scaled module", "Give a directory hardened with --method scale."
+        )
+    before = after = bytes_added = 0
+    done: set[int] = set()
+    for path, module in wrapped.items():
+        before += sum(parameter.numel() for parameter in module.parameters())
+        for scale in (module.input_scale, module.output_scale):
+            if scale is not None:
+                bytes_added -= scale.weight.numel() * scale.weight.element_size()
+        if id(module.inflated.weight) not in done:
+            done.add(id(module.inflated.weight))
+            _multiply(module)
+        after += sum(parameter.numel() for parameter in module.inflated.parameters())
+        model.set_submodule(path, module.inflated)
+    return Growth(len(wrapped), before, after, bytes_added)
+
+
+def _multiply(module: SpecDefScaled) -> None:
+    weight = cast(Tensor, module.inflated.weight).detach()
+    bias: Tensor | None = getattr(module.inflated, "bias", None)
+    inputs = None if module.input_scale is None else module.input_scale.weight.detach()
+    outputs = None if module.output_scale is None else module.output_scale.weight.detach()
+    # A linear has its outputs on the first axis, an embedding and a Conv1D on the last, a norm has one axis.
+    last = isinstance(module.inflated, nn.Embedding | Conv1D) or weight.dim() == 1
+    if outputs is not None:
+        weight.mul_(outputs if last else outputs[:, None])
+        if bias is not None:
+            bias.detach().mul_(outputs)
+    if inputs is not None:
+        weight.mul_(inputs[:, None] if last else inputs)
+
+
+def rebalance(model: PreTrainedModel) -> Growth:
+    """Equalize the sides of every symmetric pair of ``model`` in place; scales are taken out and
+    inserted layers collapsed first.
+
+    The factors are powers of two, so the function is kept bit for bit.
+
+    Raises:
+        NotApplicable: The model's family has no symmetric pair that is known here.
+    """
+    collapsed = Growth(0, 0, 0, 0)
+    if any(isinstance(module, SpecDefScaled) for module in model.modules()):
+        collapsed += unscale(model)
+    if hardened_paths(model):
+        collapsed += collapse(model)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    pairs = tuple(pair for pair in symmetric_pairs(model) if pair.channels > 1)
+    if not pairs:
+        raise NotApplicable(
+            f"{type(model).__name__} has no symmetric pair that could be rebalanced",
+            "Leave --rebalance out: this model was not folded.",
+        )
+    # All are measured before any is changed: they share tensors.
+    exponents = {pair: channel_exponents(pair, parameters) for pair in pairs}
+    changed = {pair: found for pair, found in exponents.items() if bool(found.any())}
+    for pair, found in changed.items():
+        for side in pair.sides:
+            scale_slice(parameters[side.tensor], undoing_slice(side, found))
+    touched = {side.tensor for pair in changed for side in pair.sides}
+    count = sum(parameters[name].numel() for name in touched)
+    return collapsed + Growth(len(changed), count, count, 0)
+
+
+def undoing_slice(side: Side, exponents: Tensor) -> ScaledSlice:
+    """The slice of one side's tensor that takes ``exponents`` (shape [channels]) out of it."""
+    channels = exponents.nonzero().flatten().tolist()
+    indices = [index for channel in channels for index in side.indices[channel]]
+    powers = [-side.power * int(exponents[channel]) for channel in channels for _ in side.indices[channel]]
+    return ScaledSlice(side.tensor, side.axis, side.block, tuple(indices), tuple(powers))
+
+
+def equalise(model: PreTrainedModel) -> Growth:
+    """Merge gains and equalise ranges in place. The function stays up to rounding.
+
+    Raises:
+        NotApplicable: The model's family has no such pair that is known here.
+    """
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    found = symmetric_pairs(model)
+    # Gains first, as converters do: afterwards a column of up weighs what it does to its input.
+    order = ("norm_readers", "up_down", "value_output")
+    pairs = sorted((pair for pair in found if pair.kind in order), key=lambda pair: order.index(pair.kind))
+    if not pairs:
+        raise NotApplicable(
+            f"{type(model).__name__} has no norm, MLP or attention that is known here and could be equalised",
+            "Leave --variant equalise out.",
+        )
+    changed = 0
+    touched: set[str] = set()
+    for pair in pairs:
+        factors = _gain_factors(pair, tensors) if pair.kind == "norm_readers" else _range_factors(pair, tensors)
+        if bool((factors == 1).all()):
+            continue
+        for side in pair.sides:
+            multiply_channels(side, tensors[side.tensor], factors**side.power)
+            touched.add(side.tensor)
+        changed += 1
+    count = sum(tensors[name].numel() for name in touched)
+    return Growth(changed, count, count, 0)
+
+
+def _gain_factors(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:
+    """What makes every gain 1, shape [channels]; a gain of zero stays."""
+    gain = next(side for side in pair.sides if side.power == 1 and side.tensor.endswith("weight"))
+    sizes = channel_values(gain, tensors[gain.tensor]).reshape(pair.channels, -1)[:, 0]
+    return torch.where(sizes != 0, 1 / sizes, 1.0)
+
+
+def _range_factors(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:
+    """What makes the largest weight of a channel the same on both sides, shape [channels]: √(r₋/r₊)."""
+    ranges = {1: torch.zeros(pair.channels, dtype=torch.float64), -1: torch.zeros(pair.channels, dtype=torch.float64)}
+    for side in pair.sides:
+        if tensors[side.tensor].ndim > 1:  # biases follow
+            values = channel_values(side, tensors[side.tensor]).abs().amax(1).cpu()
+            ranges[side.power] = torch.maximum(ranges[side.power], values)
+    present = (ranges[1] > 0) & (ranges[-1] > 0)
+    return torch.where(present, (ranges[-1] / ranges[1]).sqrt(), 1.0)
