@@ -9,15 +9,7 @@ from specdef_cli.errors import SpecDefError
 
 
 def parse_duration(text: str, option: str) -> float:
-    """Seconds of a duration as users write it: ``45m``, ``1h30m``, ``90s``.
-
-    Args:
-        text: The duration.
-        option: Where it was given, for the error.
-
-    Raises:
-        SpecDefError: It is none.
-    """
+    """Seconds of a duration as users write it: ``45m``, ``1h30m``, ``90s``."""
     match = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)s)?\s*", text)
     parts = match.groups() if match else ()
     seconds = sum(float(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=bool(parts)))

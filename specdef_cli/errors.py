@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 
 class SpecDefError(Exception):
-    """A problem with what the user gave, and the way out of it.
-
-    Args:
-        problem: One line that names the offending value.
-        hint: One line, in the imperative, that says what to do.
-    """
+    """A problem with what the user gave, and the way out of it."""
 
     def __init__(self, problem: str, hint: str) -> None:
         super().__init__(problem)

@@ -24,12 +24,7 @@ INSTALLATION = "`pip install .` in a clone of the specdef repository"
 
 
 class MissingExtraError(SpecDefError, ImportError):
-    """Something that is asked for needs an extra that is not installed.
-
-    Args:
-        purpose: What needs it, in the plural: "attacks".
-        extra: Its name.
-    """
+    """Something that is asked for needs an extra that is not installed."""
 
     def __init__(self, purpose: str, extra: str) -> None:
         missing = missing_modules(extra) or EXTRA_MODULES[extra]
@@ -50,10 +45,6 @@ def missing_modules(extra: str) -> tuple[str, ...]:
 
 def require_extra(extra: str, purpose: str) -> None:
     """Refuse work that needs an extra, before any of it is done.
-
-    Args:
-        extra: A key of :data:`EXTRA_MODULES`.
-        purpose: What needs it, in the plural: "attacks".
 
     Raises:
         MissingExtraError: A module of the extra is not installed.

@@ -8,11 +8,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB`` or ``500MB``.
-
-    Raises:
-        SpecDefError: It is not a positive number with a unit.
-    """
+    """Bytes of a size such as ``5GB`` or ``500MB``."""
     unit = text.strip().upper().lstrip("0123456789.")
     number = text.strip()[: len(text.strip()) - len(unit)]
     try:

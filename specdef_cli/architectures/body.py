@@ -148,7 +148,6 @@ class Body:
 
         Raises:
             NotOnDisk: There is none.
-            SpecDefError: It has another shape.
         """
         tensor = self.skeleton.names.tensor(parameter)
         if tensor is None:

@@ -45,9 +45,6 @@ def linear_sites(skeleton: Skeleton) -> tuple[LinearSite, ...]:
     Left out: embeddings, heads, subclasses of ``nn.Linear``, weights tied to another parameter, weights that the
     model's code reads itself (WavLM's attention), and weights that transformers merges from or splits into several
     tensors (Mixtral's experts).
-
-    Raises:
-        SpecDefError: A tensor's shape contradicts the model.
     """
     model, names = skeleton.model, skeleton.names
     roles = _roles(model)
@@ -77,9 +74,6 @@ def require_factorable(skeleton: Skeleton, sites: Sequence[LinearSite]) -> None:
     The factors stand on disk as ``X.inflated.weight``, ``X.compensation.weight`` and ``X.compensation.bias`` where the
     base has ``X.weight``, and must reach ``<module>.inflated.weight`` … through transformers' renamings, which are
     regular expressions written for other names.
-
-    Raises:
-        SpecDefError: A renaming leads elsewhere.
     """
     wanted: dict[str, str] = {}
     for site in sites:

@@ -22,11 +22,7 @@ DIFFUSION_MODELS = ("UNet2DConditionModel",)
 
 
 def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """transformers' config object of a checkpoint; diffusers has none, and ``config.json`` itself serves.
-
-    Raises:
-        SpecDefError: transformers does not know the model type, or the config is invalid.
-    """
+    """transformers' config object of a checkpoint; diffusers has none, and ``config.json`` itself serves."""
     if not checkpoint.library.has_model_types:
         return checkpoint.config
     if checkpoint.config.get("quantization_config") == {}:
@@ -55,13 +51,9 @@ def meta_model(config: PreTrainedConfig | Mapping[str, Any], *, trust_remote_cod
 
     Args:
         config: A native config; of a hardened directory, the base model's. Of a diffusers model, its ``config.json``.
-        trust_remote_code: Whether code that the checkpoint brings along may be run.
 
     Returns:
         The model on the meta device: modules, names and shapes, no data.
-
-    Raises:
-        SpecDefError: Transformers knows no such class, it needs code that is not trusted, or it refuses the config.
     """
     if isinstance(config, Mapping):
         return _diffusion_model(config)

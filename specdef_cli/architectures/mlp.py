@@ -52,7 +52,6 @@ def expert_tensors(body: Body, module: str, part: Literal["gate", "up", "down"])
 
     Raises:
         NotOnDisk: There are neither all of these nor a stack.
-        SpecDefError: One has another shape.
     """
     parameter = f"{module}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
     names = body.skeleton.names

@@ -49,13 +49,7 @@ class TensorNames:
 
 
 def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str] = ()) -> TensorNames:
-    """Match tensor names on disk with the parameters of ``model``, by the rules its library loads them with.
-
-    Args:
-        model: The model, usually on the meta device.
-        tensors: Names on disk.
-        added: Parameter names to count as the model's, beyond those it has (layers that a hardened model will grow).
-    """
+    """Match tensor names on disk with the parameters of ``model``, by the rules its library loads them with."""
     native = isinstance(model, PreTrainedModel)
     transforms = get_model_conversion_mapping(model) if native else []
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]

@@ -135,12 +135,7 @@ def require_findable(skeleton: Skeleton, sites: Sequence[ScalableSite], wanted: 
     """Check that transformers will find the new tensors under the names that are written.
 
     Args:
-        skeleton: The model.
-        sites: The modules that are scaled.
         wanted: Tensor name on disk → the parameter that it must become.
-
-    Raises:
-        SpecDefError: One of transformers' renamings leads elsewhere.
     """
     found = match_names(skeleton.model, wanted, added=wanted.values())
     for tensor, parameter in wanted.items():

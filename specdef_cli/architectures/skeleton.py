@@ -45,15 +45,7 @@ class Skeleton:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Skeleton:
-        """The model that a checkpoint's ``config.json`` describes.
-
-        Args:
-            checkpoint: With the names of the original architecture.
-            trust_remote_code: Whether code that comes with it may run.
-
-        Raises:
-            SpecDefError: The config is not accepted, or no model can be built from it.
-        """
+        """The model that a checkpoint's ``config.json`` describes."""
         config = native_config(checkpoint, trust_remote_code=trust_remote_code)
         shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
         _require_plausible_depth(config, len(shapes))
@@ -61,11 +53,7 @@ class Skeleton:
 
     @classmethod
     def of(cls, config: Any, shapes: Mapping[str, Shape], *, trust_remote_code: bool = False) -> Skeleton:
-        """The same from a native config and the shapes of the tensors on disk.
-
-        Raises:
-            SpecDefError: No model can be built from the config.
-        """
+        """The same from a native config and the shapes of the tensors on disk."""
         model = meta_model(config, trust_remote_code=trust_remote_code)
         return cls(config, model, shapes, match_names(model, shapes), tied_parameters(model))
 
@@ -106,16 +94,7 @@ class Skeleton:
         return type(self.model).__module__.split(".")[0] in ("transformers", "diffusers")
 
     def require_shape(self, tensor: str, expected: Shape, place: str) -> None:
-        """Check the shape of one tensor on disk.
-
-        Args:
-            tensor: Its name.
-            expected: What the model needs.
-            place: Where it is needed, for the error.
-
-        Raises:
-            SpecDefError: naming the tensor and both shapes.
-        """
+        """Check the shape of one tensor on disk."""
         shape = tuple(self.shapes[tensor])
         if shape != expected:
             raise SpecDefError(
@@ -127,12 +106,9 @@ class Skeleton:
         """Refuse a checkpoint that lacks a parameter: transformers would fill it with random values, and only warn.
 
         What transformers makes anew without a warning (Marian's sinusoidal positions) may be missing.
-
-        Raises:
-            SpecDefError: A parameter or a part of one is missing, or has another shape than the model's.
         """
         made_anew = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
-        for parameter, expected in self.model.named_parameters():
+        for parameter, expected in self.parameters.items():
             tensor = self.names.tensor(parameter)
             for pattern, parts in self.names.stacked.get(parameter, {}).items():
                 if len(parts) != expected.shape[0]:
@@ -157,11 +133,7 @@ class Skeleton:
 
 
 def _require_plausible_depth(config: Any, tensors: int) -> None:
-    """Refuse more layers than there are tensors, which take minutes to build and memory without end.
-
-    Raises:
-        SpecDefError: naming both numbers.
-    """
+    """Refuse more layers than there are tensors, which take minutes to build and memory without end."""
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > max(tensors, DEEPEST):
         raise SpecDefError(

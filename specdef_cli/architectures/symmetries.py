@@ -14,11 +14,7 @@ from specdef_cli.architectures.skeleton import Skeleton
 
 
 def symmetries(skeleton: Skeleton) -> Symmetries:
-    """Find the symmetric pairs of a checkpoint.
-
-    Raises:
-        SpecDefError: A tensor's shape contradicts the model.
-    """
+    """Find the symmetric pairs of a checkpoint."""
     found: list[SymmetricPair | Unpaired] = []
     bodies = [Body(skeleton, path, family) for path, family in described_bodies(skeleton.model)]
     if not bodies:
@@ -33,11 +29,7 @@ def symmetries(skeleton: Skeleton) -> Symmetries:
 
 
 def symmetric_pairs(model: PreTrainedModel) -> tuple[SymmetricPair, ...]:
-    """The symmetric pairs of a model in memory, by the names of its parameters.
-
-    Raises:
-        SpecDefError: As :func:`symmetries`.
-    """
+    """The symmetric pairs of a model in memory, by the names of its parameters."""
     return symmetries(Skeleton.around(model)).pairs
 
 

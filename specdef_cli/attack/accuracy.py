@@ -29,8 +29,6 @@ def task_accuracy(
     """The accuracy on each task, between 0 and 1.
 
     Args:
-        model: A causal language model of transformers, or PEFT's wrapper around one.
-        tokenizer: Its tokenizer.
         tasks: Names of tasks that report ``acc``.
         task_directory: A directory with tasks of the user's, as lm-eval's ``--include_path``.
     """

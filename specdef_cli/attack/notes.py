@@ -19,14 +19,7 @@ SAME_START = 0.01
 
 
 def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
-    """What the user left open and was chosen.
-
-    Args:
-        options: The user's, with the budget that was chosen.
-        specs: The runs that were made, or will be first.
-        control: The control's name.
-        data: What is trained on.
-    """
+    """What the user left open and was chosen."""
     said = []
     if options.control is None:
         said.append(f"Control: {control}, the base named in the manifest.")

@@ -66,9 +66,6 @@ def attack(
         options: What to run.
         on_progress: Called as runs start, step and end.
         on_plan: Called with the plan and what it takes before anything of it is run; measuring that takes two steps.
-
-    Raises:
-        SpecDefError: A model or the data cannot be read, no control is known, or the options do not fit the model.
     """
     state = process_state()
     _check_processes(options, state.num_processes)
@@ -142,11 +139,7 @@ def _check_engine() -> None:
 
 
 def plan_attack(options: AttackOptions) -> Forecast:
-    """The plan of an attack and what it takes on this machine; two steps of the control are run, and nothing is kept.
-
-    Raises:
-        SpecDefError: As :func:`attack`.
-    """
+    """The plan of an attack and what it takes on this machine; two steps of the control run, and nothing is kept."""
     return _forecast(_prepare(options))
 
 
@@ -283,12 +276,7 @@ class TrainRun:
     def __call__(
         self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
     ) -> RunResult:
-        """Run ``spec``, which a search ends once it cannot get further than its lead.
-
-        Raises:
-            SpecDefError: As :func:`train_run`, a sequence is longer than a table of positions in the model, or the
-                control is broken: there is nothing to compare with.
-        """
+        """Run ``spec``, which a search ends once it cannot get further than its lead."""
         opened = self.control if spec.subject == "control" else self.model
         try:
             result = train_run(

@@ -46,7 +46,6 @@ def task_of(config: Mapping[str, Any], directory: Path, asked: Task | None) -> t
     """The task of a checkpoint, and its head.
 
     Args:
-        config, directory: Of the control, which is an ordinary checkpoint.
         asked: The user's choice; ``None`` is what the architecture says.
     """
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))

@@ -75,15 +75,7 @@ def train_run(
     Every process of an ``accelerate launch`` calls this and gets the same result.
 
     Args:
-        spec: What to run.
-        opened: Base or hardened.
-        data: The tokens; the same object for the control and the attack.
-        memory: How memory is kept down.
-        tracking: Where the run is reported to as it goes.
-        on_step: Called after each optimizer step.
-        eval_task_path: Where the user's own tasks of lm-eval are.
         lead: As :class:`Recorder` takes it.
-        prompts: What edits tell apart, and what the model is asked after a run.
     """
     state = process_state()
     if spec.is_edit:

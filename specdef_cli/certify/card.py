@@ -169,12 +169,7 @@ def got_through(resistance: Resistance) -> list[str]:
 
 
 def with_section(card: str, section: str) -> str:
-    """A hardened directory's card with a section in the place of an earlier one with the same heading, or at its end.
-
-    Args:
-        card: The card; what the base's own part of it says under such a heading is left alone.
-        section: Its first line is a heading of the third level, and no other line is.
-    """
+    """A hardened directory's card with a section in place of the one with the same heading, or at its end."""
     base, mark, parts = _parts(card)
     places = _places(parts, section)
     if places:

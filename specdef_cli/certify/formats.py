@@ -164,12 +164,9 @@ def measure_formats(
     """Measure a base and its hardened checkpoint in formats, one model at a time.
 
     Args:
-        base, hardened: The models.
         tokens: int64, shape [sequences, length], e.g. from :func:`specdef_cli.certify.trial.token_batch`. With it a
             causal language model is measured by its loss; else by the relative error of its outputs.
         formats: Names of formats; ``("all",)`` for every one.
-        device: Where to run; by default the CPU.
-        on_figure: Called with each figure as soon as it is measured.
     """
     names = chosen_formats(formats)
     measured = tokens if is_causal_lm(base.checkpoint.config) else None

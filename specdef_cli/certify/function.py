@@ -100,8 +100,6 @@ def measure_function(
 
     Args:
         tokens: int64, shape [sequences, length], for a causal language model; ``None`` for others.
-        on_model: Called with each model whose outputs are finite, the base first, once its function is known: for what
-            else is measured on it, so that it is loaded once. It may change the model.
     """
     run_code = _may_run_code(hardened)
     with new_objects_only():

@@ -106,7 +106,6 @@ def mean_over_batches(tokens: Tensor, config: Any, logits: Callable[[Tensor], Te
 
     Args:
         tokens: int64, shape [sequences, length].
-        config: The model's, for the size of its vocabulary.
         logits: From tokens [batch, length] to [batch, length, vocabulary].
     """
     # The logits of a large vocabulary take more memory than the text; a small model spends its time on calls.

@@ -12,11 +12,7 @@ LOCK_SUFFIX = ".specdef-lock"
 
 
 def require_usable(final: Path, model: str) -> None:
-    """Refuse an output directory that is taken, or lies in the input where that is a directory.
-
-    Raises:
-        SpecDefError: naming it.
-    """
+    """Refuse an output directory that is taken, or lies in the input where that is a directory."""
     source = Path(model).expanduser()
     if model and source.is_dir():
         require_outside(final, source)
@@ -24,21 +20,13 @@ def require_usable(final: Path, model: str) -> None:
 
 
 def require_outside(final: Path, source: Path) -> None:
-    """Refuse an output that lies in its own input.
-
-    Raises:
-        SpecDefError: naming both.
-    """
+    """Refuse an output that lies in its own input."""
     if final.resolve().is_relative_to(source.resolve()):
         raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
 
 
 def require_free(final: Path) -> None:
-    """Refuse an output directory that is taken.
-
-    Raises:
-        SpecDefError: naming it.
-    """
+    """Refuse an output directory that is taken."""
     if is_taken(final):
         raise SpecDefError(f"the output {final} exists already", "Choose another --out, or remove it first.")
 
@@ -54,16 +42,7 @@ def is_taken(final: Path) -> bool:
 
 
 def require_manifest_place(path: Path, out: Path, model: str = "") -> None:
-    """Refuse a place for a manifest that is taken, or in the published directory or the model, or cannot be written to.
-
-    Args:
-        path: Where the manifest is to lie.
-        out: The directory that is published.
-        model: What is hardened: with a manifest in it, a base would be taken for a hardened model.
-
-    Raises:
-        SpecDefError: naming it.
-    """
+    """Refuse a place for a manifest that is taken, in the published directory or the model, or not writable."""
     if path.exists() or path.is_symlink():
         raise SpecDefError(f"--manifest-out {path} exists already", "Choose another file, or remove it first.")
     if path.resolve().is_relative_to(out.resolve()):
@@ -89,11 +68,7 @@ def require_manifest_place(path: Path, out: Path, model: str = "") -> None:
 
 
 def writable_ancestor(directory: Path) -> Path:
-    """The directory itself, or the nearest one above it that exists.
-
-    Raises:
-        SpecDefError: It is a file, or cannot be written to.
-    """
+    """The directory itself, or the nearest one above it that exists."""
     existing = directory.resolve()
     while not existing.exists():
         existing = existing.parent

@@ -79,11 +79,7 @@ class Commit:
 
 
 def download_all(commit: Commit, names: Sequence[str]) -> None:
-    """Download files into the cache; whatever ends this ends the downloads.
-
-    Raises:
-        SpecDefError: One cannot be had.
-    """
+    """Download files into the cache; whatever ends this ends the downloads."""
     downloads = Downloads(names, commit.fetch, WORKERS)
     try:
         downloads.wait_for_all()

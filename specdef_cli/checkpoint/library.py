@@ -76,11 +76,7 @@ DIFFUSERS = Library(
 
 
 def diffusers_missing(what: object) -> SpecDefError:
-    """What to say of a model of diffusers where diffusers is not installed.
-
-    Args:
-        what: The model, as the user knows it.
-    """
+    """What to say of a model of diffusers where diffusers is not installed."""
     return MissingExtraError(f"{what} and other models of diffusers", "diffusion")
 
 

@@ -20,14 +20,10 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
     """Refuse a model that is not there.
 
     Args:
-        model: A directory or a Hub id.
         manifest: What ``--manifest`` names.
 
     Returns:
         Its directory on this disk; ``None`` for a Hub id.
-
-    Raises:
-        SpecDefError: It is a path to nothing, to a file, or to a directory without a ``config.json``.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -43,22 +39,14 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
 
 
 def require_hardened(model: str, manifest: Path | None = None) -> None:
-    """Refuse a model that is not there, or that no manifest belongs to.
-
-    Raises:
-        SpecDefError: Either is so, or the manifest is not valid.
-    """
+    """Refuse a model that is not there, or that no manifest belongs to."""
     directory = require_model(model, manifest)
     if directory is not None:
         read_manifest(directory, manifest)
 
 
 def require_directory(directory: Path) -> None:
-    """Refuse what is no directory, where a Hub id will not do: its files are changed or uploaded.
-
-    Raises:
-        SpecDefError: It is none.
-    """
+    """Refuse what is no directory, where a Hub id will not do: its files are changed or uploaded."""
     if not directory.is_dir():
         raise SpecDefError(f"{directory} is not a directory", "Give one that `specdef harden` published.")
 
@@ -75,11 +63,7 @@ def require_card(model: str) -> None:
 
 
 def require_not_hardened(model: str) -> None:
-    """Refuse a model that is not there, or whose manifest says that it is hardened.
-
-    Raises:
-        SpecDefError: Either is so.
-    """
+    """Refuse a model that is not there, or whose manifest says that it is hardened."""
     directory = require_model(model)
     if directory is not None and is_hardened(directory):
         raise hardened_already(directory)
@@ -94,13 +78,8 @@ def require_models(model: str, base: str | None, option: str, manifest: Path | N
     """Refuse models that are not there.
 
     Args:
-        model: What is attacked or certified.
         base: The undefended model; ``None`` is the one that the manifest names.
-        option: What names the base.
         manifest: What ``--manifest`` names.
-
-    Raises:
-        SpecDefError: naming the one that is missing.
     """
     directory = require_model(model, manifest)
     if base is not None:
@@ -121,11 +100,7 @@ def require_models(model: str, base: str | None, option: str, manifest: Path | N
 
 
 def require_undefended(base: Path, option: str) -> None:
-    """Refuse a base that is hardened itself: measured against it, any hardening would seem to do nothing.
-
-    Raises:
-        SpecDefError: naming it.
-    """
+    """Refuse a base that is hardened itself: measured against it, any hardening would seem to do nothing."""
     if (base / MANIFEST_NAME).is_file():
         raise SpecDefError(
             f"{option} {base} is hardened itself: its {MANIFEST_NAME} says so",

@@ -71,12 +71,7 @@ class Checkpoint:
         return sum(header.nbytes for header in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own, on the CPU, in its stored dtype.
-
-        Raises:
-            SpecDefError: The file ended early.
-            ResumableError: It could not be read.
-        """
+        """Read one tensor into memory of its own, on the CPU, in its stored dtype."""
         header = self.tensors[name]
         return self._read_bytes(header, 0, header.nbytes).view(TORCH_DTYPES[header.dtype]).view(header.shape)
 
@@ -84,10 +79,6 @@ class Checkpoint:
         """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows.
 
         Rows of a shard that is still on its way are read from where it comes from.
-
-        Raises:
-            SpecDefError: The file ended early.
-            ResumableError: It could not be read.
         """
         header = self.tensors[name]
         width = header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
@@ -103,12 +94,7 @@ class Checkpoint:
         return data.view(TORCH_DTYPES[header.dtype]).view(len(rows), header.shape[-1])
 
     def chunks(self, name: str, buffer: bytearray) -> Iterator[memoryview]:
-        """The bytes of one tensor, as much at a time as ``buffer`` holds; the next chunk overwrites the one before.
-
-        Raises:
-            SpecDefError: The file ended early.
-            ResumableError: It could not be read.
-        """
+        """The bytes of one tensor, as much at a time as ``buffer`` holds; the next chunk overwrites the one before."""
         header = self.tensors[name]
         remaining = header.nbytes
         view = memoryview(buffer)
@@ -148,15 +134,7 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path, arriving: ArrivingWeights | None = None) -> Checkpoint:
-    """Read ``config.json`` and the headers of every shard of a checkpoint directory.
-
-    Args:
-        directory: Where it lies.
-        arriving: Shards that are not there yet.
-
-    Raises:
-        SpecDefError: Something is missing, corrupt, or unsafe to read.
-    """
+    """Read ``config.json`` and the headers of every shard of a checkpoint directory."""
     for name in ("config.json", INDEX_FILE, DIFFUSERS.index_file, "README.md", MANIFEST_NAME):
         if (directory / name).exists():
             require_inside(directory, directory / name)

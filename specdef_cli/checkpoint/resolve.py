@@ -59,9 +59,6 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
         model: A directory, or a Hub id ``org/name``, optionally ``org/name@revision``.
         revision: Branch, tag or commit; the same as the part after ``@``.
         token: Hub token; by default huggingface_hub looks for ``HF_TOKEN`` and the stored login.
-
-    Raises:
-        SpecDefError: There is no such directory or repository, it cannot be reached, or it does not fit on the disk.
     """
     where = locate(model, revision, token)
     if isinstance(where, Resolved):
@@ -72,14 +69,7 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
 
 
 def locate(model: str, revision: str | None, token: str | None) -> Resolved | tuple[Commit, list[DryRunFileInfo]]:
-    """Where ``model`` is: on this disk, or else its commit and the files that its snapshot lacks.
-
-    Args:
-        model, revision, token: As for :func:`resolve`.
-
-    Raises:
-        SpecDefError: As :func:`resolve`; nothing of a model that does not fit was written.
-    """
+    """Where ``model`` is: on this disk, or else its commit and the files that its snapshot lacks."""
     token = clean_token(token)
     path = Path(model).expanduser()
     if model and path.is_dir():

@@ -37,11 +37,7 @@ class ScaledSlice:
 
 
 def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
-    """Multiply a slice of ``tensor`` by powers of two in place.
-
-    Raises:
-        SpecDefError: The result would be rounded (a subnormal number, or overflow).
-    """
+    """Multiply a slice of ``tensor`` by powers of two in place."""
     import torch  # here: a manifest, which lists slices, is read without it
 
     from specdef_cli.dtypes import dtype_name
@@ -58,7 +54,7 @@ def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
     if not torch.equal(new.double(), wanted) or bool(flushed.any()):
         leave = f"--exclude '{part.tensor.removesuffix('.weight')}'"
         if not bool(old.isfinite().all()):
-            raise SpecDefError(f"{part.tensor} holds NaN or infinity", f"Repair it, or leave it out: {leave}.")
+            raise SpecDefError(f"{part.tensor} holds NaN or infinity", "Repair it: what it computes is NaN already.")
         nonzero = old[old != 0].abs().double()
         wider = "" if tensor.dtype in (torch.float32, torch.bfloat16) else "Store float32 (--dtype float32), or "
         raise SpecDefError(

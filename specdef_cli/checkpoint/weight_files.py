@@ -17,15 +17,7 @@ from specdef_cli.errors import ResumableError, SpecDefError
 
 
 def weight_files(directory: Path, arriving: Collection[str] = ()) -> tuple[str, ...]:
-    """The weight files that a checkpoint directory names, in the order in which they are read.
-
-    Args:
-        directory: Where they lie, or will.
-        arriving: Names of those that are not there yet.
-
-    Raises:
-        SpecDefError: ``config.json`` is missing or broken, or the index is.
-    """
+    """The weight files that a checkpoint directory names, in the order in which they are read."""
     library = library_of(read_config(directory))
     index_path = directory / library.index_file
     present = {path.name for path in (directory / library.single_file, index_path) if path.is_file()}
@@ -35,11 +27,7 @@ def weight_files(directory: Path, arriving: Collection[str] = ()) -> tuple[str, 
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """A directory's ``config.json``.
-
-    Raises:
-        SpecDefError: It is missing, cannot be read, or is not a JSON object.
-    """
+    """A directory's ``config.json``."""
     path = directory / "config.json"
     if not path.is_file():
         raise no_config(directory)
@@ -64,11 +52,7 @@ def entry_file(library: Library, present: Collection[str]) -> str | None:
 
 
 def weight_map_of(index_path: Path) -> dict[str, Any]:
-    """Tensor name → shard, as an index has them.
-
-    Raises:
-        SpecDefError: It is no index.
-    """
+    """Tensor name → shard, as an index has them."""
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
         set(weight_map.values())

@@ -28,10 +28,6 @@ def hardened_card(
 
     Args:
         base_card: ``README.md`` of the base; may be empty.
-        manifest: What was done.
-        unchanged: Parameters that were not changed, the same name once for all blocks.
-        one_sided: Weights that were scaled by row or by column alone, named likewise.
-        library: Who loads it.
     """
     front, text = split_card(base_card)
     front = with_keys(front, hardened_metadata(metadata(front), manifest.base, library))

@@ -86,9 +86,6 @@ def collapse(
 
     Returns:
         What was published; ``None`` in all but the main process of a distributed run.
-
-    Raises:
-        SpecDefError: The directory is not hardened or not complete, or the disk; nothing was published.
     """
     with process_state(options.device).main_process_first():
         model = open_model(
@@ -127,11 +124,7 @@ def _complete(checkpoint: Checkpoint, manifest: Manifest, work: Path) -> None:
 
 
 def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorGroup, ...]:
-    """The tensors of the original architecture.
-
-    Raises:
-        SpecDefError: A tensor is not there as the manifest describes it.
-    """
+    """The tensors of the original architecture."""
     undone = fold_groups((inverse(pair) for pair in manifest.folded), checkpoint, None)
     by_inflated = {layer.inflated_tensor: layer for layer in manifest.factored}
     consumed = {

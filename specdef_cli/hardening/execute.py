@@ -65,21 +65,12 @@ def published(
     In the block, the main process adds everything but weights and index, and verifies the result.
 
     Args:
-        checkpoint: The input.
         groups: What to write, in order.
-        out: The directory to publish.
         fingerprint: Identifies the plan for ``resume``.
         max_shard_size: Largest shard in bytes.
-        device: Where to compute.
-        resume: Keep finished shards of an interrupted run.
-        on_progress: Called after each group.
 
     Yields:
         What was written, in the main process; ``None`` in the others, which have nothing left to do.
-
-    Raises:
-        ResumableError: Nothing was published; what is finished is kept for ``resume``.
-        SpecDefError: Nothing was published, and nothing is left.
     """
     state = process_state(device)
     shards = plan_shards(groups, max_shard_size, checkpoint.library)

@@ -77,11 +77,7 @@ class FactorLayer:
         return TensorGroup(site.module, tuple(outputs), self)
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Compute the factors.
-
-        Raises:
-            SpecDefError: W is not finite or is zero, or the factors do not restore it in the stored dtype.
-        """
+        """Compute the factors."""
         entry, stored = self.entry(), TORCH_DTYPES[self.dtype]
         weight = self.read(checkpoint, device)
         seed = layer_seed(self.seed, self.site.tensor)
@@ -128,9 +124,6 @@ def factor_layers(
     """Plan the factors of every site, from headers alone.
 
     Args:
-        checkpoint: The base.
-        skeleton: Its model.
-        sites: The layers.
         wanted: α, k, gauge and seed.
         dtype: What the result is stored in; ``None`` for each tensor's own.
         loaded: What ``config.json`` has the model loaded in; ``None`` where it does not say.
@@ -154,11 +147,7 @@ def factor_layers(
 
 
 def read_weight(checkpoint: Checkpoint, site: LinearSite, device: torch.device) -> Tensor:
-    """W of a linear layer, shape [out_features, in_features], in float32 (float64 where it is stored so).
-
-    Raises:
-        SpecDefError: It is not a floating-point tensor, not finite, or zero.
-    """
+    """W of a linear layer, shape [out_features, in_features], in float32 (float64 where it is stored so)."""
     weight = _read_stored(checkpoint, site, device)
     return weight if weight.dtype == torch.float64 else weight.float()
 

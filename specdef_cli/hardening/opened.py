@@ -111,8 +111,6 @@ def open_model(
         model: A directory, or a Hub id ``org/name[@revision]``.
         hardened: Whether it has to have a manifest (``True``), must not be hardened (``False``), or may be either.
         manifest: ``specdef.json`` where it does not lie in the model's directory.
-        revision, token: As for :func:`resolve`.
-        trust_remote_code: Whether Python code that comes with the model may run.
     """
     found = resolve(str(model), revision=revision, token=token)
     return open_found(found, hardened=hardened, manifest=manifest, trust_remote_code=trust_remote_code)
@@ -146,10 +144,8 @@ def open_base(model: OpenedModel, given: str | Path | None, option: str, *, toke
     """The undefended model that another one is compared with.
 
     Args:
-        model: What is attacked or certified.
         given: What ``option`` names; ``None`` is the base that the manifest names.
         option: ``--base`` or ``--control``.
-        token: As for :func:`resolve`.
     """
     if given is not None:
         found = resolve(str(given), token=token)

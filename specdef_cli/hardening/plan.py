@@ -126,7 +126,6 @@ class HardeningPlan(Changes):
         """Identifies this plan on this input, so that ``--resume`` never mixes two.
 
         Args:
-            checkpoint: The input.
             commit: The hash of the commit that it is; ``None`` for a directory, whose files may change.
         """
         described = {

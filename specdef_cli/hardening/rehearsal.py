@@ -19,11 +19,7 @@ from specdef_cli.runtime.shim import SHIM_SOURCE
 
 
 def rehearse(base: OpenedModel, plan: HardeningPlan) -> None:
-    """Load what a plan would write on the meta device, and run it there if the base runs there.
-
-    Raises:
-        SpecDefError: It cannot be loaded, would lose a tensor, or cannot be run.
-    """
+    """Load what a plan would write on the meta device, and run it there if the base runs there."""
     if not base.checkpoint.library.loads_without_weights:
         return
     model = load_empty(base, plan)
@@ -36,11 +32,7 @@ def rehearse(base: OpenedModel, plan: HardeningPlan) -> None:
 
 
 def load_empty(base: OpenedModel, plan: HardeningPlan) -> Any:
-    """The model that a plan would write, on the meta device.
-
-    Raises:
-        SpecDefError: It cannot be loaded, or would lose a tensor.
-    """
+    """The model that a plan would write, on the meta device."""
     with TemporaryDirectory() as place:
         _write_empty(base.checkpoint, plan, Path(place))
         written = Resolved(Path(place), place)

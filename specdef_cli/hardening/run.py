@@ -129,9 +129,6 @@ def harden(
 
     Returns:
         What was published; ``None`` in all but the main process of a distributed run.
-
-    Raises:
-        SpecDefError: The input, an option, or the disk; nothing was published.
     """
     if options.manifest_out is not None:
         require_manifest_place(options.manifest_out, options.out, options.model)
@@ -186,11 +183,7 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
 
 
 def _move_manifest(directory: Path, path: Path) -> None:
-    """Move the manifest out of a hardened directory, which it leaves once it is whole in the other place.
-
-    Raises:
-        SpecDefError: It cannot be written there, and is still in the directory.
-    """
+    """Move the manifest out of a hardened directory, which it leaves once it is whole in the other place."""
     own = directory / MANIFEST_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -99,9 +99,6 @@ def survey(
         spectra: Whether every layer is read, for its σ₁ and effective rank. Without them headers and a sample are read.
         on_progress: Called after each layer.
         on_download: As for :func:`specdef_cli.harden`.
-
-    Raises:
-        SpecDefError: The model cannot be found or read.
     """
     with resolving(model, revision=revision, token=token, on_download=on_download) as (found, arriving):
         opened = open_found(found, manifest=manifest, trust_remote_code=trust_remote_code, arriving=arriving)

@@ -62,14 +62,7 @@ def compare_models(
     """Load both directories in turn, run the same batch through them, and compare.
 
     Args:
-        base: The base.
-        hardened: What loads the hardened model.
         dtype: What to load both in; ``None`` for the dtype they are stored in.
-        device: Where to run.
-
-    Raises:
-        SpecDefError: The model takes inputs that cannot be made up (naming what it takes), the base's outputs are not
-            finite, or the hardened model does not run (naming layers whose weight is read without running them).
     """
     with new_objects_only():
         try:
@@ -127,15 +120,7 @@ def verify(
     """Figures of the comparison for the manifest, or why it was left out.
 
     Args:
-        base: The base.
-        hardened: What loads the hardened model.
-        nbytes: Size of the larger of both.
-        method: The outputs of a fold and of scales must be bit-identical, those of factors within rounding.
         dtype: What to load both in; ``None`` for the dtype they are stored in.
-        device: Where to run.
-
-    Raises:
-        SpecDefError: The hardened model is not the base model's function.
     """
     available = psutil.virtual_memory().available
     if not is_loadable_here(nbytes):
@@ -161,11 +146,7 @@ def verify(
 
 
 def require_comparable(skeleton: Skeleton) -> None:
-    """Refuse, before any work, a model for which no batch can be made up, or that does not run on it.
-
-    Raises:
-        SpecDefError: naming what it takes, or why it does not run.
-    """
+    """Refuse, before any work, a model for which no batch can be made up, or that does not run on it."""
     trial, name = skeleton.trial, type(skeleton.model).__name__
     if isinstance(trial.error, ResumableError):
         raise SpecDefError(trial.error.problem, COMPARE_YOURSELF) from trial.error
@@ -188,9 +169,7 @@ def _does_not_run(reason: str, base: OpenedModel, dtype: torch.dtype | None) -> 
     """The hardened model raises an exception, most likely for a linear layer whose weight is read without running it.
 
     Args:
-        reason: What the exception said.
         base: The base, which is run once more to find such layers (Mamba's ``dt_proj``).
-        dtype: What to load it in.
     """
     with without_progress_bars():
         model = base.load(dtype=dtype).eval()

@@ -84,9 +84,7 @@ def load_denoiser(
     """Load a model of diffusers, hardened or not, in evaluation mode.
 
     Args:
-        directory: The checkpoint, not its pipeline.
         dtype: The parameters' dtype; by default the widest that they are stored in (diffusers itself takes float32).
-        device: Where to load to; by default the CPU.
         **kwargs: Passed on to ``from_pretrained``.
     """
     import diffusers

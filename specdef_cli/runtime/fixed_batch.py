@@ -16,11 +16,7 @@ BATCH, LENGTH = 2, 32
 
 
 def fixed_inputs(model: Any) -> dict[str, Any]:
-    """A deterministic batch of what the model takes: token ids, pixels, both, sound, or noisy latents.
-
-    Raises:
-        ResumableError: The model's input is neither; the weights may be right.
-    """
+    """A deterministic batch of what the model takes: token ids, pixels, both, sound, or noisy latents."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if not isinstance(model, PreTrainedModel):
@@ -97,11 +93,7 @@ def _features(model: Any, config: Any, generator: torch.Generator) -> dict[str, 
 
 
 def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
-    """A batch for a denoiser of diffusers (``UNet2DConditionModel``): latents, timesteps, and what conditions them.
-
-    Raises:
-        ResumableError: The model is conditioned on something else besides.
-    """
+    """A batch for a denoiser of diffusers (``UNet2DConditionModel``): latents, timesteps, and what conditions them."""
     config = model.config
     width = config.encoder_hid_dim or config.cross_attention_dim
     if not isinstance(width, int) or config.encoder_hid_dim_type not in (None, "text_proj"):
@@ -127,12 +119,7 @@ def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
 
 
 def no_batch(model: Any, inputs: str) -> ResumableError:
-    """What to say of a model for which no batch can be made up.
-
-    Args:
-        model: The model.
-        inputs: What it takes.
-    """
+    """What to say of a model for which no batch can be made up."""
     return ResumableError(
         f"{type(model).__name__} takes {inputs}, for which there is no fixed batch",
         "Run the same command with --resume --no-verify, and compare the outputs yourself.",
@@ -140,11 +127,7 @@ def no_batch(model: Any, inputs: str) -> ResumableError:
 
 
 def model_outputs(model: Any) -> Tensor:
-    """What the model computes on the fixed batch, on the CPU: logits, else its first output, or both embeddings.
-
-    Raises:
-        ResumableError: It takes more than the batch holds.
-    """
+    """What the model computes on the fixed batch, on the CPU: logits, else its first output, or both embeddings."""
     inputs = fixed_inputs(model)
     measured = ("pixel_values", "input_values", "input_features")
     inputs = {name: value.to(model.dtype) if name in measured else value for name, value in inputs.items()}

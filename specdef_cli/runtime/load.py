@@ -53,10 +53,6 @@ def load_model(
         device: Where to load to; by default the CPU.
         trust_remote_code: Run code that comes with the directory. Hardened directories do not need it here.
         **kwargs: Passed on to ``from_pretrained``.
-
-    Raises:
-        SpecDefError: There is no such directory, its architecture is unknown, it holds no safetensors files, or its
-            tensors are not those that its config lists.
     """
     register()
     path = Path(directory)
@@ -93,22 +89,20 @@ def _load_denoiser(path: Path, **kwargs: Any) -> Any:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every model that is loaded."""
-    shown = transformers.logging.is_progress_bar_enabled()
+    """Keep transformers from drawing bars while it loads, and from listing tensors that it has no use for."""
+    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers.logging.set_verbosity(verbosity)
         if shown:
             transformers.logging.enable_progress_bar()
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a directory; its image processor where it has no tokenizer; ``None`` where it has neither.
-
-    Raises:
-        SpecDefError: There are files of one, but transformers cannot read them.
-    """
+    """The tokenizer of a directory; its image processor where it has no tokenizer; ``None`` where it has neither."""
     register()
     path = Path(directory)
     for files, auto_class in ((_TOKENIZER_FILES, AutoTokenizer), (_IMAGE_PROCESSOR_FILES, AutoImageProcessor)):

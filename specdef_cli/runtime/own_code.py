@@ -10,11 +10,7 @@ from specdef_cli.errors import SpecDefError
 
 
 def own_class(config: Any, architecture: str | None, *, trust_remote_code: bool) -> tuple[str, str] | None:
-    """The auto class and the reference of the code that ``auto_map`` names for a model; ``None`` for transformers' own.
-
-    Raises:
-        SpecDefError: That code is not trusted, or who loads the model decides which of two classes it is.
-    """
+    """The auto class and the code reference that ``auto_map`` names for a model; ``None`` for transformers' own."""
     models = {
         auto: reference
         for auto, reference in (getattr(config, "auto_map", None) or {}).items()

@@ -23,9 +23,6 @@ def process_state(device: str | None = None) -> PartialState:
 
     Args:
         device: Where to compute; ``None`` is an accelerator where there is one.
-
-    Raises:
-        SpecDefError: The environment speaks of other processes, and they cannot be joined.
     """
     forget_stale_launcher()
     try:

@@ -17,11 +17,7 @@ Callback = Callable[[], None]
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls something after a module was imported. It finds nothing itself: it asks the finders after it.
-
-    Args:
-        callbacks: What to call, by the full name of the module to wait for. Each is called once.
-    """
+    """Calls something after a module was imported. It finds nothing itself: it asks the finders after it."""
 
     def __init__(self, callbacks: dict[str, Callback]) -> None:
         self.callbacks = callbacks

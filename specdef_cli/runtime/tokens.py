@@ -20,15 +20,6 @@ def token_batch(
 
     Where the tokenizer begins a text with a token of its own (``<bos>``), every sequence does: some models predict
     nothing without it.
-
-    Args:
-        directory: The base, whose tokenizer is used.
-        text: Of the kind that the base was made for, and that it has not seen.
-        sequences, length: How many tokens are wanted.
-        trust_remote_code: Whether code that comes with the directory may run.
-
-    Raises:
-        SpecDefError: The directory has no tokenizer, or the text does not fill one sequence.
     """
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):

@@ -12,16 +12,7 @@ from specdef_cli.errors import SpecDefError
 
 
 def require_in_vocabulary(sequences: Iterable[Any], config: Any, directory: Path) -> None:
-    """Refuse tokens beyond the vocabulary of the model. A tokenizer may know more of them, as long as none occurs.
-
-    Args:
-        sequences: Token ids, as tensors or lists.
-        config: The model's, which names the size of the vocabulary.
-        directory: Where the model lies.
-
-    Raises:
-        SpecDefError: naming the token.
-    """
+    """Refuse tokens beyond the vocabulary of the model. A tokenizer may know more of them, as long as none occurs."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is None:
         return

@@ -16,7 +16,6 @@ def effective_rank(weight: Tensor, seed: int) -> float:
 
     Args:
         weight: W, shape [m, n].
-        seed: Seed of the probes.
     """
     total = weight.double().square().sum()
     rows = weight.shape[0]

@@ -38,12 +38,7 @@ def check_alpha(alpha: float, gauge: Gauge, dtype: torch.dtype, where: str = "")
     """Refuse an α that is not a number of at least 1, or that ``dtype`` cannot hold in this gauge.
 
     Args:
-        alpha, gauge: Of the layer.
-        dtype: What it is stored or loaded in.
         where: Why that dtype, for the message: a clause in commas.
-
-    Raises:
-        SpecDefError: naming α and the largest safe one.
     """
     if not (math.isfinite(alpha) and alpha >= 1):
         raise SpecDefError(f"alpha is {alpha:g}; it must be a finite number of at least 1", "Give e.g. --alpha 1e4.")

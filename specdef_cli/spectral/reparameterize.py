@@ -130,7 +130,6 @@ def reconstruction_error(reference: Tensor, factors: Factors, probes: Tensor) ->
 
     Args:
         reference: W X, shape [m, p], float32 or better.
-        factors: W~ and C as they are stored.
         probes: X, shape [n, p].
     """
     hidden = product(factors.inflated, probes).to(factors.inflated.dtype).to(probes.dtype)

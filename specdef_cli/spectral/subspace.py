@@ -56,8 +56,6 @@ def top_subspace(weight: Tensor, top_k: int, seed: int, *, iterations: int = KRY
     Args:
         weight: W, shape [m, n], of any floating dtype, finite.
         top_k: k, with 1 <= k <= min(m, n).
-        seed: Seed of the Gaussian start block. Drawn on the CPU, so that every device starts from the same block.
-        iterations: Number of products with W Wᵀ.
 
     Raises:
         ValueError: k is out of range.

@@ -45,11 +45,6 @@ PEFT_TASKS: Mapping[Task, TaskType | None] = {
 def with_adapters(model: nn.Module, training: Training, make_config: Callable[[], PeftConfig]) -> nn.Module:
     """PEFT's wrapper around a model, in which the adapters alone train.
 
-    Args:
-        model: Changed in place.
-        training: What was asked for, for messages.
-        make_config: Called here, so that what it cannot make is told like what PEFT cannot put on.
-
     Raises:
         NotApplicable: PEFT has no place for these adapters on this model.
     """

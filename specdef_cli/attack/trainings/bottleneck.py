@@ -23,8 +23,6 @@ class Bottleneck(nn.Module):
     """x → up(gelu(down(x))), zero at first.
 
     Args:
-        width: d, of what it reads and adds to.
-        size: Units in between.
         like: Gives dtype and device.
     """
 

@@ -52,11 +52,6 @@ class Written:
 def ablate(model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
     """Take ``direction`` out of everything that writes to the residual stream, in place.
 
-    Args:
-        model: A language model.
-        direction: v, a unit vector of the hidden size.
-        strength: λ.
-
     Raises:
         NotApplicable: Nothing is known to write to the residual stream.
     """

@@ -48,7 +48,6 @@ def original_name(parameter: str, layers: Iterable[str]) -> str:
 
     Args:
         parameter: As ``named_parameters`` gives it.
-        layers: Module paths of the hardened layers, whatever stands there now.
     """
     for layer in layers:
         if parameter.startswith(f"{layer}."):

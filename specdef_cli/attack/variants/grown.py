@@ -227,7 +227,6 @@ class WidenedLayer(GrownLayer):
 
     Args:
         pair: n → m; frozen by the caller.
-        width: w, the path's inner dimension.
         generator: Draws ``down`` on the CPU, so that the path is the same on every device.
     """
 
@@ -254,9 +253,7 @@ def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
     change of W.
 
     Args:
-        model: Changed in place.
         factor: > 1.
-        seed: Of the path's first factor; the second is zero.
 
     Raises:
         NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
@@ -302,9 +299,7 @@ def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> Growth:
     compensations. Where nothing was inserted: fresh blocks after every frozen one, ``factor`` times as many.
 
     Args:
-        model: Changed in place.
         factor: ≥ 2.
-        seed: Of fresh blocks.
 
     Raises:
         NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
