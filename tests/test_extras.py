@@ -79,9 +79,9 @@ def test_every_command_is_a_function_of_the_package() -> None:
 
 
 def test_a_package_that_is_called_calls_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    import specdef_cli.attack.run
+    import specdef_cli.attack
 
-    monkeypatch.setattr(specdef_cli.attack.run, "attack", lambda *given, **options: (given, options))
+    monkeypatch.setattr("specdef_cli.attack.run.attack", lambda *given, **options: (given, options))
     called: Any = specdef_cli.attack
     assert called(1, on_progress=2) == ((1,), {"on_progress": 2})
     assert called.options.AttackOptions is specdef_cli.AttackOptions
