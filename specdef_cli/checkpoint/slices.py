@@ -75,7 +75,7 @@ def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
     if not torch.equal(new.double(), wanted) or bool(flushed.any()):
         leave = f"--exclude '{part.tensor.removesuffix('.weight')}'"
         if not bool(old.isfinite().all()):
-            raise SpecDefError(f"{part.tensor} holds NaN or infinity", f"Repair it, or leave it out: {leave}.")
+            raise SpecDefError(f"{part.tensor} holds NaN or infinity", "Repair it: what it computes is NaN already.")
         nonzero = old[old != 0].abs().double()
         wider = "" if tensor.dtype in (torch.float32, torch.bfloat16) else "Store float32 (--dtype float32), or "
         raise SpecDefError(

@@ -153,12 +153,14 @@ def _load_denoiser(path: Path, **kwargs: Any) -> Any:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every model that is loaded."""
-    shown = transformers.logging.is_progress_bar_enabled()
+    """Keep transformers from drawing bars while it loads, and from listing tensors that it has no use for."""
+    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers.logging.set_verbosity(verbosity)
         if shown:
             transformers.logging.enable_progress_bar()
 

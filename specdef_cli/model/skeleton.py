@@ -220,7 +220,7 @@ class Skeleton:
         What transformers makes anew without a warning (Marian's sinusoidal positions) may be missing.
         """
         made_anew = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
-        for parameter, expected in self.model.named_parameters():
+        for parameter, expected in self.parameters.items():
             tensor = self.names.tensor(parameter)
             for pattern, parts in self.names.stacked.get(parameter, {}).items():
                 if len(parts) != expected.shape[0]:
