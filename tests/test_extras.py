@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 import specdef_cli
-from specdef_cli import extras
-from specdef_cli.errors import EXTRA_MODULES, MissingExtraError, missing_modules, require_extra
+from specdef_cli.errors import EXTRA_MODULES, INSTALLATION, MissingExtraError, missing_modules, require_extra
 from tests.commands import REPOSITORY, environment, run_cli
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -90,4 +89,4 @@ def test_a_package_that_is_called_calls_its_function(monkeypatch: pytest.MonkeyP
 def test_the_version_has_one_source() -> None:
     assert "version" in PROJECT["dynamic"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", specdef_cli.__version__)
-    assert "pip install ." in extras.INSTALLATION
+    assert "pip install ." in INSTALLATION
