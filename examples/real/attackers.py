@@ -172,7 +172,7 @@ def agreement(base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from specdef_cli.attack.options import AttackOptions
     from specdef_cli.attack.prompts import load_prompts
     from specdef_cli.attack.variants.table import Variant
-    from specdef_cli.runtime import load_tokenizer
+    from specdef_cli.model import load_tokenizer
 
     tokenizer: Any = load_tokenizer(base)
     prompts = load_prompts(AttackOptions(model=base), tokenizer)

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from specdef_cli.errors import SpecDefError
-from specdef_cli.extras import require_extra
+from specdef_cli.errors import SpecDefError, require_extra
 
 BATCH_SIZE = 8
 

@@ -22,7 +22,7 @@ from specdef_cli.attack.prompts import Prompts
 from specdef_cli.attack.run_result import Behaviour, Edit
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.hardening.opened import OpenedModel
+from specdef_cli.model.opened import OpenedModel
 
 ANSWER_TOKENS = 32
 """So much of an answer shows whether it is a refusal."""

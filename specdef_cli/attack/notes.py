@@ -12,7 +12,7 @@ from specdef_cli.attack.results import AttackReport
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.durations import in_words
+from specdef_cli.parse import in_words
 
 SAME_START = 0.01
 """Starting losses that differ by more than this share are worth a warning."""

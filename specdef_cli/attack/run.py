@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdef_cli.extras import require_extra
+from specdef_cli.errors import require_extra
 
 require_extra("attack", "attacks")
 
@@ -38,14 +38,14 @@ from specdef_cli.attack.target import Target, largest_alpha
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.tracking import NOWHERE, Tracking, require_trackers
 from specdef_cli.attack.trainer import Memory, quiet, train_run
-from specdef_cli.checkpoint.destination import require_outside, writable_ancestor
+from specdef_cli.checkpoint.check import require_outside, writable_ancestor
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.output import exclusive
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel, open_base, open_model, require_sound
 from specdef_cli.hardening.recognise import recognise
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.vocabulary import require_in_vocabulary
+from specdef_cli.model.inputs import require_in_vocabulary
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel, open_base, open_model, require_sound
 from specdef_cli.version import __version__
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"

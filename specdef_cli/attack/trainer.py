@@ -40,9 +40,8 @@ from specdef_cli.attack.target import Task
 from specdef_cli.attack.tasks import leave_to_fsdp, load_for_training
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime.garbage import new_objects_only
-from specdef_cli.runtime.processes import process_state
+from specdef_cli.model.loading import new_objects_only, process_state
+from specdef_cli.model.opened import OpenedModel
 
 
 @dataclass(frozen=True)

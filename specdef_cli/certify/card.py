@@ -11,7 +11,7 @@ from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
-from specdef_cli.hardening.opened import checkpoint_fingerprint
+from specdef_cli.model.opened import checkpoint_fingerprint
 from specdef_cli.report.document import ReportDocument, read_report
 
 HEADING = "### Attacks"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime import without_progress_bars
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.opened import OpenedModel
 
 MAX_LOGITS = 2**24
 """Logits of one forward pass: 128 MB in float64, in which their loss is taken."""

@@ -15,10 +15,18 @@ from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.downloads import Downloads
 from specdef_cli.checkpoint.headers import TensorHeader, parse_headers, read_headers
-from specdef_cli.checkpoint.hub import Commit, NoPartsError, download_all, not_available
 from specdef_cli.checkpoint.links import require_inside
-from specdef_cli.checkpoint.resolve import Resolved, bytes_to_download, locate, resolved
-from specdef_cli.checkpoint.weight_files import weight_files
+from specdef_cli.checkpoint.reader import weight_files
+from specdef_cli.checkpoint.resolve import (
+    Commit,
+    NoPartsError,
+    Resolved,
+    bytes_to_download,
+    download_all,
+    locate,
+    not_available,
+    resolved,
+)
 from specdef_cli.errors import ResumableError, SpecDefError
 
 DownloadHook = Callable[[int, int], None]

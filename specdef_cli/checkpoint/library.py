@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specdef_cli.errors import SpecDefError
-from specdef_cli.extras import MissingExtraError
+from specdef_cli.errors import MissingExtraError, SpecDefError
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from specdef_cli.checkpoint.durable import write_durably
-from specdef_cli.checkpoint.linear import LinearLayer
-from specdef_cli.checkpoint.slices import ScaledSlice
+from specdef_cli.checkpoint.slices import LinearLayer, ScaledSlice
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.spectral.gauges import Gauge
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from specdef_cli.checkpoint.destination import (
+from specdef_cli.checkpoint.check import (
     LOCK_SUFFIX,
     WORK_SUFFIX,
     is_taken,

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.pairs import SymmetricPair
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime.load import without_progress_bars
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.body import SymmetricPair
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.loading import without_progress_bars
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import Skeleton
 
 SEQUENCES, LENGTH = 8, 128
 

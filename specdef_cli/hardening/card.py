@@ -9,7 +9,7 @@ from pathlib import Path
 from specdef_cli.checkpoint.front_matter import joined, metadata, read_card, split_card, with_keys
 from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
-from specdef_cli.extras import INSTALLATION
+from specdef_cli.errors import INSTALLATION
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
 from specdef_cli.hardening.lost_formats import given_up, lost_formats, serving_advice
 

@@ -25,12 +25,12 @@ from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.card import collapsed_card
 from specdef_cli.hardening.execute import published, write_json
 from specdef_cli.hardening.fold import fold_groups, inverse
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
 from specdef_cli.hardening.scale import UnscaleModule
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.shim import SHIM_SOURCE, unshim_config
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import open_model
+from specdef_cli.model.shim import SHIM_SOURCE, unshim_config
 
 
 @dataclass(frozen=True)

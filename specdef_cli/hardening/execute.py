@@ -30,7 +30,7 @@ from specdef_cli.checkpoint.shards import (
 from specdef_cli.checkpoint.stream import Progress, read_record, write_shards
 from specdef_cli.errors import ResumableError, SpecDefError
 from specdef_cli.hardening.devices import compute_devices, worker_count
-from specdef_cli.runtime.processes import process_state
+from specdef_cli.model.loading import process_state
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.checkpoint.manifest import FoldedPair
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.hardening.calibration import Activations
 from specdef_cli.hardening.fold import channel_norms, folded_pair, require_dtypes
+from specdef_cli.model.body import Side, SymmetricPair
 
 EXPONENT = 12
 """What every pair gets, as far as float16 allows."""

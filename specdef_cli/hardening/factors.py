@@ -12,24 +12,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.linears import LinearSite, require_factorable
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FactoredLayer
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors
-from specdef_cli.spectral.blocks import product
-from specdef_cli.spectral.gauges import Gauge
-from specdef_cli.spectral.limits import RECONSTRUCTION_TOLERANCE, check_alpha, round_down
-from specdef_cli.spectral.reparameterize import (
+from specdef_cli.model.sites import LinearSite, require_factorable
+from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.spectral.factors import (
+    RECONSTRUCTION_TOLERANCE,
+    check_alpha,
     gaussian_probes,
     reconstruction_error,
     rotated_factors,
+    round_down,
     symmetric_factors,
 )
-from specdef_cli.spectral.subspace import layer_seed, top_subspace
+from specdef_cli.spectral.gauges import Gauge
+from specdef_cli.spectral.subspace import layer_seed, product, top_subspace
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Fold: the inflated layer and its compensation, put into two weights that exist already.
 
-Transformers have exact symmetries between neighbouring weights (:mod:`specdef_cli.architectures.pairs`): scale a
+Transformers have exact symmetries between neighbouring weights (:mod:`specdef_cli.model.body`): scale a
 channel on one side by a power of two, divide it on the other, and every product comes out the same, bit for bit. No
 parameter is added, and the result is an ordinary checkpoint of its architecture.
 
@@ -28,7 +28,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair
 from specdef_cli.checkpoint.reader import Checkpoint
@@ -36,6 +35,7 @@ from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Profile
+from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, HIGHEST_UNCROSSED, constant, one_apart, staircase
 
 Member = TypeVar("Member")

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import Change
 from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.model.body import Side, SymmetricPair
+from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.symmetries import symmetries
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 NATURAL_OCTAVES = 4

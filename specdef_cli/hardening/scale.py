@@ -25,8 +25,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.scalable import ScalableSite, require_findable
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
@@ -34,7 +32,9 @@ from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.slices import scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import DIRECTIONS, SAMPLE_ROWS, by_block
-from specdef_cli.runtime.shim import ScaledSpec
+from specdef_cli.model.shim import ScaledSpec
+from specdef_cli.model.sites import ScalableSite, require_findable
+from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.spectral.staircase import HIGHEST_UNCROSSED, one_apart, staircase
 
 HEAD_TOKENS = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=128)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime import without_progress_bars
-from specdef_cli.runtime.fixed_batch import model_outputs, no_batch
-from specdef_cli.runtime.garbage import new_objects_only
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.inputs import model_outputs, no_batch
+from specdef_cli.model.loading import new_objects_only
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import Skeleton
 
 COMPARE_YOURSELF = "With --no-verify it is written unseen: run it, and compare it with the base, before you publish it."
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.

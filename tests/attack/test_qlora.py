@@ -13,7 +13,7 @@ from specdef_cli.attack.run import attack
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.hardening.options import Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
 from tests.byte_tokenizer import byte_tokenizer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -14,7 +14,7 @@ from specdef_cli.attack.data.language import language_data
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel
+from specdef_cli.model.opened import OpenedModel
 
 Preprocessor: TypeAlias = PreTrainedTokenizerBase | PixelTransform
 """Makes tensors of a row: a tokenizer for text, a transform for images."""

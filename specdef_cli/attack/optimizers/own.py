@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.attack.optimizers.table import OptimizerChoice
+from specdef_cli.model.skeleton import output_embeddings
 
 
 def build_optimizer(

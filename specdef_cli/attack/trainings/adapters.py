@@ -24,14 +24,14 @@ from peft.utils.constants import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.factored import hardened_paths
 from specdef_cli.errors import first_line
-from specdef_cli.runtime import SpecDefScaled
+from specdef_cli.model import SpecDefScaled
+from specdef_cli.model.skeleton import output_embeddings
 
 PEFT_TASKS: Mapping[Task, TaskType | None] = {
     "causal-lm": TaskType.CAUSAL_LM,

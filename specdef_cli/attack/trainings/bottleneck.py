@@ -16,7 +16,7 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.grown import first_tensor, outermost_blocks, with_first_tensor
-from specdef_cli.runtime import SpecDefLinear
+from specdef_cli.model import SpecDefLinear
 
 
 class Bottleneck(nn.Module):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.adapters import train_lora
 from specdef_cli.attack.trainings.table import Training
-from specdef_cli.runtime import SpecDefScaled
+from specdef_cli.model import SpecDefScaled
+from specdef_cli.model.skeleton import output_embeddings
 
 BLOCK = 64
 """Weights that share a scale. Those of one row have to be whole blocks for bitsandbytes' packed kernel of CPUs."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
 
 
 class GrownLayer(nn.Module):

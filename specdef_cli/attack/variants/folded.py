@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.factored import collapse, hardened_paths
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.hardening.recognise import channel_exponents
-from specdef_cli.runtime import SpecDefScaled
+from specdef_cli.model import SpecDefScaled
+from specdef_cli.model.body import Side, SymmetricPair
+from specdef_cli.model.symmetries import symmetric_pairs
 
 
 def channel_values(side: Side, tensor: Tensor) -> Tensor:

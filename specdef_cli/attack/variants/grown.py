@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.families import FAMILIES
-from specdef_cli.architectures.linears import writers
-from specdef_cli.architectures.meta_model import meta_model
-from specdef_cli.architectures.names import repeated_blocks
-from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.factored import GrownLayer, count_parameters, freeze, linear_like, replace_layers
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.errors import first_line
-from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
+from specdef_cli.model.families import FAMILIES
+from specdef_cli.model.meta_model import meta_model
+from specdef_cli.model.sites import writers
+from specdef_cli.model.skeleton import repeated_blocks
+from specdef_cli.model.symmetries import symmetric_pairs
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 

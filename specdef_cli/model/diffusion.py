@@ -21,7 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError, swap
+from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError, swap
 
 
 class _Method(StrEnum):

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import ArrivingWeights
+from specdef_cli.checkpoint.check import hardened_already, no_base, require_undefended
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, base_of, is_hardened, manifest_of, no_manifest
-from specdef_cli.checkpoint.presence import hardened_already, no_base, require_undefended
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, resolve
 from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.hardening.soundness import as_original, require_its_own
-from specdef_cli.runtime import load_model, load_tokenizer, without_progress_bars
-from specdef_cli.runtime.shim import is_shim
+from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
+from specdef_cli.model.described import as_original, require_its_own
+from specdef_cli.model.shim import is_shim
+from specdef_cli.model.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class OpenedModel:
         return checkpoint_fingerprint(self.directory, self.manifest)
 
     def load(self, **arguments: Any) -> Any:
-        """Load it, as :func:`specdef_cli.runtime.load_model` does."""
+        """Load it, as :func:`specdef_cli.model.load_model` does."""
         return load_model(self.directory, trust_remote_code=self.trust_remote_code, **arguments)
 
     def load_without_weights(self) -> Any:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.shim import unshim_config
+from specdef_cli.model.shim import unshim_config
+from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.symmetries import symmetries
 
 RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."
 MAX_EXPONENT = 1000

@@ -58,6 +58,12 @@ class SpecDefLinear(nn.Module):
 
     Both factors are plain ``nn.Linear`` children, so that PEFT, optimizers and hooks see two ordinary layers.
 
+    Args:
+        in_features: n, the last dimension of the input.
+        out_features: m, the last dimension of the output. W~ is m×n and C is m×m.
+        bias: Whether there is a b; it belongs to the compensation, because it is added after C.
+        device, dtype: Where and as what the parameters are created.
+
     Attributes:
         inflated: ``nn.Linear(n, m, bias=False)`` with weight W~.
         compensation: ``nn.Linear(m, m, bias=bias)`` with weight C.
@@ -101,7 +107,12 @@ class SpecDefLinear(nn.Module):
 
 
 class SpecDefScale(nn.Module):
-    """y = s ⊙ x, with a vector s of powers of two, so that nothing is rounded."""
+    """y = s ⊙ x, with a vector s of powers of two, so that nothing is rounded.
+
+    Args:
+        features: Length of s.
+        device, dtype: Where and as what s is created.
+    """
 
     def __init__(
         self, features: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -123,6 +134,7 @@ class SpecDefScaled(nn.Module):
     What this module does not have, it has from the module inside: its sizes, its ``eps``; no methods and no modules.
 
     Args:
+        inflated: f.
         kind: ``linear``, ``head``, ``embedding`` or ``norm``.
         input_scale, output_scale: The lengths of c and r; ``None`` where there is none.
 
