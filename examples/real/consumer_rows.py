@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.names import repeated_blocks
 from specdef_cli.certify import tools
 from specdef_cli.certify.formats import FORMATS, Format
 from specdef_cli.certify.tools import Settings, gguf_loss, program
@@ -34,9 +33,10 @@ from specdef_cli.certify.trial import (
     mean_over_batches,
     next_token_loss,
 )
-from specdef_cli.checkpoint.manifest import is_hardened
 from specdef_cli.hardening.adapter import convert_adapter
-from specdef_cli.runtime import load_model, load_tokenizer, without_progress_bars
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.opened import OpenedModel, open_model
+from specdef_cli.model.skeleton import repeated_blocks
 from specdef_cli.spectral.subspace import layer_seed
 
 Score = tuple[float, str]
@@ -124,7 +124,7 @@ def lora_round_trip(trial: Trial) -> Score:
         adapted.eval()
         trained = mean_loss(adapted, held_out)
         adapted.merge_and_unload().save_pretrained(out)
-    with load(out, torch.float32, trial.device, trial.trust_remote_code) as model:
+    with load(open_model(out), torch.float32, trial.device) as model:
         reloaded = mean_loss(model, held_out)
     return reloaded, f"loss {before:.4f} before training, {trained:.4f} attached, {reloaded:.4f} merged, reloaded"
 
@@ -146,7 +146,7 @@ def fine_tuned(trial: Trial) -> Score:
             model=model,
             args=config,
             train_dataset=Dataset.from_dict({"input_ids": training.tolist()}),
-            processing_class=load_tokenizer(trial.base, trust_remote_code=trial.trust_remote_code),
+            processing_class=trial.base.tokenizer(),
         )
         trainer.train()
         after = mean_loss(model.eval(), held_out)
@@ -159,7 +159,7 @@ def harness(trial: Trial) -> Score:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    tokenizer = load_tokenizer(trial.base, trust_remote_code=trial.trust_remote_code)
+    tokenizer = trial.base.tokenizer()
     text = tokenizer.batch_decode(trial.required_tokens(), skip_special_tokens=True)
     tasks = trial.scratch / "lm-eval"
     tasks.mkdir(exist_ok=True)
@@ -196,7 +196,7 @@ def merged_with_base(trial: Trial) -> Score:
     recipe, out, other = trial.scratch / "merge.yml", trial.scratch / "merged", trial.scratch / "other"
     other.unlink(missing_ok=True)
     other.symlink_to(trial.directory.resolve())  # mergekit refuses a model twice, and the base is merged with itself
-    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (trial.base.resolve(), other)]
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (trial.base.directory.resolve(), other)]
     recipe.write_text(json.dumps({"merge_method": "linear", "models": models, "dtype": "float32"}), encoding="utf-8")
     tool = program("mergekit-yaml")
     assert tool is not None, "mergekit is missing, which was asked before"
@@ -208,7 +208,7 @@ def merged_with_base(trial: Trial) -> Score:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise RefusedError(f"mergekit: {lines[-1] if lines else f'exit status {done.returncode}'}")
-    with load(out, torch.float32, trial.device, trial.trust_remote_code) as model:
+    with load(open_model(out), torch.float32, trial.device) as model:
         return mean_loss(model, trial.required_tokens()), ""
 
 
@@ -224,7 +224,7 @@ def sentence_embeddings(trial: Trial) -> Score:
         model = SentenceTransformer(str(directory), device=trial.device or "cpu")
         return torch.as_tensor(model.encode(sentences, show_progress_bar=False)).double()
 
-    own, reference = embedded(trial.directory), embedded(trial.base)
+    own, reference = embedded(trial.directory), embedded(trial.base.directory)
     return float((own - reference).norm() / reference.norm()), ""
 
 
@@ -242,25 +242,25 @@ def adapted(model: Any, trial: Trial, *, merged: bool) -> Any:
 
     plain = trial.scratch / "adapter"
     if not plain.is_dir():
-        fixed_adapter(trial.base, plain, trial.trust_remote_code)
+        fixed_adapter(trial.base, plain)
     place = plain
-    if is_hardened(trial.directory):
+    if trial.model.manifest is not None:
         place = trial.scratch / "converted"
         if not place.is_dir():
-            convert_adapter(str(plain), trial.directory, place, trust_remote_code=trial.trust_remote_code)
+            convert_adapter(str(plain), trial.model, place)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says that it found a Conv1D, and treats it as one
         attached: Any = PeftModel.from_pretrained(model, place)
     return attached.merge_and_unload() if merged else attached.eval()
 
 
-def fixed_adapter(base: Path, out: Path, trust_remote_code: bool = False) -> None:
+def fixed_adapter(base: OpenedModel, out: Path) -> None:
     """Write an adapter of every linear layer in the base's blocks; its values depend on the layers' names alone."""
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
     with without_progress_bars():
-        model = load_model(base, trust_remote_code=trust_remote_code)
+        model = base.load()
     blocks = tuple(f"{block}." for block in repeated_blocks(model))
     names = [
         name

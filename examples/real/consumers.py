@@ -33,17 +33,17 @@ from consumer_rows import ROWS as FORMATS
 from consumer_rows import missing
 from filelock import FileLock, Timeout
 
-from specdef_cli.architectures.causal import is_causal_lm
-from specdef_cli.attack.spec import checkpoint_fingerprint
 from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_format
 from specdef_cli.certify.trial import Trial
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.checkpoint.weight_files import read_config
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.cli.startup import quiet_engines
 from specdef_cli.hardening.lost_formats import lost_formats
-from specdef_cli.runtime import load_tokenizer
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model import load_tokenizer
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import open_model
+from specdef_cli.model.skeleton import is_causal_lm
 
 ROWS = (
     *("float32", "bfloat16", "float16", "static-cache", "long-input", "left-padded"),
@@ -163,7 +163,7 @@ def outcomes(
     """The rows of one checkpoint and one tool, one after the other."""
     directory, rows = chain
     with scratch_directory(bench.cells, directory, rows[0]) as scratch:
-        trial = Trial(directory, base, scratch, tokens)
+        trial = Trial(open_model(directory), open_model(base), scratch, tokens)
         return {name: outcome(trial, name, bench) for name in rows}
 
 
@@ -186,7 +186,7 @@ def alone(cells: Path) -> Iterator[None]:
 def scratch_directory(cells: Path, directory: Path, first: str) -> Iterator[Path]:
     """A place for a checkpoint's converted files while the rows of one tool are measured."""
     tool = "".join(letter for letter in FORMATS[first].tool if letter.isalnum())
-    scratch = cells / "scratch" / f"{checkpoint_fingerprint(directory)}-{tool}"
+    scratch = cells / "scratch" / f"{open_model(directory).fingerprint}-{tool}"
     shutil.rmtree(scratch, ignore_errors=True)  # what a run that was killed has left
     scratch.mkdir(parents=True)
     try:
@@ -233,8 +233,8 @@ def key(trial: Trial, name: str) -> str:
     packages = ("torch", "transformers", DISTRIBUTIONS.get(tool, tool))
     releases = [f"{package} {_release(package)}" for package in packages]
     texts = "" if trial.tokens is None else hashlib.sha256(trial.tokens.numpy().tobytes()).hexdigest()
-    parts = [checkpoint_fingerprint(trial.directory), name, texts, missing(tool), *releases]
-    parts.append(checkpoint_fingerprint(trial.base))
+    parts = [trial.model.fingerprint, name, texts, missing(tool), *releases]
+    parts.append(trial.base.fingerprint)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

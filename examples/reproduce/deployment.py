@@ -15,7 +15,8 @@ from pathlib import Path
 from setting import base_text
 
 from specdef_cli.certify.formats import FORMATS, FormatFigure, measure_formats
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import open_model
 
 
 def cell(figure: FormatFigure) -> str:
@@ -38,7 +39,7 @@ def main() -> None:
     _, held_out = base_text()
     tokens = token_batch(arguments.base, held_out, sequences=arguments.sequences, length=256)
     columns = {
-        directory.name: measure_formats(arguments.base, directory, tokens, arguments.formats)
+        directory.name: measure_formats(open_model(arguments.base), open_model(directory), tokens, arguments.formats)
         for directory in arguments.hardened
     }
     print(f"| format | base | {' | '.join(columns)} | note |")

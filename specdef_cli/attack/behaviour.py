@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from specdef_cli.attack.prompts import Prompts
 from specdef_cli.attack.run_result import Behaviour, Edit
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.runtime import load_model, load_tokenizer
+from specdef_cli.model.opened import OpenedModel
 
 ANSWER_TOKENS = 32
 """So much of an answer shows whether it is a refusal."""
@@ -71,9 +70,9 @@ class Reference:
 
 
 @lru_cache(maxsize=2)  # the control and the model: every run of either compares with it
-def reference_of(directory: Path, prompts: Prompts, dtype: str, device: str, trust_remote_code: bool) -> Reference:
+def reference_of(opened: OpenedModel, prompts: Prompts, dtype: str, device: str) -> Reference:
     """Measure a checkpoint as it was published."""
-    model = load_plainly(directory, dtype, device, trust_remote_code)
+    model = load_plainly(opened, dtype, device)
     unwanted, harmless = (_read(model, half).hidden[:, 1:-1] for half in (prompts.unwanted, prompts.harmless))
     gaps = unwanted.mean(0) - harmless.mean(0)  # [layers - 1, d]; the last hidden state is normed
     spread = unwanted.var(0, correction=0).sum(-1) + harmless.var(0, correction=0).sum(-1)
@@ -83,41 +82,36 @@ def reference_of(directory: Path, prompts: Prompts, dtype: str, device: str, tru
     compared, asked = _read(model, prompts.compared), _read(model, prompts.asked)
     refusals = None
     if prompts.given:
-        refusals = _refused(prompts, _answers(model, prompts.asked, directory, trust_remote_code))
+        refusals = _refused(prompts, _answers(model, prompts.asked, opened))
     return Reference(compared.log_probs, place + 1, direction, _gap(asked, compared, place + 1, direction), refusals)
 
 
-def load_plainly(directory: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
+def load_plainly(opened: OpenedModel, dtype: str, device: str) -> Any:
     """A checkpoint as a language model that is not trained."""
-    arguments: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     kind: Any = {"auto": "auto", "mixed": torch.float32}.get(dtype) or getattr(torch, dtype)
-    return load_model(directory, auto_class=AutoModelForCausalLM, dtype=kind, **arguments).to(device).eval()
+    return opened.load(auto_class=AutoModelForCausalLM, dtype=kind).to(device).eval()
 
 
 def try_edits(
     variant: Variant,
-    directory: Path,
+    opened: OpenedModel,
     prompts: Prompts,
     *,
     dtype: str,
     device: str,
-    trust_remote_code: bool = False,
     on_strength: Callable[[int], None] = lambda number: None,
 ) -> tuple[tuple[Edit, ...], Behaviour, Growth, int]:
     """Edit a checkpoint by each strength of a variant, and measure it; how it answers, at the best one.
 
-    Returns:
-        What each strength did, the behaviour, what was changed, and how many parameters the model has.
-
     Raises:
         NotApplicable: The variant finds nothing to edit.
     """
-    before = reference_of(directory, prompts, dtype, device, trust_remote_code)
+    before = reference_of(opened, prompts, dtype, device)
     edits: list[Edit] = []
     answers: Behaviour | None = None
     parameters, growth = 0, Growth(0, 0, 0, 0)
     for number, strength in enumerate(variant.strengths, 1):
-        model = load_plainly(directory, dtype, device, trust_remote_code)  # of a large one there is no place for two
+        model = load_plainly(opened, dtype, device)  # of a large one there is no place for two
         parameters = sum(parameter.numel() for parameter in model.parameters())
         growth = variant.edit(model, before.direction, strength)
         compared = _read(model, prompts.compared)
@@ -125,36 +119,24 @@ def try_edits(
         left = abs(gap / before.gap) if math.isfinite(gap) and before.gap else None
         edits.append(Edit(strength, left, _divergence(before, compared)))
         if edits[-1] == min(edits, key=lambda edit: edit.reach):
-            answers = _behaviour(model, prompts, before, compared, directory, trust_remote_code)
+            answers = _behaviour(model, prompts, before, compared, opened)
         on_strength(number)
     assert answers is not None
     return tuple(edits), answers, growth, parameters
 
 
-def behaviour_of(
-    model: nn.Module, prompts: Prompts, before: Reference, directory: Path, trust_remote_code: bool
-) -> Behaviour:
-    """How a model answers after an attack.
-
-    Args:
-        model: It, or PEFT's wrapper around it.
-        prompts: What it is asked.
-        before: The same checkpoint before the attack.
-        directory: Where its tokenizer is.
-        trust_remote_code: Passed on to transformers.
-    """
+def behaviour_of(model: nn.Module, prompts: Prompts, before: Reference, opened: OpenedModel) -> Behaviour:
+    """How a model answers after an attack."""
     training = model.training
     model.eval()
-    found = _behaviour(model, prompts, before, _read(model, prompts.compared), directory, trust_remote_code)
+    found = _behaviour(model, prompts, before, _read(model, prompts.compared), opened)
     model.train(training)
     return found
 
 
-def _behaviour(
-    model: nn.Module, prompts: Prompts, before: Reference, compared: Read, directory: Path, trust_remote_code: bool
-) -> Behaviour:
+def _behaviour(model: nn.Module, prompts: Prompts, before: Reference, compared: Read, opened: OpenedModel) -> Behaviour:
     asked = prompts.asked if prompts.given else prompts.asked[:SHOWN]
-    answers = _answers(model, asked, directory, trust_remote_code)
+    answers = _answers(model, asked, opened)
     return Behaviour(
         kl=_divergence(before, compared),
         refusals=_refused(prompts, answers) if prompts.given else None,
@@ -206,9 +188,9 @@ def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Read:
 
 
 @torch.no_grad()
-def _answers(model: Any, prompts: Sequence[Sequence[int]], directory: Path, trust_remote_code: bool) -> list[str]:
+def _answers(model: Any, prompts: Sequence[Sequence[int]], opened: OpenedModel) -> list[str]:
     """The beginning of the answer to each prompt, the likeliest token at every step."""
-    tokenizer: Any = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    tokenizer = opened.tokenizer()
     device = next(model.parameters()).device
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     answers: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdef_cli.extras import require_extra
+from specdef_cli.errors import require_extra
 
 require_extra("attack", "attacks")
 
@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.attack.accuracy import require_harness
 from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
 from specdef_cli.attack.forecast import Forecast, Speed, foresee, measure_speed, speed_of
@@ -33,24 +32,20 @@ from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, Pro
 from specdef_cli.attack.retained import retained_sequences
 from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.search import Lead
-from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
+from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target, largest_alpha
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.tracking import NOWHERE, Tracking, require_trackers
 from specdef_cli.attack.trainer import Memory, quiet, train_run
-from specdef_cli.checkpoint.destination import require_outside, writable_ancestor
-from specdef_cli.checkpoint.manifest import Manifest, is_hardened, read_manifest
+from specdef_cli.checkpoint.check import require_outside, writable_ancestor
+from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.output import exclusive
-from specdef_cli.checkpoint.presence import no_base, require_undefended
-from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.checkpoint.resolve import resolve, resolve_base, resolve_hardened
-from specdef_cli.checkpoint.weight_files import read_config
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
-from specdef_cli.hardening.soundness import require_sound
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.vocabulary import require_in_vocabulary
+from specdef_cli.model.inputs import require_in_vocabulary
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel, open_base, open_model, require_sound
 from specdef_cli.version import __version__
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
@@ -71,9 +66,6 @@ def attack(
         options: What to run.
         on_progress: Called as runs start, step and end.
         on_plan: Called with the plan and what it takes before anything of it is run; measuring that takes two steps.
-
-    Raises:
-        SpecDefError: A model or the data cannot be read, no control is known, or the options do not fit the model.
     """
     state = process_state()
     _check_processes(options, state.num_processes)
@@ -147,11 +139,7 @@ def _check_engine() -> None:
 
 
 def plan_attack(options: AttackOptions) -> Forecast:
-    """The plan of an attack and what it takes on this machine; two steps of the control are run, and nothing is kept.
-
-    Raises:
-        SpecDefError: As :func:`attack`.
-    """
+    """The plan of an attack and what it takes on this machine; two steps of the control run, and nothing is kept."""
     return _forecast(_prepare(options))
 
 
@@ -187,53 +175,57 @@ def _prepare(options: AttackOptions) -> _Prepared:
     _check_engine()
     began = time.monotonic()
     writable_ancestor(options.out)
-    directory, manifest = _subject(options)
-    control_name, control_directory = _control(options, directory, manifest)
-    skeletons: dict[Path, Skeleton] = {}
-    for place in (directory, control_directory):
-        skeletons[place] = require_sound(place, trust_remote_code=options.trust_remote_code)
-        require_outside(options.out, place)
-    task, head = task_of(control_directory, options.task)
-    _require_comparable(options, directory, control_directory)
+    model = open_model(
+        options.model,
+        manifest=options.manifest,
+        revision=options.revision,
+        token=options.token,
+        trust_remote_code=options.trust_remote_code,
+    )
+    control = open_base(model, options.control, "--control", token=options.token)
+    for each in (model, control):
+        require_sound(each)
+        require_outside(options.out, each.directory)
+    task, head = task_of(control.checkpoint.config, control.directory, options.task)
+    _require_comparable(model, control)
     require_trackers(options.report_to)
     if options.eval_tasks:
         require_harness()
-    sizes = (math.prod(header.shape) for header in open_checkpoint(control_directory).tensors.values())
+    sizes = (math.prod(header.shape) for header in control.checkpoint.tensors.values())
     options = default_budget(options, sum(sizes))
     prompts: Prompts | None = None
     with quiet():
-        preprocessor = load_preprocessor(task, control_directory, trust_remote_code=options.trust_remote_code)
+        preprocessor = load_preprocessor(task, control)
         data = load_data(options, task, preprocessor, head)
         if task == "causal-lm" and isinstance(preprocessor, PreTrainedTokenizerBase):
             data = replace(data, retained=retained_sequences(options, preprocessor))
             prompts = load_prompts(options, preprocessor)
     if task != "image-classification":
         tokens = (half[index]["input_ids"] for half in data.halves for index in range(len(half)))
-        require_in_vocabulary(tokens, control_directory, trust_remote_code=options.trust_remote_code)
+        require_in_vocabulary(tokens, control.skeleton.config, control.directory)
     target = Target(
-        manifest=manifest,
+        manifest=model.manifest,
         task=task,
         data=data.fingerprint,
-        control=checkpoint_fingerprint(control_directory),
-        model=checkpoint_fingerprint(directory),
-        recognised=recognise(open_checkpoint(directory), skeletons[directory]),
-        control_model=lambda: skeletons[control_directory].model,
+        control=control.fingerprint,
+        model=model.fingerprint,
+        recognised=recognise(model.checkpoint, model.skeleton),
+        control_model=lambda: control.skeleton.model,
         prompts=prompts.fingerprint if prompts is not None else "",
         asked=options.prompts is not None,
         chat=bool(getattr(preprocessor, "chat_template", None)),
     )
     train = TrainRun(
-        control_directory,
-        directory,
+        control,
+        model,
         data,
         Memory(options.gradient_accumulation, options.gradient_checkpointing),
-        options.trust_remote_code,
         options.eval_task_path,
         Tracking(options.report_to, options.out / LOGS_DIRECTORY),
         prompts,
     )
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
-    return _Prepared(options, control_name, target, data, make_plan(options, target), train, store, began)
+    return _Prepared(options, control.found.name, target, data, make_plan(options, target), train, store, began)
 
 
 def _measured(prepared: _Prepared) -> Speed:
@@ -273,11 +265,10 @@ def _forecast(prepared: _Prepared) -> Forecast:
 class TrainRun:
     """Trains the checkpoint that a specification is of. Picklable, for runs in processes of their own."""
 
-    control: Path
-    model: Path
+    control: OpenedModel
+    model: OpenedModel
     data: AttackData
     memory: Memory
-    trust_remote_code: bool
     eval_task_path: Path | None
     tracking: Tracking = NOWHERE
     prompts: Prompts | None = None
@@ -285,22 +276,16 @@ class TrainRun:
     def __call__(
         self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
     ) -> RunResult:
-        """Run ``spec``, which a search ends once it cannot get further than its lead.
-
-        Raises:
-            SpecDefError: As :func:`train_run`, a sequence is longer than a table of positions in the model, or the
-                control is broken: there is nothing to compare with.
-        """
-        directory = self.control if spec.subject == "control" else self.model
+        """Run ``spec``, which a search ends once it cannot get further than its lead."""
+        opened = self.control if spec.subject == "control" else self.model
         try:
             result = train_run(
                 spec,
-                directory,
+                opened,
                 self.data,
                 memory=self.memory,
                 tracking=self.tracking,
                 on_step=on_step,
-                trust_remote_code=self.trust_remote_code,
                 eval_task_path=self.eval_task_path,
                 lead=lead,
                 prompts=self.prompts,
@@ -308,12 +293,12 @@ class TrainRun:
         except IndexError as error:
             # The tokens themselves are known to be in the vocabulary.
             raise SpecDefError(
-                f"{directory} cannot be trained on sequences of {spec.sequence_length} tokens: {error}",
+                f"{opened.directory} cannot be trained on sequences of {spec.sequence_length} tokens: {error}",
                 "Give a smaller --sequence-length.",
             ) from error
         if spec.subject == "control" and result.start is None and not spec.is_edit:
             raise SpecDefError(
-                f"the held-out loss of the control {directory} is not finite before any training",
+                f"the held-out loss of the control {opened.directory} is not finite before any training",
                 "Repair its weights if they hold NaN or infinity, or train with --dtype float32.",
             )
         return result
@@ -324,40 +309,19 @@ def is_main_process() -> bool:
     return bool(process_state().is_main_process)
 
 
-def _subject(options: AttackOptions) -> tuple[Path, Manifest | None]:
-    model = resolve_hardened(str(options.model), options.manifest, revision=options.revision, token=options.token)
-    directory = model.directory
-    return directory, read_manifest(directory) if is_hardened(directory) else None
-
-
-def _require_comparable(options: AttackOptions, directory: Path, control: Path) -> None:
-    """Refuse a control that is trained for something else, before it is trained: the model would not load as that.
-
-    Raises:
-        SpecDefError: naming both architectures.
-    """
-    first, second = ((read_config(place).get("architectures") or [""])[0] for place in (directory, control))
+def _require_comparable(model: OpenedModel, control: OpenedModel) -> None:
+    """Refuse a control that is trained for something else, before it is trained: the model would not load as that."""
+    first, second = ((each.checkpoint.config.get("architectures") or [""])[0] for each in (model, control))
     try:
-        same = first == second or task_of(directory, None)[0] == task_of(control, None)[0]
+        tasks = [task_of(each.checkpoint.config, each.directory, None)[0] for each in (model, control)]
     except SpecDefError:  # one of them says nothing of a task, and --task decides
         return
-    if not same:
+    if first != second and tasks[0] != tasks[1]:
         raise SpecDefError(
-            f"{options.model} is a {first} and its control {control.name} a {second}: nothing trains both alike",
+            f"{model.found.name} is a {first} and its control {control.directory.name} a {second}: nothing trains both "
+            "alike",
             "Name what it was made from with --control.",
         )
-
-
-def _control(options: AttackOptions, directory: Path, manifest: Manifest | None) -> tuple[str, Path]:
-    """The control's name and directory: as given, or the base that the manifest names."""
-    if options.control is not None:
-        found = resolve(str(options.control), token=options.token).directory
-        require_undefended(found, "--control")
-        return str(options.control), found
-    if manifest is None:
-        raise no_base(options.model, "--control")
-    base = resolve_base(manifest, directory, token=options.token, option="--control")
-    return manifest.base.name, base.directory
 
 
 def _hardening(manifest: Manifest | None) -> Hardening | None:

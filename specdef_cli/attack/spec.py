@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter
@@ -19,7 +18,6 @@ from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, find_manifest
 
 Subject = Literal["control", "model"]
 RUN_FORMAT = 4
@@ -91,24 +89,3 @@ class RunSpec(Budget):
 
 
 _RECORD = TypeAdapter(RunSpec)
-
-
-def checkpoint_fingerprint(directory: Path) -> str:
-    """Sixteen hexadecimal digits that change when the weights or the configuration of a checkpoint directory do.
-
-    A manifest names the hash of every shard, so it is enough; elsewhere names, sizes and times of the weight files
-    stand for their contents, because hashing tens of gigabytes to look up a finished run would cost more than many a
-    run.
-    """
-    digest = hashlib.sha256()
-    manifest = find_manifest(directory)
-    if manifest is not None:
-        digest.update(MANIFEST_NAME.encode() + b"\0" + manifest.read_bytes())
-    config = directory / "config.json"
-    if config.is_file():
-        digest.update(config.name.encode() + b"\0" + config.read_bytes())
-    if manifest is None:
-        for path in sorted(directory.glob("*.safetensors")):
-            stat = path.stat()
-            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return digest.hexdigest()[:16]

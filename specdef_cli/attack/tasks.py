@@ -11,15 +11,15 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.data import AttackData
 from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Task
-from specdef_cli.checkpoint.weight_files import read_config
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import SpecDefLinear, SpecDefScaled, load_model
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import is_causal_lm
 
 _NAMES: Mapping[Task, Mapping[str, Any]] = {
     "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -42,14 +42,12 @@ _READS_IMAGES = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 """Models of text and images, which are trained on text as causal language models."""
 
 
-def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
+def task_of(config: Mapping[str, Any], directory: Path, asked: Task | None) -> tuple[Task, Head]:
     """The task of a checkpoint, and its head.
 
     Args:
-        directory: The control, which is an ordinary checkpoint.
         asked: The user's choice; ``None`` is what the architecture says.
     """
-    config = read_config(directory)
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
     named = config.get("label2id") or {name: number for number, name in (config.get("id2label") or {}).items()}
     head = Head(labels, config.get("problem_type"), {name: int(number) for name, number in named.items()})
@@ -72,9 +70,8 @@ def task_of(directory: Path, asked: Task | None) -> tuple[Task, Head]:
     )
 
 
-def auto_class(task: Task, directory: Path) -> Any:
+def auto_class(task: Task, config: Mapping[str, Any]) -> Any:
     """The class of transformers that loads a checkpoint for a task."""
-    config = read_config(directory)
     architecture = (config.get("architectures") or [""])[0]
     if task == "causal-lm" and architecture in _flat(_READS_IMAGES) and not is_causal_lm(config):
         return transformers.AutoModelForImageTextToText
@@ -121,17 +118,18 @@ def _attends_both_ways(config: Mapping[str, Any]) -> bool:
     return kind in _NAMES["masked-lm"] and kind not in _NAMES["seq2seq-lm"] and not config.get("is_decoder", False)
 
 
-def load_for_training(spec: RunSpec, directory: Path, data: AttackData, trust_remote_code: bool) -> nn.Module:
+def load_for_training(spec: RunSpec, model: OpenedModel, data: AttackData) -> nn.Module:
     """Load a checkpoint afresh, with the task's head, in the dtype of training."""
-    arguments: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    loader = auto_class(spec.task, directory)
+    arguments: dict[str, Any] = {}
+    loader = auto_class(spec.task, model.checkpoint.config)
     if data.problem is not None:
         loader = _AutoClassifier(loader, data)
         arguments["ignore_mismatched_sizes"] = data.resize_head
     if OPTIMIZERS.choose(spec.optimizer).second_order:
         arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
     dtype: Any = {"auto": "auto", "mixed": torch.float32}.get(spec.dtype) or getattr(torch, spec.dtype)
-    return load_model(directory, auto_class=loader, dtype=dtype, **arguments)
+    loaded: nn.Module = model.load(auto_class=loader, dtype=dtype, **arguments)
+    return loaded
 
 
 def leave_to_fsdp(model: nn.Module) -> None:

@@ -40,9 +40,8 @@ from specdef_cli.attack.target import Task
 from specdef_cli.attack.tasks import leave_to_fsdp, load_for_training
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import load_tokenizer
-from specdef_cli.runtime.garbage import new_objects_only
-from specdef_cli.runtime.processes import process_state
+from specdef_cli.model.loading import new_objects_only, process_state
+from specdef_cli.model.opened import OpenedModel
 
 
 @dataclass(frozen=True)
@@ -60,43 +59,33 @@ class Memory:
 
 def train_run(
     spec: RunSpec,
-    directory: Path,
+    opened: OpenedModel,
     data: AttackData,
     *,
     memory: Memory = Memory(),
     tracking: Tracking = NOWHERE,
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
-    trust_remote_code: bool = False,
     eval_task_path: Path | None = None,
     lead: Lead | None = None,
     prompts: Prompts | None = None,
 ) -> RunResult:
-    """Train ``directory`` as ``spec`` says and write down what happened.
+    """Train a model as ``spec`` says and write down what happened.
 
     Every process of an ``accelerate launch`` calls this and gets the same result.
 
     Args:
-        spec: What to run.
-        directory: The checkpoint, base or hardened.
-        data: The tokens; the same object for the control and the attack.
-        memory: How memory is kept down.
-        tracking: Where the run is reported to as it goes.
-        on_step: Called after each optimizer step.
-        trust_remote_code: Passed on to transformers.
-        eval_task_path: Where the user's own tasks of lm-eval are.
         lead: As :class:`Recorder` takes it.
-        prompts: What edits tell apart, and what the model is asked after a run.
     """
     state = process_state()
     if spec.is_edit:
         assert prompts is not None
-        return _edit_run(spec, directory, prompts, str(state.device), on_step, trust_remote_code)
+        return _edit_run(spec, opened, prompts, str(state.device), on_step)
     _check_passes(spec, state, memory)
     with quiet(), new_objects_only(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
         # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same for
         # the control.
         set_seed(spec.seed)
-        model = load_for_training(spec, directory, data, trust_remote_code)
+        model = load_for_training(spec, opened, data)
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):
             leave_to_fsdp(model)
         else:
@@ -116,12 +105,11 @@ def train_run(
         seconds = time.perf_counter() - began
         accuracy = {}
         if spec.eval_tasks:
-            tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-            accuracy = task_accuracy(model, tokenizer, spec.eval_tasks, task_directory=eval_task_path)
+            accuracy = task_accuracy(model, opened.tokenizer(), spec.eval_tasks, task_directory=eval_task_path)
         behaviour = None
         if prompts is not None and spec.prompts and recorder.divergence is None and recorder.stopped is None:
-            before = reference_of(directory, prompts, spec.dtype, str(state.device), trust_remote_code)
-            behaviour = behaviour_of(model, prompts, before, directory, trust_remote_code)
+            before = reference_of(opened, prompts, spec.dtype, str(state.device))
+            behaviour = behaviour_of(model, prompts, before, opened)
         result = RunResult(
             spec=spec,
             train=tuple(recorder.train),
@@ -147,22 +135,20 @@ def train_run(
 
 def _edit_run(
     spec: RunSpec,
-    directory: Path,
+    opened: OpenedModel,
     prompts: Prompts,
     device: str,
     on_step: Callable[[int, float | None], None],
-    trust_remote_code: bool,
 ) -> RunResult:
     """A run in which nothing is trained: the model is edited and asked."""
     began = time.perf_counter()
     with quiet():
         edits, behaviour, growth, parameters = try_edits(
             spec.variant,
-            directory,
+            opened,
             prompts,
             dtype=spec.dtype,
             device=device,
-            trust_remote_code=trust_remote_code,
             on_strength=lambda number: on_step(number, None),
         )
     return RunResult(

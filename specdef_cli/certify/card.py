@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.attack.spec import checkpoint_fingerprint
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
+from specdef_cli.model.opened import checkpoint_fingerprint
 from specdef_cli.report.document import ReportDocument, read_report
 
 HEADING = "### Attacks"
@@ -169,12 +169,7 @@ def got_through(resistance: Resistance) -> list[str]:
 
 
 def with_section(card: str, section: str) -> str:
-    """A hardened directory's card with a section in the place of an earlier one with the same heading, or at its end.
-
-    Args:
-        card: The card; what the base's own part of it says under such a heading is left alone.
-        section: Its first line is a heading of the third level, and no other line is.
-    """
+    """A hardened directory's card with a section in place of the one with the same heading, or at its end."""
     base, mark, parts = _parts(card)
     places = _places(parts, section)
     if places:
@@ -204,7 +199,7 @@ def _places(parts: Sequence[str], section: str) -> list[int]:
 
 def attacks_on_card(directory: Path, report: Path) -> None:
     """Write what an attack report says into the card of the hardened directory that was attacked."""
-    read_manifest(directory)
     card = directory / "README.md"
-    section = attack_section(read_resistance(report, checkpoint_fingerprint(directory)))
+    fingerprint = checkpoint_fingerprint(directory, read_manifest(directory))
+    section = attack_section(read_resistance(report, fingerprint))
     write_durably(card, with_section(card.read_text(encoding="utf-8", errors="replace"), section))

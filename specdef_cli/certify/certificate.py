@@ -23,9 +23,10 @@ from specdef_cli.certify.curvature import CurvatureFigures
 from specdef_cli.certify.formats import FormatFigure
 from specdef_cli.certify.function import FunctionFigures
 from specdef_cli.certify.spectrum import TOLERANCE, SpectrumFigures
-from specdef_cli.checkpoint.manifest import Manifest, read_manifest
+from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE
+from specdef_cli.model.opened import OpenedModel
 from specdef_cli.version import __version__
 
 FORMAT_VERSION: Final = 3
@@ -226,17 +227,19 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def provenance(hardened: Path, base: Path, *, device: str, text: str | None, attack_report: Path | None) -> Provenance:
+def provenance(
+    hardened: OpenedModel, base: OpenedModel, *, device: str, text: str | None, attack_report: Path | None
+) -> Provenance:
     """Hash everything that a measurement was based on."""
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=_versions(),
         platform=f"{platform.system()}-{platform.machine()}",
         device=device,
-        seed=read_manifest(hardened).seed,
-        hardened=file_hashes(hardened),
-        base=file_hashes(base),
-        manifest=manifest_sha256(hardened),
+        seed=hardened.hardening.seed,
+        hardened=file_hashes(hardened.directory),
+        base=file_hashes(base.directory),
+        manifest=manifest_sha256(hardened.hardening),
         text=None if text is None else hashlib.sha256(text.encode()).hexdigest(),
         attack_report=None if attack_report is None else file_sha256(attack_report),
     )
@@ -254,9 +257,9 @@ def file_hashes(directory: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in files if path.is_file()}
 
 
-def manifest_sha256(hardened: Path) -> str:
-    """sha256 of a directory's manifest as it is published."""
-    return hashlib.sha256(read_manifest(hardened).published().to_json().encode()).hexdigest()
+def manifest_sha256(manifest: Manifest) -> str:
+    """sha256 of a manifest as it is published."""
+    return hashlib.sha256(manifest.published().to_json().encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -19,13 +19,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.certify import tools
 from specdef_cli.certify.trial import NotApplicableError, Trial, load, mean_over_batches
-from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.runtime.fixed_batch import fixed_inputs
-from specdef_cli.runtime.garbage import new_objects_only
+from specdef_cli.model.inputs import fixed_inputs
+from specdef_cli.model.loading import new_objects_only
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import is_causal_lm
 
 Measure = Literal["loss", "relative error"]
 Status = Literal["kept", "degraded", "broken", "refused", "skipped"]
@@ -153,34 +153,28 @@ DEFAULT_FORMATS = ("float32", "bfloat16", "float16")
 
 
 def measure_formats(
-    base: Path,
-    hardened: Path,
+    base: OpenedModel,
+    hardened: OpenedModel,
     tokens: Tensor | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
     *,
     device: str | None = None,
-    trust_remote_code: bool = False,
     on_figure: Callable[[FormatFigure], None] = lambda _: None,
 ) -> tuple[FormatFigure, ...]:
     """Measure a base and its hardened checkpoint in formats, one model at a time.
 
     Args:
-        base, hardened: Checkpoint directories.
         tokens: int64, shape [sequences, length], e.g. from :func:`specdef_cli.certify.trial.token_batch`. With it a
             causal language model is measured by its loss; else by the relative error of its outputs.
         formats: Names of formats; ``("all",)`` for every one.
-        device: Where to run; by default the CPU.
-        trust_remote_code: Whether code that comes with the directories may run.
-        on_figure: Called with each figure as soon as it is measured.
     """
     names = chosen_formats(formats)
-    measured = tokens if is_causal_lm(open_checkpoint(base).config) else None
+    measured = tokens if is_causal_lm(base.checkpoint.config) else None
     measure: Measure = "relative error" if measured is None else "loss"
     figures = []
     with tempfile.TemporaryDirectory(prefix="specdef-formats-") as scratch, new_objects_only():
         of_base, of_hardened = (
-            Trial(directory, base, Path(tempfile.mkdtemp(dir=scratch)), measured, device, trust_remote_code)
-            for directory in (base, hardened)
+            Trial(model, base, Path(tempfile.mkdtemp(dir=scratch)), measured, device) for model in (base, hardened)
         )
         for name in names:
             row = FORMATS[name]
@@ -226,7 +220,7 @@ def require_room(trial: Trial, wanted: Format) -> None:
     """
     needed = sum(
         header.nbytes if wanted.dtype is None else math.prod(header.shape) * wanted.dtype.itemsize
-        for header in open_checkpoint(trial.directory).tensors.values()
+        for header in trial.model.checkpoint.tensors.values()
     )
     available = psutil.virtual_memory().available
     if needed > 0.8 * available:
@@ -280,8 +274,8 @@ def _by_forward_pass(trial: Trial, wanted: Format) -> float:
 
 def _reference(trial: Trial, change: Change | None) -> Tensor:
     """The base's outputs in float32."""
-    with load(trial.base, torch.float32, trial.device, trial.trust_remote_code) as model:
-        changed = model if change is None else change(model, replace(trial, directory=trial.base))
+    with load(trial.base, torch.float32, trial.device) as model:
+        changed = model if change is None else change(model, replace(trial, model=trial.base))
         return _outputs(changed, fixed_inputs(model))
 
 

@@ -20,15 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli.certify.trial import mean_loss
-from specdef_cli.checkpoint.manifest import Manifest
-from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
-from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs
-from specdef_cli.runtime.garbage import new_objects_only
-from specdef_cli.runtime.shim import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.inputs import fixed_inputs, model_outputs
+from specdef_cli.model.loading import new_objects_only
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.shim import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
 
 PROMPT, CONTINUATION = 16, 32
 """Tokens that greedy text starts from, and that are then generated."""
@@ -91,31 +90,27 @@ class _Observed:
 
 
 def measure_function(
-    base: Path,
-    hardened: Path,
-    manifest: Manifest,
+    base: OpenedModel,
+    hardened: OpenedModel,
     tokens: Tensor | None,
     *,
-    trust_remote_code: bool = False,
     on_model: Callable[[PreTrainedModel], None] = lambda _: None,
 ) -> FunctionFigures:
     """Compare two checkpoints on the CPU, one in memory at a time.
 
     Args:
         tokens: int64, shape [sequences, length], for a causal language model; ``None`` for others.
-        on_model: Called with each model whose outputs are finite, the base first, once its function is known: for what
-            else is measured on it, so that it is loaded once. It may change the model.
     """
-    run_code = _may_run_code(hardened, trust_remote_code)
+    run_code = _may_run_code(hardened)
     with new_objects_only():
-        before = _observe(base, tokens, trust_remote_code, on_model)
+        before = _observe(base, tokens, on_model)
         if not torch.isfinite(before.outputs).all():
-            raise SpecDefError(f"the outputs of {base} hold NaN or infinity", "Repair its weights.")
-        after = _observe(hardened, tokens, trust_remote_code, on_model)
+            raise SpecDefError(f"the outputs of {base.directory} hold NaN or infinity", "Repair its weights.")
+        after = _observe(hardened, tokens, on_model)
     agreement = None
     if before.generated is not None and after.generated is not None:
         agreement = float((before.generated == after.generated).double().mean())
-    equal, error = _fresh_process(hardened, after, run_code)
+    equal, error = _fresh_process(hardened.directory, after, run_code)
     return FunctionFigures(
         outputs=compare_outputs(before.outputs, after.outputs),
         base_loss=before.loss,
@@ -123,19 +118,17 @@ def measure_function(
         greedy_agreement=agreement,
         changed_files=tuple(
             name
-            for name, digest in manifest.shards.items()
-            if not (hardened / name).is_file() or file_sha256(hardened / name) != digest
+            for name, digest in hardened.hardening.shards.items()
+            if not (hardened.directory / name).is_file() or file_sha256(hardened.directory / name) != digest
         ),
         fresh_process_equal=equal,
         fresh_process_error=error,
     )
 
 
-def _observe(
-    directory: Path, tokens: Tensor | None, trust_remote_code: bool, on_model: Callable[[PreTrainedModel], None]
-) -> _Observed:
+def _observe(opened: OpenedModel, tokens: Tensor | None, on_model: Callable[[PreTrainedModel], None]) -> _Observed:
     with without_progress_bars():
-        model = load_model(directory, trust_remote_code=trust_remote_code).eval()
+        model = opened.load().eval()
     observed = _Observed(
         inputs=fixed_inputs(model),
         outputs=model_outputs(model),
@@ -163,11 +156,11 @@ def _greedy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return torch.nn.functional.pad(generated, (0, CONTINUATION - generated.shape[1]), value=-1)
 
 
-def _may_run_code(directory: Path, trust_remote_code: bool) -> bool:
-    """Whether a process may run a directory's code: if the user allows it, or if it is this release's file."""
-    config = open_checkpoint(directory).config
-    if trust_remote_code or config.get("model_type") != MODEL_TYPE:
-        return trust_remote_code
+def _may_run_code(model: OpenedModel) -> bool:
+    """Whether a process may run a model's code: if the user allows it, or if it is this release's file."""
+    directory, config = model.directory, model.checkpoint.config
+    if model.trust_remote_code or config.get("model_type") != MODEL_TYPE:
+        return model.trust_remote_code
     shim = directory / SHIM_SOURCE.name
     if config.get("auto_map") != AUTO_MAP or not shim.is_file() or shim.read_bytes() != SHIM_SOURCE.read_bytes():
         raise SpecDefError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdef_cli.extras import require_extra
+from specdef_cli.errors import require_extra
 
 require_extra("attack", "certificates")
 
@@ -14,10 +14,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.presence import require_report
 from specdef_cli.attack.retained import standard_library
-from specdef_cli.attack.spec import checkpoint_fingerprint
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, with_section
 from specdef_cli.certify.certificate import (
@@ -35,18 +33,14 @@ from specdef_cli.certify.formats import chosen_formats, measure_formats
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.options import CERTIFICATE_NAME, CertifyOptions
 from specdef_cli.certify.spectrum import measure_spectrum
-from specdef_cli.checkpoint.destination import require_outside, writable_ancestor
+from specdef_cli.checkpoint.check import require_outside, writable_ancestor
 from specdef_cli.checkpoint.durable import takes_files, write_durably
-from specdef_cli.checkpoint.manifest import Manifest, read_manifest
-from specdef_cli.checkpoint.presence import require_undefended
-from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.checkpoint.resolve import Resolved, resolve, resolve_base, resolve_hardened
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices
-from specdef_cli.hardening.soundness import require_sound
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.tokens import token_batch
-from specdef_cli.runtime.vocabulary import require_in_vocabulary
+from specdef_cli.model.inputs import require_in_vocabulary, token_batch
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel, checkpoint_fingerprint, open_base, open_model, require_sound
+from specdef_cli.model.skeleton import is_causal_lm
 from specdef_cli.version import __version__
 
 SEQUENCES, LENGTH = 32, 128
@@ -64,9 +58,8 @@ class _Opened:
         carded: Whether the model's directory and card get the certificate.
     """
 
-    hardened: Resolved
-    base: Resolved
-    manifest: Manifest
+    hardened: OpenedModel
+    base: OpenedModel
     text: str | None
     tokens: Tensor | None
     formats: tuple[str, ...]
@@ -91,21 +84,19 @@ def certify(options: CertifyOptions, on_progress: Callable[[str], None] = lambda
         on_progress: Called with a few words as each part begins.
     """
     opened = _open(options)
-    base, hardened, trust = opened.base.directory, opened.hardened.directory, options.trust_remote_code
+    base, hardened = opened.base, opened.hardened
     curvature = _Curvatures(options, opened.tokens, on_progress)
     on_progress("function")
-    function = measure_function(
-        base, hardened, opened.manifest, opened.tokens, trust_remote_code=trust, on_model=curvature.measure
-    )
+    function = measure_function(base, hardened, opened.tokens, on_model=curvature.measure)
     on_progress("spectrum")
-    spectrum = measure_spectrum(open_checkpoint(base), open_checkpoint(hardened), opened.manifest)
+    spectrum = measure_spectrum(base.checkpoint, hardened.checkpoint, hardened.hardening)
     formats = measure_formats(
         base, hardened, None if opened.tokens is None else opened.tokens[:FORMAT_SEQUENCES], opened.formats,
-        device=options.device, trust_remote_code=trust,
+        device=options.device,
         on_figure=lambda figure: on_progress(f"format {figure.format}: {figure.verdict}"),
     )  # fmt: skip
     claims = (
-        function_claim(function, opened.manifest),
+        function_claim(function, hardened.hardening),
         spectrum_claim(spectrum),
         curvature_claim(curvature.both, curvature.reason or "the outputs are not finite"),
     )
@@ -113,8 +104,8 @@ def certify(options: CertifyOptions, on_progress: Callable[[str], None] = lambda
         format=FORMAT_VERSION,
         holds=no_claim_failed(claims),
         specdef_version=__version__,
-        model=opened.hardened.public_name,
-        base=opened.base.public_name,
+        model=hardened.found.public_name,
+        base=base.found.public_name,
         provenance=provenance(hardened, base, device=options.device, text=opened.text, attack_report=opened.report),
         claims=claims,
         function=function,
@@ -123,17 +114,15 @@ def certify(options: CertifyOptions, on_progress: Callable[[str], None] = lambda
         deployment=formats,
         resistance=opened.resistance,
     ).sealed()
-    _write(certificate, options.out, hardened if opened.carded else None)
+    _write(certificate, options.out, hardened.directory if opened.carded else None)
     return certificate
 
 
 def _open(options: CertifyOptions) -> _Opened:
-    hardened = resolve_hardened(options.model, options.manifest, revision=options.revision, token=options.token)
-    manifest = read_manifest(hardened.directory)
-    base = _base(options, manifest, hardened.directory)
-    for place in (base.directory, hardened.directory):
-        require_sound(place, trust_remote_code=options.trust_remote_code)
-        require_outside(options.out, place)
+    hardened, base = _models(options)
+    for model in (base, hardened):
+        require_sound(model)
+        require_outside(options.out, model.directory)
     formats = chosen_formats(options.formats)
     writable_ancestor(options.out)
     carded = options.card and Path(options.model).expanduser().is_dir()
@@ -143,24 +132,34 @@ def _open(options: CertifyOptions) -> _Opened:
         )
     compute_devices(options.device, process_state())
     report = None if options.attacks is None else require_report(options.attacks)
-    resistance = None if report is None else read_resistance(report, checkpoint_fingerprint(hardened.directory))
-    text = _text(options) if is_causal_lm(open_checkpoint(base.directory).config) else None
-    tokens = None if text is None else _tokens(base.directory, text, options.trust_remote_code)
-    return _Opened(hardened, base, manifest, text, tokens, formats, report, resistance, carded)
+    resistance = (
+        None
+        if report is None
+        else read_resistance(report, checkpoint_fingerprint(hardened.directory, hardened.manifest))
+    )
+    text = _text(options) if is_causal_lm(base.checkpoint.config) else None
+    tokens = None if text is None else _tokens(base, text)
+    return _Opened(hardened, base, text, tokens, formats, report, resistance, carded)
 
 
-def _base(options: CertifyOptions, manifest: Manifest, directory: Path) -> Resolved:
-    """The base: as named, or as the manifest names it."""
-    if options.base is None:
-        return resolve_base(manifest, directory, token=options.token, option="--base")
-    found = resolve(options.base, token=options.token)
-    require_undefended(found.directory, "--base")
-    return found
+def _models(options: CertifyOptions) -> tuple[OpenedModel, OpenedModel]:
+    """The hardened model, and its base as named or as the manifest names it."""
+    hardened = open_model(
+        options.model,
+        hardened=True,
+        manifest=options.manifest,
+        revision=options.revision,
+        token=options.token,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return hardened, open_base(hardened, options.base, "--base", token=options.token)
 
 
-def _tokens(base: Path, text: str, trust: bool) -> Tensor:
-    tokens = token_batch(base, text, sequences=SEQUENCES, length=LENGTH, trust_remote_code=trust)
-    require_in_vocabulary(tokens, base, trust_remote_code=trust)
+def _tokens(base: OpenedModel, text: str) -> Tensor:
+    tokens = token_batch(
+        base.directory, text, sequences=SEQUENCES, length=LENGTH, trust_remote_code=base.trust_remote_code
+    )
+    require_in_vocabulary(tokens, base.skeleton.config, base.directory)
     return tokens
 
 
@@ -175,11 +174,10 @@ def _text(options: CertifyOptions) -> str:
 
 def attack_command(options: CertifyOptions) -> str:
     """The command that makes the report which ``--attacks`` takes."""
-    hardened = resolve_hardened(options.model, options.manifest, revision=options.revision, token=options.token)
-    base = _base(options, read_manifest(hardened.directory), hardened.directory).directory
-    command = f"specdef attack {options.model} --control {options.base or base}"
+    _, base = _models(options)
+    command = f"specdef attack {options.model} --control {options.base or base.directory}"
     try:
-        task, _ = task_of(base, None)
+        task, _ = task_of(base.checkpoint.config, base.directory, None)
     except SpecDefError:
         return f"{command} --task …"
     return f"{command} --dataset …" if "classification" in task else command

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.runtime import load_model, without_progress_bars
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.opened import OpenedModel
 
 MAX_LOGITS = 2**24
 """Logits of one forward pass: 128 MB in float64, in which their loss is taken."""
@@ -41,12 +42,16 @@ class Trial:
         device: Where to run; by default the CPU.
     """
 
-    directory: Path
-    base: Path
+    model: OpenedModel
+    base: OpenedModel
     scratch: Path
     tokens: Tensor | None = None
     device: str | None = None
-    trust_remote_code: bool = False
+
+    @property
+    def directory(self) -> Path:
+        """Where the model's files are, for tools that take a path."""
+        return self.model.directory
 
     @contextlib.contextmanager
     def loaded(self, dtype: torch.dtype | None = None, **loading: Any) -> Iterator[PreTrainedModel]:
@@ -56,7 +61,7 @@ class Trial:
             dtype: What to load the weights as; ``None`` for the dtype that they are stored in.
             loading: Passed on to ``from_pretrained``.
         """
-        with load(self.directory, dtype, self.device, self.trust_remote_code, **loading) as model:
+        with load(self.model, dtype, self.device, **loading) as model:
             yield model
 
     def required_tokens(self) -> Tensor:
@@ -68,15 +73,14 @@ class Trial:
 
 @contextlib.contextmanager
 def load(
-    directory: Path,
+    opened: OpenedModel,
     dtype: torch.dtype | None,
     device: str | None = None,
-    trust_remote_code: bool = False,
     **loading: Any,
 ) -> Iterator[PreTrainedModel]:
-    """A directory's model in evaluation mode, without progress bars; its memory is free again afterwards."""
+    """A model in evaluation mode, without progress bars; its memory is free again afterwards."""
     with without_progress_bars():
-        model = load_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **loading)
+        model = opened.load(dtype=dtype, device=device, **loading)
     try:
         yield model.eval()
     finally:
@@ -102,7 +106,6 @@ def mean_over_batches(tokens: Tensor, config: Any, logits: Callable[[Tensor], Te
 
     Args:
         tokens: int64, shape [sequences, length].
-        config: The model's, for the size of its vocabulary.
         logits: From tokens [batch, length] to [batch, length, vocabulary].
     """
     # The logits of a large vocabulary take more memory than the text; a small model spends its time on calls.

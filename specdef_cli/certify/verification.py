@@ -27,7 +27,7 @@ from specdef_cli.certify.certificate import (
 )
 from specdef_cli.certify.formats import FormatFigure, judge
 from specdef_cli.certify.options import require_certificate
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, is_hardened, read_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, manifest_of
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError, first_violation
@@ -52,7 +52,7 @@ def verify_certificate(
     report = None if attacks is None else require_report(attacks)
     directory = resolve(model, revision=revision, token=token).directory
     recorded, origin = _read(require_certificate(directory))
-    manifest = read_manifest(directory) if is_hardened(directory) else None
+    manifest = manifest_of(directory)
     base_directory = None if base is None else resolve(base, token=token).directory
     return (
         _check("certificate", recorded["digest"] == digest_of(recorded), "its digest is of other figures"),
@@ -94,7 +94,7 @@ def _hashes(name: str, recorded: dict[str, str], directory: Path) -> Check:
 def _manifest(origin: Provenance, manifest: Manifest | None, directory: Path) -> Check:
     if manifest is None:
         return Check("manifest", "not checked", f"{directory.name} has no {MANIFEST_NAME}")
-    found = manifest_sha256(directory)
+    found = manifest_sha256(manifest)
     if origin.seed != manifest.seed:
         return Check("manifest", "differs", f"its seed is {manifest.seed}")
     return _check("manifest", origin.manifest == found, f"sha256 is {found}")

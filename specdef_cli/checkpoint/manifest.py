@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from specdef_cli.checkpoint.durable import write_durably
-from specdef_cli.checkpoint.linear import LinearLayer
-from specdef_cli.checkpoint.slices import ScaledSlice
+from specdef_cli.checkpoint.slices import LinearLayer, ScaledSlice
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.spectral.gauges import Gauge
 
@@ -32,9 +31,6 @@ FORMAT_VERSION: Final = 2
 Method = Literal["fold", "scale", "factors"]
 Change = Literal["folded", "scaled", "factored"]
 ScaledKind = Literal["linear", "embedding", "head", "norm"]
-
-_ELSEWHERE: dict[Path, Path] = {}
-"""Manifests that do not lie in their directories, by the directory (:func:`keep_elsewhere`)."""
 
 
 @dataclass(frozen=True)
@@ -264,11 +260,7 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str, origin: str = MANIFEST_NAME) -> Manifest:
-        """Parse ``specdef.json``.
-
-        Raises:
-            SpecDefError: The text is not JSON, is of another format version, or lacks a field.
-        """
+        """Parse ``specdef.json``."""
         from pydantic import ValidationError
 
         try:
@@ -318,31 +310,16 @@ def manifest_record() -> TypeAdapter[Manifest]:
     return TypeAdapter(Manifest)
 
 
-def keep_elsewhere(directory: Path, manifest: Path | None) -> None:
-    """Have this process read the manifest of a directory from a file that does not lie in it.
-
-    Args:
-        directory: A hardened directory.
-        manifest: What ``--manifest`` names; ``None`` takes back what an earlier call said of this directory.
-
-    Raises:
-        SpecDefError: There is no such file, or the directory has a manifest of its own.
-    """
-    if manifest is None:
-        _ELSEWHERE.pop(directory.resolve(), None)
-        return
-    if not manifest.is_file():
-        raise SpecDefError(f"--manifest {manifest} is not a file", "Give what `specdef harden --manifest-out` wrote.")
+def find_manifest(directory: Path, elsewhere: Path | None = None) -> Path | None:
+    """Where the manifest of a directory lies: in it, or ``elsewhere`` (``--manifest``); ``None`` where it has none."""
     own = directory / MANIFEST_NAME
-    if own.is_file() and not own.samefile(manifest):
+    if elsewhere is None:
+        return own if own.is_file() else None
+    if not elsewhere.is_file():
+        raise SpecDefError(f"--manifest {elsewhere} is not a file", "Give what `specdef harden --manifest-out` wrote.")
+    if own.is_file() and not own.samefile(elsewhere):
         raise SpecDefError(f"{directory} has a {MANIFEST_NAME} of its own", "Leave --manifest out, or remove that one.")
-    _ELSEWHERE[directory.resolve()] = manifest
-
-
-def find_manifest(directory: Path) -> Path | None:
-    """Where the manifest of a directory lies: in it, or where :func:`keep_elsewhere` was told; ``None``: nowhere."""
-    path = directory / MANIFEST_NAME
-    return path if path.is_file() else _ELSEWHERE.get(directory.resolve())
+    return elsewhere
 
 
 def is_hardened(directory: Path) -> bool:
@@ -350,19 +327,11 @@ def is_hardened(directory: Path) -> bool:
     return find_manifest(directory) is not None
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read ``specdef.json`` of a hardened directory.
-
-    Raises:
-        SpecDefError: There is none, or it is not valid.
-    """
-    path = find_manifest(directory)
+def manifest_of(directory: Path, elsewhere: Path | None = None) -> Manifest | None:
+    """The manifest of a directory; ``None`` where it has none."""
+    path = find_manifest(directory, elsewhere)
     if path is None:
-        raise SpecDefError(
-            f"{directory} has no {MANIFEST_NAME}, so it is not a hardened checkpoint",
-            f"Give a directory that `specdef harden` wrote. A {MANIFEST_NAME} that lies elsewhere is named with "
-            "--manifest; after save_pretrained, copy it along.",
-        )
+        return None
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -370,6 +339,23 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path} is not a valid manifest: {error}", "Give the file that `specdef harden` wrote."
         ) from error
     return Manifest.from_json(text, str(path))
+
+
+def read_manifest(directory: Path, elsewhere: Path | None = None) -> Manifest:
+    """The manifest of a directory that has to have one."""
+    manifest = manifest_of(directory, elsewhere)
+    if manifest is None:
+        raise no_manifest(directory)
+    return manifest
+
+
+def no_manifest(directory: Path) -> SpecDefError:
+    """What is said of a directory that has to be hardened and has no manifest."""
+    return SpecDefError(
+        f"{directory} has no {MANIFEST_NAME}, so it is not a hardened checkpoint",
+        f"Give a directory that `specdef harden` wrote. A {MANIFEST_NAME} that lies elsewhere is named with "
+        "--manifest; after save_pretrained, copy it along.",
+    )
 
 
 def last_part(directory: Path) -> str:
@@ -391,14 +377,7 @@ def _memory_of(manifest: Manifest) -> Path:
 
 
 def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
-    """Where to look for the base that a manifest names: a directory or a Hub id, and the revision there.
-
-    Args:
-        manifest: Of the hardened model.
-        directory: Where that lies. A base that was a directory is looked for where it was on this machine, then here,
-            then beside the hardened directory and its parents, nearest first; never on the Hub, where its name may be
-            another model's.
-    """
+    """Where to look for the base that a manifest names: a directory or a Hub id, and the revision there."""
     base = manifest.base
     if base.commit or base.revision:
         return base.name, base.commit or base.revision

@@ -32,10 +32,8 @@ def convert_adapter_command(
 
       specdef convert-adapter ./my-lora hardened --out hardened-lora
     """
-    from specdef_cli.checkpoint.destination import require_usable
-    from specdef_cli.checkpoint.presence import require_hardened
-    from specdef_cli.errors import SpecDefError
-    from specdef_cli.extras import require_extra
+    from specdef_cli.checkpoint.check import require_hardened, require_usable
+    from specdef_cli.errors import SpecDefError, require_extra
 
     require_hardened(hardened, manifest)
     require_usable(out, adapter)
@@ -46,13 +44,12 @@ def convert_adapter_command(
 
     from rich.text import Text
 
-    from specdef_cli.checkpoint.resolve import resolve_hardened
     from specdef_cli.hardening.adapter import convert_adapter
+    from specdef_cli.model.opened import open_model
 
     output = Output(as_json, quiet)
-    model = resolve_hardened(hardened, manifest, revision=revision, token=token)
-    result = convert_adapter(
-        str(place) if place.exists() else adapter, model.directory, out, name=hardened, token=token,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    model = open_model(
+        hardened, hardened=True, manifest=manifest, revision=revision, token=token, trust_remote_code=trust_remote_code
+    )
+    result = convert_adapter(str(place) if place.exists() else adapter, model, out, name=hardened, token=token)
     output.data(result, Text(f"{out}: {result.rewritten} of {result.modules} modules rewritten"), written=out)

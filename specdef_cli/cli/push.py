@@ -35,20 +35,21 @@ def push_command(
 
       specdef push hardened org/name --revision hardened --create-pr
     """
-    from specdef_cli.checkpoint.presence import require_directory
+    from specdef_cli.checkpoint.check import require_directory
 
     require_directory(directory)
     from rich.text import Text
 
-    from specdef_cli.checkpoint.manifest import MANIFEST_NAME, is_hardened
-    from specdef_cli.checkpoint.reader import open_checkpoint
+    from specdef_cli.checkpoint.manifest import MANIFEST_NAME
+    from specdef_cli.checkpoint.resolve import Resolved
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
     from specdef_cli.hardening.card import has_section
+    from specdef_cli.model.opened import open_found
 
     output = Output(as_json, quiet)
     destination = Destination(repository, private, revision, create_pr, token)
-    open_checkpoint(directory)  # what is incomplete is not uploaded
-    if not is_hardened(directory) and not has_section(directory) and not yes:
+    model = open_found(Resolved(directory, str(directory)))  # what is incomplete is not uploaded
+    if model.manifest is None and not has_section(directory) and not yes:
         _ask(directory, repository)
     require_writable(destination)
     if no_manifest:
@@ -56,7 +57,7 @@ def push_command(
             f"{MANIFEST_NAME} stays here: collapse, certify, attack and inspect take it with --manifest. "
             "It hides little: the changed channels stand out by their norms, and factors by their names."
         )
-    elif is_hardened(directory):
+    elif model.manifest is not None:
         output.note(
             f"{MANIFEST_NAME} goes along and names every changed weight: `specdef collapse {repository}` gives the "
             "original back. Without it (--no-manifest) an attacker finds the changed channels by their norms."

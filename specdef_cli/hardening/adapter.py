@@ -17,14 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.checkpoint.destination import require_free, require_outside
-from specdef_cli.checkpoint.manifest import Manifest, read_manifest
+from specdef_cli.checkpoint.check import require_free, require_outside
 from specdef_cli.checkpoint.output import discard, exclusive, prepare, publish
-from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.hardening.soundness import require_sound
+from specdef_cli.model.opened import OpenedModel, require_sound
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of modules."""
@@ -58,25 +55,23 @@ class ConvertedAdapter:
 
 
 def convert_adapter(
-    adapter: str, hardened: Path, out: Path, *, name: str | None = None, trust_remote_code: bool = False,
-    revision: str | None = None, token: str | None = None,
+    adapter: str, hardened: OpenedModel, out: Path, *, name: str | None = None, revision: str | None = None,
+    token: str | None = None,
 ) -> ConvertedAdapter:  # fmt: skip
     """Rewrite a LoRA adapter of the base for its hardened model, and publish it as ``out``.
 
     Args:
         adapter: A directory that PEFT wrote, or a Hub id.
-        hardened: The hardened directory.
+        hardened: The hardened model.
         out: A new directory.
         name: What the adapter calls its base; ``None`` for the directory.
-        trust_remote_code: Whether code that comes with the model may run.
         revision, token: Of the adapter, on the Hub.
     """
     require_free(out)
-    require_outside(out, hardened)
-    manifest = read_manifest(hardened)
+    require_outside(out, hardened.directory)
     config, weights = _read(adapter, revision, token)
-    skeleton = require_sound(hardened, trust_remote_code=trust_remote_code)
-    changes = _Changes(manifest, skeleton, open_checkpoint(hardened))
+    require_sound(hardened)
+    changes = _Changes(hardened)
     found = _pairs(adapter, weights)
     written: dict[str, Tensor] = {}
     places: dict[str, str] = {}
@@ -87,7 +82,7 @@ def convert_adapter(
             f"{PREFIX}{places[path]}.lora_B.weight": new_up.contiguous(),
         }
     _retarget(config, places, {path: down.shape[0] for path, (down, _) in found.items()})
-    config.base_model_name_or_path = name or str(hardened)
+    config.base_model_name_or_path = name or str(hardened.directory)
     with exclusive(out):
         work = prepare(out, "adapter", resume=False)
         try:
@@ -147,9 +142,10 @@ def _pairs(adapter: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tenso
 class _Changes:
     """What hardening did to each module's weight, as an adapter of that module sees it."""
 
-    def __init__(self, manifest: Manifest, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
-        self._skeleton = skeleton
-        self._checkpoint = checkpoint
+    def __init__(self, hardened: OpenedModel) -> None:
+        self._skeleton = hardened.skeleton
+        self._checkpoint = hardened.checkpoint
+        manifest = hardened.hardening
         self._factored = {layer.module: layer for layer in manifest.factored}
         self._scaled = {module.module: module for module in manifest.scaled}
         self._folded: dict[str, list[ScaledSlice]] = {}

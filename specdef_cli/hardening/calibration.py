@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.pairs import SymmetricPair
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.load import load_model, load_tokenizer, without_progress_bars
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.body import SymmetricPair
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.loading import without_progress_bars
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import Skeleton
 
 SEQUENCES, LENGTH = 8, 128
 
@@ -116,30 +117,21 @@ class _Recorder:
 
 
 def calibrate(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    base: OpenedModel,
     pairs: Sequence[SymmetricPair],
     text: str,
     *,
     exponents: Sequence[int] = (),
     device: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Activations:
     """Run a model on a text, and record what passes through the modules of its pairs.
 
     Args:
-        checkpoint: The model's weights.
-        skeleton: The model.
-        pairs: Whose modules are recorded.
         text: The first 1,024 tokens of it are taken; of a model with a chat template half of them, and half as a chat.
         exponents: For which ``drowned`` is measured.
         device: Where to run; ``None`` takes a GPU where there is one.
-        trust_remote_code: Whether the model's own code may run.
-
-    Raises:
-        SpecDefError: The model takes no text, has no tokenizer, or its weights do not fit into memory and cannot be
-            read layer by layer.
     """
+    checkpoint, skeleton = base.checkpoint, base.skeleton
     model = skeleton.model
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
         raise SpecDefError(f"{type(model).__name__} takes no text to calibrate with", WITHOUT)
@@ -148,9 +140,9 @@ def calibrate(
     try:
         parts = [
             token_batch(
-                checkpoint.directory, part, sequences=SEQUENCES, length=length, trust_remote_code=trust_remote_code
+                base.directory, part, sequences=SEQUENCES, length=length, trust_remote_code=base.trust_remote_code
             )
-            for part in (text, *_as_chat(checkpoint.directory, text, trust_remote_code))
+            for part in (text, *_as_chat(base.tokenizer(), text))
         ]
     except SpecDefError as error:
         raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
@@ -164,11 +156,7 @@ def calibrate(
         if (parameter := skeleton.names.parameters.get(side.tensor, "")).endswith(".weight")
     }
     streamed = all(_sources(skeleton, name) for name, _ in model.base_model.named_parameters(_path_of(model)))
-    runner = (
-        _streamed_model(checkpoint, skeleton, recorder, place)
-        if streamed
-        else _whole_model(checkpoint, skeleton, recorder, place, trust_remote_code)
-    )
+    runner = _streamed_model(checkpoint, skeleton, recorder, place) if streamed else _whole_model(base, recorder, place)
     modules = dict(runner.named_modules())
     for path, weight in weights.items():
         modules[path].register_forward_hook(recorder.hook(weight))
@@ -180,9 +168,8 @@ def calibrate(
     return Activations(recorder.inputs, recorder.outputs, recorder.column_norms, recorder.row_largest, recorder.drowned)
 
 
-def _as_chat(directory: Path, text: str, trust_remote_code: bool) -> list[str]:
+def _as_chat(tokenizer: Any, text: str) -> list[str]:
     """The text as turns of a chat, where the model has a template: its tokens carry what no prose does."""
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "chat_template", None):
         return []
     pieces = [text[start : start + TURN] for start in range(0, len(text), TURN)]
@@ -202,7 +189,6 @@ def drowned_energy(inputs: Tensor, column_norms: Tensor, exponents: Sequence[int
     Args:
         inputs: x, shape [..., channels].
         column_norms: ‖column‖² of the weight that reads them, shape [channels].
-        exponents: Of the factors.
 
     Returns:
         Mean over tokens of Σ_j min(x_j², s²/12)·‖column_j‖², s = |x_c|·2^exponent/127; shape [exponents, channels].
@@ -294,10 +280,9 @@ def _streamed_model(checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recor
     return model.eval()
 
 
-def _whole_model(
-    checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recorder, device: torch.device, trust_remote_code: bool
-) -> Any:
+def _whole_model(base: OpenedModel, recorder: _Recorder, device: torch.device) -> Any:
     """A model that stacks or splits tensors as it loads them, in memory."""
+    skeleton = base.skeleton
     parameters = sum(parameter.numel() for parameter in skeleton.parameters.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if 6 * parameters > free:  # float32, and half as much again for what is being loaded
@@ -307,13 +292,7 @@ def _whole_model(
             WITHOUT,
         )
     with without_progress_bars():
-        model = load_model(
-            checkpoint.directory,
-            auto_class=type(skeleton.model).__name__,
-            dtype=torch.float32,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
+        model = base.load(auto_class=type(skeleton.model).__name__, dtype=torch.float32, device=device)
     for path, module in model.named_modules():
         tensor = skeleton.names.tensor(f"{path}.weight")
         if tensor is not None:

@@ -18,9 +18,8 @@ from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.front_matter import read_card
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest, read_manifest
-from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.resolve import resolve_hardened
+from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.card import collapsed_card
@@ -29,9 +28,9 @@ from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
 from specdef_cli.hardening.scale import UnscaleModule
-from specdef_cli.hardening.soundness import require_its_own
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.shim import SHIM_SOURCE, unshim_config
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import open_model
+from specdef_cli.model.shim import SHIM_SOURCE, unshim_config
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,12 @@ def collapse(
 
     Returns:
         What was published; ``None`` in all but the main process of a distributed run.
-
-    Raises:
-        SpecDefError: The directory is not hardened or not complete, or the disk; nothing was published.
     """
     with process_state(options.device).main_process_first():
-        resolved = resolve_hardened(options.model, options.manifest, revision=options.revision, token=options.token)
-    manifest = read_manifest(resolved.directory)
-    checkpoint = open_checkpoint(resolved.directory)
+        model = open_model(
+            options.model, hardened=True, manifest=options.manifest, revision=options.revision, token=options.token
+        )
+    manifest, checkpoint = model.hardening, model.checkpoint
     groups = collapse_groups(checkpoint, manifest)
     on_plan(groups)
 
@@ -127,12 +124,7 @@ def _complete(checkpoint: Checkpoint, manifest: Manifest, work: Path) -> None:
 
 
 def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorGroup, ...]:
-    """The tensors of the original architecture.
-
-    Raises:
-        SpecDefError: A tensor is not there as the manifest describes it.
-    """
-    require_its_own(checkpoint, manifest)
+    """The tensors of the original architecture."""
     undone = fold_groups((inverse(pair) for pair in manifest.folded), checkpoint, None)
     by_inflated = {layer.inflated_tensor: layer for layer in manifest.factored}
     consumed = {

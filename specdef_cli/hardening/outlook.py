@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
 from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan, within_block
-from specdef_cli.hardening.soundness import require_hardenable
 from specdef_cli.hardening.verify import require_comparable
+from specdef_cli.model.opened import OpenedModel, require_unquantized
+from specdef_cli.model.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,17 @@ class Outlook:
     recommended: PlanSummary | None
 
 
-def outlook(checkpoint: Checkpoint, skeleton: Skeleton) -> Outlook:
-    """Plan every method, from headers and a sample of the weights; nothing is computed or written.
-
-    Args:
-        checkpoint: The base.
-        skeleton: Its model.
-    """
-
-    incomparable = _incomparable(skeleton)
+def outlook(base: OpenedModel) -> Outlook:
+    """Plan every method, from headers and a sample of the weights; nothing is computed or written."""
+    incomparable = _incomparable(base.skeleton)
 
     def attempt(construction: Construction) -> PlanSummary | Obstacle:
-        options = HardenOptions(str(checkpoint.directory), Path(), construction, verify=False)
+        options = HardenOptions(str(base.directory), Path(), construction, verify=False)
         try:
-            require_hardenable(checkpoint)
+            require_unquantized(base.checkpoint)
             if incomparable is not None:
                 raise incomparable
-            return summarize(make_plan(checkpoint, skeleton, options), checkpoint)
+            return summarize(make_plan(base, options), base.checkpoint)
         except SpecDefError as error:
             return Obstacle(construction.method, error.problem, error.hint)
 

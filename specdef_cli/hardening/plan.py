@@ -13,12 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from specdef_cli.architectures.linears import linear_sites
-from specdef_cli.architectures.names import TensorNames
-from specdef_cli.architectures.pairs import SymmetricPair
-from specdef_cli.architectures.scalable import scalable_sites
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
 from specdef_cli.checkpoint.other_directories import require_modules
@@ -33,9 +27,14 @@ from specdef_cli.hardening.fold import fold_groups, fold_pairs
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
-from specdef_cli.hardening.soundness import require_code_allows, require_whole
 from specdef_cli.hardening.verify import require_comparable
-from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, shim_config
+from specdef_cli.model.body import SymmetricPair
+from specdef_cli.model.described import require_code_allows
+from specdef_cli.model.opened import OpenedModel, require_whole
+from specdef_cli.model.shim import LayerSpec, ScaledSpec, shim_config
+from specdef_cli.model.sites import linear_sites, scalable_sites
+from specdef_cli.model.skeleton import Skeleton, TensorNames
+from specdef_cli.model.symmetries import symmetries
 
 RESIDUAL_WRITERS = ("attention_output", "mlp_down")
 """What the paper's construction takes by default."""
@@ -125,7 +124,6 @@ class HardeningPlan(Changes):
         """Identifies this plan on this input, so that ``--resume`` never mixes two.
 
         Args:
-            checkpoint: The input.
             commit: The hash of the commit that it is; ``None`` for a directory, whose files may change.
         """
         described = {
@@ -138,8 +136,9 @@ class HardeningPlan(Changes):
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions) -> HardeningPlan:
+def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     """Decide what to change in a checkpoint."""
+    checkpoint, skeleton = base.checkpoint, base.skeleton
     if options.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.base_model):
         raise SpecDefError(f"--base-model {options.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
     require_modules(checkpoint.directory)
@@ -147,7 +146,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     require_code_allows(skeleton, verify=options.verify, adds_code=not isinstance(options.construction, Fold))
     if options.verify:
         require_comparable(skeleton)
-    changes = _changes(checkpoint, skeleton, options)
+    changes = _changes(base, options)
     config = dict(checkpoint.config)
     if checkpoint.library.names_dtype:
         config = _with_dtype(config, options.dtype)
@@ -170,8 +169,9 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions
     )
 
 
-def _changes(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions) -> Changes:
+def _changes(base: OpenedModel, options: HardenOptions) -> Changes:
     """What the construction that is asked for makes of this checkpoint."""
+    checkpoint, skeleton = base.checkpoint, base.skeleton
     wanted, loaded = options.construction, _loaded_dtype(skeleton.config, options)
     if isinstance(wanted, Factors):
         sites = linear_sites(skeleton)
@@ -179,7 +179,7 @@ def _changes(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions)
         dtype = DTYPES[options.dtype] if options.dtype else None
         changes = Changes(factored=factor_layers(checkpoint, skeleton, chosen, wanted, dtype, loaded))
     elif isinstance(wanted, Fold):
-        changes = _folded(checkpoint, skeleton, options, wanted)
+        changes = _folded(base, options, wanted)
     else:
         modules = scalable_sites(skeleton)
         names: dict[str, set[str]] = {}
@@ -199,15 +199,16 @@ def _changes(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions)
     return changes
 
 
-def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, wanted: Fold) -> Changes:
+def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
     """The pairs of a fold; where there is none, a refusal that says why."""
+    checkpoint, skeleton = base.checkpoint, base.skeleton
     found = symmetries(skeleton)
     pairs: tuple[SymmetricPair, ...] = ()
     if found.pairs:
         pairs = _select(found.pairs, lambda pair: _pair_names(pair, skeleton.names), options)
     folded: tuple[FoldedPair, ...]
     if wanted.profile in ("quantizable", "gguf"):
-        activations = _activations(checkpoint, skeleton, pairs, options, wanted) if pairs else None
+        activations = _activations(base, pairs, options, wanted) if pairs else None
         folded = raise_pairs(checkpoint, pairs, activations, _stored(options.dtype))
     else:
         folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
@@ -227,23 +228,17 @@ def _folded(checkpoint: Checkpoint, skeleton: Skeleton, options: HardenOptions, 
 
 
 def _activations(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    pairs: Sequence[SymmetricPair],
-    options: HardenOptions,
-    wanted: Fold,
+    base: OpenedModel, pairs: Sequence[SymmetricPair], options: HardenOptions, wanted: Fold
 ) -> Activations | None:
     """What passes through the pairs on the text that was asked for."""
     if wanted.calibration == BY_WEIGHTS:
         return None
     return calibrate(
-        checkpoint,
-        skeleton,
+        base,
         pairs,
         default_text() if wanted.calibration is None else read_text(Path(wanted.calibration)),
         exponents=range(1, HIGHEST_IN_BLOCKS + 1) if wanted.profile == "gguf" else (),
         device=options.device,
-        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -6,28 +6,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.trial import try_out
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.shards import plan_shards, shard_header
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.hardening.execute import write_json
 from specdef_cli.hardening.plan import HardeningPlan
-from specdef_cli.hardening.soundness import load_without_weights
-from specdef_cli.runtime.shim import SHIM_SOURCE
+from specdef_cli.model.meta_model import try_out
+from specdef_cli.model.opened import OpenedModel, open_found
+from specdef_cli.model.shim import SHIM_SOURCE
 
 
-def rehearse(checkpoint: Checkpoint, skeleton: Skeleton, plan: HardeningPlan, *, trust_remote_code: bool) -> None:
-    """Load what a plan would write on the meta device, and run it there if the base runs there.
-
-    Raises:
-        SpecDefError: It cannot be loaded, would lose a tensor, or cannot be run.
-    """
-    if not checkpoint.library.loads_without_weights:
+def rehearse(base: OpenedModel, plan: HardeningPlan) -> None:
+    """Load what a plan would write on the meta device, and run it there if the base runs there."""
+    if not base.checkpoint.library.loads_without_weights:
         return
-    model = load_empty(checkpoint, plan, trust_remote_code=trust_remote_code)
-    found = None if skeleton.trial.error else try_out(model).error
+    model = load_empty(base, plan)
+    found = None if base.skeleton.trial.error else try_out(model).error
     if found is not None:
         raise SpecDefError(
             f"the hardened model could not be run: {first_line(found)}",
@@ -35,16 +31,13 @@ def rehearse(checkpoint: Checkpoint, skeleton: Skeleton, plan: HardeningPlan, *,
         ) from found
 
 
-def load_empty(checkpoint: Checkpoint, plan: HardeningPlan, *, trust_remote_code: bool) -> Any:
-    """The model that a plan would write, on the meta device.
-
-    Raises:
-        SpecDefError: It cannot be loaded, or would lose a tensor.
-    """
+def load_empty(base: OpenedModel, plan: HardeningPlan) -> Any:
+    """The model that a plan would write, on the meta device."""
     with TemporaryDirectory() as place:
-        _write_empty(checkpoint, plan, Path(place))
+        _write_empty(base.checkpoint, plan, Path(place))
+        written = Resolved(Path(place), place)
         try:
-            return load_without_weights(Path(place), trust_remote_code=trust_remote_code)
+            return open_found(written, trust_remote_code=base.trust_remote_code).load_without_weights()
         except SpecDefError as error:
             raise SpecDefError(error.problem.replace(place, "the hardened model"), error.hint) from error
         except OSError as error:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
+from specdef_cli.checkpoint.check import require_manifest_place
 from specdef_cli.checkpoint.companions import carry_over
-from specdef_cli.checkpoint.destination import require_manifest_place
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.front_matter import read_card
 from specdef_cli.checkpoint.manifest import (
@@ -26,7 +26,7 @@ from specdef_cli.checkpoint.manifest import (
     Manifest,
     remember_base,
 )
-from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.dtypes import DTYPES
@@ -38,10 +38,10 @@ from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.rehearsal import load_empty, rehearse
-from specdef_cli.hardening.soundness import require_attention, require_hardenable, require_loadable
 from specdef_cli.hardening.verify import Loader, is_loadable_here, verify
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.shim import SHIM_SOURCE
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel, open_found, require_attention
+from specdef_cli.model.shim import SHIM_SOURCE
 from specdef_cli.version import __version__
 
 
@@ -65,30 +65,20 @@ class HardenResult:
 
 
 @contextmanager
-def open_model(
-    options: HardenOptions, on_download: DownloadHook | None = None
-) -> Iterator[tuple[Resolved, Checkpoint, HardeningPlan]]:
-    """Find the model, read its headers, decide what to change, and load the result without its numbers.
-
-    Weights may arrive while the block runs.
-
-    Raises:
-        SpecDefError: As :func:`resolving`, :func:`open_checkpoint` and :func:`make_plan`.
-    """
+def _planned(options: HardenOptions, on_download: DownloadHook | None) -> Iterator[tuple[OpenedModel, HardeningPlan]]:
+    """Open the base, decide what to change, and load the result without its numbers; weights may still arrive."""
     with ExitStack() as stack:
         # One process downloads what is small. Shards are fetched by whichever process comes first; the lock that
         # huggingface_hub takes on each file makes the others wait and find it in the cache.
         with process_state(options.device).main_process_first():
-            resolved, arriving = stack.enter_context(
+            found, arriving = stack.enter_context(
                 resolving(options.model, revision=options.revision, token=options.token, on_download=on_download)
             )
-        checkpoint = open_checkpoint(resolved.directory, arriving)
-        require_hardenable(checkpoint)
-        skeleton = Skeleton.read(checkpoint, trust_remote_code=options.trust_remote_code)
-        require_attention(skeleton)
-        plan = make_plan(checkpoint, skeleton, options)
-        rehearse(checkpoint, skeleton, plan, trust_remote_code=options.trust_remote_code)
-        yield resolved, checkpoint, plan
+        base = open_found(found, hardened=False, trust_remote_code=options.trust_remote_code, arriving=arriving)
+        require_attention(base.skeleton)
+        plan = make_plan(base, options)
+        rehearse(base, plan)
+        yield base, plan
 
 
 def preview(
@@ -98,7 +88,8 @@ def preview(
     on_download: DownloadHook | None = None,
 ) -> PlanSummary:
     """Say what :func:`harden` would do: all is computed and compared in memory, and nothing is written."""
-    with open_model(options, on_download) as (_, checkpoint, plan):
+    with _planned(options, on_download) as (base, plan):
+        checkpoint = base.checkpoint
         on_plan(plan)
         device = compute_devices(options.device, process_state(options.device))[0]
         fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
@@ -111,12 +102,13 @@ def preview(
             tensors |= made if fits else {}
             on_progress(Progress(group.label, group.nbytes))
         if fits:
-            empty = load_empty(checkpoint, plan, trust_remote_code=options.trust_remote_code)
+            empty = load_empty(base, plan)
 
-            def load(**loading: Any) -> Any:
-                return type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **loading)
+            def load(dtype: torch.dtype | None, device: str | None) -> Any:
+                place = {"dtype": dtype or "auto", "device_map": {"": device or "cpu"}}
+                return type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **place)
 
-            _verification(checkpoint, plan, options, load)
+            _verification(base, plan, options, load)
         return summarize(plan, checkpoint)
 
 
@@ -137,19 +129,17 @@ def harden(
 
     Returns:
         What was published; ``None`` in all but the main process of a distributed run.
-
-    Raises:
-        SpecDefError: The input, an option, or the disk; nothing was published.
     """
     if options.manifest_out is not None:
         require_manifest_place(options.manifest_out, options.out, options.model)
-    with open_model(options, on_download) as (resolved, checkpoint, plan):
+    with _planned(options, on_download) as (base, plan):
+        checkpoint = base.checkpoint
         on_plan(plan)
         with published(
             checkpoint,
             plan.groups,
             options.out,
-            plan.fingerprint(checkpoint, resolved.commit),
+            plan.fingerprint(checkpoint, base.found.commit),
             max_shard_size=options.max_shard_size,
             device=options.device,
             resume=options.resume,
@@ -157,15 +147,16 @@ def harden(
         ) as written:
             if written is None:
                 return None
-            manifest = _manifest(resolved, plan, options, written)
+            manifest = _manifest(base.found, plan, options, written)
             _make_loadable(checkpoint, plan, manifest, written.work)
-            require_loadable(written.work, trust_remote_code=options.trust_remote_code)
-            manifest = dataclasses.replace(
-                manifest, verification=_verification(checkpoint, plan, options, written.work)
-            )
+            work = Resolved(written.work, str(written.work))
+            hardened = open_found(work, hardened=True, trust_remote_code=options.trust_remote_code)
+            if checkpoint.library.loads_without_weights:
+                hardened.load_without_weights()
+            manifest = dataclasses.replace(manifest, verification=_verification(base, plan, options, hardened.load))
             _describe(checkpoint, plan, manifest, written.work)
-    if resolved.commit is None:
-        remember_base(manifest, resolved.directory)
+    if base.found.commit is None:
+        remember_base(manifest, base.directory)
     if options.manifest_out is not None:
         _move_manifest(options.out, options.manifest_out)
     return HardenResult(options.out, manifest, plan.parameters_added, plan.nbytes - checkpoint.nbytes, plan.notes)
@@ -192,11 +183,7 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
 
 
 def _move_manifest(directory: Path, path: Path) -> None:
-    """Move the manifest out of a hardened directory, which it leaves once it is whole in the other place.
-
-    Raises:
-        SpecDefError: It cannot be written there, and is still in the directory.
-    """
+    """Move the manifest out of a hardened directory, which it leaves once it is whole in the other place."""
     own = directory / MANIFEST_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,21 +205,17 @@ def _make_loadable(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manife
     write_durably(work / MANIFEST_NAME, manifest.to_json())
 
 
-def _verification(
-    checkpoint: Checkpoint, plan: HardeningPlan, options: HardenOptions, work: Path | Loader
-) -> dict[str, Any]:
+def _verification(base: OpenedModel, plan: HardeningPlan, options: HardenOptions, hardened: Loader) -> dict[str, Any]:
     """Figures of the comparison with the base, or why there are none."""
     if not options.verify:
         return {"skipped": "verification was switched off"}
     return verify(
-        checkpoint.directory,
-        work,
-        max(plan.nbytes, checkpoint.nbytes),
+        base,
+        hardened,
+        max(plan.nbytes, base.checkpoint.nbytes),
         method=plan.method,
-        logits=checkpoint.library.has_logits,
         dtype=None if options.dtype is None else DTYPES[options.dtype],
         device=options.device,
-        trust_remote_code=options.trust_remote_code,
     )
 
 

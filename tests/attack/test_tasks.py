@@ -20,9 +20,11 @@ from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.spec import Task
 from specdef_cli.attack.tasks import load_for_training, task_of
 from specdef_cli.attack.trainer import train_run
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
+from specdef_cli.model.opened import open_model
 from tests.attack.test_data_forms import encoder_tokenizer
 from tests.attack.test_optimizers import spec
 from tests.byte_tokenizer import byte_tokenizer
@@ -110,10 +112,10 @@ def options(dataset: Path | None, **changes: Any) -> AttackOptions:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_language_model_is_trained_as_what_it_is(name: str, tmp_path: Path) -> None:
     directory = save(name, tmp_path / name)
-    task, _ = task_of(directory, None)
+    task, _ = task_of(read_config(directory), directory, None)
     assert task == MODELS[name][2]
-    data = load_data(options(None), task, load_preprocessor(task, directory))
-    result = train_run(spec("adamw", task=task, steps=4, eval_every=4, learning_rate=1e-2), directory, data)
+    data = load_data(options(None), task, load_preprocessor(task, open_model(directory)))
+    result = train_run(spec("adamw", task=task, steps=4, eval_every=4, learning_rate=1e-2), open_model(directory), data)
     assert result.start == pytest.approx(5.58, abs=0.7)  # ln 264: chance
     assert result.best is not None
     assert result.start is not None
@@ -123,9 +125,9 @@ def test_a_language_model_is_trained_as_what_it_is(name: str, tmp_path: Path) ->
 def test_a_hardened_sequence_to_sequence_model_starts_where_its_base_does(tmp_path: Path) -> None:
     base = save("t5", tmp_path / "t5")
     harden(HardenOptions(str(base), tmp_path / "hardened", Factors(alpha=1e3, top_k=2), verify=False))
-    data = load_data(options(None), "seq2seq-lm", load_preprocessor("seq2seq-lm", base))
+    data = load_data(options(None), "seq2seq-lm", load_preprocessor("seq2seq-lm", open_model(base)))
     run = spec("adamw", task="seq2seq-lm", steps=2, eval_every=2)
-    control, hardened = (train_run(run, directory, data) for directory in (base, tmp_path / "hardened"))
+    control, hardened = (train_run(run, open_model(directory), data) for directory in (base, tmp_path / "hardened"))
     assert hardened.start == pytest.approx(control.start, rel=1e-4)
 
 
@@ -140,7 +142,7 @@ def test_a_control_that_is_trained_for_something_else_is_refused_before_it_is_tr
 def test_an_encoder_is_not_trained_as_a_causal_model(tmp_path: Path) -> None:
     directory = save("bert", tmp_path / "bert")
     with pytest.raises(SpecDefError, match="encoder") as caught:
-        task_of(directory, "causal-lm")
+        task_of(read_config(directory), directory, "causal-lm")
     assert caught.value.hint == "Use --task masked-lm."
 
 
@@ -176,13 +178,13 @@ def write_rows(path: Path, label: Callable[[int], Any]) -> Path:
 def test_labels_of_every_shape_train(shape: str, tmp_path: Path) -> None:
     label, problem, outputs = LABELS[shape]
     directory = classifier(tmp_path / "model")
-    task, head = task_of(directory, None)
+    task, head = task_of(read_config(directory), directory, None)
     data = load_data(
-        options(write_rows(tmp_path / "rows.jsonl", label)), task, load_preprocessor(task, directory), head
+        options(write_rows(tmp_path / "rows.jsonl", label)), task, load_preprocessor(task, open_model(directory)), head
     )
     assert (data.problem, data.labels, data.resize_head) == (problem, outputs, outputs != 3)
     run = spec("adamw", task=task, steps=4, eval_every=4, learning_rate=1e-2)
-    model: Any = load_for_training(run, directory, data, False)
+    model: Any = load_for_training(run, open_model(directory), data)
     batch = data.collate([data.train[0], data.train[1]])
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.detach()
     losses: dict[str, Any] = {
@@ -191,7 +193,7 @@ def test_labels_of_every_shape_train(shape: str, tmp_path: Path) -> None:
         "regression": torch.nn.functional.mse_loss,
     }
     torch.testing.assert_close(model(**batch).loss.detach(), losses[problem](logits, batch["labels"]))
-    result = train_run(run, directory, data)
+    result = train_run(run, open_model(directory), data)
     assert (len(result.train), result.divergence) == (4, None)
     assert result.final != result.start
 
@@ -220,7 +222,7 @@ def test_a_tokenizer_without_padding_is_refused_with_what_helps(tmp_path: Path) 
     rows = write_rows(tmp_path / "rows.jsonl", lambda n: n % 3)
     task: Task = "sequence-classification"
     with pytest.raises(SpecDefError, match="neither padding nor an end") as caught:
-        load_data(options(rows), task, load_preprocessor(task, directory), Head(3))
+        load_data(options(rows), task, load_preprocessor(task, open_model(directory)), Head(3))
     assert "pad_token" in caught.value.hint
     path.write_text(json.dumps({**bare, "pad_token": "<pad>"}))
-    assert len(load_data(options(rows), task, load_preprocessor(task, directory), Head(3)).train) == 16
+    assert len(load_data(options(rows), task, load_preprocessor(task, open_model(directory)), Head(3)).train) == 16

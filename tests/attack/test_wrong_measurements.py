@@ -18,6 +18,7 @@ from specdef_cli.attack.data.labelled import Head, labels_of
 from specdef_cli.attack.queue import visible_devices
 from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.tasks import task_of
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.cli.app import app
 from specdef_cli.cli.conditions import Condition
 from specdef_cli.errors import SpecDefError
@@ -58,7 +59,7 @@ def test_classes_are_numbered_as_the_checkpoint_numbers_them(kind: str, tmp_path
     if kind == "class labels":
         table = table.cast_column("label", datasets.ClassLabel(names=names))
     table.to_parquet(tmp_path / "rows.parquet")
-    data = classified(tmp_path / "rows.parquet", task_of(directory, None)[1])
+    data = classified(tmp_path / "rows.parquet", task_of(read_config(directory), directory, None)[1])
     assert labels(data) == NAMED["label2id"]
     assert (data.resize_head, data.remarks) == (False, ())
 
@@ -154,11 +155,11 @@ def test_the_hints_of_refusals_work(tmp_path: Path) -> None:
     config = transformers.BertConfig(**TEXT)
     transformers.BertForTokenClassification(config).save_pretrained(tmp_path / "ner")
     with pytest.raises(SpecDefError, match="BertForTokenClassification") as caught:
-        task_of(tmp_path / "ner", None)
+        task_of(read_config(tmp_path / "ner"), tmp_path / "ner", None)
     named = caught.value.hint.rpartition("--task ")[2].rstrip(".").split(" or ")
     assert named == ["sequence-classification", "masked-lm"]
     for task in named:
-        assert task_of(tmp_path / "ner", task)[0] == task  # type: ignore[arg-type]
+        assert task_of(read_config(tmp_path / "ner"), tmp_path / "ner", task)[0] == task  # type: ignore[arg-type]
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + WHOLE
     rows = [{"messages": [{"role": "system", "content": "s"}, *turns(CALL, n)]} for n in range(24)]
     with pytest.raises(SpecDefError, match=r"template refuses \(no system role\) left out") as caught:

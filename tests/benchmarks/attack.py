@@ -18,6 +18,7 @@ from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import make_trainer, quiet
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
+from specdef_cli.model.opened import open_model
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model"
 
@@ -26,7 +27,7 @@ def attack_table(runs: int = 9, steps: int = 20, batch_size: int = 8, length: in
     """Print CPU seconds a step of both, and the median of their ratios, runs in turn; evaluation included in both."""
     options = AttackOptions(MODEL, Path(), steps=steps, batch_size=batch_size, sequence_length=length)
     with quiet():
-        data = load_data(options, "causal-lm", load_preprocessor("causal-lm", MODEL))
+        data = load_data(options, "causal-lm", load_preprocessor("causal-lm", open_model(MODEL)))
         _by_hand(options, data), _attack(options, data)  # the first run of a process pays for imports and caches
         pairs = [(_by_hand(options, data), _attack(options, data)) for _ in range(runs)]
     ratio = statistics.median(attack / by_hand for by_hand, attack in pairs)
@@ -45,7 +46,7 @@ def _attack(options: AttackOptions, data: AttackData) -> float:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         set_seed(0)
-        model = load_for_training(spec, MODEL, data, False)
+        model = load_for_training(spec, open_model(MODEL), data)
         return _timed(make_trainer(spec, model, data, Recorder(lambda step, loss: None), scratch))
 
 

@@ -20,8 +20,9 @@ from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.options import Factors, Fold, HardenOptions
 from specdef_cli.hardening.run import harden
+from specdef_cli.model import load_model
+from specdef_cli.model.opened import open_model
 from specdef_cli.report import write_report
-from specdef_cli.runtime import load_model
 from tests.commands import assert_refused, call_cli
 
 TEXT = " ".join(f"w{number % 90 + 3}" for number in range(3000))
@@ -322,10 +323,9 @@ def test_weights_that_are_not_as_planned_fail(attacked: tuple[Path, Path, Path],
     skip = ("--formats", "none", "--no-curvature", "--no-card")
     report = json.loads(attacked[2].read_text())
     relabelled = tmp_path / "report.json"
-    from specdef_cli.attack.spec import checkpoint_fingerprint
 
     relabelled.write_text(
-        json.dumps(report).replace(checkpoint_fingerprint(attacked[1]), checkpoint_fingerprint(hardened))
+        json.dumps(report).replace(open_model(attacked[1]).fingerprint, open_model(hardened).fingerprint)
     )
     code, certificate = certify((attacked[0], hardened, relabelled), text, tmp_path / "out", *skip)
     assert code == 1

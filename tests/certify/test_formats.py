@@ -30,8 +30,9 @@ from specdef_cli.certify.trial import Trial
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model import load_model
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import open_model
 from tests.tiny_families import write_case
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model"
@@ -58,7 +59,7 @@ def factored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one(base: Path, hardened: Path, tokens: torch.Tensor | None, name: str) -> FormatFigure:
-    return measure_formats(base, hardened, tokens, [name])[0]
+    return measure_formats(open_model(base), open_model(hardened), tokens, [name])[0]
 
 
 def damaged(out: Path) -> Path:
@@ -83,7 +84,7 @@ def test_an_unhardened_copy_keeps_everything_to_the_last_bit(tmp_path: Path, tok
     seen: list[FormatFigure] = []
     copy = copied(TINY_LLAMA, tmp_path / "copy")
     names = [name for name in FORMATS if name != "compile"]
-    figures = measure_formats(TINY_LLAMA, copy, tokens, names, on_figure=seen.append)
+    figures = measure_formats(open_model(TINY_LLAMA), open_model(copy), tokens, names, on_figure=seen.append)
     assert [figure.format for figure in figures] == names
     assert list(figures) == seen
     for figure in figures:
@@ -136,7 +137,7 @@ def test_the_loss_is_that_of_transformers(tokens: torch.Tensor) -> None:
 
 
 def test_a_fold_is_exact_until_its_exponents_leave_the_format(fold: Path, tokens: torch.Tensor) -> None:
-    figures = {figure.format: figure for figure in measure_formats(TINY_LLAMA, fold, tokens)}
+    figures = {figure.format: figure for figure in measure_formats(open_model(TINY_LLAMA), open_model(fold), tokens)}
     assert list(figures) == list(DEFAULT_FORMATS)
     assert figures["float32"].base == figures["float32"].hardened
     assert figures["bfloat16"].base == figures["bfloat16"].hardened
@@ -156,7 +157,7 @@ def test_a_refusal_is_in_the_tools_words_and_names_no_directory(
 ) -> None:
     if missing("bitsandbytes"):
         pytest.skip(missing("bitsandbytes"))
-    refused = measure_format(Trial(factored, TINY_LLAMA, tmp_path, tokens), FORMATS["nf4"])
+    refused = measure_format(Trial(open_model(factored), open_model(TINY_LLAMA), tmp_path, tokens), FORMATS["nf4"])
     assert (refused.kind, refused.value) == ("refused", None)
     assert "BitsAndBytesConfig" in refused.note
     assert str(factored) not in refused.note
@@ -166,7 +167,10 @@ def test_what_is_no_language_model_is_measured_by_its_outputs(tmp_path: Path) ->
     base = write_case("vit", tmp_path / "base")
     harden(HardenOptions(str(base), tmp_path / "factors", Factors(alpha=1e3, top_k=4), verify=False))
     names = ["float32", "bfloat16", "gguf-f32"]
-    figures = {figure.format: figure for figure in measure_formats(base, tmp_path / "factors", None, names)}
+    figures = {
+        figure.format: figure
+        for figure in measure_formats(open_model(base), open_model(tmp_path / "factors"), None, names)
+    }
     assert {figure.measure for figure in figures.values()} == {"relative error"}
     assert figures["float32"].base == 0
     assert figures["float32"].hardened == pytest.approx(0, abs=1e-3)
@@ -214,7 +218,7 @@ def test_the_limits_of_a_loss(difference: float | None, expected: str) -> None:
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(SpecDefError, match="'int7'"):
-        measure_formats(TINY_LLAMA, TINY_LLAMA, None, ["int7"])
+        measure_formats(open_model(TINY_LLAMA), open_model(TINY_LLAMA), None, ["int7"])
     assert chosen_formats(None) == DEFAULT_FORMATS
     assert chosen_formats(("all", "nf4")) == tuple(FORMATS)
     assert chosen_formats(("none",)) == ()

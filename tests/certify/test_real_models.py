@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from specdef_cli.certify.formats import FORMATS, measure_format, measure_formats
 from specdef_cli.certify.tools import LLAMA_CPP, missing
 from specdef_cli.certify.trial import Trial
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import open_model
 from tests.commands import REPOSITORY, run_cli
 from tests.consumer_tables import TABLES, generator
 from tests.examples.test_consumer_rows import one, rows
@@ -63,8 +64,8 @@ def test_an_engine_costs_the_base_little_and_sees_a_damaged_model(
 ) -> None:
     if missing(FORMATS[name].tool):
         pytest.skip(missing(FORMATS[name].tool))
-    plain = measure_format(Trial(SMOLLM2, SMOLLM2, tmp_path, tokens), FORMATS["float32"]).value
-    figure = measure_formats(SMOLLM2, damaged, tokens, [name])[0]
+    plain = measure_format(Trial(open_model(SMOLLM2), open_model(SMOLLM2), tmp_path, tokens), FORMATS["float32"]).value
+    figure = measure_formats(open_model(SMOLLM2), open_model(damaged), tokens, [name])[0]
     if figure.status == "skipped":
         pytest.skip(figure.note)  # the tool has no kernel for this machine
     assert plain is not None

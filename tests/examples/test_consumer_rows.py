@@ -12,6 +12,7 @@ from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_
 from specdef_cli.certify.trial import Trial
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
+from specdef_cli.model.opened import open_model
 from tests.certify.test_formats import TINY_LLAMA, copied, damaged, tokens
 
 REAL = Path(__file__).parents[2] / "examples" / "real"
@@ -27,7 +28,7 @@ def one(hardened: Path, tokens: torch.Tensor, name: str, scratch: Path, base: Pa
     for directory in (base, hardened):
         place = scratch / str(len(found))
         place.mkdir(parents=True)
-        found.append(measure_format(Trial(directory, base, place, tokens), rows.ROWS[name]))
+        found.append(measure_format(Trial(open_model(directory), open_model(base), place, tokens), rows.ROWS[name]))
     return compare(name, rows.ROWS[name].tool, "loss", *found)
 
 
@@ -53,6 +54,10 @@ def test_an_adapter_carried_over_holds_attached_and_merged(tmp_path: Path, token
 
 def test_a_left_padded_batch_costs_nothing(tmp_path: Path, tokens: torch.Tensor) -> None:
     # The first of four sequences is not padded: alone in its batch it has the plain loss.
-    padded = measure_format(Trial(TINY_LLAMA, TINY_LLAMA, tmp_path, tokens[:1]), rows.ROWS["left-padded"])
-    plain = measure_format(Trial(TINY_LLAMA, TINY_LLAMA, tmp_path, tokens[:1]), rows.ROWS["float32"])
+    padded = measure_format(
+        Trial(open_model(TINY_LLAMA), open_model(TINY_LLAMA), tmp_path, tokens[:1]), rows.ROWS["left-padded"]
+    )
+    plain = measure_format(
+        Trial(open_model(TINY_LLAMA), open_model(TINY_LLAMA), tmp_path, tokens[:1]), rows.ROWS["float32"]
+    )
     assert padded.value == pytest.approx(plain.value, abs=1e-6)

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from specdef_cli.attack.tasks import task_of
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 from tests.commands import assert_refused, call_cli
 from tests.faults.small_attack import SMALL
@@ -62,7 +63,7 @@ def test_a_task_that_is_advised_is_one_that_the_model_has(tmp_path: Path) -> Non
     for kind in ("llama", "t5", "bert", "vit", "siglip_vision_model", "whisper", "clip", "gpt2"):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": ["NobodysModel"]}))
         with pytest.raises(SpecDefError) as caught:
-            task_of(tmp_path, None)
+            task_of(read_config(tmp_path), tmp_path, None)
         advised = caught.value.hint.partition("--task ")[2].rstrip(".")
         for task in filter(None, advised.split(" or ")):
             from specdef_cli.attack.tasks import _NAMES

@@ -11,8 +11,7 @@ import torch
 import transformers
 
 from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.hardening import soundness
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model, opened
 from tests.commands import assert_refused, call_cli, snapshot
 from tests.hardening.mutations import config, spoiled
 
@@ -105,7 +104,7 @@ def test_what_nobody_could_load_is_never_published(
     verify: tuple[str, ...], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the published config.json lists a layer that the files do not hold."""
-    checked = soundness.load_model
+    checked = opened.load_model
 
     def spoil_first(directory: Path, **arguments: Any) -> Any:
         path = directory / "config.json"
@@ -115,7 +114,7 @@ def test_what_nobody_could_load_is_never_published(
         path.write_text(json.dumps(data))
         return checked(directory, **arguments)
 
-    monkeypatch.setattr(soundness, "load_model", spoil_first)
+    monkeypatch.setattr(opened, "load_model", spoil_first)
     result = call_cli("harden", llama, "--out", tmp_path / "out", *FACTORS, "--quiet", *verify)
     assert_refused(result, "q_proj", empty=tmp_path)
 
@@ -175,9 +174,9 @@ def test_outputs_that_are_not_finite_have_a_message_of_their_own(
 
     outputs = verify._outputs
 
-    def broken(directory: Path, *arguments: Any) -> torch.Tensor:
-        found = outputs(directory, *arguments)
-        return found if directory == llama else found * float("nan")
+    def broken(load: Any, *arguments: Any) -> torch.Tensor:
+        found = outputs(load, *arguments)
+        return found if load.__self__.directory == llama else found * float("nan")
 
     monkeypatch.setattr(verify, "_outputs", broken)
     for method, words in (("factors", "smaller --alpha"), ("fold", "--method scale"), ("scale", "--method factors")):

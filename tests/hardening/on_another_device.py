@@ -19,15 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.attack.optimizers.own import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.certify.curvature import hessian_top
-from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.hardening.options import Factors, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
-from specdef_cli.spectral.effective_rank import effective_rank
-from specdef_cli.spectral.subspace import top_subspace
+from specdef_cli.model.opened import open_model
+from specdef_cli.spectral.subspace import effective_rank, top_subspace
 from tests.hardening.other_device import other_device
 
 Check = Callable[[torch.device], float]
@@ -81,8 +79,8 @@ def _gaussian(rows: int, columns: int) -> Tensor:
 
 def transforms(directory: Path, options: dict[str, Any], device: torch.device) -> float:
     """Every tensor that hardening computes; of two factors their product, relative to its largest value."""
-    checkpoint = open_checkpoint(directory)
-    plan = make_plan(checkpoint, Skeleton.read(checkpoint), HardenOptions(str(directory), Path("unused"), **options))
+    base = open_model(directory)
+    checkpoint, plan = base.checkpoint, make_plan(base, HardenOptions(str(directory), Path("unused"), **options))
     largest = 0.0
     for group in plan.groups:
         if group.transform is not None:

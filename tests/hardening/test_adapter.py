@@ -18,7 +18,8 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.adapter import convert_adapter
 from specdef_cli.hardening.options import Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
+from specdef_cli.model.opened import open_model
 from tests.commands import assert_refused, call_cli
 from tests.tiny_families import write_case
 
@@ -69,7 +70,7 @@ def test_a_converted_adapter_is_the_same_function(case: str, way: str, tmp_path:
     base, hardened = write_case(case, tmp_path / "base"), tmp_path / "hardened"
     harden(HardenOptions(str(base), hardened, HARDENED[way], verify=False))
     adapter = lora(base, tmp_path / "lora", head=case in ("llama", "llama-tied"))
-    converted = convert_adapter(str(adapter), hardened, tmp_path / "converted")
+    converted = convert_adapter(str(adapter), open_model(hardened), tmp_path / "converted")
     assert converted.rewritten > 0
     plain, expected = logits(base), logits(base, adapter)
     scale = float((expected - plain).abs().max())
@@ -94,7 +95,7 @@ def test_ranks_alphas_and_rslora_are_kept(tmp_path: Path) -> None:
         base, tmp_path / "lora", target_modules=["q_proj", "up_proj"], layers_to_transform=[1], use_rslora=True,
         rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 32},
     )  # fmt: skip
-    convert_adapter(str(adapter), hardened, tmp_path / "converted")
+    convert_adapter(str(adapter), open_model(hardened), tmp_path / "converted")
     expected = logits(base, adapter)
     torch.testing.assert_close(logits(hardened, tmp_path / "converted"), expected, rtol=0, atol=1e-5)
     assert float((expected - logits(base)).abs().max()) > 0.01
@@ -156,5 +157,5 @@ def test_places_that_do_not_fit(places: tuple[Path, Path, Path], tmp_path: Path)
     assert_refused(call_cli("convert-adapter", adapter, fold, "--out", base), "exists already")
     assert_refused(call_cli("convert-adapter", base, fold, "--out", tmp_path / "new"), "adapter_config.json")
     with pytest.raises(SpecDefError, match="lies in the input"):
-        convert_adapter(str(adapter), fold, fold / "new")
+        convert_adapter(str(adapter), open_model(fold), fold / "new")
     assert not (tmp_path / "new").exists()

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from specdef_cli.architectures.pairs import SymmetricPair
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
-from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening import calibration
 from specdef_cli.hardening.calibration import LENGTH, SEQUENCES, Activations, calibrate, default_text, drowned_energy
 from specdef_cli.hardening.expendable import LARGEST, energies, largest, raise_pair
 from specdef_cli.hardening.fold import channel_norms
-from specdef_cli.runtime import load_model
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model import load_model
+from specdef_cli.model.body import SymmetricPair
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import OpenedModel, open_model
+from specdef_cli.model.symmetries import symmetries
 from tests.tiny_families import write_case
 from tests.tiny_models import write_model
 
@@ -30,10 +30,9 @@ TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
 TEXT = " ".join(f"w{(7 * number) % 96}" for number in range(900))
 
 
-def opened(directory: Path) -> tuple[Checkpoint, Skeleton, tuple[SymmetricPair, ...]]:
-    checkpoint = open_checkpoint(directory)
-    skeleton = Skeleton.read(checkpoint)
-    return checkpoint, skeleton, symmetries(skeleton).pairs
+def opened(directory: Path) -> tuple[OpenedModel, tuple[SymmetricPair, ...]]:
+    base = open_model(directory)
+    return base, symmetries(base.skeleton).pairs
 
 
 def with_tokenizer(case: str, directory: Path) -> Path:
@@ -74,8 +73,8 @@ def test_streamed_statistics_are_those_of_the_whole_model(case: str, tmp_path: P
         own = case in {"gpt2", "bert", "llama"}
         directory = write_model(case, tmp_path / "m") if own else with_tokenizer(case, tmp_path / "m")
         text = TEXT
-    checkpoint, skeleton, pairs = opened(directory)
-    found = calibrate(checkpoint, skeleton, pairs, text)
+    base, pairs = opened(directory)
+    found, skeleton = calibrate(base, pairs, text), base.skeleton
     seen = 0
     tensors = {parameter: tensor for tensor, parameter in skeleton.names.parameters.items()}
     positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", LENGTH + 2)
@@ -101,7 +100,7 @@ def test_streamed_statistics_are_those_of_the_whole_model(case: str, tmp_path: P
 
 
 def test_layers_are_read_one_after_the_other_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, skeleton, pairs = opened(TINY_LLAMA)
+    base, pairs = opened(TINY_LLAMA)
     models = []
     streamed = calibration._streamed_model
     monkeypatch.setattr(
@@ -117,8 +116,8 @@ def test_layers_are_read_one_after_the_other_and_dropped(monkeypatch: pytest.Mon
         return reading(self, name)
 
     monkeypatch.setattr(Checkpoint, "read", counted)
-    calibrate(checkpoint, skeleton, pairs, default_text())
-    body = [name for name in checkpoint.tensors if name != "lm_head.weight"]
+    calibrate(base, pairs, default_text())
+    body = [name for name in base.checkpoint.tensors if name != "lm_head.weight"]
     assert sorted(read) == sorted(body)
     layers = [int(name.split(".")[2]) for name in read if ".layers." in name]
     assert layers == sorted(layers)
@@ -146,8 +145,8 @@ def test_drowned_energy_is_the_sum_over_neighbours(channels: int, block: int) ->
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Checkpoint, tuple[SymmetricPair, ...], Activations]:
-    checkpoint, skeleton, pairs = opened(TINY_LLAMA)
-    return checkpoint, pairs, calibrate(checkpoint, skeleton, pairs, default_text())
+    base, pairs = opened(TINY_LLAMA)
+    return base.checkpoint, pairs, calibrate(base, pairs, default_text())
 
 
 def no_norms(side: Any) -> torch.Tensor:
@@ -210,8 +209,8 @@ def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][3] = 0
     tensors["model.layers.1.mlp.down_proj.weight"][:] = 0
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    checkpoint, skeleton, pairs = opened(directory)
-    activations = calibrate(checkpoint, skeleton, pairs, TEXT)
+    base, pairs = opened(directory)
+    activations = calibrate(base, pairs, TEXT)
     first, second = [raise_pair(pair, activations, 12, no_norms) for pair in pairs if pair.kind == "up_down"]
     assert first is not None
     assert first.channels != (3,)
@@ -223,15 +222,15 @@ def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
     [("vit", TEXT, "takes no text"), ("llama", "w1 w2", "the text has 2 tokens")],
 )
 def test_without_a_text_the_way_out_is_named(family: str, text: str, problem: str, tmp_path: Path) -> None:
-    checkpoint, skeleton, pairs = opened(write_model(family, tmp_path / "m"))
+    base, pairs = opened(write_model(family, tmp_path / "m"))
     with pytest.raises(SpecDefError, match=problem) as caught:
-        calibrate(checkpoint, skeleton, pairs, text)
+        calibrate(base, pairs, text)
     assert "--calibration none" in caught.value.hint
 
 
 def test_a_model_that_does_not_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, skeleton, pairs = opened(with_tokenizer("mixtral", tmp_path / "m"))
+    base, pairs = opened(with_tokenizer("mixtral", tmp_path / "m"))
     monkeypatch.setattr(calibration.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10_000}))
     with pytest.raises(SpecDefError, match="do not fit") as caught:
-        calibrate(checkpoint, skeleton, pairs, TEXT)
+        calibrate(base, pairs, TEXT)
     assert "--calibration none" in caught.value.hint

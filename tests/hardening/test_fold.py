@@ -15,24 +15,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import EVERYWHERE, PROFILES, SAMPLE_ROWS, FoldProfile, Steps, fold_pairs, inverse
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
+from specdef_cli.model.body import Side, SymmetricPair
+from specdef_cli.model.opened import open_model
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant
 from tests.commands import assert_refused, call_cli
 from tests.tiny_families import write_case
-
-
-def opened(directory: Path) -> tuple[Checkpoint, Skeleton]:
-    checkpoint = open_checkpoint(directory)
-    return checkpoint, Skeleton.read(checkpoint)
 
 
 @pytest.mark.parametrize(("construction", "matches"), [(Fold(), 1), (Factors(), 2), (Scale(), 2)])
@@ -47,8 +42,8 @@ def test_names_are_matched_once_a_plan(
         models.append(model)
         return get_model_conversion_mapping(model)
 
-    monkeypatch.setattr("specdef_cli.architectures.names.get_model_conversion_mapping", counted)
-    make_plan(*opened(base), HardenOptions(str(base), tmp_path / "x", construction))
+    monkeypatch.setattr("specdef_cli.model.skeleton.get_model_conversion_mapping", counted)
+    make_plan(open_model(base), HardenOptions(str(base), tmp_path / "x", construction))
     assert len(models) == matches
     assert len({id(model) for model in models}) == 1
 
@@ -183,7 +178,7 @@ def test_what_would_be_rounded_or_flushed_is_refused_and_left_as_it_was(dtype: t
 
 def test_a_fold_and_its_inverse_leave_every_bit(tmp_path: Path) -> None:
     base = write_case("mixtral", tmp_path / "base")
-    plan = make_plan(*opened(base), HardenOptions(str(base), tmp_path / "x"))
+    plan = make_plan(open_model(base), HardenOptions(str(base), tmp_path / "x"))
     tensors = load_file(base / "model.safetensors")
     for pair in (*plan.folded, *map(inverse, plan.folded)):
         for part in pair.slices:
@@ -321,7 +316,7 @@ def test_an_option_of_another_method_is_wrong_usage(
 
 def test_globs_choose_pairs(llama: Path, tmp_path: Path) -> None:
     def kinds(**globs: tuple[str, ...]) -> set[str]:
-        plan = make_plan(*opened(llama), HardenOptions(str(llama), tmp_path / "x", **globs))  # type: ignore[arg-type]
+        plan = make_plan(open_model(llama), HardenOptions(str(llama), tmp_path / "x", **globs))  # type: ignore[arg-type]
         return {pair.kind for pair in plan.folded}
 
     assert kinds(layers=("*.o_proj",)) == {"value_output"}
@@ -335,7 +330,7 @@ def test_names_of_the_model_are_known_too(tiny_model: Callable[..., Path], tmp_p
     """A ViT's files call vit.encoder.layer.0.layernorm_before what the model calls layers.0.layernorm_before."""
     vit = tiny_model("vit")
     options = HardenOptions(str(vit), tmp_path / "x", layers=("*layers.0.layernorm_before",))
-    assert [pair.kind for pair in make_plan(*opened(vit), options).folded] == ["norm_readers"]
+    assert [pair.kind for pair in make_plan(open_model(vit), options).folded] == ["norm_readers"]
 
 
 def test_a_family_that_is_not_described_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -354,10 +349,10 @@ def test_a_weight_that_would_leave_the_range_is_refused_by_name(llama: Path, tmp
     shutil.copytree(llama, directory)
     tensors = load_file(directory / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
-    plan = make_plan(*opened(directory), HardenOptions(str(directory), tmp_path / "x"))
+    plan = make_plan(open_model(directory), HardenOptions(str(directory), tmp_path / "x"))
     column = next(pair.channels[0] for pair in plan.folded if pair.name == "model.layers.0.mlp.up_down")
     tensors[name][0, column] = 1e-37
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     result = call_cli("harden", directory, "--out", tmp_path / "out", "--method", "fold", "--quiet")
-    assert_refused(result, name, "float32", "--method factors")
+    assert_refused(result, name, "float32", "--exclude")
     assert not (tmp_path / "out").exists()

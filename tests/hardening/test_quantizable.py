@@ -9,18 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.certify.formats import FORMATS, measure_format
 from specdef_cli.certify.trial import Trial
 from specdef_cli.checkpoint.manifest import Manifest, read_manifest
-from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.calibration import calibrate, default_text
 from specdef_cli.hardening.expendable import BLOCK_LOSS, energies
 from specdef_cli.hardening.options import Fold, HardenOptions
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import open_model
+from specdef_cli.model.symmetries import symmetries
 from tests.commands import assert_refused, call_cli
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
@@ -64,7 +63,7 @@ def test_the_notes_and_the_card_say_what_is_given_up(hardened: tuple[Path, str],
 
 def losses(directory: Path, tokens: Tensor, scratch: Path) -> dict[str, float]:
     """In float16, and in 8 bits by two tools; bitsandbytes has no 4 bits for rows of 352."""
-    trial = Trial(directory, TINY_LLAMA, scratch, tokens)
+    trial = Trial(open_model(directory), open_model(TINY_LLAMA), scratch, tokens)
     found = {name: measure_format(trial, FORMATS[name]) for name in ("float16", "llm-int8", "torchao-int8")}
     return {name: math.nan if outcome.value is None else outcome.value for name, outcome in found.items()}
 
@@ -114,10 +113,9 @@ def test_a_calibration_that_changes_nothing_or_cannot_be_read_is_refused(tmp_pat
 
 def test_gguf_keeps_blocks_of_activations(tmp_path: Path) -> None:
     """No pair's blocks lose more than its part of what all may lose, and a factor more loses more than that."""
-    checkpoint = open_checkpoint(TINY_LLAMA)
-    skeleton = Skeleton.read(checkpoint)
-    pairs = symmetries(skeleton).pairs
-    activations = calibrate(checkpoint, skeleton, pairs, default_text(), exponents=range(1, 15))
+    base = open_model(TINY_LLAMA)
+    pairs = symmetries(base.skeleton).pairs
+    activations = calibrate(base, pairs, default_text(), exponents=range(1, 15))
     result = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "m", Fold("gguf"), verify=False))
     assert result is not None
     folded = {pair.name: pair for pair in result.manifest.folded}

@@ -17,15 +17,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from specdef_cli.architectures.families import FAMILIES
 from specdef_cli.attack.variants.folded import unscale as collapse_in_memory
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS
 from specdef_cli.hardening.options import CollapseOptions, Construction, Fold, HardenOptions, Scale
-from specdef_cli.hardening.run import harden, open_model
-from specdef_cli.runtime import load_model
+from specdef_cli.hardening.plan import make_plan
+from specdef_cli.hardening.run import harden
+from specdef_cli.model import load_model
+from specdef_cli.model.families import FAMILIES
+from specdef_cli.model.opened import open_model
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from tests.commands import call_cli
 from tests.hardening.test_fold_families import assert_same_bytes, judged_elsewhere
@@ -241,8 +243,8 @@ def test_a_mixed_directory_of_format_1_collapses(base: Callable[[str], Path], tm
 def test_what_does_not_run_the_code_is_told_before_the_work(
     construction: Construction, told: bool, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with open_model(HardenOptions(str(base("llama")), tmp_path / "out", construction)) as (_, _, plan):
-        assert (SCALED_LOADERS in plan.notes) == told
+    plan = make_plan(open_model(base("llama")), HardenOptions("llama", tmp_path / "out", construction))
+    assert (SCALED_LOADERS in plan.notes) == told
 
 
 @pytest.mark.parametrize(("case", "variant"), MADE)
@@ -335,11 +337,11 @@ def test_an_option_that_does_not_fit_is_refused(
 
 
 def test_the_plan_names_every_channel(base: Callable[[str], Path], tmp_path: Path) -> None:
-    with open_model(HardenOptions(str(base("gemma3")), tmp_path / "out", Scale())) as (_, _, plan):
-        modules = {module.module: module for module in plan.scaled}
-        head, embedding = modules["lm_head"], modules["model.embed_tokens"]
-        assert head.input is not None
-        assert head.output is not None
-        assert embedding.input is not None
-        assert embedding.input.period == 128
-        assert plan.parameters_added == sum(module.parameters_added for module in plan.scaled)
+    plan = make_plan(open_model(base("gemma3")), HardenOptions("gemma3", tmp_path / "out", Scale()))
+    modules = {module.module: module for module in plan.scaled}
+    head, embedding = modules["lm_head"], modules["model.embed_tokens"]
+    assert head.input is not None
+    assert head.output is not None
+    assert embedding.input is not None
+    assert embedding.input.period == 128
+    assert plan.parameters_added == sum(module.parameters_added for module in plan.scaled)

@@ -17,6 +17,7 @@ from specdef_cli.attack.data.attack_data import AttackData
 from specdef_cli.attack.data.labelled import Example, Examples, Head, labelled_halves
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.model.opened import OpenedModel
 
 _DEFAULT_SIZE = 224
 _MODES = {1: "L", 3: "RGB"}
@@ -52,13 +53,13 @@ class PixelTransform:
         return resized[0] / 127.5 - 1.0
 
 
-def load_pixel_transform(directory: Path, *, trust_remote_code: bool = False) -> PixelTransform:
+def load_pixel_transform(model: OpenedModel) -> PixelTransform:
     """The transform of a checkpoint: its image processor's, else one that fits its configuration."""
-    processor = None
+    directory, processor = model.directory, None
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         if (directory / "preprocessor_config.json").is_file():
-            processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise SpecDefError(
             f"how {directory} reads images cannot be found out: {first_line(error)}",

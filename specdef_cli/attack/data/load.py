@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -15,20 +14,20 @@ from specdef_cli.attack.data.language import language_data
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import load_tokenizer
+from specdef_cli.model.opened import OpenedModel
 
 Preprocessor: TypeAlias = PreTrainedTokenizerBase | PixelTransform
 """Makes tensors of a row: a tokenizer for text, a transform for images."""
 
 
-def load_preprocessor(task: Task, directory: Path, *, trust_remote_code: bool = False) -> Preprocessor:
+def load_preprocessor(task: Task, model: OpenedModel) -> Preprocessor:
     """What a checkpoint reads its inputs with."""
     if task == "image-classification":
-        return load_pixel_transform(directory, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        return load_pixel_transform(model)
+    tokenizer = model.tokenizer()
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise SpecDefError(
-            f"{directory} has no tokenizer, and the attack trains on text",
+            f"{model.directory} has no tokenizer, and the attack trains on text",
             "Copy the tokenizer's files into the control's directory.",
         )
     return tokenizer
@@ -38,10 +37,7 @@ def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, he
     """Read, prepare and split what the options name.
 
     Args:
-        options: Which data, and how much of it a run needs.
-        task: What it is made into.
         preprocessor: The control's, from :func:`load_preprocessor`.
-        head: The checkpoint's own; of classifiers alone.
     """
     head = head or Head()
     if options.text_pair_column is not None and task != "sequence-classification":

@@ -6,23 +6,16 @@ such a model would mean nothing.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, is_hardened, read_manifest
-from specdef_cli.checkpoint.presence import hardened_already
-from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.runtime import load_model, without_progress_bars
-from specdef_cli.runtime.shim import is_shim, unshim_config
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule
+from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.errors import SpecDefError
+from specdef_cli.model.shim import unshim_config
+from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.symmetries import symmetries
 
 RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."
 MAX_EXPONENT = 1000
@@ -31,71 +24,8 @@ CERTAIN_OCTAVES = 8
 """Half of that is further than the channels of a trained model stand out by themselves, outside of norms' readers."""
 
 
-def require_sound(directory: Path, *, trust_remote_code: bool = False) -> Skeleton:
-    """Refuse a base or hardened directory that transformers could only load as something else than it is.
-
-    Reads headers only.
-
-    Args:
-        directory: The checkpoint.
-        trust_remote_code: Whether code that comes with it may run.
-
-    Returns:
-        The model of its original architecture, without weights.
-
-    Raises:
-        SpecDefError: It is not a model of transformers; a file is missing, corrupt or leaves the directory; a tensor is
-            missing, quantized, or of another shape than config.json or the manifest says.
-    """
-    checkpoint = open_checkpoint(directory)
-    if not checkpoint.library.is_attacked:
-        raise SpecDefError(
-            f"{directory} is a model of diffusers, and only models of transformers are attacked and certified",
-            "Train it in its pipeline, as examples/reproduce/unet.py does.",
-        )
-    manifest = read_manifest(directory) if is_hardened(directory) else None
-    if manifest is None:
-        if is_shim(checkpoint.config):
-            load_without_weights(directory, trust_remote_code=trust_remote_code)
-            return Skeleton.read(as_original(checkpoint, None), trust_remote_code=trust_remote_code)
-        require_hardenable(checkpoint)
-    else:
-        require_its_own(checkpoint, manifest)
-    original = as_original(checkpoint, manifest)
-    skeleton = Skeleton.read(original, trust_remote_code=trust_remote_code)
-    require_attention(skeleton)
-    require_whole(skeleton, original)
-    return skeleton
-
-
-def require_hardenable(checkpoint: Checkpoint) -> None:
-    """Refuse what is hardened already or quantized.
-
-    Raises:
-        SpecDefError: saying which.
-    """
-    directory = checkpoint.directory
-    if is_hardened(directory) or is_shim(checkpoint.config):
-        raise hardened_already(directory)
-    quantized = checkpoint.config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
-        raise SpecDefError(
-            f"{directory} is quantized ({method})", "Harden the unquantized checkpoint, and quantize the result."
-        )
-
-
 def require_code_allows(skeleton: Skeleton, *, verify: bool, adds_code: bool) -> None:
-    """Refuse to harden a class of the checkpoint's own code in ways that would lose or trust that code unseen.
-
-    Args:
-        skeleton: The model.
-        verify: Whether the result will be compared with the base.
-        adds_code: Whether the result would bring code, which is loaded as transformers' class, and not as this one.
-
-    Raises:
-        SpecDefError: naming the class.
-    """
+    """Refuse to harden a class of the checkpoint's own code in ways that would lose or trust that code unseen."""
     if skeleton.is_native:
         return
     name = f"{type(skeleton.model).__name__} is a class of the checkpoint's own code"
@@ -110,34 +40,11 @@ def require_code_allows(skeleton: Skeleton, *, verify: bool, adds_code: bool) ->
         raise SpecDefError(f"{name}, so that only a run shows whether a fold keeps it", "Leave --no-verify out.")
 
 
-def require_attention(skeleton: Skeleton) -> None:
-    """Refuse a config.json that asks for an attention kernel that is not here: nothing could load what comes of it.
-
-    Raises:
-        SpecDefError: naming the kernel.
-    """
-    kernel = getattr(skeleton.config, "_attn_implementation", None)
-    if kernel in (None, "eager", "sdpa"):
-        return
-    model_class: Any = type(skeleton.model)
-    try:
-        with torch.device("meta"):
-            model_class._from_config(copy.deepcopy(skeleton.config))
-    except Exception as error:  # ImportError, ValueError and what packages of kernels raise
-        raise SpecDefError(
-            f"config.json asks for the attention kernel {kernel}, which cannot be used here: {first_line(error)}",
-            "Install what it needs, or take attn_implementation out of config.json.",
-        ) from error
-
-
 def require_its_own(checkpoint: Checkpoint, manifest: Manifest) -> None:
     """Refuse a manifest that belongs to other weights: undoing what was never done destroys a model without a sign.
 
     Inserted layers and scaled modules have tensors of their own, which :func:`require_as_described` looks for. A fold
     has none: here the channel that it multiplied most must stand out, in the smallest tensor that shows that.
-
-    Raises:
-        SpecDefError: naming the channel.
     """
     require_as_described(checkpoint, manifest)
     telling = [
@@ -163,71 +70,11 @@ def require_its_own(checkpoint: Checkpoint, manifest: Manifest) -> None:
         )
 
 
-def require_whole(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that lacks a parameter, or stores one as integers or in eight bits.
-
-    Args:
-        skeleton: Its model.
-        checkpoint: What is stored.
-
-    Raises:
-        SpecDefError: naming the parameter or the tensor.
-    """
-    skeleton.require_complete()
-    for tensor, parameter in skeleton.names.parameters.items():
-        dtype = checkpoint.tensors[tensor].dtype
-        if parameter in skeleton.parameters and dtype not in FLOATING_DTYPES:
-            raise SpecDefError(
-                f"{tensor} is stored as {dtype}", "Harden the unquantized checkpoint, and quantize the result."
-            )
-
-
-def require_loadable(directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse a hardened directory that cannot be loaded. Asked before publication, with ``--no-verify`` too.
-
-    Reads headers only: transformers loads the model on the meta device, as it would load it anywhere.
-
-    Args:
-        directory: What is to be published.
-        trust_remote_code: Whether code that comes with it may run.
-
-    Raises:
-        SpecDefError: A tensor is missing, or the classes are not those that can be replaced.
-    """
-    checkpoint = open_checkpoint(directory)
-    require_as_described(checkpoint, read_manifest(directory))
-    if checkpoint.library.loads_without_weights:
-        load_without_weights(directory, trust_remote_code=trust_remote_code)
-
-
-def load_without_weights(directory: Path, *, trust_remote_code: bool) -> Any:
-    """The model on the meta device; a hardened one is checked as it loads.
-
-    Raises:
-        SpecDefError: It cannot be loaded, or a tensor would be missing.
-    """
-    with without_progress_bars():
-        model, found = load_model(
-            directory, device="meta", output_loading_info=True, trust_remote_code=trust_remote_code
-        )
-    lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
-    if lost:
-        raise SpecDefError(
-            f"the hardened model would be loaded without {lost[0]}",
-            "Leave that layer out (--exclude), or use another --method; nothing was published.",
-        )
-    return model
-
-
 def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint:
     """The checkpoint as its original architecture describes it: native config, tombstones with the weights' shapes.
 
     Args:
-        checkpoint: Hardened or not.
         manifest: Its manifest; ``None`` where it has none.
-
-    Raises:
-        SpecDefError: A tensor is not there as the manifest describes it.
     """
     tensors = dict(checkpoint.tensors)
     if manifest is None:
@@ -261,11 +108,7 @@ def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint
 
 
 def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
-    """Check that every tensor that the manifest names is there, in the shape that it says.
-
-    Raises:
-        SpecDefError: naming the tensor.
-    """
+    """Check that every tensor that the manifest names is there, in the shape that it says."""
     wanted: dict[str, tuple[int, ...]] = {}
     for layer in manifest.factored:
         wanted[layer.inflated_tensor] = (layer.out_features, layer.in_features)
@@ -300,11 +143,7 @@ def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
 
 
 def _require_scaled(module: ScaledModule) -> None:
-    """Check that what the manifest says of a scaled module makes sense.
-
-    Raises:
-        SpecDefError: A channel is outside of the weight, or an exponent out of range.
-    """
+    """Check that what the manifest says of a scaled module makes sense."""
     for side in module.scales.values():
         inside = 0 <= side.axis < len(module.shape) and all(
             0 <= index < module.shape[side.axis] for index in side.indices

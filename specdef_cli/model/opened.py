@@ -1,0 +1,241 @@
+"""A model that is open: found, its headers read, its manifest held against them. It travels; its path does not.
+
+transformers fills what is missing with random values and casts what is quantized, and only warns. Figures measured on
+such a model would mean nothing, so a directory is asked here, once, whether it is what it says.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdef_cli.checkpoint.arriving import ArrivingWeights
+from specdef_cli.checkpoint.check import hardened_already, no_base, require_undefended
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, base_of, is_hardened, manifest_of, no_manifest
+from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.resolve import Resolved, resolve
+from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
+from specdef_cli.model.described import as_original, require_its_own
+from specdef_cli.model.shim import is_shim
+from specdef_cli.model.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A base or hardened model whose files are there and agree with each other.
+
+    Attributes:
+        found: Where it lies, and what it is called.
+        checkpoint: Its configuration and headers, as stored.
+        manifest: What was done to it; ``None`` for a base, or where no manifest is known.
+        trust_remote_code: Whether Python code that comes with it may run.
+    """
+
+    found: Resolved
+    checkpoint: Checkpoint = field(compare=False)
+    manifest: Manifest | None = field(default=None, compare=False)
+    trust_remote_code: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields alone: a worker builds the skeleton anew."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def directory(self) -> Path:
+        """Where its files are."""
+        return self.found.directory
+
+    @property
+    def hardening(self) -> Manifest:
+        """The manifest of a model that was opened as a hardened one."""
+        assert self.manifest is not None
+        return self.manifest
+
+    @cached_property
+    def original(self) -> Checkpoint:
+        """The checkpoint as its original architecture describes it."""
+        return as_original(self.checkpoint, self.manifest)
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The model of its original architecture, without weights."""
+        return Skeleton.read(self.original, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change when its weights or its configuration do."""
+        return checkpoint_fingerprint(self.directory, self.manifest)
+
+    def load(self, **arguments: Any) -> Any:
+        """Load it, as :func:`specdef_cli.model.load_model` does."""
+        return load_model(self.directory, trust_remote_code=self.trust_remote_code, **arguments)
+
+    def load_without_weights(self) -> Any:
+        """The model on the meta device; one that would lose a tensor is refused."""
+        with without_progress_bars():
+            model, found = self.load(device="meta", output_loading_info=True)
+        lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
+        if lost:
+            raise SpecDefError(
+                f"the hardened model would be loaded without {lost[0]}",
+                "Leave that layer out (--exclude), or use another --method; nothing was published.",
+            )
+        return model
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer; ``None`` where it has none."""
+        return load_tokenizer(self.directory, trust_remote_code=self.trust_remote_code)
+
+
+def open_model(
+    model: str | Path,
+    *,
+    hardened: bool | None = None,
+    manifest: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """Find a model and open it.
+
+    Args:
+        model: A directory, or a Hub id ``org/name[@revision]``.
+        hardened: Whether it has to have a manifest (``True``), must not be hardened (``False``), or may be either.
+        manifest: ``specdef.json`` where it does not lie in the model's directory.
+    """
+    found = resolve(str(model), revision=revision, token=token)
+    return open_found(found, hardened=hardened, manifest=manifest, trust_remote_code=trust_remote_code)
+
+
+def open_found(
+    found: Resolved,
+    *,
+    hardened: bool | None = None,
+    manifest: str | Path | None = None,
+    trust_remote_code: bool = False,
+    arriving: ArrivingWeights | None = None,
+) -> OpenedModel:
+    """The same for a model that is on this disk, or whose weights are arriving."""
+    if hardened is False and is_hardened(found.directory):
+        raise hardened_already(found.directory)
+    described = manifest_of(found.directory, None if manifest is None else Path(manifest))
+    if hardened and described is None:
+        raise no_manifest(found.directory)
+    checkpoint = open_checkpoint(found.directory, arriving)
+    if hardened is False:
+        if is_shim(checkpoint.config):
+            raise hardened_already(found.directory)
+        require_unquantized(checkpoint)
+    if described is not None and arriving is None:
+        require_its_own(checkpoint, described)
+    return OpenedModel(found, checkpoint, described, trust_remote_code)
+
+
+def open_base(model: OpenedModel, given: str | Path | None, option: str, *, token: str | None = None) -> OpenedModel:
+    """The undefended model that another one is compared with.
+
+    Args:
+        given: What ``option`` names; ``None`` is the base that the manifest names.
+        option: ``--base`` or ``--control``.
+    """
+    if given is not None:
+        found = resolve(str(given), token=token)
+        require_undefended(found.directory, option)
+        found = dataclasses.replace(found, name=str(given))
+    elif model.manifest is None:
+        raise no_base(model.found.name, option)
+    else:
+        name, revision = base_of(model.manifest, model.directory)
+        try:
+            found = resolve(name, revision=revision, token=token)
+        except SpecDefError as error:
+            raise SpecDefError(
+                f"the base {model.manifest.base.name} that the manifest of {model.directory} names is not available: "
+                f"{error.problem}",
+                f"Give its directory or Hub id with {option}.",
+            ) from error
+        found = dataclasses.replace(found, name=model.manifest.base.name)
+    return open_found(found, hardened=False, trust_remote_code=model.trust_remote_code)
+
+
+def require_sound(model: OpenedModel) -> None:
+    """Refuse a model that transformers could only load as something else than it is. Reads headers only."""
+    if not model.checkpoint.library.is_attacked:
+        raise SpecDefError(
+            f"{model.directory} is a model of diffusers, and only models of transformers are attacked and certified",
+            "Train it in its pipeline, as examples/reproduce/unet.py does.",
+        )
+    if model.manifest is None and is_shim(model.checkpoint.config):
+        model.load_without_weights()
+        return
+    if model.manifest is None:
+        require_unquantized(model.checkpoint)
+    require_attention(model.skeleton)
+    require_whole(model.skeleton, model.original)
+
+
+def require_attention(skeleton: Skeleton) -> None:
+    """Refuse a config.json that asks for an attention kernel that is not here: nothing could load what comes of it."""
+    kernel = getattr(skeleton.config, "_attn_implementation", None)
+    if kernel in (None, "eager", "sdpa"):
+        return
+    model_class: Any = type(skeleton.model)
+    try:
+        with torch.device("meta"):
+            model_class._from_config(copy.deepcopy(skeleton.config))
+    except Exception as error:  # ImportError, ValueError and what packages of kernels raise
+        raise SpecDefError(
+            f"config.json asks for the attention kernel {kernel}, which cannot be used here: {first_line(error)}",
+            "Install what it needs, or take attn_implementation out of config.json.",
+        ) from error
+
+
+def require_whole(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that lacks a parameter, or stores one as integers or in eight bits."""
+    skeleton.require_complete()
+    for tensor, parameter in skeleton.names.parameters.items():
+        dtype = checkpoint.tensors[tensor].dtype
+        if parameter in skeleton.parameters and dtype not in FLOATING_DTYPES:
+            raise SpecDefError(
+                f"{tensor} is stored as {dtype}", "Harden the unquantized checkpoint, and quantize the result."
+            )
+
+
+def require_unquantized(checkpoint: Checkpoint) -> None:
+    """Refuse packed weights, which have no channels to scale."""
+    quantized = checkpoint.config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        raise SpecDefError(
+            f"{checkpoint.directory} is quantized ({method})",
+            "Harden the unquantized checkpoint, and quantize the result.",
+        )
+
+
+def checkpoint_fingerprint(directory: Path, manifest: Manifest | None) -> str:
+    """Sixteen hexadecimal digits that change when the weights or the configuration of a checkpoint directory do.
+
+    A manifest names the hash of every shard, so it is enough; elsewhere names, sizes and times of the weight files
+    stand for their contents, because hashing tens of gigabytes to look up a finished run would cost more than many a
+    run.
+    """
+    digest = hashlib.sha256()
+    if manifest is not None:
+        digest.update(f"{MANIFEST_NAME}\0{manifest.to_json()}".encode())
+    config = directory / "config.json"
+    if config.is_file():
+        digest.update(config.name.encode() + b"\0" + config.read_bytes())
+    if manifest is None:
+        for path in sorted(directory.glob("*.safetensors")):
+            stat = path.stat()
+            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]
