@@ -20,7 +20,7 @@ NO_RETAINED = "none"
 
 
 MAX_SEEDS = 1000
-"""More runs of an attack than anybody waits for: what is asked for then is a slip."""
+"""Upper bound on --seeds, to catch typos."""
 
 
 def seeds_of(count: int) -> tuple[int, ...]:

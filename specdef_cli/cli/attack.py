@@ -77,7 +77,7 @@ def attack_command(
     from specdef_cli.errors import require_extra
 
     require_extra("attack", "attacks")
-    # Before torch is imported, which takes longer than everything that can be wrong here.
+    # Validate first: importing torch takes seconds.
     from specdef_cli.attack.presence import require_data
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
     from specdef_cli.attack.tracking import require_trackers

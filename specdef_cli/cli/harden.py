@@ -122,8 +122,8 @@ def harden_command(
         output.data(result, result_tables(result), written=options.out)
         if options.manifest_out is not None:
             output.note(
-                f"{options.manifest_out} is the way back: `specdef collapse {options.out} --manifest "
-                f"{options.manifest_out}`. Certify, attack and inspect take it too."
+                f"Keep {options.manifest_out}: certify, attack and inspect need it (--manifest), and `specdef collapse "
+                f"{options.out} --manifest {options.manifest_out}` gives the original back."
             )
         if destination is not None:
             upload = push(options.out, destination)
