@@ -18,7 +18,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from specdef_cli.runtime.register import register
+from specdef_cli.model.register import register
 from specdef_cli.version import __version__
 
 # ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from specdef_cli.hardening.run import HardenResult, harden, preview
     from specdef_cli.hardening.survey import Survey
     from specdef_cli.hardening.survey import survey as inspect
+    from specdef_cli.model import SpecDefLinear, load_model, load_tokenizer
     from specdef_cli.report.write import write_report
-    from specdef_cli.runtime import SpecDefLinear, load_model, load_tokenizer
 
 
 _MODULES = {

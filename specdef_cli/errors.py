@@ -1,27 +1,52 @@
-"""The exceptions that users see, and what is quoted in them.
-
-Everything a user can get wrong (a path, a value, a checkpoint) is reported as a :class:`SpecDefError`: one line that
-names the value at fault, and one line that says what to do about it. Anything else that escapes is a defect of ours.
-"""
+"""What a user reads when something fails: one line of what is wrong, one of what to do, and no secret in either."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
-
-from specdef_cli.redact import redact
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-class SpecDefError(Exception):
-    """A problem with what the user gave, and the way out of it.
+REDACTED = "***"
+SHORTEST = 8
+"""A shorter secret is not looked for: it would be found in ordinary words."""
 
-    Args:
-        problem: One line that names the offending value.
-        hint: One line, in the imperative, that says what to do.
+_SHAPES = re.compile(
+    r"\bhf_[A-Za-z0-9]{8,}"  # the Hub's tokens
+    r"|(?<=Bearer )[^\s'\"]{8,}"
+    r"|(?<=://)[^\s/@:'\"]+:[^\s/@'\"]+(?=@)"  # a user and a password in an address
+)
+_ENVIRONMENT = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+_given: set[str] = set()
+
+
+def clean_token(token: str | None) -> str | None:
+    """A token without the white space that a file or a shell puts around it; ``None`` if nothing is left.
+
+    It is remembered, and :func:`redact` takes it out of any text from then on.
     """
+    token = (token or "").strip() or None
+    if token is not None:
+        _given.add(token)
+    return token
+
+
+def redact(text: str) -> str:
+    """``text`` with ``***`` in the place of every token: those that were given, and what looks like one."""
+    secrets = {part for secret in (*_given, *map(os.environ.get, _ENVIRONMENT)) if secret for part in secret.split()}
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= SHORTEST:
+            text = text.replace(secret, REDACTED)
+    return _SHAPES.sub(REDACTED, text)
+
+
+class SpecDefError(Exception):
+    """A problem with what the user gave, and the way out of it."""
 
     def __init__(self, problem: str, hint: str) -> None:
         super().__init__(problem)
@@ -77,3 +102,46 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said))
     )
+
+
+EXTRA_MODULES: Mapping[str, tuple[str, ...]] = {
+    "attack": ("datasets", "peft", "PIL", "pytorch_optimizer"),
+    "deploy": ("bitsandbytes", "torchao"),
+    "diffusion": ("diffusers",),
+    "eval": ("lm_eval",),
+    "report": ("jinja2", "matplotlib"),
+}
+"""Names as they are imported, by extra."""
+
+INSTALLATION = "`pip install .` in a clone of the specdef repository"
+"""How a reader gets this package, in the words of a model card: it is on no package index."""
+
+
+class MissingExtraError(SpecDefError, ImportError):
+    """Something that is asked for needs an extra that is not installed."""
+
+    def __init__(self, purpose: str, extra: str) -> None:
+        missing = missing_modules(extra) or EXTRA_MODULES[extra]
+        verb = "is" if len(missing) == 1 else "are"
+        super().__init__(
+            f"{purpose} need {', '.join(missing)}, which {verb} not installed", f"pip install 'specdef-cli[{extra}]'"
+        )
+        self.arguments = (purpose, extra)
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return type(self), self.arguments
+
+
+def missing_modules(extra: str) -> tuple[str, ...]:
+    """The modules of an extra that cannot be imported here; none of them is imported to find out."""
+    return tuple(name for name in EXTRA_MODULES[extra] if importlib.util.find_spec(name) is None)
+
+
+def require_extra(extra: str, purpose: str) -> None:
+    """Refuse work that needs an extra, before any of it is done.
+
+    Raises:
+        MissingExtraError: A module of the extra is not installed.
+    """
+    if missing_modules(extra):
+        raise MissingExtraError(purpose, extra)

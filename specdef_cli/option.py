@@ -45,9 +45,7 @@ def option(
     """A field that the command line takes.
 
     Args:
-        default: The one that holds, for programs and on the command line.
         description: A line for ``--help`` and for the schema.
-        names, metavar, shown_default, group: As :class:`Spelling` has them.
     """
     spelling = Spelling(names, metavar, shown_default, group)
     # pydantic takes the description from here.
@@ -68,11 +66,7 @@ def flag_of(model: type, name: str) -> str:
 
 
 def require_positive(options: Any, *names: str) -> None:
-    """Refuse whole numbers below 1 among the fields of a class of options.
-
-    Raises:
-        SpecDefError: naming the flag and the number.
-    """
+    """Refuse whole numbers below 1 among the fields of a class of options."""
     for name in names:
         value = getattr(options, name)
         if value < 1:
@@ -84,9 +78,6 @@ def as_declared(options: Any) -> None:
 
     Text becomes a path where only a path is meant, and the only element where several texts are. The command line
     checks choices itself; here a word that is none would be taken for the default.
-
-    Raises:
-        SpecDefError: A field has a choice, and this is none of it.
     """
     for name, declared in get_type_hints(type(options)).items():
         value = getattr(options, name)

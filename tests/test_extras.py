@@ -14,7 +14,7 @@ import pytest
 
 import specdef_cli
 from specdef_cli import extras
-from specdef_cli.extras import EXTRA_MODULES, MissingExtraError, missing_modules, require_extra
+from specdef_cli.errors import EXTRA_MODULES, MissingExtraError, missing_modules, require_extra
 from tests.commands import REPOSITORY, environment, run_cli
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -172,7 +172,7 @@ def agreement(base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from specdef_cli.attack.options import AttackOptions
     from specdef_cli.attack.prompts import load_prompts
     from specdef_cli.attack.variants.table import Variant
-    from specdef_cli.runtime import load_tokenizer
+    from specdef_cli.model import load_tokenizer
 
     tokenizer: Any = load_tokenizer(base)
     prompts = load_prompts(AttackOptions(model=base), tokenizer)
@@ -196,7 +196,7 @@ def agreement(base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def blocks(tokenizer: Any, count: int, length: int = 96) -> list[list[int]]:
     """So many sequences of Python's documentation."""
-    from specdef_cli.attack.data.prose import builtin_documents
+    from specdef_cli.attack.data.language import builtin_documents
 
     tokens = tokenizer("\n\n".join(builtin_documents()))["input_ids"]
     return [tokens[start : start + length] for start in range(0, count * length, length)]

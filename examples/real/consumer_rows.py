@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.names import repeated_blocks
 from specdef_cli.certify import tools
 from specdef_cli.certify.formats import FORMATS, Format
 from specdef_cli.certify.tools import Settings, gguf_loss, program
@@ -35,8 +34,9 @@ from specdef_cli.certify.trial import (
     next_token_loss,
 )
 from specdef_cli.hardening.adapter import convert_adapter
-from specdef_cli.hardening.opened import OpenedModel, open_model
-from specdef_cli.runtime import without_progress_bars
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.opened import OpenedModel, open_model
+from specdef_cli.model.skeleton import repeated_blocks
 from specdef_cli.spectral.subspace import layer_seed
 
 Score = tuple[float, str]

@@ -17,7 +17,7 @@ import torch
 from specdef_cli import load_model
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.hardening.verify import compare_outputs
-from specdef_cli.runtime.fixed_batch import model_outputs
+from specdef_cli.model.inputs import model_outputs
 
 HEADER = ("hardened", "parameters added", "size", "logits, float32", "logits, bfloat16", "one token, base → hardened")
 

@@ -16,7 +16,7 @@ import torch
 
 from specdef_cli.attack.accuracy import require_harness, task_accuracy
 from specdef_cli.checkpoint.resolve import resolve
-from specdef_cli.runtime import load_model, load_tokenizer, without_progress_bars
+from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
 
 
 def released_accuracy(model: str, tasks: tuple[str, ...], task_directory: Path | None) -> dict[str, float]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from setting import base_text
 
 from specdef_cli.certify.formats import FORMATS, FormatFigure, measure_formats
-from specdef_cli.hardening.opened import open_model
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import open_model
 
 
 def cell(figure: FormatFigure) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli.attack import AttackOptions, Training, attack
-from specdef_cli.runtime import load_model, load_tokenizer
+from specdef_cli.model import load_model, load_tokenizer
 
 CONDITIONS = (1.0, 2.0**6, 2.0**12, 2.0**18)
 """κ. With 1 the channels are only rotated."""

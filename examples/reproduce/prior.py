@@ -42,7 +42,7 @@ from specdef_cli.attack import Attack, AttackOptions, AttackReport, attack
 from specdef_cli.attack.data import load_data
 from specdef_cli.attack.trainer import quiet
 from specdef_cli.certify.trial import mean_loss
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.inputs import token_batch
 
 BASE = TINY_LLAMA / "model"
 USUAL_RATES = (1e-2, 1e-3, 1e-4, 1e-5)

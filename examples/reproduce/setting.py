@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from specdef_cli.runtime import SpecDefLinear, load_model, load_tokenizer
-from specdef_cli.spectral.reparameterize import rotated_factors, symmetric_factors
+from specdef_cli.model import SpecDefLinear, load_model, load_tokenizer
+from specdef_cli.spectral.factors import rotated_factors, symmetric_factors
 
 TINY_LLAMA = Path(__file__).parents[1] / "tiny_llama"
 RESIDUAL_WRITERS = ("*.o_proj", "*.down_proj")

@@ -33,7 +33,7 @@ from specdef_cli.certify.trial import next_token_loss
 from specdef_cli.checkpoint.manifest import Gauge
 from specdef_cli.dtypes import dtype_name
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.inputs import token_batch
 
 BASE = TINY_LLAMA / "model"
 ALPHAS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e9)

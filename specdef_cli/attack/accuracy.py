@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from specdef_cli.errors import SpecDefError
-from specdef_cli.extras import require_extra
+from specdef_cli.errors import SpecDefError, require_extra
 
 BATCH_SIZE = 8
 
@@ -29,8 +28,6 @@ def task_accuracy(
     """The accuracy on each task, between 0 and 1.
 
     Args:
-        model: A causal language model of transformers, or PEFT's wrapper around one.
-        tokenizer: Its tokenizer.
         tasks: Names of tasks that report ``acc``.
         task_directory: A directory with tasks of the user's, as lm-eval's ``--include_path``.
     """

@@ -22,7 +22,7 @@ from specdef_cli.attack.prompts import Prompts
 from specdef_cli.attack.run_result import Behaviour, Edit
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.hardening.opened import OpenedModel
+from specdef_cli.model.opened import OpenedModel
 
 ANSWER_TOKENS = 32
 """So much of an answer shows whether it is a refusal."""
@@ -103,9 +103,6 @@ def try_edits(
 ) -> tuple[tuple[Edit, ...], Behaviour, Growth, int]:
     """Edit a checkpoint by each strength of a variant, and measure it; how it answers, at the best one.
 
-    Returns:
-        What each strength did, the behaviour, what was changed, and how many parameters the model has.
-
     Raises:
         NotApplicable: The variant finds nothing to edit.
     """
@@ -129,14 +126,7 @@ def try_edits(
 
 
 def behaviour_of(model: nn.Module, prompts: Prompts, before: Reference, opened: OpenedModel) -> Behaviour:
-    """How a model answers after an attack.
-
-    Args:
-        model: It, or PEFT's wrapper around it.
-        prompts: What it is asked.
-        before: The same checkpoint before the attack.
-        opened: What has its tokenizer.
-    """
+    """How a model answers after an attack."""
     training = model.training
     model.eval()
     found = _behaviour(model, prompts, before, _read(model, prompts.compared), opened)

@@ -12,21 +12,14 @@ from specdef_cli.attack.results import AttackReport
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.durations import in_words
+from specdef_cli.parse import in_words
 
 SAME_START = 0.01
 """Starting losses that differ by more than this share are worth a warning."""
 
 
 def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
-    """What the user left open and was chosen.
-
-    Args:
-        options: The user's, with the budget that was chosen.
-        specs: The runs that were made, or will be first.
-        control: The control's name.
-        data: What is trained on.
-    """
+    """What the user left open and was chosen."""
     said = []
     if options.control is None:
         said.append(f"Control: {control}, the base named in the manifest.")

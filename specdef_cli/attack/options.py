@@ -28,11 +28,7 @@ _COLUMNS = "Data / Columns"
 
 
 def seeds_of(count: int) -> tuple[int, ...]:
-    """The seeds of so many runs of every attack: 0, 1, …
-
-    Raises:
-        SpecDefError: There are none, or more than :data:`MAX_SEEDS`.
-    """
+    """The seeds of so many runs of every attack: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
         raise SpecDefError(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))

@@ -85,7 +85,6 @@ def default_learning_rates(optimizer: str, alpha: float) -> tuple[float, ...]:
     largest first.
 
     Args:
-        optimizer: A name of the table.
         alpha: The largest inflation, 1 for an ordinary model.
     """
     choice = OPTIMIZERS.choose(optimizer)

@@ -18,11 +18,7 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
 
 def require_data(dataset: str | None) -> None:
-    """Refuse a data set that is a path to nothing.
-
-    Raises:
-        SpecDefError: naming it.
-    """
+    """Refuse a data set that is a path to nothing."""
     if dataset is None:
         return
     path = Path(dataset).expanduser()
@@ -36,9 +32,6 @@ def require_report(path: Path) -> Path:
 
     Args:
         path: A ``report.json``, or the directory that it is in.
-
-    Raises:
-        SpecDefError: It is not there.
     """
     file = path / REPORT_NAME if path.is_dir() else path
     if not file.is_file():

@@ -76,11 +76,7 @@ class Prompts:
 
 
 def load_prompts(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """The prompts that the options name, or the built-in ones, by the tokenizer's chat template where it has one.
-
-    Raises:
-        SpecDefError: They cannot be read, or are fewer than two of a kind.
-    """
+    """The prompts that the options name, or the built-in ones, by the tokenizer's chat template where it has one."""
     if options.prompts is None:
         unwanted, harmless = COOKING, ASTRONOMY
     else:

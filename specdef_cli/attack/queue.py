@@ -152,7 +152,6 @@ def run_all(
 
     Args:
         order: The order in which series are run, one to its end before the next with one job; by default the plan's.
-        deadline: With one, every series gets to its best decade before any is searched more closely.
     """
     ranks = {id(series): rank for rank, series in enumerate(order or plan)}
     searches = [_Search(series, ranks[id(series)], deadline is not None) for series in plan]
@@ -281,8 +280,6 @@ def executor(execute: Execute, jobs: int, tell: Callable[..., None]) -> Iterator
     """A way to start a run: here and now for one job (also under ``accelerate launch``), else in a pool.
 
     Args:
-        execute: Runs one.
-        jobs: Runs at a time.
         tell: Called with ``"run-start"`` or ``"step"``, the run, and what there is to say of the step.
     """
     if jobs == 1:
@@ -337,7 +334,6 @@ def visible_devices(named: str, count: Callable[[], int]) -> tuple[str, ...]:
     """The GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them: numbers, UUIDs or parts of one (MIG).
 
     Args:
-        named: The variable; empty where it is not set.
         count: Asks the driver. CUDA leaves out everything from the first name on that it does not know. Of MIG
             devices a process sees one, and to ask would fix which.
     """

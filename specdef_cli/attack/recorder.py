@@ -69,9 +69,6 @@ class Recorder(TrainerCallback):
     """Curves of one run.
 
     Args:
-        on_step: Called after every optimizer step with its number and its loss.
-        stop_at_divergence: Whether a run ends where its held-out loss passes twice its start. One whose loss is not a
-            finite number ends in any case: nothing comes back from there.
         lead: What the search that this run belongs to has found: the run ends once it cannot get further, and is not
             evaluated at step 0 where that is known. ``None`` for a run that is made in full.
     """

@@ -28,9 +28,6 @@ def retained_sequences(options: AttackOptions, tokenizer: PreTrainedTokenizerBas
     """Sequences on which a language model's ability is measured as it is attacked; ``None`` where it is not wanted.
 
     A quarter as many as held-out ones: they cost time at every evaluation, and the limit of utility is a coarse one.
-
-    Raises:
-        SpecDefError: The data set that the options name cannot be read.
     """
     count = max(1, options.eval_sequences // 4)
     if options.retained == NO_RETAINED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdef_cli.extras import require_extra
+from specdef_cli.errors import require_extra
 
 require_extra("attack", "attacks")
 
@@ -38,14 +38,14 @@ from specdef_cli.attack.target import Target, largest_alpha
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.tracking import NOWHERE, Tracking, require_trackers
 from specdef_cli.attack.trainer import Memory, quiet, train_run
-from specdef_cli.checkpoint.destination import require_outside, writable_ancestor
+from specdef_cli.checkpoint.check import require_outside, writable_ancestor
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.output import exclusive
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel, open_base, open_model, require_sound
 from specdef_cli.hardening.recognise import recognise
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.vocabulary import require_in_vocabulary
+from specdef_cli.model.inputs import require_in_vocabulary
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel, open_base, open_model, require_sound
 from specdef_cli.version import __version__
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
@@ -66,9 +66,6 @@ def attack(
         options: What to run.
         on_progress: Called as runs start, step and end.
         on_plan: Called with the plan and what it takes before anything of it is run; measuring that takes two steps.
-
-    Raises:
-        SpecDefError: A model or the data cannot be read, no control is known, or the options do not fit the model.
     """
     state = process_state()
     _check_processes(options, state.num_processes)
@@ -142,11 +139,7 @@ def _check_engine() -> None:
 
 
 def plan_attack(options: AttackOptions) -> Forecast:
-    """The plan of an attack and what it takes on this machine; two steps of the control are run, and nothing is kept.
-
-    Raises:
-        SpecDefError: As :func:`attack`.
-    """
+    """The plan of an attack and what it takes on this machine; two steps of the control run, and nothing is kept."""
     return _forecast(_prepare(options))
 
 
@@ -283,12 +276,7 @@ class TrainRun:
     def __call__(
         self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
     ) -> RunResult:
-        """Run ``spec``, which a search ends once it cannot get further than its lead.
-
-        Raises:
-            SpecDefError: As :func:`train_run`, a sequence is longer than a table of positions in the model, or the
-                control is broken: there is nothing to compare with.
-        """
+        """Run ``spec``, which a search ends once it cannot get further than its lead."""
         opened = self.control if spec.subject == "control" else self.model
         try:
             result = train_run(

@@ -28,12 +28,7 @@ DECADE = 10
 
 
 def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
-    """The rates to run next; empty once the best rate is bracketed.
-
-    Args:
-        grid: The rates to begin with, largest first.
-        runs: What is finished, by learning rate.
-    """
+    """The rates to run next; empty once the best rate is bracketed."""
     unchanged = 0
     for position, rate in enumerate(grid):
         if unchanged == UNCHANGED_RATES:
@@ -174,7 +169,6 @@ def is_hopeless(evaluations: Sequence[EvalPoint], steps: int, to_beat: float) ->
 
     Args:
         evaluations: Of the run so far, the one at step 0 first.
-        steps: What it would make.
         to_beat: Progress of the best run so far (nats).
     """
     start, last = evaluations[0].loss, evaluations[-1]
@@ -191,10 +185,6 @@ def is_hopeless(evaluations: Sequence[EvalPoint], steps: int, to_beat: float) ->
 def trains_as_control(run: RunResult, control: RunResult) -> bool:
     """Whether a run has the curve of its control at the same rate, so that no rate has to be searched: what is trained
     does not see the hardening.
-
-    Args:
-        run: On the hardened model, at the control's best rate.
-        control: The control's best run.
     """
     if not control.learned:
         return False  # a control that learned nothing has the curve of any model that does not

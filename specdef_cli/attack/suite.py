@@ -83,11 +83,7 @@ def suite_names() -> tuple[str, ...]:
 
 
 def load_suite(name: str) -> Suite:
-    """Read a suite that comes with the package, or a file of the user's.
-
-    Raises:
-        SpecDefError: There is no such suite, or the file is not one.
-    """
+    """Read a suite that comes with the package, or a file of the user's."""
     if name in suite_names():
         text = (files("specdef_cli.attack") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
     else:
@@ -109,7 +105,6 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
     """A suite from the contents of its file.
 
     Raises:
-        SpecDefError: A name in it is unknown.
         TypeError, KeyError, ValueError: It has another shape.
     """
     unknown = set(data) - {"description", "budget", "attacks"}

@@ -37,9 +37,6 @@ class Table(Mapping[str, RowType], Generic[RowType]):
 
     Args:
         kind: What a row is, for messages: ``variant``.
-        group: The entry-point group of other packages' rows.
-        row_type: What the object of an entry point has to be.
-        rows: The package's own rows.
     """
 
     def __init__(self, kind: str, group: str, row_type: type[RowType], rows: Iterable[RowType]) -> None:
@@ -65,11 +62,7 @@ class Table(Mapping[str, RowType], Generic[RowType]):
         return len({*self._rows, *self._added})
 
     def choose(self, name: str) -> RowType:
-        """The row of a name that a user gave.
-
-        Raises:
-            SpecDefError: There is no such row, or the package that adds it cannot be imported.
-        """
+        """The row of a name that a user gave."""
         if name not in self:
             raise SpecDefError(f"there is no {self.kind} named {name!r}", f"Choose one of: {', '.join(self)}.")
         return self[name]
@@ -110,11 +103,7 @@ class Factor:
     whole: bool = True
 
     def parse(self, text: str) -> float:
-        """Read a number as users write it: ``2``, ``1.5``, ``2x``, ``2×``.
-
-        Raises:
-            SpecDefError: It is not a number, or not within the bounds.
-        """
+        """Read a number as users write it: ``2``, ``1.5``, ``2x``, ``2×``."""
         try:
             value = float(text.strip().rstrip("xX×"))
         except ValueError:
@@ -122,11 +111,7 @@ class Factor:
         return self.check(value)
 
     def check(self, value: float) -> float:
-        """``value`` itself, as an ``int`` where it is a whole number.
-
-        Raises:
-            SpecDefError: It is not within the bounds.
-        """
+        """``value`` itself, as an ``int`` where it is a whole number."""
         if not (math.isfinite(value) and value > self.above) or (self.whole and value != int(value)):
             kind = "a whole number" if self.whole else "a number"
             raise SpecDefError(
@@ -141,10 +126,6 @@ def checked_factor(owner: str, factor: Factor | None, value: float | None) -> fl
     Args:
         owner: What it belongs to, for messages: ``variant collapse``.
         factor: What the row takes; ``None`` where it takes none.
-        value: What was given.
-
-    Raises:
-        SpecDefError: The row takes no factor, or not this one.
     """
     if factor is None:
         if value is not None:

@@ -11,15 +11,15 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.data import AttackData
 from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import is_causal_lm
 
 _NAMES: Mapping[Task, Mapping[str, Any]] = {
     "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -46,7 +46,6 @@ def task_of(config: Mapping[str, Any], directory: Path, asked: Task | None) -> t
     """The task of a checkpoint, and its head.
 
     Args:
-        config, directory: Of the control, which is an ordinary checkpoint.
         asked: The user's choice; ``None`` is what the architecture says.
     """
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))

@@ -40,9 +40,8 @@ from specdef_cli.attack.target import Task
 from specdef_cli.attack.tasks import leave_to_fsdp, load_for_training
 from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime.garbage import new_objects_only
-from specdef_cli.runtime.processes import process_state
+from specdef_cli.model.loading import new_objects_only, process_state
+from specdef_cli.model.opened import OpenedModel
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,7 @@ def train_run(
     Every process of an ``accelerate launch`` calls this and gets the same result.
 
     Args:
-        spec: What to run.
-        opened: Base or hardened.
-        data: The tokens; the same object for the control and the attack.
-        memory: How memory is kept down.
-        tracking: Where the run is reported to as it goes.
-        on_step: Called after each optimizer step.
-        eval_task_path: Where the user's own tasks of lm-eval are.
         lead: As :class:`Recorder` takes it.
-        prompts: What edits tell apart, and what the model is asked after a run.
     """
     state = process_state()
     if spec.is_edit:

@@ -11,7 +11,7 @@ from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
-from specdef_cli.hardening.opened import checkpoint_fingerprint
+from specdef_cli.model.opened import checkpoint_fingerprint
 from specdef_cli.report.document import ReportDocument, read_report
 
 HEADING = "### Attacks"
@@ -169,12 +169,7 @@ def got_through(resistance: Resistance) -> list[str]:
 
 
 def with_section(card: str, section: str) -> str:
-    """A hardened directory's card with a section in the place of an earlier one with the same heading, or at its end.
-
-    Args:
-        card: The card; what the base's own part of it says under such a heading is left alone.
-        section: Its first line is a heading of the third level, and no other line is.
-    """
+    """A hardened directory's card with a section in place of the one with the same heading, or at its end."""
     base, mark, parts = _parts(card)
     places = _places(parts, section)
     if places:

@@ -25,8 +25,8 @@ from specdef_cli.certify.function import FunctionFigures
 from specdef_cli.certify.spectrum import TOLERANCE, SpectrumFigures
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.stream import file_sha256
-from specdef_cli.hardening.opened import OpenedModel
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE
+from specdef_cli.model.opened import OpenedModel
 from specdef_cli.version import __version__
 
 FORMAT_VERSION: Final = 3

@@ -86,12 +86,9 @@ def hessian_top(
     """σ₁ of the Hessian of ``loss`` over ``parameters``.
 
     Args:
-        loss: Called once. For a model, see :func:`model_loss`.
         parameters: Leaves of the loss that require gradients, all of one dtype; ones that it does not use count as flat
             directions.
-        tolerance: Relative residual that counts as converged.
         max_products: Hessian-vector products that may be taken; memory is some 26 vectors of the parameters' size.
-        seed: Of the start vector.
     """
     (curvature,) = hessian_top_by_group(
         loss, {"all": parameters}, tolerance=tolerance, max_products=max_products, seed=seed
@@ -114,10 +111,7 @@ def hessian_top_by_group(
     pass serves all groups.
 
     Args:
-        loss: Called once.
         groups: Parameters by name of the group, e.g. from :func:`groups_by_layer`.
-        tolerance, max_products, seed: As for :func:`hessian_top`, for each group.
-        on_group: Called with a group's name before it is measured.
     """
     parameters = list({id(parameter): parameter for members in groups.values() for parameter in members}.values())
     gradients = dict(zip(map(id, parameters), differentiable_gradient(loss(), parameters), strict=True))
@@ -149,7 +143,6 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Loss:
     ``attn_implementation="eager"`` and ``"sdpa"`` both work.
 
     Args:
-        model: In evaluation mode, so that no dropout makes the loss random.
         batch: Keyword arguments of its ``forward``.
     """
 
@@ -185,12 +178,7 @@ def largest_stable_rate(curvature: Curvature) -> float:
 
 
 class HessianProducts:
-    """v ↦ Jᵀv for the Jacobian J of ``gradients`` by ``variables``, through a graph that is kept for the next product.
-
-    Args:
-        gradients: First derivatives, with their graph.
-        variables: What they are differentiated by once more.
-    """
+    """v ↦ Jᵀv for the Jacobian J of ``gradients`` by ``variables``, through a graph kept for the next product."""
 
     def __init__(self, gradients: Sequence[Tensor], variables: Sequence[Tensor]) -> None:
         self.gradients = gradients
@@ -268,7 +256,6 @@ def measure_curvature(
         model: It is left in another dtype, and on ``device``.
         tokens: int64, shape [sequences, length]: the batch.
         device: Without float64 there, everything is measured in float32.
-        on_block: Called with a layer's name before its block is measured, where the whole Hessian is too large.
     """
     model.to(device=torch.device(device), dtype=torch.float32)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -19,13 +19,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.certify import tools
 from specdef_cli.certify.trial import NotApplicableError, Trial, load, mean_over_batches
 from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime.fixed_batch import fixed_inputs
-from specdef_cli.runtime.garbage import new_objects_only
+from specdef_cli.model.inputs import fixed_inputs
+from specdef_cli.model.loading import new_objects_only
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import is_causal_lm
 
 Measure = Literal["loss", "relative error"]
 Status = Literal["kept", "degraded", "broken", "refused", "skipped"]
@@ -164,12 +164,9 @@ def measure_formats(
     """Measure a base and its hardened checkpoint in formats, one model at a time.
 
     Args:
-        base, hardened: The models.
         tokens: int64, shape [sequences, length], e.g. from :func:`specdef_cli.certify.trial.token_batch`. With it a
             causal language model is measured by its loss; else by the relative error of its outputs.
         formats: Names of formats; ``("all",)`` for every one.
-        device: Where to run; by default the CPU.
-        on_figure: Called with each figure as soon as it is measured.
     """
     names = chosen_formats(formats)
     measured = tokens if is_causal_lm(base.checkpoint.config) else None

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 from specdef_cli.certify.trial import mean_loss
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
-from specdef_cli.runtime import without_progress_bars
-from specdef_cli.runtime.fixed_batch import fixed_inputs, model_outputs
-from specdef_cli.runtime.garbage import new_objects_only
-from specdef_cli.runtime.shim import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.inputs import fixed_inputs, model_outputs
+from specdef_cli.model.loading import new_objects_only
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.shim import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
 
 PROMPT, CONTINUATION = 16, 32
 """Tokens that greedy text starts from, and that are then generated."""
@@ -100,8 +100,6 @@ def measure_function(
 
     Args:
         tokens: int64, shape [sequences, length], for a causal language model; ``None`` for others.
-        on_model: Called with each model whose outputs are finite, the base first, once its function is known: for what
-            else is measured on it, so that it is loaded once. It may change the model.
     """
     run_code = _may_run_code(hardened)
     with new_objects_only():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdef_cli.extras import require_extra
+from specdef_cli.errors import require_extra
 
 require_extra("attack", "certificates")
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.causal import is_causal_lm
 from specdef_cli.attack.presence import require_report
 from specdef_cli.attack.retained import standard_library
 from specdef_cli.attack.tasks import task_of
@@ -34,14 +33,14 @@ from specdef_cli.certify.formats import chosen_formats, measure_formats
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.options import CERTIFICATE_NAME, CertifyOptions
 from specdef_cli.certify.spectrum import measure_spectrum
-from specdef_cli.checkpoint.destination import require_outside, writable_ancestor
+from specdef_cli.checkpoint.check import require_outside, writable_ancestor
 from specdef_cli.checkpoint.durable import takes_files, write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices
-from specdef_cli.hardening.opened import OpenedModel, checkpoint_fingerprint, open_base, open_model, require_sound
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.tokens import token_batch
-from specdef_cli.runtime.vocabulary import require_in_vocabulary
+from specdef_cli.model.inputs import require_in_vocabulary, token_batch
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel, checkpoint_fingerprint, open_base, open_model, require_sound
+from specdef_cli.model.skeleton import is_causal_lm
 from specdef_cli.version import __version__
 
 SEQUENCES, LENGTH = 32, 128

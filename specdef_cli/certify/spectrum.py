@@ -18,7 +18,7 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.scale import scale_vector
-from specdef_cli.hardening.soundness import require_as_described
+from specdef_cli.model.described import require_as_described
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 TOLERANCE = 0.02

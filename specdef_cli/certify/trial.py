@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime import without_progress_bars
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.opened import OpenedModel
 
 MAX_LOGITS = 2**24
 """Logits of one forward pass: 128 MB in float64, in which their loss is taken."""
@@ -106,7 +106,6 @@ def mean_over_batches(tokens: Tensor, config: Any, logits: Callable[[Tensor], Te
 
     Args:
         tokens: int64, shape [sequences, length].
-        config: The model's, for the size of its vocabulary.
         logits: From tokens [batch, length] to [batch, length, vocabulary].
     """
     # The logits of a large vocabulary take more memory than the text; a small model spends its time on calls.

@@ -15,10 +15,18 @@ from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.downloads import Downloads
 from specdef_cli.checkpoint.headers import TensorHeader, parse_headers, read_headers
-from specdef_cli.checkpoint.hub import Commit, NoPartsError, download_all, not_available
 from specdef_cli.checkpoint.links import require_inside
-from specdef_cli.checkpoint.resolve import Resolved, bytes_to_download, locate, resolved
-from specdef_cli.checkpoint.weight_files import weight_files
+from specdef_cli.checkpoint.reader import weight_files
+from specdef_cli.checkpoint.resolve import (
+    Commit,
+    NoPartsError,
+    Resolved,
+    bytes_to_download,
+    download_all,
+    locate,
+    not_available,
+    resolved,
+)
 from specdef_cli.errors import ResumableError, SpecDefError
 
 DownloadHook = Callable[[int, int], None]
@@ -38,14 +46,10 @@ def resolving(
     Nothing of the weights is downloaded before the block waits for one of them.
 
     Args:
-        model, revision, token: As for :func:`resolve`.
         on_download: Told of the weights that have arrived; ``None`` shows huggingface_hub's bars instead.
 
     Yields:
         The model, and its weight files that are not there yet; ``None`` if all are.
-
-    Raises:
-        SpecDefError: As :func:`resolve`.
     """
     where = locate(model, revision, token)
     if isinstance(where, Resolved):
@@ -70,13 +74,7 @@ class ArrivingWeights:
     """Weight files that are on their way into the cache.
 
     Args:
-        commit: Where they come from.
         files: Those that the checkpoint names, in the order in which they are read, and then any others.
-        named: How many the checkpoint names; the headers of these are known before the files are there.
-        on_download: As for :func:`resolving`.
-
-    Raises:
-        SpecDefError: The Hub cannot be reached, or a header is not that of a safetensors file.
     """
 
     def __init__(
@@ -97,11 +95,7 @@ class ArrivingWeights:
         return name in self._headers
 
     def headers(self, name: str) -> Mapping[str, TensorHeader]:
-        """The tensor headers of a weight file, without waiting for it where the Hub lets them be read.
-
-        Raises:
-            SpecDefError: As :meth:`wait` and :func:`read_headers`.
-        """
+        """The tensor headers of a weight file, without waiting for it where the Hub lets them be read."""
         headers = self._headers[name]
         if headers is None:
             self.wait(name)
@@ -109,11 +103,7 @@ class ArrivingWeights:
         return headers
 
     def part(self, name: str, begin: int, end: int) -> bytes | None:
-        """Bytes ``begin`` to ``end`` of a file, from the Hub; ``None`` if they have to be read from the disk.
-
-        Raises:
-            ResumableError: The Hub cannot be reached.
-        """
+        """Bytes ``begin`` to ``end`` of a file, from the Hub; ``None`` if they have to be read from the disk."""
         if name not in self._on_their_way:
             return None
         try:
@@ -124,22 +114,14 @@ class ArrivingWeights:
             raise _resumable(self._failure(error)) from error
 
     def wait(self, name: str) -> None:
-        """Return once a file is in the cache.
-
-        Raises:
-            ResumableError: It, or another one, could not be downloaded.
-        """
+        """Return once a file is in the cache."""
         try:
             self._downloads.wait(name)
         except SpecDefError as error:
             raise _resumable(error) from error
 
     def wait_for_all(self) -> None:
-        """Return once every file is in the cache.
-
-        Raises:
-            ResumableError: One could not be downloaded.
-        """
+        """Return once every file is in the cache."""
         try:
             self._downloads.wait_for_all()
         except SpecDefError as error:

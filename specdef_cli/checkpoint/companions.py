@@ -51,8 +51,6 @@ def companions(directory: Path, weights: Collection[str], shapes: Mapping[str, t
     """Divide the files of a checkpoint directory into those to carry over and those to leave out.
 
     Args:
-        directory: The checkpoint.
-        weights: Names of the weight files that are read, and of their index.
         shapes: Shapes of the tensors in them, by name.
     """
     carried: list[Path] = []
@@ -74,11 +72,7 @@ def companion_files(directory: Path) -> tuple[Path, ...]:
 
 
 def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:
-    """Copy companion files of ``source`` to ``target``; ``open_checkpoint`` has refused stray links already.
-
-    Raises:
-        SpecDefError: One is a link that leaves the checkpoint.
-    """
+    """Copy companion files of ``source`` to ``target``; ``open_checkpoint`` has refused stray links already."""
     for relative in files:
         require_inside(source, source / relative)
         destination = target / relative

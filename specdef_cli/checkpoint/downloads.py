@@ -30,8 +30,6 @@ class Downloads:
 
     Args:
         names: What to download, in the order in which it will be needed.
-        fetch: Downloads one of them.
-        workers: How many at a time. They share the bandwidth, so the fewer, the earlier the first file is there.
         on_bytes: Told how many bytes have arrived since the last time, from any thread; ``None`` shows
             huggingface_hub's bars instead.
     """

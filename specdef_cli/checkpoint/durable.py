@@ -17,7 +17,6 @@ def write_durably(path: Path, content: str | bytes) -> None:
     Any number of processes may write the same file: whichever comes last wins, and no reader sees a part.
 
     Args:
-        path: The file; its directory is made.
         content: Text is written in UTF-8.
 
     Raises:

@@ -76,11 +76,7 @@ GIT_LFS = b"version https://git-lfs.github.com/"
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:
-    """Read and check the header of one safetensors file: tensor headers in the order of their data.
-
-    Raises:
-        SpecDefError: The header is not valid JSON, or does not describe exactly the file's bytes.
-    """
+    """Read and check the header of one safetensors file: tensor headers in the order of their data."""
     try:
         with path.open("rb") as file:
             return parse_headers(file.read, path.name, path.stat().st_size)
@@ -93,11 +89,7 @@ def parse_headers(read: Callable[[int], bytes], shard: str, size: int) -> dict[s
 
     Args:
         read: Reads the next so many bytes.
-        shard: The file's name.
         size: Its size in bytes.
-
-    Raises:
-        SpecDefError: As :func:`read_headers`.
     """
     corrupt = functools.partial(_corrupt_file, shard)
     if size < 8:

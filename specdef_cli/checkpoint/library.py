@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specdef_cli.errors import SpecDefError
-from specdef_cli.extras import MissingExtraError
+from specdef_cli.errors import MissingExtraError, SpecDefError
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,7 @@ DIFFUSERS = Library(
 
 
 def diffusers_missing(what: object) -> SpecDefError:
-    """What to say of a model of diffusers where diffusers is not installed.
-
-    Args:
-        what: The model, as the user knows it.
-    """
+    """What to say of a model of diffusers where diffusers is not installed."""
     return MissingExtraError(f"{what} and other models of diffusers", "diffusion")
 
 

@@ -8,11 +8,7 @@ from specdef_cli.errors import SpecDefError
 
 
 def require_inside(directory: Path, path: Path) -> None:
-    """Check that ``path`` really lies in ``directory``, or in the blobs of the Hub cache that ``directory`` is part of.
-
-    Raises:
-        SpecDefError: A link leads elsewhere.
-    """
+    """Check that ``path`` lies in ``directory``, or in the blobs of the Hub cache that ``directory`` is part of."""
     root = directory.resolve()
     # In the Hub cache, snapshots/<commit>/<file> links to blobs/<hash>.
     allowed = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)

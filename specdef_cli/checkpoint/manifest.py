@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from specdef_cli.checkpoint.durable import write_durably
-from specdef_cli.checkpoint.linear import LinearLayer
-from specdef_cli.checkpoint.slices import ScaledSlice
+from specdef_cli.checkpoint.slices import LinearLayer, ScaledSlice
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.spectral.gauges import Gauge
 
@@ -261,11 +260,7 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str, origin: str = MANIFEST_NAME) -> Manifest:
-        """Parse ``specdef.json``.
-
-        Raises:
-            SpecDefError: The text is not JSON, is of another format version, or lacks a field.
-        """
+        """Parse ``specdef.json``."""
         from pydantic import ValidationError
 
         try:
@@ -382,14 +377,7 @@ def _memory_of(manifest: Manifest) -> Path:
 
 
 def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
-    """Where to look for the base that a manifest names: a directory or a Hub id, and the revision there.
-
-    Args:
-        manifest: Of the hardened model.
-        directory: Where that lies. A base that was a directory is looked for where it was on this machine, then here,
-            then beside the hardened directory and its parents, nearest first; never on the Hub, where its name may be
-            another model's.
-    """
+    """Where to look for the base that a manifest names: a directory or a Hub id, and the revision there."""
     base = manifest.base
     if base.commit or base.revision:
         return base.name, base.commit or base.revision

@@ -60,9 +60,7 @@ def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORM
     """Which weights in another format a model consists of, and how to convert them; ``None`` where it has none.
 
     Args:
-        names: Of its files.
         source: What ``from_pretrained`` is given: its directory or Hub id.
-        library: Who loads it.
     """
     ordered = sorted(names)
     for patterns, what, hint in (
@@ -87,11 +85,7 @@ def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORM
 
 
 def require_plain(directory: Path, config: dict[str, Any], library: Library) -> None:
-    """Refuse a directory of which transformers would load more, or something else, than the weights of its model.
-
-    Raises:
-        SpecDefError: An adapter lies beside the model, or ``config.json`` names a weight file of its own.
-    """
+    """Refuse a directory of which transformers would load more, or something else, than the weights of its model."""
     named = config.get("transformers_weights")
     if named is not None:
         raise SpecDefError(
@@ -107,11 +101,7 @@ def require_plain(directory: Path, config: dict[str, Any], library: Library) -> 
 
 
 def require_modules(directory: Path) -> None:
-    """Refuse a model of sentence-transformers of which a module after the transformer would be lost.
-
-    Raises:
-        SpecDefError: The module has no safetensors weights: pickles are neither read nor copied.
-    """
+    """Refuse a model of sentence-transformers of which a module after the transformer would be lost."""
     try:
         modules = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
         folders = {str(module["path"]): str(module["type"]).rsplit(".", 1)[-1] for module in modules if module["path"]}

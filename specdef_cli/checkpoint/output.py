@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from specdef_cli.checkpoint.destination import (
+from specdef_cli.checkpoint.check import (
     LOCK_SUFFIX,
     WORK_SUFFIX,
     is_taken,
@@ -43,13 +43,7 @@ def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> N
     """Refuse an output that is taken, lies in its own input, or does not fit on the disk.
 
     Args:
-        final: The directory to be published.
-        source: The input directory.
-        nbytes: How much will be written.
         arriving: How many bytes of the input are still to be downloaded.
-
-    Raises:
-        SpecDefError: naming the directory.
     """
     require_outside(final, source)
     require_free(final)
@@ -71,11 +65,7 @@ def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> N
 
 @contextlib.contextmanager
 def exclusive(final: Path) -> Iterator[None]:
-    """Hold the lock of an output directory.
-
-    Raises:
-        SpecDefError: Another run holds it.
-    """
+    """Hold the lock of an output directory."""
     place = work_directory(final).parent
     place.mkdir(parents=True, exist_ok=True)
     path = place / f".{final.name}{LOCK_SUFFIX}"
@@ -95,16 +85,7 @@ def exclusive(final: Path) -> Iterator[None]:
 
 
 def prepare(final: Path, fingerprint: str, *, resume: bool) -> Path:
-    """Make the work directory, keeping what an interrupted run of the same plan finished if ``resume``.
-
-    Args:
-        final: The directory to be published.
-        fingerprint: Identifies the plan; shards of another plan are never reused.
-        resume: Whether to go on where an earlier run stopped.
-
-    Raises:
-        ResumableError: ``resume`` was asked for and the unfinished run was of another plan.
-    """
+    """Make the work directory, keeping what an interrupted run of the same plan finished if ``resume``."""
     work = work_directory(final)
     plan_file = work / FINGERPRINT
     if resume and plan_file.is_file():
@@ -122,11 +103,7 @@ def prepare(final: Path, fingerprint: str, *, resume: bool) -> Path:
 
 
 def publish(final: Path) -> None:
-    """Flush the work directory and give it its name.
-
-    Raises:
-        ResumableError: Something else has that name by now.
-    """
+    """Flush the work directory and give it its name."""
     if is_taken(final):
         raise ResumableError(
             f"the output {final} came into being during this run", "Remove it, then run the same command with --resume."

@@ -1,15 +1,15 @@
-"""Read a checkpoint directory lazily: headers at once, tensors one by one, nothing mapped into memory.
+"""What a checkpoint directory names: its configuration, and the files that its weights are in.
 
-A checkpoint is somebody else's data. Before a byte of it is used, its index may only name files next to it, its
-headers must describe exactly the bytes that are there, and a tensor may exist only once.
+Nothing here opens a weight file, so that it serves what is still arriving too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,16 +19,74 @@ import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.companions import Companions, companion_files, companions
-from specdef_cli.checkpoint.headers import TORCH_DTYPES, TensorHeader, read_headers
+from specdef_cli.checkpoint.headers import (
+    GIT_LFS,
+    INVALID_JSON,
+    TORCH_DTYPES,
+    TensorHeader,
+    lfs_pointer,
+    read_headers,
+    unique_keys,
+)
 from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, library_of
 from specdef_cli.checkpoint.links import require_inside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.checkpoint.other_directories import no_weights, require_plain
-from specdef_cli.checkpoint.weight_files import entry_file, ordered_shards, read_config, weight_map_of
+from specdef_cli.checkpoint.other_directories import no_config, no_weights, require_plain
 from specdef_cli.errors import ResumableError, SpecDefError
 
-if TYPE_CHECKING:  # which brings huggingface_hub
+if TYPE_CHECKING:
     from specdef_cli.checkpoint.arriving import ArrivingWeights
+
+
+def weight_files(directory: Path, arriving: Collection[str] = ()) -> tuple[str, ...]:
+    """The weight files that a checkpoint directory names, in the order in which they are read."""
+    library = library_of(read_config(directory))
+    index_path = directory / library.index_file
+    present = {path.name for path in (directory / library.single_file, index_path) if path.is_file()}
+    if entry_file(library, {*present, *arriving}) != library.index_file:
+        return (library.single_file,)
+    return tuple(name for name in ordered_shards(weight_map_of(index_path)) if isinstance(name, str))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """A directory's ``config.json``."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise no_config(directory)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(GIT_LFS.decode()):
+            raise lfs_pointer("config.json")
+        config = json.loads(text)
+    except OSError as error:
+        raise ResumableError(f"{path} cannot be read: {error.strerror or error}", "Check the file.") from error
+    except INVALID_JSON as error:
+        raise SpecDefError(f"{path} is not valid JSON: {error}", "Fetch the file again.") from error
+    if not isinstance(config, dict):
+        raise SpecDefError(f"{path} is not a JSON object", "Fetch the file again.")
+    return config
+
+
+def entry_file(library: Library, present: Collection[str]) -> str | None:
+    """The file that the library starts from, the single one or the index, where it would find both."""
+    order = (library.single_file, library.index_file)
+    return next((name for name in (order if library.single_file_first else order[::-1]) if name in present), None)
+
+
+def weight_map_of(index_path: Path) -> dict[str, Any]:
+    """Tensor name → shard, as an index has them."""
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
+        set(weight_map.values())
+    except (*INVALID_JSON, OSError) as error:
+        raise SpecDefError(f"{index_path.name} is not a valid index: {error}", "Fetch the file again.") from error
+    return dict(weight_map)
+
+
+def ordered_shards(weight_map: Mapping[str, Any]) -> list[Any]:
+    """The shards of an index, in the order in which they are read. What a broken index names may be no text."""
+    return sorted(set(weight_map.values()), key=str)
+
 
 INDEX_FILE = TRANSFORMERS.index_file
 
@@ -71,12 +129,7 @@ class Checkpoint:
         return sum(header.nbytes for header in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own, on the CPU, in its stored dtype.
-
-        Raises:
-            SpecDefError: The file ended early.
-            ResumableError: It could not be read.
-        """
+        """Read one tensor into memory of its own, on the CPU, in its stored dtype."""
         header = self.tensors[name]
         return self._read_bytes(header, 0, header.nbytes).view(TORCH_DTYPES[header.dtype]).view(header.shape)
 
@@ -84,10 +137,6 @@ class Checkpoint:
         """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows.
 
         Rows of a shard that is still on its way are read from where it comes from.
-
-        Raises:
-            SpecDefError: The file ended early.
-            ResumableError: It could not be read.
         """
         header = self.tensors[name]
         width = header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
@@ -103,12 +152,7 @@ class Checkpoint:
         return data.view(TORCH_DTYPES[header.dtype]).view(len(rows), header.shape[-1])
 
     def chunks(self, name: str, buffer: bytearray) -> Iterator[memoryview]:
-        """The bytes of one tensor, as much at a time as ``buffer`` holds; the next chunk overwrites the one before.
-
-        Raises:
-            SpecDefError: The file ended early.
-            ResumableError: It could not be read.
-        """
+        """The bytes of one tensor, as much at a time as ``buffer`` holds; the next chunk overwrites the one before."""
         header = self.tensors[name]
         remaining = header.nbytes
         view = memoryview(buffer)
@@ -148,15 +192,7 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path, arriving: ArrivingWeights | None = None) -> Checkpoint:
-    """Read ``config.json`` and the headers of every shard of a checkpoint directory.
-
-    Args:
-        directory: Where it lies.
-        arriving: Shards that are not there yet.
-
-    Raises:
-        SpecDefError: Something is missing, corrupt, or unsafe to read.
-    """
+    """Read ``config.json`` and the headers of every shard of a checkpoint directory."""
     for name in ("config.json", INDEX_FILE, DIFFUSERS.index_file, "README.md", MANIFEST_NAME):
         if (directory / name).exists():
             require_inside(directory, directory / name)

@@ -1,4 +1,4 @@
-"""Part of a tensor that is multiplied by powers of two, exactly."""
+"""Parts of a tensor that are multiplied by powers of two, and the names that a linear layer has on disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ from specdef_cli.errors import SpecDefError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer y = Wx (+ b), W ∈ R^{m×n}, whose weight is one tensor on disk.
+
+    Attributes:
+        module: Path of the layer in the transformers model, e.g. ``model.layers.0.self_attn.o_proj``.
+        tensor: Name of the weight on disk; it ends in ``.weight``.
+        out_features: m, the length of y.
+        in_features: n, the length of x.
+        bias: Name of the bias on disk, or ``None``.
+        transposed: Whether the tensor on disk is Wᵀ (transformers' ``Conv1D``).
+    """
+
+    module: str
+    tensor: str
+    out_features: int
+    in_features: int
+    bias: str | None
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -37,11 +58,7 @@ class ScaledSlice:
 
 
 def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
-    """Multiply a slice of ``tensor`` by powers of two in place.
-
-    Raises:
-        SpecDefError: The result would be rounded (a subnormal number, or overflow).
-    """
+    """Multiply a slice of ``tensor`` by powers of two in place."""
     import torch  # here: a manifest, which lists slices, is read without it
 
     from specdef_cli.dtypes import dtype_name
@@ -58,7 +75,7 @@ def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
     if not torch.equal(new.double(), wanted) or bool(flushed.any()):
         leave = f"--exclude '{part.tensor.removesuffix('.weight')}'"
         if not bool(old.isfinite().all()):
-            raise SpecDefError(f"{part.tensor} holds NaN or infinity", f"Repair it, or leave it out: {leave}.")
+            raise SpecDefError(f"{part.tensor} holds NaN or infinity", "Repair it: what it computes is NaN already.")
         nonzero = old[old != 0].abs().double()
         wider = "" if tensor.dtype in (torch.float32, torch.bfloat16) else "Store float32 (--dtype float32), or "
         raise SpecDefError(

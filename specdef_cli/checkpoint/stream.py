@@ -72,16 +72,9 @@ def write_shards(
     matrix product was split.
 
     Args:
-        checkpoint: Where inputs are read from.
-        shards: What to write.
         directory: A work directory; a shard there is complete exactly when its record exists.
-        devices: Where transforms compute; workers take turns.
         workers: Number of threads.
         on_progress: Called from worker threads after each group.
-
-    Raises:
-        SpecDefError: A transform refused its input.
-        ResumableError: The disk failed, or is full.
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from specdef_cli.checkpoint.hub import status_of
 from specdef_cli.checkpoint.links import require_inside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
+from specdef_cli.checkpoint.resolve import status_of
 from specdef_cli.checkpoint.weight_formats import holds_weights
 from specdef_cli.errors import SpecDefError, first_line
 
@@ -79,9 +79,6 @@ def require_writable(destination: Destination) -> None:
     """Ask the Hub who this is, and refuse where an upload could only fail.
 
     A fine-grained token may still lack the right; the Hub tells that at the upload.
-
-    Raises:
-        SpecDefError: There is no login, the token can only read, or the namespace is another one's.
     """
     require_name(destination.repository)
     if destination.create_pr and destination.revision is not None:
@@ -111,11 +108,7 @@ def require_writable(destination: Destination) -> None:
 
 
 def require_name(repository: str) -> None:
-    """Refuse what no repository can be called, before anybody is asked.
-
-    Raises:
-        SpecDefError: naming it.
-    """
+    """Refuse what no repository can be called, before anybody is asked."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -132,8 +125,6 @@ def push(directory: Path, destination: Destination, *, manifest: bool = True) ->
     """Upload a directory in one commit that leaves no weights, manifest or certificate but the directory's.
 
     Args:
-        directory: What to upload, byte for byte.
-        destination: Where to; repository and branch are made if need be.
         manifest: Whether ``specdef.json`` goes along.
     """
     files = _files(directory, manifest=manifest)

@@ -89,18 +89,17 @@ def attack_command(
         listing = attack_listing()
         output.data(listing, Group(*listing_tables(listing)))
         return
-    from specdef_cli.extras import require_extra
+    from specdef_cli.errors import require_extra
 
     require_extra("attack", "attacks")
     # Before torch is imported, which takes longer than everything that can be wrong here.
     from specdef_cli.attack.presence import require_data
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
     from specdef_cli.attack.tracking import require_trackers
-    from specdef_cli.checkpoint.destination import writable_ancestor
-    from specdef_cli.checkpoint.presence import require_models
+    from specdef_cli.checkpoint.check import require_models, writable_ancestor
     from specdef_cli.cli.conditions import Condition
-    from specdef_cli.durations import parse_duration
     from specdef_cli.errors import WrongUsage
+    from specdef_cli.parse import parse_duration
 
     limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
     conditions = [Condition.parse(text) for text in fail_if or []]
@@ -131,7 +130,7 @@ def attack_command(
     )
     require_models(model, given.get("control"), "--control", manifest)
     if card:
-        from specdef_cli.checkpoint.presence import require_card
+        from specdef_cli.checkpoint.check import require_card
 
         require_card(model)
     require_data(options.dataset)

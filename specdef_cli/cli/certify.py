@@ -48,10 +48,8 @@ def certify_command(
     """
     from rich.text import Text
 
-    from specdef_cli.checkpoint.destination import writable_ancestor
-    from specdef_cli.checkpoint.presence import require_hardened, require_models
-    from specdef_cli.errors import SpecDefError
-    from specdef_cli.extras import require_extra
+    from specdef_cli.checkpoint.check import require_hardened, require_models, writable_ancestor
+    from specdef_cli.errors import SpecDefError, require_extra
 
     # Before torch is imported, which takes longer than everything that can be wrong here.
     require_hardened(model, manifest)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from specdef_cli.checkpoint.destination import require_usable
-from specdef_cli.checkpoint.presence import require_hardened
+from specdef_cli.checkpoint.check import require_hardened, require_usable
 from specdef_cli.cli.options import Device, Json, Manifest, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
 from specdef_cli.hardening.options import CollapseOptions
-from specdef_cli.sizes import parse_size
+from specdef_cli.parse import parse_size
 
 
 def collapse_command(

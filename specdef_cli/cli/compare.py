@@ -34,7 +34,7 @@ def compare_command(
 
       specdef compare fold-attack/report.json scale-attack/report.json --markdown
     """
-    from specdef_cli.extras import require_extra
+    from specdef_cli.errors import require_extra
 
     require_extra("report", "reports")
     from specdef_cli.attack.presence import require_report

@@ -32,10 +32,8 @@ def convert_adapter_command(
 
       specdef convert-adapter ./my-lora hardened --out hardened-lora
     """
-    from specdef_cli.checkpoint.destination import require_usable
-    from specdef_cli.checkpoint.presence import require_hardened
-    from specdef_cli.errors import SpecDefError
-    from specdef_cli.extras import require_extra
+    from specdef_cli.checkpoint.check import require_hardened, require_usable
+    from specdef_cli.errors import SpecDefError, require_extra
 
     require_hardened(hardened, manifest)
     require_usable(out, adapter)
@@ -47,7 +45,7 @@ def convert_adapter_command(
     from rich.text import Text
 
     from specdef_cli.hardening.adapter import convert_adapter
-    from specdef_cli.hardening.opened import open_model
+    from specdef_cli.model.opened import open_model
 
     output = Output(as_json, quiet)
     model = open_model(

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.checkpoint.destination import require_manifest_place, require_usable
+from specdef_cli.checkpoint.check import require_manifest_place, require_not_hardened, require_usable
 from specdef_cli.checkpoint.manifest import Method
-from specdef_cli.checkpoint.presence import require_not_hardened
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import (
     CreatePr,
@@ -28,7 +27,7 @@ from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
 from specdef_cli.cli.tables import layer_table, pairs_table, scaled_table, summary_lines
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
 from specdef_cli.option import flag_of, options_of
-from specdef_cli.sizes import parse_size
+from specdef_cli.parse import parse_size
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdef_cli.checkpoint.presence import require_model
+from specdef_cli.checkpoint.check import require_model
 from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import work_alone_if_stale

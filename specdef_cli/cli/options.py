@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specdef_cli.redact import clean_token
+from specdef_cli.errors import clean_token
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id org/name[@revision].")]
 Out = Annotated[

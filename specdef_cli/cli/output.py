@@ -52,11 +52,7 @@ class Output:
 
         Args:
             result: What ``--json`` prints.
-            table: What is printed otherwise.
             written: Where the result stands as well; ``None`` if what is printed is all there is of it.
-
-        Raises:
-            SpecDefError: stdout takes nothing, so that the result is lost.
         """
         if self.as_json:
             from pydantic_core import to_jsonable_python

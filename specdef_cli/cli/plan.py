@@ -17,7 +17,7 @@ def plan_screen(forecast: Forecast) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from specdef_cli.durations import in_words
+    from specdef_cli.parse import in_words
 
     facts = Table.grid(padding=(0, 2))
     facts.add_column(no_wrap=True)

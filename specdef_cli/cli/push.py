@@ -43,7 +43,7 @@ def push_command(
 
       specdef push hardened org/name --revision hardened --create-pr
     """
-    from specdef_cli.checkpoint.presence import require_directory
+    from specdef_cli.checkpoint.check import require_directory
 
     require_directory(directory)
     from rich.text import Text
@@ -52,7 +52,7 @@ def push_command(
     from specdef_cli.checkpoint.resolve import Resolved
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
     from specdef_cli.hardening.card import has_section
-    from specdef_cli.hardening.opened import open_found
+    from specdef_cli.model.opened import open_found
 
     output = Output(as_json, quiet)
     destination = Destination(repository, private, revision, create_pr, token)

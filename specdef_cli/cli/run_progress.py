@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 class RunProgress:
     """Shows the events of an attack. Runs that were there already count neither as done nor as to be done: the time
     that remains follows from steps that were really made.
-
-    Args:
-        bar: Where to.
     """
 
     def __init__(self, bar: Bar) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from specdef_cli.cli.output import Output
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.launcher import forget_stale_launcher
+from specdef_cli.model.launcher import forget_stale_launcher
 
 COLLECT_AFTER = (20_000, 20, 100)
 """Python's thresholds of the three generations."""

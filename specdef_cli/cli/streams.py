@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from specdef_cli.redact import redact
+from specdef_cli.errors import redact
 
 
 class SafeStream:

@@ -49,7 +49,7 @@ def verify_certificate_command(
 
     from specdef_cli.attack.presence import require_report
     from specdef_cli.certify.options import require_certificate
-    from specdef_cli.checkpoint.presence import require_model
+    from specdef_cli.checkpoint.check import require_model
 
     directory = require_model(model)
     if directory is not None:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.pairs import SymmetricPair
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime.load import without_progress_bars
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.body import SymmetricPair
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.loading import without_progress_bars
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import Skeleton
 
 SEQUENCES, LENGTH = 8, 128
 
@@ -127,15 +127,9 @@ def calibrate(
     """Run a model on a text, and record what passes through the modules of its pairs.
 
     Args:
-        base: The model.
-        pairs: Whose modules are recorded.
         text: The first 1,024 tokens of it are taken; of a model with a chat template half of them, and half as a chat.
         exponents: For which ``drowned`` is measured.
         device: Where to run; ``None`` takes a GPU where there is one.
-
-    Raises:
-        SpecDefError: The model takes no text, has no tokenizer, or its weights do not fit into memory and cannot be
-            read layer by layer.
     """
     checkpoint, skeleton = base.checkpoint, base.skeleton
     model = skeleton.model
@@ -195,7 +189,6 @@ def drowned_energy(inputs: Tensor, column_norms: Tensor, exponents: Sequence[int
     Args:
         inputs: x, shape [..., channels].
         column_norms: ‖column‖² of the weight that reads them, shape [channels].
-        exponents: Of the factors.
 
     Returns:
         Mean over tokens of Σ_j min(x_j², s²/12)·‖column_j‖², s = |x_c|·2^exponent/127; shape [exponents, channels].

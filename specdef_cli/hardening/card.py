@@ -9,7 +9,7 @@ from pathlib import Path
 from specdef_cli.checkpoint.front_matter import joined, metadata, read_card, split_card, with_keys
 from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.manifest import Manifest
-from specdef_cli.extras import INSTALLATION
+from specdef_cli.errors import INSTALLATION
 from specdef_cli.hardening.card_metadata import collapsed_metadata, hardened_metadata
 from specdef_cli.hardening.lost_formats import given_up, lost_formats, serving_advice
 
@@ -28,10 +28,6 @@ def hardened_card(
 
     Args:
         base_card: ``README.md`` of the base; may be empty.
-        manifest: What was done.
-        unchanged: Parameters that were not changed, the same name once for all blocks.
-        one_sided: Weights that were scaled by row or by column alone, named likewise.
-        library: Who loads it.
     """
     front, text = split_card(base_card)
     front = with_keys(front, hardened_metadata(metadata(front), manifest.base, library))

@@ -25,12 +25,12 @@ from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.card import collapsed_card
 from specdef_cli.hardening.execute import published, write_json
 from specdef_cli.hardening.fold import fold_groups, inverse
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
 from specdef_cli.hardening.scale import UnscaleModule
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.shim import SHIM_SOURCE, unshim_config
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import open_model
+from specdef_cli.model.shim import SHIM_SOURCE, unshim_config
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,6 @@ def collapse(
 
     Returns:
         What was published; ``None`` in all but the main process of a distributed run.
-
-    Raises:
-        SpecDefError: The directory is not hardened or not complete, or the disk; nothing was published.
     """
     with process_state(options.device).main_process_first():
         model = open_model(
@@ -127,11 +124,7 @@ def _complete(checkpoint: Checkpoint, manifest: Manifest, work: Path) -> None:
 
 
 def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorGroup, ...]:
-    """The tensors of the original architecture.
-
-    Raises:
-        SpecDefError: A tensor is not there as the manifest describes it.
-    """
+    """The tensors of the original architecture."""
     undone = fold_groups((inverse(pair) for pair in manifest.folded), checkpoint, None)
     by_inflated = {layer.inflated_tensor: layer for layer in manifest.factored}
     consumed = {

@@ -19,9 +19,6 @@ def compute_devices(device: str | None, state: PartialState) -> tuple[torch.devi
     """The devices of this process: the one asked for; under ``accelerate launch`` its own; else every GPU, or the CPU.
 
     They are ready for several threads.
-
-    Raises:
-        SpecDefError: There is no such device.
     """
     devices = _chosen_devices(device, state)
     _load_linear_algebra(devices)
@@ -67,7 +64,6 @@ def worker_count(devices: Sequence[torch.device], processes: int, largest_tensor
     Args:
         devices: The devices of this process.
         processes: How many processes share this machine.
-        largest_tensor: Elements of the largest tensor that will be computed with.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     by_cores = max(1, cores // processes) + 1

@@ -30,7 +30,7 @@ from specdef_cli.checkpoint.shards import (
 from specdef_cli.checkpoint.stream import Progress, read_record, write_shards
 from specdef_cli.errors import ResumableError, SpecDefError
 from specdef_cli.hardening.devices import compute_devices, worker_count
-from specdef_cli.runtime.processes import process_state
+from specdef_cli.model.loading import process_state
 
 
 @dataclass(frozen=True)
@@ -65,21 +65,12 @@ def published(
     In the block, the main process adds everything but weights and index, and verifies the result.
 
     Args:
-        checkpoint: The input.
         groups: What to write, in order.
-        out: The directory to publish.
         fingerprint: Identifies the plan for ``resume``.
         max_shard_size: Largest shard in bytes.
-        device: Where to compute.
-        resume: Keep finished shards of an interrupted run.
-        on_progress: Called after each group.
 
     Yields:
         What was written, in the main process; ``None`` in the others, which have nothing left to do.
-
-    Raises:
-        ResumableError: Nothing was published; what is finished is kept for ``resume``.
-        SpecDefError: Nothing was published, and nothing is left.
     """
     state = process_state(device)
     shards = plan_shards(groups, max_shard_size, checkpoint.library)

@@ -16,11 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.checkpoint.manifest import FoldedPair
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.hardening.calibration import Activations
 from specdef_cli.hardening.fold import channel_norms, folded_pair, require_dtypes
+from specdef_cli.model.body import Side, SymmetricPair
 
 EXPONENT = 12
 """What every pair gets, as far as float16 allows."""
@@ -65,8 +65,6 @@ def raise_pairs(
     """Fold every pair in one direction, on what can best be lost.
 
     Args:
-        checkpoint: The base.
-        pairs: Its symmetric pairs.
         activations: What a text makes of them, with what blocks lose where they are to be kept; ``None`` chooses
             channels by the weights alone.
         dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
@@ -89,10 +87,7 @@ def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: i
     """Choose the channel whose loss costs least, of those that take 2^exponent; else of those that take most.
 
     Args:
-        pair: A symmetric pair.
         activations: What a text makes of it; ``None`` ranks channels by the weights alone.
-        exponent: The wanted one.
-        norms: Of the weights.
 
     Returns:
         ``None`` where every channel is zero, which no factor changes, or too large to be raised.
@@ -119,12 +114,6 @@ def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: i
 
 def raise_within_blocks(pair: SymmetricPair, activations: Activations, norms: NormsOf, loss: float) -> Raised | None:
     """Choose what becomes largest beside its neighbours while the blocks of its readers lose no more than ``loss``.
-
-    Args:
-        pair: A symmetric pair.
-        activations: What a text makes of it.
-        norms: Of the weights.
-        loss: Share of what its readers put out, as energy.
 
     Returns:
         ``None`` where no channel can be raised so, or the readers' inputs are not known.

@@ -12,24 +12,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.linears import LinearSite, require_factorable
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FactoredLayer
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors
-from specdef_cli.spectral.blocks import product
-from specdef_cli.spectral.gauges import Gauge
-from specdef_cli.spectral.limits import RECONSTRUCTION_TOLERANCE, check_alpha, round_down
-from specdef_cli.spectral.reparameterize import (
+from specdef_cli.model.sites import LinearSite, require_factorable
+from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.spectral.factors import (
+    RECONSTRUCTION_TOLERANCE,
+    check_alpha,
     gaussian_probes,
     reconstruction_error,
     rotated_factors,
+    round_down,
     symmetric_factors,
 )
-from specdef_cli.spectral.subspace import layer_seed, top_subspace
+from specdef_cli.spectral.gauges import Gauge
+from specdef_cli.spectral.subspace import layer_seed, product, top_subspace
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,7 @@ class FactorLayer:
         return TensorGroup(site.module, tuple(outputs), self)
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Compute the factors.
-
-        Raises:
-            SpecDefError: W is not finite or is zero, or the factors do not restore it in the stored dtype.
-        """
+        """Compute the factors."""
         entry, stored = self.entry(), TORCH_DTYPES[self.dtype]
         weight = self.read(checkpoint, device)
         seed = layer_seed(self.seed, self.site.tensor)
@@ -128,9 +125,6 @@ def factor_layers(
     """Plan the factors of every site, from headers alone.
 
     Args:
-        checkpoint: The base.
-        skeleton: Its model.
-        sites: The layers.
         wanted: α, k, gauge and seed.
         dtype: What the result is stored in; ``None`` for each tensor's own.
         loaded: What ``config.json`` has the model loaded in; ``None`` where it does not say.
@@ -154,11 +148,7 @@ def factor_layers(
 
 
 def read_weight(checkpoint: Checkpoint, site: LinearSite, device: torch.device) -> Tensor:
-    """W of a linear layer, shape [out_features, in_features], in float32 (float64 where it is stored so).
-
-    Raises:
-        SpecDefError: It is not a floating-point tensor, not finite, or zero.
-    """
+    """W of a linear layer, shape [out_features, in_features], in float32 (float64 where it is stored so)."""
     weight = _read_stored(checkpoint, site, device)
     return weight if weight.dtype == torch.float64 else weight.float()
 

@@ -1,6 +1,6 @@
 """Fold: the inflated layer and its compensation, put into two weights that exist already.
 
-Transformers have exact symmetries between neighbouring weights (:mod:`specdef_cli.architectures.pairs`): scale a
+Transformers have exact symmetries between neighbouring weights (:mod:`specdef_cli.model.body`): scale a
 channel on one side by a power of two, divide it on the other, and every product comes out the same, bit for bit. No
 parameter is added, and the result is an ordinary checkpoint of its architecture.
 
@@ -28,7 +28,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair
 from specdef_cli.checkpoint.reader import Checkpoint
@@ -36,6 +35,7 @@ from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Profile
+from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, HIGHEST_UNCROSSED, constant, one_apart, staircase
 
 Member = TypeVar("Member")
@@ -116,11 +116,7 @@ class ScaleTensor:
     slices: tuple[ScaledSlice, ...]
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Read, cast to the stored dtype, and scale.
-
-        Raises:
-            SpecDefError: A scaled weight would not be a normal number of its dtype.
-        """
+        """Read, cast to the stored dtype, and scale."""
         tensor = checkpoint.read(self.tensor).to(TORCH_DTYPES[self.dtype])
         for part in self.slices:
             scale_slice(tensor, part)
@@ -136,9 +132,6 @@ def fold_pairs(
     left out: no factor changes them.
 
     Args:
-        checkpoint: The base.
-        pairs: Its symmetric pairs.
-        profile: What must still work afterwards.
         dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
     """
     chosen = PROFILES[profile]
@@ -164,13 +157,8 @@ def spread(
     """Lay a schedule over the layers of a model, the MLP of each before its attention (:func:`_by_layer`).
 
     Args:
-        pairs: The pairs that are folded.
-        directions: How many channels of each get an exponent.
         schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
             :func:`specdef_cli.spectral.staircase.staircase`.
-
-    Returns:
-        Exponents by the name of the pair, one for each direction.
     """
     groups = _by_layer(pairs)
     steps = schedule(len(groups), directions * max((len(members) for members in groups), default=0))
@@ -185,8 +173,6 @@ def fold_groups(folded: Iterable[FoldedPair], checkpoint: Checkpoint, dtype: str
     """The output groups of all tensors that a fold changes, by tensor name.
 
     Args:
-        folded: The pairs.
-        checkpoint: Where the tensors are read from.
         dtype: safetensors dtype that they are stored in; ``None`` for each one's own.
     """
     by_tensor: dict[str, list[ScaledSlice]] = {}
@@ -287,12 +273,7 @@ def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
 
 
 def by_block(members: Iterable[Member], path: Callable[[Member], str]) -> tuple[list[Member], list[list[Member]]]:
-    """What lies outside of a model's blocks, and the members of each block, in order; one empty block if there is none.
-
-    Args:
-        members: Pairs or modules.
-        path: Of a member; its first number is that of its block.
-    """
+    """What lies outside of a model's blocks, and the members of each block in order; one empty block if none."""
     outside: list[Member] = []
     blocks: dict[str, list[Member]] = {}
     for member in members:
@@ -335,8 +316,6 @@ def require_dtypes(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], wante
     """Refuse float16, in which small columns are rounded.
 
     Args:
-        checkpoint: The base.
-        pairs: What is folded.
         wanted: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
     """
     for pair in pairs:

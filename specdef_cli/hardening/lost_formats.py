@@ -38,16 +38,7 @@ NARROW_EXPONENT = CACHED_EXPONENT
 
 
 def lost_formats(folded: Sequence[FoldedPair], profile: str | None, *, with_code: bool) -> tuple[str, ...]:
-    """The formats in which the result is not expected to compute what the base does.
-
-    Args:
-        folded: The rescaled pairs.
-        profile: Of the fold.
-        with_code: Whether layers were replaced or modules scaled.
-
-    Returns:
-        Names for a sentence.
-    """
+    """The formats in which the result is not expected to compute what the base does."""
     if folded and not with_code and all(pair.given_up is not None for pair in folded):
         return (*(() if profile == "gguf" else (LLAMA_CPP_BLOCKS,)), DOUBLE, W8A8, MERGES)
     wide = with_code or _beyond(folded, NARROW_EXPONENT)

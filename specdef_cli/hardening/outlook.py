@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.lost_formats import lost_formats
-from specdef_cli.hardening.opened import OpenedModel, require_unquantized
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
 from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan, within_block
 from specdef_cli.hardening.verify import require_comparable
+from specdef_cli.model.opened import OpenedModel, require_unquantized
+from specdef_cli.model.skeleton import Skeleton
 
 
 @dataclass(frozen=True)

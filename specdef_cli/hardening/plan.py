@@ -13,12 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from specdef_cli.architectures.linears import linear_sites
-from specdef_cli.architectures.names import TensorNames
-from specdef_cli.architectures.pairs import SymmetricPair
-from specdef_cli.architectures.scalable import scalable_sites
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
 from specdef_cli.checkpoint.other_directories import require_modules
@@ -31,12 +25,16 @@ from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
 from specdef_cli.hardening.factors import FactorLayer, factor_layers
 from specdef_cli.hardening.fold import fold_groups, fold_pairs
 from specdef_cli.hardening.lost_formats import SCALED_LOADERS, given_up, lost_formats, serving_advice
-from specdef_cli.hardening.opened import OpenedModel, require_whole
 from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
-from specdef_cli.hardening.soundness import require_code_allows
 from specdef_cli.hardening.verify import require_comparable
-from specdef_cli.runtime.shim import LayerSpec, ScaledSpec, shim_config
+from specdef_cli.model.body import SymmetricPair
+from specdef_cli.model.described import require_code_allows
+from specdef_cli.model.opened import OpenedModel, require_whole
+from specdef_cli.model.shim import LayerSpec, ScaledSpec, shim_config
+from specdef_cli.model.sites import linear_sites, scalable_sites
+from specdef_cli.model.skeleton import Skeleton, TensorNames
+from specdef_cli.model.symmetries import symmetries
 
 RESIDUAL_WRITERS = ("attention_output", "mlp_down")
 """What the paper's construction takes by default."""
@@ -126,7 +124,6 @@ class HardeningPlan(Changes):
         """Identifies this plan on this input, so that ``--resume`` never mixes two.
 
         Args:
-            checkpoint: The input.
             commit: The hash of the commit that it is; ``None`` for a directory, whose files may change.
         """
         described = {

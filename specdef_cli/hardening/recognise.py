@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import Change
 from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.model.body import Side, SymmetricPair
+from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.symmetries import symmetries
 from specdef_cli.spectral.subspace import layer_seed, top_subspace
 
 NATURAL_OCTAVES = 4
@@ -75,15 +75,7 @@ class Recognised:
 
 
 def recognise(checkpoint: Checkpoint, skeleton: Skeleton) -> Recognised:
-    """Look at the weights of a checkpoint, one symmetric pair in memory at a time.
-
-    Args:
-        checkpoint: As it lies on disk, hardened or not.
-        skeleton: The model of its original architecture.
-
-    Raises:
-        SpecDefError: A tensor cannot be read.
-    """
+    """Look at the weights of a checkpoint, one symmetric pair in memory at a time."""
     expected = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters()}
     shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
     readable = {name for name, header in checkpoint.tensors.items() if header.dtype in FLOATING_DTYPES}
@@ -148,9 +140,7 @@ def channel_exponents(pair: SymmetricPair, tensors: Mapping[str, Tensor], *, sam
     on those that it divides. What a channel weighs naturally stands out on both and cancels.
 
     Args:
-        pair: With several channels.
         tensors: Parameters by name.
-        sample: As in :func:`channel_sizes`.
     """
     found: dict[int, list[Tensor]] = {1: [], -1: []}
     for side in pair.sides:
@@ -165,13 +155,7 @@ def channel_exponents(pair: SymmetricPair, tensors: Mapping[str, Tensor], *, sam
 
 
 def channel_sizes(side: Side, tensor: Tensor, *, sample: int | None = None) -> Tensor:
-    """The median absolute weight of each channel, shape [channels].
-
-    Args:
-        side: With several channels.
-        tensor: What it is a side of.
-        sample: Weights of each row that are looked at, at most, evenly spaced; all by default.
-    """
+    """The median absolute weight of each channel, shape [channels]."""
     axis = side.axis
     if side.block is not None:
         tensor, axis = tensor[side.block], axis - 1

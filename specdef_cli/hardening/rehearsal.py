@@ -6,24 +6,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from specdef_cli.architectures.trial import try_out
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.shards import plan_shards, shard_header
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.hardening.execute import write_json
-from specdef_cli.hardening.opened import OpenedModel, open_found
 from specdef_cli.hardening.plan import HardeningPlan
-from specdef_cli.runtime.shim import SHIM_SOURCE
+from specdef_cli.model.meta_model import try_out
+from specdef_cli.model.opened import OpenedModel, open_found
+from specdef_cli.model.shim import SHIM_SOURCE
 
 
 def rehearse(base: OpenedModel, plan: HardeningPlan) -> None:
-    """Load what a plan would write on the meta device, and run it there if the base runs there.
-
-    Raises:
-        SpecDefError: It cannot be loaded, would lose a tensor, or cannot be run.
-    """
+    """Load what a plan would write on the meta device, and run it there if the base runs there."""
     if not base.checkpoint.library.loads_without_weights:
         return
     model = load_empty(base, plan)
@@ -36,11 +32,7 @@ def rehearse(base: OpenedModel, plan: HardeningPlan) -> None:
 
 
 def load_empty(base: OpenedModel, plan: HardeningPlan) -> Any:
-    """The model that a plan would write, on the meta device.
-
-    Raises:
-        SpecDefError: It cannot be loaded, or would lose a tensor.
-    """
+    """The model that a plan would write, on the meta device."""
     with TemporaryDirectory() as place:
         _write_empty(base.checkpoint, plan, Path(place))
         written = Resolved(Path(place), place)

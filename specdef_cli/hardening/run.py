@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
+from specdef_cli.checkpoint.check import require_manifest_place
 from specdef_cli.checkpoint.companions import carry_over
-from specdef_cli.checkpoint.destination import require_manifest_place
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.front_matter import read_card
 from specdef_cli.checkpoint.manifest import (
@@ -34,14 +34,14 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import hardened_card
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.execute import Written, published, write_json
-from specdef_cli.hardening.opened import OpenedModel, open_found, require_attention
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.rehearsal import load_empty, rehearse
 from specdef_cli.hardening.verify import Loader, is_loadable_here, verify
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.runtime.shim import SHIM_SOURCE
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel, open_found, require_attention
+from specdef_cli.model.shim import SHIM_SOURCE
 from specdef_cli.version import __version__
 
 
@@ -129,9 +129,6 @@ def harden(
 
     Returns:
         What was published; ``None`` in all but the main process of a distributed run.
-
-    Raises:
-        SpecDefError: The input, an option, or the disk; nothing was published.
     """
     if options.manifest_out is not None:
         require_manifest_place(options.manifest_out, options.out, options.model)
@@ -186,11 +183,7 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
 
 
 def _move_manifest(directory: Path, path: Path) -> None:
-    """Move the manifest out of a hardened directory, which it leaves once it is whole in the other place.
-
-    Raises:
-        SpecDefError: It cannot be written there, and is still in the directory.
-    """
+    """Move the manifest out of a hardened directory, which it leaves once it is whole in the other place."""
     own = directory / MANIFEST_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.scalable import ScalableSite, require_findable
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
@@ -34,7 +32,9 @@ from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.slices import scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import DIRECTIONS, SAMPLE_ROWS, by_block
-from specdef_cli.runtime.shim import ScaledSpec
+from specdef_cli.model.shim import ScaledSpec
+from specdef_cli.model.sites import ScalableSite, require_findable
+from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.spectral.staircase import HIGHEST_UNCROSSED, one_apart, staircase
 
 HEAD_TOKENS = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=128)
@@ -71,11 +71,7 @@ class ScaleModules:
         return TensorGroup(label, tuple(outputs), self)
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Read, cast to the stored dtype, and scale.
-
-        Raises:
-            SpecDefError: A scaled weight would not be a normal number of its dtype.
-        """
+        """Read, cast to the stored dtype, and scale."""
         owner, stored = self.modules[0], TORCH_DTYPES[self.dtype]
         tensors = {owner.inflated_tensor: checkpoint.read(owner.tensor).to(stored)}
         if owner.inflated_bias is not None and owner.bias is not None:
@@ -133,13 +129,7 @@ def scale_modules(
     Reads a sample of every weight, to find channels with signal.
 
     Args:
-        checkpoint: The base.
-        skeleton: Its model.
-        sites: What to scale; a head that shares its weight only together with the embedding.
         dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
-
-    Raises:
-        SpecDefError: A weight is quantized or would be stored in float16, or transformers would not find the result.
     """
     exponents = spread_exponents(sites)
     shared = {site.tied_to for site in sites}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from specdef_cli.architectures.linears import LinearSite, linear_sites
 from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import Manifest
@@ -17,14 +16,14 @@ from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.factors import read_weight
-from specdef_cli.hardening.opened import OpenedModel, open_found
 from specdef_cli.hardening.outlook import Outlook, outlook
 from specdef_cli.hardening.plan import RESIDUAL_WRITERS
 from specdef_cli.hardening.recognise import Recognised, recognise
-from specdef_cli.hardening.soundness import replaced_stems
-from specdef_cli.runtime.processes import process_state
-from specdef_cli.spectral.effective_rank import effective_rank
-from specdef_cli.spectral.subspace import layer_seed, top_subspace
+from specdef_cli.model.described import replaced_stems
+from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel, open_found
+from specdef_cli.model.sites import LinearSite, linear_sites
+from specdef_cli.spectral.subspace import effective_rank, layer_seed, top_subspace
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,6 @@ def survey(
         spectra: Whether every layer is read, for its σ₁ and effective rank. Without them headers and a sample are read.
         on_progress: Called after each layer.
         on_download: As for :func:`specdef_cli.harden`.
-
-    Raises:
-        SpecDefError: The model cannot be found or read.
     """
     with resolving(model, revision=revision, token=token, on_download=on_download) as (found, arriving):
         opened = open_found(found, manifest=manifest, trust_remote_code=trust_remote_code, arriving=arriving)

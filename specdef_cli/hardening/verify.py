@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
-from specdef_cli.hardening.opened import OpenedModel
-from specdef_cli.runtime import without_progress_bars
-from specdef_cli.runtime.fixed_batch import model_outputs, no_batch
-from specdef_cli.runtime.garbage import new_objects_only
+from specdef_cli.model import without_progress_bars
+from specdef_cli.model.inputs import model_outputs, no_batch
+from specdef_cli.model.loading import new_objects_only
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import Skeleton
 
 COMPARE_YOURSELF = "With --no-verify it is written unseen: run it, and compare it with the base, before you publish it."
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
@@ -62,14 +62,7 @@ def compare_models(
     """Load both directories in turn, run the same batch through them, and compare.
 
     Args:
-        base: The base.
-        hardened: What loads the hardened model.
         dtype: What to load both in; ``None`` for the dtype they are stored in.
-        device: Where to run.
-
-    Raises:
-        SpecDefError: The model takes inputs that cannot be made up (naming what it takes), the base's outputs are not
-            finite, or the hardened model does not run (naming layers whose weight is read without running them).
     """
     with new_objects_only():
         try:
@@ -127,15 +120,7 @@ def verify(
     """Figures of the comparison for the manifest, or why it was left out.
 
     Args:
-        base: The base.
-        hardened: What loads the hardened model.
-        nbytes: Size of the larger of both.
-        method: The outputs of a fold and of scales must be bit-identical, those of factors within rounding.
         dtype: What to load both in; ``None`` for the dtype they are stored in.
-        device: Where to run.
-
-    Raises:
-        SpecDefError: The hardened model is not the base model's function.
     """
     available = psutil.virtual_memory().available
     if not is_loadable_here(nbytes):
@@ -161,11 +146,7 @@ def verify(
 
 
 def require_comparable(skeleton: Skeleton) -> None:
-    """Refuse, before any work, a model for which no batch can be made up, or that does not run on it.
-
-    Raises:
-        SpecDefError: naming what it takes, or why it does not run.
-    """
+    """Refuse, before any work, a model for which no batch can be made up, or that does not run on it."""
     trial, name = skeleton.trial, type(skeleton.model).__name__
     if isinstance(trial.error, ResumableError):
         raise SpecDefError(trial.error.problem, COMPARE_YOURSELF) from trial.error
@@ -188,9 +169,7 @@ def _does_not_run(reason: str, base: OpenedModel, dtype: torch.dtype | None) -> 
     """The hardened model raises an exception, most likely for a linear layer whose weight is read without running it.
 
     Args:
-        reason: What the exception said.
         base: The base, which is run once more to find such layers (Mamba's ``dt_proj``).
-        dtype: What to load it in.
     """
     with without_progress_bars():
         model = base.load(dtype=dtype).eval()

@@ -230,11 +230,7 @@ def _run(report: AttackReport, run: RunResult) -> RunPart:
 
 
 def read_report(path: Path) -> ReportDocument:
-    """The contents of a ``report.json``, or of the one in a directory.
-
-    Raises:
-        SpecDefError: There is none, or it is not an attack report.
-    """
+    """The contents of a ``report.json``, or of the one in a directory."""
     file = require_report(path)
     try:
         return ReportDocument.model_validate(json.loads(file.read_text(encoding="utf-8")))

@@ -62,12 +62,7 @@ class Table:
 
 
 def report_html(report: AttackReport, image: bytes) -> str:
-    """The page.
-
-    Args:
-        report: What to show.
-        image: The plot, PNG.
-    """
+    """The page."""
     found = findings(report)
     trained = tuple(finding for finding in found if finding.edit is None)
     environment = Environment(

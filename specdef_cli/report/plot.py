@@ -30,10 +30,6 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
     Left: held-out loss over steps, each attack at its best learning rate. Right: best held-out loss over the learning
     rate, logarithmic, so that an attack which only wins at an unusual rate shows. Blue: attackers who know only
     recipes; red: who know the construction; orange: who also grow the model; black: the control.
-
-    Args:
-        report: What to draw.
-        narrow: One above the other, for a small screen.
     """
     # The object interface: pyplot would keep global state and may look for a display.
     figure = Figure(figsize=(5, 9.5) if narrow else (12, 6.2), layout="constrained")

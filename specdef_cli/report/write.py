@@ -8,10 +8,10 @@ from pathlib import Path
 
 from specdef_cli.attack.results import AttackReport
 from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.model.loading import process_state
 from specdef_cli.report.document import report_json
 from specdef_cli.report.html import report_html
 from specdef_cli.report.plot import curves_png
-from specdef_cli.runtime.processes import process_state
 
 CURVE_COLUMNS = (
     "run", "label", "subject", "variant", "trained", "optimizer", "learning_rate", "seed",

@@ -67,8 +67,6 @@ def top_eigenpairs(
         product: v ↦ Hv for a symmetric H, shape [n] → [n].
         start: Shape [n], not zero; its dtype and device are those of the computation.
         count: How many pairs; fewer come back where n, or the space that ``start`` generates, is smaller.
-        tolerance: Stop when every residual is at most this share of its |θ|.
-        max_products: Stop after this many products in any case.
     """
     size = start.numel()
     capacity = min(size, SUBSPACE + 2 * count)

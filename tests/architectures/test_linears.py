@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures import LinearSite, Skeleton, linear_sites, require_factorable
-from specdef_cli.architectures.meta_model import meta_model
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.meta_model import meta_model
+from specdef_cli.model.sites import LinearSite, linear_sites, require_factorable
+from specdef_cli.model.skeleton import Skeleton
 from tests.tiny_families import CASES, build_config, read_config, read_shapes, write_case
 
 
@@ -67,7 +68,7 @@ def test_heads_embeddings_and_tied_weights_are_no_sites(checkpoints: dict[str, P
 
 def test_structural_roles_agree_with_the_table(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     by_table = {case: sites_of(checkpoints[case]) for case in CASES}
-    monkeypatch.setattr("specdef_cli.architectures.body.FAMILIES", {})
+    monkeypatch.setattr("specdef_cli.model.body.FAMILIES", {})
     for case in CASES:
         assert sites_of(checkpoints[case]) == by_table[case], case
 
@@ -134,7 +135,7 @@ def test_a_renaming_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPa
     from transformers.core_model_loading import WeightRenaming
 
     monkeypatch.setattr(
-        "specdef_cli.architectures.names.get_model_conversion_mapping",
+        "specdef_cli.model.skeleton.get_model_conversion_mapping",
         lambda model: [WeightRenaming(r"encoder\.layer\.(\d+)\.output\.dense\.weight", r"layers.\1.mlp.fc2.weight")],
     )
     with pytest.raises(SpecDefError, match="inflated"):

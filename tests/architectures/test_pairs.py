@@ -15,8 +15,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from specdef_cli.architectures import Skeleton, SymmetricPair, Symmetries, symmetries
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.body import SymmetricPair, Symmetries
+from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.symmetries import symmetries
 from tests.tiny_families import CASES, VOCABULARY, read_config, read_shapes, write_case
 
 ATTENTION = ["value_output", "query_key"]

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-from specdef_cli.architectures import Skeleton, linear_sites, symmetric_pairs, symmetries
-from specdef_cli.architectures.skeleton import WRONG_CONFIG
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.sites import linear_sites
+from specdef_cli.model.skeleton import WRONG_CONFIG, Skeleton
+from specdef_cli.model.symmetries import symmetric_pairs, symmetries
 from tests.tiny_families import CASES, read_config, read_shapes
 
 

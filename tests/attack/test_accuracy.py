@@ -12,8 +12,8 @@ import torch
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.accuracy import task_accuracy
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model import load_model, load_tokenizer
 from specdef_cli.report import report_dict
-from specdef_cli.runtime import load_model, load_tokenizer
 
 pytest.importorskip("lm_eval")
 

@@ -25,8 +25,8 @@ from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, Fact
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import checkpoint_fingerprint
 from specdef_cli.hardening.recognise import Recognised
+from specdef_cli.model.opened import checkpoint_fingerprint
 
 LAYER = FactoredLayer("a", "a.weight", 4, 4, None, False, 1e4, 1, "rotated", (1.0,), 0.0)
 FACTORS = Manifest(FORMAT_VERSION, "0", "factors", BaseCheckpoint("base"), "float32", 0, factored=(LAYER,))

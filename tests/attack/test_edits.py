@@ -17,11 +17,11 @@ from specdef_cli.attack.run import attack
 from specdef_cli.attack.variants.edits import RANK
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.run import harden
+from specdef_cli.model import load_model, load_tokenizer
+from specdef_cli.model.opened import open_model
 from specdef_cli.report import findings, summary
-from specdef_cli.runtime import load_model, load_tokenizer
 from tests.byte_tokenizer import byte_tokenizer
 from tests.commands import run_cli
 

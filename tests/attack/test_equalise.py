@@ -12,7 +12,7 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.folded import equalise
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
 from tests.attack.test_rebalance import logits
 from tests.tiny_families import CASES, build_config, write_case
 

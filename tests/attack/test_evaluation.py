@@ -19,8 +19,8 @@ from specdef_cli.attack.run_result import DEAD, Divergence
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import make_trainer, train_run
-from specdef_cli.hardening.opened import open_model
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
+from specdef_cli.model.opened import open_model
 from tests.attack.test_optimizers import spec
 from tests.attack.test_tasks import DECODER
 from tests.byte_tokenizer import byte_tokenizer

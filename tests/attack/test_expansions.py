@@ -22,7 +22,7 @@ from specdef_cli.attack.variants.factored import (
 from specdef_cli.attack.variants.grown import deepen, widen
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import SpecDefLinear
+from specdef_cli.model import SpecDefLinear
 
 D, M, LAYERS = 32, 48, 2
 ALPHA = 64.0

@@ -37,7 +37,7 @@ from specdef_cli.attack.trainer import (
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import open_model
+from specdef_cli.model.opened import open_model
 
 SECOND_ORDER = [name for name, choice in OPTIMIZERS.items() if choice.second_order]
 STEPS = 3

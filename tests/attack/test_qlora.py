@@ -13,7 +13,7 @@ from specdef_cli.attack.run import attack
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.hardening.options import Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
 from tests.byte_tokenizer import byte_tokenizer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -79,3 +79,9 @@ def test_progress_counts_from_the_control_in_the_same_format(wide: Path, tmp_pat
     assert start != expected  # the control is in 4 bits, too
     assert attacked.best_run.start is None or attacked.best_run.start > start
     assert (report.share(attacked) or 0.0) < 0.5
+
+
+def test_rows_of_half_blocks_are_quantized_too(base: Path) -> None:
+    model = Training("qlora").apply(load_model(base), "causal-lm")
+    assert sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()) == 2 * 7
+    assert torch.isfinite(logits(model)).all()

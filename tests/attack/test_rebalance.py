@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.attack.variants.folded import rebalance
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import channel_exponents
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
+from specdef_cli.model.body import Side, SymmetricPair
 from tests.tiny_families import CASES, build_config, randomize, write_case
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))

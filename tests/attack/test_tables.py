@@ -28,7 +28,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
 
 TABLES: dict[str, Table[Any]] = {"variant": VARIANTS, "training": TRAININGS, "optimizer": OPTIMIZERS}
 IN_FRONT = {method.name for method in PEFT_METHODS if method.on == "prompt"}

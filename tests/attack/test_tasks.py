@@ -20,11 +20,11 @@ from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.spec import Task
 from specdef_cli.attack.tasks import load_for_training, task_of
 from specdef_cli.attack.trainer import train_run
-from specdef_cli.checkpoint.weight_files import read_config
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
+from specdef_cli.model.opened import open_model
 from tests.attack.test_data_forms import encoder_tokenizer
 from tests.attack.test_optimizers import spec
 from tests.byte_tokenizer import byte_tokenizer

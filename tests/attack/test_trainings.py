@@ -17,7 +17,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
 from tests.attack.test_rebalance import logits
 from tests.tiny_families import CASES, write_case
 

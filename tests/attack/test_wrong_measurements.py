@@ -18,7 +18,7 @@ from specdef_cli.attack.data.labelled import Head, labels_of
 from specdef_cli.attack.queue import visible_devices
 from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.tasks import task_of
-from specdef_cli.checkpoint.weight_files import read_config
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.cli.app import app
 from specdef_cli.cli.conditions import Condition
 from specdef_cli.errors import SpecDefError

@@ -18,7 +18,7 @@ from specdef_cli.attack.tasks import load_for_training
 from specdef_cli.attack.trainer import make_trainer, quiet
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.hardening.opened import open_model
+from specdef_cli.model.opened import open_model
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model"
 

@@ -18,11 +18,11 @@ from specdef_cli.certify.certificate import digest_of
 from specdef_cli.certify.curvature import CurvatureFigures, measure_curvature
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import Factors, Fold, HardenOptions
 from specdef_cli.hardening.run import harden
+from specdef_cli.model import load_model
+from specdef_cli.model.opened import open_model
 from specdef_cli.report import write_report
-from specdef_cli.runtime import load_model
 from tests.commands import assert_refused, call_cli
 
 TEXT = " ".join(f"w{number % 90 + 3}" for number in range(3000))

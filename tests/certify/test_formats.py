@@ -28,11 +28,11 @@ from specdef_cli.certify.formats import (
 from specdef_cli.certify.tools import missing
 from specdef_cli.certify.trial import Trial
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model import load_model
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import open_model
 from tests.tiny_families import write_case
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model"

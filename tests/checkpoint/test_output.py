@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.checkpoint.destination import require_manifest_place
+from specdef_cli.checkpoint.check import require_manifest_place
 from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
 from specdef_cli.checkpoint.stream import RECORD_SUFFIX
 from specdef_cli.errors import ResumableError, SpecDefError

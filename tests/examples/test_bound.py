@@ -21,7 +21,7 @@ from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainab
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import SpecDefLinear, load_model
+from specdef_cli.model import SpecDefLinear, load_model
 
 REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
 

@@ -10,9 +10,9 @@ import torch
 
 from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_format
 from specdef_cli.certify.trial import Trial
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
+from specdef_cli.model.opened import open_model
 from tests.certify.test_formats import TINY_LLAMA, copied, damaged, tokens
 
 REAL = Path(__file__).parents[2] / "examples" / "real"

@@ -20,7 +20,7 @@ from specdef_cli.attack import run
 from specdef_cli.attack.data import AttackData
 from specdef_cli.attack.run import RunSpec, TrainRun
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
 from tests.attack.test_data_forms import chat_tokenizer, encoder_tokenizer, framed_tokenizer, messages
 from tests.attack.test_tasks import DECODER, bert, ending_tokenizer, t5
 from tests.commands import assert_refused, call_cli

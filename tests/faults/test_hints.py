@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from specdef_cli.attack.tasks import task_of
-from specdef_cli.checkpoint.weight_files import read_config
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 from tests.commands import assert_refused, call_cli
 from tests.faults.small_attack import SMALL

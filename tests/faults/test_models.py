@@ -11,8 +11,7 @@ import torch
 import transformers
 
 from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.hardening import opened
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model, opened
 from tests.commands import assert_refused, call_cli, snapshot
 from tests.hardening.mutations import config, spoiled
 

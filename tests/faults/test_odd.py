@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
 from tests.commands import Result, assert_refused, call_cli, command, environment
 from tests.faults.small_attack import SMALL, finished_runs
 from tests.hardening.mutations import REMOVED, Mutation, config, content, edit_json, spoiled, tensor

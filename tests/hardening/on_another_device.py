@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from specdef_cli.attack.optimizers.own import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.certify.curvature import hessian_top
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import Factors, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
-from specdef_cli.spectral.effective_rank import effective_rank
-from specdef_cli.spectral.subspace import top_subspace
+from specdef_cli.model.opened import open_model
+from specdef_cli.spectral.subspace import effective_rank, top_subspace
 from tests.hardening.other_device import other_device
 
 Check = Callable[[torch.device], float]

@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.adapter import convert_adapter
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
+from specdef_cli.model.opened import open_model
 from tests.commands import assert_refused, call_cli
 from tests.tiny_families import write_case
 

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from specdef_cli.architectures.pairs import SymmetricPair
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening import calibration
 from specdef_cli.hardening.calibration import LENGTH, SEQUENCES, Activations, calibrate, default_text, drowned_energy
 from specdef_cli.hardening.expendable import LARGEST, energies, largest, raise_pair
 from specdef_cli.hardening.fold import channel_norms
-from specdef_cli.hardening.opened import OpenedModel, open_model
-from specdef_cli.runtime import load_model
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model import load_model
+from specdef_cli.model.body import SymmetricPair
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import OpenedModel, open_model
+from specdef_cli.model.symmetries import symmetries
 from tests.tiny_families import write_case
 from tests.tiny_models import write_model
 

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import EVERYWHERE, PROFILES, SAMPLE_ROWS, FoldProfile, Steps, fold_pairs, inverse
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
+from specdef_cli.model.body import Side, SymmetricPair
+from specdef_cli.model.opened import open_model
 from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant
 from tests.commands import assert_refused, call_cli
 from tests.tiny_families import write_case
@@ -42,7 +42,7 @@ def test_names_are_matched_once_a_plan(
         models.append(model)
         return get_model_conversion_mapping(model)
 
-    monkeypatch.setattr("specdef_cli.architectures.names.get_model_conversion_mapping", counted)
+    monkeypatch.setattr("specdef_cli.model.skeleton.get_model_conversion_mapping", counted)
     make_plan(open_model(base), HardenOptions(str(base), tmp_path / "x", construction))
     assert len(models) == matches
     assert len({id(model) for model in models}) == 1

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from specdef_cli.runtime import load_model
+from specdef_cli.model import load_model
 from tests.commands import assert_refused, call_cli
 from tests.tiny_models import forward
 

@@ -17,7 +17,7 @@ from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions, StoredDtype
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import SpecDefLinear, load_model
+from specdef_cli.model import SpecDefLinear, load_model
 from tests.tiny_models import FAMILIES, README, forward
 from tests.weights import assert_collapsed, relative, tensors
 

@@ -113,6 +113,14 @@ def test_a_hardened_model_without_its_manifest_is_inspected(
 
 
 OWN = "from transformers import LlamaForCausalLM as Base\nclass {name}(Base):\n    pass\n"
+
+
+def add_short_head(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"][:50].clone()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
 CLAMPED = """from transformers import LlamaForCausalLM as Base
 class LlamaForCausalLM(Base):
     def __init__(self, config):
@@ -124,6 +132,12 @@ REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, 
     "an expert is missing": (
         "mixtral", (tensor("model.layers.0.block_sparse_moe.experts.3.w2.weight", None),), (),
         ("stacked from 4 tensors", "has 3"),
+    ),
+    "a head of another shape beside a tied embedding": (
+        "llama-tied",
+        (add_short_head,),
+        (),
+        ("lm_head.weight has shape [50, 32]", "[96, 32]"),
     ),
     "NaN": ("llama", (tensor(DOWN, lambda weight: weight * torch.nan),), (), (DOWN, "holds NaN")),
     "tiny numbers": (

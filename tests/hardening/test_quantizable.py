@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.certify.formats import FORMATS, measure_format
 from specdef_cli.certify.trial import Trial
 from specdef_cli.checkpoint.manifest import Manifest, read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.calibration import calibrate, default_text
 from specdef_cli.hardening.expendable import BLOCK_LOSS, energies
-from specdef_cli.hardening.opened import open_model
 from specdef_cli.hardening.options import Fold, HardenOptions
 from specdef_cli.hardening.run import harden
-from specdef_cli.runtime.tokens import token_batch
+from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.opened import open_model
+from specdef_cli.model.symmetries import symmetries
 from tests.commands import assert_refused, call_cli
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Profile, Scale
 from specdef_cli.hardening.recognise import NATURAL_OCTAVES, Recognised, inflation, recognise, recognised_in
 from specdef_cli.hardening.run import harden
+from specdef_cli.model.body import Side, SymmetricPair
+from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.spectral.gauges import Gauge
 from tests.tiny_families import CASES, write_case
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.hardening import factors
-from specdef_cli.runtime import load_model
-from specdef_cli.spectral.reparameterize import Factors
+from specdef_cli.model import load_model
+from specdef_cli.spectral.factors import Factors
 from tests.commands import assert_refused, call_cli, snapshot
 from tests.hardening.mutations import (
     DOWN,

@@ -24,7 +24,7 @@ from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOption
 from specdef_cli.hardening.plan import HardeningPlan
 from specdef_cli.hardening.run import harden, preview
 from specdef_cli.hardening.survey import survey
-from specdef_cli.runtime import SpecDefLinear, load_model
+from specdef_cli.model import SpecDefLinear, load_model
 from tests.commands import assert_refused, call_cli, environment, run_program
 from tests.tiny_pipeline import tiny_unet, write_pipeline
 from tests.weights import assert_collapsed, relative, tensors

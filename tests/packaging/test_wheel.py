@@ -53,7 +53,7 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedP
 def test_the_core_lacks_something_of_every_extra(binaries: Path, tmp_path: Path) -> None:
     """Not all of it: torch brings jinja2, for one."""
     program = (
-        "import json; from specdef_cli.extras import EXTRA_MODULES, missing_modules;"
+        "import json; from specdef_cli.errors import EXTRA_MODULES, missing_modules;"
         "print(json.dumps({extra: missing_modules(extra) for extra in EXTRA_MODULES}))"
     )
     found = json.loads(run(binaries / "python", "-c", program, cwd=tmp_path).stdout)

@@ -302,7 +302,7 @@ def registered_twice(root: str, work: str) -> dict[str, Any]:
     first = AUTO_QUANTIZER_MAPPING["specdef"].__module__
 
     import specdef_cli  # noqa: F401
-    from specdef_cli.runtime import SpecDefLinear
+    from specdef_cli.model import SpecDefLinear
 
     result["hooks"] = [first.split(".")[0], AUTO_QUANTIZER_MAPPING["specdef"].__module__]
     packaged = AutoModelForCausalLM.from_pretrained(here)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from specdef_cli.runtime.garbage import new_objects_only
+from specdef_cli.model.loading import new_objects_only
 
 
 class _Circle:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, BertForMaskedLM, LlamaForCausalLM, LlamaModel, PreTrainedModel, ViTImageProcessorPil
 
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime import SpecDefLinear, load_model, load_tokenizer
+from specdef_cli.model import SpecDefLinear, load_model, load_tokenizer
 from tests.runtime.hand_hardened import ALPHA, TOP_K, edit_config, edit_tensors, factors
 from tests.runtime.scenarios import difference, swapped
 

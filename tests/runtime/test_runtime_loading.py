@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.runtime.shim import SHIM_SOURCE
+from specdef_cli.model.shim import SHIM_SOURCE
 from tests.runtime.hand_hardened import FAMILIES, LAYERS, edit_config, edit_tensors
 
 Scenario = Callable[..., dict[str, Any]]
@@ -87,7 +87,7 @@ def test_adapters_and_full_fine_tuning(scenario: Scenario, directories: Path) ->
 def test_package_and_directory_code_in_one_process(scenario: Scenario, directories: Path) -> None:
     result = scenario("registered_twice", directories, package=True)
     assert not result["package_imported_before"]
-    assert result["hooks"] == ["transformers_modules", "specdef_cli.runtime.configuration_specdef"]
+    assert result["hooks"] == ["transformers_modules", "specdef_cli.model.configuration_specdef"]
     assert result["equal"] == [True, True, True]
     assert result["ours"] == [True, True]
     assert result["saved"] == [True, True]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdef_cli.spectral import blocks
-from specdef_cli.spectral.blocks import product, row_blocks, transposed_product
+from specdef_cli.spectral import subspace as blocks
+from specdef_cli.spectral.subspace import product, row_blocks, transposed_product
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,8 +9,15 @@ import torch
 
 from specdef_cli.checkpoint.manifest import Gauge
 from specdef_cli.errors import SpecDefError
-from specdef_cli.spectral.limits import RECONSTRUCTION_TOLERANCE, check_alpha, largest_safe_alpha
-from specdef_cli.spectral.reparameterize import Factors, gaussian_probes, reconstruction_error, symmetric_factors
+from specdef_cli.spectral.factors import (
+    RECONSTRUCTION_TOLERANCE,
+    Factors,
+    check_alpha,
+    gaussian_probes,
+    largest_safe_alpha,
+    reconstruction_error,
+    symmetric_factors,
+)
 from specdef_cli.spectral.subspace import top_subspace
 
 

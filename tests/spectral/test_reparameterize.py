@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specdef_cli.spectral import blocks
-from specdef_cli.spectral.reparameterize import (
+from specdef_cli.spectral import subspace as blocks
+from specdef_cli.spectral.factors import (
     Factors,
     gaussian_probes,
     householder_completion,

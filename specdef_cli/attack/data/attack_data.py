@@ -78,13 +78,7 @@ def check_size(
     remarks: tuple[str, ...] = (),
     remedy: str | None = None,
 ) -> None:
-    """Refuse data that is too small for one batch and one evaluation.
-
-    Args:
-        what: What is counted: sequences, texts, images.
-        remarks: Sentences on what was left out of it.
-        remedy: What to do, where it is not to give more.
-    """
+    """Refuse data that is too small for one batch and one evaluation."""
     if train >= options.batch_size and held_out >= 1:
         return
     shorter = " or --sequence-length" if what == "sequences" else ""

@@ -35,9 +35,6 @@ def conversation_example(conversation: Conversation, tokenizer: PreTrainedTokeni
 
     Where the template marks what the assistant says (``{% generation %}``), that is what is counted; elsewhere it is
     what each of the assistant's messages adds to the tokens before it.
-
-    Returns:
-        An example, or the reason, in a few words, why there is none.
     """
     messages: list[Any] = list(conversation.messages)
     said = [n for n, message in enumerate(messages) if message["role"] == "assistant" and says(message)]

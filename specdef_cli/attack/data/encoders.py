@@ -18,12 +18,7 @@ _MASKING_SEED = 0
 
 
 class CausalEncoder:
-    """For models that say the next token. Texts are joined and cut; what has an answer is a sequence of its own.
-
-    Args:
-        tokenizer: The model's.
-        length: Most tokens of a sequence.
-    """
+    """For models that say the next token. Texts are joined and cut; what has an answer is a sequence of its own."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self._tokenizer, self._length = tokenizer, length

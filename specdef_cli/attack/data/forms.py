@@ -98,9 +98,7 @@ def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Fo
     """The form of a data set, by the columns of a row.
 
     Args:
-        row: Any of it.
         text_column: The column that the user named; ``None`` leaves it to the row.
-        dataset: What errors call it.
     """
     if text_column is None:
         for form in FORMS:

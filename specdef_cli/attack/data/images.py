@@ -17,7 +17,7 @@ from specdef_cli.attack.data.attack_data import AttackData
 from specdef_cli.attack.data.labelled import Example, Examples, Head, labelled_halves
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.hardening.opened import OpenedModel
+from specdef_cli.model.opened import OpenedModel
 
 _DEFAULT_SIZE = 224
 _MODES = {1: "L", 3: "RGB"}

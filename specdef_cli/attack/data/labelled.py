@@ -78,11 +78,6 @@ def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> La
 
     Numbers with a fraction are to be predicted themselves (regression), and so are whole ones where the head has one
     output; lists hold several classes at a time, as their numbers, their names, or a 0 or 1 for each class.
-
-    Args:
-        found: Labels of the rows that were read.
-        head: The checkpoint's.
-        column, dataset: For errors.
     """
     labels = list(found)
     lists = [label for label in labels if isinstance(label, list)]
@@ -150,7 +145,6 @@ class Examples(Dataset[Example]):
     """Examples with what the loss takes under ``label``.
 
     Args:
-        examples: As they are kept in memory.
         prepare: From one of them to what a batch is made of; ``None`` where they are that already.
     """
 
@@ -192,11 +186,7 @@ def labelled_halves(
     """Read as many rows as a run needs, in a random order.
 
     Args:
-        options: Which data, and how much of it.
-        what: What is counted, in the plural: texts, images.
-        columns: What is classified.
         encode: Makes an example of those columns' values; ``None`` where there is nothing in them.
-        head: The checkpoint's own.
     """
     if options.dataset is None:
         raise SpecDefError(

@@ -14,7 +14,7 @@ from specdef_cli.attack.data.language import language_data
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.opened import OpenedModel
+from specdef_cli.model.opened import OpenedModel
 
 Preprocessor: TypeAlias = PreTrainedTokenizerBase | PixelTransform
 """Makes tensors of a row: a tokenizer for text, a transform for images."""
@@ -37,10 +37,7 @@ def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, he
     """Read, prepare and split what the options name.
 
     Args:
-        options: Which data, and how much of it a run needs.
-        task: What it is made into.
         preprocessor: The control's, from :func:`load_preprocessor`.
-        head: The checkpoint's own; of classifiers alone.
     """
     head = head or Head()
     if options.text_pair_column is not None and task != "sequence-classification":

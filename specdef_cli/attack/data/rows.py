@@ -58,7 +58,6 @@ def rows(
     """Rows of the named data set; at least one. Images come as they are stored, not decoded.
 
     Args:
-        options: Which data set.
         classes: The numbers of classes by name: a data set that knows its classes' names is numbered so.
         shuffle: Draw them in a random order, always the same. Labelled data is often stored class by class, and a short
             run would see one of them.

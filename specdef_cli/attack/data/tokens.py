@@ -94,10 +94,7 @@ class Packer:
     """Joins texts, one after the other, and cuts what comes of it into sequences of equal length.
 
     Args:
-        length: Tokens of a sequence.
         frame: Every sequence begins with its ``before``, and so does every text inside one.
-        end: Ends every text.
-        closing: Ends every sequence; of encoders alone.
     """
 
     def __init__(self, length: int, frame: Frame, end: tuple[int, ...] = (), closing: tuple[int, ...] = ()) -> None:

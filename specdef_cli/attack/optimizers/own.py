@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.attack.optimizers.table import OptimizerChoice
+from specdef_cli.model.skeleton import output_embeddings
 
 
 def build_optimizer(
@@ -25,15 +25,7 @@ def build_optimizer(
     weight_decay: float = 0.0,
     decayed: Collection[str] = (),
 ) -> Optimizer:
-    """Construct an optimizer for whatever is trainable in ``model``.
-
-    Args:
-        choice: The row.
-        model: As it will be trained, wrapped where it is sharded.
-        learning_rate: The same for every group.
-        weight_decay: As the optimizer takes it.
-        decayed: Names of the parameters that decay.
-    """
+    """Construct an optimizer for whatever is trainable in ``model``."""
     matrices = hidden_matrices(model) if choice.matrix_option else frozenset()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -84,8 +76,6 @@ class WeightwiseOptimizer(Optimizer, ABC):
         Args:
             weight: Of any shape.
             gradient: In float32, of the weight's shape.
-            state: What is kept of this weight from step to step; empty before the first.
-            group: The options of the weight's parameter group.
         """
 
 
@@ -97,11 +87,7 @@ class Madam(WeightwiseOptimizer):
     Weights that are zero stay zero, so biases that start there do not train, nor does LoRA, whose B does.
 
     Args:
-        params: As every optimizer takes them.
-        lr: The logarithmic change of a weight whose gradient is at its usual size.
-        beta: Decay of the mean of squared gradients.
         bound: ``ĝ`` is clipped to ±``bound`` (the paper's 10).
-        eps: Keeps entries whose gradient has always been zero where they are.
     """
 
     def __init__(
@@ -129,15 +115,7 @@ class Madam(WeightwiseOptimizer):
 
 
 class NormalizedSGD(WeightwiseOptimizer):
-    """``w ← w − η·m`` with ``m`` the running mean of ``g / rms(g)``, over the whole tensor or over each row.
-
-    Args:
-        params: As every optimizer takes them.
-        lr: The root mean square of a step once the mean has settled.
-        per: Over what the gradient is normalized; a vector is one row.
-        momentum: Decay of the mean.
-        weight_decay: Decoupled, as in AdamW.
-    """
+    """``w ← w − η·m`` with ``m`` the running mean of ``g / rms(g)``, over the whole tensor or over each row."""
 
     def __init__(
         self,

@@ -24,14 +24,14 @@ from peft.utils.constants import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.factored import hardened_paths
 from specdef_cli.errors import first_line
-from specdef_cli.runtime import SpecDefScaled
+from specdef_cli.model import SpecDefScaled
+from specdef_cli.model.skeleton import output_embeddings
 
 PEFT_TASKS: Mapping[Task, TaskType | None] = {
     "causal-lm": TaskType.CAUSAL_LM,
@@ -44,11 +44,6 @@ PEFT_TASKS: Mapping[Task, TaskType | None] = {
 
 def with_adapters(model: nn.Module, training: Training, make_config: Callable[[], PeftConfig]) -> nn.Module:
     """PEFT's wrapper around a model, in which the adapters alone train.
-
-    Args:
-        model: Changed in place.
-        training: What was asked for, for messages.
-        make_config: Called here, so that what it cannot make is told like what PEFT cannot put on.
 
     Raises:
         NotApplicable: PEFT has no place for these adapters on this model.

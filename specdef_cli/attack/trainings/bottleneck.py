@@ -16,15 +16,13 @@ from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.grown import first_tensor, outermost_blocks, with_first_tensor
-from specdef_cli.runtime import SpecDefLinear
+from specdef_cli.model import SpecDefLinear
 
 
 class Bottleneck(nn.Module):
     """x → up(gelu(down(x))), zero at first.
 
     Args:
-        width: d, of what it reads and adds to.
-        size: Units in between.
         like: Gives dtype and device.
     """
 

@@ -65,11 +65,7 @@ def train_only(model: nn.Module, globs: Iterable[str]) -> None:
 
 
 def parameter_groups(training: Training, target: Target) -> tuple[Training, ...]:
-    """One training for each of: embeddings, norms, the head, and each linear of a block over all blocks.
-
-    Raises:
-        SpecDefError: The training names a kind that the model has not.
-    """
+    """One training for each of: embeddings, norms, the head, and each linear of a block over all blocks."""
     model = target.control_model()
     groups: dict[str, list[str]] = {}
     head = model.get_output_embeddings()

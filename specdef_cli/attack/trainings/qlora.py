@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from specdef_cli.architectures.head import output_embeddings
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.adapters import train_lora
 from specdef_cli.attack.trainings.table import Training
-from specdef_cli.runtime import SpecDefScaled
+from specdef_cli.model import SpecDefScaled
+from specdef_cli.model.skeleton import output_embeddings
 
 BLOCK = 64
-"""Weights that share a scale; on CPUs they have to be of one row."""
+"""Weights that share a scale. Those of one row have to be whole blocks for bitsandbytes' packed kernel of CPUs."""
 
 
 def train_qlora(model: nn.Module, training: Training, task: Task) -> nn.Module:
@@ -39,18 +39,9 @@ def _train(model: Any, training: Training, task: Task, *, nested: bool) -> nn.Mo
         raise NotApplicable("QLoRA needs bitsandbytes, which is not installed", "pip install bitsandbytes") from error
     head = output_embeddings(model)
     kept = (head, head.inflated if isinstance(head, SpecDefScaled) else None)
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if type(module) is nn.Linear and module.in_features % BLOCK == 0 and not any(module is each for each in kept)
-    }
-    if not linears:
-        raise NotApplicable(
-            f"no linear of {type(model).__name__} reads a multiple of {BLOCK} features, which NF4 takes at a time",
-            "Choose --training lora for this model.",
-        )
-    for path, module in linears.items():
-        model.set_submodule(path, _quantized(bitsandbytes, module, nested))
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not any(module is each for each in kept):
+            model.set_submodule(path, _quantized(bitsandbytes, module, nested))
     model.is_loaded_in_4bit = True  # by which PEFT knows which kind of adapter to put on
     try:
         return train_lora(model, training, task)
@@ -69,6 +60,8 @@ def _quantized(bitsandbytes: Any, linear: nn.Linear, nested: bool) -> nn.Module:
     made.weight = bitsandbytes.nn.Params4bit(
         weight, requires_grad=False, compress_statistics=nested, quant_type="nf4", module=made
     )
+    if linear.in_features % BLOCK:
+        made.support_avx512bf16_for_cpu = False
     if has_bias:
         made.bias = linear.bias
     return made.to(weight.device).train(linear.training)

@@ -152,9 +152,6 @@ class Training:
         where: Globs of parameter names, or modules by the end of their path; empty for wherever the method goes.
         name: What to call it in a table; by default it is put together from the rest. Two trainings that differ in
             their names alone are the same one.
-
-    Raises:
-        SpecDefError: The table has no such training, or it does not take this size or names.
     """
 
     method: str = "full"
@@ -176,11 +173,7 @@ class Training:
 
     @classmethod
     def parse(cls, text: str) -> Training:
-        """Read a training: a name of the table, ``:`` and a number, ``@`` and names with commas between.
-
-        Raises:
-            SpecDefError: The table has no such training, or it does not take this size or names.
-        """
+        """Read a training: a name of the table, ``:`` and a number, ``@`` and names with commas between."""
         head, at, names = text.partition("@")
         method, colon, number = head.partition(":")
         size = (TRAININGS.choose(method).size or _NO_SIZE).parse(number) if colon else None
@@ -214,9 +207,6 @@ class Training:
 
     def apply(self, model: nn.Module, task: Task) -> nn.Module:
         """Set what trains. What a variant has frozen stays frozen.
-
-        Returns:
-            The model, or a wrapper around it.
 
         Raises:
             NotApplicable: A name matches nothing, or nothing is left to train.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.names import tied_parameters
 from specdef_cli.attack.variants.growth import Growth
+from specdef_cli.model.skeleton import tied_parameters
 
 
 class Scaled(nn.Module):

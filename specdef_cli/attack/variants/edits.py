@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.linears import writers
-from specdef_cli.architectures.meta_model import meta_model
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
+from specdef_cli.model.meta_model import meta_model
+from specdef_cli.model.sites import writers
 from specdef_cli.spectral.subspace import top_subspace
 
 RANK = 3
@@ -51,11 +51,6 @@ class Written:
 @torch.no_grad()
 def ablate(model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
     """Take ``direction`` out of everything that writes to the residual stream, in place.
-
-    Args:
-        model: A language model.
-        direction: v, a unit vector of the hidden size.
-        strength: λ.
 
     Raises:
         NotApplicable: Nothing is known to write to the residual stream.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
 
 
 class GrownLayer(nn.Module):
@@ -48,7 +48,6 @@ def original_name(parameter: str, layers: Iterable[str]) -> str:
 
     Args:
         parameter: As ``named_parameters`` gives it.
-        layers: Module paths of the hardened layers, whatever stands there now.
     """
     for layer in layers:
         if parameter.startswith(f"{layer}."):

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.pairs import Side, SymmetricPair
-from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.factored import collapse, hardened_paths
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.hardening.recognise import channel_exponents
-from specdef_cli.runtime import SpecDefScaled
+from specdef_cli.model import SpecDefScaled
+from specdef_cli.model.body import Side, SymmetricPair
+from specdef_cli.model.symmetries import symmetric_pairs
 
 
 def channel_values(side: Side, tensor: Tensor) -> Tensor:
@@ -47,9 +47,6 @@ def _target(side: Side, tensor: Tensor) -> tuple[Tensor, int]:
 
 def unscale(model: nn.Module) -> Growth:
     """Put the module inside of every :class:`SpecDefScaled` in its place, its weight unscaled.
-
-    Args:
-        model: Changed in place. A weight that a head shares with the embedding is unscaled once.
 
     Raises:
         NotApplicable: The model has no scaled module.
@@ -95,9 +92,6 @@ def rebalance(model: PreTrainedModel) -> Growth:
 
     The factors are powers of two, so the function is kept bit for bit.
 
-    Returns:
-        How many pairs were changed, inserted ones included.
-
     Raises:
         NotApplicable: The model's family has no symmetric pair that is known here.
     """
@@ -134,9 +128,6 @@ def undoing_slice(side: Side, exponents: Tensor) -> ScaledSlice:
 
 def equalise(model: PreTrainedModel) -> Growth:
     """Merge gains and equalise ranges in place. The function stays up to rounding.
-
-    Returns:
-        How many pairs were changed.
 
     Raises:
         NotApplicable: The model's family has no such pair that is known here.

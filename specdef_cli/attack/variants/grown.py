@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdef_cli.architectures.families import FAMILIES
-from specdef_cli.architectures.linears import writers
-from specdef_cli.architectures.meta_model import meta_model
-from specdef_cli.architectures.names import repeated_blocks
-from specdef_cli.architectures.symmetries import symmetric_pairs
 from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.variants.factored import GrownLayer, count_parameters, freeze, linear_like, replace_layers
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.errors import first_line
-from specdef_cli.runtime import SpecDefLinear, SpecDefScaled
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
+from specdef_cli.model.families import FAMILIES
+from specdef_cli.model.meta_model import meta_model
+from specdef_cli.model.sites import writers
+from specdef_cli.model.skeleton import repeated_blocks
+from specdef_cli.model.symmetries import symmetric_pairs
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
@@ -227,7 +227,6 @@ class WidenedLayer(GrownLayer):
 
     Args:
         pair: n → m; frozen by the caller.
-        width: w, the path's inner dimension.
         generator: Draws ``down`` on the CPU, so that the path is the same on every device.
     """
 
@@ -254,9 +253,7 @@ def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
     change of W.
 
     Args:
-        model: Changed in place.
         factor: > 1.
-        seed: Of the path's first factor; the second is zero.
 
     Raises:
         NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
@@ -302,9 +299,7 @@ def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> Growth:
     compensations. Where nothing was inserted: fresh blocks after every frozen one, ``factor`` times as many.
 
     Args:
-        model: Changed in place.
         factor: ≥ 2.
-        seed: Of fresh blocks.
 
     Raises:
         NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.

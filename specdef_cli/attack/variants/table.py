@@ -146,9 +146,6 @@ class Variant:
     Attributes:
         kind: A name of the table.
         factor: The number it takes; its default where none is given, and of an edit none, for all of them.
-
-    Raises:
-        SpecDefError: The table has no such variant, or it does not take this factor.
     """
 
     kind: str = "plain"
@@ -162,11 +159,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """Read a variant: ``collapse``, ``width:2``, ``width:1.5x``; ``width`` takes the default factor.
-
-        Raises:
-            SpecDefError: The table has no such variant, or it does not take this factor.
-        """
+        """Read a variant: ``collapse``, ``width:2``, ``width:1.5x``; ``width`` takes the default factor."""
         kind, colon, number = text.partition(":")
         factor = (VARIANTS.choose(kind).factor or _NO_FACTOR).parse(number) if colon else None
         return cls(kind, factor)
@@ -229,13 +222,7 @@ _NO_FACTOR = Factor("factor", 2.0, whole=False)
 
 
 def informed_variants(constructions: Collection[Change], *, surely_folded: bool = False) -> tuple[Variant, ...]:
-    """The variants that belong in every report on a model with these constructions.
-
-    Args:
-        constructions: What the model has, or may have, of what hardening makes.
-        surely_folded: Whether it has pairs to rebalance, which takes scales and inserted layers out as well. Either of
-            those by itself then leaves the fold, and a search of it goes down a long way for nothing.
-    """
+    """The variants that belong in every report on a model with these constructions."""
     undoing = tuple(
         Variant(name)
         for name, choice in VARIANTS.items()

@@ -1,30 +1,70 @@
-"""W = C·W~: one linear map as an inflated layer followed by its compensation (the paper's Algorithm 1).
+"""The paper's two factors of a weight, and the α that a dtype can hold (arXiv 2602.18868).
 
-With U_k any m×k matrix of orthonormal columns and P = U_k U_kᵀ, two factorizations ("gauges") are built:
-
-*symmetric* (the paper's)
-    W~ = (I + (α−1)P) W,  C = I − (1−1/α) P. Rounding W~ in the stored dtype leaves an error of about α·u·σ₁ in
-    directions that C does not shrink, so the function survives only while α times the unit roundoff u is small.
-*rotated*
-    Q = [U_k, U_⊥] orthogonal, D = diag(α×k, 1, …): W~ = D Qᵀ W, C = Q D⁻¹. The same singular values, but each row of
-    W~ has its own scale, so rounding is relative in every row and the error does not grow with α.
-
-Both satisfy C W~ = W for every orthonormal U_k. Q is never formed: it is the product of k Householder reflectors in
-compact form, Q = I − V T Vᵀ. So both gauges are a rank-k update and a scaling, W~ = D(W + L R) and C = (I + L′R′)D⁻¹,
-which costs O(mnk) instead of O(m²n) and is made and rounded a block of rows at a time.
-
-References: arXiv 2602.18868, Algorithm 1; Schreiber & Van Loan, "A storage-efficient WY representation for products
-of Householder transformations", SIAM J. Sci. Stat. Comput. 10 (1989).
+Two limits exist. *Range*: an inflated weight, and an activation that passes through it, must stay finite, and 1/α must
+stay a normal number. *Rounding* (symmetric gauge only): W~ is rounded with relative error u, which directions that C
+does not shrink see multiplied by α, so α·u bounds what is left of the function.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specdef_cli.spectral.blocks import product, row_blocks, transposed_product
+from specdef_cli.dtypes import dtype_name
+from specdef_cli.errors import SpecDefError
+from specdef_cli.spectral.gauges import Gauge
+from specdef_cli.spectral.subspace import product, row_blocks, transposed_product
+
+# A relative error of y = C(W~x) above this is a different function, not rounding: bfloat16 weights alone give 2e-3.
+RECONSTRUCTION_TOLERANCE = 1e-2
+# Activations after an inflated layer are α times the ordinary ones, which reach some hundreds in trained models.
+ACTIVATION_HEADROOM = 512.0
+
+
+def largest_safe_alpha(gauge: Gauge, dtype: torch.dtype) -> float:
+    """The largest α at which a layer stored in ``dtype`` still computes what it did.
+
+    >>> largest_safe_alpha("symmetric", torch.bfloat16)
+    2.0
+    """
+    info = torch.finfo(dtype)
+    in_range = min(info.max / ACTIVATION_HEADROOM, 1 / info.tiny)
+    if gauge == "rotated":
+        return round_down(in_range)
+    return round_down(min(in_range, RECONSTRUCTION_TOLERANCE / (info.eps / 2)))
+
+
+def check_alpha(alpha: float, gauge: Gauge, dtype: torch.dtype, where: str = "") -> None:
+    """Refuse an α that is not a number of at least 1, or that ``dtype`` cannot hold in this gauge.
+
+    Args:
+        where: Why that dtype, for the message: a clause in commas.
+    """
+    if not (math.isfinite(alpha) and alpha >= 1):
+        raise SpecDefError(f"alpha is {alpha:g}; it must be a finite number of at least 1", "Give e.g. --alpha 1e4.")
+    safe = largest_safe_alpha(gauge, dtype)
+    if alpha > safe:
+        others = []
+        if gauge == "symmetric" and alpha <= largest_safe_alpha("rotated", dtype):
+            others.append("--gauge rotated")
+        # float32 keeps more digits than bfloat16, and has the same range.
+        wider = torch.float32 if gauge == "symmetric" else torch.bfloat16
+        if dtype is not wider and alpha <= largest_safe_alpha(gauge, wider):
+            others.append(f"--dtype {dtype_name(wider)}")
+        raise SpecDefError(
+            f"alpha {alpha:g} would break the function in {dtype_name(dtype)}{where} with the {gauge} gauge",
+            ", or ".join([f"Use --alpha {safe:g} or less", *others]) + ".",
+        )
+
+
+def round_down(value: float) -> float:
+    """One significant digit, downwards: the limit is an estimate and is printed as one."""
+    magnitude = 10 ** math.floor(math.log10(value))
+    return math.floor(value / magnitude) * magnitude
+
 
 PROBES = 16
 
@@ -130,7 +170,6 @@ def reconstruction_error(reference: Tensor, factors: Factors, probes: Tensor) ->
 
     Args:
         reference: W X, shape [m, p], float32 or better.
-        factors: W~ and C as they are stored.
         probes: X, shape [n, p].
     """
     hidden = product(factors.inflated, probes).to(factors.inflated.dtype).to(probes.dtype)

@@ -17,11 +17,7 @@ Callback = Callable[[], None]
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls something after a module was imported. It finds nothing itself: it asks the finders after it.
-
-    Args:
-        callbacks: What to call, by the full name of the module to wait for. Each is called once.
-    """
+    """Calls something after a module was imported. It finds nothing itself: it asks the finders after it."""
 
     def __init__(self, callbacks: dict[str, Callback]) -> None:
         self.callbacks = callbacks
@@ -57,13 +53,13 @@ def _register_config() -> None:
     import transformers.quantizers.auto  # noqa: F401
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefConfig
+    from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefConfig
 
     CONFIG_MAPPING.register(MODEL_TYPE, SpecDefConfig, exist_ok=True)
 
 
 def _register_quantizer() -> None:
-    from specdef_cli.runtime.configuration_specdef import register_quantizer
+    from specdef_cli.model.configuration_specdef import register_quantizer
 
     register_quantizer(replace=True)
 
@@ -72,7 +68,7 @@ def _register_diffusers_quantizer() -> None:
     import transformers.quantizers.auto  # noqa: F401 (first, for the reason in _register_config)
     from diffusers.quantizers import auto
 
-    from specdef_cli.runtime import diffusion
+    from specdef_cli.model import diffusion
 
     auto.AUTO_QUANTIZER_MAPPING[diffusion.METHOD] = diffusion.SpecDefDiffusersQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[diffusion.METHOD] = diffusion.SpecDefDiffusersConfig

@@ -1,7 +1,4 @@
-"""Are there the models that a command names? Asked before anything heavy is imported: a wrong path is told in a moment.
-
-What lies on the Hub is asked for later, when it is downloaded.
-"""
+"""Is what a command names there, and may its output be written? Asked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from specdef_cli.checkpoint.durable import takes_files
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, base_of, find_manifest, is_hardened, read_manifest
 from specdef_cli.checkpoint.other_directories import no_config
 from specdef_cli.errors import SpecDefError
@@ -20,14 +18,10 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
     """Refuse a model that is not there.
 
     Args:
-        model: A directory or a Hub id.
         manifest: What ``--manifest`` names.
 
     Returns:
         Its directory on this disk; ``None`` for a Hub id.
-
-    Raises:
-        SpecDefError: It is a path to nothing, to a file, or to a directory without a ``config.json``.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -43,22 +37,14 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
 
 
 def require_hardened(model: str, manifest: Path | None = None) -> None:
-    """Refuse a model that is not there, or that no manifest belongs to.
-
-    Raises:
-        SpecDefError: Either is so, or the manifest is not valid.
-    """
+    """Refuse a model that is not there, or that no manifest belongs to."""
     directory = require_model(model, manifest)
     if directory is not None:
         read_manifest(directory, manifest)
 
 
 def require_directory(directory: Path) -> None:
-    """Refuse what is no directory, where a Hub id will not do: its files are changed or uploaded.
-
-    Raises:
-        SpecDefError: It is none.
-    """
+    """Refuse what is no directory, where a Hub id will not do: its files are changed or uploaded."""
     if not directory.is_dir():
         raise SpecDefError(f"{directory} is not a directory", "Give one that `specdef harden` published.")
 
@@ -75,11 +61,7 @@ def require_card(model: str) -> None:
 
 
 def require_not_hardened(model: str) -> None:
-    """Refuse a model that is not there, or whose manifest says that it is hardened.
-
-    Raises:
-        SpecDefError: Either is so.
-    """
+    """Refuse a model that is not there, or whose manifest says that it is hardened."""
     directory = require_model(model)
     if directory is not None and is_hardened(directory):
         raise hardened_already(directory)
@@ -94,13 +76,8 @@ def require_models(model: str, base: str | None, option: str, manifest: Path | N
     """Refuse models that are not there.
 
     Args:
-        model: What is attacked or certified.
         base: The undefended model; ``None`` is the one that the manifest names.
-        option: What names the base.
         manifest: What ``--manifest`` names.
-
-    Raises:
-        SpecDefError: naming the one that is missing.
     """
     directory = require_model(model, manifest)
     if base is not None:
@@ -121,11 +98,7 @@ def require_models(model: str, base: str | None, option: str, manifest: Path | N
 
 
 def require_undefended(base: Path, option: str) -> None:
-    """Refuse a base that is hardened itself: measured against it, any hardening would seem to do nothing.
-
-    Raises:
-        SpecDefError: naming it.
-    """
+    """Refuse a base that is hardened itself: measured against it, any hardening would seem to do nothing."""
     if (base / MANIFEST_NAME).is_file():
         raise SpecDefError(
             f"{option} {base} is hardened itself: its {MANIFEST_NAME} says so",
@@ -139,3 +112,73 @@ def no_base(model: str | Path, option: str) -> SpecDefError:
         f"{model} has no manifest that names its base, so there is nothing to compare it with",
         f"Name the undefended model with {option}.",
     )
+
+
+WORK_SUFFIX = ".specdef-unfinished"
+LOCK_SUFFIX = ".specdef-lock"
+
+
+def require_usable(final: Path, model: str) -> None:
+    """Refuse an output directory that is taken, or lies in the input where that is a directory."""
+    source = Path(model).expanduser()
+    if model and source.is_dir():
+        require_outside(final, source)
+    require_free(final)
+
+
+def require_outside(final: Path, source: Path) -> None:
+    """Refuse an output that lies in its own input."""
+    if final.resolve().is_relative_to(source.resolve()):
+        raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
+
+
+def require_free(final: Path) -> None:
+    """Refuse an output directory that is taken."""
+    if is_taken(final):
+        raise SpecDefError(f"the output {final} exists already", "Choose another --out, or remove it first.")
+
+
+def is_taken(final: Path) -> bool:
+    """Whether ``final`` is anything but absent or an empty directory; a new volume of ext4 has ``lost+found`` in it."""
+    if final.is_symlink() or final.name in {"", ".."}:
+        return True
+    if not final.is_dir():
+        return final.exists()
+    ours = {f".{final.name}{suffix}" for suffix in (WORK_SUFFIX, LOCK_SUFFIX)}
+    return not {path.name for path in final.iterdir()} <= {*ours, "lost+found"}
+
+
+def require_manifest_place(path: Path, out: Path, model: str = "") -> None:
+    """Refuse a place for a manifest that is taken, in the published directory or the model, or not writable."""
+    if path.exists() or path.is_symlink():
+        raise SpecDefError(f"--manifest-out {path} exists already", "Choose another file, or remove it first.")
+    if path.resolve().is_relative_to(out.resolve()):
+        raise SpecDefError(
+            f"--manifest-out {path} lies in the directory that is published",
+            "Choose a file outside of it, or leave the option out.",
+        )
+    if out.resolve().is_relative_to(path.resolve()):
+        raise SpecDefError(
+            f"--manifest-out {path} is a directory that --out {out} lies in", "Choose a file outside of --out."
+        )
+    source = Path(model).expanduser()
+    if model and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+        raise SpecDefError(
+            f"--manifest-out {path} lies in the model {source}, which is not hardened", "Choose a file outside of it."
+        )
+    try:
+        writable_ancestor(path.resolve().parent)
+    except SpecDefError as error:
+        raise SpecDefError(
+            f"--manifest-out {path} cannot be written: {error.problem}", "Choose another file."
+        ) from error
+
+
+def writable_ancestor(directory: Path) -> Path:
+    """The directory itself, or the nearest one above it that exists."""
+    existing = directory.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not takes_files(existing):
+        raise SpecDefError(f"{existing} is not a directory that can be written to", "Choose another --out.")
+    return existing

@@ -10,17 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdef_cli.runtime.configuration_specdef import SpecDefLinear, SpecDefScaled
-    from specdef_cli.runtime.load import load_model, load_tokenizer, without_progress_bars
+    from specdef_cli.model.configuration_specdef import SpecDefLinear, SpecDefScaled
+    from specdef_cli.model.loading import load_model, load_tokenizer, without_progress_bars
 
 __all__ = ["SpecDefLinear", "SpecDefScaled", "load_model", "load_tokenizer", "without_progress_bars"]
 
 _HOMES = {
-    "SpecDefLinear": "specdef_cli.runtime.configuration_specdef",
-    "SpecDefScaled": "specdef_cli.runtime.configuration_specdef",
-    "load_model": "specdef_cli.runtime.load",
-    "load_tokenizer": "specdef_cli.runtime.load",
-    "without_progress_bars": "specdef_cli.runtime.load",
+    "SpecDefLinear": "specdef_cli.model.configuration_specdef",
+    "SpecDefScaled": "specdef_cli.model.configuration_specdef",
+    "load_model": "specdef_cli.model.loading",
+    "load_tokenizer": "specdef_cli.model.loading",
+    "without_progress_bars": "specdef_cli.model.loading",
 }
 
 

@@ -1,27 +1,91 @@
-"""Load a base or a hardened directory, for the rooms that need a model and do not care which it is.
-
-Weights come from safetensors only, never from pickles, and no code from the directory is run unless the caller asks for
-it: the package's own registration reads hardened directories.
-"""
+"""Load a base or hardened directory from safetensors; code that comes with it runs only where the caller allows it."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from specdef_cli.checkpoint.headers import is_lfs_pointer, lfs_pointer
 from specdef_cli.checkpoint.library import diffusers_missing, library_of
-from specdef_cli.checkpoint.weight_files import read_config
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError
-from specdef_cli.runtime.own_code import own_class
-from specdef_cli.runtime.register import register
+from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError
+from specdef_cli.model.launcher import forget_stale_launcher
+from specdef_cli.model.register import register
+
+
+@contextlib.contextmanager
+def new_objects_only() -> Iterator[None]:
+    """Have garbage collections look only at objects made from now on.
+
+    Code that loads one model after another collects garbage between them, and the Trainer and Accelerate do so several
+    times a run; walking through torch and transformers takes a third of a second each time.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def own_class(config: Any, architecture: str | None, *, trust_remote_code: bool) -> tuple[str, str] | None:
+    """The auto class and the code reference that ``auto_map`` names for a model; ``None`` for transformers' own."""
+    models = {
+        auto: reference
+        for auto, reference in (getattr(config, "auto_map", None) or {}).items()
+        if auto.startswith(("AutoModel", "TFAutoModel", "FlaxAutoModel")) and isinstance(reference, str)
+    }
+    found = next(((auto, ref) for auto, ref in models.items() if ref.rpartition(".")[2] == architecture), None)
+    if not models or architecture is None or (found is None and not hasattr(transformers, architecture)):
+        return None
+    if found is None:
+        auto, reference = next(iter(models.items()))
+        raise SpecDefError(
+            f"config.json names the class {architecture}, and for {auto} the code {reference}: loaders take either",
+            "Take auto_map out of config.json if transformers' class is meant, or name the other in architectures.",
+        )
+    if not trust_remote_code:
+        hint = "Read that code, then pass --trust-remote-code."
+        if hasattr(transformers, architecture):
+            hint += " If transformers' class of that name is meant, take auto_map out of config.json."
+        raise SpecDefError(f"architecture {architecture!r} is defined by code in the checkpoint ({found[1]})", hint)
+    return found
+
+
+# A process that has written its shards waits for the slowest one: for a large model, longer than any default.
+LONGEST_WAIT = timedelta(days=2)
+
+
+def process_state(device: str | None = None) -> PartialState:
+    """Accelerate's view of the processes.
+
+    Accelerate looks for other processes on the CPU only where it is told that the CPU is what computes; without that,
+    every process of a launch on a machine without an accelerator would believe that it is alone. ``accelerate launch``
+    itself starts several processes on accelerators only; on the CPU, ``torchrun`` does.
+
+    Args:
+        device: Where to compute; ``None`` is an accelerator where there is one.
+    """
+    forget_stale_launcher()
+    try:
+        return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
+    except (RuntimeError, ValueError) as error:
+        raise SpecDefError(
+            f"the processes that the environment speaks of cannot be joined: {first_line(error)}",
+            "Run `unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT` to work alone, or start all processes "
+            "with torchrun.",
+        ) from error
+
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,10 +117,6 @@ def load_model(
         device: Where to load to; by default the CPU.
         trust_remote_code: Run code that comes with the directory. Hardened directories do not need it here.
         **kwargs: Passed on to ``from_pretrained``.
-
-    Raises:
-        SpecDefError: There is no such directory, its architecture is unknown, it holds no safetensors files, or its
-            tensors are not those that its config lists.
     """
     register()
     path = Path(directory)
@@ -85,7 +145,7 @@ def load_model(
 
 def _load_denoiser(path: Path, **kwargs: Any) -> Any:
     try:
-        from specdef_cli.runtime.diffusion import load_denoiser
+        from specdef_cli.model.diffusion import load_denoiser
     except ImportError as error:
         raise diffusers_missing(path) from error
     return load_denoiser(path, **kwargs)
@@ -93,22 +153,20 @@ def _load_denoiser(path: Path, **kwargs: Any) -> Any:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every model that is loaded."""
-    shown = transformers.logging.is_progress_bar_enabled()
+    """Keep transformers from drawing bars while it loads, and from listing tensors that it has no use for."""
+    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers.logging.set_verbosity(verbosity)
         if shown:
             transformers.logging.enable_progress_bar()
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a directory; its image processor where it has no tokenizer; ``None`` where it has neither.
-
-    Raises:
-        SpecDefError: There are files of one, but transformers cannot read them.
-    """
+    """The tokenizer of a directory; its image processor where it has no tokenizer; ``None`` where it has neither."""
     register()
     path = Path(directory)
     for files, auto_class in ((_TOKENIZER_FILES, AutoTokenizer), (_IMAGE_PROCESSOR_FILES, AutoImageProcessor)):

@@ -1,6 +1,8 @@
-"""A model's body beside its family's description: which blocks and sublayers there are, and the sides they make.
+"""Symmetric pairs as other rooms see them, and the parts of a transformer that they are found in.
 
-A *body* is the model without its head, and the part that :mod:`specdef_cli.architectures.families` describes.
+A symmetric pair is a set of tensor slices that can be multiplied by d and 1/d, channel by channel, without changing the
+function. With d a power of two nothing is rounded. Folding puts the paper's inflated layer and its compensation
+(arXiv 2602.18868, Algorithm 1) into such a pair.
 """
 
 from __future__ import annotations
@@ -9,15 +11,85 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.families import FAMILIES, Attention, Experts, Family, Mlp, Stack
-from specdef_cli.architectures.pairs import Indices, Power, Side
-from specdef_cli.architectures.skeleton import Skeleton
+from specdef_cli.model.families import FAMILIES, HOMOGENEOUS_ACTIVATIONS, Attention, Experts, Family, Mlp, Stack
+from specdef_cli.model.skeleton import Skeleton
+
+PairKind = Literal["value_output", "up_down", "query_key", "norm_readers"]
+Indices = tuple[tuple[int, ...], ...]
+Power = Literal[1, -1]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The slices of one tensor that belong to a pair.
+
+    Attributes:
+        tensor: Name on disk.
+        axis: The dimension that ``indices`` count along (dimension 0 included where the tensor stacks experts).
+        indices: For each channel of the pair, the positions along ``axis`` that it scales; every channel has equally
+            many, none is listed twice.
+        power: +1 where the slices are multiplied by the channel's factor d, -1 where by 1/d.
+        block: Index on dimension 0 of a tensor that stacks experts; ``None``: all of it.
+    """
+
+    tensor: str
+    axis: int
+    indices: Indices
+    power: Power
+    block: int | None = None
+
+
+@dataclass(frozen=True)
+class SymmetricPair:
+    """Slices that can be rescaled against each other without changing the function.
+
+    Attributes:
+        name: Where, by the path in the transformers model, e.g. ``model.layers.0.self_attn.value_output``.
+        kind: Which symmetry.
+        channels: How many independent factors the pair takes.
+        sides: The slices. Some have power +1 and some -1.
+    """
+
+    name: str
+    kind: PairKind
+    channels: int
+    sides: tuple[Side, ...]
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """Why pairs are missing.
+
+    Attributes:
+        kind: Which symmetry does not hold; ``None`` for parameters that none could involve.
+        reason: A sentence that names the parameters.
+    """
+
+    kind: PairKind | None
+    reason: str
+
+
+Found = Iterator[SymmetricPair | Unpaired]
+"""What one search yields: pairs, and why there are no more."""
+
+
+@dataclass(frozen=True)
+class Symmetries:
+    """All symmetric pairs of a checkpoint, and why there are no more.
+
+    Attributes:
+        pairs: In the order of the model.
+        unpaired: What has no pair, once for all blocks.
+    """
+
+    pairs: tuple[SymmetricPair, ...]
+    unpaired: tuple[Unpaired, ...]
 
 
 class NotOnDisk(Exception):
@@ -148,7 +220,6 @@ class Body:
 
         Raises:
             NotOnDisk: There is none.
-            SpecDefError: It has another shape.
         """
         tensor = self.skeleton.names.tensor(parameter)
         if tensor is None:
@@ -177,3 +248,62 @@ class Body:
 
     def _is_transposed(self, module: str) -> bool:
         return isinstance(self.skeleton.modules[module], Conv1D)
+
+
+def up_down(body: Body, block: str, layer: Mlp) -> Found:
+    """up → D up, down → down D⁻¹: the MLP is linear in its up branch, or its activation is homogeneous."""
+    module = join(block, layer.path)
+    up, down = join(module, layer.up), join(module, layer.down)
+    if layer.gate is None:
+        activation = getattr(body.config, layer.activation)
+        if activation not in HOMOGENEOUS_ACTIVATIONS:
+            between = f"the activation {activation!r} stands between {layer.up} and {layer.down}"
+            yield Unpaired("up_down", f"up_down does not hold: {between}.")
+            return
+    width = body.in_features(down)
+    rows = singles(width, width) if layer.fused else singles(width)
+    sides = (*body.rows(up, rows, 1), *body.columns(down, singles(width), -1))
+    yield SymmetricPair(join(module, "up_down"), "up_down", width, sides)
+
+
+def experts_up_down(body: Body, block: str, layer: Experts) -> Found:
+    """The same for each expert of a mixture."""
+    module = join(block, layer.path)
+    if not layer.gated_linearly:
+        reason = "the up branch is clamped and 1 is added to it before the gate"
+        yield Unpaired("up_down", f"up_down does not hold in {layer.path}: {reason}.")
+        return
+    ups, downs = expert_tensors(body, module, "up"), expert_tensors(body, module, "down")
+    experts, _, width = body.skeleton.parameters[f"{module}.down_proj"].shape
+    for expert in range(experts):
+        if ups is not None:
+            up = Side(ups[expert], 0, singles(width), 1)
+        else:
+            up = Side(body.tensor(f"{module}.gate_up_proj"), 1, singles(width, width), 1, expert)
+        if downs is not None:
+            down = Side(downs[expert], 1, singles(width), -1)
+        else:
+            down = Side(body.tensor(f"{module}.down_proj"), 2, singles(width), -1, expert)
+        yield SymmetricPair(join(module, str(expert), "up_down"), "up_down", int(width), (up, down))
+
+
+def expert_tensors(body: Body, module: str, part: Literal["gate", "up", "down"]) -> list[str] | None:
+    """The tensor of each expert, where experts are stored one by one; ``None`` where they are stacked on disk.
+
+    Raises:
+        NotOnDisk: There are neither all of these nor a stack.
+    """
+    parameter = f"{module}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
+    names = body.skeleton.names
+    if names.tensor(parameter) is not None:
+        return None
+    suffixes = {"gate": "w1|gate_proj", "up": "w3|up_proj", "down": "w2|down_proj"}[part]
+    pattern = re.compile(rf"\.experts\.(\d+)\.(?:{suffixes})\.weight$")
+    found = {int(match[1]): name for name in names.sources.get(parameter, ()) if (match := pattern.search(name))}
+    experts, wide, narrow = body.skeleton.parameters[parameter].shape
+    if sorted(found) != list(range(experts)):
+        raise NotOnDisk(parameter)
+    expected = (wide, narrow) if part == "down" else (wide // 2, narrow)
+    for name in found.values():
+        body.skeleton.require_shape(name, expected, parameter)
+    return [found[expert] for expert in range(experts)]

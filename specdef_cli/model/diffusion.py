@@ -21,7 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.runtime.configuration_specdef import MODEL_TYPE, SpecDefLoadError, swap
+from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError, swap
 
 
 class _Method(StrEnum):
@@ -84,9 +84,7 @@ def load_denoiser(
     """Load a model of diffusers, hardened or not, in evaluation mode.
 
     Args:
-        directory: The checkpoint, not its pipeline.
         dtype: The parameters' dtype; by default the widest that they are stored in (diffusers itself takes float32).
-        device: Where to load to; by default the CPU.
         **kwargs: Passed on to ``from_pretrained``.
     """
     import diffusers

@@ -1,27 +1,25 @@
-"""The linear layers of a model that can be replaced by an inflated layer and its compensation.
+"""What can be replaced by factors or scaled: linear layers, norms, embeddings and heads, by their tensors on disk.
 
-Only the weight's name, shape and place matter here, so any architecture works: the modules are read from the model on
-the meta device. A family's description says which of them write to the residual stream; where there is none, a linear
-is taken to write there when it is the last one of a block's submodule and as wide as the hidden state.
+Only a weight's name, shape and place matter, so any architecture works. A family's description says which linears write
+to the residual stream; without one, the last linear of a block's submodule does if it is as wide as the hidden state.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.architectures.body import blocks, described_bodies, join
-from specdef_cli.architectures.families import DENOISER_WRITERS, Attention, Experts, Family, Role
-from specdef_cli.architectures.head import output_embeddings
-from specdef_cli.architectures.names import match_names, repeated_blocks
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.checkpoint.linear import LinearLayer
+from specdef_cli.checkpoint.manifest import ScaledKind
+from specdef_cli.checkpoint.slices import LinearLayer
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.body import blocks, described_bodies, join, output_norms
+from specdef_cli.model.families import DENOISER_WRITERS, Attention, Experts, Family, Role
+from specdef_cli.model.skeleton import Skeleton, match_names, output_embeddings, repeated_blocks
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,6 @@ def linear_sites(skeleton: Skeleton) -> tuple[LinearSite, ...]:
     Left out: embeddings, heads, subclasses of ``nn.Linear``, weights tied to another parameter, weights that the
     model's code reads itself (WavLM's attention), and weights that transformers merges from or splits into several
     tensors (Mixtral's experts).
-
-    Raises:
-        SpecDefError: A tensor's shape contradicts the model.
     """
     model, names = skeleton.model, skeleton.names
     roles = _roles(model)
@@ -77,9 +72,6 @@ def require_factorable(skeleton: Skeleton, sites: Sequence[LinearSite]) -> None:
     The factors stand on disk as ``X.inflated.weight``, ``X.compensation.weight`` and ``X.compensation.bias`` where the
     base has ``X.weight``, and must reach ``<module>.inflated.weight`` … through transformers' renamings, which are
     regular expressions written for other names.
-
-    Raises:
-        SpecDefError: A renaming leads elsewhere.
     """
     wanted: dict[str, str] = {}
     for site in sites:
@@ -176,3 +168,127 @@ def _last_writer(model: PreTrainedModel, linears: list[str]) -> str | None:
         if (module.nf if isinstance(module, Conv1D) else module.out_features) == hidden:
             return path
     return None
+
+
+_AXES: Mapping[ScaledKind, tuple[int, int | None]] = {
+    "linear": (0, 1),
+    "head": (0, 1),
+    "embedding": (1, 0),
+    "norm": (0, None),
+}
+"""Of a weight, the axis of what the module puts out and of what it takes in."""
+
+
+@dataclass(frozen=True)
+class ScalableSite:
+    """A module with a weight of its own on disk, or the head that shares the embedding's.
+
+    Attributes:
+        module: Path in the transformers model.
+        kind: What it does with its weight.
+        tensor: Name of the weight on disk.
+        stem: What the names of the module's new tensors on disk begin with.
+        shape: Of the weight, as stored.
+        bias: Name of the bias on disk, or ``None``.
+        output_axis: The weight's axis that counts what the module puts out.
+        input_axis: The axis that counts what it takes in (tokens, of an embedding); ``None`` for a norm.
+        tied_to: Path of the embedding whose weight a head shares, or ``None``.
+        writes: Whether it is a norm that is known to write to the residual stream.
+    """
+
+    module: str
+    kind: ScaledKind
+    tensor: str
+    stem: str
+    shape: tuple[int, ...]
+    bias: str | None
+    output_axis: int
+    input_axis: int | None
+    tied_to: str | None = None
+    writes: bool = False
+
+
+def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
+    """All modules that can be scaled, in the model's order.
+
+    Left out: the heads of classifiers, which an attacker replaces anyway; position embeddings; embeddings of models
+    that have no one kind of input (CLIP); weights that the model's code reads itself (WavLM's attention); weights that
+    transformers merges from or splits into several tensors (Mixtral's experts).
+    """
+    model, names, tied = skeleton.model, skeleton.names, skeleton.tied
+    embedding = _input_embeddings(model)
+    head = output_embeddings(model)
+    looked_up = next((path for path, module in skeleton.modules.items() if module is embedding), "")
+    writing = output_norms(model)
+    sites = []
+    for path, module in skeleton.modules.items():
+        kind = _kind(model, path, module, embedding, head)
+        if kind is None or path in skeleton.trial.read_past:
+            continue
+        parameter = f"{path}.weight"
+        shares = kind == "head" and parameter in tied
+        tensor = names.tensor(f"{looked_up}.weight" if shares else parameter)
+        if (
+            tensor is None
+            or not tensor.endswith(".weight")
+            or (parameter in tied and kind not in ("head", "embedding"))
+        ):
+            continue
+        shape = skeleton.shapes[tensor]
+        output, inputs = _AXES[kind]
+        if isinstance(module, Conv1D):
+            output, inputs = 1, 0
+        bias = names.tensor(f"{path}.bias") if getattr(module, "bias", None) is not None else None
+        if getattr(module, "bias", None) is not None and bias is None:
+            continue
+        stem = path if shares else tensor.removesuffix(".weight")
+        tied_to = looked_up if shares else None
+        sites.append(ScalableSite(path, kind, tensor, stem, shape, bias, output, inputs, tied_to, path in writing))
+    if f"{looked_up}.weight" in tied:
+        # Scaled together with its head or not at all: some models share the weight with more, or add a bias, and some
+        # checkpoints hold the head once more, in whose place the scales would stand.
+        heads = [site for site in sites if site.tied_to is not None]
+        alone = len(tied) == 2 and len(heads) == 1 and heads[0].bias is None
+        if not alone or f"{heads[0].stem}.weight" in names.parameters:
+            sites = [site for site in sites if site.kind != "embedding" and site.tied_to is None]
+    return tuple(sites)
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:  # raised for models of several inputs: none of them is the input
+        return None
+
+
+def _kind(
+    model: nn.Module, path: str, module: nn.Module, embedding: nn.Module | None, head: nn.Module | None
+) -> ScaledKind | None:
+    weight = getattr(module, "weight", None)
+    if module is embedding:
+        return "embedding" if isinstance(module, nn.Embedding) else None
+    if module is head:
+        return "head" if type(module) is nn.Linear else None
+    if type(module) in (nn.Linear, Conv1D):
+        return None if is_classifier(model, path) else "linear"
+    if isinstance(weight, nn.Parameter) and weight.dim() == 1 and "norm" in type(module).__name__.lower():
+        # Statistics beside the gain (BatchNorm's) would have to move on disk, and no gain undoes them.
+        plain = module.state_dict().keys() <= {"weight", "bias"} and not isinstance(module, nn.GroupNorm)
+        return "norm" if plain else None
+    return None
+
+
+def require_findable(skeleton: Skeleton, sites: Sequence[ScalableSite], wanted: Mapping[str, str]) -> None:
+    """Check that transformers will find the new tensors under the names that are written.
+
+    Args:
+        wanted: Tensor name on disk → the parameter that it must become.
+    """
+    found = match_names(skeleton.model, wanted, added=wanted.values())
+    for tensor, parameter in wanted.items():
+        if found.parameters.get(tensor) != parameter:
+            module = next((site.module for site in sites if tensor.startswith(f"{site.stem}.")), tensor)
+            raise SpecDefError(
+                f"transformers would load {tensor} as {found.parameters.get(tensor, 'nothing')}, not as {parameter}",
+                f"--exclude '{module}', or fold instead (--method fold).",
+            )

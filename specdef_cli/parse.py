@@ -1,4 +1,4 @@
-"""Durations as users write and read them."""
+"""Durations and sizes as people write them: 45m, 1h30m, 5GB."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from specdef_cli.errors import SpecDefError
 
 
 def parse_duration(text: str, option: str) -> float:
-    """Seconds of a duration as users write it: ``45m``, ``1h30m``, ``90s``.
-
-    Args:
-        text: The duration.
-        option: Where it was given, for the error.
-
-    Raises:
-        SpecDefError: It is none.
-    """
+    """Seconds of a duration as users write it: ``45m``, ``1h30m``, ``90s``."""
     match = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)s)?\s*", text)
     parts = match.groups() if match else ()
     seconds = sum(float(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=bool(parts)))
@@ -31,3 +23,19 @@ def in_words(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB`` or ``500MB``."""
+    unit = text.strip().upper().lstrip("0123456789.")
+    number = text.strip()[: len(text.strip()) - len(unit)]
+    try:
+        size = int(float(number) * UNITS[unit.strip()])
+    except (KeyError, ValueError, OverflowError) as error:
+        raise SpecDefError(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
+    if size <= 0:
+        raise SpecDefError(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
+    return size

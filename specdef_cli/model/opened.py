@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from specdef_cli.architectures.skeleton import Skeleton
 from specdef_cli.checkpoint.arriving import ArrivingWeights
+from specdef_cli.checkpoint.check import hardened_already, no_base, require_undefended
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, base_of, is_hardened, manifest_of, no_manifest
-from specdef_cli.checkpoint.presence import hardened_already, no_base, require_undefended
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, resolve
 from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.hardening.soundness import as_original, require_its_own
-from specdef_cli.runtime import load_model, load_tokenizer, without_progress_bars
-from specdef_cli.runtime.shim import is_shim
+from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
+from specdef_cli.model.described import as_original, require_its_own
+from specdef_cli.model.shim import is_shim
+from specdef_cli.model.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class OpenedModel:
         return checkpoint_fingerprint(self.directory, self.manifest)
 
     def load(self, **arguments: Any) -> Any:
-        """Load it, as :func:`specdef_cli.runtime.load_model` does."""
+        """Load it, as :func:`specdef_cli.model.load_model` does."""
         return load_model(self.directory, trust_remote_code=self.trust_remote_code, **arguments)
 
     def load_without_weights(self) -> Any:
@@ -111,8 +111,6 @@ def open_model(
         model: A directory, or a Hub id ``org/name[@revision]``.
         hardened: Whether it has to have a manifest (``True``), must not be hardened (``False``), or may be either.
         manifest: ``specdef.json`` where it does not lie in the model's directory.
-        revision, token: As for :func:`resolve`.
-        trust_remote_code: Whether Python code that comes with the model may run.
     """
     found = resolve(str(model), revision=revision, token=token)
     return open_found(found, hardened=hardened, manifest=manifest, trust_remote_code=trust_remote_code)
@@ -146,10 +144,8 @@ def open_base(model: OpenedModel, given: str | Path | None, option: str, *, toke
     """The undefended model that another one is compared with.
 
     Args:
-        model: What is attacked or certified.
         given: What ``option`` names; ``None`` is the base that the manifest names.
         option: ``--base`` or ``--control``.
-        token: As for :func:`resolve`.
     """
     if given is not None:
         found = resolve(str(given), token=token)

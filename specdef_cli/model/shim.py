@@ -71,9 +71,6 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | Scal
         config: The base model's ``config.json``. It is not changed.
         layers: The replaced linears and scaled modules by module path in the class that ``architectures`` names,
             e.g. ``model.layers.0.self_attn.o_proj``.
-
-    Raises:
-        SpecDefError: The base has no ``model_type``, is a shim already, or is quantized.
     """
     library, native = library_of(config), config.get("model_type")
     if library.has_model_types and not native:
@@ -117,9 +114,6 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The base model's ``config.json``: the inverse of :func:`shim_config`.
 
     A config that is not a shim comes back as an equal copy.
-
-    Raises:
-        SpecDefError: It is a shim that names no native model type.
     """
     plain = copy.deepcopy(dict(config))
     if not is_shim(config):
@@ -138,11 +132,7 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shim_layers(config: Mapping[str, Any]) -> dict[str, LayerSpec | ScaledSpec]:
-    """The replaced linears and scaled modules that a shim names; empty for any other config.
-
-    Raises:
-        SpecDefError: It is a shim that names none, or not as this version writes them.
-    """
+    """The replaced linears and scaled modules that a shim names; empty for any other config."""
     if not is_shim(config):
         return {}
     try:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from specdef_cli.architectures.skeleton import Skeleton
-from specdef_cli.architectures.symmetries import symmetries
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.runtime.shim import unshim_config
+from specdef_cli.model.shim import unshim_config
+from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.symmetries import symmetries
 
 RESTORE = f"Restore {MANIFEST_NAME} and the shards as `specdef harden` wrote them."
 MAX_EXPONENT = 1000
@@ -25,16 +25,7 @@ CERTAIN_OCTAVES = 8
 
 
 def require_code_allows(skeleton: Skeleton, *, verify: bool, adds_code: bool) -> None:
-    """Refuse to harden a class of the checkpoint's own code in ways that would lose or trust that code unseen.
-
-    Args:
-        skeleton: The model.
-        verify: Whether the result will be compared with the base.
-        adds_code: Whether the result would bring code, which is loaded as transformers' class, and not as this one.
-
-    Raises:
-        SpecDefError: naming the class.
-    """
+    """Refuse to harden a class of the checkpoint's own code in ways that would lose or trust that code unseen."""
     if skeleton.is_native:
         return
     name = f"{type(skeleton.model).__name__} is a class of the checkpoint's own code"
@@ -54,9 +45,6 @@ def require_its_own(checkpoint: Checkpoint, manifest: Manifest) -> None:
 
     Inserted layers and scaled modules have tensors of their own, which :func:`require_as_described` looks for. A fold
     has none: here the channel that it multiplied most must stand out, in the smallest tensor that shows that.
-
-    Raises:
-        SpecDefError: naming the channel.
     """
     require_as_described(checkpoint, manifest)
     telling = [
@@ -86,11 +74,7 @@ def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint
     """The checkpoint as its original architecture describes it: native config, tombstones with the weights' shapes.
 
     Args:
-        checkpoint: Hardened or not.
         manifest: Its manifest; ``None`` where it has none.
-
-    Raises:
-        SpecDefError: A tensor is not there as the manifest describes it.
     """
     tensors = dict(checkpoint.tensors)
     if manifest is None:
@@ -124,11 +108,7 @@ def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint
 
 
 def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
-    """Check that every tensor that the manifest names is there, in the shape that it says.
-
-    Raises:
-        SpecDefError: naming the tensor.
-    """
+    """Check that every tensor that the manifest names is there, in the shape that it says."""
     wanted: dict[str, tuple[int, ...]] = {}
     for layer in manifest.factored:
         wanted[layer.inflated_tensor] = (layer.out_features, layer.in_features)
@@ -163,11 +143,7 @@ def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
 
 
 def _require_scaled(module: ScaledModule) -> None:
-    """Check that what the manifest says of a scaled module makes sense.
-
-    Raises:
-        SpecDefError: A channel is outside of the weight, or an exponent out of range.
-    """
+    """Check that what the manifest says of a scaled module makes sense."""
     for side in module.scales.values():
         inside = 0 <= side.axis < len(module.shape) and all(
             0 <= index < module.shape[side.axis] for index in side.indices

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from specdef_cli.architectures.body import Body, join, singles
-from specdef_cli.architectures.families import Attention, Experts, Mlp, Stack
-from specdef_cli.architectures.head import output_embeddings
-from specdef_cli.architectures.mlp import expert_tensors
-from specdef_cli.architectures.pairs import Found, Side, SymmetricPair, Unpaired
+from specdef_cli.model.body import Body, Found, Side, SymmetricPair, Unpaired, expert_tensors, join, singles
+from specdef_cli.model.families import Attention, Experts, Mlp, Stack
+from specdef_cli.model.skeleton import output_embeddings
 
 
 def norms_of(body: Body, stack: Stack, block: str) -> list[str]:

@@ -1,26 +1,26 @@
-"""A batch that a model takes, the same every time, and what the model computes on it: two models are compared by it."""
+"""Inputs that are made up, and inputs from a text: what a model is run on to be compared or calibrated."""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specdef_cli.errors import ResumableError
+from specdef_cli.errors import ResumableError, SpecDefError
+from specdef_cli.model.loading import load_tokenizer
 
 BATCH, LENGTH = 2, 32
 
 
 def fixed_inputs(model: Any) -> dict[str, Any]:
-    """A deterministic batch of what the model takes: token ids, pixels, both, sound, or noisy latents.
-
-    Raises:
-        ResumableError: The model's input is neither; the weights may be right.
-    """
+    """A deterministic batch of what the model takes: token ids, pixels, both, sound, or noisy latents."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if not isinstance(model, PreTrainedModel):
@@ -97,11 +97,7 @@ def _features(model: Any, config: Any, generator: torch.Generator) -> dict[str, 
 
 
 def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
-    """A batch for a denoiser of diffusers (``UNet2DConditionModel``): latents, timesteps, and what conditions them.
-
-    Raises:
-        ResumableError: The model is conditioned on something else besides.
-    """
+    """A batch for a denoiser of diffusers (``UNet2DConditionModel``): latents, timesteps, and what conditions them."""
     config = model.config
     width = config.encoder_hid_dim or config.cross_attention_dim
     if not isinstance(width, int) or config.encoder_hid_dim_type not in (None, "text_proj"):
@@ -127,12 +123,7 @@ def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
 
 
 def no_batch(model: Any, inputs: str) -> ResumableError:
-    """What to say of a model for which no batch can be made up.
-
-    Args:
-        model: The model.
-        inputs: What it takes.
-    """
+    """What to say of a model for which no batch can be made up."""
     return ResumableError(
         f"{type(model).__name__} takes {inputs}, for which there is no fixed batch",
         "Run the same command with --resume --no-verify, and compare the outputs yourself.",
@@ -140,11 +131,7 @@ def no_batch(model: Any, inputs: str) -> ResumableError:
 
 
 def model_outputs(model: Any) -> Tensor:
-    """What the model computes on the fixed batch, on the CPU: logits, else its first output, or both embeddings.
-
-    Raises:
-        ResumableError: It takes more than the batch holds.
-    """
+    """What the model computes on the fixed batch, on the CPU: logits, else its first output, or both embeddings."""
     inputs = fixed_inputs(model)
     measured = ("pixel_values", "input_values", "input_features")
     inputs = {name: value.to(model.dtype) if name in measured else value for name, value in inputs.items()}
@@ -161,3 +148,48 @@ def compared_output(outputs: Any) -> Tensor:
     if "text_embeds" in outputs and "image_embeds" in outputs:
         return torch.cat([outputs["text_embeds"], outputs["image_embeds"]])
     return outputs["logits"] if "logits" in outputs else outputs[0]
+
+
+def token_batch(
+    directory: Path, text: str, *, sequences: int = 32, length: int = 128, trust_remote_code: bool = False
+) -> Tensor:
+    """The first tokens of a text as int64, shape [sequences, length]; fewer sequences where the text is short.
+
+    Where the tokenizer begins a text with a token of its own (``<bos>``), every sequence does: some models predict
+    nothing without it.
+    """
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        raise SpecDefError(f"{directory} has no tokenizer", "Copy the base model's tokenizer files there.")
+    first = first_token(tokenizer)
+    beginning = [] if first is None else [first]
+    own = length - len(beginning)
+    enough = text[: 16 * sequences * length]  # more characters than that a token does not have on average
+    ids = tokenizer(enough, add_special_tokens=False, verbose=False)["input_ids"]
+    count = min(sequences, len(ids) // own)
+    if not count:
+        raise SpecDefError(
+            f"the text has {len(ids)} tokens, and one sequence needs {own}", "Give more text, or shorter sequences."
+        )
+    rows = [beginning + ids[own * row : own * (row + 1)] for row in range(count)]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before every text; ``None`` if it puts none."""
+    with_it = tokenizer("a", verbose=False)["input_ids"]
+    found = tokenizer.bos_token_id
+    return found if found is not None and with_it[:1] == [found] else None
+
+
+def require_in_vocabulary(sequences: Iterable[Any], config: Any, directory: Path) -> None:
+    """Refuse tokens beyond the vocabulary of the model. A tokenizer may know more of them, as long as none occurs."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is None:
+        return
+    largest = max((int(torch.as_tensor(ids).max()) for ids in sequences if len(ids)), default=0)
+    if largest >= size:
+        raise SpecDefError(
+            f"the tokenizer of {directory} gives token {largest}, and the model knows {size} tokens, from 0",
+            "Copy the tokenizer that belongs to the model into its directory.",
+        )
