@@ -84,7 +84,7 @@ class HardenOptions:
     """A directory, or a Hub id ``org/name[@revision]``."""
     out: Path = option(Path("hardened"), "New directory to publish.", "--out", "-o", metavar="DIR", group="Output")
     construction: Construction = option(
-        Fold(), "fold needs no code to load; scale and factors bring some.", "--method", group="Method"
+        Fold(), "fold; scale and factors need code to load.", "--method", group="Method"
     )
     layers: tuple[str, ...] = option((), "Glob of what to harden.", metavar="GLOB", group="Method")
     exclude: tuple[str, ...] = option((), "Glob of what to leave alone.", metavar="GLOB", group="Method")
