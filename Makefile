@@ -24,7 +24,7 @@ ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo pictures reproduce reproduce-mixing \
-  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest faults lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
+  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -210,17 +210,14 @@ check: lint  ## style, types and the quick tests: before every commit
 test: install  ## the test suite (about a quarter of an hour on two cores)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: install  ## the test suite with the long ones; ends with the fault table
-	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.faults.table
+test-all: install  ## the test suite with the long ones
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-newest:  ## the tests of what rests on internals of transformers, on its newest release, in an environment apart
 	$(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/pip install --quiet torch -c constraints.txt
 	$(VENV)-newest/bin/pip install --quiet --upgrade transformers -e '.[test]'
 	$(VENV)-newest/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/runtime tests/architectures tests/hardening
-
-faults: install  ## docs/tables/faults.md: the fault table alone, without the long tests
-	$(BIN)/python -m tests.faults | tee /dev/stderr | grep '^|' > docs/tables/faults.md
 
 lint: install  ## style of code and prose, and types
 	$(BIN)/ruff check .

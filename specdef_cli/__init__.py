@@ -72,7 +72,7 @@ _MODULES = {
     "hardening.run": "HardenResult harden preview",
     "hardening.survey": "Survey inspect",
     "report.write": "write_report",
-    "runtime": "SpecDefLinear load_model load_tokenizer",
+    "model": "SpecDefLinear load_model load_tokenizer",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 _ELSEWHERE = {"inspect": "survey"}  # Python's own module has that name

@@ -237,7 +237,7 @@ def sft(directory: Path, steps: int) -> dict[str, float]:
 
     def train(sequences: list[list[int]]) -> None:
         data = Dataset.from_dict({"text": [tokenizer.decode(each) for each in sequences]})
-        config = SFTConfig(output_dir="/tmp/sft", max_steps=steps, per_device_train_batch_size=4, save_strategy="no", report_to="none")  # fmt: skip # noqa: E501
+        config = SFTConfig(output_dir="/tmp/sft", max_steps=steps, **options())
         SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer).train()
 
     return around(model, tokenizer, train)
@@ -253,7 +253,7 @@ def dpo(directory: Path, steps: int) -> dict[str, float]:
     for each in blocks(tokenizer, 4 * steps + 16, 64):
         prompt, chosen = tokenizer.decode(each[:32]), tokenizer.decode(each[32:])
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": " ".join(reversed(chosen.split()))})
-    config = DPOConfig(output_dir="/tmp/dpo", max_steps=steps, per_device_train_batch_size=4, save_strategy="no", report_to="none")  # fmt: skip # noqa: E501
+    config = DPOConfig(output_dir="/tmp/dpo", max_steps=steps, **options())
     trainer = DPOTrainer(
         model, args=config, train_dataset=Dataset.from_list(rows[16:]), eval_dataset=Dataset.from_list(rows[:16]),
         processing_class=tokenizer,
@@ -289,15 +289,20 @@ def bf16(directory: Path, steps: int) -> dict[str, float]:
     return around(model, tokenizer, lambda sequences: by_trainer(model, sequences, steps))
 
 
-def by_trainer(model: Any, sequences: list[list[int]], steps: int, **options: Any) -> None:
+def options() -> dict[str, Any]:
+    """What is said to every trainer: small batches, nothing kept, and no GPU where there is none."""
+    import torch
+
+    alone = {"use_cpu": not torch.cuda.is_available(), "save_strategy": "no", "report_to": "none"}
+    return {"per_device_train_batch_size": 4, **alone}
+
+
+def by_trainer(model: Any, sequences: list[list[int]], steps: int, **more: Any) -> None:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
     data = Dataset.from_dict({"input_ids": sequences, "labels": sequences}).with_format("torch")
-    arguments = TrainingArguments(
-        output_dir="/tmp/trainer", max_steps=steps, per_device_train_batch_size=4, save_strategy="no", report_to="none",
-        **options,
-    )  # fmt: skip
+    arguments = TrainingArguments(output_dir="/tmp/trainer", max_steps=steps, **options(), **more)
     Trainer(model, args=arguments, train_dataset=data).train()
 
 

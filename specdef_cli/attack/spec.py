@@ -57,7 +57,10 @@ class RunSpec(Budget):
     @property
     def run_id(self) -> str:
         """Sixteen hexadecimal digits that stand for this specification."""
-        text = json.dumps({"format": RUN_FORMAT, **self.record}, sort_keys=True, allow_nan=False)
+        record = {"format": RUN_FORMAT, **self.record}
+        if not self.prompts:  # as releases wrote it that measured no answers
+            del record["prompts"]
+        text = json.dumps(record, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

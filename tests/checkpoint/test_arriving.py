@@ -130,7 +130,6 @@ def test_inspect_does_not_wait_either(base: Path, tmp_path: Path, monkeypatch: p
     assert json.loads(result.stdout)["layers"] == json.loads(call_cli("inspect", base, "--json").stdout)["layers"]
 
 
-@pytest.mark.fault("Hub: gated, absent, broken off, offline")
 def test_a_server_that_sends_whole_files_only(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with online(Hub(model_files(base), ranges=False), tmp_path, monkeypatch) as hub:
         result = harden("fold", tmp_path / "out")
@@ -164,7 +163,6 @@ def test_a_cache_that_huggingface_hub_has_filled(base: Path, tmp_path: Path, mon
 # --- what ends it early ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("Hub: gated, absent, broken off, offline")
 @pytest.mark.parametrize("fault", ["denied", "broken", "disk full"])
 def test_a_shard_that_does_not_arrive(fault: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two lines, nothing published, no thread left; what has arrived and what was finished serve the next run."""
@@ -218,7 +216,6 @@ def downloading() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "specdef-download"]
 
 
-@pytest.mark.fault("Hub: gated, absent, broken off, offline")
 def test_a_shard_whose_header_was_another(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plan was made of is checked when the shard is there."""
     last = shards(base)[-1]
@@ -235,7 +232,6 @@ def test_a_shard_whose_header_was_another(base: Path, tmp_path: Path, monkeypatc
         assert_refused(harden("factors", tmp_path / "out"), f"{last} is not the file")
 
 
-@pytest.mark.fault("Hub: gated, absent, broken off, offline")
 @pytest.mark.parametrize("spoil", [lambda data: data[:-8], lambda data: data[:8] + b"!" + data[9:]])
 def test_a_damaged_shard_is_refused_before_any_is_downloaded(
     spoil: Callable[[bytes], bytes], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -247,7 +243,6 @@ def test_a_damaged_shard_is_refused_before_any_is_downloaded(
         assert not any(name.endswith(".safetensors") for name in hub.downloaded())
 
 
-@pytest.mark.fault("Ctrl-C")
 def test_interrupted_while_a_shard_is_awaited(base: Path, tmp_path: Path) -> None:
     """Ctrl-C ends it although the server sends nothing; what is finished is kept."""
     out, last = tmp_path / "out", shards(base)[-1]
@@ -278,7 +273,6 @@ def test_interrupted_while_a_shard_is_awaited(base: Path, tmp_path: Path) -> Non
 # --- disks that are too small ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("disk full")
 def test_a_model_larger_than_the_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by every command before any file is asked for."""
     hub = Hub(model_files(base), sizes={shards(base)[0]: 10**18})
@@ -305,7 +299,6 @@ def test_what_is_in_the_cache_needs_no_space(base: Path, tmp_path: Path, monkeyp
         assert call_cli("inspect", "org/name@v1").code == 0
 
 
-@pytest.mark.fault("disk full")
 def test_a_disk_that_cannot_hold_both(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for the download and room for the output, but not for the two: refused before a shard is downloaded."""
     weights = sum((base / name).stat().st_size for name in shards(base))

@@ -290,7 +290,6 @@ def test_inspect_before_and_after(tiny_model: TinyModel, tmp_path: Path) -> None
     assert "hardened (factors)" in " ".join(table.split())
 
 
-@pytest.mark.fault("markup in names")
 def test_what_looks_like_markup_is_printed_as_it_is(llama: Path, tmp_path: Path) -> None:
     odd = tmp_path / "[bold]model[red]"
     assert_refused(call_cli("inspect", odd), "[bold]model[red]")
