@@ -21,9 +21,7 @@ CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 
 @takes(AttackOptions)
 def attack_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id to attack.")] = (
-        "hardened"
-    ),
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id to attack.")] = ("hardened"),
     suite: Annotated[
         str | None,
         typer.Option(
