@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
+from specdef_cli.attack.spec import Budget
 from specdef_cli.attack.suite import AttackTable, RatePolicy, Suite
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training

@@ -51,10 +51,7 @@ class TensorHeader:
     """One tensor as its shard's header describes it.
 
     Attributes:
-        name: Name in the file.
         dtype: As safetensors names it, e.g. ``BF16``.
-        shape: Its dimensions.
-        shard: Name of the file.
         begin, end: Its bytes, counted from the start of the file.
     """
 

@@ -96,7 +96,6 @@ class Checkpoint:
     """A checkpoint directory whose headers have been read and checked.
 
     Attributes:
-        directory: Where it lies.
         config: ``config.json``.
         tensors: Headers by tensor name, in the order of the shards and of the data within them.
         arriving: The shards that are not there yet; ``None`` if all are.

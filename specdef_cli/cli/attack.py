@@ -91,9 +91,8 @@ def attack_command(
 
     require_extra("attack", "attacks")
     # Before torch is imported, which takes longer than everything that can be wrong here.
-    from specdef_cli.attack.presence import require_data
+    from specdef_cli.attack.presence import require_data, require_trackers
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
-    from specdef_cli.attack.tracking import require_trackers
     from specdef_cli.checkpoint.check import require_models, writable_ancestor
     from specdef_cli.cli.conditions import Condition
     from specdef_cli.errors import WrongUsage
