@@ -59,7 +59,7 @@ class Budget:
     )
     stop_at_divergence: bool = option(
         True,
-        "End at twice the first loss.",
+        "End a run at twice its first loss.",
         "--stop-at-divergence/--no-stop-at-divergence",
         group="Budget",
     )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def test_help_names_commands_options_and_examples() -> None:
 
 def test_list_names_everything_that_attack_takes() -> None:
     listed = json.loads(call_cli("attack", "--list", "--json").stdout)
-    for key, table in {"variants": VARIANTS, "trainings": TRAININGS, "optimizers": OPTIMIZERS}.items():
+    tables: dict[str, Any] = {"variants": VARIANTS, "trainings": TRAININGS, "optimizers": OPTIMIZERS}
+    for key, table in tables.items():
         assert {entry["name"].partition(":")[0]: entry["help"] for entry in listed[key]} == {
             row.name: row.help for row in table.values()
         }
@@ -175,7 +177,7 @@ def test_help_is_short_and_whole_at_80_columns(command: str) -> None:
     assert isinstance(usage, TyperGroup)
     written = set(re.split(r"[\s,]+", shown.replace("--[no-]", "--")))
     for parameter in usage.commands[command].params:
-        if parameter.param_type_name == "option" and not parameter.hidden:
+        if parameter.param_type_name == "option" and not getattr(parameter, "hidden", False):
             assert set(parameter.opts) <= written
     assert shown.index("Examples:") < shown.index("Model:" if "Model:" in shown else "Output:")
 
