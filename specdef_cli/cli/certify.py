@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @takes(CertifyOptions)
 def certify_command(
     model: Annotated[
-        str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
+        str, typer.Argument(metavar="HARDENED", help="Directory or Hub id of `specdef harden`.")
     ] = "hardened",
     no_deployment: Annotated[bool, typer.Option("--no-deployment", hidden=True, help="--formats none.")] = False,
     manifest: Manifest = None,
