@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdef_cli.attack.data import standard_library
 from specdef_cli.attack.presence import require_report
-from specdef_cli.attack.retained import standard_library
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, with_section
 from specdef_cli.certify.certificate import (
