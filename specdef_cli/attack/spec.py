@@ -21,26 +21,33 @@ from specdef_cli.option import option
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float16", "mixed", "auto"]
 
+_TRAINER = "Budget / As in Trainer."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """What all runs of an attack have in common. Options, run records and the report take these fields from here."""
 
-    schedule: Schedule = option("constant", "Course of the rate.")
-    warmup_steps: int = option(0, "Steps of linear warm-up.")
-    max_grad_norm: float = option(1.0, "Gradient clipping; 0 turns it off.")
-    weight_decay: float = option(0.0, "Weight decay.")
-    steps: int = option(30, "Optimizer steps of every run; by default fewer for a large model.")
-    batch_size: int = option(16, "Sequences a step.")
-    sequence_length: int = option(128, "Tokens a sequence.")
-    dtype: Dtype = option("float32", "dtype of training.")
+    schedule: Schedule = option("constant", "constant, linear or cosine.", metavar="NAME", group="Budget")
+    warmup_steps: int = option(0, "Steps of linear warm-up.", metavar="N", group=_TRAINER)
+    max_grad_norm: float = option(1.0, "Gradient clipping; 0 turns it off.", metavar="X", group=_TRAINER)
+    weight_decay: float = option(0.0, "Weight decay.", metavar="X", group=_TRAINER)
+    steps: int = option(30, "Steps of a run; fewer for a large model.", metavar="N", group="Budget")
+    batch_size: int = option(16, "Sequences a step.", metavar="N", group="Budget")
+    sequence_length: int = option(128, "Tokens a sequence.", metavar="N", group="Budget")
+    dtype: Dtype = option("float32", "bfloat16, float16, mixed or auto.", metavar="DTYPE", group="Budget")
     eval_tasks: tuple[str, ...] = option(
-        (), "Task of lm-eval to measure accuracy on after every run; needs the extra eval.", "--eval-task"
+        (),
+        "Accuracy on a task of lm-eval.",
+        "--eval-task",
+        metavar="NAME",
+        group="Measurements / Accuracy on tasks of lm-eval.",
     )
     stop_at_divergence: bool = option(
         True,
-        "End a run where its held-out loss passes twice the start; some come back after thousands of steps.",
+        "End a run at twice its first loss.",
         "--stop-at-divergence/--no-stop-at-divergence",
+        group="Budget",
     )
 
     @property

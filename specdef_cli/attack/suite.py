@@ -58,6 +58,7 @@ class Suite:
     name: str
     attacks: tuple[AttackTable, ...]
     budget: dict[str, int] = field(default_factory=dict)  # some of the options named in BUDGET
+    description: str = ""  # one line for --list
 
 
 COPY = "Copy one of the package's suites (attack/suites/) and edit it."
@@ -93,7 +94,7 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
     Raises:
         TypeError, KeyError, ValueError: It has another shape.
     """
-    unknown = set(data) - {"budget", "attacks"}
+    unknown = set(data) - {"description", "budget", "attacks"}
     if unknown:
         raise ValueError(f"there is no table {min(unknown)!r}")
     budget = data.get("budget", {})
@@ -103,7 +104,7 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
     tables = tuple(_table(table) for table in data["attacks"])
     if not tables:
         raise ValueError("it has no attacks")
-    return Suite(name, tables, budget)
+    return Suite(name, tables, budget, str(data.get("description", "")))
 
 
 def _table(table: dict[str, Any]) -> AttackTable:

@@ -106,6 +106,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorHeader]
     arriving: ArrivingWeights | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle for the workers of ``--jobs``: a mapping proxy has no pickle."""
+        return Checkpoint, (self.directory, dict(self.config), dict(self.tensors), self.arriving)
+
     @property
     def library(self) -> Library:
         """Who can load it."""

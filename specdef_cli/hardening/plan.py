@@ -289,9 +289,9 @@ def _notes(
         notes.append(SCALED_LOADERS)
     notes += changes.reasons
     if unchanged and not changes.factored:
-        notes.append(f"Left as they are, and trained alone not slowed: {', '.join(unchanged)}.")
+        notes.append(f"Not hardened: {', '.join(unchanged)}. Training these alone is as fast as before.")
     if one_sided:
-        notes.append(f"Scaled on one side only, and so slowed least when trained alone: {', '.join(one_sided)}.")
+        notes.append(f"Scaled on one side only: {', '.join(one_sided)}. Training these alone is slowed least.")
     left_out = checkpoint.companions.note()
     return (*notes, left_out) if left_out else tuple(notes)
 
