@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series, expected_runs
 from specdef_cli.attack.recorder import EventKind, ProgressEvent, ProgressHook
 from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.search import Lead, best_rate, is_refinement, next_rates, trains_as_control
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.table import NotApplicable
+from specdef_cli.noise import start_worker
 from specdef_cli.waiting import first_completed
 
 
@@ -44,48 +45,35 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a plan.
+    """What came of a plan."""
 
-    Attributes:
-        runs: Every run, by series in the order of the plan, largest learning rate first.
-        left_out: Series that the model has nothing for: the label, and why.
-        not_reached: Labels of series that the time did not suffice for, in the order in which they would have come.
-        cut_short: Labels of series that were begun, and whose best learning rate may be another decade's.
-        coarse: Labels of series whose best learning rate is known to a decade only.
-    """
-
-    runs: tuple[RunResult, ...]
-    left_out: tuple[tuple[str, str], ...]
+    runs: tuple[RunResult, ...]  # every run, by series in the order of the plan, largest learning rate first
+    left_out: tuple[tuple[str, str], ...]  # series that the model has nothing for: the label, and why
     not_reached: tuple[str, ...] = ()
+    """Labels of series that the time did not suffice for, in the order in which they would have come."""
     cut_short: tuple[str, ...] = ()
-    coarse: tuple[str, ...] = ()
+    """Labels of series that were begun, and whose best learning rate may be another decade's."""
+    coarse: tuple[str, ...] = ()  # labels of series whose best learning rate is known to a decade only
 
 
 @dataclass(eq=False)
 class _Search:
-    """One series under way.
-
-    Attributes:
-        rank: Its place in the order in which runs are made.
-        hasty: Whether every attack gets to its best decade before any is searched more closely.
-        control: The series of its control; ``None`` for a control's own.
-        follows: Whether it trained as its control at the control's best rate, and so does at every rate.
-        lead: What was known when the runs under way were chosen. What one of them finds does not change what becomes of
-            the others: the same runs are made with every number of jobs.
-        refining: Whether what is under way only halves the steps around the best learning rate.
-    """
+    """One series under way."""
 
     series: Series
-    rank: int
-    hasty: bool
-    control: _Search | None = None
+    rank: int  # its place in the order in which runs are made
+    hasty: bool  # whether every attack gets to its best decade before any is searched more closely
+    control: _Search | None = None  # the series of its control; None for a control's own
     follows: bool | None = None
+    """Whether it trained as its control at the control's best rate, and so does at every rate."""
     lead: Lead | None = None
+    """What was known when the runs under way were chosen. What one of them finds does not change what becomes of the
+    others: the same runs are made with every number of jobs."""
     results: dict[RunSpec, RunResult] = field(default_factory=dict)
     outstanding: tuple[RunSpec, ...] = ()
     left_out: str | None = None
     complete: bool = False
-    refining: bool = False
+    refining: bool = False  # whether what is under way only halves the steps around the best learning rate
 
     @property
     def found(self) -> dict[float, RunResult]:
@@ -300,7 +288,7 @@ def executor(execute: Execute, jobs: int, tell: Callable[..., None]) -> Iterator
     for place in range(jobs):
         places.put(place)
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_claim_device, initargs=(places, jobs))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(_CLAIM, places, jobs))
 
     def run_there(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
         tell("run-start", spec)
@@ -315,6 +303,9 @@ def executor(execute: Execute, jobs: int, tell: Callable[..., None]) -> Iterator
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+_CLAIM = f"{__name__}:_claim_device"
 
 
 def _claim_device(places: multiprocessing.SimpleQueue[int], jobs: int) -> None:

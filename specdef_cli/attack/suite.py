@@ -40,36 +40,25 @@ BUDGET = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequence
 
 @dataclass(frozen=True)
 class AttackTable:
-    """One ``[[attacks]]`` table: every combination of its lists.
-
-    Attributes:
-        trainings: What is trained.
-        optimizers: Names of :data:`specdef_cli.attack.optimizers.table.OPTIMIZERS`.
-        variants: What is done to the model first; ``informed`` is what undoes this model's hardening.
-        learning_rates: The rates themselves, or how they are found: decades, or decades and then a search.
-        models: ``chat`` for models with a chat template alone.
-    """
+    """One ``[[attacks]]`` table: every combination of its lists."""
 
     trainings: tuple[Training, ...] = (Training(),)
-    optimizers: tuple[str, ...] = ("adamw",)
+    optimizers: tuple[str, ...] = ("adamw",)  # names of specdef_cli.attack.optimizers.table.OPTIMIZERS
     variants: tuple[Variant | Literal["informed"], ...] = (Variant(),)
+    """What is done to the model first; ``informed`` is what undoes this model's hardening."""
     learning_rates: tuple[float, ...] | RatePolicy = "grid"
-    models: Literal["any", "chat"] = "any"
+    """The rates themselves, or how they are found: decades, or decades and then a search."""
+    models: Literal["any", "chat"] = "any"  # chat for models with a chat template alone
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Attacks and their budget.
-
-    Attributes:
-        name: What the report calls it.
-        attacks: The tables, in order.
-        budget: Some of the options named in :data:`BUDGET`.
-    """
+    """Attacks and their budget."""
 
     name: str
     attacks: tuple[AttackTable, ...]
-    budget: dict[str, int] = field(default_factory=dict)
+    budget: dict[str, int] = field(default_factory=dict)  # some of the options named in BUDGET
+    description: str = ""  # one line for --list
 
 
 COPY = "Copy one of the package's suites (attack/suites/) and edit it."
@@ -105,7 +94,7 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
     Raises:
         TypeError, KeyError, ValueError: It has another shape.
     """
-    unknown = set(data) - {"budget", "attacks"}
+    unknown = set(data) - {"description", "budget", "attacks"}
     if unknown:
         raise ValueError(f"there is no table {min(unknown)!r}")
     budget = data.get("budget", {})
@@ -115,7 +104,7 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
     tables = tuple(_table(table) for table in data["attacks"])
     if not tables:
         raise ValueError("it has no attacks")
-    return Suite(name, tables, budget)
+    return Suite(name, tables, budget, str(data.get("description", "")))
 
 
 def _table(table: dict[str, Any]) -> AttackTable:

@@ -96,7 +96,6 @@ class Checkpoint:
     """A checkpoint directory whose headers have been read and checked.
 
     Attributes:
-        directory: Where it lies.
         config: ``config.json``.
         tensors: Headers by tensor name, in the order of the shards and of the data within them.
         arriving: The shards that are not there yet; ``None`` if all are.
@@ -106,6 +105,10 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
     arriving: ArrivingWeights | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle for the workers of ``--jobs``: a mapping proxy has no pickle."""
+        return Checkpoint, (self.directory, dict(self.config), dict(self.tensors), self.arriving)
 
     @property
     def library(self) -> Library:

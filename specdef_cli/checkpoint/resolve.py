@@ -44,8 +44,6 @@ class Commit:
     Attributes:
         repository: ``org/name``.
         revision: What the user called the commit; ``None`` is the default branch.
-        sha: Its hash.
-        directory: Its snapshot in the cache.
         token: Hub token; ``None`` leaves the choice to huggingface_hub.
     """
 
@@ -150,8 +148,6 @@ class Resolved:
     """A model on the local disk.
 
     Attributes:
-        directory: Where its files are.
-        name: What to call it: the Hub id, or the directory as given.
         revision: The revision asked for; ``None`` for a directory.
         commit: The commit hash of the snapshot; ``None`` for a directory.
     """

@@ -246,7 +246,7 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("specdef_cli.attack.run.plan_attack", take)
-    monkeypatch.setattr("specdef_cli.attack.tracking.require_trackers", lambda _: None)  # need not be installed
+    monkeypatch.setattr("specdef_cli.attack.presence.require_trackers", lambda _: None)  # need not be installed
     for name in ("base", "hardened", "tasks"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")

@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from specdef_cli.attack import run
-from specdef_cli.attack.data import AttackData
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.run import RunSpec, TrainRun
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import load_model
