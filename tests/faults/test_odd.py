@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def test_a_task_that_the_model_has_not_leads_to_one_that_it_has(tmp_path: Path) 
 
 
 def test_a_command_works_in_odd_surroundings(llama: Path, tmp_path: Path) -> None:
-    surroundings = {
+    surroundings: dict[str, Any] = {
         "HOME": "/nowhere/at/all", "HF_HOME": "/proc/nowhere", "TMPDIR": "/nowhere", "LC_ALL": "xx_XX", "LANG": "xx",
         "COLUMNS": "wide", "LINES": "0", "TERM": "dumb", "FORCE_COLOR": "1", "HF_TOKEN": "  ", "OMP_NUM_THREADS": "x",
         "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "bf16", "TRANSFORMERS_VERBOSITY": "loud",
