@@ -12,7 +12,7 @@ from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
-from specdef_cli.cli.startup import work_alone_if_stale
+from specdef_cli.cli.startup import settle
 
 CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 """Options that say which attacks to run."""
@@ -133,7 +133,7 @@ def attack_command(
     from specdef_cli.report import attacks_table, edits_table, report_dict, runs_table, summary, write_report
 
     output = Output(as_json, quiet)
-    work_alone_if_stale(output)
+    settle(output)
     if dry_run:
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))
