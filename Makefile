@@ -24,7 +24,7 @@ ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo pictures reproduce reproduce-mixing \
-  reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest faults lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
+  reproduce-serving reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -192,6 +192,11 @@ reproduce-staircase: install  ## where a fold's largest factors belong, and what
 reproduce-gauges: install  ## α that differs from layer to layer in a dense gauge, against relative updates
 	$(BIN)/python examples/reproduce/gauges.py --out $(DEMO)/gauges | tee docs/tables/gauges.md
 
+# MINUTES of measuring each time; it goes on where it was stopped.
+reproduce-serving: real-models  ## formats and attacks by profile of a fold: docs/tables/serving.md; MINUTES=9, goes on where it was stopped
+	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/reproduce/serving.py $(TINY) $(REAL_NAMES:%=$(REAL)/%) \
+	  --profiles float16-cache quantizable gguf $(addprefix --minutes ,$(MINUTES)) --out docs/tables/serving.md
+
 reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, under LoRA
 	$(BIN)/python examples/reproduce/unet.py --out $(DEMO)/unet | tee docs/tables/unet.md
 
@@ -210,17 +215,14 @@ check: lint  ## style, types and the quick tests: before every commit
 test: install  ## the test suite (about a quarter of an hour on two cores)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: install  ## the test suite with the long ones; ends with the fault table
-	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.faults.table
+test-all: install  ## the test suite with the long ones
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-newest:  ## the tests of what rests on internals of transformers, on its newest release, in an environment apart
 	$(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/pip install --quiet torch -c constraints.txt
 	$(VENV)-newest/bin/pip install --quiet --upgrade transformers -e '.[test]'
 	$(VENV)-newest/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/runtime tests/architectures tests/hardening
-
-faults: install  ## docs/tables/faults.md: the fault table alone, without the long tests
-	$(BIN)/python -m tests.faults | tee /dev/stderr | grep '^|' > docs/tables/faults.md
 
 lint: install  ## style of code and prose, and types
 	$(BIN)/ruff check .

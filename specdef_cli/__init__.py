@@ -23,15 +23,14 @@ from specdef_cli.version import __version__
 
 # ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
 if TYPE_CHECKING:
-    from specdef_cli.attack.errors import NotApplicable
-    from specdef_cli.attack.forecast import Forecast
+    from specdef_cli.attack.notes import Forecast
     from specdef_cli.attack.optimizers.table import OptimizerChoice
     from specdef_cli.attack.options import AttackOptions
     from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
     from specdef_cli.attack.results import Attack, AttackReport
     from specdef_cli.attack.run import attack, is_main_process, plan_attack
     from specdef_cli.attack.run_result import RunResult
-    from specdef_cli.attack.table import Factor
+    from specdef_cli.attack.table import Factor, NotApplicable
     from specdef_cli.attack.trainings.table import Training, TrainingChoice
     from specdef_cli.attack.variants.growth import Growth
     from specdef_cli.attack.variants.table import Variant, VariantChoice
@@ -50,15 +49,14 @@ if TYPE_CHECKING:
 
 
 _MODULES = {
-    "attack.errors": "NotApplicable",
-    "attack.forecast": "Forecast",
+    "attack.table": "NotApplicable Factor",
+    "attack.notes": "Forecast",
     "attack.optimizers.table": "OptimizerChoice",
     "attack.options": "AttackOptions",
     "attack.recorder": "ProgressEvent ProgressHook",
     "attack.results": "Attack AttackReport",
     "attack.run": "attack is_main_process plan_attack",
     "attack.run_result": "RunResult",
-    "attack.table": "Factor",
     "attack.trainings.table": "Training TrainingChoice",
     "attack.variants.growth": "Growth",
     "attack.variants.table": "Variant VariantChoice",
@@ -72,7 +70,7 @@ _MODULES = {
     "hardening.run": "HardenResult harden preview",
     "hardening.survey": "Survey inspect",
     "report.write": "write_report",
-    "runtime": "SpecDefLinear load_model load_tokenizer",
+    "model": "SpecDefLinear load_model load_tokenizer",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 _ELSEWHERE = {"inspect": "survey"}  # Python's own module has that name

@@ -1,20 +1,21 @@
 """``python -m specdef_cli``, which ``accelerate launch -m specdef_cli`` needs; ``specdef`` is the same."""
 
-import multiprocessing
+import os
+import sys
 
 from specdef_cli.cli import app
-from specdef_cli.cli.startup import collect_less_garbage, quiet_engines
+from specdef_cli.cli.startup import collect_less_garbage
+from specdef_cli.noise import quiet_engines
 
 
 def main() -> None:
     """Run the command line in a process of its own."""
     collect_less_garbage()
+    if "--verbose" in sys.argv:
+        os.environ["SPECDEF_VERBOSE"] = "1"
     quiet_engines()
     app.main()
 
-
-if multiprocessing.parent_process() is not None:  # a worker of --jobs imports this module before all that is heavy
-    quiet_engines()
 
 if __name__ == "__main__":
     main()

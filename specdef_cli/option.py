@@ -2,7 +2,7 @@
 
     steps: int = option(30, "Optimizer steps of every run.")
 
-A field without this is for programs alone, or the command has a parameter of its own that says it in another way.
+Fields without option() are for Python alone, or set by a parameter of the command.
 """
 
 from __future__ import annotations
@@ -25,22 +25,29 @@ class Spelling:
         names: Flags, as typer declares them; none means the field's own name.
         metavar: What stands for the value.
         shown_default: What a default of ``None`` or of nothing comes to.
+        group: Its group in ``--help``, with words after `` / `` that several options of one row share.
     """
 
     names: tuple[str, ...] = ()
     metavar: str | None = None
     shown_default: str | None = None
+    group: str | None = None
 
 
 def option(
-    default: Any, description: str, *names: str, metavar: str | None = None, shown_default: str | None = None
+    default: Any,
+    description: str,
+    *names: str,
+    metavar: str | None = None,
+    shown_default: str | None = None,
+    group: str | None = None,
 ) -> Any:
     """A field that the command line takes.
 
     Args:
         description: A line for ``--help`` and for the schema.
     """
-    spelling = Spelling(names, metavar, shown_default)
+    spelling = Spelling(names, metavar, shown_default, group)
     # pydantic takes the description from here.
     return dataclasses.field(default=default, metadata={"description": description, "spelling": spelling})
 

@@ -83,14 +83,14 @@ def run_program(*arguments: str | Path, env: Mapping[str, str], cwd: Path | None
     return found
 
 
-def call_cli(*arguments: str | Path) -> Result:
+def call_cli(*arguments: str | Path, width: int = 300) -> Result:
     """Run the same ``main`` in this process, which has imported torch already; a traceback shows up in ``stderr``."""
     from specdef_cli.cli.app import main
 
     out, err = io.StringIO(), io.StringIO()
     argv, columns = sys.argv, os.environ.get("COLUMNS")
     sys.argv = ["specdef", *map(str, arguments)]
-    os.environ["COLUMNS"] = "300"
+    os.environ["COLUMNS"] = str(width)
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 import specdef_cli
-from specdef_cli import extras
-from specdef_cli.errors import EXTRA_MODULES, MissingExtraError, missing_modules, require_extra
+from specdef_cli.errors import EXTRA_MODULES, INSTALLATION, MissingExtraError, missing_modules, require_extra
 from tests.commands import REPOSITORY, environment, run_cli
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -81,7 +80,7 @@ def test_every_command_is_a_function_of_the_package() -> None:
 def test_a_package_that_is_called_calls_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
     import specdef_cli.attack
 
-    monkeypatch.setattr(specdef_cli.attack, "attack", lambda *given, **options: (given, options))
+    monkeypatch.setattr("specdef_cli.attack.run.attack", lambda *given, **options: (given, options))
     called: Any = specdef_cli.attack
     assert called(1, on_progress=2) == ((1,), {"on_progress": 2})
     assert called.options.AttackOptions is specdef_cli.AttackOptions
@@ -90,4 +89,4 @@ def test_a_package_that_is_called_calls_its_function(monkeypatch: pytest.MonkeyP
 def test_the_version_has_one_source() -> None:
     assert "version" in PROJECT["dynamic"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", specdef_cli.__version__)
-    assert "pip install ." in extras.INSTALLATION
+    assert "pip install ." in INSTALLATION

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
+from specdef_cli.attack.spec import Budget
 from specdef_cli.attack.suite import AttackTable, RatePolicy, Suite
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
@@ -20,7 +20,11 @@ NO_RETAINED = "none"
 
 
 MAX_SEEDS = 1000
-"""More runs of an attack than anybody waits for: what is asked for then is a slip."""
+"""Upper bound on --seeds, to catch typos."""
+
+_MEMORY = "Budget / To save memory."
+_HUB_DATA = "Data / Part of a Hub data set."
+_COLUMNS = "Data / Columns"
 
 
 def seeds_of(count: int) -> tuple[int, ...]:
@@ -80,75 +84,99 @@ class AttackOptions(Budget):
     """
 
     model: str | Path
-    out: Path = option(Path("attack"), "Runs and report; finished runs found there are kept.", "--out", "-o")
+    out: Path = option(
+        Path("attack"), "Runs and report; keeps finished runs.", "--out", "-o", metavar="DIR", group="Output"
+    )
     runs: Path | None = option(
-        None, "Keep finished runs here, to share the control's between reports.", shown_default="OUT/runs"
+        None, "Keep runs here, to share the control's.", metavar="DIR", shown_default="OUT/runs", group="Output"
     )
     control: str | Path | None = option(
         None,
-        "The undefended model; trained on the same budget.",
+        "The undefended model, attacked alike.",
         metavar="BASE",
-        shown_default="the manifest's base",
+        shown_default="manifest's",
+        group="Model",
     )
     dataset: str | None = option(
-        None,
-        "Hub id, file (JSONL, CSV, text, Parquet, …) or directory.",
-        shown_default="prose that Python ships with",
+        None, "Hub id, file or directory.", metavar="DATA", shown_default="prose of Python's", group="Data"
     )
-    dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
-    dataset_split: str | None = option(None, "Split of the dataset.", shown_default="train")
+    dataset_config: str | None = option(None, "Configuration of a Hub dataset.", metavar="NAME", group=_HUB_DATA)
+    dataset_split: str | None = option(
+        None, "Split of the dataset.", metavar="NAME", shown_default="train", group=_HUB_DATA
+    )
     text_column: str | None = option(
-        None, "Column with the text.", shown_default="messages, prompt, instruction or text"
+        None,
+        "Column with the text.",
+        metavar="NAME",
+        shown_default="text or messages",
+        group=_COLUMNS,
     )
-    text_pair_column: str | None = option(None, "Column with a second text (classification of pairs).")
-    label_column: str = option("label", "Column with the label (classification).")
-    image_column: str = option("image", "Column with the image.")
+    text_pair_column: str | None = option(
+        None, "Column with a second text (classification of pairs).", metavar="NAME", group=_COLUMNS
+    )
+    label_column: str = option("label", "Column with the label (classification).", metavar="NAME", group=_COLUMNS)
+    image_column: str = option("image", "Column with the image.", metavar="NAME", group=_COLUMNS)
     retained: str | None = option(
         None,
-        "Text on which the model's ability is watched, as --dataset; none leaves it out.",
-        shown_default="Python's standard library",
+        "Watch ability on it, or none.",
+        metavar="DATA",
+        shown_default="Python's source",
+        group="Measurements",
     )
     prompts: str | None = option(
-        None,
-        "Prompts that the attacker wants answered, for edits and to count refusals: text, one a line, or a data set.",
-        shown_default="harmless ones, for edits alone",
+        None, "Count refusals of these; edits aim at them.", metavar="DATA", group="Measurements"
     )
     prompts_harmless: str | None = option(
-        None, "Prompts to compare them with, likewise.", shown_default="harmless questions that come with the package"
+        None, "Compare --prompts with these.", metavar="DATA", shown_default="questions", group="Measurements"
     )
     refusal_words: tuple[str, ...] = option(
-        (), "An answer with these words is a refusal.", "--refusal-word", shown_default="the list in the report"
+        (), "It marks a refusal.", "--refusal-word", metavar="WORDS", shown_default="the report's", group="Measurements"
     )
-    eval_task_path: Path | None = option(None, "Directory with lm-eval tasks of your own.")
-    task: Task | None = option(None, "What to train for.", shown_default="what the control's architecture says")
+    eval_task_path: Path | None = option(
+        None,
+        "Directory with lm-eval tasks of your own.",
+        metavar="DIR",
+        group="Measurements / Accuracy on tasks of lm-eval.",
+    )
+    task: Task | None = option(
+        None, "causal-lm, masked-lm, …", metavar="TASK", shown_default="the architecture's", group="Data"
+    )
     suite: Suite | None = None
     variants: tuple[str | Variant, ...] = option(
-        (), "What is done to the model first, e.g. width:2 or freeze-compensation.", "--variant"
+        (), "What is done to the model first, e.g. width:2.", "--variant", metavar="NAME", group="Attacks"
     )
     trainings: tuple[str | Training, ...] = option(
         (),
-        "What is trained, e.g. full@*norm* or lora:16@q_proj,v_proj.",
+        "full, lora:16@q_proj, full@*norm*, …",
         "--training",
         "--recipe",
-        shown_default="full and lora",
+        metavar="NAME",
+        shown_default="full, lora",
+        group="Attacks",
     )
-    optimizers: tuple[str, ...] = option((), "Optimizer, e.g. adamw or sgd.", "--optimizer", shown_default="adamw")
-    learning_rates: tuple[float, ...] = option((), "Learning rate.", "--lr", shown_default="searched")
+    optimizers: tuple[str, ...] = option(
+        (), "adamw, sgd, …", "--optimizer", metavar="NAME", shown_default="adamw", group="Attacks"
+    )
+    learning_rates: tuple[float, ...] = option(
+        (), "Learning rate.", "--lr", metavar="RATE", shown_default="searched", group="Attacks"
+    )
     search: bool = option(
-        True,
-        "Search every attack's best learning rate until it is bracketed, or try decades down to below η₀/α alone.",
-        "--lr-sweep/--no-lr-sweep",
+        True, "Bracket the best rate, or try decades alone.", "--lr-sweep/--no-lr-sweep", group="Attacks"
     )
-    thorough: bool = option(False, "Make every run of a search in full, also those that cannot become its best.")
-    gradient_accumulation: int = option(1, "Passes that a step's sequences are split into, to save memory.")
-    gradient_checkpointing: bool = option(False, "Compute activations twice, to save memory.")
-    eval_every: int | None = option(None, "Steps between evaluations.", shown_default="a tenth of the steps")
-    eval_sequences: int = option(64, "Held-out sequences.")
+    thorough: bool = option(False, "Finish runs that cannot become the best.", group="Attacks")
+    gradient_accumulation: int = option(1, "Passes a step, to save memory.", metavar="N", group=_MEMORY)
+    gradient_checkpointing: bool = option(False, "Compute activations twice, to save memory.", group=_MEMORY)
+    eval_every: int | None = option(
+        None, "Steps between evaluations.", metavar="N", shown_default="a tenth of --steps", group="Measurements"
+    )
+    eval_sequences: int = option(64, "Held-out sequences.", metavar="N", group="Measurements")
     free: tuple[str, ...] = ()
     time_limit: float | None = None
-    report_to: tuple[str, ...] = option((), "Report runs to tensorboard (files in OUT/logs), wandb, trackio or mlflow.")
+    report_to: tuple[str, ...] = option(
+        (), "tensorboard (in OUT/logs), wandb, trackio, mlflow.", metavar="NAME", group="Output"
+    )
     seeds: tuple[int, ...] = (0,)
-    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j")
+    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group="Budget")
     manifest: Path | None = None
     trust_remote_code: bool = False
     revision: str | None = None

@@ -123,7 +123,7 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
         asked = dict.fromkeys(str(asked) for table in options.tables for asked in (*table.trainings, *table.variants))
         raise WrongUsage(
             f"no attack is left: {', '.join(asked)} find nothing in this model",
-            "Choose another --training or --variant; `specdef attack --help` lists them.",
+            "Choose another --training or --variant; `specdef attack --list` shows all.",
         )
     return (*_distinct(controls), *_distinct(attacks), *edits)
 

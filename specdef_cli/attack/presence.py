@@ -1,11 +1,8 @@
-"""Is there the data, or the report, that a command names? Asked before anything heavy is imported: a wrong path is told
-in a moment.
-
-What lies on the Hub is asked for later, when it is downloaded.
-"""
+"""Checks of what a command names that need no heavy import: a wrong path is told in a moment."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -15,6 +12,8 @@ FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", 
 REPORT_NAME = "report.json"
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 """Suffixes that may stand behind these; `datasets` unpacks them."""
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 def require_data(dataset: str | None) -> None:
@@ -37,3 +36,14 @@ def require_report(path: Path) -> Path:
     if not file.is_file():
         raise SpecDefError(f"there is no attack report {file}", "Give the report.json that `specdef attack` wrote.")
     return file
+
+
+def require_trackers(trackers: tuple[str, ...]) -> None:
+    """Refuse trackers that are unknown or not installed."""
+    for tracker in trackers:
+        if tracker not in TRACKERS:
+            raise SpecDefError(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
+        if importlib.util.find_spec(tracker) is None:
+            raise SpecDefError(
+                f"--report-to {tracker} needs {tracker}, which is not installed", f"pip install {tracker}"
+            )

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series, expected_runs
 from specdef_cli.attack.recorder import EventKind, ProgressEvent, ProgressHook
 from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.search import Lead, best_rate, is_refinement, next_rates, trains_as_control
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.table import NotApplicable
+from specdef_cli.noise import start_worker
 from specdef_cli.waiting import first_completed
 
 
@@ -300,7 +301,7 @@ def executor(execute: Execute, jobs: int, tell: Callable[..., None]) -> Iterator
     for place in range(jobs):
         places.put(place)
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_claim_device, initargs=(places, jobs))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(_CLAIM, places, jobs))
 
     def run_there(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
         tell("run-start", spec)
@@ -315,6 +316,9 @@ def executor(execute: Execute, jobs: int, tell: Callable[..., None]) -> Iterator
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+_CLAIM = f"{__name__}:_claim_device"
 
 
 def _claim_device(places: multiprocessing.SimpleQueue[int], jobs: int) -> None:

@@ -7,9 +7,11 @@ same run costs by hand.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,6 +27,7 @@ from specdef_cli.attack.run_result import (
     TrainPoint,
 )
 from specdef_cli.attack.search import Lead, is_hopeless
+from specdef_cli.attack.spec import RunSpec
 
 BATCHES = 2
 """So many batches in a row beyond twice the first one's loss are no chance."""
@@ -164,3 +167,34 @@ class Recorder(TrainerCallback):
 def finite(value: float | None) -> float | None:
     """``value`` as a float, or ``None`` if it is NaN, infinite or missing."""
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where runs are reported to as they go; ``directory`` has TensorBoard's files, a directory for each run."""
+
+    trackers: tuple[str, ...] = ()
+    directory: Path = Path("logs")
+
+    def arguments(self, spec: RunSpec) -> dict[str, Any]:
+        """What ``TrainingArguments`` are given."""
+        name = f"{spec.label} · η={spec.learning_rate:g} · seed {spec.seed}" if self.trackers else None
+        return {"report_to": [other for other in self.trackers if other != "tensorboard"] or "none", "run_name": name}
+
+    def callbacks(self, spec: RunSpec) -> list[TrainerCallback]:
+        """TensorBoard's, which by itself would write where the Trainer does, and that is a scratch directory."""
+        if "tensorboard" not in self.trackers:
+            return []
+        from transformers.integrations import TensorBoardCallback
+
+        callback = TensorBoardCallback()
+        callback.logging_dir = str(self.directory / spec.run_id)
+        return [callback]
+
+    def finish(self) -> None:
+        """End the run in trackers that keep one open for the whole process; the next run would be added to it."""
+        for tracker in self.trackers:
+            getattr(sys.modules.get(tracker), "finish", lambda: None)()
+
+
+NOWHERE = Tracking()

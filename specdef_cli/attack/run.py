@@ -19,24 +19,32 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
-from specdef_cli.attack.accuracy import require_harness
-from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
-from specdef_cli.attack.forecast import Forecast, Speed, foresee, measure_speed, speed_of
-from specdef_cli.attack.notes import assumptions, outcome_notes, plan_notes, report_notes
+from specdef_cli.attack.behaviour import require_harness
+from specdef_cli.attack.data import load_data, load_preprocessor, retained_sequences
+from specdef_cli.attack.data.examples import AttackData
+from specdef_cli.attack.notes import (
+    Forecast,
+    Speed,
+    assumptions,
+    foresee,
+    measure_speed,
+    outcome_notes,
+    plan_notes,
+    report_notes,
+    speed_of,
+)
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Series, default_budget, in_order, make_plan
+from specdef_cli.attack.presence import require_trackers
 from specdef_cli.attack.prompts import Prompts, load_prompts
 from specdef_cli.attack.queue import Deadline, run_all
-from specdef_cli.attack.recorder import ProgressHook
+from specdef_cli.attack.recorder import NOWHERE, ProgressHook, Tracking
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary
-from specdef_cli.attack.retained import retained_sequences
-from specdef_cli.attack.run_result import RunResult
+from specdef_cli.attack.run_result import RunResult, RunStore
 from specdef_cli.attack.search import Lead
 from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.store import RunStore
 from specdef_cli.attack.target import Target, largest_alpha
 from specdef_cli.attack.tasks import task_of
-from specdef_cli.attack.tracking import NOWHERE, Tracking, require_trackers
 from specdef_cli.attack.trainer import Memory, quiet, train_run
 from specdef_cli.checkpoint.check import require_outside, writable_ancestor
 from specdef_cli.checkpoint.manifest import Manifest

@@ -1,20 +1,23 @@
-"""One finished run: its curve as it was recorded, and the figures that follow from it alone.
+"""One finished run: its curve, the figures that follow from it, and the store of such files.
 
-Only what was measured is stored. Numbers that are not finite are stored as ``None``: JSON has no NaN, and a diverged
-loss has no value worth plotting.
+Numbers that are not finite are ``None``: JSON has no NaN.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import TypeAdapter
 
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.variants.growth import Growth
+from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
+from specdef_cli.errors import SpecDefError
 
 DIVERGENCE_FACTOR = 2.0
 """An evaluation loss above this many times the one at step 0 is divergence."""
@@ -255,3 +258,32 @@ class RunResult:
 
 RUN_RECORD = TypeAdapter(RunResult)
 """Reads and writes a finished run as JSON data."""
+
+
+class RunStore:
+    """The directory of finished runs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, spec: RunSpec) -> Path:
+        """Where the result of ``spec`` is or will be."""
+        return self.directory / f"{spec.run_id}.json"
+
+    def load(self, spec: RunSpec) -> RunResult | None:
+        """The finished run of ``spec``, or ``None``. A file of another specification or format counts as none."""
+        try:
+            result = RUN_RECORD.validate_python(json.loads(self.path(spec).read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, SpecDefError):
+            return None
+        # The names of trainings do not tell runs apart, so what was asked for may be called otherwise.
+        return replace(result, spec=spec) if result.spec == spec else None
+
+    def save(self, result: RunResult) -> None:
+        """Keep a finished run; atomic, so that a crash leaves either nothing or all of it."""
+        record = RUN_RECORD.dump_python(result, mode="json")
+        write_durably(self.path(result.spec), json.dumps(record, indent=1, allow_nan=False))
+
+    def remove_unfinished(self) -> None:
+        """Remove the files that killed writes have left. The caller must be the only writer here."""
+        remove_unfinished(self.directory)

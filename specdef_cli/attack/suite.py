@@ -65,11 +65,13 @@ class Suite:
         name: What the report calls it.
         attacks: The tables, in order.
         budget: Some of the options named in :data:`BUDGET`.
+        description: One line for ``--list``.
     """
 
     name: str
     attacks: tuple[AttackTable, ...]
     budget: dict[str, int] = field(default_factory=dict)
+    description: str = ""
 
 
 COPY = "Copy one of the package's suites (attack/suites/) and edit it."
@@ -105,7 +107,7 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
     Raises:
         TypeError, KeyError, ValueError: It has another shape.
     """
-    unknown = set(data) - {"budget", "attacks"}
+    unknown = set(data) - {"description", "budget", "attacks"}
     if unknown:
         raise ValueError(f"there is no table {min(unknown)!r}")
     budget = data.get("budget", {})
@@ -115,7 +117,7 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
     tables = tuple(_table(table) for table in data["attacks"])
     if not tables:
         raise ValueError("it has no attacks")
-    return Suite(name, tables, budget)
+    return Suite(name, tables, budget, str(data.get("description", "")))
 
 
 def _table(table: dict[str, Any]) -> AttackTable:

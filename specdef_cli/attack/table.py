@@ -132,3 +132,7 @@ def checked_factor(owner: str, factor: Factor | None, value: float | None) -> fl
             raise SpecDefError(f"the {owner} takes no factor, and was given {value:g}", "Leave out the part after ':'.")
         return None
     return factor.check(factor.default if value is None else value)
+
+
+class NotApplicable(SpecDefError):
+    """The model has nothing that a variant works on, or nothing of what was to be trained."""

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from specdef_cli.attack.data import AttackData
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.spec import RunSpec

@@ -26,19 +26,17 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.trainer_utils import EvalLoopOutput
 
-from specdef_cli.attack.accuracy import task_accuracy
-from specdef_cli.attack.behaviour import behaviour_of, reference_of, try_edits
-from specdef_cli.attack.data import AttackData
+from specdef_cli.attack.behaviour import behaviour_of, reference_of, task_accuracy, try_edits
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.optimizers.own import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS, OptimizerChoice
 from specdef_cli.attack.prompts import Prompts
-from specdef_cli.attack.recorder import ATTACK, CONSTANT, RETAINED, Recorder
+from specdef_cli.attack.recorder import ATTACK, CONSTANT, NOWHERE, RETAINED, Recorder, Tracking
 from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.search import Lead
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.tasks import leave_to_fsdp, load_for_training
-from specdef_cli.attack.tracking import NOWHERE, Tracking
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.loading import new_objects_only, process_state
 from specdef_cli.model.opened import OpenedModel

@@ -23,21 +23,30 @@ class CertifyOptions:
     """
 
     model: str
-    out: Path = option(Path("certificate"), "Where the certificate goes.", "--out", "-o")
-    base: str | None = option(None, "What it was made from.", shown_default="the base that the manifest names")
+    out: Path = option(Path("certificate"), "Where the certificate goes.", "--out", "-o", metavar="DIR", group="Output")
+    base: str | None = option(
+        None, "What it was made from.", metavar="BASE", shown_default="the manifest's", group="Model"
+    )
     attacks: Path | None = option(
         None,
-        "The report.json of `specdef attack` on it, or its directory.",
+        "Quote this report.json of `specdef attack`.",
         metavar="REPORT",
-        shown_default="no attacks in the certificate",
+        group="Measurements",
     )
-    text: Path | None = option(None, "Text to measure loss on.", shown_default="Python's standard library")
+    text: Path | None = option(
+        None, "Text to measure loss on.", metavar="FILE", shown_default="Python's source", group="Measurements"
+    )
     formats: tuple[str, ...] | None = option(
-        None, "Format to measure: a name, all or none", "--formats", shown_default="float32, bfloat16, float16"
+        None,
+        "Format, all or none.",
+        "--formats",
+        metavar="NAME",
+        shown_default="float32, bfloat16, float16",
+        group="Measurements",
     )
-    curvature: bool = option(True, "Measure the Hessian.", "--curvature/--no-curvature")
-    card: bool = option(True, "Put the certificate into the model's directory and its card.", "--card/--no-card")
-    device: str = option("cpu", "Where curvature and formats are measured, e.g. cuda.")
+    curvature: bool = option(True, "Measure the Hessian.", "--curvature/--no-curvature", group="Measurements")
+    card: bool = option(True, "Write it beside the model, and into its card.", "--card/--no-card", group="Output")
+    device: str = option("cpu", "Where curvature and formats are measured.", metavar="DEVICE", group="Measurements")
     manifest: Path | None = None
     trust_remote_code: bool = False
     revision: str | None = None

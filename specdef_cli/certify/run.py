@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdef_cli.attack.data import standard_library
 from specdef_cli.attack.presence import require_report
-from specdef_cli.attack.retained import standard_library
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, with_section
 from specdef_cli.certify.certificate import (
@@ -55,7 +55,6 @@ class _Opened:
     Attributes:
         text, tokens: What loss is measured on; ``None`` for other models than causal language models.
         report: The file of the attack report, and ``resistance`` what it says.
-        carded: Whether the model's directory and card get the certificate.
     """
 
     hardened: OpenedModel
@@ -184,11 +183,7 @@ def attack_command(options: CertifyOptions) -> str:
 
 
 class _Curvatures:
-    """The curvature of the base and of the hardened model, measured while each is loaded.
-
-    Attributes:
-        reason: Why they were not measured; empty where nothing is in the way.
-    """
+    """The curvature of the base and of the hardened model, measured while each is loaded."""
 
     def __init__(self, options: CertifyOptions, tokens: Tensor | None, on_progress: Callable[[str], None]) -> None:
         self._device = options.device

@@ -112,7 +112,6 @@ class Settings:
     Attributes:
         kind: A type of ``llama-quantize``: F32, F16, BF16, Q8_0, Q4_0, Q4_K_M …
         cache: The key/value cache's type; float16 is llama.cpp's default.
-        flash_attention: Whether it is on; llama.cpp's default takes it where it can, and on CPUs it can.
         by_converter: Whether the converter writes that type itself, which checks no value; else the quantizer does,
             which stops where a block is not finite.
     """

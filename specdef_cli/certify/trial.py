@@ -34,12 +34,9 @@ class Trial:
     """A checkpoint and what it is measured by.
 
     Attributes:
-        directory: The base or a hardened directory.
-        base: The base.
         scratch: A directory for a tool's own files (a GGUF file, an adapter); what is there already is used again, so
             it belongs to this checkpoint and these tokens alone.
         tokens: int64, shape [sequences, length]; ``None`` for what is no language model.
-        device: Where to run; by default the CPU.
     """
 
     model: OpenedModel

@@ -27,12 +27,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Companions:
-    """What becomes of the files beside the weights; paths relative to the directory.
-
-    Attributes:
-        carried: Files to copy.
-        left_out: Files and links that are not copied, and why, by reason.
-    """
+    """What becomes of the files beside the weights; paths relative to the directory."""
 
     carried: tuple[Path, ...]
     left_out: Mapping[str, tuple[Path, ...]]

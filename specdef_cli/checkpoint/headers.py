@@ -51,10 +51,7 @@ class TensorHeader:
     """One tensor as its shard's header describes it.
 
     Attributes:
-        name: Name in the file.
         dtype: As safetensors names it, e.g. ``BF16``.
-        shape: Its dimensions.
-        shard: Name of the file.
         begin, end: Its bytes, counted from the start of the file.
     """
 
@@ -72,7 +69,7 @@ class TensorHeader:
 
 
 GIT_LFS = b"version https://git-lfs.github.com/"
-"""How a file begins that Git LFS has not been asked for."""
+"""First bytes of a Git LFS pointer."""
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

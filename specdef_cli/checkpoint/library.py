@@ -14,14 +14,8 @@ class Library:
     """A library that writes checkpoint directories.
 
     Attributes:
-        name: Its name, as it is imported.
-        weights: The part of its weight files' names that does not vary.
-        single_file_first: Whether it loads the single file where there is an index as well, and not the shards.
         has_model_types: Whether ``config.json`` names a model type, for which the library has a config class.
-        runs_code: Whether it runs code that comes with a checkpoint.
         names_dtype: Whether ``config.json`` names the dtype that a model is loaded in.
-        loads_without_weights: Whether it loads a model on the meta device.
-        has_logits: Whether its models' outputs are ones to choose among; a predicted noise is not.
         is_attacked: Whether ``attack`` and ``certify`` know how to train its models.
     """
 

@@ -69,7 +69,6 @@ class Checkpoint:
     """A checkpoint directory whose headers have been read and checked.
 
     Attributes:
-        directory: Where it lies.
         config: ``config.json``.
         tensors: Headers by tensor name, in the order of the shards and of the data within them.
     """
@@ -77,6 +76,10 @@ class Checkpoint:
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle for the workers of ``--jobs``: a mapping proxy has no pickle."""
+        return Checkpoint, (self.directory, dict(self.config), dict(self.tensors))
 
     @property
     def library(self) -> Library:

@@ -85,8 +85,6 @@ class Resolved:
     """A model on the local disk.
 
     Attributes:
-        directory: Where its files are.
-        name: What to call it: the Hub id, or the directory as given.
         revision: The revision asked for; ``None`` for a directory.
         commit: The commit hash of the snapshot; ``None`` for a directory.
     """

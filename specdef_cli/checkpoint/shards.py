@@ -52,8 +52,6 @@ class TensorGroup:
     """Tensors that are made together and stay in one shard.
 
     Attributes:
-        label: What to show while it is being made.
-        outputs: What is written.
         transform: How it is made; ``None`` copies the one tensor, byte for byte, from the input.
     """
 

@@ -38,12 +38,7 @@ RECORD_SUFFIX = ".done.json"
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a finished shard.
-
-    Attributes:
-        sha256: Of the whole file.
-        figures: What the transforms said of each group, by label.
-    """
+    """What is known of a finished shard."""
 
     sha256: str
     figures: Mapping[str, Mapping[str, Any]]

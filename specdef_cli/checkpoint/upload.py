@@ -36,9 +36,7 @@ class Destination:
 
     Attributes:
         repository: ``org/name``, or ``name`` of the user's own; made if it does not exist.
-        private: Whether a repository that is made is private. An existing one stays as it is.
         revision: The branch; ``None`` is the default one. Made if it does not exist.
-        create_pr: Open a pull request instead of committing to the branch.
         token: Hub token; ``None`` leaves the choice to huggingface_hub.
     """
 
@@ -51,12 +49,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class Upload:
-    """What an upload did.
-
-    Attributes:
-        address: Of the commit, or of the pull request.
-        removed: Files that the repository had and the directory has not.
-    """
+    """What an upload did."""
 
     address: str
     removed: tuple[str, ...]

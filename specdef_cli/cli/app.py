@@ -20,8 +20,8 @@ from specdef_cli.cli.collapse import collapse_command
 from specdef_cli.cli.compare import compare_command
 from specdef_cli.cli.convert_adapter import convert_adapter_command
 from specdef_cli.cli.harden import harden_command
+from specdef_cli.cli.help import GroupedCommand
 from specdef_cli.cli.inspect import inspect_command
-from specdef_cli.cli.listing import ListingCommand
 from specdef_cli.cli.push import push_command
 from specdef_cli.cli.startup import require_surroundings
 from specdef_cli.cli.streams import safe_streams
@@ -40,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # whole flags in 80 columns: rich cuts the long ones
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "harden": harden_command,
@@ -56,7 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     # By itself, the list of commands would cut the sentence to the width that is left.
     sentence = (inspect.getdoc(command) or "").partition("\n\n")[0]
-    app.command(name, short_help=sentence, cls=ListingCommand if name == "attack" else None)(command)
+    app.command(name, short_help=sentence, cls=GroupedCommand)(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -133,6 +133,6 @@ def _too_large(error: Exception) -> SpecDefError:
 
 def _say_interrupted() -> None:
     Console(stderr=True, soft_wrap=True).print(
-        "interrupted; nothing half-made was published (harden and collapse go on from here with --resume, attack and "
-        "certify with the same command)"
+        "interrupted: no partial output was published. Continue harden and collapse with --resume; give attack and "
+        "certify the same command again."
     )

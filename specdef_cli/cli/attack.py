@@ -9,6 +9,7 @@ import typer
 
 from specdef_cli.attack.options import NO_RETAINED, AttackOptions, seeds_of
 from specdef_cli.cli.derive import takes
+from specdef_cli.cli.listing import attack_listing, listing_tables
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
@@ -20,67 +21,78 @@ CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 
 @takes(AttackOptions)
 def attack_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id of the model under attack.")] = (
-        "hardened"
-    ),
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id to attack.")] = ("hardened"),
     suite: Annotated[
-        str | None, typer.Option(help="A set of attacks: quick, standard, full, or a TOML file like theirs.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="quick, standard, full or a TOML file like theirs.", rich_help_panel="Attacks"
+        ),
     ] = None,
     expand: Annotated[
-        str | None, typer.Option(metavar="2x", help="Attack also a model that grew this much: --variant width:2.")
+        str | None,
+        typer.Option(metavar="2x", help="Attack a grown model too: --variant width:2.", rich_help_panel="Attacks"),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Runs of each attack, with seeds 0, 1, …", show_default="1")] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Runs of each attack.", show_default="1", rich_help_panel="Budget"),
+    ] = None,
     time_limit: Annotated[
         str | None,
         typer.Option(
             metavar="45m",
-            help="Stop then: with smaller runs of a large model, and the most telling attacks first.",
+            help="Stop then; the most telling attacks come first.",
+            rich_help_panel="Budget",
         ),
     ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="CONDITION",
-            help="Exit with 1 if any attack that knows nothing of the construction meets this, or was not measured, "
-            "e.g. 'steps_to_control<500' (repeatable).",
+            metavar="CONDITION…",
+            help="Exit with 1 if an uninformed attack meets this.",
+            rich_help_panel="Output",
         ),
     ] = None,
     card: Annotated[
-        bool, typer.Option("--card", help="Write what was found into the model card, as `specdef certify` does.")
+        bool, typer.Option("--card", help="Write the findings into the model card.", rich_help_panel="Output")
+    ] = False,
+    list_all: Annotated[
+        bool, typer.Option("--list", help="List what these options take, and stop.", rich_help_panel="Attacks")
     ] = False,
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show every run, and not one line an attack.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show every run, and what other libraries say.", rich_help_panel="Output")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
-    """Fine-tune a hardened model and its base on one budget, and report how far each attack got.
-
-    Attacks that know the construction are always among them. Runs that are found finished in --out are not repeated.
+    """Fine-tune a hardened model and its base; report how far each attack got.
 
     Examples:
 
-      specdef attack --expand 2x
+      specdef attack hardened --expand 2x
 
-      specdef attack hardened --dry-run
+      specdef attack hardened --time-limit 45m --jobs 4
 
-      specdef attack hardened --time-limit 45m
-
-      specdef attack hardened --suite standard --jobs 4
-
-      specdef attack hardened --control ./base --dataset notes.jsonl --recipe lora --lr 1e-4 --lr 1e-5 --steps 200
+      specdef attack hardened --dataset notes.jsonl --training lora --steps 200
     """
+    output = Output(as_json, quiet)
+    if list_all:
+        from rich.console import Group
+
+        listing = attack_listing()
+        output.data(listing, Group(*listing_tables(listing)))
+        return
     from specdef_cli.errors import require_extra
 
     require_extra("attack", "attacks")
-    # Before torch is imported, which takes longer than everything that can be wrong here.
-    from specdef_cli.attack.presence import require_data
+    # Validate first: importing torch takes seconds.
+    from specdef_cli.attack.presence import require_data, require_trackers
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
-    from specdef_cli.attack.tracking import require_trackers
     from specdef_cli.checkpoint.check import require_models, writable_ancestor
     from specdef_cli.cli.conditions import Condition
     from specdef_cli.errors import WrongUsage
@@ -132,7 +144,6 @@ def attack_command(
     from specdef_cli.cli.plan import plan_screen
     from specdef_cli.report import attacks_table, edits_table, report_dict, runs_table, summary, write_report
 
-    output = Output(as_json, quiet)
     settle(output)
     if dry_run:
         forecast = plan_attack(options)

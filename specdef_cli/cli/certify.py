@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @takes(CertifyOptions)
 def certify_command(
     model: Annotated[
-        str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
+        str, typer.Argument(metavar="HARDENED", help="Directory or Hub id of `specdef harden`.")
     ] = "hardened",
     no_deployment: Annotated[bool, typer.Option("--no-deployment", hidden=True, help="--formats none.")] = False,
     manifest: Manifest = None,
@@ -51,7 +51,7 @@ def certify_command(
     from specdef_cli.checkpoint.check import require_hardened, require_models, writable_ancestor
     from specdef_cli.errors import SpecDefError, require_extra
 
-    # Before torch is imported, which takes longer than everything that can be wrong here.
+    # Validate first: importing torch takes seconds.
     require_hardened(model, manifest)
     require_models(model, given.get("base"), "--base", manifest)
     if (text := given.get("text")) is not None and not text.is_file():

@@ -20,7 +20,9 @@ def compare_command(
     reports: Annotated[
         list[Path], typer.Argument(metavar="REPORT…", help="report.json of each model, or the directory it is in.")
     ],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.", rich_help_panel="Output")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -64,13 +64,14 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     if many:
         item: Any = _first(get_args(kind)[0])
         kind = list[item]
-        metavar = metavar or f"<{item.__name__}>"
+        metavar = f"{metavar or item.__name__.upper()}…"
     names = spelling.names or ((f"--{field.name.replace('_', '-')}",) if kind is bool else ())
     shown = typer.Option(
         *names,
-        help=description.removesuffix(".") + " (repeatable)." if many else description,
+        help=description,
         metavar=metavar,
         show_default=spelling.shown_default or True,
+        rich_help_panel=spelling.group,
     )
     default = field.default or None if many else field.default
     if default is None:

@@ -40,7 +40,9 @@ def harden_command(
     model: Model,
     construction: Annotated[
         Method,
-        typer.Option("--method", help="fold needs no code to load; scale and factors bring some."),
+        typer.Option(
+            "--method", metavar="NAME", help="fold; scale and factors need code to load.", rich_help_panel="Method"
+        ),
     ] = "fold",
     max_shard_size: MaxShardSize = "5GB",
     device: Device = None,
@@ -48,12 +50,18 @@ def harden_command(
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
     resume: Resume = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would change, and write nothing.", rich_help_panel="Output")
+    ] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the published directory to org/name.")
+        str | None,
+        typer.Option(metavar="REPO", help="Upload the published directory to org/name.", rich_help_panel="Upload"),
     ] = None,
     private: Private = False,
-    push_revision: Annotated[str | None, typer.Option(help="Branch to upload to.", show_default="main")] = None,
+    push_revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Branch to upload to.", show_default="main", rich_help_panel="Upload"),
+    ] = None,
     create_pr: CreatePr = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -61,10 +69,12 @@ def harden_command(
 ) -> None:
     """Harden a checkpoint against fine-tuning without changing what it computes.
 
-    \b
     Examples:
+
       specdef harden meta-llama/Llama-3.1-8B-Instruct --out hardened
+
       specdef harden ./my-model --out hardened --method scale
+
       specdef harden ./my-model --method factors --layers '*.o_proj' --dry-run
     """
     kind = _construction(construction, given)
@@ -122,8 +132,8 @@ def harden_command(
         output.data(result, result_tables(result), written=options.out)
         if options.manifest_out is not None:
             output.note(
-                f"{options.manifest_out} is the way back: `specdef collapse {options.out} --manifest "
-                f"{options.manifest_out}`. Certify, attack and inspect take it too."
+                f"Keep {options.manifest_out}: certify, attack and inspect need it (--manifest), and `specdef collapse "
+                f"{options.out} --manifest {options.manifest_out}` gives the original back."
             )
         if destination is not None:
             upload = push(options.out, destination)

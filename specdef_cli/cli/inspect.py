@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 def inspect_command(
     model: Model,
     every_layer: Annotated[
-        bool, typer.Option("--layers", help="List every layer with its σ₁ and effective rank (reads all weights).")
+        bool,
+        typer.Option(
+            "--layers",
+            help="List every layer, with σ₁ and effective rank (reads all weights).",
+            rich_help_panel="Output",
+        ),
     ] = False,
     manifest: Manifest = None,
     device: Device = None,

@@ -1,54 +1,71 @@
-"""What ``specdef attack --help`` says below its options: the tables of attacks, other packages' rows included."""
+"""``specdef attack --list``: the tables of attacks, other packages' rows included."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from typer.core import TyperCommand
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from specdef_cli.attack.table import Factor
 
 
-class ListingCommand(TyperCommand):
-    """A command whose epilog lists the tables. They are read when help is shown, and not before."""
+@dataclass(frozen=True)
+class Entry:
+    """One thing that an option takes: its spelling, with its usual number, and what it is."""
 
-    @property
-    def epilog(self) -> str | None:
-        """The tables as Markdown, for the page of commands."""
-        return "\n\n".join(
-            "\n\n".join((f"{heading}:", *(f"* {name}: {description}" for name, description in rows)))
-            for heading, rows in attack_listing()
-        )
-
-    @epilog.setter
-    def epilog(self, value: Any) -> None:
-        """The base class sets what it was given, which is nothing."""
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the tables below the options, in their form."""
-        for heading, rows in attack_listing():
-            with formatter.section(heading):
-                formatter.write_dl(rows)
+    name: str
+    help: str
 
 
-def attack_listing() -> list[tuple[str, list[tuple[str, str]]]]:
-    """Variants, trainings and optimizers: a heading, and of each its name and its help line."""
+@dataclass(frozen=True)
+class Listing:
+    """Everything that ``attack`` can run, by the option that takes it."""
+
+    variants: tuple[Entry, ...]
+    trainings: tuple[Entry, ...]
+    optimizers: tuple[Entry, ...]
+    suites: tuple[Entry, ...]
+
+
+def attack_listing() -> Listing:
+    """Read the tables."""
     from specdef_cli.attack.optimizers.table import OPTIMIZERS
+    from specdef_cli.attack.suite import load_suite, suite_names
     from specdef_cli.attack.trainings.table import TRAININGS
     from specdef_cli.attack.variants.table import VARIANTS
 
-    def numbered(name: str, number: Factor | None) -> str:
-        return name if number is None else f"{name}:{number.default:g}"
+    suites = {name: load_suite(name) for name in suite_names()}
+    return Listing(
+        variants=tuple(Entry(_numbered(row.name, row.factor), row.help) for row in VARIANTS.values()),
+        trainings=tuple(Entry(_numbered(row.name, row.size), row.help) for row in TRAININGS.values()),
+        optimizers=tuple(Entry(row.name, row.help) for row in OPTIMIZERS.values()),
+        suites=tuple(Entry(name, suite.description) for name, suite in suites.items()),
+    )
 
-    return [
-        (
-            "Variants (--variant), by themselves or with a factor",
-            [(numbered(row.name, row.factor), row.help) for row in VARIANTS.values()],
-        ),
-        (
-            "Trainings (--training), where it says so with a size and with names",
-            [(numbered(row.name, row.size), row.help) for row in TRAININGS.values()],
-        ),
-        ("Optimizers (--optimizer)", [(row.name, row.help) for row in OPTIMIZERS.values()]),
-    ]
+
+def listing_tables(listing: Listing) -> Iterable[Table | str]:
+    """The listing as the terminal shows it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    headings = (
+        ("--variant", "what is done to the model first", listing.variants),
+        ("--training", "what is trained: NAME, NAME:SIZE or NAME@NAMES", listing.trainings),
+        ("--optimizer", "", listing.optimizers),
+        ("--suite", "", listing.suites),
+    )
+    for flag, words, entries in headings:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        for entry in entries:
+            table.add_row(Text(f"  {entry.name}"), Text(entry.help))
+        yield f"{flag}: {words}" if words else flag
+        yield table
+        yield ""
+
+
+def _numbered(name: str, number: Factor | None) -> str:
+    return name if number is None else f"{name}:{number.default:g}"

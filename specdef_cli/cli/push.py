@@ -17,12 +17,20 @@ def push_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `specdef harden` published.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub; made if it does not exist.")],
     private: Private = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to upload to.", show_default="main")] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Branch to upload to.", show_default="main", rich_help_panel="Upload"),
+    ] = None,
     create_pr: CreatePr = False,
     no_manifest: Annotated[
-        bool, typer.Option("--no-manifest", help="Leave out specdef.json, which says what was changed.")
+        bool,
+        typer.Option(
+            "--no-manifest", help="Leave out specdef.json, which says what was changed.", rich_help_panel="Upload"
+        ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload a directory that is not hardened too.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Upload a directory that is not hardened too.", rich_help_panel="Upload")
+    ] = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -55,7 +63,7 @@ def push_command(
     if no_manifest:
         output.note(
             f"{MANIFEST_NAME} stays here: collapse, certify, attack and inspect take it with --manifest. "
-            "It hides little: the changed channels stand out by their norms, and factors by their names."
+            "Leaving it out hides little: the changed channels stand out by their norms, and factors by their names."
         )
     elif model.manifest is not None:
         output.note(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -23,12 +22,6 @@ def collect_less_garbage() -> None:
     """Look for garbage rarely: importing torch and transformers makes a million objects that live to the end."""
     gc.set_threshold(*COLLECT_AFTER)
     atexit.register(gc.freeze)
-
-
-def quiet_engines() -> None:
-    """Keep torchao (imported by transformers) from warning of other machines' kernels, bitsandbytes of every cast."""
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def prefer_huge_pages() -> None:

@@ -14,11 +14,19 @@ from specdef_cli.cli.output import Output
 def verify_certificate_command(
     model: Annotated[str, typer.Argument(metavar="HARDENED", help="Directory or Hub id with a certificate.json.")],
     base: Annotated[
-        str | None, typer.Option(help="What it was made from.", show_default="its files are not checked")
+        str | None,
+        typer.Option(
+            metavar="BASE", help="What it was made from.", show_default="not checked", rich_help_panel="Model"
+        ),
     ] = None,
     attacks: Annotated[
         Path | None,
-        typer.Option(metavar="REPORT", help="The report.json that it quotes.", show_default="attacks are not checked"),
+        typer.Option(
+            metavar="REPORT",
+            help="The report.json that it quotes.",
+            show_default="not checked",
+            rich_help_panel="Model",
+        ),
     ] = None,
     revision: Revision = None,
     token: Token = None,
@@ -34,7 +42,7 @@ def verify_certificate_command(
 
       specdef verify-certificate hardened
 
-      specdef verify-certificate org/hardened --base org/name --attacks report.json --json
+      specdef verify-certificate org/name --base org/base --attacks report.json
     """
     from rich.table import Table
     from rich.text import Text

@@ -51,12 +51,7 @@ DROWNED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Channels:
-    """What a module's inputs or outputs are, channel by channel; every tensor has shape [channels].
-
-    Attributes:
-        mean_square: Over all tokens.
-        largest: Magnitude.
-    """
+    """What a module's inputs or outputs are, channel by channel; every tensor has shape [channels]."""
 
     mean_square: Tensor
     largest: Tensor
@@ -67,7 +62,6 @@ class Activations:
     """What a text makes of the modules that symmetric pairs belong to, by the names of their weights on disk.
 
     Attributes:
-        inputs, outputs: Of linears; of norms the outputs alone.
         column_norms: Of linears: ‖column‖², shape [inputs].
         row_largest: Of linears and norms: the largest weight in each row, shape [outputs].
         drowned: :func:`drowned_energy`, by the exponents that were asked for; shape [exponents, inputs].

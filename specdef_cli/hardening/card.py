@@ -140,7 +140,7 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
     around = around_pairs if manifest.factored else ""
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
-    around += "Edits without training, such as taking out the direction of refusals, work as on the base. "
+    around += "Edits without training, which take a direction out of the weights, work as on the base. "
     if not library.is_attacked:
         unchanged = (*unchanged, "convolutions")  # no construction reaches them
         measure = "No attack was measured on this very checkpoint."

@@ -62,14 +62,7 @@ class CollapseLayer:
 
 @dataclass(frozen=True)
 class CollapseResult:
-    """What :func:`collapse` published.
-
-    Attributes:
-        out: The directory.
-        manifest: The manifest of the hardened directory.
-        parameters_removed: The parameters of compensation layers and scale vectors.
-        notes: What was not carried over, and why.
-    """
+    """What :func:`collapse` published."""
 
     out: Path
     manifest: Manifest

@@ -35,13 +35,7 @@ from specdef_cli.model.loading import process_state
 
 @dataclass(frozen=True)
 class Written:
-    """What the shards turned out to be.
-
-    Attributes:
-        work: The directory that they are in until they are published.
-        sha256: By file name.
-        figures: What transforms said of their groups, by label.
-    """
+    """What the shards turned out to be."""
 
     work: Path
     sha256: Mapping[str, str]

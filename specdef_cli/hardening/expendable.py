@@ -48,7 +48,6 @@ class Raised:
     """The channels of a pair that are raised.
 
     Attributes:
-        channels: Of the pair.
         exponents: log2 of their factors.
         given_up: Share of what the pair's readers put out, as energy, that a format loses which loses the channels;
             ``None`` where only the weights are known.

@@ -38,12 +38,8 @@ class FactorLayer:
     """The transform that replaces one linear by its two factors.
 
     Attributes:
-        site: The layer.
         alpha: α.
-        top_k: How many singular values are inflated.
-        gauge: Which factorization is stored.
         dtype: safetensors dtype of the factors.
-        seed: The run's seed; the layer's own is derived from it and the tensor's name.
     """
 
     site: LinearSite

@@ -66,7 +66,6 @@ class Steps:
     Attributes:
         schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
             :func:`specdef_cli.spectral.staircase.staircase`.
-        from_last: Whether the layers count from the last one.
     """
 
     schedule: Callable[[int, int], tuple[tuple[int, ...], ...]]
@@ -83,8 +82,6 @@ class FoldProfile:
     Attributes:
         steps: Exponents by region. Where two pairs scale the rows and the columns of one tensor, their exponents add up
             to at most :data:`~specdef_cli.spectral.staircase.HIGHEST_CROSSING`.
-        kinds: The kinds of pairs that are folded.
-        middling: The kinds whose channels have ordinary values rather than the largest.
     """
 
     steps: dict[str, Steps]

@@ -23,9 +23,9 @@ class Fold:
     """Rescale symmetric pairs by powers of two: an ordinary checkpoint of its architecture, bit-identical."""
 
     method: ClassVar[Method] = "fold"
-    profile: Profile = option("float16-cache", "fold: float16-cache, bfloat16, quantizable or gguf.", metavar="NAME")
+    profile: Profile = option("float16-cache", "fold: bfloat16, quantizable or gguf.", metavar="NAME", group="Method")
     calibration: str | None = option(
-        None, "quantizable, gguf: a text, or none.", metavar="FILE", shown_default="Python's own source"
+        None, "quantizable, gguf: a text, or none.", metavar="FILE", shown_default="Python's", group="Method"
     )
     """What chooses the channels; ``none`` lets the weights alone choose those of ``quantizable``."""
 
@@ -55,10 +55,12 @@ class Factors:
     """Store W as C·W~, the paper's construction: the top singular values are inflated by α, and C undoes it."""
 
     method: ClassVar[Method] = "factors"
-    alpha: float = option(1e4, "factors: by what singular values are multiplied.", shown_default="1e4")
-    top_k: int = option(25, "factors: how many.")
-    gauge: Gauge = option("rotated", "factors: symmetric is the paper's.")
-    seed: int = option(0, "factors: of the random basis.")
+    alpha: float = option(
+        1e4, "factors: multiplies the singular values.", metavar="X", shown_default="1e4", group="Method"
+    )
+    top_k: int = option(25, "factors: how many singular values.", metavar="N", group="Method")
+    gauge: Gauge = option("rotated", "factors: symmetric is the paper's.", metavar="NAME", group="Method")
+    seed: int = option(0, "factors: seed of the random basis.", metavar="N", group="Method")
 
     def __post_init__(self) -> None:
         as_declared(self)
@@ -80,14 +82,20 @@ class HardenOptions:
 
     model: str
     """A directory, or a Hub id ``org/name[@revision]``."""
-    out: Path = option(Path("hardened"), "New directory to publish.", "--out", "-o")
-    construction: Construction = option(Fold(), "fold needs no code to load; scale and factors bring some.", "--method")
-    layers: tuple[str, ...] = option((), "Glob of what to harden.")
-    exclude: tuple[str, ...] = option((), "Glob of what to leave alone.")
-    dtype: StoredDtype | None = option(None, "Store floats in this dtype, e.g. bfloat16.", metavar="DTYPE")
-    base_model: str | None = option(None, "The base on the Hub, for the card.", metavar="ORG/NAME")
-    manifest_out: Path | None = option(None, "Write specdef.json there, not into --out.", metavar="FILE")
-    verify: bool = option(True, "Compare the outputs.", "--verify/--no-verify")
+    out: Path = option(Path("hardened"), "New directory to publish.", "--out", "-o", metavar="DIR", group="Output")
+    construction: Construction = option(
+        Fold(), "fold; scale and factors need code to load.", "--method", group="Method"
+    )
+    layers: tuple[str, ...] = option((), "Glob of what to harden.", metavar="GLOB", group="Method")
+    exclude: tuple[str, ...] = option((), "Glob of what to leave alone.", metavar="GLOB", group="Method")
+    dtype: StoredDtype | None = option(
+        None, "Store floats in this dtype, e.g. bfloat16.", metavar="DTYPE", group="Output"
+    )
+    base_model: str | None = option(None, "The base on the Hub, for the card.", metavar="REPO", group="Output")
+    manifest_out: Path | None = option(
+        None, "Write specdef.json there, not into --out.", metavar="FILE", group="Output"
+    )
+    verify: bool = option(True, "Compare the outputs.", "--verify/--no-verify", group="Output")
     max_shard_size: int = 5 * 10**9
     device: str | None = None
     revision: str | None = None

@@ -24,17 +24,6 @@ class PlanSummary:
 
     Attributes:
         method: ``fold``, ``scale`` or ``factors``.
-        pairs: Symmetric pairs that are rescaled.
-        layers: Layers that are replaced by two factors.
-        modules: Modules that are scaled, and undo it themselves.
-        changed: How many tensors or layers change, by their name within a block.
-        parameters: Parameters of the checkpoint.
-        parameters_changed: Parameters of the tensors that change, not counting what is added.
-        parameters_added: By compensation layers and scale vectors.
-        left: Parameters of the tensors that stay as they are, by their name within a block. They train as before.
-        bytes_before, bytes_after: Size of all tensors.
-        lost: Formats that the result is not expected to survive.
-        notes: What was decided and why.
     """
 
     method: str
@@ -66,7 +55,6 @@ class Outlook:
     """What hardening would do to a checkpoint.
 
     Attributes:
-        methods: What each method would do.
         recommended: The first of the methods that can be used; ``None`` where none can.
     """
 

@@ -56,14 +56,7 @@ class CastTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What a construction changes.
-
-    Attributes:
-        folded: Pairs to rescale.
-        scaled: Modules to scale, with the vectors that undo it.
-        factored: Linears to replace by two factors.
-        reasons: Why no more symmetric pairs are folded, in sentences.
-    """
+    """What a construction changes."""
 
     folded: tuple[FoldedPair, ...] = ()
     scaled: tuple[ScaledModule, ...] = ()
@@ -90,13 +83,10 @@ class HardeningPlan(Changes):
     """What will be written.
 
     Attributes:
-        method: What is done.
         profile: What the fold leaves intact; ``None`` without a fold.
         dtype: The dtype of changed tensors, as torch names it.
         groups: Every output tensor, in the order of the input.
         config: The output's ``config.json``.
-        notes: What was decided and why, for the user.
-        unchanged: Parameters that stay as they are, the same name once for all blocks.
         one_sided: Weights that a fold scales by row or by column alone, named likewise. They have no entry that two
             factors hold back, so that training them alone is slowed least.
     """
@@ -299,9 +289,9 @@ def _notes(
         notes.append(SCALED_LOADERS)
     notes += changes.reasons
     if unchanged and not changes.factored:
-        notes.append(f"Left as they are, and trained alone not slowed: {', '.join(unchanged)}.")
+        notes.append(f"Not hardened: {', '.join(unchanged)}. Training these alone is as fast as before.")
     if one_sided:
-        notes.append(f"Scaled on one side only, and so slowed least when trained alone: {', '.join(one_sided)}.")
+        notes.append(f"Scaled on one side only: {', '.join(one_sided)}. Training these alone is slowed least.")
     left_out = checkpoint.companions.note()
     return (*notes, left_out) if left_out else tuple(notes)
 

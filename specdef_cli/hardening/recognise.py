@@ -41,11 +41,8 @@ class Recognised:
     """What was found in the weights of a model.
 
     Attributes:
-        folded: Names of symmetric pairs with channels that are scaled against each other.
         octaves: The largest power of two among those, as a whole number; 0 where there is none.
-        factored: Paths of layers that are a pair of matrices.
         alpha: The largest factor by which anything is inflated; 1 where nothing is.
-        scaled: Paths of modules that undo a scale of their weight.
     """
 
     folded: tuple[str, ...] = ()

@@ -45,15 +45,7 @@ from specdef_cli.version import __version__
 
 @dataclass(frozen=True)
 class HardenResult:
-    """What :func:`harden` published.
-
-    Attributes:
-        out: The directory.
-        manifest: Its manifest.
-        parameters_added: By compensation layers.
-        bytes_added: Growth of the tensors' size.
-        notes: What was decided and why.
-    """
+    """What :func:`harden` published."""
 
     out: Path
     manifest: Manifest

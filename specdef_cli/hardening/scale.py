@@ -50,7 +50,6 @@ class ScaleModules:
     """The transform that scales a weight and writes the vectors that undo it.
 
     Attributes:
-        modules: The module that holds the weight, then the head that shares it, if one does.
         dtype: safetensors dtype of everything written.
     """
 

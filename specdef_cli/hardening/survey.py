@@ -30,7 +30,6 @@ class LayerSurvey(LinearSite):
     """One linear layer.
 
     Attributes:
-        dtype: As stored.
         sigma: σ₁ of the weight as stored (of the inflated factor, if hardened); ``None`` for a quantized weight, and
             where no spectra were asked for.
         effective_rank: (Σσ²)²/Σσ⁴, estimated; ``None`` likewise.
@@ -55,12 +54,6 @@ class Survey:
     """What :func:`survey` found.
 
     Attributes:
-        model: Where the model came from.
-        architecture: The model's class.
-        parameters: Number of stored elements.
-        nbytes: Size of all tensors.
-        manifest: If it is hardened.
-        layers: Its linear layers.
         outlook: What hardening would do; ``None`` if it is hardened.
         recognised: What the weights show of hardening.
     """

@@ -42,11 +42,7 @@ class OutputComparison:
     """How far the hardened model's outputs on a fixed batch are from the base's.
 
     Attributes:
-        max_abs: Largest absolute difference of an output.
-        relative: ‖difference‖ / ‖base outputs‖.
         kl: Mean KL divergence from base to hardened over positions, in nats (outputs taken as logits).
-        agreement: Share of positions where the largest output is the same one.
-        equal: Whether every output is bit-identical.
     """
 
     max_abs: float

@@ -30,7 +30,6 @@ class Side:
     """The slices of one tensor that belong to a pair.
 
     Attributes:
-        tensor: Name on disk.
         axis: The dimension that ``indices`` count along (dimension 0 included where the tensor stacks experts).
         indices: For each channel of the pair, the positions along ``axis`` that it scales; every channel has equally
             many, none is listed twice.
@@ -51,8 +50,6 @@ class SymmetricPair:
 
     Attributes:
         name: Where, by the path in the transformers model, e.g. ``model.layers.0.self_attn.value_output``.
-        kind: Which symmetry.
-        channels: How many independent factors the pair takes.
         sides: The slices. Some have power +1 and some -1.
     """
 
@@ -68,7 +65,6 @@ class Unpaired:
 
     Attributes:
         kind: Which symmetry does not hold; ``None`` for parameters that none could involve.
-        reason: A sentence that names the parameters.
     """
 
     kind: PairKind | None
@@ -85,7 +81,6 @@ class Symmetries:
 
     Attributes:
         pairs: In the order of the model.
-        unpaired: What has no pair, once for all blocks.
     """
 
     pairs: tuple[SymmetricPair, ...]
@@ -146,13 +141,7 @@ def output_norms(model: nn.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class Body:
-    """The body of one described family within a checkpoint's model.
-
-    Attributes:
-        skeleton: The whole model.
-        path: Where the body is in it; empty where it is the model itself.
-        family: Its description.
-    """
+    """The body of one described family within a checkpoint's model."""
 
     skeleton: Skeleton
     path: str

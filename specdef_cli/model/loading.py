@@ -81,7 +81,7 @@ def process_state(device: str | None = None) -> PartialState:
         return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         raise SpecDefError(
-            f"the processes that the environment speaks of cannot be joined: {first_line(error)}",
+            f"the processes that RANK and WORLD_SIZE name cannot be joined: {first_line(error)}",
             "Run `unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT` to work alone, or start all processes "
             "with torchrun.",
         ) from error

@@ -129,14 +129,7 @@ def _model_class(config: PreTrainedConfig, architecture: str, trust_remote_code:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of it.
-
-    Attributes:
-        inputs: Names of what the model was given; empty where nothing can be made up for it.
-        error: What ended it early.
-        certain: Whether that error is the model's own; the meta device has others, as it knows no values.
-        read_past: Modules whose own weights were read while they were not running.
-    """
+    """What came of it."""
 
     inputs: tuple[str, ...]
     error: Exception | None

@@ -184,16 +184,9 @@ class ScalableSite:
     """A module with a weight of its own on disk, or the head that shares the embedding's.
 
     Attributes:
-        module: Path in the transformers model.
-        kind: What it does with its weight.
-        tensor: Name of the weight on disk.
-        stem: What the names of the module's new tensors on disk begin with.
-        shape: Of the weight, as stored.
         bias: Name of the bias on disk, or ``None``.
-        output_axis: The weight's axis that counts what the module puts out.
         input_axis: The axis that counts what it takes in (tokens, of an embedding); ``None`` for a norm.
         tied_to: Path of the embedding whose weight a head shares, or ``None``.
-        writes: Whether it is a norm that is known to write to the residual stream.
     """
 
     module: str

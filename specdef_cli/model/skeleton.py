@@ -39,7 +39,6 @@ class TensorNames:
         parameters: Tensor name on disk → parameter name in the model, for every tensor that the model loads. A tensor
             that is split over several parameters is listed under the first of them.
         sources: Parameter name → the tensors on disk that it is made of, in the order in which they are merged.
-        converted: Parameters that are not a tensor on disk as it stands, but one stacked, split or transposed.
         stacked: Parameters with one tensor an expert on disk → those tensors, by the pattern of their names.
     """
 
@@ -145,8 +144,6 @@ class Skeleton:
         config: The model's native config; of a model of diffusers, its ``config.json``.
         model: The model; its class is the one that ``architectures`` names.
         shapes: Tensor name on disk → shape.
-        names: Which tensor becomes which parameter.
-        tied: Parameters that share their storage with another one.
     """
 
     config: Any

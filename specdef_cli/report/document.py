@@ -14,7 +14,6 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from specdef_cli.attack.budget import Budget
 from specdef_cli.attack.presence import require_report
 from specdef_cli.attack.results import CONTROL_SHARE, AttackReport, DataSummary, Hardening, PromptSummary
 from specdef_cli.attack.run_result import (
@@ -29,7 +28,7 @@ from specdef_cli.attack.run_result import (
     RunResult,
     TrainPoint,
 )
-from specdef_cli.attack.spec import Subject
+from specdef_cli.attack.spec import Budget, Subject
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.errors import SpecDefError, first_violation

@@ -225,7 +225,7 @@ def growth_words(report: AttackReport) -> tuple[str, ...]:
     lines = []
     for attack in report.attacks:
         growth = attack.runs[0].growth
-        if growth is not None:
+        if growth is not None and attack.edit is None:
             lines.append(
                 f"{attack.variant.label}: {growth.parameters_added:+,} parameters, {size(growth.bytes_added)}, "
                 f"in {growth.layers} layers, which are {growth.layers_times:.2f}× as large"

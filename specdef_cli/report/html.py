@@ -244,7 +244,7 @@ def _behaviour_table(found: Sequence[Finding]) -> Table:
             (
                 finding.attack.label,
                 percent(behaviour.refusals_before),
-                percent(behaviour.refusals),
+                percent(finding.refusals),
                 number(behaviour.kl, 3),
             )
         )

@@ -33,7 +33,6 @@ class RitzPairs:
         values: θ, float64, shape [count].
         vectors: Orthonormal, shape [count, n], in the dtype of the start vector.
         residuals: ‖Hv − θv‖ as the recurrence estimates it, shape [count].
-        products: How many products were taken.
     """
 
     values: Tensor

@@ -131,7 +131,9 @@ def test_every_attack_of_a_suite_has_a_control_on_the_same_budget() -> None:
         attacks = [attack for attack in found if attack.first.subject == "model"]
         assert {attack.first.control("c").attack for attack in attacks} == controls
         assert len({attack.first.attack for attack in found}) == len(found)
-        assert all(attack.search and attack.optional and attack.first.steps == 7 for attack in found)
+        assert all(attack.search and attack.first.steps == 7 for attack in found if not attack.first.is_edit)
+        assert {attack.grid for attack in found if attack.first.is_edit} <= {(0.0,)}  # not trained
+        assert all(attack.optional for attack in found)
         assert "collapse" in {attack.first.variant.kind for attack in attacks}
 
 
@@ -142,7 +144,7 @@ def test_keywords_are_spelled_out_for_the_model() -> None:
     assert {"q_proj alone", "norms alone"} < {group.label for group in groups}
     assert set(groups) < trained
     folded = {attack.first.training.method for attack in series(FOLD, suite=load_suite("full"))}
-    assert folded == {name for name, choice in TRAININGS.items() if choice.function is not None}
+    assert folded == {name for name, choice in TRAININGS.items() if choice.function is not None} | {"none"}  # edits
     kinds = {attack.first.variant.kind for attack in series(FOLD, suite=load_suite("full"))}
     assert kinds == {name for name, choice in VARIANTS.items() if choice.needs in ("any", "folded")}
 
@@ -199,7 +201,7 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
         ({"suite": load_suite("quick"), "trainings": ("full@*.norm.*",)}, "quick"),
         ({"suite": load_suite("quick"), "optimizers": ("sgd",)}, "--optimizer"),
         ({"variants": ("grow:2",)}, "'grow'"),
-        ({"trainings": ("qlora",)}, "'qlora'"),
+        ({"trainings": ("relora",)}, "'relora'"),
         ({"schedule": "step"}, "'step'"),
         ({"task": "vision"}, "'vision'"),
         ({"seeds": ()}, "seed"),
@@ -215,7 +217,8 @@ def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:
 GIVEN = {
     "control": "base", "dataset": "prose.txt", "dataset_config": "en", "dataset_split": "test", "text_column": "body",
     "text_pair_column": "second",
-    "label_column": "kind", "image_column": "photo", "retained": "none", "eval_task_path": Path("tasks"),
+    "label_column": "kind", "image_column": "photo", "prompts": "asked.jsonl",
+    "prompts_harmless": "harmless.jsonl", "retained": "none", "eval_task_path": Path("tasks"),
     "task": "masked-lm", "schedule": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5, "weight_decay": 0.1,
     "steps": 7, "batch_size": 6, "gradient_accumulation": 2, "sequence_length": 32, "eval_every": 5,
     "eval_sequences": 9, "dtype": "mixed", "jobs": 2, "runs": Path("runs"), "out": Path("o"), "revision": "r",
@@ -228,6 +231,7 @@ GIVEN_OTHERWISE = {
     "--no-stop-at-divergence": ("stop_at_divergence", False), "--trust-remote-code": ("trust_remote_code", True),
     "--time-limit 2m": ("time_limit", 120.0),
     "--variant collapse --expand 3x": ("variants", (Variant("collapse"), Variant("width", 3))),
+    "--refusal-word no --refusal-word never": ("refusal_words", ("no", "never")),
     "--recipe ia3": ("trainings", (Training("ia3"),)),
 }  # fmt: skip
 
@@ -242,11 +246,12 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("specdef_cli.attack.run.plan_attack", take)
-    monkeypatch.setattr("specdef_cli.attack.tracking.require_trackers", lambda _: None)  # need not be installed
+    monkeypatch.setattr("specdef_cli.attack.presence.require_trackers", lambda _: None)  # need not be installed
     for name in ("base", "hardened", "tasks"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    (tmp_path / "prose.txt").write_text("words")
+    for name in ("prose.txt", "asked.jsonl", "harmless.jsonl"):
+        (tmp_path / name).write_text("words")
     given = [part for name, value in GIVEN.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     more = [part for text in GIVEN_OTHERWISE for part in text.split()]
     result = CliRunner().invoke(app, ["attack", "hardened", "--dry-run", *given, *more])

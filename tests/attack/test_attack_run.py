@@ -16,12 +16,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, ProgressEvent, attack
-from specdef_cli.attack.data import BUILTIN_NAME, load_data
-from specdef_cli.attack.data.attack_data import Examples
-from specdef_cli.attack.data.tokens import Sequences
+from specdef_cli.attack.data import load_data
+from specdef_cli.attack.data.examples import Examples, Sequences
+from specdef_cli.attack.data.language import BUILTIN_NAME
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.attack.run_result import RunResult
-from specdef_cli.attack.store import RunStore
+from specdef_cli.attack.run_result import RunResult, RunStore
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from specdef_cli.attack import AttackOptions, attack, plan_attack
-from specdef_cli.attack.forecast import Speed
+from specdef_cli.attack.notes import Speed
 from specdef_cli.attack.plan import BUDGETS, SEARCHED_RUNS, Series, default_budget, expected_runs, in_order
 from specdef_cli.attack.queue import Deadline
 from specdef_cli.attack.run_result import RunResult

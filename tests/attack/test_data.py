@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
+from specdef_cli.attack.data import load_data, load_preprocessor
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.data.images import PixelTransform, load_pixel_transform
 from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.tasks import load_for_training

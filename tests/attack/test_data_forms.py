@@ -20,7 +20,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import AttackData, load_data
+from specdef_cli.attack.data import load_data
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 from tests.byte_tokenizer import byte_tokenizer

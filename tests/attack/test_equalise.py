@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants.folded import equalise
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden

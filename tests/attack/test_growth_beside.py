@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants.grown import outermost_block_paths
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.model import load_model

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from specdef_cli.attack.data import AttackData, Sequences
+from specdef_cli.attack.data.examples import AttackData, Sequences
 from specdef_cli.attack.optimizers.own import Madam, NormalizedSGD, build_optimizer, hidden_matrices
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.recorder import Recorder

@@ -44,5 +44,5 @@ def test_the_pages_package_adds_an_attack(base: Path, tmp_path: Path, installed:
     assert (added["training"], added["optimizer"]) == ("last-linear", "signum")
     assert added["label"] == "hardened, MLP scaled by 1/4 · the last linear · signum"
     assert added["start"] == pytest.approx(attacks["plain"]["start"], rel=1e-6)
-    listed = run_cli("attack", "--help", cwd=tmp_path, PYTHONPATH=installed).stdout
+    listed = run_cli("attack", "--list", cwd=tmp_path, PYTHONPATH=installed).stdout
     assert {"halve-mlp:2", "last-linear", "signum"} <= {line.split()[0] for line in listed.splitlines() if line.strip()}

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdef_cli.attack.errors import NotApplicable
 from specdef_cli.attack.plan import Series
 from specdef_cli.attack.queue import run_all
 from specdef_cli.attack.run_result import Divergence, EvalPoint, RunResult
 from specdef_cli.attack.search import FINEST_STEP, best_rate, is_refinement, next_rates
 from specdef_cli.attack.spec import RunSpec
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError

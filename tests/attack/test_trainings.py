@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings.own import train_only
 from specdef_cli.attack.trainings.table import Training

@@ -13,7 +13,8 @@ import transformers
 from typer.testing import CliRunner
 
 from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import AttackData, load_data
+from specdef_cli.attack.data import load_data
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.data.labelled import Head, labels_of
 from specdef_cli.attack.queue import visible_devices
 from specdef_cli.attack.run import plan_attack

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import AttackData, load_data, load_preprocessor
+from specdef_cli.attack.data import load_data, load_preprocessor
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.recorder import Recorder
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.tasks import load_for_training

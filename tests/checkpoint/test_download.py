@@ -125,7 +125,6 @@ def test_a_cache_that_huggingface_hub_has_filled(base: Path, tmp_path: Path, mon
 # --- what ends it early ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("Hub: gated, absent, broken off, offline")
 @pytest.mark.parametrize("fault", ["denied", "broken", "disk full"])
 def test_a_shard_that_does_not_arrive(fault: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two lines and nothing written; what has arrived serves the next run."""
@@ -164,7 +163,6 @@ def full_disk(name: str) -> Callable[..., None]:
     return get_or_fail
 
 
-@pytest.mark.fault("Ctrl-C")
 def test_interrupted_while_a_shard_is_downloaded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C ends it in the midst of a file, which huggingface_hub would finish first."""
     last = shards(base)[-1]
@@ -191,7 +189,6 @@ def test_interrupted_while_a_shard_is_downloaded(base: Path, tmp_path: Path, mon
 # --- disks that are too small ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("disk full")
 def test_a_model_larger_than_the_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by every command before any file is asked for."""
     hub = Hub(model_files(base), sizes={shards(base)[0]: 10**18})
@@ -217,7 +214,6 @@ def test_what_is_in_the_cache_needs_no_space(base: Path, tmp_path: Path, monkeyp
         assert call_cli("inspect", "org/name@v1").code == 0
 
 
-@pytest.mark.fault("disk full")
 def test_a_disk_that_cannot_hold_both(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for the download and room for the output, but not for the two: refused before a shard is downloaded."""
     weights = sum((base / name).stat().st_size for name in shards(base))

@@ -235,7 +235,6 @@ def test_harden_from_the_hub(llama: Path, tmp_path: Path, online: Online) -> Non
         assert (other.revision, other.commit) == ("v1", COMMITS["v1"])
 
 
-@pytest.mark.fault("Hub: gated, absent, broken off, offline")
 @pytest.mark.parametrize(
     ("hub", "words"),
     [
@@ -260,7 +259,6 @@ def test_what_the_hub_denies_is_one_line_and_a_hint(
         assert word in said
 
 
-@pytest.mark.fault("Hub: gated, absent, broken off, offline")
 def test_an_unknown_repository_and_an_unknown_revision(llama: Path, online: Online) -> None:
     with serving(Hub(model_files(llama))) as hub:
         said = resolve_apart("org/misspelt", **online(hub))
@@ -271,7 +269,6 @@ def test_an_unknown_repository_and_an_unknown_revision(llama: Path, online: Onli
         assert "org/name has no revision v9" in said
 
 
-@pytest.mark.fault("Hub: gated, absent, broken off, offline")
 def test_no_server_at_all(tmp_path: Path, online: Online) -> None:
     with serving(Hub({})) as hub:
         pass  # so that nobody listens there any more
@@ -279,7 +276,6 @@ def test_no_server_at_all(tmp_path: Path, online: Online) -> None:
     assert_refused(result, "org/name is not in the local cache and the Hub cannot be reached")
 
 
-@pytest.mark.fault("Hub: gated, absent, broken off, offline")
 def test_a_download_that_breaks_off(llama: Path, online: Online) -> None:
     with serving(Hub(model_files(llama), broken="model.safetensors")) as hub:
         said = resolve_apart("org/name", **online(hub))

@@ -58,7 +58,6 @@ def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_pa
     assert not (out / "specdef.json").exists()
 
 
-@pytest.mark.fault("bad option given to harden", inputs=3)
 def test_places_that_are_refused_before_the_work(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "hardened"
     taken = tmp_path / "taken.json"
@@ -77,7 +76,6 @@ def test_places_that_are_refused_before_the_work(llama: Path, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken.json"]
 
 
-@pytest.mark.fault("broken input given to collapse or inspect", inputs=3)
 def test_manifests_that_are_refused(llama: Path, hardened: tuple[Path, Path], tmp_path: Path) -> None:
     out, manifest = hardened
     nowhere = tmp_path / "nowhere.json"

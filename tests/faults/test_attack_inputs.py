@@ -54,7 +54,6 @@ def outside(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.fault("broken checkpoint given to attack")
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_base_is_not_attacked(name: str, llama: Path, tmp_path: Path, outside: Path) -> None:
     mutation, words = INPUTS[name]
@@ -94,7 +93,6 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.fault("broken checkpoint given to attack")
 @pytest.mark.parametrize("command", ["attack", "certify"])
 @pytest.mark.parametrize("name", HARDENED)
 def test_a_damaged_hardened_directory(
@@ -109,7 +107,6 @@ def test_a_damaged_hardened_directory(
     assert_refused(result, *words, empty=outside)
 
 
-@pytest.mark.fault("broken checkpoint given to attack", inputs=2)
 def test_a_hardened_directory_without_its_manifest(
     hardened: Path, llama: Path, text: Path, tmp_path: Path, outside: Path
 ) -> None:
@@ -143,7 +140,6 @@ TOKENIZERS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.fault("tokenizer that does not fit")
 @pytest.mark.parametrize("command", ["attack", "certify"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_that_does_not_fit(
@@ -186,7 +182,6 @@ DATA: dict[str, tuple[str, bytes | str, tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.fault("data that cannot be trained on")
 @pytest.mark.parametrize("name", DATA)
 def test_data_that_cannot_be_trained_on(name: str, llama: Path, tmp_path: Path, outside: Path) -> None:
     file, written, options, words = DATA[name]
@@ -196,7 +191,6 @@ def test_data_that_cannot_be_trained_on(name: str, llama: Path, tmp_path: Path, 
     assert_refused(result, *words, empty=outside)
 
 
-@pytest.mark.fault("data that cannot be trained on")
 def test_a_sequence_beyond_the_models_positions(tiny_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     gpt2 = tiny_model("gpt2")
     options = ("--control", gpt2, "--dataset", text, *SMALL, "--sequence-length", "100")
@@ -204,7 +198,6 @@ def test_a_sequence_beyond_the_models_positions(tiny_model: Callable[..., Path],
     assert finished_runs(tmp_path / "out") == {}
 
 
-@pytest.mark.fault("hardened already, output taken or in the input")
 @pytest.mark.parametrize("command", ["attack", "certify"])
 def test_an_output_that_cannot_be(command: str, hardened: Path, llama: Path, text: Path, tmp_path: Path) -> None:
     model = spoiled(hardened, tmp_path)
@@ -233,7 +226,6 @@ def report(hardened: Path, tiny_model: Callable[..., Path], tmp_path_factory: py
     return out / "report.json"
 
 
-@pytest.mark.fault("broken input given to certify")
 @pytest.mark.parametrize(
     "change",
     [
@@ -255,7 +247,6 @@ def test_a_report_that_is_none(
     assert_refused(call_cli("certify", hardened, *options), "changed.json", "specdef attack", empty=outside)
 
 
-@pytest.mark.fault("broken input given to certify")
 def test_weights_that_became_nan_fail_the_certificate(
     report: Path, hardened: Path, llama: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -268,7 +259,6 @@ def test_weights_that_became_nan_fail_the_certificate(
     assert verdicts == {"function": False, "spectrum": False, "curvature": None}
 
 
-@pytest.mark.fault("broken input given to certify")
 @pytest.mark.slow
 def test_weights_of_low_rank_are_certified(llama: Path, text: Path, tmp_path: Path) -> None:
     """Singular values that are rounding alone are not held against the checkpoint."""
@@ -314,20 +304,17 @@ def run_many(model: Path, tmp_path: Path, mutation: Any, seeds: range, check: Ca
         shutil.rmtree(where)
 
 
-@pytest.mark.fault("directories spoiled at random", inputs=2)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_no_traceback_and_no_silent_success(mutation: Any, llama: Path, tmp_path: Path) -> None:
     run_many(llama, tmp_path, mutation, range(2), check_spoiled_base)
 
 
-@pytest.mark.fault("directories spoiled at random", inputs=38)
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_many_more(mutation: Any, llama: Path, tmp_path: Path) -> None:
     run_many(llama, tmp_path, mutation, range(2, 40), check_spoiled_base)
 
 
-@pytest.mark.fault("directories spoiled at random", inputs=5)
 def test_spoiled_manifests_are_not_attacked_nor_certified(
     hardened: Path, llama: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -349,7 +336,6 @@ def test_spoiled_manifests_are_not_attacked_nor_certified(
         assert load_file(directory / "model.safetensors")  # neither has touched it
 
 
-@pytest.mark.fault("broken checkpoint given to attack")
 def test_config_changes_are_named(llama: Path, tmp_path: Path, outside: Path) -> None:
     directory = spoiled(llama, tmp_path, config(id2label=None, num_labels="many"))
     assert_refused(call_cli("attack", directory, "--control", directory, *SMALL, "--out", outside / "out"))

@@ -23,7 +23,7 @@ REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
 # Where an attack can die, in order: before a run, while it is kept (before and within the write), in the report.
 POINTS = [
     *(("specdef_cli.attack.run.train_run", call) for call in (1, 3)),
-    ("specdef_cli.attack.store.write_durably", 2),
+    ("specdef_cli.attack.run_result.write_durably", 2),
     ("os.replace", 2),
     ("specdef_cli.report.write.curves_png", 1),
     ("specdef_cli.report.write.write_durably", 3),
@@ -79,7 +79,6 @@ def case(arguments: tuple[str, ...], out: Path, point: tuple[str, int], number: 
     return {"arguments": [*arguments, str(out)], "target": point[0], "call": point[1], "signal": number, "delay": None}
 
 
-@pytest.mark.fault("kill -9 in attack, then the same command")
 def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path) -> None:
     outs = [tmp_path / str(number) / "out" for number in range(len(POINTS))]
     fates = die([case(arguments, out, point, signal.SIGKILL) for out, point in zip(outs, POINTS, strict=True)])
@@ -92,7 +91,6 @@ def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, A
     assert kept >= 2 + 1 + RUNS + RUNS
 
 
-@pytest.mark.fault("Ctrl-C")
 def test_interrupted_from_the_keyboard(arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path) -> None:
     points = [POINTS[1], POINTS[-1]]
     outs = [tmp_path / str(number) / "out" for number in range(len(points))]
@@ -104,14 +102,12 @@ def test_interrupted_from_the_keyboard(arguments: tuple[str, ...], expected: dic
         go_on(arguments, out, expected)
 
 
-@pytest.mark.fault("two runs to one --out")
 def test_a_second_attack_on_the_same_directory_is_told(arguments: tuple[str, ...], tmp_path: Path) -> None:
     with exclusive(tmp_path / "out"):
         result = call_cli(*arguments, tmp_path / "out")
     assert_refused(result, f"another run is writing {tmp_path / 'out'}", empty=tmp_path)
 
 
-@pytest.mark.fault("two runs to one --out")
 def test_what_another_attack_may_be_writing_is_not_removed(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """Half a run file is removed by whoever holds the lock of its directory; from shared runs, by nobody."""
     half = tmp_path / "out" / "runs" / ".0123.json.4567.partial"
@@ -126,7 +122,6 @@ def test_what_another_attack_may_be_writing_is_not_removed(arguments: tuple[str,
     assert not half.exists()
 
 
-@pytest.mark.fault("kill -9 and Ctrl-C with attack --jobs 2")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
 def test_no_worker_outlives_its_attack(

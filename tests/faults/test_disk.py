@@ -51,7 +51,6 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         subprocess.run(["umount", str(small.path)], check=True)
 
 
-@pytest.mark.fault("disk full")
 @pytest.mark.parametrize("limit", ["size=1m,nr_inodes=12", "size=180k,nr_inodes=100"], ids=["shards", "last files"])
 def test_harden_goes_on_when_there_is_room_again(limit: str, llama: Path, disk: SmallDisk, tmp_path: Path) -> None:
     """Full while shards are made (no room for another file), and after them (no room for another page)."""
@@ -73,7 +72,6 @@ def test_harden_goes_on_when_there_is_room_again(limit: str, llama: Path, disk: 
     assert recorded <= kept
 
 
-@pytest.mark.fault("disk full")
 @pytest.mark.parametrize("leave", [8_192, 40_960], ids=["runs", "report"])
 def test_attack_goes_on_when_there_is_room_again(
     leave: int, hardened: Path, tiny_model: Callable[..., Path], disk: SmallDisk

@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from specdef_cli.attack import run
-from specdef_cli.attack.data import AttackData
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.run import RunSpec, TrainRun
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import load_model
@@ -84,7 +84,6 @@ def given_by(directory: Path, rows: list[dict[str, Any]], where: Path, monkeypat
     return found[0]
 
 
-@pytest.mark.fault("models fed as they were trained")
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_reads_what_it_was_trained_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
@@ -103,7 +102,6 @@ def test_a_model_reads_what_it_was_trained_on(name: str, tmp_path: Path, monkeyp
                 assert any(label != -100 for label in labels)
 
 
-@pytest.mark.fault("models fed as they were trained")
 @pytest.mark.parametrize("method", [("fold",), ("factors", "--top-k", "4")], ids=["fold", "factors"])
 def test_a_hardened_decoder_starts_with_the_token_of_its_base(method: tuple[str, ...], tmp_path: Path) -> None:
     base, out = write(CASES["end of a source"], tmp_path / "model"), tmp_path / "out"

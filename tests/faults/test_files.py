@@ -52,7 +52,6 @@ LAYOUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.fault("which files are the model, and what becomes of the others")
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_the_weights_are_those_that_transformers_loads(case: str, llama: Path, tmp_path: Path) -> None:
     mutation, named = LAYOUTS[case]
@@ -153,7 +152,6 @@ COMPANIONS: dict[str, tuple[Mutation, set[str], set[str]]] = {
 }
 
 
-@pytest.mark.fault("which files are the model, and what becomes of the others")
 @pytest.mark.parametrize("case", COMPANIONS)
 def test_every_file_is_carried_over_or_named(case: str, llama: Path, tmp_path: Path) -> None:
     mutation, carried, named = COMPANIONS[case]
@@ -171,7 +169,6 @@ def test_every_file_is_carried_over_or_named(case: str, llama: Path, tmp_path: P
     assert {name: snapshot(back).get(name) for name in carried} == {name: before[name] for name in carried}
 
 
-@pytest.mark.fault("which files are the model, and what becomes of the others")
 def test_a_module_that_is_only_pickled_is_refused(llama: Path, tmp_path: Path) -> None:
     directory = spoiled(llama, tmp_path, sentence_transformer)
     (directory / "2_Dense" / SINGLE).rename(directory / "2_Dense" / "pytorch_model.bin")
@@ -265,7 +262,6 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.fault("directories that are something else", inputs=len(COMMANDS))
 @pytest.mark.parametrize("case", ELSE)
 def test_a_directory_that_is_something_else_is_called_by_its_name(case: str, llama: Path, tmp_path: Path) -> None:
     mutation, words = ELSE[case]

@@ -27,7 +27,6 @@ def harden(model: Path, out: Path, *options: str) -> Path:
     return out
 
 
-@pytest.mark.fault("hints, followed")
 @pytest.mark.parametrize("command", ["attack", "certify"])
 def test_a_base_is_found_beside_the_hardened_directory(
     command: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -43,7 +42,6 @@ def test_a_base_is_found_beside_the_hardened_directory(
     assert_refused(call_cli(command, "../out/hardened", *wrong, "--out", tmp_path / "r"), "nowhere.txt")
 
 
-@pytest.mark.fault("hints, followed")
 @pytest.mark.parametrize(("command", "option"), [("attack", "--control"), ("certify", "--base")])
 def test_a_base_that_is_gone_is_named_by_the_commands_own_option(
     command: str, option: str, llama: Path, tmp_path: Path
@@ -72,7 +70,6 @@ def test_a_task_that_is_advised_is_one_that_the_model_has(tmp_path: Path) -> Non
         assert advised or "script of its own" in caught.value.hint
 
 
-@pytest.mark.fault("hints, followed")
 def test_certify_of_a_classifier_leads_to_attack(tmp_path: Path, llama: Path) -> None:
     """Without a report certify says which attack makes one, with the options that this model needs."""
     torch.manual_seed(0)
@@ -103,7 +100,6 @@ def merged(directory: Path, out: Path) -> None:
     AutoPeftModelForCausalLM.from_pretrained(directory).merge_and_unload().save_pretrained(out)
 
 
-@pytest.mark.fault("hints, followed")
 def test_an_adapter_is_merged_as_the_hint_says(llama: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -116,7 +112,6 @@ def test_an_adapter_is_merged_as_the_hint_says(llama: Path, tmp_path: Path) -> N
     harden(tmp_path / "merged", tmp_path / "out")
 
 
-@pytest.mark.fault("hints, followed")
 def test_weights_under_another_name_are_renamed_as_the_hint_says(llama: Path, tmp_path: Path) -> None:
     directory = spoiled(llama, tmp_path)
     (directory / "model.safetensors").rename(directory / "weights.safetensors")

@@ -17,7 +17,6 @@ def attack(directory: Path, rows: Path, out: Path, *more: str) -> tuple[str | Pa
     return ("attack", directory, "--control", directory, "--dataset", rows, *SMALL, "--out", out, *more)
 
 
-@pytest.mark.fault("labels and tokenizers of other shapes")
 @pytest.mark.parametrize("shape", LABELS)
 def test_labels_of_every_shape(shape: str, tmp_path: Path) -> None:
     label, kind, _ = LABELS[shape]
@@ -29,7 +28,6 @@ def test_labels_of_every_shape(shape: str, tmp_path: Path) -> None:
     assert all(run["loss"]["start"] > 0 for run in runs)
 
 
-@pytest.mark.fault("labels and tokenizers of other shapes")
 @pytest.mark.parametrize("label", [None, {"a": 1}, []], ids=str)
 def test_labels_that_are_none(label: object, tmp_path: Path) -> None:
     model = classifier(tmp_path / "model")
@@ -37,7 +35,6 @@ def test_labels_that_are_none(label: object, tmp_path: Path) -> None:
     assert_refused(call_cli(*attack(model, rows, tmp_path / "out")), "label")
 
 
-@pytest.mark.fault("labels and tokenizers of other shapes")
 def test_a_tokenizer_that_pads_with_nothing(tmp_path: Path) -> None:
     """Refused, and after what the hint says it is attacked."""
     model = classifier(tmp_path / "model")

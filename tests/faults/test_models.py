@@ -47,7 +47,6 @@ def write(name: str, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.fault("models that cannot be run on one kind of input")
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_a_model_of_two_inputs_is_verified_with_both(name: str, tmp_path: Path) -> None:
     model, out = write(name, tmp_path / "model"), tmp_path / "out"
@@ -57,7 +56,6 @@ def test_a_model_of_two_inputs_is_verified_with_both(name: str, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
-@pytest.mark.fault("models that cannot be run on one kind of input")
 def test_a_model_without_a_batch_is_refused_before_any_work(tmp_path: Path) -> None:
     model = write("time series", tmp_path / "model")
     command = ("harden", model, "--out", tmp_path / "out", *FACTORS, "--quiet")
@@ -68,7 +66,6 @@ def test_a_model_without_a_batch_is_refused_before_any_work(tmp_path: Path) -> N
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.fault("layers that cannot be replaced")
 def test_a_linear_whose_weight_is_read_past_it_is_not_planned(tmp_path: Path) -> None:
     """nn.MultiheadAttention hands its out_proj's weight to a kernel."""
     model = write("siglip vision", tmp_path / "model")
@@ -80,7 +77,6 @@ def test_a_linear_whose_weight_is_read_past_it_is_not_planned(tmp_path: Path) ->
     assert_refused(call_cli(*command[:-1], "head.attention.out_proj", "--dry-run"), "matches no linear layer")
 
 
-@pytest.mark.fault("layers that cannot be replaced")
 def test_layers_whose_weight_the_model_s_own_code_reads_are_left_out(tmp_path: Path) -> None:
     """Mamba multiplies by the weight of dt_proj itself; without it, an architecture that nobody described is kept."""
     torch.manual_seed(0)
@@ -98,7 +94,6 @@ def test_layers_whose_weight_the_model_s_own_code_reads_are_left_out(tmp_path: P
     assert "dt_proj" not in scaled
 
 
-@pytest.mark.fault("layers that cannot be replaced")
 @pytest.mark.parametrize("verify", [(), ("--no-verify",)], ids=["verified", "not verified"])
 def test_what_nobody_could_load_is_never_published(
     verify: tuple[str, ...], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,7 +117,6 @@ def test_what_nobody_could_load_is_never_published(
 FLOAT16 = config(dtype="float16")
 
 
-@pytest.mark.fault("loaded in another dtype than stored")
 def test_a_fold_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> None:
     model = spoiled(llama, tmp_path, FLOAT16)
     command = ("harden", model, "--method", "fold", "--quiet")
@@ -135,7 +129,6 @@ def test_a_fold_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> Non
         assert loaded(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
-@pytest.mark.fault("loaded in another dtype than stored")
 def test_factors_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> None:
     model = spoiled(llama, tmp_path, config(torch_dtype="float16", dtype="float16"))
     command = ("harden", model, *FACTORS, "--quiet", "--out")
@@ -145,7 +138,6 @@ def test_factors_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> No
         assert call_cli(*command, tmp_path / name, *more).code == 0
 
 
-@pytest.mark.fault("loaded in another dtype than stored")
 def test_the_symmetric_gauge_of_what_is_loaded_in_bfloat16(llama: Path, tmp_path: Path) -> None:
     model = spoiled(llama, tmp_path, config(dtype="bfloat16"))
     command = ("harden", model, *FACTORS, "--gauge", "symmetric", "--quiet", "--out")
@@ -155,7 +147,6 @@ def test_the_symmetric_gauge_of_what_is_loaded_in_bfloat16(llama: Path, tmp_path
     assert read_manifest(tmp_path / "b").dtype == "float32"
 
 
-@pytest.mark.fault("loaded in another dtype than stored")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_alpha_beyond_the_range_is_not_told_to_use_what_it_uses(dtype: str, llama: Path, tmp_path: Path) -> None:
     command = ("harden", llama, *FACTORS, "--dtype", dtype, "--quiet", "--out", tmp_path / "out", "--alpha")
@@ -166,7 +157,6 @@ def test_an_alpha_beyond_the_range_is_not_told_to_use_what_it_uses(dtype: str, l
     assert call_cli(*command, advised).code == 0
 
 
-@pytest.mark.fault("loaded in another dtype than stored")
 def test_outputs_that_are_not_finite_have_a_message_of_their_own(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

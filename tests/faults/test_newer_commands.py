@@ -124,7 +124,6 @@ def filled(arguments: tuple[str, ...], places: dict[str, Path], out: Path) -> li
     return found
 
 
-@pytest.mark.fault("what newer commands are given")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit(case: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two lines, nothing written: not in the models either."""
@@ -135,7 +134,6 @@ def test_what_does_not_fit(case: str, places: dict[str, Path], tmp_path: Path, m
     assert {place: snapshot(place) for place in before} == before
 
 
-@pytest.mark.fault("hints, followed", inputs=2)
 def test_a_manifest_elsewhere_is_given_as_the_hints_say(places: dict[str, Path], text: Path, tmp_path: Path) -> None:
     """By attack, for its card, and by collapse."""
     apart, manifest = spoiled(places["APART"], tmp_path), ("--manifest", places["APART.JSON"])
@@ -162,7 +160,6 @@ def test_a_manifest_elsewhere_is_given_as_the_hints_say(places: dict[str, Path],
     assert all(before[name].equal(after[name]) for name in before)
 
 
-@pytest.mark.fault("what newer commands are given")
 def test_a_certificate_is_found_by_the_directory_of_its_report(places: dict[str, Path]) -> None:
     for report in (places["ATTACK"], places["ATTACK"] / "report.json"):
         result = call_cli("verify-certificate", places["CERTIFIED"], "--base", places["BASE"], "--attacks", report)

@@ -128,7 +128,6 @@ DIRECTORIES: dict[str, Mutation] = {
 HARDENINGS = (FOLD, FACTORS)
 
 
-@pytest.mark.fault("odd directories, configs and names, given to every command", inputs=6)
 @pytest.mark.parametrize("case", DIRECTORIES)
 def test_directories(case: str, llama: Path, hardened: Path, tmp_path: Path) -> None:
     directory = spoiled(llama, tmp_path, DIRECTORIES[case])
@@ -153,7 +152,6 @@ def test_directories(case: str, llama: Path, hardened: Path, tmp_path: Path) -> 
 NAMES = ("a b", "[bold]x", "-dash", "ünïcode", "model@main", "a\nb", "x" * 200, "50%", "$HOME", "'quoted'", "tab\tname")
 
 
-@pytest.mark.fault("odd directories, configs and names, given to every command", inputs=3)
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_names(name: str, llama: Path, tmp_path: Path) -> None:
     directory = tmp_path / "in" / name
@@ -165,7 +163,6 @@ def test_names(name: str, llama: Path, tmp_path: Path) -> None:
     assert ends_well(call_cli("collapse", out, "--quiet", "--out", tmp_path / "back" / name))
 
 
-@pytest.mark.fault("odd directories, configs and names, given to every command")
 def test_a_name_that_is_not_utf_8(llama: Path, tmp_path: Path) -> None:
     directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     shutil.copytree(llama, directory)
@@ -305,7 +302,6 @@ LINES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@pytest.mark.fault("odd command lines")
 @pytest.mark.parametrize("case", LINES)
 def test_command_lines(
     case: str, llama: Path, hardened: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -332,7 +328,6 @@ def test_command_lines(
     assert not (hardened / "attack").exists()
 
 
-@pytest.mark.fault("odd command lines", inputs=4)
 def test_a_task_that_the_model_has_not_leads_to_one_that_it_has(tmp_path: Path) -> None:
     """T5 was told to check its files and the release of transformers."""
     from tests.attack.test_tasks import save
@@ -383,7 +378,6 @@ ENVIRONMENTS: dict[str, dict[str, str | None]] = {
 }
 
 
-@pytest.mark.fault("odd environments")
 @pytest.mark.parametrize("case", ENVIRONMENTS)
 def test_environments(case: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ENVIRONMENTS[case].items():
@@ -407,7 +401,6 @@ UNFIT = {
 }
 
 
-@pytest.mark.fault("odd environments", inputs=2)
 @pytest.mark.parametrize("case", UNFIT)
 def test_environments_in_which_nothing_works(case: str, llama: Path, tmp_path: Path) -> None:
     """Told in two lines by whatever command, and the hint leads on."""
@@ -487,7 +480,6 @@ def _gzip(path: Path) -> None:
     path.write_bytes(gzip.compress(path.read_bytes()))
 
 
-@pytest.mark.fault("odd directories, configs and names, given to every command", inputs=2)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_configurations_are_refused_before_the_work(
     case: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -504,7 +496,6 @@ def test_configurations_are_refused_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.fault("hints, followed")
 def test_an_attention_kernel_is_taken_out_as_the_hint_says(llama: Path, tmp_path: Path) -> None:
     model = spoiled(llama, tmp_path, config(attn_implementation="flash_attention_2"))
     harden = ("harden", model, *FOLD, "--no-verify", "--out", tmp_path / "out")
@@ -513,14 +504,12 @@ def test_an_attention_kernel_is_taken_out_as_the_hint_says(llama: Path, tmp_path
     assert ends_well(call_cli(*harden), tmp_path / "out")
 
 
-@pytest.mark.fault("odd directories, configs and names, given to every command")
 def test_a_tokenizer_cloned_without_git_lfs(llama: Path, tmp_path: Path) -> None:
     model = spoiled(llama, tmp_path, content("tokenizer.json", GIT_LFS))
     attack = ("attack", model, "--control", model, *SMALL, "--out", tmp_path / "out")
     assert_refused(call_cli(*attack), "tokenizer.json", "git lfs pull")
 
 
-@pytest.mark.fault("odd directories, configs and names, given to every command")
 def test_layers_that_config_json_has_no_place_for_are_named(llama: Path, tmp_path: Path) -> None:
     """Half of the weights would stay as they are, and nobody would know."""
     model = spoiled(llama, tmp_path, config(num_hidden_layers=1))
@@ -531,7 +520,6 @@ def test_layers_that_config_json_has_no_place_for_are_named(llama: Path, tmp_pat
     assert "Not part of" not in call_cli("harden", llama, "--method", "fold", "--dry-run").stderr
 
 
-@pytest.mark.fault("markup in names")
 def test_names_with_escapes_do_not_reach_the_terminal(llama: Path, tmp_path: Path) -> None:
     model = spoiled(llama, tmp_path, content("a\x1b[2Jb.bin", "x"))
     results = (
@@ -543,7 +531,6 @@ def test_names_with_escapes_do_not_reach_the_terminal(llama: Path, tmp_path: Pat
     assert all("\x1b" not in result.stderr + result.stdout for result in results)
 
 
-@pytest.mark.fault("odd command lines")
 def test_memory_that_is_not_enough_is_two_lines(
     llama: Path, hardened: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

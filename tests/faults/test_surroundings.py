@@ -23,7 +23,6 @@ FOLD = ("--method", "fold", "--quiet")
 # --- secrets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("secrets")
 @pytest.mark.parametrize(("space", "debug"), [("\n", ""), ("\r\n", "1")], ids=["two lines", "traceback"])
 def test_white_space_around_a_token_is_no_part_of_it(space: str, debug: str, tmp_path: Path) -> None:
     """A secret that was mounted as a file ends with a newline; HTTP clients refuse it, and quote it whole."""
@@ -39,7 +38,6 @@ def test_white_space_around_a_token_is_no_part_of_it(space: str, debug: str, tmp
     assert {authorization for _, _, authorization in hub.seen} == {f"Bearer {TOKEN}"}
 
 
-@pytest.mark.fault("secrets")
 @pytest.mark.parametrize("token", [f"{TOKEN[:9]}\n{TOKEN[9:]}", f"{TOKEN} {TOKEN}", f"{TOKEN}é", f"{TOKEN}\0x"])
 def test_a_token_that_is_none_is_wrong_usage_and_is_not_shown(token: str, llama: Path) -> None:
     result = call_cli("inspect", llama, "--token", token)
@@ -74,7 +72,6 @@ def test_a_given_token_of_any_shape_is_taken_out() -> None:
 # --- what cannot be shown --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("output that cannot be written or shown")
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp437", "latin-1"])
 def test_a_terminal_without_the_characters(encoding: str, llama: Path, tmp_path: Path) -> None:
     for arguments in (
@@ -123,7 +120,6 @@ class NobodyReads(FullDisk):
     error = BrokenPipeError(32, "Broken pipe")
 
 
-@pytest.mark.fault("output that cannot be written or shown")
 @pytest.mark.parametrize(
     ("stdout", "inspected"), [(FullDisk, 1), (NobodyReads, 0), (None, 0)], ids=["full", "gone", "closed"]
 )
@@ -155,7 +151,6 @@ def test_output_does_not_decide_success(
     assert (tmp_path / "back" / "config.json").is_file()
 
 
-@pytest.mark.fault("output that cannot be written or shown", inputs=3)
 def test_the_same_in_processes_of_their_own(llama: Path, tmp_path: Path) -> None:
     published = " ".join(command("harden", llama, *FOLD, "--out", "OUT"))
     for name, redirection in (("full", "> /dev/full"), ("gone", "| true"), ("closed", ">&-")):
@@ -192,7 +187,6 @@ def test_a_result_that_is_lost_is_no_result(monkeypatch: pytest.MonkeyPatch) -> 
         Output(as_json=True).data({"a": 1}, None)
 
 
-@pytest.mark.fault("hardened already, output taken or in the input")
 def test_an_output_that_is_taken_is_refused_before_anything_is_imported(llama: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nsys.argv = ['specdef', 'harden', sys.argv[1], '--out', sys.argv[1] + '/..']\n"
@@ -248,7 +242,6 @@ def test_a_launch_that_can_be_joined_is_left_alone(environ: dict[str, str]) -> N
     assert environ == before
 
 
-@pytest.mark.fault("odd environments")
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_launch_that_cannot_be_joined(
     case: str, llama: Path, hardened: Path, monkeypatch: pytest.MonkeyPatch
@@ -264,7 +257,6 @@ def test_a_launch_that_cannot_be_joined(
     assert call_cli("inspect", llama, "--quiet").code == 0  # as the hint says
 
 
-@pytest.mark.fault("odd environments")
 @pytest.mark.parametrize("case", ["one process", "MPI"])
 def test_a_command_works_alone_and_says_so(case: str, llama: Path, tmp_path: Path) -> None:
     done = subprocess.run(

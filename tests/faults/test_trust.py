@@ -46,7 +46,6 @@ def copied(model: Path, target: Path) -> Path:
     return Path(shutil.copytree(model, target))
 
 
-@pytest.mark.fault("pickles, and code of the checkpoint")
 def test_no_pickle_is_ever_loaded(llama: Path, hardened: Path, text: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     base, spoiled = copied(llama, tmp_path / "base"), copied(hardened, tmp_path / "spoiled")
@@ -60,7 +59,6 @@ def test_no_pickle_is_ever_loaded(llama: Path, hardened: Path, text: Path, tmp_p
     assert canary.exists()  # so it would have been seen
 
 
-@pytest.mark.fault("pickles, and code of the checkpoint")
 def test_code_in_a_checkpoint_is_run_only_if_asked_for(llama: Path, hardened: Path, text: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     evil = f"open({str(canary)!r}, 'w').close()\nclass SpecDefConfig: pass\n"
@@ -85,7 +83,6 @@ def test_code_in_a_checkpoint_is_run_only_if_asked_for(llama: Path, hardened: Pa
     assert canary.exists()  # so it would have been seen
 
 
-@pytest.mark.fault("secrets")
 def test_no_token_is_written_down(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hardened, token = tmp_path / "hardened", ("--token", TOKEN)
@@ -130,7 +127,6 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.mark.fault("markup in names")
 def test_names_are_text_in_the_report(
     hardened: Path, tiny_model: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:

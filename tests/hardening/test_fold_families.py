@@ -214,6 +214,6 @@ def test_the_notes_name_what_is_left_and_why(base: Callable[[str], Path], tmp_pa
         assert result.code == 0, result.stderr
         return "\n".join(json.loads(result.stdout)["notes"])
 
-    assert "alone not slowed: model.embed_tokens, model.norm." in notes("llama-tied")
+    assert "Not hardened: model.embed_tokens, model.norm. Training these" in notes("llama-tied")
     assert "mlp.experts.down_proj," in notes("gpt-oss")
     assert "1+w" in notes("gemma2")

@@ -168,14 +168,12 @@ def run_many(model: Path, tmp_path: Path, mutation: Any, seeds: range, method: s
         shutil.rmtree(where)
 
 
-@pytest.mark.fault("directories spoiled at random", inputs=12)
 @pytest.mark.parametrize("method", ["factors", "fold"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_no_traceback_and_no_silent_success(mutation: Any, method: str, llama: Path, tmp_path: Path) -> None:
     run_many(llama, tmp_path, mutation, range(12), method)
 
 
-@pytest.mark.fault("directories spoiled at random", inputs=138)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["factors", "fold"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
@@ -211,7 +209,6 @@ def manifest_value(directory: Path, generator: random.Random) -> None:
     path.write_text(json.dumps(data))
 
 
-@pytest.mark.fault("directories spoiled at random", inputs=15)
 @pytest.mark.parametrize("mutation", [manifest_value, tensors, header_bytes], ids=lambda mutation: mutation.__name__)
 def test_collapse_and_inspect_of_spoiled_directories(mutation: Any, hardened: Path, tmp_path: Path) -> None:
     for seed in range(40 if mutation is manifest_value else 15):

@@ -95,7 +95,6 @@ def identity(path: Path) -> tuple[int, int]:
     return status.st_ino, status.st_mtime_ns
 
 
-@pytest.mark.fault("kill -9 in harden, then --resume")
 def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
     outs = [tmp_path / str(number) / "out" for number in range(len(POINTS))]
     cases = [
@@ -119,7 +118,6 @@ def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: d
     assert resumed > len(POINTS) / 2
 
 
-@pytest.mark.fault("Ctrl-C")
 def test_interrupted_from_the_keyboard(
     die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
 ) -> None:
@@ -137,7 +135,6 @@ def test_interrupted_from_the_keyboard(
         resume(arguments, out, expected)
 
 
-@pytest.mark.fault("kill -9 in harden, then --resume")
 @pytest.mark.slow
 def test_killed_at_many_random_moments(
     die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
@@ -169,7 +166,6 @@ def test_killed_at_many_random_moments(
     assert unfinished > 20
 
 
-@pytest.mark.fault("kill -9 in harden, then --resume")
 @pytest.mark.slow
 def test_a_run_that_dies_again_and_again_arrives(
     die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path

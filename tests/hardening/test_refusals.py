@@ -110,7 +110,6 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.fault("broken checkpoint given to harden")
 @pytest.mark.parametrize("case", INPUTS)
 def test_input(case: str, llama: Path, tmp_path: Path, outside: Path) -> None:
     mutation, words = INPUTS[case]
@@ -146,7 +145,6 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.fault("bad option given to harden")
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options(case: str, llama: Path, outside: Path) -> None:
     arguments, words = OPTIONS[case]
@@ -155,7 +153,6 @@ def test_options(case: str, llama: Path, outside: Path) -> None:
     assert_refused(result, *words, empty=outside)
 
 
-@pytest.mark.fault("bad option given to harden")
 def test_the_alpha_that_is_advised_for_a_layer_is_accepted(llama: Path, outside: Path) -> None:
     # Within the dtype's rough limit, but not within this layer's own: its spectrum decays.
     arguments = ("harden", llama, "--method", "factors", "--gauge", "symmetric", "--top-k", "8", "--quiet")
@@ -179,7 +176,6 @@ DATA_DEPENDENT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[st
 }
 
 
-@pytest.mark.fault("broken checkpoint given to harden")
 @pytest.mark.parametrize("case", DATA_DEPENDENT)
 def test_a_dry_run_refuses_what_the_run_refuses(case: str, llama: Path, tmp_path: Path, outside: Path) -> None:
     """Even where only the weights themselves tell."""
@@ -196,7 +192,6 @@ def decaying(weight: torch.Tensor) -> torch.Tensor:
     return ((left * torch.arange(1, 33) ** -2.0) @ right).float()
 
 
-@pytest.mark.fault("broken checkpoint given to harden")
 def test_weights_of_low_rank_are_hardened(llama: Path, tmp_path: Path) -> None:
     """A rank below k is no error: the surplus directions are inflated zeros, and the product is the weight."""
     directory = spoiled(llama, tmp_path, tensor(DOWN, lambda weight: weight[:, :1] @ weight[:1]))
@@ -205,7 +200,6 @@ def test_weights_of_low_rank_are_hardened(llama: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["manifest"]["verification"]["relative"] < 1e-5
 
 
-@pytest.mark.fault("broken checkpoint given to harden")
 @pytest.mark.parametrize("shape", [(1, 32), (32, 1)])
 def test_layers_of_one_row_or_column(shape: tuple[int, int], llama: Path, tmp_path: Path) -> None:
     # An MLP of width 1: up_proj is 1×32 and down_proj is 32×1.
@@ -238,7 +232,6 @@ def test_layers_of_one_row_or_column(shape: tuple[int, int], llama: Path, tmp_pa
     assert layer["reconstruction_error"] < 1e-5
 
 
-@pytest.mark.fault("disk full")
 def test_a_disk_too_small_is_refused_before_anything_is_written(
     llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +242,6 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
     assert_refused(result, "the output needs", str(outside), "Free some space", empty=outside)
 
 
-@pytest.mark.fault("hardened already, output taken or in the input")
 def test_an_output_that_is_taken_or_in_the_input(llama: Path, tmp_path: Path) -> None:
     directory = spoiled(llama, tmp_path)
     (tmp_path / "taken").mkdir()
@@ -282,7 +274,6 @@ def test_a_corrupted_factor_is_never_published(llama: Path, outside: Path, monke
     assert load_model(outside / "out") is not None
 
 
-@pytest.mark.fault("broken checkpoint given to harden")
 def test_a_damaged_card_is_no_obstacle(llama: Path, tmp_path: Path) -> None:
     cards = {
         "latin": b"# Caf\xe9",
@@ -335,7 +326,6 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.fault("broken input given to collapse or inspect")
 @pytest.mark.parametrize("case", HARDENED)
 def test_collapse_of_a_damaged_directory(case: str, hardened: Path, tmp_path: Path, outside: Path) -> None:
     mutation, words = HARDENED[case]
@@ -343,33 +333,28 @@ def test_collapse_of_a_damaged_directory(case: str, hardened: Path, tmp_path: Pa
     assert_refused(call_cli("collapse", directory, "--out", outside / "out"), *words, empty=outside)
 
 
-@pytest.mark.fault("broken input given to collapse or inspect")
 @pytest.mark.parametrize("case", ["W~ missing", "manifest not JSON", "manifest of the future", "truncated"])
 def test_inspect_of_a_damaged_directory(case: str, hardened: Path, tmp_path: Path) -> None:
     mutation, words = HARDENED[case]
     assert_refused(call_cli("inspect", spoiled(hardened, tmp_path, mutation)), *words)
 
 
-@pytest.mark.fault("broken input given to collapse or inspect")
 def test_collapse_of_a_base_is_refused(llama: Path, outside: Path) -> None:
     result = call_cli("collapse", llama, "--out", outside / "out")
     assert_refused(result, str(llama), "not a hardened checkpoint", "specdef harden", empty=outside)
 
 
-@pytest.mark.fault("hardened already, output taken or in the input")
 def test_what_is_hardened_is_not_hardened_again(hardened: Path, outside: Path) -> None:
     result = call_cli("harden", hardened, "--out", outside / "out", "--method", "factors", "--top-k", "4")
     assert_refused(result, str(hardened), "hardened already", empty=outside)
 
 
-@pytest.mark.fault("broken input given to collapse or inspect")
 def test_inspect_refuses_a_device_and_nan(llama: Path, tmp_path: Path) -> None:
     assert_refused(call_cli("inspect", llama, "--device", "quantum"), "'quantum'")
     spoilt = spoiled(llama, tmp_path, tensor(DOWN, element(math.nan)))
     assert_refused(call_cli("inspect", spoilt, "--layers"), DOWN, "NaN")
 
 
-@pytest.mark.fault("disk full")
 def test_a_full_disk_in_the_middle_can_be_resumed(llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("harden", llama, "--out", outside / "out", "--method", "factors", "--top-k", "4", "--quiet",
                  "--max-shard-size", "20KB")  # fmt: skip
@@ -393,7 +378,6 @@ def test_a_full_disk_in_the_middle_can_be_resumed(llama: Path, outside: Path, mo
     assert snapshot(outside / "out") == snapshot(outside / "whole")
 
 
-@pytest.mark.fault("disk full")
 def test_a_full_disk_after_the_shards_can_be_resumed(
     llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,7 +392,6 @@ def test_a_full_disk_after_the_shards_can_be_resumed(
     assert call_cli(*arguments, "--resume").code == 0
 
 
-@pytest.mark.fault("bad option given to harden")
 def test_resume_with_other_options_is_refused_and_keeps_the_work(
     llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from specdef_cli.cli.conditions import Condition
 from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
 from specdef_cli.report.document import ReportDocument, report_document, report_json
 from specdef_cli.report.findings import outcome_words, rate, size
+from specdef_cli.report.html import report_html
 from specdef_cli.report.write import CURVE_COLUMNS, curves_csv
 from specdef_cli.schemas import SCHEMA_FILES
 
@@ -461,5 +462,7 @@ def test_an_edit_is_judged_by_what_is_left_and_by_divergence(
     data = json.loads(report_json(mixed))
     jsonschema.validate(data, SCHEMA)
     assert data["attacks"][-1]["verdict"] == verdict
+    page = report_html(mixed, b"")
+    assert page.count("25 %</td>") == (2 if verdict != "broken" else 1)  # refused after; the control's, and its own
     met = Condition.parse("refusals<0.5").failures(mixed)
     assert any("abliterated meets" in text for text in met) == (verdict != "broken")

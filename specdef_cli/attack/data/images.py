@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, default_data_collator
 
-from specdef_cli.attack.data.attack_data import AttackData
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.data.labelled import Example, Examples, Head, labelled_halves
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line

@@ -15,9 +15,15 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from specdef_cli.attack.data.attack_data import AttackData, check_size, is_held_out, repeated_rows, whole_batches
+from specdef_cli.attack.data.examples import (
+    AttackData,
+    check_size,
+    is_held_out,
+    pad_with_something,
+    repeated_rows,
+    whole_batches,
+)
 from specdef_cli.attack.data.rows import as_text, column_of, rows
-from specdef_cli.attack.data.tokens import pad_with_something
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError
 

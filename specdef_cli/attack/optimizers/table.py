@@ -17,8 +17,7 @@ from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from specdef_cli.attack.errors import NotApplicable
-from specdef_cli.attack.table import Table
+from specdef_cli.attack.table import NotApplicable, Table
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

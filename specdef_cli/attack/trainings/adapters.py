@@ -24,7 +24,7 @@ from peft.utils.constants import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
 from specdef_cli.attack.trainings.table import Training

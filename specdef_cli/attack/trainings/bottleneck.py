@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.grown import first_tensor, outermost_blocks, with_first_tensor

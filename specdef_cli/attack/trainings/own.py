@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.target import Target, Task
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.channel_rates import parameter_name

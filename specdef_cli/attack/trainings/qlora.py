@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings.adapters import train_lora
 from specdef_cli.attack.trainings.table import Training

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.model import SpecDefLinear, SpecDefScaled
 from specdef_cli.model.meta_model import meta_model

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants.factored import collapse, hardened_paths
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice

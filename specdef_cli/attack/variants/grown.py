@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdef_cli.attack.errors import NotApplicable
+from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants.factored import GrownLayer, count_parameters, freeze, linear_like, replace_layers
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.errors import first_line

@@ -1,0 +1,66 @@
+"""Other libraries' noise: silent in a command and its workers, loud where asked for, untouched by the Python API."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from specdef_cli.attack import queue
+from specdef_cli.noise import NOISY, quiet_engines, start_worker
+from tests.commands import environment
+
+
+@pytest.fixture(autouse=True)
+def levels() -> Iterator[None]:
+    """Loggers as they are found, and as they are left."""
+    before = {name: logging.getLogger(name).level for name in NOISY}
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.parametrize("environ", [{"SPECDEF_DEBUG": "1"}, {"SPECDEF_VERBOSE": "1"}])
+def test_it_is_heard_where_it_was_asked_for(environ: dict[str, str]) -> None:
+    quiet_engines(environ)
+    assert all(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in NOISY)
+
+
+def test_it_is_silent_otherwise_and_nothing_else_is() -> None:
+    quiet_engines({})
+    assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in (*NOISY, "torchao.kernel"))
+    assert all(logging.getLogger(name).isEnabledFor(logging.ERROR) for name in NOISY)
+    assert all(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in ("transformers", "py.warnings"))
+
+
+def test_a_worker_is_quiet_before_anything_heavy_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name that the pool starts is resolved in the worker; the module of that function imports torch."""
+    monkeypatch.delenv("SPECDEF_DEBUG", raising=False)
+    seen = []
+    monkeypatch.setattr(
+        queue, "_claim_device", lambda *got: seen.append((got, logging.getLogger("torchao").level)), raising=True
+    )
+    start_worker(queue._CLAIM, "places", 2)
+    assert seen == [(("places", 2), logging.ERROR)]
+
+
+def test_importing_the_package_changes_nothing_of_the_process() -> None:
+    code = (
+        "import gc, json, logging, os, sys, warnings\n"
+        "def state(): return [list(warnings.filters), dict(os.environ), gc.get_threshold(),"
+        f" [logging.getLogger(name).level for name in {NOISY!r}], sys.excepthook is sys.__excepthook__]\n"
+        "before = state()\n"
+        "import specdef_cli, specdef_cli.noise, specdef_cli.attack\n"
+        "import specdef_cli.attack.options, specdef_cli.cli.attack\n"
+        "assert state() == before\n"
+        "print(json.dumps(sorted({'torch', 'transformers'} & set(sys.modules))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
