@@ -199,6 +199,7 @@ chat model is trained on."""
 
 
 REFUSED = "that the tokenizer's chat template refuses"
+WITHOUT_ANSWER = "without an answer of the assistant's"
 
 PLAIN_TEMPLATE = (
     "{% if tools %}{{ 'tools: ' + tools | tojson + '\n' }}{% endif %}"
@@ -225,7 +226,7 @@ def conversation_example(conversation: Conversation, tokenizer: PreTrainedTokeni
     said = [n for n, message in enumerate(messages) if message["role"] == "assistant" and says(message)]
     said = [number for number in said if number >= conversation.given]
     if not said:
-        return "without an answer of the assistant's"
+        return WITHOUT_ANSWER
     encode = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=True, **conversation.arguments)
     if not has_template(tokenizer):
         spelled = [{**message, "spoken": spoken(message)} for message in messages]

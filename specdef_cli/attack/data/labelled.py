@@ -19,7 +19,7 @@ from specdef_cli.attack.data.examples import (
     AttackData,
     check_size,
     is_held_out,
-    pad_with_something,
+    padding_of,
     repeated_rows,
     whole_batches,
 )
@@ -219,7 +219,7 @@ def labelled_halves(
 def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokenizerBase, head: Head) -> AttackData:
     """Tokenized texts of the named data set, or pairs of them, cut off at the sequence length."""
     columns = (options.text_column or "text", *filter(None, [options.text_pair_column]))
-    pad_with_something(tokenizer)
+    padding_of(tokenizer)
 
     def encode(*values: object) -> Example | None:
         texts = [as_text(value, name, str(options.dataset)) for value, name in zip(values, columns, strict=True)]
