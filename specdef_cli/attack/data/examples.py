@@ -20,15 +20,10 @@ NOT_COUNTED = -100
 
 @dataclass(frozen=True)
 class Frame:
-    """What a tokenizer puts around a text by itself.
+    """What a tokenizer puts around a text by itself."""
 
-    Attributes:
-        before: For example ``[bos]`` or ``[CLS]``; empty for many.
-        after: For example ``[SEP]`` or ``</s>``; empty for most tokenizers of causal language models.
-    """
-
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()  # for example [bos] or [CLS]; empty for many
+    after: tuple[int, ...] = ()  # for example [SEP] or </s>; empty for most tokenizers of causal language models
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
@@ -43,16 +38,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence.
-
-    Attributes:
-        tokens: Ids that the model reads.
-        labels: Ids that it is to say, :data:`NOT_COUNTED` where its loss is not counted. As long as ``tokens``, or of
-            the decoder where the model has one of its own.
-    """
+    """One sequence."""
 
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
+    """Ids that it is to say, :data:`NOT_COUNTED` where its loss is not counted. As long as ``tokens``, or of the
+    decoder where the model has one of its own."""
 
 
 class Sequences(Dataset[dict[str, Any]]):
@@ -191,32 +182,20 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class AttackData:
-    """What the Trainer is given.
-
-    Attributes:
-        name: What the data is called in the report.
-        train, held_out: Map-style data sets.
-        collate: Makes a batch of their items.
-        fingerprint: Sixteen hexadecimal digits of the tokens or images and labels themselves.
-        labels: Number of classes; 0 for language modelling.
-        resize_head: Whether the checkpoint's own head has another number of classes.
-        padding: The id that fills short sequences up.
-        problem: What transformers calls the kind of labels: ``single_label_classification``, …; ``None`` for language.
-        remarks: What a reader of the report should know of it, one sentence each.
-        retained: Text on which a language model's ability is measured as it is attacked.
-    """
+    """What the Trainer is given."""
 
     name: str
     train: Examples
     held_out: Examples
     collate: Callable[[list[Any]], dict[str, Any]]
-    fingerprint: str
-    labels: int = 0
-    resize_head: bool = False
+    fingerprint: str  # sixteen hexadecimal digits of the tokens or images and labels themselves
+    labels: int = 0  # number of classes; 0 for language modelling
+    resize_head: bool = False  # whether the checkpoint's own head has another number of classes
     padding: int | None = None
     problem: str | None = None
-    remarks: tuple[str, ...] = ()
-    retained: Examples | None = None
+    """What transformers calls the kind of labels: ``single_label_classification``, …; ``None`` for language."""
+    remarks: tuple[str, ...] = ()  # what a reader of the report should know of it, one sentence each
+    retained: Examples | None = None  # text on which a language model's ability is measured as it is attacked
 
     @property
     def halves(self) -> tuple[Examples, ...]:

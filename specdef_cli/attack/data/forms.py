@@ -62,17 +62,12 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn; what the assistant says is learned.
-
-    Attributes:
-        messages: The turns.
-        given: So many of them are a prompt, of which nothing is learned.
-        arguments: What else the chat template takes of the row: ``tools``, and its ``chat_template_kwargs``.
-    """
+    """Messages in turn; what the assistant says is learned."""
 
     messages: tuple[Message, ...]
-    given: int = 0
+    given: int = 0  # so many of them are a prompt, of which nothing is learned
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What else the chat template takes of the row: ``tools``, and its ``chat_template_kwargs``."""
 
 
 Document: TypeAlias = Text | Completion | Instruction | Conversation
@@ -80,19 +75,13 @@ Document: TypeAlias = Text | Completion | Instruction | Conversation
 
 @dataclass(frozen=True)
 class Form:
-    """How rows are read.
-
-    Attributes:
-        columns: Those that a data set of this form has.
-        words: What a report calls it.
-        read: From a row and the data set's name to a document; ``None`` for a row without text.
-        answers: Whether rows have answers, which alone are learned; running text is learned whole.
-    """
+    """How rows are read."""
 
     columns: tuple[str, ...]
-    words: str
+    words: str  # what a report calls it
     read: Callable[[Mapping[str, Any], str], Document | None]
-    answers: bool = True
+    """From a row and the data set's name to a document; ``None`` for a row without text."""
+    answers: bool = True  # whether rows have answers, which alone are learned; running text is learned whole
 
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}

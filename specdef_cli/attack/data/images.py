@@ -25,18 +25,12 @@ _MODES = {1: "L", 3: "RGB"}
 
 @dataclass(frozen=True)
 class PixelTransform:
-    """From an image to a model's input.
+    """From an image to a model's input."""
 
-    Attributes:
-        channels: 1 or 3.
-        height, width: Of the input, in pixels; of no effect where there is a processor.
-        processor: The checkpoint's own, where it has one.
-    """
-
-    channels: int
+    channels: int  # 1 or 3
     height: int
-    width: int
-    processor: BaseImageProcessor | None = None
+    width: int  # and height: pixels of the input, of no effect where there is a processor
+    processor: BaseImageProcessor | None = None  # the checkpoint's own, where it has one
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Resize, and bring pixels to [−1, 1]; or whatever the processor does.

@@ -39,33 +39,22 @@ _UNNAMED = re.compile(r"LABEL_\d+")
 
 @dataclass(frozen=True)
 class Head:
-    """A checkpoint's own head, by its configuration.
-
-    Attributes:
-        labels: Outputs.
-        problem: ``None`` where the configuration leaves it to the labels.
-        names: The number of each class by its name; empty where the configuration names none.
-    """
+    """A checkpoint's own head, by its configuration."""
 
     labels: int = 0
-    problem: Problem | None = None
+    problem: Problem | None = None  # None where the configuration leaves it to the labels
     names: Mapping[str, int] = field(default_factory=dict)
+    """The number of each class by its name; empty where the configuration names none."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """How labels are read.
-
-    Attributes:
-        problem: What they are.
-        outputs: Of the model's head. A checkpoint whose head has room for every class keeps its head.
-        classes: From a label to the number of its class; empty where labels are numbers for the outputs themselves.
-        remark: What a reader of the report should know of them.
-    """
+    """How labels are read."""
 
     problem: Problem
-    outputs: int
+    outputs: int  # of the model's head. A checkpoint whose head has room for every class keeps its head.
     classes: dict[Any, int]
+    """From a label to the number of its class; empty where labels are numbers for the outputs themselves."""
     remark: str = ""
 
     def encoded(self, label: Any) -> int | list[float]:
@@ -168,18 +157,10 @@ class Examples(Dataset[Example]):
 
 @dataclass(frozen=True)
 class LabelledHalves:
-    """What was read.
-
-    Attributes:
-        train, held_out: Examples; ``label`` is what the loss takes.
-        fingerprint: Sixteen hexadecimal digits of both.
-        labels: How the column of labels was read.
-        resize_head: Whether the checkpoint's own head has another number of outputs.
-        remarks: What a reader of the report should know of them.
-    """
+    """What was read."""
 
     train: list[Example]
-    held_out: list[Example]
+    held_out: list[Example]  # in both, label is what the loss takes
     fingerprint: str
     labels: Labels
     resize_head: bool
