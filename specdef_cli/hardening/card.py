@@ -1,4 +1,4 @@
-"""The model card of a hardened directory: its front matter (https://huggingface.co/docs/hub/model-cards) and its section."""
+"""The model card of a hardened directory: front matter (https://huggingface.co/docs/hub/model-cards) and section."""
 
 from __future__ import annotations
 
