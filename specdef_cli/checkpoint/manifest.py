@@ -349,7 +349,7 @@ def last_part(directory: Path) -> str:
 def remember_base(manifest: Manifest, base: Path) -> None:
     """Note on this machine where the base of a manifest lies, which the manifest does not say of a directory."""
     with contextlib.suppress(OSError):  # it will have to be named with --base
-        write_durably(_memory_of(manifest), str(base.resolve()))
+        write_durably(_memory_of(manifest), os.fsencode(base.resolve()))
 
 
 def _memory_of(manifest: Manifest) -> Path:
@@ -366,8 +366,8 @@ def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
         return base.name, base.commit or base.revision
     path = Path(base.name).expanduser()
     places = [path] if path.is_absolute() else [path, *(parent / path for parent in directory.resolve().parents)]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        places.insert(0, Path(_memory_of(manifest).read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError):
+        places.insert(0, Path(os.fsdecode(_memory_of(manifest).read_bytes())))
     found = next((place for place in places if (place / "config.json").is_file()), None)
     if found is not None:
         return str(found), None

@@ -151,7 +151,10 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         format=FORMAT_VERSION,
         specdef_version=__version__,
         method=plan.method,
-        base=BaseCheckpoint(resolved.name, resolved.revision, resolved.commit, options.base_model),
+        # A path need not be UTF-8; JSON is.
+        base=BaseCheckpoint(
+            resolved.name.encode(errors="replace").decode(), resolved.revision, resolved.commit, options.base_model
+        ),
         dtype=plan.dtype,
         seed=options.construction.seed if isinstance(options.construction, Factors) else 0,
         profile=plan.profile,
