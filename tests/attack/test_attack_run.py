@@ -398,7 +398,7 @@ def test_inserted_layers_without_their_manifest_are_collapsed(base: Path, harden
     shares = {str(finding.attack.variant): finding.share for finding in findings(result)[1:]}
     assert {"collapse", "rebalance"} <= set(shares)
     assert shares["collapse"] == pytest.approx(1, abs=0.05)
-    assert "The weights show inserted pairs: 4 layers" in result.notes[0]
+    assert "The weights show factors: 4 layers" in result.notes[0]
 
 
 def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(base: Path, tmp_path: Path) -> None:
