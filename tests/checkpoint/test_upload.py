@@ -86,7 +86,7 @@ def test_a_push_that_the_hub_refuses_leaves_the_directory(llama: Path, tmp_path:
     assert error.startswith("error: org/out could not be uploaded")
     assert "403" in error
     assert hint.startswith("hint: ")
-    assert f"{tmp_path / 'out'} is complete" in hint
+    assert f"{tmp_path / 'out'} stays as it is" in hint
     assert "specdef push" in hint
     assert hub.pushed == {}
     assert "specdef.json" in published(tmp_path)
