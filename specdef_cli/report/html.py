@@ -131,16 +131,16 @@ def _bars(found: Sequence[Finding]) -> list[Bar]:
 
 def _definitions() -> str:
     return (
-        f"Loss: held-out, nats. Steps to control: until {CONTROL_SHARE:.0%} of the control's best progress is made; "
-        ">N where N steps did not get there. Its control: the undefended model under the same training and optimizer. "
+        f"Loss: held-out, nats. Steps to control: until {percent(CONTROL_SHARE)} of the control's best progress "
+        "is made; >N where N steps did not get there. Its control: the undefended model under the same training and optimizer. "
         "The best control: the one of all trainings and optimizers tried that made most progress. "
-        f"Stopped: at most {STOPPED_SHARE:.0%} of its control's progress at the best learning rate tried; "
-        f"not slowed: at least {CONTROL_SHARE:.0%}. Not settled: it looks stopped, and the learning rates tried do not "
-        "bracket the best one, so a better one may lie between or below them; a search (--lr-sweep) goes on. "
+        f"Stopped: at most {percent(STOPPED_SHARE)} of its control's progress at the best learning rate tried; "
+        f"not slowed: at least {percent(CONTROL_SHARE)}. Not settled: it looks stopped, and the learning rates "
+        "tried do not bracket the best one, so a better one may lie between or below them; a search (--lr-sweep) goes on. "
         "Stopped at a step: a run that could not become the best of its search any more. "
         "Diverged: a loss or gradient that is not finite, outputs that are the same for every input, "
         f"or a held-out loss beyond {DIVERGENCE_FACTOR:g} times the start. "
-        f"Utility kept: perplexity on retained text at most {UTILITY_LIMIT:.0%} above the start's. "
+        f"Utility kept: perplexity on retained text at most {percent(UTILITY_LIMIT)} above the start's. "
         "Parameters: of the model that was trained, without adapters, over the control's. Operations: of one optimizer "
         "step, estimated from the parameters. In brackets: the worst and the best seed."
     )

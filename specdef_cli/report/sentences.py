@@ -47,13 +47,13 @@ def closing(report: AttackReport, page: Path | None = None) -> tuple[str, ...]:
 
 def _done(report: AttackReport) -> str:
     trained = [run for run in report.runs if not run.spec.is_edit]
-    hardened = f", hardened by {report.hardening.method}," if report.hardening is not None else ""
+    hardened = f" (hardened by {report.hardening.method})" if report.hardening is not None else ""
     if not trained:
         return f"{report.model}{hardened} and its base {report.control} were edited; nothing was trained."
     steps = {run.spec.steps for run in trained}
     return (
         f"{len(trained)} runs of {max(steps)} steps fine-tuned {report.model}{hardened} and its base {report.control} "
-        "alike. Each attack counts at its best learning rate."
+        "alike; each attack counts at its best learning rate."
     )
 
 
@@ -77,7 +77,7 @@ def _through(plain: Sequence[Finding]) -> str:
         names = _listed([attack_name(finding.attack) for finding in unsettled])
         text += f" Not settled, as the learning rates do not bracket the best one: {names}."
     if missing and not through:
-        text += f" {_listed(missing)} usually do and were not tried: add --suite quick."
+        text += f" {_listed(missing)} were not tried and usually get through: --suite quick tries them."
     return text
 
 
@@ -85,7 +85,12 @@ def _undone(informed: Sequence[Finding]) -> str:
     known = sorted((each for each in informed if each.share is not None), key=lambda each: -(each.share or 0.0))
     if not known:
         return "no attack here knew the construction, so nothing here bounds an attacker who does."
-    text = f"{_shares(known)}."
+    names = []
+    for finding in known:
+        variant = finding.attack.variant
+        first = f"{variant.label} first" if variant.choice.informed is not None else variant.label
+        names.append(f"{first}, {training_name(finding.attack)} gets {percent(finding.share)}")
+    text = f"{'; '.join(names[:MAX_NAMED])}."
     if known[0].verdict == "not slowed":
         text += " Hardening does not hold up whoever knows of it."
     return text
@@ -122,7 +127,7 @@ def _utility_sentence(found: Sequence[Finding]) -> list[str]:
         return []
     strongest = max(measured, key=lambda finding: finding.useful_share or 0)
     return [
-        f"With perplexity on retained text within {UTILITY_LIMIT:.0%} of the start's, the strongest attack "
+        f"With perplexity on retained text within {percent(UTILITY_LIMIT)} of the start's, the strongest attack "
         f"({attack_name(strongest.attack)}) makes {percent(strongest.useful_share)} of the control's progress, "
         f"and the control itself {percent(strongest.control_useful_share)}."
     ]

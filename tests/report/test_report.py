@@ -199,12 +199,12 @@ def test_many_attacks_are_counted_and_those_that_get_through_named(report: Attac
 def test_five_lines_say_what_wins_next_to_what_loses(report: AttackReport) -> None:
     done, ordinary, through, undone, place = closing(report, Path("attack/report.html"))
     assert done.startswith("Done: 5 runs of 20 steps fine-tuned hardened/")
-    assert "hardened by factors, and its base base alike" in done
+    assert "(hardened by factors) and its base base alike" in done
     assert ordinary == "Ordinary fine-tuning: full fine-tuning gets 50 % of what it gets on the base."
     assert "none of these recipes (at least 95 % would count)" in through
-    assert "HiRA, IA³ and adapters usually do and were not tried: add --suite quick" in through
+    assert "HiRA, IA³ and adapters were not tried and usually get through: --suite quick tries them" in through
     assert undone == (
-        "Undone: width 2×, full fine-tuning gets 100 % and undone first (collapsed), full fine-tuning gets 96 %. "
+        "Undone: width 2×, full fine-tuning gets 100 %; collapsed first, full fine-tuning gets 96 %. "
         "Hardening does not hold up whoever knows of it."
     )
     assert place == "Report: attack/report.html"
