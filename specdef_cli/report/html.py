@@ -132,11 +132,13 @@ def _bars(found: Sequence[Finding]) -> list[Bar]:
 def _definitions() -> str:
     return (
         f"Loss: held-out, nats. Steps to control: until {percent(CONTROL_SHARE)} of the control's best progress "
-        "is made; >N where N steps did not get there. Its control: the undefended model under the same training and optimizer. "
+        "is made; >N where N steps did not get there. "
+        "Its control: the undefended model under the same training and optimizer. "
         "The best control: the one of all trainings and optimizers tried that made most progress. "
         f"Stopped: at most {percent(STOPPED_SHARE)} of its control's progress at the best learning rate tried; "
         f"not slowed: at least {percent(CONTROL_SHARE)}. Not settled: it looks stopped, and the learning rates "
-        "tried do not bracket the best one, so a better one may lie between or below them; a search (--lr-sweep) goes on. "
+        "tried do not bracket the best one, so a better one may lie between or below them; "
+        "a search (--lr-sweep) goes on. "
         "Stopped at a step: a run that could not become the best of its search any more. "
         "Diverged: a loss or gradient that is not finite, outputs that are the same for every input, "
         f"or a held-out loss beyond {DIVERGENCE_FACTOR:g} times the start. "
