@@ -2,7 +2,7 @@
 
     steps: int = option(30, "Optimizer steps of every run.")
 
-A field without this is for programs alone, or the command has a parameter of its own that says it in another way.
+Fields without option() are for Python alone, or set by a parameter of the command.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class TensorHeader:
 
 
 GIT_LFS = b"version https://git-lfs.github.com/"
-"""How a file begins that Git LFS has not been asked for."""
+"""First bytes of a Git LFS pointer."""
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

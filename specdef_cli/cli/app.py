@@ -133,6 +133,6 @@ def _too_large(error: Exception) -> SpecDefError:
 
 def _say_interrupted() -> None:
     Console(stderr=True, soft_wrap=True).print(
-        "interrupted; nothing half-made was published (harden and collapse go on from here with --resume, attack and "
-        "certify with the same command)"
+        "interrupted: no partial output was published. Continue harden and collapse with --resume; give attack and "
+        "certify the same command again."
     )

@@ -13,7 +13,7 @@ from specdef_cli.cli.listing import attack_listing, listing_tables
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
-from specdef_cli.cli.startup import work_alone_if_stale
+from specdef_cli.cli.startup import settle
 
 CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 """Options that say which attacks to run."""
@@ -90,7 +90,7 @@ def attack_command(
     from specdef_cli.errors import require_extra
 
     require_extra("attack", "attacks")
-    # Before torch is imported, which takes longer than everything that can be wrong here.
+    # Validate first: importing torch takes seconds.
     from specdef_cli.attack.presence import require_data, require_trackers
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
     from specdef_cli.checkpoint.check import require_models, writable_ancestor
@@ -144,7 +144,7 @@ def attack_command(
     from specdef_cli.cli.plan import plan_screen
     from specdef_cli.report import attacks_table, closing, edits_table, report_dict, runs_table, write_report
 
-    work_alone_if_stale(output)
+    settle(output)
     if dry_run:
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))

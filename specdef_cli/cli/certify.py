@@ -10,7 +10,7 @@ from specdef_cli.certify.options import CertifyOptions
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
-from specdef_cli.cli.startup import work_alone_if_stale
+from specdef_cli.cli.startup import settle
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -51,7 +51,7 @@ def certify_command(
     from specdef_cli.checkpoint.check import require_hardened, require_models, writable_ancestor
     from specdef_cli.errors import SpecDefError, require_extra
 
-    # Before torch is imported, which takes longer than everything that can be wrong here.
+    # Validate first: importing torch takes seconds.
     require_hardened(model, manifest)
     require_models(model, given.get("base"), "--base", manifest)
     if (text := given.get("text")) is not None and not text.is_file():
@@ -68,7 +68,7 @@ def certify_command(
     from specdef_cli.certify.run import attack_command, certify, plan_certify
 
     output = Output(as_json, quiet)
-    work_alone_if_stale(output)
+    settle(output)
     if no_deployment:  # how scripts of earlier versions say it
         given["formats"] = ("none",)
     options = CertifyOptions(

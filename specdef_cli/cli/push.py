@@ -63,7 +63,7 @@ def push_command(
     if no_manifest:
         output.note(
             f"{MANIFEST_NAME} stays here: collapse, certify, attack and inspect take it with --manifest. "
-            "It hides little: the changed channels stand out by their norms, and factors by their names."
+            "Leaving it out hides little: the changed channels stand out by their norms, and factors by their names."
         )
     elif model.manifest is not None:
         output.note(

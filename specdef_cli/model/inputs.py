@@ -190,6 +190,6 @@ def require_in_vocabulary(sequences: Iterable[Any], config: Any, directory: Path
     largest = max((int(torch.as_tensor(ids).max()) for ids in sequences if len(ids)), default=0)
     if largest >= size:
         raise SpecDefError(
-            f"the tokenizer of {directory} gives token {largest}, and the model knows {size} tokens, from 0",
+            f"token id {largest} (tokenizer of {directory}) is outside the model's vocabulary of {size}",
             "Copy the tokenizer that belongs to the model into its directory.",
         )

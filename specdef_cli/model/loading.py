@@ -81,7 +81,7 @@ def process_state(device: str | None = None) -> PartialState:
         return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         raise SpecDefError(
-            f"the processes that the environment speaks of cannot be joined: {first_line(error)}",
+            f"the processes that RANK and WORLD_SIZE name cannot be joined: {first_line(error)}",
             "Run `unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT` to work alone, or start all processes "
             "with torchrun.",
         ) from error
@@ -189,7 +189,7 @@ def _model_class(path: Path, config: Any, auto_class: Any, trust_remote_code: bo
         return auto_class
     name = auto_class or next(iter(config.architectures or ()), None)
     if name is None:
-        raise SpecDefError(f"{path / 'config.json'} names no architectures", "Add the model's class to config.json.")
+        return transformers.AutoModel
     own = own_class(config, name, trust_remote_code=trust_remote_code)
     chosen = getattr(transformers, name if own is None else own[0], None)
     if chosen is None:

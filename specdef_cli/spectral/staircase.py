@@ -8,11 +8,10 @@ moves nothing on the lower ones.
 What an attacker gets is therefore what the highest step of the trained weights is good for, and measuring
 (``make reproduce-staircase``, docs/decisions.md) says how to make it small:
 
-* One layer stands apart, so far above the others that they hardly move at the rate that trains its highest steps.
+* One layer is an outlier, so far above the others that they hardly move at the rate that trains its highest steps.
   Then a weight with scaled rows and columns has one number to train, where the two cross, and one that can be scaled
   on one side only (attention output, gate, down, head) has one vector.
-* A vector is worth much more than a number, so that every vector's step has a number's a decade and more above it,
-  as far as the weights that train have one.
+* A vector is worth much more than a number, so each one-sided exponent stays a decade below some two-sided one.
 * The other layers go down rather than share one exponent: an attacker who freezes the one apart meets the next step.
 
 :func:`staircase` lays all pairs of a layer on one flight, its first layer apart; within a layer, too, the steps go

@@ -206,7 +206,7 @@ def test_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
     assert "model.embed_tokens" in free
     one_sided = "lm_head, mlp.down_proj, mlp.gate_proj, self_attn.o_proj"
     assert f"as one side of them is scaled: {one_sided}. " in card
-    assert f"slowed least when trained alone: {one_sided}." in result.stderr
+    assert f"Scaled on one side only: {one_sided}." in result.stderr
     assert "self_attn.q_proj" not in free
     assert "secure" not in card.lower()
 

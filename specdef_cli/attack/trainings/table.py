@@ -165,7 +165,7 @@ class Training:
         object.__setattr__(self, "where", tuple(self.where))
         if self.where and choice.where is None:
             raise SpecDefError(
-                f"the training {self.method} does not go where it is told, and was given {','.join(self.where)}",
+                f"training '{self.method}' takes no '@names' (got '{','.join(self.where)}')",
                 "Leave out the part after '@'.",
             )
         if not all(self.where):
