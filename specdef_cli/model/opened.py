@@ -210,7 +210,8 @@ def require_whole(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
 
 def require_unquantized(checkpoint: Checkpoint) -> None:
     """Refuse packed weights, which have no channels to scale."""
-    quantized = checkpoint.config.get("quantization_config")
+    parts = (checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict)))
+    quantized = next(filter(None, (part.get("quantization_config") for part in parts)), None)
     if quantized:
         method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
         raise SpecDefError(
