@@ -40,7 +40,6 @@ OTHERWISE: dict[str, tuple[str, ...]] = {
     "NaN elsewhere": ("the control", "not finite"),
     "no architecture": ("none named", "--task"),
     "hardened already": ("specdef.json",),
-    "a shim's config": ("hardened model's config.json",),
 }
 # A layer of zeros is a sound control, and there is nothing to inflate in it only for `harden`.
 BROKEN = [name for name in INPUTS if name != "zero"]
@@ -76,11 +75,11 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
         lambda directory: (
             (directory / "specdef.json").unlink() or edit_json("config.json", quantization_config=REMOVED)(directory)
         ),
-        ("hardened model's config.json", "quantization_config.layers"),
+        ("quantization_config.layers",),
     ),
     "manifest gone, and a layer": (
         lambda directory: (directory / "specdef.json").unlink() or tensor(INFLATED, None)(directory),
-        (INFLATED, "config.json names"),
+        (INFLATED, "missing"),
     ),
     "truncated": (raw_bytes(lambda data: data[:-5]), ("model.safetensors",)),
     "weights behind a link": (
