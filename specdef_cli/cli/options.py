@@ -32,6 +32,10 @@ Revision = Annotated[
     ),
 ]
 
+Subfolder = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder in MODEL that the model is in.", show_default="none")
+]
+
 
 def _token(value: str | None) -> str | None:
     token = clean_token(value)
