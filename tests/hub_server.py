@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -217,6 +218,17 @@ def variables(hub: Hub, directory: Path) -> dict[str, Any]:
         "HF_HOME": str(directory / "home"),
         "HF_HUB_CACHE": str(directory / "cache"),
     }
+
+
+@contextmanager
+def here(hub: Hub, directory: Path) -> Iterator[None]:
+    """The same for this process, whose huggingface_hub has read its environment already."""
+    names: dict[str, Any] = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False}
+    names |= {"HF_HOME": str(directory / "home"), "HF_TOKEN_PATH": str(directory / "home" / "token")}
+    names |= {"HF_HUB_CACHE": str(directory / "cache")}
+    names |= {"HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"}
+    with patch.multiple("huggingface_hub.constants", **names):
+        yield
 
 
 def model_files(directory: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, default_data_collator
 
 from specdef_cli.attack.data.examples import AttackData
-from specdef_cli.attack.data.labelled import Example, Examples, Head, labelled_halves
+from specdef_cli.attack.data.labelled import Example, Head, labelled_data
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.opened import OpenedModel
@@ -47,6 +47,21 @@ class PixelTransform:
         return resized[0] / 127.5 - 1.0
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """A map-style data set of images, which are decoded when a batch needs them."""
+
+    examples: list[Example]
+    transform: PixelTransform
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int, /) -> Example:
+        example = self.examples[index]
+        return {"pixel_values": self.transform(Image.open(io.BytesIO(example["image"]))), "labels": example["label"]}
+
+
 def load_pixel_transform(model: OpenedModel) -> PixelTransform:
     """The transform of a checkpoint: its image processor's, else one that fits its configuration."""
     directory, processor = model.directory, None
@@ -71,20 +86,9 @@ def load_pixel_transform(model: OpenedModel) -> PixelTransform:
 
 def image_data(options: AttackOptions, transform: PixelTransform, head: Head) -> AttackData:
     """Images of the named data set: a directory of a folder for each class, a parquet file, a Hub id."""
-    encode = partial(_stored, options=options)
-    halves = labelled_halves(options, "images", (options.image_column,), encode, head)
-    prepare = partial(_prepare, transform=transform)
-    return AttackData(
-        name=str(options.dataset),
-        train=Examples(halves.train, prepare),
-        held_out=Examples(halves.held_out, prepare),
-        collate=default_data_collator,
-        fingerprint=halves.fingerprint,
-        labels=halves.labels.outputs,
-        problem=halves.labels.problem,
-        resize_head=halves.resize_head,
-        remarks=halves.remarks,
-    )
+    encode, prepared = partial(_stored, options=options), partial(Pixels, transform=transform)
+    columns = (options.image_column,)
+    return labelled_data(options, "images", columns, encode, head, default_data_collator, prepared=prepared)
 
 
 def _stored(value: Any, options: AttackOptions) -> Example:
@@ -103,8 +107,3 @@ def _stored(value: Any, options: AttackOptions) -> Example:
             "Name a column of images (PNG, JPEG, …) with --image-column.",
         ) from error
     return {"image": content}
-
-
-def _prepare(example: Example, transform: PixelTransform) -> Example:
-    image = Image.open(io.BytesIO(example["image"]))
-    return {"pixel_values": transform(image), "labels": example["label"]}
