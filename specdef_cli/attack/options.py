@@ -52,7 +52,9 @@ class AttackOptions(Budget):
         shown_default="manifest's",
         group="Model",
     )
-    control_subfolder: str | None = option(None, "Folder in BASE that it is in.", metavar="DIR", group="Model")
+    control_subfolder: str | None = option(
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+    )
     dataset: str | None = option(
         None, "Hub id, file or directory.", metavar="DATA", shown_default="prose of Python's", group="Data"
     )

@@ -33,7 +33,13 @@ Revision = Annotated[
 ]
 
 Subfolder = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Folder in MODEL that the model is in.", show_default="none")
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder in MODEL that the model is in.",
+        show_default=False,
+        rich_help_panel="Model / In a folder of it.",
+    ),
 ]
 
 
