@@ -5,10 +5,14 @@ python -m specdef_cli.schemas    # writes the schemas again
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +46,9 @@ class _Written(GenerateJsonSchema):
 
     def dataclass_schema(self, schema: Any) -> JsonSchemaValue:
         described = {**super().dataclass_schema(schema), "description": _plain(schema["cls"].__doc__)}
-        for cls in schema["cls"].__mro__:
+        for cls in reversed(schema["cls"].__mro__):
             for name, text in _attributes(cls).items():
-                described["properties"][name].setdefault("description", text)
+                described["properties"][name]["description"] = text
         return described
 
     def default_schema(self, schema: Any) -> JsonSchemaValue:
@@ -65,10 +69,15 @@ def _plain(text: str) -> str:
 
 
 def _attributes(cls: type) -> dict[str, str]:
-    """What the docstring of a class says of its attributes; of several that share a text, none says which it means."""
-    _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", listed, re.MULTILINE)
-    return {name: _plain(text.replace("``None``", "null")) for name, text in entries}
+    """The texts below the fields of a class, which pydantic reads of its own models alone."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    described = {}
+    for field, below in pairwise(ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body):  # type: ignore[attr-defined]
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(value=ast.Constant(str(text))):
+                described[name] = _plain(text.replace("``None``", "null"))
+    return described
 
 
 def schema_text(name: str) -> str:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,36 @@ def run_program(*arguments: str | Path, env: Mapping[str, str], cwd: Path | None
     assert process.returncode == 0, process.stderr[-4000:]
     found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return found
+
+
+def run_light(*lines: Sequence[str], cwd: Path | None = None) -> list[tuple[int, str, set[str]]]:
+    """Exit code, stderr and imported packages of several commands, each a fork of one process that imported nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKS, json.dumps(lines)],
+        env=environment(), cwd=cwd, capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(lines)
+    return [(code, said, set(modules)) for code, said, modules in found]
+
+
+_FORKS = """
+import contextlib, io, json, os, runpy, sys
+import specdef_cli.cli.app  # as every command does
+for line in json.loads(sys.argv[1]):
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    sys.argv, code, said, shown = ["specdef", *line], 0, io.StringIO(), sys.stdout
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_module("specdef_cli", run_name="__main__")
+        except SystemExit as leaving:
+            code = leaving.code or 0
+    modules = sorted({name.split(".")[0] for name in sys.modules})
+    print(json.dumps([code, said.getvalue(), modules]), file=shown, flush=True)
+    os._exit(0)
+"""
 
 
 def call_cli(*arguments: str | Path, width: int = 300) -> Result:

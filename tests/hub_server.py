@@ -6,7 +6,6 @@ import base64
 import functools
 import hashlib
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -40,18 +40,15 @@ class Hub:
         api_status, file_status: What to answer instead of 200, for the repository's metadata and for its files.
         error_code: The Hub's ``X-Error-Code`` that goes with it.
         broken: The name of a file whose connection breaks half way.
-        denied: The name of a file that is shown in parts and never sent.
-        withheld: Name → what has to hold before the file is sent as a whole. Nothing holds for longer than a minute.
+        denied: The name of a file that is never sent.
         seconds: How long it takes to send a weight file.
-        ranges: Whether parts of a file are sent.
         sizes: Name → what to say of its size, instead of the truth.
         push_status: What to answer to an upload instead of 200.
         account: What to say of the owner of a token.
         created: What was asked of every repository and branch that was to be made.
         pushed: Name → content of what is in ``org/out``.
         commits: The names that each commit to it added or deleted.
-        seen: Method, path and Authorization header of every request, but for those of parts.
-        parts: The names of the files of which parts were asked for.
+        seen: Method, path and Authorization header of every request.
         address: Where it listens.
     """
 
@@ -61,9 +58,7 @@ class Hub:
     error_code: str = ""
     broken: str = ""
     denied: str = ""
-    withheld: dict[str, Callable[[], bool]] = field(default_factory=dict)
     seconds: float = 0.0
-    ranges: bool = True
     sizes: dict[str, int] = field(default_factory=dict)
     push_status: int = 200
     account: dict[str, object] = field(default_factory=lambda: {"name": "someone", "orgs": [{"name": "org"}]})
@@ -71,7 +66,6 @@ class Hub:
     pushed: dict[str, bytes] = field(default_factory=dict)
     commits: list[list[str]] = field(default_factory=list)
     seen: list[tuple[str, str, str]] = field(default_factory=list)
-    parts: list[str] = field(default_factory=list)
     address: str = ""
 
     def downloaded(self) -> list[str]:
@@ -113,9 +107,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if hub.ranges else None
-            if part is None:
-                hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
+            hub.seen.append((self.command, path, self.headers.get("Authorization", "")))
             if path == "/api/whoami-v2":
                 return self.answer(hub.api_status, json.dumps(hub.account).encode())
             if path == "/api/models/org/out/discussions/1":
@@ -142,15 +134,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
             if path.startswith("/org/name/resolve/") and name in hub.files:
                 data = hub.files[name]
                 headers = {"ETag": f'"{sha1(data)}"', "X-Repo-Commit": commit}
-                if part is not None:
-                    hub.parts.append(name)
-                    begin, end = int(part[1]), int(part[2]) + 1
-                    headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
-                    return self.answer(206, data[begin:end], headers)
                 if self.command == "HEAD":
                     return self.answer(hub.file_status, data, headers, size=hub.sizes.get(name))
-                if name in hub.withheld and not eventually(hub.withheld[name]):
-                    return self.answer(503)
                 status = 403 if name == hub.denied else hub.file_status
                 slowly = hub.seconds if name.endswith(".safetensors") else 0.0
                 return self.answer(status, data, headers, cut=name == hub.broken, seconds=slowly)
@@ -233,6 +218,17 @@ def variables(hub: Hub, directory: Path) -> dict[str, Any]:
         "HF_HOME": str(directory / "home"),
         "HF_HUB_CACHE": str(directory / "cache"),
     }
+
+
+@contextmanager
+def here(hub: Hub, directory: Path) -> Iterator[None]:
+    """The same for this process, whose huggingface_hub has read its environment already."""
+    names: dict[str, Any] = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False}
+    names |= {"HF_HOME": str(directory / "home"), "HF_TOKEN_PATH": str(directory / "home" / "token")}
+    names |= {"HF_HUB_CACHE": str(directory / "cache")}
+    names |= {"HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"}
+    with patch.multiple("huggingface_hub.constants", **names):
+        yield
 
 
 def model_files(directory: Path) -> dict[str, bytes]:

@@ -41,34 +41,21 @@ hidden states are about the next token already."""
 
 @dataclass(frozen=True)
 class Read:
-    """What a model makes of prompts, at the last token of each; float32, on the CPU.
+    """What a model makes of prompts, at the last token of each; float32, on the CPU."""
 
-    Attributes:
-        hidden: Hidden states, [prompts, layers + 1, d].
-        log_probs: Of the next token, [prompts, vocabulary].
-    """
-
-    hidden: Tensor
-    log_probs: Tensor
+    hidden: Tensor  # hidden states, [prompts, layers + 1, d]
+    log_probs: Tensor  # of the next token, [prompts, vocabulary]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The model before an attack.
+    """The model before an attack."""
 
-    Attributes:
-        log_probs: Of its next token on the harmless held-out prompts, [prompts, vocabulary].
-        layer: Where the two kinds of prompts are furthest apart, in units of their spread; 0 are the embeddings.
-        direction: v, the unit vector from the mean of one kind to that of the other there.
-        gap: How far the held-out halves are apart along it.
-        refusals: Share of the unwanted prompts that it refuses; ``None`` where none were given.
-    """
-
-    log_probs: Tensor
-    layer: int
-    direction: Tensor
-    gap: float
-    refusals: float | None
+    log_probs: Tensor  # of its next token on the harmless held-out prompts, [prompts, vocabulary]
+    layer: int  # where the two kinds of prompts are furthest apart, in units of their spread; 0 are the embeddings
+    direction: Tensor  # v, the unit vector from the mean of one kind to that of the other there
+    gap: float  # how far the held-out halves are apart along it
+    refusals: float | None  # share of the unwanted prompts that it refuses; None where none were given
 
 
 @lru_cache(maxsize=2)  # the control and the model: every run of either compares with it

@@ -71,21 +71,14 @@ def speed_of(finished: RunResult, held_out: int) -> Speed:
 
 @dataclass(frozen=True)
 class PlannedAttack:
-    """One series of a plan.
-
-    Attributes:
-        learning_rates: Those to begin with.
-        runs: How many there will be; of a search, about.
-        finished: How many of those to begin with are there already.
-        seconds: What the missing runs take, about.
-    """
+    """One series of a plan."""
 
     label: str
-    learning_rates: tuple[float, ...]
-    runs: int
-    finished: int
+    learning_rates: tuple[float, ...]  # those to begin with
+    runs: int  # how many there will be; of a search, about
+    finished: int  # how many of those to begin with are there already
     search: bool
-    seconds: float
+    seconds: float  # what the missing runs take, about
 
 
 @dataclass(frozen=True)

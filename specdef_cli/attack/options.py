@@ -36,52 +36,7 @@ def seeds_of(count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class AttackOptions(Budget):
-    """Everything an attack depends on, besides the budget of a run (:class:`Budget`).
-
-    Attributes:
-        model: The directory under attack (or a Hub id).
-        out: Where finished runs and the report are kept.
-        runs: Where finished runs are kept instead, to share the control's between reports.
-        manifest: ``specdef.json`` where it does not lie in the model's directory.
-        control: The undefended model, a directory or a Hub id; ``None`` is the base that the model's manifest names.
-        dataset: A Hub id, or a JSONL, JSON, CSV, text or parquet file; ``None`` is English prose that every Python
-            installation has.
-        dataset_config, dataset_split: Which part of a Hub dataset; the split defaults to ``train``.
-        text_column: The column with the text; ``None`` takes what the rows have
-            (:data:`specdef_cli.attack.data.forms.FORMS`).
-        text_pair_column, label_column, image_column: Columns of the dataset; of classification alone.
-        prompts, prompts_harmless: What refusals are counted on after every run, and what edits tell apart. ``None`` are
-            two kinds of harmless questions, for edits alone.
-        refusal_words: Words that make an answer a refusal; empty is :data:`specdef_cli.attack.prompts.REFUSALS`.
-        retained: Text, as ``dataset``, that the attacker wants to keep the model's ability on; ``None`` is the source
-            of Python's standard library, and ``none`` leaves that measurement out.
-        eval_task_path: A directory with tasks of the user's own, as lm-eval's ``--include_path``.
-        task: ``None`` is what the control's architecture says.
-        suite: Which attacks to run. It takes the place of the fields from ``variants`` to ``search``.
-        variants: What is done to the model before training, next to the model as it is and to what undoes its
-            hardening, which are always attacked: ``width:2``, or the :class:`Variant` itself.
-        trainings: What is trained: ``full``, ``lora:16``, or the :class:`Training` itself. Empty means full and LoRA,
-            and full alone for variants that do not undo the hardening.
-        optimizers: Names of :data:`specdef_cli.attack.optimizers.table.OPTIMIZERS`; empty means adamw.
-        learning_rates: Rates that every attack and the control run at. Empty leaves them to ``search``.
-        search: Search the best learning rate of every attack until it is bracketed, from decades on that go on below
-            η₀/α for the hardened model; otherwise those decades are all that is tried.
-        thorough: Make every run of a search in full and search every attack, also what is sure not to change its best
-            (:mod:`specdef_cli.attack.search`); about twice as long.
-        gradient_accumulation: Passes that the sequences of a step are split into, to save memory.
-        gradient_checkpointing: Compute activations again in the backward pass, to save memory.
-        eval_every: Steps between evaluations; ``None`` is a tenth of the steps.
-        eval_sequences: Held-out sequences that are evaluated, at most.
-        free: Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be
-            lowered to suit the size of the model and the time limit.
-        time_limit: Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first.
-        report_to: Experiment trackers that the Trainer reports runs to: ``tensorboard`` (files in ``out/logs``),
-            ``wandb``, ``trackio``, ``mlflow``.
-        seeds: One run each for adapters' and paths' initial values, dropout and data order.
-        jobs: Runs at a time, each in a process of its own and, where there are several GPUs, on one of its own.
-        trust_remote_code: Passed on to transformers for models that carry their own code.
-        revision, token: Passed on to the Hub.
-    """
+    """Everything an attack depends on, besides the budget of a run (:class:`Budget`)."""
 
     model: str | Path
     out: Path = option(
@@ -141,7 +96,7 @@ class AttackOptions(Budget):
     task: Task | None = option(
         None, "causal-lm, masked-lm, …", metavar="TASK", shown_default="the architecture's", group="Data"
     )
-    suite: Suite | None = None
+    suite: Suite | None = None  # which attacks to run. It takes the place of the fields from variants to search.
     variants: tuple[str | Variant, ...] = option(
         (), "What is done to the model first, e.g. width:2.", "--variant", metavar="NAME", group="Attacks"
     )
@@ -154,6 +109,8 @@ class AttackOptions(Budget):
         shown_default="full, lora",
         group="Attacks",
     )
+    """What is trained: ``full``, ``lora:16``, or the :class:`Training` itself. Empty means full and LoRA, and full
+    alone for variants that do not undo the hardening."""
     optimizers: tuple[str, ...] = option(
         (), "adamw, sgd, …", "--optimizer", metavar="NAME", shown_default="adamw", group="Attacks"
     )
@@ -171,11 +128,14 @@ class AttackOptions(Budget):
     )
     eval_sequences: int = option(64, "Held-out sequences.", metavar="N", group="Measurements")
     free: tuple[str, ...] = ()
+    """Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be lowered to
+    suit the size of the model and the time limit."""
     time_limit: float | None = None
+    """Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first."""
     report_to: tuple[str, ...] = option(
         (), "tensorboard (in OUT/logs), wandb, trackio, mlflow.", metavar="NAME", group="Output"
     )
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0,)  # one run each for adapters' and paths' initial values, dropout and data order
     jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group="Budget")
     manifest: Path | None = None
     trust_remote_code: bool = False

@@ -51,23 +51,15 @@ USUAL_SPEED = {"cpu": 1e11, "accelerator": 1e14}
 
 @dataclass(frozen=True)
 class Series:
-    """The runs of one attack, which differ in learning rate and seed alone.
-
-    Attributes:
-        first: The run at the first rate and seed.
-        grid: The rates to begin with, largest first.
-        search: Whether further rates are tried until the best one is bracketed.
-        thorough: Whether every run of a search is made in full.
-        seeds: Without a search every rate is run with every seed; with it, all but the first only at the best rate.
-        optional: Whether it may be left out where the model has nothing that it could train.
-    """
+    """The runs of one attack, which differ in learning rate and seed alone."""
 
     first: RunSpec
-    grid: tuple[float, ...]
-    search: bool
+    grid: tuple[float, ...]  # the rates to begin with, largest first
+    search: bool  # whether further rates are tried until the best one is bracketed
     seeds: tuple[int, ...]
-    optional: bool
-    thorough: bool = False
+    """Without a search every rate is run with every seed; with it, all but the first only at the best rate."""
+    optional: bool  # whether it may be left out where the model has nothing that it could train
+    thorough: bool = False  # whether every run of a search is made in full
 
     @property
     def hurried(self) -> bool:

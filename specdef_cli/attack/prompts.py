@@ -46,27 +46,17 @@ ASTRONOMY = tuple(
 
 @dataclass(frozen=True)
 class Prompts:
-    """Two kinds of prompts as tokens, each in two halves.
-
-    Attributes:
-        name: What a report calls them.
-        unwanted, harmless: Those that make the direction.
-        asked, compared: The held-out halves of both: what refusals are counted on, and what the KL divergence is
-            measured on.
-        texts: Of ``asked``, as they were written.
-        refusals: Words that make an answer a refusal, in lower case.
-        given: Whether the unwanted ones are the user's, so that refusals mean something.
-        fingerprint: Sixteen hexadecimal digits of all of this.
-    """
+    """Two kinds of prompts as tokens, each in two halves."""
 
     name: str
     unwanted: tuple[tuple[int, ...], ...]
-    harmless: tuple[tuple[int, ...], ...]
+    harmless: tuple[tuple[int, ...], ...]  # these and the unwanted make the direction
     asked: tuple[tuple[int, ...], ...]
     compared: tuple[tuple[int, ...], ...]
-    texts: tuple[str, ...]
-    refusals: tuple[str, ...]
-    given: bool
+    """The held-out half of the harmless, for the KL divergence; ``asked`` is that of the unwanted, for refusals."""
+    texts: tuple[str, ...]  # of asked, as they were written
+    refusals: tuple[str, ...]  # words that make an answer a refusal, in lower case
+    given: bool  # whether the unwanted ones are the user's, so that refusals mean something
     fingerprint: str
 
     def is_refusal(self, answer: str) -> bool:

@@ -45,48 +45,35 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a plan.
+    """What came of a plan."""
 
-    Attributes:
-        runs: Every run, by series in the order of the plan, largest learning rate first.
-        left_out: Series that the model has nothing for: the label, and why.
-        not_reached: Labels of series that the time did not suffice for, in the order in which they would have come.
-        cut_short: Labels of series that were begun, and whose best learning rate may be another decade's.
-        coarse: Labels of series whose best learning rate is known to a decade only.
-    """
-
-    runs: tuple[RunResult, ...]
-    left_out: tuple[tuple[str, str], ...]
+    runs: tuple[RunResult, ...]  # every run, by series in the order of the plan, largest learning rate first
+    left_out: tuple[tuple[str, str], ...]  # series that the model has nothing for: the label, and why
     not_reached: tuple[str, ...] = ()
+    """Labels of series that the time did not suffice for, in the order in which they would have come."""
     cut_short: tuple[str, ...] = ()
-    coarse: tuple[str, ...] = ()
+    """Labels of series that were begun, and whose best learning rate may be another decade's."""
+    coarse: tuple[str, ...] = ()  # labels of series whose best learning rate is known to a decade only
 
 
 @dataclass(eq=False)
 class _Search:
-    """One series under way.
-
-    Attributes:
-        rank: Its place in the order in which runs are made.
-        hasty: Whether every attack gets to its best decade before any is searched more closely.
-        control: The series of its control; ``None`` for a control's own.
-        follows: Whether it trained as its control at the control's best rate, and so does at every rate.
-        lead: What was known when the runs under way were chosen. What one of them finds does not change what becomes of
-            the others: the same runs are made with every number of jobs.
-        refining: Whether what is under way only halves the steps around the best learning rate.
-    """
+    """One series under way."""
 
     series: Series
-    rank: int
-    hasty: bool
-    control: _Search | None = None
+    rank: int  # its place in the order in which runs are made
+    hasty: bool  # whether every attack gets to its best decade before any is searched more closely
+    control: _Search | None = None  # the series of its control; None for a control's own
     follows: bool | None = None
+    """Whether it trained as its control at the control's best rate, and so does at every rate."""
     lead: Lead | None = None
+    """What was known when the runs under way were chosen. What one of them finds does not change what becomes of the
+    others: the same runs are made with every number of jobs."""
     results: dict[RunSpec, RunResult] = field(default_factory=dict)
     outstanding: tuple[RunSpec, ...] = ()
     left_out: str | None = None
     complete: bool = False
-    refining: bool = False
+    refining: bool = False  # whether what is under way only halves the steps around the best learning rate
 
     @property
     def found(self) -> dict[float, RunResult]:

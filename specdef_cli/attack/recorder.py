@@ -44,25 +44,16 @@ EventKind = Literal["run-start", "step", "run-end", "run-reused"]
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """Something happened that a progress bar wants to show.
-
-    Attributes:
-        kind: ``run-start``, ``step``, ``run-end``, or ``run-reused`` for a run that an earlier attack had finished.
-        done, runs: Runs that are finished, and runs known of so far; a search adds to them.
-        label: The run's label, with its learning rate.
-        step, steps: Steps made and asked for.
-        loss: The training loss of the last step, where there is a finite one.
-        diverged: Only at the end of a run.
-    """
+    """Something happened that a progress bar wants to show."""
 
     kind: EventKind
     done: int
-    runs: int
+    runs: int  # known of so far; a search adds to them
     label: str
     step: int
     steps: int
-    loss: float | None = None
-    diverged: bool = False
+    loss: float | None = None  # the training loss of the last step, where there is a finite one
+    diverged: bool = False  # only at the end of a run
 
 
 ProgressHook = Callable[[ProgressEvent], None]

@@ -151,49 +151,34 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class PromptSummary:
-    """What the model was asked.
-
-    Attributes:
-        name: Of the unwanted prompts.
-        given: Whether they are the user's, so that refusals were counted.
-        held_out: Prompts of each kind that figures are measured on.
-        refusal_words: An answer with one of them counts as a refusal.
-    """
+    """What the model was asked."""
 
     name: str
+    """Of the unwanted prompts."""
     given: bool
+    """Whether they are the user's, so that refusals were counted."""
     held_out: int
+    """Prompts of each kind that figures are measured on."""
     refusal_words: tuple[str, ...]
+    """An answer with one of them counts as a refusal."""
 
 
 @dataclass(frozen=True)
 class AttackReport:
-    """Everything an attack found; made of finished runs only.
-
-    Attributes:
-        model, control: As the user named them.
-        hardening: ``None`` for a model that this package did not harden.
-        data: What was trained on.
-        runs: In the order of the plan, the control's first.
-        assumed: What the user left open and was chosen, one sentence each.
-        notes: What the reader must know to read the figures, one sentence each.
-        versions: Of this package and the libraries that did the training.
-        device: What it ran on.
-        not_reached: Labels of attacks without knowledge of the construction that the time limit left out.
-        prompts: What edits told apart; ``None`` where nothing was asked.
-    """
+    """Everything an attack found; made of finished runs only."""
 
     model: str
     control: str
-    hardening: Hardening | None
+    hardening: Hardening | None  # None for a model that this package did not harden
     data: DataSummary
-    runs: tuple[RunResult, ...]
-    assumed: tuple[str, ...]
-    notes: tuple[str, ...]
-    versions: dict[str, str]
+    runs: tuple[RunResult, ...]  # in the order of the plan, the control's first
+    assumed: tuple[str, ...]  # what the user left open and was chosen, one sentence each
+    notes: tuple[str, ...]  # what the reader must know to read the figures, one sentence each
+    versions: dict[str, str]  # of this package and the libraries that did the training
     device: str
     not_reached: tuple[str, ...] = ()
-    prompts: PromptSummary | None = None
+    """Labels of attacks without knowledge of the construction that the time limit left out."""
+    prompts: PromptSummary | None = None  # what edits told apart; None where nothing was asked
 
     @cached_property
     def attacks(self) -> tuple[Attack, ...]:

@@ -153,21 +153,16 @@ def plan_attack(options: AttackOptions) -> Forecast:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An attack that could begin.
+    """An attack that could begin."""
 
-    Attributes:
-        options: The user's, with the budget that was chosen.
-        began: When its time limit began to run, of the monotonic clock.
-    """
-
-    options: AttackOptions
+    options: AttackOptions  # the user's, with the budget that was chosen
     control_name: str
     target: Target
     data: AttackData
     plan: tuple[Series, ...]
     train: TrainRun
     store: RunStore
-    began: float
+    began: float  # when its time limit began to run, of the monotonic clock
 
     @property
     def held_out(self) -> int:

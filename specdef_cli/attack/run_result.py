@@ -78,18 +78,15 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Edit:
-    """What an edit of one strength did, on held-out prompts.
-
-    Attributes:
-        strength: How much of the direction was taken out; 1 is all of it.
-        left: The distance that is left between the two kinds of prompts along the direction, as a share of what it was;
-            ``None`` where the model's hidden states are not finite any more.
-        kl: As :attr:`Behaviour.kl`.
-    """
+    """What an edit of one strength did, on held-out prompts."""
 
     strength: float
+    """How much of the direction was taken out; 1 is all of it."""
     left: float | None
+    """The distance that is left between the two kinds of prompts along the direction, as a share of what it was;
+    ``None`` where the model's hidden states are not finite any more."""
     kl: float | None
+    """As :attr:`Behaviour.kl`."""
 
     @property
     def broken(self) -> bool:
@@ -105,54 +102,39 @@ class Edit:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How a model answers after an attack, on held-out prompts.
-
-    Attributes:
-        kl: KL divergence (nats) of its next token from the one of the model before the attack, the mean over harmless
-            prompts; ``None`` where it is not finite.
-        refusals: Share of the unwanted prompts that it refuses; ``None`` where no such prompts were given.
-        refusals_before: The same of the model before the attack.
-        answers: Some prompts, each with the beginning of its answer.
-    """
+    """How a model answers after an attack, on held-out prompts."""
 
     kl: float | None
+    """KL divergence (nats) of its next token from the one of the model before the attack, the mean over harmless
+    prompts; ``None`` where it is not finite."""
     refusals: float | None
+    """Share of the unwanted prompts that it refuses; ``None`` where no such prompts were given."""
     refusals_before: float | None
+    """The same of the model before the attack."""
     answers: tuple[tuple[str, str], ...]
+    """Some prompts, each with the beginning of its answer."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run.
-
-    Attributes:
-        spec: What was run.
-        train: Every optimizer step.
-        evaluations: Held-out losses, from step 0 to the last.
-        divergence: ``None`` for a run that never diverged.
-        growth: What the variant did to the layers that it changed; ``None`` for a plain run.
-        parameters: Parameters of the model that was trained, without adapters.
-        trainable_parameters: Parameters that the optimizer moved, adapters included.
-        seconds: Wall time of training and evaluation.
-        accuracy: On tasks of lm-eval, after the last step.
-        stopped: The step after which a search ended the run, as it could not become the best any more
-            (:mod:`specdef_cli.attack.search`); ``None`` for a run that was made in full, or diverged.
-        edits: Of a run of an edit, what each strength did.
-        behaviour: How the model answers afterwards, of an edit at its best strength; ``None``: not measured.
-    """
+    """One finished run."""
 
     spec: RunSpec
     train: tuple[TrainPoint, ...]
-    evaluations: tuple[EvalPoint, ...]
-    divergence: Divergence | None
-    growth: Growth | None
-    parameters: int
-    trainable_parameters: int
-    seconds: float
+    evaluations: tuple[EvalPoint, ...]  # held-out losses, from step 0 to the last
+    divergence: Divergence | None  # None for a run that never diverged
+    growth: Growth | None  # what the variant did to the layers that it changed; None for a plain run
+    parameters: int  # parameters of the model that was trained, without adapters
+    trainable_parameters: int  # parameters that the optimizer moved, adapters included
+    seconds: float  # wall time of training and evaluation
     accuracy: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    """On tasks of lm-eval, after the last step."""
     stopped: int | None = None
-    edits: tuple[Edit, ...] = ()
+    """The step after which a search ended the run, as it could not become the best any more
+    (:mod:`specdef_cli.attack.search`); ``None`` for a run that was made in full, or diverged."""
+    edits: tuple[Edit, ...] = ()  # of a run of an edit, what each strength did
     behaviour: Behaviour | None = None
+    """How the model answers afterwards, of an edit at its best strength; ``None``: not measured."""
 
     @property
     def best_edit(self) -> Edit | None:

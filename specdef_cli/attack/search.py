@@ -141,15 +141,11 @@ SAME = 1e-3
 
 @dataclass(frozen=True)
 class Lead:
-    """What a search knows before a run of it.
+    """What a search knows before a run of it."""
 
-    Attributes:
-        progress: Of its best run so far (nats): what has to be beaten.
-        start: The evaluation at step 0, which is the same at every learning rate; ``None`` before the first run.
-    """
-
-    progress: float = 0.0
+    progress: float = 0.0  # of its best run so far (nats): what has to be beaten
     start: EvalPoint | None = None
+    """The evaluation at step 0, which is the same at every learning rate; ``None`` before the first run."""
 
     @classmethod
     def of(cls, runs: Iterable[RunResult]) -> Lead:

@@ -26,21 +26,7 @@ _TRAINER = "Budget / As in Trainer."
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What all runs of an attack have in common. Options, run records and the report take these fields from here.
-
-    Attributes:
-        schedule, warmup_steps: The learning rate's course.
-        max_grad_norm: Gradient clipping, as the Trainer does it; 0 turns it off.
-        weight_decay: As the optimizer takes it.
-        steps: Optimizer steps of every run.
-        batch_size: Sequences of a step, over all processes and passes together.
-        sequence_length: Tokens of a sequence.
-        dtype: The dtype of training. float32 unless memory forbids: in bfloat16, small rates round to nothing, which
-            flatters a defence. ``mixed`` keeps float32 parameters and computes in bfloat16.
-        eval_tasks: Tasks of lm-eval on which accuracy is measured after every run (``specdef-cli[eval]``).
-        stop_at_divergence: Whether a run ends where its held-out loss passes twice its start. Some come back after
-            thousands of steps.
-    """
+    """What all runs of an attack have in common. Options, run records and the report take these fields from here."""
 
     schedule: Schedule = option("constant", "constant, linear or cosine.", metavar="NAME", group="Budget")
     warmup_steps: int = option(0, "Steps of linear warm-up.", metavar="N", group=_TRAINER)
@@ -87,21 +73,11 @@ TrainingText = Annotated[Training, PlainValidator(Training.parse), PlainSerializ
 
 @dataclass(frozen=True)
 class RunSpec(Budget):
-    """One training run. In a record, variant and training stand as users write them.
-
-    Attributes:
-        subject: Whether the control or the model under attack is trained.
-        checkpoint: Fingerprint of the checkpoint (:func:`checkpoint_fingerprint`).
-        data: Fingerprint of the tokens that are trained on and evaluated.
-        variant: What happens to the model before training.
-        training: What is trained.
-        prompts: Fingerprint of the prompts that answers are measured on; empty where none are.
-        optimizer, learning_rate, eval_every, seed: As in :class:`specdef_cli.attack.options.AttackOptions`.
-    """
+    """One training run. In a record, variant and training stand as users write them."""
 
     subject: Subject
-    checkpoint: str
-    data: str
+    checkpoint: str  # fingerprint of the checkpoint (checkpoint_fingerprint)
+    data: str  # fingerprint of the tokens that are trained on and evaluated
     task: Task
     variant: VariantText
     training: TrainingText
@@ -109,7 +85,7 @@ class RunSpec(Budget):
     learning_rate: float
     eval_every: int
     seed: int
-    prompts: str = ""
+    prompts: str = ""  # fingerprint of the prompts that answers are measured on; empty where none are
 
     @property
     def run_id(self) -> str:

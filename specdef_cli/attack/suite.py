@@ -40,38 +40,25 @@ BUDGET = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequence
 
 @dataclass(frozen=True)
 class AttackTable:
-    """One ``[[attacks]]`` table: every combination of its lists.
-
-    Attributes:
-        trainings: What is trained.
-        optimizers: Names of :data:`specdef_cli.attack.optimizers.table.OPTIMIZERS`.
-        variants: What is done to the model first; ``informed`` is what undoes this model's hardening.
-        learning_rates: The rates themselves, or how they are found: decades, or decades and then a search.
-        models: ``chat`` for models with a chat template alone.
-    """
+    """One ``[[attacks]]`` table: every combination of its lists."""
 
     trainings: tuple[Training, ...] = (Training(),)
-    optimizers: tuple[str, ...] = ("adamw",)
+    optimizers: tuple[str, ...] = ("adamw",)  # names of specdef_cli.attack.optimizers.table.OPTIMIZERS
     variants: tuple[Variant | Literal["informed"], ...] = (Variant(),)
+    """What is done to the model first; ``informed`` is what undoes this model's hardening."""
     learning_rates: tuple[float, ...] | RatePolicy = "grid"
-    models: Literal["any", "chat"] = "any"
+    """The rates themselves, or how they are found: decades, or decades and then a search."""
+    models: Literal["any", "chat"] = "any"  # chat for models with a chat template alone
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Attacks and their budget.
-
-    Attributes:
-        name: What the report calls it.
-        attacks: The tables, in order.
-        budget: Some of the options named in :data:`BUDGET`.
-        description: One line for ``--list``.
-    """
+    """Attacks and their budget."""
 
     name: str
     attacks: tuple[AttackTable, ...]
-    budget: dict[str, int] = field(default_factory=dict)
-    description: str = ""
+    budget: dict[str, int] = field(default_factory=dict)  # some of the options named in BUDGET
+    description: str = ""  # one line for --list
 
 
 COPY = "Copy one of the package's suites (attack/suites/) and edit it."

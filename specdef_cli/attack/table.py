@@ -88,19 +88,12 @@ class Table(Mapping[str, RowType], Generic[RowType]):
 
 @dataclass(frozen=True)
 class Factor:
-    """The number after the colon in ``width:2`` and ``lora:16``.
-
-    Attributes:
-        meaning: What it is, for ``--help`` and for messages.
-        default: Where none is given.
-        above: It is larger than this.
-        whole: Whether it is a whole number.
-    """
+    """The number after the colon in ``width:2`` and ``lora:16``."""
 
     meaning: str
     default: float
-    above: float = 0.0
-    whole: bool = True
+    above: float = 0.0  # it is larger than this
+    whole: bool = True  # whether it is a whole number
 
     def parse(self, text: str) -> float:
         """Read a number as users write it: ``2``, ``1.5``, ``2x``, ``2×``."""

@@ -18,28 +18,18 @@ Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"
 
 @dataclass(frozen=True)
 class Target:
-    """What is attacked.
+    """What is attacked."""
 
-    Attributes:
-        manifest: ``None`` for a model that comes without one.
-        task: What it is trained for.
-        data, control, model: Fingerprints.
-        recognised: What the model's weights show of how it was made.
-        prompts: Fingerprint of the prompts that edits tell apart; empty where there are none.
-        asked: Whether every attack is followed by them.
-        chat: Whether the model has a chat template.
-        control_model: Makes the control on the meta device, for trainings that depend on what a model consists of.
-    """
-
-    manifest: Manifest | None
+    manifest: Manifest | None  # None for a model that comes without one
     task: Task
     data: str
     control: str
-    model: str
-    recognised: Recognised
+    model: str  # these three are fingerprints
+    recognised: Recognised  # what the model's weights show of how it was made
     control_model: Callable[[], PreTrainedModel]
-    prompts: str = ""
-    asked: bool = False
+    """Makes the control on the meta device, for trainings that depend on what a model consists of."""
+    prompts: str = ""  # fingerprint of the prompts that edits tell apart; empty where there are none
+    asked: bool = False  # whether every attack is followed by them
     chat: bool = False
 
     @property

@@ -44,15 +44,10 @@ from specdef_cli.model.opened import OpenedModel
 
 @dataclass(frozen=True)
 class Memory:
-    """How the memory of a step is kept down. Curves stay the same but for rounding, so no specification names it.
+    """How the memory of a step is kept down. Curves stay the same but for rounding, so no specification names it."""
 
-    Attributes:
-        accumulation: Passes that the sequences of a step are split into.
-        checkpointing: Compute activations once more in the backward pass instead of keeping them.
-    """
-
-    accumulation: int = 1
-    checkpointing: bool = False
+    accumulation: int = 1  # passes that the sequences of a step are split into
+    checkpointing: bool = False  # compute activations once more in the backward pass instead of keeping them
 
 
 def train_run(

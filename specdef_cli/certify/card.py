@@ -19,44 +19,38 @@ HEADING = "### Attacks"
 
 @dataclass(frozen=True)
 class AttackFigure:
-    """One attack at its best learning rate.
-
-    Attributes:
-        label: What was run.
-        knowledge: ``none``, ``construction`` or ``growth``.
-        learning_rate: The best of those tried.
-        share: Of the progress of the control by the same recipe; ``None`` where the control made none.
-        share_of_best: Of the most that any control of the report made, by any recipe.
-        verdict: ``stopped``, ``slowed``, ``not slowed`` or ``unknown``; of an edit, also ``broken``.
-        refusals: Share of unwanted prompts that the model refuses afterwards; ``None``: not measured.
-        kl: KL divergence (nats) on harmless prompts from the model before the attack; ``None``: not measured.
-    """
+    """One attack at its best learning rate."""
 
     label: str
+    """What was run."""
     knowledge: str
+    """``none``, ``construction`` or ``growth``."""
     learning_rate: float
+    """The best of those tried."""
     share: float | None
+    """Of the progress of the control by the same recipe; ``None`` where the control made none."""
     share_of_best: float | None
+    """Of the most that any control of the report made, by any recipe."""
     verdict: str
+    """``stopped``, ``slowed``, ``not slowed`` or ``unknown``; of an edit, also ``broken``."""
     refusals: float | None = None
+    """Share of unwanted prompts that the model refuses afterwards; ``None``: not measured."""
     kl: float | None = None
+    """KL divergence (nats) on harmless prompts from the model before the attack; ``None``: not measured."""
 
 
 @dataclass(frozen=True)
 class Resistance:
-    """What was tried, at which budget, and what got through.
-
-    Attributes:
-        model: The model that was attacked, as the report names it.
-        data: What was trained on.
-        budget: In words.
-        attacks: Those on the hardened model.
-    """
+    """What was tried, at which budget, and what got through."""
 
     model: str
+    """The model that was attacked, as the report names it."""
     data: str
+    """What was trained on."""
     budget: str
+    """In words."""
     attacks: tuple[AttackFigure, ...]
+    """Those on the hardened model."""
 
     @property
     def got_through(self) -> tuple[AttackFigure, ...]:

@@ -37,78 +37,68 @@ LOSS_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement that was put to the test.
-
-    Attributes:
-        name: ``function``, ``spectrum`` or ``curvature``.
-        holds: ``None`` where it could not be tested.
-        sentence: What was found, with its criterion.
-    """
+    """A statement that was put to the test."""
 
     name: str
+    """``function``, ``spectrum`` or ``curvature``."""
     holds: bool | None
+    """``None`` where it could not be tested."""
     sentence: str
+    """What was found, with its criterion."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where figures come from. Hashes are sha256, in hexadecimal.
-
-    Attributes:
-        date: When the measurement ended, UTC, ISO 8601.
-        versions: Of Python, of this package and of the libraries that compute, by name.
-        platform: The machine's kind, e.g. ``Linux-x86_64``.
-        device: Where curvature and formats were measured; the function is compared on the CPU.
-        seed: Seed of the hardening.
-        hardened, base: Hashes of ``config.json``, of every safetensors file and of the code that it brings, by name.
-        manifest: Hash of the manifest as it is published (:meth:`specdef_cli.checkpoint.manifest.Manifest.published`).
-        text: Hash of the text that loss was measured on; ``None`` for a model without tokens.
-        attack_report: Hash of ``report.json``, which names its data, budget and seeds; ``None`` without one.
-    """
+    """Where figures come from. Hashes are sha256, in hexadecimal."""
 
     date: str
+    """When the measurement ended, UTC, ISO 8601."""
     versions: dict[str, str]
+    """Of Python, of this package and of the libraries that compute, by name."""
     platform: str
+    """The machine's kind, e.g. ``Linux-x86_64``."""
     device: str
+    """Where curvature and formats were measured; the function is compared on the CPU."""
     seed: int
+    """Seed of the hardening."""
     hardened: dict[str, str] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)
+    """Hashes of ``config.json``, of every safetensors file and of the code that it brings, by name."""
     manifest: str = ""
+    """Hash of the manifest as it is published (:meth:`specdef_cli.checkpoint.manifest.Manifest.published`)."""
     text: str | None = None
+    """Hash of the text that loss was measured on; ``None`` for a model without tokens."""
     attack_report: str | None = None
+    """Hash of ``report.json``, which names its data, budget and seeds; ``None`` without one."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Everything that was measured of a hardened checkpoint.
-
-    Attributes:
-        format: Version of the file's shape, :data:`FORMAT_VERSION`.
-        holds: Whether no claim failed.
-        specdef_version: The version of this package that measured.
-        model, base: Hub ids, or the last part of the directories' paths.
-        provenance: What exactly was measured, when, with what.
-        claims: What was put to the test.
-        function, spectrum: The figures.
-        curvature: Before and after; ``None`` where it was not measured.
-        deployment: Formats that were measured.
-        resistance: What the attack report says; ``None`` where none was given.
-        digest: sha256 of this file's data with an empty digest, keys sorted, without spaces.
-    """
+    """Everything that was measured of a hardened checkpoint."""
 
     format: Literal[3]
+    """Version of the file's shape, :data:`FORMAT_VERSION`."""
     holds: bool
+    """Whether no claim failed."""
     specdef_version: str
+    """The version of this package that measured."""
     model: str
     base: str
+    """Hub id, or the last part of the directory's path; so is ``model``."""
     provenance: Provenance
+    """What exactly was measured, when, with what."""
     claims: tuple[Claim, ...]
+    """What was put to the test."""
     function: FunctionFigures
     spectrum: SpectrumFigures
     curvature: tuple[CurvatureFigures, CurvatureFigures] | None
+    """Before and after; ``None`` where it was not measured."""
     deployment: tuple[FormatFigure, ...]
+    """Formats that were measured."""
     resistance: Resistance | None
+    """What the attack report says; ``None`` where none was given."""
     digest: str = ""
+    """sha256 of this file's data with an empty digest, keys sorted, without spaces."""
 
     def sealed(self) -> Certificate:
         """The certificate with its digest."""

@@ -52,22 +52,19 @@ ROUGH, ROUGH_PRODUCTS = 0.1, 5
 
 @dataclass(frozen=True)
 class Curvature:
-    """The eigenvalue of largest modulus of a loss Hessian.
-
-    Attributes:
-        eigenvalue: λ, with its sign: vᵀHv for the unit vector v that was found. Converged or not, |λ| ≤ σ₁.
-        residual: ‖Hv − λv‖/|λ|, from a product that was taken for it alone. There is an eigenvalue within this share
-            of λ. 0 where the Hessian is zero.
-        converged: Whether the residual is within the tolerance that was asked for.
-        products: Hessian-vector products that this took.
-        parameters: The Hessian's side: the number of parameters it is taken over.
-    """
+    """The eigenvalue of largest modulus of a loss Hessian."""
 
     eigenvalue: float
+    """λ, with its sign: vᵀHv for the unit vector v that was found. Converged or not, |λ| ≤ σ₁."""
     residual: float
+    """‖Hv − λv‖/|λ|, from a product that was taken for it alone. There is an eigenvalue within this share of λ. 0 where
+    the Hessian is zero."""
     converged: bool
+    """Whether the residual is within the tolerance that was asked for."""
     products: int
+    """Hessian-vector products that this took."""
     parameters: int
+    """The Hessian's side: the number of parameters it is taken over."""
 
     @property
     def value(self) -> float:
@@ -230,17 +227,14 @@ def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class CurvatureFigures:
-    """The curvature of one checkpoint's loss on a small batch.
-
-    Attributes:
-        top: Of the whole Hessian, or the largest of its diagonal blocks.
-        block: Which block that is; ``None`` for the whole.
-        largest_stable_rate: 2/σ₁.
-    """
+    """The curvature of one checkpoint's loss on a small batch."""
 
     top: Curvature
+    """Of the whole Hessian, or the largest of its diagonal blocks."""
     block: str | None
+    """Which block that is; ``None`` for the whole."""
     largest_stable_rate: float
+    """2/σ₁."""
 
 
 def measure_curvature(

@@ -83,25 +83,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FormatFigure:
-    """How base and hardened checkpoint fare in one format.
-
-    Attributes:
-        format: A key of :data:`FORMATS`.
-        tool: Who makes the format.
-        measure: ``loss`` is the mean next-token cross-entropy in nats; ``relative error`` is ‖y − y₀‖/‖y₀‖, y₀ the
-            base's float32 outputs on a fixed batch.
-        base, hardened: The measure of each in this format; ``None`` where it is not finite or was not measured.
-        status: The hardened figure against the base's, by :data:`LIMITS`; refused where the tool stopped with an error.
-        note: Why it was skipped or refused.
-    """
+    """How base and hardened checkpoint fare in one format."""
 
     format: str
+    """A key of :data:`FORMATS`."""
     tool: str
+    """Who makes the format."""
     measure: Measure
+    """``loss`` is the mean next-token cross-entropy in nats; ``relative error`` is ‖y − y₀‖/‖y₀‖, y₀ the base's float32
+    outputs on a fixed batch."""
     base: float | None
     hardened: float | None
+    """Its measure in this format, as the base's; ``None`` where it is not finite or was not measured."""
     status: Status
+    """The hardened figure against the base's, by :data:`LIMITS`; refused where the tool stopped with an error."""
     note: str = ""
+    """Why it was skipped or refused."""
 
     @property
     def verdict(self) -> str:

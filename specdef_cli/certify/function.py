@@ -58,25 +58,21 @@ save_file({"outputs": (found["logits"] if "logits" in found else found[0]).conti
 
 @dataclass(frozen=True)
 class FunctionFigures:
-    """How the hardened checkpoint's function compares with the base's, both in their stored dtype.
-
-    Attributes:
-        outputs: Outputs on a fixed batch of random inputs.
-        base_loss, hardened_loss: Mean next-token cross-entropy (nats) on text; ``None`` for other models than causal
-            language models.
-        greedy_agreement: Share of greedily generated tokens that are the same; ``None`` likewise.
-        changed_files: Weight files whose sha256 is not the manifest's.
-        fresh_process_equal: Whether a process that imports transformers alone computes the same outputs, bit for bit.
-        fresh_process_error: What that process said if it failed.
-    """
+    """How the hardened checkpoint's function compares with the base's, both in their stored dtype."""
 
     outputs: OutputComparison
+    """Outputs on a fixed batch of random inputs."""
     base_loss: float | None
     hardened_loss: float | None
+    """Mean next-token cross-entropy (nats) on text; ``None`` for other models than causal language models."""
     greedy_agreement: float | None
+    """Share of greedily generated tokens that are the same; ``None`` likewise."""
     changed_files: tuple[str, ...]
+    """Weight files whose sha256 is not the manifest's."""
     fresh_process_equal: bool
+    """Whether a process that imports transformers alone computes the same outputs, bit for bit."""
     fresh_process_error: str = ""
+    """What that process said if it failed."""
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,14 @@ SMALLEST = 1e-3
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """The top of one inflated layer's spectrum.
-
-    Attributes:
-        module: Path of the layer.
-        planned: α times the k largest singular values of W, largest first.
-        measured: The k largest singular values of the stored W~; infinite where it holds NaN or infinity.
-    """
+    """The top of one inflated layer's spectrum."""
 
     module: str
+    """Path of the layer."""
     planned: tuple[float, ...]
+    """α times the k largest singular values of W, largest first."""
     measured: tuple[float, ...]
+    """The k largest singular values of the stored W~; infinite where it holds NaN or infinity."""
 
     @property
     def worst(self) -> float:
@@ -52,19 +49,16 @@ class LayerSpectrum:
 
 @dataclass(frozen=True)
 class SpectrumFigures:
-    """What the stored weights turned out to be.
-
-    Attributes:
-        layers: The layers that are stored as factors.
-        folded_tensors: How many tensors a fold changed.
-        deviating: Names of those that are not the base's times the manifest's powers of two.
-        largest_exponent: Of the fold; 0 without one.
-    """
+    """What the stored weights turned out to be."""
 
     layers: tuple[LayerSpectrum, ...]
+    """The layers that are stored as factors."""
     folded_tensors: int
+    """How many tensors a fold changed."""
     deviating: tuple[str, ...]
+    """Names of those that are not the base's times the manifest's powers of two."""
     largest_exponent: int
+    """Of the fold; 0 without one."""
 
     @property
     def as_planned(self) -> bool:

@@ -32,7 +32,7 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
         from specdef_cli.checkpoint.resolve import locate  # here: --help needs no huggingface_hub
 
-        locate(model, None, None)  # raises with what is wrong, before anything is asked of the Hub
+        locate(model)  # raises with what is wrong, before anything is asked of the Hub
     return None
 
 

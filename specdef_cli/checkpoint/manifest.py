@@ -35,19 +35,16 @@ ScaledKind = Literal["linear", "embedding", "head", "norm"]
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """Where the hardened weights came from.
-
-    Attributes:
-        name: Hub id (``org/name``) or the last part of a directory's path.
-        revision: The revision asked for; ``None`` for a directory.
-        commit: The commit hash that the revision resolved to; ``None`` for a directory.
-        hub_id: Where a directory's weights are on the Hub, if the user said so.
-    """
+    """Where the hardened weights came from."""
 
     name: str
+    """Hub id (``org/name``) or the last part of a directory's path."""
     revision: str | None = None
+    """The revision asked for; ``None`` for a directory."""
     commit: str | None = None
+    """The commit hash that the revision resolved to; ``None`` for a directory."""
     hub_id: str | None = None
+    """Where a directory's weights are on the Hub, if the user said so."""
 
     @property
     def hub_name(self) -> str | None:
@@ -66,20 +63,18 @@ class FactoredLayer(LinearLayer):
 
     ``bias`` and ``transposed`` describe the base checkpoint: the factors are never stored transposed. In the hardened
     checkpoint ``tensor`` names the tombstone.
-
-    Attributes:
-        alpha: Factor by which the top singular values were multiplied.
-        top_k: How many singular values were inflated.
-        gauge: Which factorization W = C·W~ is stored.
-        singular_values: The ``top_k`` largest singular values of W, largest first (Ritz values of the computed basis).
-        reconstruction_error: ‖C(W~X) − WX‖/‖WX‖ on Gaussian probes X, through the stored factors.
     """
 
     alpha: float
+    """Factor by which the top singular values were multiplied."""
     top_k: int
+    """How many singular values were inflated."""
     gauge: Gauge
+    """Which factorization W = C·W~ is stored."""
     singular_values: tuple[float, ...]
+    """The ``top_k`` largest singular values of W, largest first (Ritz values of the computed basis)."""
     reconstruction_error: float
+    """‖C(W~X) − WX‖/‖WX‖ on Gaussian probes X, through the stored factors."""
 
     @property
     def inflated_tensor(self) -> str:
@@ -99,41 +94,35 @@ class FactoredLayer(LinearLayer):
 
 @dataclass(frozen=True)
 class FoldedPair:
-    """A symmetric pair of weights whose shared channels were rescaled in opposite directions.
-
-    Attributes:
-        name: Where, e.g. ``model.layers.0.self_attn.value_output``.
-        kind: Which symmetry, e.g. ``value_output``.
-        channels: The channels of the pair that were rescaled.
-        exponents: log2 of the factor of each channel.
-        slices: Every tensor slice that was multiplied; undoing the fold multiplies each by 2**-exponent.
-        given_up: Share of the energy that the readers put out, which a format that loses these channels loses; ``None``
-            where they were not chosen by that.
-    """
+    """A symmetric pair of weights whose shared channels were rescaled in opposite directions."""
 
     name: str
+    """Where, e.g. ``model.layers.0.self_attn.value_output``."""
     kind: str
+    """Which symmetry, e.g. ``value_output``."""
     channels: tuple[int, ...]
+    """The channels of the pair that were rescaled."""
     exponents: tuple[int, ...]
+    """log2 of the factor of each channel."""
     slices: tuple[ScaledSlice, ...]
+    """Every tensor slice that was multiplied; undoing the fold multiplies each by 2**-exponent."""
     given_up: float | None = None
+    """Share of the energy that the readers put out, which a format that loses these channels loses; ``None`` where they
+    were not chosen by that."""
 
 
 @dataclass(frozen=True)
 class ScaledChannels:
-    """Channels of a weight that were multiplied by powers of two.
-
-    Attributes:
-        axis: The dimension of the weight that they count along.
-        indices: Positions along ``axis``.
-        exponents: The weight is scaled by 2**exponent at each of them.
-        period: Where given, all positions that leave such a remainder are scaled alike: the tokens of a vocabulary.
-    """
+    """Channels of a weight that were multiplied by powers of two."""
 
     axis: int
+    """The dimension of the weight that they count along."""
     indices: tuple[int, ...]
+    """Positions along ``axis``."""
     exponents: tuple[int, ...]
+    """The weight is scaled by 2**exponent at each of them."""
     period: int | None = None
+    """Where given, all positions that leave such a remainder are scaled alike: the tokens of a vocabulary."""
 
     def along(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Every position on an axis of this length that is scaled, and its exponent."""
@@ -146,29 +135,26 @@ class ScaledChannels:
 
 @dataclass(frozen=True)
 class ScaledModule:
-    """A module whose weight was scaled by channel, and which undoes the scale when it runs.
-
-    Attributes:
-        module: Path in the transformers model.
-        kind: What it does with its weight.
-        tensor: Name of the weight in the base checkpoint's files.
-        stem: What the names of its tensors in the hardened checkpoint's files begin with.
-        shape: Of the weight.
-        bias: Name of the bias in the base checkpoint's files, or ``None``; it is scaled with the output.
-        output, input: What was scaled on the side of the module's output and of its input.
-        tied_to: Module whose weight a head shares, and whose output channels are the head's input; the weight is stored
-            once, with that module.
-    """
+    """A module whose weight was scaled by channel, and which undoes the scale when it runs."""
 
     module: str
+    """Path in the transformers model."""
     kind: ScaledKind
+    """What it does with its weight."""
     tensor: str
+    """Name of the weight in the base checkpoint's files."""
     stem: str
+    """What the names of its tensors in the hardened checkpoint's files begin with."""
     shape: tuple[int, ...]
+    """Of the weight."""
     bias: str | None = None
+    """Name of the bias in the base checkpoint's files, or ``None``; it is scaled with the output."""
     output: ScaledChannels | None = None
     input: ScaledChannels | None = None
+    """What was scaled on the side of the module's input; ``output`` likewise."""
     tied_to: str | None = None
+    """Module whose weight a head shares, and whose output channels are the head's input; the weight is stored once,
+    with that module."""
 
     @property
     def tombstone(self) -> str:
@@ -213,37 +199,34 @@ class ScaledModule:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that is known about a hardened directory.
-
-    Attributes:
-        format: Version of the file's shape, :data:`FORMAT_VERSION`.
-        specdef_version: The version of this package that wrote it.
-        method: ``fold``, ``scale`` or ``factors``.
-        base: The checkpoint that was hardened.
-        dtype: The dtype the changed tensors are stored in, as torch names it (``bfloat16``).
-        seed: Seed of the randomized basis.
-        profile: The fold's profile; ``None`` without a fold.
-        folded: The rescaled pairs.
-        scaled: The modules that undo a scale of their own weight.
-        factored: The linears that were replaced by two factors.
-        shards: sha256 of every safetensors file.
-        verification: Figures of the verification before publication; empty when it was skipped.
-    """
+    """Everything that is known about a hardened directory."""
 
     __pydantic_config__: ClassVar[ConfigDict] = {"strict": True, "extra": "forbid"}
 
     format: Literal[2]
+    """Version of the file's shape, :data:`FORMAT_VERSION`."""
     specdef_version: str
+    """The version of this package that wrote it."""
     method: Method
+    """``fold``, ``scale`` or ``factors``."""
     base: BaseCheckpoint
+    """The checkpoint that was hardened."""
     dtype: str
+    """The dtype the changed tensors are stored in, as torch names it (``bfloat16``)."""
     seed: int
+    """Seed of the randomized basis."""
     profile: str | None = None
+    """The fold's profile; ``None`` without a fold."""
     folded: tuple[FoldedPair, ...] = ()
+    """The rescaled pairs."""
     scaled: tuple[ScaledModule, ...] = ()
+    """The modules that undo a scale of their own weight."""
     factored: tuple[FactoredLayer, ...] = ()
+    """The linears that were replaced by two factors."""
     shards: dict[str, str] = field(default_factory=dict)
+    """sha256 of every safetensors file."""
     verification: dict[str, Any] = field(default_factory=dict)
+    """Figures of the verification before publication; empty when it was skipped."""
 
     @property
     def parameters_added(self) -> int:
@@ -366,7 +349,7 @@ def last_part(directory: Path) -> str:
 def remember_base(manifest: Manifest, base: Path) -> None:
     """Note on this machine where the base of a manifest lies, which the manifest does not say of a directory."""
     with contextlib.suppress(OSError):  # it will have to be named with --base
-        write_durably(_memory_of(manifest), str(base.resolve()))
+        write_durably(_memory_of(manifest), os.fsencode(base.resolve()))
 
 
 def _memory_of(manifest: Manifest) -> Path:
@@ -383,8 +366,8 @@ def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
         return base.name, base.commit or base.revision
     path = Path(base.name).expanduser()
     places = [path] if path.is_absolute() else [path, *(parent / path for parent in directory.resolve().parents)]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        places.insert(0, Path(_memory_of(manifest).read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError):
+        places.insert(0, Path(os.fsdecode(_memory_of(manifest).read_bytes())))
     found = next((place for place in places if (place / "config.json").is_file()), None)
     if found is not None:
         return str(found), None

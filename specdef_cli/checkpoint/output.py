@@ -39,12 +39,8 @@ def work_directory(final: Path) -> Path:
     return final / f".{final.name}{WORK_SUFFIX}" if final.is_dir() and not beside.is_dir() else beside
 
 
-def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> None:
-    """Refuse an output that is taken, lies in its own input, or does not fit on the disk.
-
-    Args:
-        arriving: How many bytes of the input are still to be downloaded.
-    """
+def check_output(final: Path, source: Path, nbytes: int) -> None:
+    """Refuse an output that is taken, lies in its own input, or does not fit on the disk."""
     require_outside(final, source)
     require_free(final)
     existing = writable_ancestor(work_directory(final).resolve().parent)
@@ -54,12 +50,6 @@ def check_output(final: Path, source: Path, nbytes: int, arriving: int = 0) -> N
         raise SpecDefError(
             f"the output needs {nbytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB free",
             "Free some space, or choose another --out.",
-        )
-    if nbytes + arriving > free and existing.stat().st_dev == source.stat().st_dev:
-        raise SpecDefError(
-            f"the output and the download need {(nbytes + arriving) / 1e9:.1f} GB, and the disk of {existing} and the "
-            f"Hub's cache has {free / 1e9:.1f} GB free",
-            "Free some space, choose another --out, or set HF_HOME to a directory on a larger disk.",
         )
 
 

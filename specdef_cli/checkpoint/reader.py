@@ -1,7 +1,4 @@
-"""What a checkpoint directory names: its configuration, and the files that its weights are in.
-
-Nothing here opens a weight file, so that it serves what is still arriving too.
-"""
+"""A checkpoint directory: its configuration, the files that its weights are in, and reading from them."""
 
 from __future__ import annotations
 
@@ -10,11 +7,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,19 +31,6 @@ from specdef_cli.checkpoint.links import require_inside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.other_directories import no_config, no_weights, require_plain
 from specdef_cli.errors import ResumableError, SpecDefError
-
-if TYPE_CHECKING:
-    from specdef_cli.checkpoint.arriving import ArrivingWeights
-
-
-def weight_files(directory: Path, arriving: Collection[str] = ()) -> tuple[str, ...]:
-    """The weight files that a checkpoint directory names, in the order in which they are read."""
-    library = library_of(read_config(directory))
-    index_path = directory / library.index_file
-    present = {path.name for path in (directory / library.single_file, index_path) if path.is_file()}
-    if entry_file(library, {*present, *arriving}) != library.index_file:
-        return (library.single_file,)
-    return tuple(name for name in ordered_shards(weight_map_of(index_path)) if isinstance(name, str))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -68,12 +52,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def entry_file(library: Library, present: Collection[str]) -> str | None:
-    """The file that the library starts from, the single one or the index, where it would find both."""
-    order = (library.single_file, library.index_file)
-    return next((name for name in (order if library.single_file_first else order[::-1]) if name in present), None)
-
-
 def weight_map_of(index_path: Path) -> dict[str, Any]:
     """Tensor name → shard, as an index has them."""
     try:
@@ -82,11 +60,6 @@ def weight_map_of(index_path: Path) -> dict[str, Any]:
     except (*INVALID_JSON, OSError) as error:
         raise SpecDefError(f"{index_path.name} is not a valid index: {error}", "Fetch the file again.") from error
     return dict(weight_map)
-
-
-def ordered_shards(weight_map: Mapping[str, Any]) -> list[Any]:
-    """The shards of an index, in the order in which they are read. What a broken index names may be no text."""
-    return sorted(set(weight_map.values()), key=str)
 
 
 INDEX_FILE = TRANSFORMERS.index_file
@@ -99,17 +72,15 @@ class Checkpoint:
     Attributes:
         config: ``config.json``.
         tensors: Headers by tensor name, in the order of the shards and of the data within them.
-        arriving: The shards that are not there yet; ``None`` if all are.
     """
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
-    arriving: ArrivingWeights | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle for the workers of ``--jobs``: a mapping proxy has no pickle."""
-        return Checkpoint, (self.directory, dict(self.config), dict(self.tensors), self.arriving)
+        return Checkpoint, (self.directory, dict(self.config), dict(self.tensors))
 
     @property
     def library(self) -> Library:
@@ -138,21 +109,10 @@ class Checkpoint:
         return self._read_bytes(header, 0, header.nbytes).view(TORCH_DTYPES[header.dtype]).view(header.shape)
 
     def read_rows(self, name: str, rows: range) -> Tensor:
-        """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows.
-
-        Rows of a shard that is still on its way are read from where it comes from.
-        """
+        """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows."""
         header = self.tensors[name]
         width = header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
-        offset, count = rows.start * width, len(rows) * width
-        part = None
-        if self.arriving is not None and count:
-            part = self.arriving.part(header.shard, header.begin + offset, header.begin + offset + count)
-        data = (
-            self._read_bytes(header, offset, count)
-            if part is None
-            else torch.frombuffer(bytearray(part), dtype=torch.uint8)
-        )
+        data = self._read_bytes(header, rows.start * width, len(rows) * width)
         return data.view(TORCH_DTYPES[header.dtype]).view(len(rows), header.shape[-1])
 
     def row_blocks(self, name: str, nbytes: int) -> Iterator[tuple[int, Tensor]]:
@@ -179,8 +139,6 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def _reading(self, header: TensorHeader, offset: int = 0) -> Iterator[io.FileIO]:
-        if self.arriving is not None:
-            self.arriving.wait(header.shard)
         try:
             with (self.directory / header.shard).open("rb", buffering=0) as file:
                 file.seek(header.begin + offset)
@@ -192,7 +150,7 @@ class Checkpoint:
             ) from error
 
 
-def open_checkpoint(directory: Path, arriving: ArrivingWeights | None = None) -> Checkpoint:
+def open_checkpoint(directory: Path) -> Checkpoint:
     """Read ``config.json`` and the headers of every shard of a checkpoint directory."""
     for name in ("config.json", INDEX_FILE, DIFFUSERS.index_file, "README.md", MANIFEST_NAME):
         if (directory / name).exists():
@@ -202,37 +160,25 @@ def open_checkpoint(directory: Path, arriving: ArrivingWeights | None = None) ->
     config = read_config(directory)
     library = library_of(config)
     require_plain(directory, config, library)
-    here = (path.name for path in (directory / library.single_file, directory / library.index_file) if path.is_file())
-    named = entry_file(library, {*here, *((library.single_file,) if _arrives(arriving, library) else ())})
+    order = (library.single_file, library.index_file)[:: 1 if library.single_file_first else -1]
+    named = next((name for name in order if (directory / name).is_file()), None)
     tensors: Mapping[str, TensorHeader]
     if named == library.index_file:
-        tensors = _read_sharded(directory, directory / named, arriving)
+        tensors = _read_sharded(directory, directory / named)
     elif named == library.single_file:
-        tensors = _shard_headers(directory, named, library.index_file, arriving)
+        tensors = read_headers(_inside(directory, named, library.index_file))
     else:
         raise no_weights(directory, library)
     if not tensors:
         raise SpecDefError(f"{directory} holds no tensors", "Fetch the checkpoint again.")
-    return Checkpoint(directory, MappingProxyType(config), MappingProxyType(dict(tensors)), arriving)
+    return Checkpoint(directory, MappingProxyType(config), MappingProxyType(dict(tensors)))
 
 
-def _arrives(arriving: ArrivingWeights | None, library: Library) -> bool:
-    return arriving is not None and library.single_file in arriving
-
-
-def _shard_headers(
-    directory: Path, shard: Any, index: str, arriving: ArrivingWeights | None
-) -> Mapping[str, TensorHeader]:
-    if arriving is not None and shard in arriving:
-        return arriving.headers(shard)
-    return read_headers(_inside(directory, shard, index))
-
-
-def _read_sharded(directory: Path, index_path: Path, arriving: ArrivingWeights | None) -> dict[str, TensorHeader]:
+def _read_sharded(directory: Path, index_path: Path) -> dict[str, TensorHeader]:
     weight_map = weight_map_of(index_path)
     tensors: dict[str, TensorHeader] = {}
-    for shard in ordered_shards(weight_map):
-        for name, header in _shard_headers(directory, shard, index_path.name, arriving).items():
+    for shard in sorted(set(weight_map.values()), key=str):  # what a broken index names may be no text
+        for name, header in read_headers(_inside(directory, shard, index_path.name)).items():
             if name in tensors:
                 raise SpecDefError(
                     f"{name} is in {tensors[name].shard} and in {shard}", "Fetch the checkpoint again: it is mixed up."

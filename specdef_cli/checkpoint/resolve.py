@@ -1,16 +1,18 @@
-"""One commit of a repository on the Hub: its files into the cache, or parts of them, and what may go wrong."""
+"""From what a user typed to a directory on this disk, through the Hub's cache, and what may go wrong on the way."""
 
 from __future__ import annotations
 
 import errno
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DryRunFileInfo, HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import DryRunFileInfo, HfApi, snapshot_download
 from huggingface_hub.errors import (
     DryRunError,
     GatedRepoError,
@@ -20,78 +22,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm
+from huggingface_hub.utils import tqdm
 
-from specdef_cli.checkpoint.downloads import Downloads
 from specdef_cli.checkpoint.manifest import last_part
 from specdef_cli.checkpoint.other_directories import held_instead
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
 from specdef_cli.errors import SpecDefError, clean_token, first_line
-
-PARTIAL_CONTENT = 206
-# As many as huggingface_hub takes for a snapshot.
-WORKERS = 8
-
-
-class NoPartsError(Exception):
-    """The server sends whole files only."""
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One commit of a repository.
-
-    Attributes:
-        repository: ``org/name``.
-        revision: What the user called the commit; ``None`` is the default branch.
-        token: Hub token; ``None`` leaves the choice to huggingface_hub.
-    """
-
-    repository: str
-    revision: str | None
-    sha: str
-    directory: Path
-    token: str | None
-
-    def fetch(self, name: str, bar: type[tqdm]) -> None:
-        """Download a file into the cache, if it is not there.
-
-        Raises:
-            Exception: Whatever huggingface_hub raises.
-        """
-        hf_hub_download(self.repository, name, revision=self.sha, token=self.token, tqdm_class=bar)
-
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """Bytes ``begin`` to ``end`` of a file, from the Hub.
-
-        Raises:
-            NoPartsError: It has sent something else.
-            Exception: Whatever huggingface_hub raises.
-        """
-        headers = build_hf_headers(token=self.token)
-        headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        url = hf_hub_url(self.repository, name, revision=self.sha)
-        with http_stream_backoff(
-            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, max_retries=2
-        ) as response:
-            hf_raise_for_status(response)
-            if response.status_code != PARTIAL_CONTENT:
-                raise NoPartsError
-            data = bytes(response.read())
-        if len(data) != end - begin:
-            raise NoPartsError
-        return data
-
-
-def download_all(commit: Commit, names: Sequence[str]) -> None:
-    """Download files into the cache; whatever ends this ends the downloads."""
-    downloads = Downloads(names, commit.fetch, WORKERS)
-    try:
-        downloads.wait_for_all()
-    except Exception as error:
-        raise not_available(commit.repository, commit.revision, error) from error
-    finally:
-        downloads.close()
+from specdef_cli.waiting import first_completed
 
 
 def status_of(error: BaseException) -> int | None:
@@ -163,28 +100,46 @@ class Resolved:
         return self.name if self.commit else last_part(self.directory)
 
 
-def resolve(model: str, *, revision: str | None = None, token: str | None = None) -> Resolved:
+def resolve(
+    model: str, *, revision: str | None = None, token: str | None = None, output: Path | None = None
+) -> Resolved:
     """Find ``model`` on disk, downloading it from the Hub if it is not a directory.
 
     Args:
         model: A directory, or a Hub id ``org/name``, optionally ``org/name@revision``.
         revision: Branch, tag or commit; the same as the part after ``@``.
         token: Hub token; by default huggingface_hub looks for ``HF_TOKEN`` and the stored login.
+        output: Where as much will be written once more.
     """
-    where = locate(model, revision, token)
-    if isinstance(where, Resolved):
-        return where
-    commit, missing = where
-    download_all(commit, [file.filename for file in missing])
-    return resolved(commit)
-
-
-def locate(model: str, revision: str | None, token: str | None) -> Resolved | tuple[Commit, list[DryRunFileInfo]]:
-    """Where ``model`` is: on this disk, or else its commit and the files that its snapshot lacks."""
     token = clean_token(token)
+    place = locate(model, revision)
+    if isinstance(place, Path):
+        return Resolved(place, model)
+    repository, revision = place
+    arguments: dict[str, Any] = {"token": token, "ignore_patterns": IGNORED_DOWNLOADS}
+    try:
+        try:
+            files = snapshot_download(repository, revision=revision, dry_run=True, tqdm_class=_HiddenBar, **arguments)
+            commit = files[0].commit_hash if files else revision
+        except DryRunError:  # the Hub cannot be asked: the cache may have it nevertheless
+            files, commit = None, revision
+        if files is not None:
+            _require_safetensors(repository, revision, token, [file.filename for file in files])
+            _require_space(repository, files, output)
+        directory = _download(repository, revision=commit, **arguments)
+    except SpecDefError:
+        raise
+    except Exception as error:
+        # Not only huggingface_hub's own errors: those of the HTTP library underneath escape it, and that one changes.
+        raise not_available(repository, revision, error) from error
+    return Resolved(directory, repository, revision or "main", directory.name)
+
+
+def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | None]:
+    """The directory that ``model`` names, or else the repository and revision; what can be neither is refused."""
     path = Path(model).expanduser()
     if model and path.is_dir():
-        return Resolved(path, model)
+        return path
     if model and path.exists():
         held = held_instead([path.name], str(path.parent))
         if held is not None:
@@ -193,77 +148,71 @@ def locate(model: str, revision: str | None, token: str | None) -> Resolved | tu
     repository, _, suffix = model.partition("@")
     if suffix and revision and suffix != revision:
         raise SpecDefError(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
-    revision = revision or suffix or None
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
         raise SpecDefError(f"{model!r} is neither a directory nor a Hub id", "Check the path, or give org/name.")
-    try:
+    return repository, revision or suffix or None
+
+
+def _download(repository: str, **arguments: Any) -> Path:
+    """Download a snapshot in a thread that Ctrl-C ends; huggingface_hub would finish the files that are under way."""
+    stopped = threading.Event()
+    done: Future[str] = Future()
+
+    class Bar(tqdm):
+        """huggingface_hub's own bar, which it tells of every piece that has arrived."""
+
+        def update(self, n: float | None = 1) -> Any:
+            if stopped.is_set():
+                raise CancelledError
+            return super().update(n)
+
+    def download() -> None:
         try:
-            files = snapshot_download(
-                repository,
-                revision=revision,
-                token=token,
-                ignore_patterns=IGNORED_DOWNLOADS,
-                dry_run=True,
-                tqdm_class=_HiddenBar,
-            )
-        except DryRunError:  # the Hub cannot be asked: the cache may have it nevertheless
-            files = []
-        if not files:
-            directory = Path(
-                snapshot_download(repository, revision=revision, token=token, ignore_patterns=IGNORED_DOWNLOADS)
-            )
-    except Exception as error:
-        # Not only huggingface_hub's own errors: those of the HTTP library underneath escape it, and that one changes.
-        raise not_available(repository, revision, error) from error
-    if not files:
-        if not directory.is_dir():
-            _require_safetensors(Commit(repository, revision, directory.name, directory, token), ())
-            raise SpecDefError(
-                f"{repository} holds no file that is read here", "Check the spelling, and what the repository holds."
-            )
-        return Resolved(directory, repository, revision or "main", directory.name)
-    first = files[0]
-    directory = Path(first.local_path).parents[first.filename.count("/")]
-    commit = Commit(repository, revision, directory.name, directory, token)
-    _require_safetensors(commit, [file.filename for file in files])
-    missing = [file for file in files if not Path(file.local_path).exists()]
-    _require_space(commit, bytes_to_download(missing))
-    return (commit, missing) if missing else resolved(commit)
+            done.set_result(snapshot_download(repository, tqdm_class=Bar, **arguments))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=download, daemon=True).start()
+    try:
+        first_completed({done})
+    finally:
+        stopped.set()
+    return Path(done.result())
 
 
-def _require_safetensors(commit: Commit, names: Iterable[str]) -> None:
+def _require_safetensors(repository: str, revision: str | None, token: str | None, names: Sequence[str]) -> None:
     """Refuse a repository of weights in other formats, before anything of it is downloaded."""
     if any(name.endswith(SAFETENSORS) for name in names):
         return
-    try:
-        there = HfApi(token=commit.token).list_repo_files(commit.repository, revision=commit.sha)
-    except Exception as error:
-        raise not_available(commit.repository, commit.revision, error) from error
-    held = held_instead((name for name in there if "/" not in name), commit.repository)
+    there = HfApi(token=token).list_repo_files(repository, revision=revision)
+    held = held_instead((name for name in there if "/" not in name), repository)
     if held is not None:
-        raise SpecDefError(f"{commit.repository} has only {held[0]}", held[1])
-
-
-def bytes_to_download(missing: Iterable[DryRunFileInfo]) -> int:
-    """What files will take in the cache; the contents of some may be there already, under another commit."""
-    return sum(file.file_size or 0 for file in missing if file.will_download)
-
-
-def _require_space(commit: Commit, nbytes: int) -> None:
-    """Refuse a download for which the disk is too small, before any of it is written."""
-    cache = commit.directory.parents[2]  # <cache>/models--org--name/snapshots/<commit>
-    existing = next(place for place in (cache, *cache.parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if nbytes > free:
+        raise SpecDefError(f"{repository} has only {held[0]}", held[1])
+    if not names:
         raise SpecDefError(
-            f"{commit.repository} needs {nbytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB free",
-            "Free some space, or set HF_HOME to a directory on a larger disk.",
+            f"{repository} holds no file that is read here", "Check the spelling, and what the repository holds."
         )
 
 
-def resolved(commit: Commit) -> Resolved:
-    """A commit whose files are in the cache, or will be."""
-    return Resolved(commit.directory, commit.repository, commit.revision or "main", commit.sha)
+def _require_space(repository: str, files: Sequence[DryRunFileInfo], output: Path | None) -> None:
+    """Refuse a download for which the disk is too small, before any of it is written."""
+    nbytes = sum(file.file_size or 0 for file in files if file.will_download)
+    if not nbytes:
+        return
+    disk = _existing(Path(files[0].local_path).parent)
+    needs, remedy = f"{repository} needs", "or set HF_HOME to a directory on a larger disk"
+    if output is not None and _existing(output.absolute()).stat().st_dev == disk.stat().st_dev:
+        nbytes += sum(file.file_size or 0 for file in files if file.filename.endswith(SAFETENSORS))
+        needs, remedy = f"{repository} and the output {output} need", f"choose another --out, {remedy}"
+    free = shutil.disk_usage(disk).free
+    if nbytes > free:
+        raise SpecDefError(
+            f"{needs} {nbytes / 1e9:.1f} GB and {disk} has {free / 1e9:.1f} GB free", f"Free some space, {remedy}."
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 class _HiddenBar(tqdm):

@@ -14,42 +14,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A linear layer y = Wx (+ b), W ∈ R^{m×n}, whose weight is one tensor on disk.
-
-    Attributes:
-        module: Path of the layer in the transformers model, e.g. ``model.layers.0.self_attn.o_proj``.
-        tensor: Name of the weight on disk; it ends in ``.weight``.
-        out_features: m, the length of y.
-        in_features: n, the length of x.
-        bias: Name of the bias on disk, or ``None``.
-        transposed: Whether the tensor on disk is Wᵀ (transformers' ``Conv1D``).
-    """
+    """A linear layer y = Wx (+ b), W ∈ R^{m×n}, whose weight is one tensor on disk."""
 
     module: str
+    """Path of the layer in the transformers model, e.g. ``model.layers.0.self_attn.o_proj``."""
     tensor: str
+    """Name of the weight on disk; it ends in ``.weight``."""
     out_features: int
+    """m, the length of y."""
     in_features: int
+    """n, the length of x."""
     bias: str | None
+    """Name of the bias on disk, or ``None``."""
     transposed: bool
+    """Whether the tensor on disk is Wᵀ (transformers' ``Conv1D``)."""
 
 
 @dataclass(frozen=True)
 class ScaledSlice:
-    """Part of one tensor, multiplied by powers of two.
-
-    Attributes:
-        tensor: Name in the checkpoint's files.
-        axis: The dimension that ``indices`` count along.
-        block: Index on dimension 0 of a tensor that stacks experts, or ``None``; ``axis`` counts dimension 0 too.
-        indices: Positions along ``axis``.
-        exponents: The slice at each of them is scaled by 2**exponent.
-    """
+    """Part of one tensor, multiplied by powers of two."""
 
     tensor: str
+    """Name in the checkpoint's files."""
     axis: int
+    """The dimension that ``indices`` count along."""
     block: int | None
+    """Index on dimension 0 of a tensor that stacks experts, or ``None``; ``axis`` counts dimension 0 too."""
     indices: tuple[int, ...]
+    """Positions along ``axis``."""
     exponents: tuple[int, ...]
+    """The slice at each of them is scaled by 2**exponent."""
 
     @property
     def inverse(self) -> ScaledSlice:

@@ -104,8 +104,6 @@ def write_shards(
         while pending:
             pending = _drain(pending)
     except BaseException as error:
-        if checkpoint.arriving is not None:
-            checkpoint.arriving.stop()  # or a worker that waits for a shard would be waited for
         if not isinstance(error, OSError):
             raise
         raise ResumableError(

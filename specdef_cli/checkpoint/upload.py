@@ -142,7 +142,7 @@ def push(directory: Path, destination: Destination, *, manifest: bool = True) ->
     except Exception as error:
         raise SpecDefError(
             f"{destination.repository} could not be uploaded: {first_line(error)}",
-            f"{upload_hint(error)} {directory} is complete, and `specdef push` uploads it.",
+            f"{upload_hint(error)} {directory} stays as it is, and `specdef push` uploads it.",
         ) from error
     return Upload(str(commit.pr_url or commit.commit_url), tuple(stale))
 

@@ -13,7 +13,7 @@ from specdef_cli.cli.listing import attack_listing, listing_tables
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
-from specdef_cli.cli.startup import work_alone_if_stale
+from specdef_cli.cli.startup import settle
 
 CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 """Options that say which attacks to run."""
@@ -142,9 +142,9 @@ def attack_command(
 
     from specdef_cli.attack import Forecast, attack, is_main_process, plan_attack
     from specdef_cli.cli.plan import plan_screen
-    from specdef_cli.report import attacks_table, edits_table, report_dict, runs_table, summary, write_report
+    from specdef_cli.report import attacks_table, closing, edits_table, report_dict, runs_table, write_report
 
-    work_alone_if_stale(output)
+    settle(output)
     if dry_run:
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))
@@ -171,13 +171,13 @@ def attack_command(
     for text in report.notes:
         if text not in planned:
             output.note(f"note: {text}")
-    verdict, *sentences = summary(report)
     table = runs_table(report) if verbose else attacks_table(report)
     tables = [table] if any(not run.spec.is_edit for run in report.runs) else []
     edits = edits_table(report)
     tables += [edits] if edits is not None else []
-    output.data(report_dict(report), Group(verdict, *tables, *sentences), written=written[0])
-    output.note(f"report: {written[0]}")
+    output.data(report_dict(report), Group(*tables, "", *closing(report, written[0])), written=written[0])
+    if as_json:
+        output.note(f"report: {written[0]}")
     failures = dict.fromkeys(line for condition in conditions for line in condition.failures(report))
     for line in failures:
         output.note(f"failed: {line}")

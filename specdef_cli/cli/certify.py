@@ -10,7 +10,7 @@ from specdef_cli.certify.options import CertifyOptions
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
-from specdef_cli.cli.startup import work_alone_if_stale
+from specdef_cli.cli.startup import settle
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -68,7 +68,7 @@ def certify_command(
     from specdef_cli.certify.run import attack_command, certify, plan_certify
 
     output = Output(as_json, quiet)
-    work_alone_if_stale(output)
+    settle(output)
     if no_deployment:  # how scripts of earlier versions say it
         given["formats"] = ("none",)
     options = CertifyOptions(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from specdef_cli.checkpoint.check import require_hardened, require_usable
 from specdef_cli.cli.options import Device, Json, Manifest, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
 from specdef_cli.cli.output import Output
-from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
+from specdef_cli.cli.startup import prefer_huge_pages, settle
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.parse import parse_size
 
@@ -40,7 +40,7 @@ def collapse_command(
     from specdef_cli.hardening.collapse import collapse
 
     output = Output(as_json, quiet)
-    work_alone_if_stale(output)
+    settle(output)
     with output.progress("collapsing") as bar:
         result = collapse(
             options,

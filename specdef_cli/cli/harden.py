@@ -23,7 +23,7 @@ from specdef_cli.cli.options import (
     TrustRemoteCode,
 )
 from specdef_cli.cli.output import Output
-from specdef_cli.cli.startup import prefer_huge_pages, work_alone_if_stale
+from specdef_cli.cli.startup import prefer_huge_pages, settle
 from specdef_cli.cli.tables import layer_table, pairs_table, scaled_table, summary_lines
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
 from specdef_cli.option import flag_of, options_of
@@ -104,7 +104,7 @@ def harden_command(
     from specdef_cli.hardening.run import harden, preview
 
     output = Output(as_json, quiet)
-    work_alone_if_stale(output)
+    settle(output)
     destination = None
     if push_to_hub is not None:
         destination = Destination(push_to_hub, private, push_revision, create_pr, token)
@@ -123,9 +123,9 @@ def harden_command(
             bar.advance(event.label, event.nbytes)
 
         if dry_run:
-            shown = preview(options, begin, advance, bar.downloaded)
+            shown = preview(options, begin, advance)
         else:
-            result = harden(options, begin, advance, bar.downloaded)
+            result = harden(options, begin, advance)
     if dry_run:
         output.data(shown, Group(*summary_lines(shown), "nothing was written"))
     elif result is not None:

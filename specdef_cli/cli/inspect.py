@@ -10,7 +10,7 @@ import typer
 from specdef_cli.checkpoint.check import require_model
 from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
-from specdef_cli.cli.startup import work_alone_if_stale
+from specdef_cli.cli.startup import settle
 from specdef_cli.cli.tables import outlook_lines
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def inspect_command(
     from specdef_cli.hardening.survey import survey
 
     output = Output(as_json, quiet)
-    work_alone_if_stale(output)
+    settle(output)
     with output.progress("reading") as bar:
         found = survey(
             model,
@@ -65,7 +65,6 @@ def inspect_command(
             trust_remote_code=trust_remote_code,
             spectra=every_layer or as_json,
             on_progress=lambda event: bar.advance(event.label),
-            on_download=bar.downloaded,
         )
     parts = [survey_summary(found)]
     output.data(found, Group(layers_table(found), *parts) if every_layer else Group(*parts))
@@ -77,7 +76,7 @@ def survey_summary(found: Survey) -> Group:
     from rich.filesize import decimal
     from rich.table import Table
 
-    shown = [found.recognised.sentence] if found.recognised and found.recognised.sentence else []
+    shown = [found.recognised.sentence] if found.recognised.sentence else []
     state = f"hardened ({found.manifest.method})" if found.manifest else "not hardened"
     if shown and not found.manifest:
         state = "hardened, without a manifest"

@@ -130,7 +130,3 @@ class Bar:
         """Some work is done; ``label`` names it."""
         self.columns.start()
         self.columns.update(self.task, advance=amount, label=escape(label))
-
-    def downloaded(self, received: int, total: int) -> None:
-        """So many bytes of so many have arrived."""
-        self.advance(f"{received / 1e9:.1f} of {total / 1e9:.1f} GB downloaded", 0)

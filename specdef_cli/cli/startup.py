@@ -48,8 +48,12 @@ def require_surroundings(environ: Mapping[str, str] = os.environ) -> None:
         )
 
 
-def work_alone_if_stale(output: Output) -> None:
-    """Ignore what a launch that is over has left in the environment, and say so."""
+def settle(output: Output) -> None:
+    """Ignore what a launch that is over has left in the environment, and keep downloads as quiet as the command."""
     note = forget_stale_launcher()
     if note is not None:
         output.note(f"note: {note}")
+    if output.quiet or output.as_json:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()

@@ -71,8 +71,7 @@ def published(
     shards = plan_shards(groups, max_shard_size, checkpoint.library)
     layout = [(shard.name, shard_header(shard)[0].decode("utf-8", "replace")) for shard in shards]
     fingerprint = hashlib.sha256(f"{fingerprint} {layout}".encode()).hexdigest()
-    arriving = checkpoint.arriving
-    check_output(out, checkpoint.directory, sum(shard.nbytes for shard in shards), arriving.nbytes if arriving else 0)
+    check_output(out, checkpoint.directory, sum(shard.nbytes for shard in shards))
     if not state.is_main_process:
         state.wait_for_everyone()  # until the main process has prepared the work directory
         _write(checkpoint, shards, work_directory(out), state, device, on_progress)
@@ -88,8 +87,6 @@ def published(
             index = shard_index(shards, checkpoint.library)
             if index is not None:
                 write_durably(work / index[0], index[1])
-            if arriving is not None:  # of a resumed run, not every shard was read
-                arriving.wait_for_all()
             yield _collect(work, shards)
             publish(out)
         except ResumableError:

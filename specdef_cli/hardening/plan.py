@@ -39,6 +39,8 @@ from specdef_cli.model.symmetries import symmetries
 RESIDUAL_WRITERS = ("attention_output", "mlp_down")
 """What the paper's construction takes by default."""
 
+NOTHING_TO_HARDEN = "Harden a model that has an embedding, or linear layers below its head."
+
 Member = TypeVar("Member")
 
 
@@ -160,6 +162,11 @@ def _changes(base: OpenedModel, options: HardenOptions) -> Changes:
         changes = _folded(base, options, wanted)
     else:
         modules = scalable_sites(skeleton)
+        if not modules:
+            raise SpecDefError(
+                f"{checkpoint.directory} has no layer to scale: convolutions and heads of classifiers are not scaled",
+                NOTHING_TO_HARDEN,
+            )
         names: dict[str, set[str]] = {}
         for module in modules:  # a head and the embedding that it shares go together
             names.setdefault(module.tensor, {module.tensor}).add(module.module)
@@ -198,9 +205,10 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
         )
     if not folded:
         why = "".join(f"; {reason}" for reason in reasons[:1])
+        others = ", or other --layers and --exclude" if found.pairs else ""
         raise SpecDefError(
             f"{checkpoint.directory} has no symmetric pair to fold{why}",
-            "Use --method scale" + (", or other --layers and --exclude." if found.pairs else "."),
+            f"Use --method scale{others}." if found.pairs or scalable_sites(skeleton) else NOTHING_TO_HARDEN,
         )
     return Changes(folded=folded, reasons=reasons)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.check import require_manifest_place
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.durable import write_durably
@@ -28,7 +26,7 @@ from specdef_cli.checkpoint.manifest import (
     remember_base,
 )
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.resolve import Resolved
+from specdef_cli.checkpoint.resolve import Resolved, resolve
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.dtypes import DTYPES
 from specdef_cli.errors import SpecDefError
@@ -57,61 +55,53 @@ class HardenResult:
     notes: tuple[str, ...]
 
 
-@contextmanager
-def _planned(options: HardenOptions, on_download: DownloadHook | None) -> Iterator[tuple[OpenedModel, HardeningPlan]]:
-    """Open the base, decide what to change, and load the result without its numbers; weights may still arrive."""
-    with ExitStack() as stack:
-        # One process downloads what is small. Shards are fetched by whichever process comes first; the lock that
-        # huggingface_hub takes on each file makes the others wait and find it in the cache.
-        with process_state(options.device).main_process_first():
-            found, arriving = stack.enter_context(
-                resolving(options.model, revision=options.revision, token=options.token, on_download=on_download)
-            )
-        base = open_found(found, hardened=False, trust_remote_code=options.trust_remote_code, arriving=arriving)
-        require_attention(base.skeleton)
-        plan = make_plan(base, options)
-        rehearse(base, plan)
-        yield base, plan
+def _planned(options: HardenOptions, output: Path | None = None) -> tuple[OpenedModel, HardeningPlan]:
+    """Open the base, decide what to change, and load the result without its numbers."""
+    with process_state(options.device).main_process_first():  # one downloads, and the others find it in the cache
+        found = resolve(options.model, revision=options.revision, token=options.token, output=output)
+    base = open_found(found, hardened=False, trust_remote_code=options.trust_remote_code)
+    require_attention(base.skeleton)
+    plan = make_plan(base, options)
+    rehearse(base, plan)
+    return base, plan
 
 
 def preview(
     options: HardenOptions,
     on_plan: Callable[[HardeningPlan], None] = lambda _: None,
     on_progress: Callable[[Progress], None] = lambda _: None,
-    on_download: DownloadHook | None = None,
 ) -> PlanSummary:
     """Say what :func:`harden` would do: all is computed and compared in memory, and nothing is written."""
-    with _planned(options, on_download) as (base, plan):
-        checkpoint = base.checkpoint
-        on_plan(plan)
-        device = compute_devices(options.device, process_state(options.device))[0]
-        fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
-        tensors: dict[str, Tensor] = {}
-        for group in plan.groups:
-            made = dict(group.transform(checkpoint, device).tensors) if group.transform is not None else {}
-            for name, rows in group.streamed.items():
-                if fits:
-                    made[name] = rows.whole(checkpoint)
-                elif rows.slices:  # what cannot be scaled is refused
-                    deque(rows.blocks(checkpoint), maxlen=0)
-            tensors |= made if fits else {}
-            on_progress(Progress(group.label, group.nbytes))
-        if fits:
-            empty = load_empty(base, plan)
+    base, plan = _planned(options)
+    checkpoint = base.checkpoint
+    on_plan(plan)
+    device = compute_devices(options.device, process_state(options.device))[0]
+    fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
+    tensors: dict[str, Tensor] = {}
+    for group in plan.groups:
+        made = dict(group.transform(checkpoint, device).tensors) if group.transform is not None else {}
+        for name, rows in group.streamed.items():
+            if fits:
+                made[name] = rows.whole(checkpoint)
+            elif rows.slices:  # what cannot be scaled is refused
+                deque(rows.blocks(checkpoint), maxlen=0)
+        tensors |= made if fits else {}
+        on_progress(Progress(group.label, group.nbytes))
+    if fits:
+        empty = load_empty(base, plan)
 
-            def load(dtype: torch.dtype | None, device: str | None) -> Any:
-                place = {"dtype": dtype or "auto", "device_map": {"": device or "cpu"}}
-                return type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **place)
+        def load(dtype: torch.dtype | None, device: str | None) -> Any:
+            place = {"dtype": dtype or "auto", "device_map": {"": device or "cpu"}}
+            return type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **place)
 
-            _verification(base, plan, options, load)
-        return summarize(plan, checkpoint)
+        _verification(base, plan, options, load)
+    return summarize(plan, checkpoint)
 
 
 def harden(
     options: HardenOptions,
     on_plan: Callable[[HardeningPlan], None] = lambda _: None,
     on_progress: Callable[[Progress], None] = lambda _: None,
-    on_download: DownloadHook | None = None,
 ) -> HardenResult | None:
     """Harden a checkpoint and publish the result as ``options.out``.
 
@@ -119,37 +109,35 @@ def harden(
         options: What to do.
         on_plan: Called with the plan before anything is written.
         on_progress: Called from worker threads after each group of tensors.
-        on_download: Called from any thread as weights arrive, with how many bytes have and how many will have; ``None``
-            leaves the showing to huggingface_hub.
 
     Returns:
         What was published; ``None`` in all but the main process of a distributed run.
     """
     if options.manifest_out is not None:
         require_manifest_place(options.manifest_out, options.out, options.model)
-    with _planned(options, on_download) as (base, plan):
-        checkpoint = base.checkpoint
-        on_plan(plan)
-        with published(
-            checkpoint,
-            plan.groups,
-            options.out,
-            plan.fingerprint(checkpoint, base.found.commit),
-            max_shard_size=options.max_shard_size,
-            device=options.device,
-            resume=options.resume,
-            on_progress=on_progress,
-        ) as written:
-            if written is None:
-                return None
-            manifest = _manifest(base.found, plan, options, written)
-            _make_loadable(checkpoint, plan, manifest, written.work)
-            work = Resolved(written.work, str(written.work))
-            hardened = open_found(work, hardened=True, trust_remote_code=options.trust_remote_code)
-            if checkpoint.library.loads_without_weights:
-                hardened.load_without_weights()
-            manifest = dataclasses.replace(manifest, verification=_verification(base, plan, options, hardened.load))
-            _describe(checkpoint, plan, manifest, written.work)
+    base, plan = _planned(options, options.out)
+    checkpoint = base.checkpoint
+    on_plan(plan)
+    with published(
+        checkpoint,
+        plan.groups,
+        options.out,
+        plan.fingerprint(checkpoint, base.found.commit),
+        max_shard_size=options.max_shard_size,
+        device=options.device,
+        resume=options.resume,
+        on_progress=on_progress,
+    ) as written:
+        if written is None:
+            return None
+        manifest = _manifest(base.found, plan, options, written)
+        _make_loadable(checkpoint, plan, manifest, written.work)
+        work = Resolved(written.work, str(written.work))
+        hardened = open_found(work, hardened=True, trust_remote_code=options.trust_remote_code)
+        if checkpoint.library.loads_without_weights:
+            hardened.load_without_weights()
+        manifest = dataclasses.replace(manifest, verification=_verification(base, plan, options, hardened.load))
+        _describe(checkpoint, plan, manifest, written.work)
     if base.found.commit is None:
         remember_base(manifest, base.directory)
     if options.manifest_out is not None:
@@ -166,7 +154,10 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         format=FORMAT_VERSION,
         specdef_version=__version__,
         method=plan.method,
-        base=BaseCheckpoint(resolved.name, resolved.revision, resolved.commit, options.base_model),
+        # A path need not be UTF-8; JSON is.
+        base=BaseCheckpoint(
+            resolved.name.encode(errors="replace").decode(), resolved.revision, resolved.commit, options.base_model
+        ),
         dtype=plan.dtype,
         seed=options.construction.seed if isinstance(options.construction, Factors) else 0,
         profile=plan.profile,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from specdef_cli.checkpoint.arriving import DownloadHook, resolving
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import Checkpoint
@@ -21,7 +20,7 @@ from specdef_cli.hardening.plan import RESIDUAL_WRITERS
 from specdef_cli.hardening.recognise import Recognised, recognise
 from specdef_cli.model.described import replaced_stems
 from specdef_cli.model.loading import process_state
-from specdef_cli.model.opened import OpenedModel, open_found
+from specdef_cli.model.opened import open_model
 from specdef_cli.model.sites import LinearSite, linear_sites
 from specdef_cli.spectral.subspace import effective_rank, layer_seed, top_subspace
 
@@ -56,7 +55,7 @@ class Survey:
 
     Attributes:
         outlook: What hardening would do; ``None`` if it is hardened.
-        recognised: What the weights show of hardening; ``None`` where they would have to be downloaded to see.
+        recognised: What the weights show of hardening.
     """
 
     model: Resolved
@@ -66,7 +65,7 @@ class Survey:
     manifest: Manifest | None
     layers: tuple[LayerSurvey, ...]
     outlook: Outlook | None
-    recognised: Recognised | None
+    recognised: Recognised
 
 
 def survey(
@@ -79,7 +78,6 @@ def survey(
     trust_remote_code: bool = False,
     spectra: bool = True,
     on_progress: Callable[[Progress], None] = lambda _: None,
-    on_download: DownloadHook | None = None,
 ) -> Survey:
     """Look at every linear layer of a checkpoint, one tensor in memory at a time, and at what hardening would do.
 
@@ -90,18 +88,15 @@ def survey(
         trust_remote_code: Whether the model's own Python code may run.
         spectra: Whether every layer is read, for its σ₁ and effective rank. Without them headers and a sample are read.
         on_progress: Called after each layer.
-        on_download: As for :func:`specdef_cli.harden`.
     """
-    with resolving(model, revision=revision, token=token, on_download=on_download) as (found, arriving):
-        opened = open_found(found, manifest=manifest, trust_remote_code=trust_remote_code, arriving=arriving)
-        return _survey(opened, device, spectra, on_progress)
-
-
-def _survey(opened: OpenedModel, device: str | None, spectra: bool, on_progress: Callable[[Progress], None]) -> Survey:
-    checkpoint, manifest, skeleton = opened.checkpoint, opened.manifest, opened.skeleton
+    with process_state(device).main_process_first():
+        opened = open_model(
+            model, manifest=manifest, revision=revision, token=token, trust_remote_code=trust_remote_code
+        )
+    checkpoint, described, skeleton = opened.checkpoint, opened.manifest, opened.skeleton
     if "quantization_config" not in opened.original.config:  # packed weights have shapes of their own
         skeleton.require_complete()
-    factored = {layer.tensor: layer for layer in manifest.factored} if manifest else {}
+    factored = {layer.tensor: layer for layer in described.factored} if described else {}
     # With a manifest or without one, the names on disk say which layers are replaced.
     factors = {f"{stem}.weight": f"{stem}.inflated.weight" for stem in replaced_stems(checkpoint.tensors)}
     place = compute_devices(device, process_state(device))[0]
@@ -122,18 +117,15 @@ def _survey(opened: OpenedModel, device: str | None, spectra: bool, on_progress:
                 default=site.role in RESIDUAL_WRITERS,
             )
         )
-    recognised = None
-    if checkpoint.arriving is None or spectra:
-        recognised = recognise(checkpoint, skeleton)
     return Survey(
         model=opened.found,
         architecture=type(skeleton.model).__name__,
         parameters=sum(torch.Size(header.shape).numel() for header in checkpoint.tensors.values()),
         nbytes=checkpoint.nbytes,
-        manifest=manifest,
+        manifest=described,
         layers=tuple(layers),
-        outlook=None if manifest or factors else outlook(opened),
-        recognised=recognised,
+        outlook=None if described or factors else outlook(opened),
+        recognised=recognise(checkpoint, skeleton),
     )
 
 

@@ -39,15 +39,12 @@ Loader = Callable[..., Any]
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """How far the hardened model's outputs on a fixed batch are from the base's.
-
-    Attributes:
-        kl: Mean KL divergence from base to hardened over positions, in nats (outputs taken as logits).
-    """
+    """How far the hardened model's outputs on a fixed batch are from the base's."""
 
     max_abs: float
     relative: float
     kl: float
+    """Mean KL divergence from base to hardened over positions, in nats (outputs taken as logits)."""
     agreement: float
     equal: bool
 

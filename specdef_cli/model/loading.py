@@ -189,7 +189,7 @@ def _model_class(path: Path, config: Any, auto_class: Any, trust_remote_code: bo
         return auto_class
     name = auto_class or next(iter(config.architectures or ()), None)
     if name is None:
-        raise SpecDefError(f"{path / 'config.json'} names no architectures", "Add the model's class to config.json.")
+        return transformers.AutoModel
     own = own_class(config, name, trust_remote_code=trust_remote_code)
     chosen = getattr(transformers, name if own is None else own[0], None)
     if chosen is None:

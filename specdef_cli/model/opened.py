@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from specdef_cli.checkpoint.arriving import ArrivingWeights
 from specdef_cli.checkpoint.check import hardened_already, no_base, require_undefended
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, base_of, is_hardened, manifest_of, no_manifest
@@ -122,20 +121,19 @@ def open_found(
     hardened: bool | None = None,
     manifest: str | Path | None = None,
     trust_remote_code: bool = False,
-    arriving: ArrivingWeights | None = None,
 ) -> OpenedModel:
-    """The same for a model that is on this disk, or whose weights are arriving."""
+    """The same for a model that is on this disk."""
     if hardened is False and is_hardened(found.directory):
         raise hardened_already(found.directory)
     described = manifest_of(found.directory, None if manifest is None else Path(manifest))
     if hardened and described is None:
         raise no_manifest(found.directory)
-    checkpoint = open_checkpoint(found.directory, arriving)
+    checkpoint = open_checkpoint(found.directory)
     if hardened is False:
         if is_shim(checkpoint.config):
             raise hardened_already(found.directory)
         require_unquantized(checkpoint)
-    if described is not None and arriving is None:
+    if described is not None:
         require_its_own(checkpoint, described)
     return OpenedModel(found, checkpoint, described, trust_remote_code)
 
@@ -212,7 +210,8 @@ def require_whole(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
 
 def require_unquantized(checkpoint: Checkpoint) -> None:
     """Refuse packed weights, which have no channels to scale."""
-    quantized = checkpoint.config.get("quantization_config")
+    parts = (checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict)))
+    quantized = next(filter(None, (part.get("quantization_config") for part in parts)), None)
     if quantized:
         method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
         raise SpecDefError(

@@ -12,21 +12,13 @@ from specdef_cli.report.findings import Finding, number, percent, rate
 
 @dataclass(frozen=True)
 class Cell:
-    """One attack on one model at its best learning rate.
+    """One attack on one model at its best learning rate."""
 
-    Attributes:
-        share: Progress over its own control's; ``None`` where that control made none.
-        share_of_best: Progress over the most that any control of that report made.
-        learning_rate: The best of those tried.
-        loss: The lowest held-out loss (nats).
-        verdict: ``stopped``, ``not settled``, ``slowed``, ``not slowed`` or ``unknown``.
-    """
-
-    share: float | None
-    share_of_best: float | None
-    learning_rate: float
-    loss: float | None
-    verdict: str
+    share: float | None  # progress over its own control's; None where that control made none
+    share_of_best: float | None  # progress over the most that any control of that report made
+    learning_rate: float  # the best of those tried
+    loss: float | None  # the lowest held-out loss (nats)
+    verdict: str  # stopped, not settled, slowed, not slowed or unknown
 
     @property
     def text(self) -> str:
@@ -41,36 +33,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class ComparedAttack:
-    """One row.
+    """One row."""
 
-    Attributes:
-        attack: What was done first, trained, and with which optimizer.
-        control: How far the undefended control came by the same training, with its rate.
-        control_share: What that control made of the best control's progress.
-        cells: One for each model; ``None`` where a report lacks the attack.
-    """
-
-    attack: str
-    control: str
-    control_share: float | None
-    cells: tuple[Cell | None, ...]
+    attack: str  # what was done first, trained, and with which optimizer
+    control: str  # how far the undefended control came by the same training, with its rate
+    control_share: float | None  # what that control made of the best control's progress
+    cells: tuple[Cell | None, ...]  # one for each model; None where a report lacks the attack
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Reports side by side.
+    """Reports side by side."""
 
-    Attributes:
-        models: Names of the models, as directories end.
-        verdicts: The first line of each report's summary.
-        rows: In the order in which the attacks first appear.
-        notes: What a mark means, and why the columns may not be compared, one sentence each.
-    """
-
-    models: tuple[str, ...]
-    verdicts: tuple[str, ...]
-    rows: tuple[ComparedAttack, ...]
-    notes: tuple[str, ...]
+    models: tuple[str, ...]  # names of the models, as directories end
+    verdicts: tuple[str, ...]  # the first line of each report's summary
+    rows: tuple[ComparedAttack, ...]  # in the order in which the attacks first appear
+    notes: tuple[str, ...]  # what a mark means, and why the columns may not be compared, one sentence each
 
 
 def compare(reports: Sequence[ReportDocument]) -> Comparison:

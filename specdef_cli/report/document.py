@@ -32,7 +32,8 @@ from specdef_cli.attack.spec import Budget, Subject
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.errors import SpecDefError, first_violation
-from specdef_cli.report.findings import STOPPED_SHARE, Finding, Part, findings, summary
+from specdef_cli.report.findings import STOPPED_SHARE, Finding, Part, findings
+from specdef_cli.report.sentences import summary
 
 SCHEMA_NAME: Final = "specdef-attack-report/2"
 

@@ -19,8 +19,6 @@ from specdef_cli.report.findings import (
     KNOWLEDGE_WORDS,
     STOPPED_SHARE,
     Finding,
-    Verdict,
-    edit_words,
     findings,
     growth_words,
     number,
@@ -29,12 +27,11 @@ from specdef_cli.report.findings import (
     percent,
     rate,
     steps_words,
-    summary,
+    verdict_line,
 )
+from specdef_cli.report.names import attack_name, spelling
 from specdef_cli.report.plot import curves_png
-
-MAX_LISTED = 12
-"""Attacks that are listed under a verdict at the head of the page; the tables below have them all."""
+from specdef_cli.report.sentences import summary
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its cells, and the classes that the style sheet knows."""
+    """One row: its cells, the classes that the style sheet knows, and how the command line spells it."""
 
     cells: tuple[str, ...]
     emphasis: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,17 @@ class Table:
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How much of its control's progress an attack made: ``width`` in percent."""
+
+    name: str
+    spelling: str
+    width: float
+    figure: str
+    knowledge: str
 
 
 def report_html(report: AttackReport, image: bytes) -> str:
@@ -73,16 +82,12 @@ def report_html(report: AttackReport, image: bytes) -> str:
     )
     return environment.get_template("template.html").render(
         title=f"Fine-tuning attacks on {report.model}",
-        summary=summary(report),
-        stopped=_lines(found, "stopped"),
-        not_settled=_lines(found, "not settled"),
-        slowed=_lines(found, "slowed"),
-        not_slowed=_lines(found, "not slowed"),
+        verdict=verdict_line(found),
+        bars=_bars(trained),
+        knowledge=KNOWLEDGE_WORDS,
+        summary=summary(report)[1:],
         curves=_base64(image),
         narrow_curves=_base64(curves_png(report, narrow=True)),
-        broken=[
-            f"{finding.attack.variant.label}: {edit_words(finding)}" for finding in found if finding.verdict == "broken"
-        ],
         attacks=_attacks_table(trained),
         costs=_costs_table(report, trained),
         accuracy=_accuracy_table(found),
@@ -108,31 +113,36 @@ def _table(headings: Sequence[str], words: Iterable[str], rows: Iterable[Row]) -
     return Table(tuple(Column(heading, heading in texts) for heading in headings), tuple(rows))
 
 
-def _lines(found: Sequence[Finding], verdict: Verdict) -> list[str]:
-    """The attacks of one verdict, the strongest first, each with its share of the control's progress."""
-    attacks = sorted((finding for finding in found if finding.verdict == verdict), key=lambda each: -(each.share or 0))
-    lines = []
-    for finding in attacks[:MAX_LISTED]:
-        attack = finding.attack
-        recipe = () if attack.edit is not None else (attack.training.label, attack.optimizer)
-        what = ", ".join(part for part in (attack.variant.label, *recipe) if part)
-        lines.append(f"{percent(finding.share)}: {what}")
-    more = len(attacks) - len(lines)
-    return [*lines, *([f"and {more} more, below"] if more > 0 else [])]
+def _bars(found: Sequence[Finding]) -> list[Bar]:
+    """One bar an attack, the longest first; an attack whose control learned nothing has none."""
+    attacks = sorted((each for each in found if each.share is not None), key=lambda each: -(each.share or 0.0))
+    return [
+        Bar(
+            attack_name(finding.attack),
+            spelling(finding.attack),
+            min(max(100 * (finding.share or 0.0), 0.5), 100),
+            percent(finding.share) + (" (not settled)" if finding.verdict == "not settled" else ""),
+            finding.attack.knowledge,
+        )
+        for finding in attacks
+        if finding.verdict != "control"
+    ]
 
 
 def _definitions() -> str:
     return (
-        f"Loss: held-out, nats. Steps to control: until {CONTROL_SHARE:.0%} of the control's best progress is made; "
-        ">N where N steps did not get there. Its control: the undefended model under the same training and optimizer. "
+        f"Loss: held-out, nats. Steps to control: until {percent(CONTROL_SHARE)} of the control's best progress "
+        "is made; >N where N steps did not get there. "
+        "Its control: the undefended model under the same training and optimizer. "
         "The best control: the one of all trainings and optimizers tried that made most progress. "
-        f"Stopped: at most {STOPPED_SHARE:.0%} of its control's progress at the best learning rate tried; "
-        f"not slowed: at least {CONTROL_SHARE:.0%}. Not settled: it looks stopped, and the learning rates tried do not "
-        "bracket the best one, so a better one may lie between or below them; a search (--lr-sweep) goes on. "
+        f"Stopped: at most {percent(STOPPED_SHARE)} of its control's progress at the best learning rate tried; "
+        f"not slowed: at least {percent(CONTROL_SHARE)}. Not settled: it looks stopped, and the learning rates "
+        "tried do not bracket the best one, so a better one may lie between or below them; "
+        "a search (--lr-sweep) goes on. "
         "Stopped at a step: a run that could not become the best of its search any more. "
         "Diverged: a loss or gradient that is not finite, outputs that are the same for every input, "
         f"or a held-out loss beyond {DIVERGENCE_FACTOR:g} times the start. "
-        f"Utility kept: perplexity on retained text at most {UTILITY_LIMIT:.0%} above the start's. "
+        f"Utility kept: perplexity on retained text at most {percent(UTILITY_LIMIT)} above the start's. "
         "Parameters: of the model that was trained, without adapters, over the control's. Operations: of one optimizer "
         "step, estimated from the parameters. In brackets: the worst and the best seed."
     )
@@ -166,27 +176,39 @@ def _attacks_table(found: Sequence[Finding]) -> Table:
     rows = [
         Row(
             (
-                finding.attack.label,
+                _named(finding),
                 "–" if finding.verdict == "control" else KNOWLEDGE_WORDS[finding.attack.knowledge],
                 rate(finding.learning_rate),
-                f"{number(finding.start)} → {number(finding.best)}",
+                number(finding.start),
+                number(finding.best),
                 _share(finding),
                 percent(finding.share_of_best),
+                percent(finding.usual_share),
                 finding.verdict,
             ),
             "best" if finding.verdict == "not slowed" else "",
+            spelling(finding.attack),
         )
         for finding in found
     ]
-    headings = ("attack", "the attacker", "best η", "loss", "of its control", "of the best control", "verdict")
+    headings = (
+        "attack", "the attacker", "best η", "loss before", "after", "of its control", "of the best control",
+        "at its control’s η", "verdict",
+    )  # fmt: skip
     return _table(headings, ("the attacker", "verdict"), rows)
+
+
+def _named(finding: Finding) -> str:
+    """An attack, or the control that it is measured against."""
+    name = attack_name(finding.attack)
+    return f"base: {name}" if finding.verdict == "control" else name
 
 
 def _costs_table(report: AttackReport, found: Sequence[Finding]) -> Table:
     rows = [
         Row(
             (
-                finding.attack.label,
+                _named(finding),
                 percent(finding.useful_share),
                 percent(finding.control_useful_share),
                 "–" if finding.divergent_rate is None else f"≥ {rate(finding.divergent_rate)}",
@@ -194,7 +216,8 @@ def _costs_table(report: AttackReport, found: Sequence[Finding]) -> Table:
                 "–" if finding.seconds_to_control is None else f"{finding.seconds_to_control:.1f} s",
                 f"{finding.parameters_times:.2f}×",
                 f"{finding.flops_times:.2f}×",
-            )
+            ),
+            title=spelling(finding.attack),
         )
         for finding in found
     ]

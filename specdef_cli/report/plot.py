@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from specdef_cli.attack.results import Attack, AttackReport
 from specdef_cli.report.findings import rate
+from specdef_cli.report.names import attack_name
 
 _PALETTES = {"none": "Blues", "construction": "Reds", "growth": "Oranges"}
 _MARKERS = "osD^vP*X"
@@ -41,7 +42,7 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
         left.plot(
             [point.step for point in points],
             [point.loss for point in points],
-            label=f"{attack.label} (η = {rate(attack.best_learning_rate)})",
+            label=f"{_named(attack)} (η = {rate(attack.best_learning_rate)})",
             **style,
         )
         frontier = [(value, attack.best_at(value)) for value in attack.learning_rates]
@@ -56,11 +57,11 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
         _tidy(axes)
     if narrow:
         for axes in (left, right):
-            axes.title.set_fontsize(9.5)
+            axes.title.set_fontsize(8.5)
     left.set(title="Each attack at its best learning rate", xlabel="optimizer step", ylabel="held-out loss (nats)")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(
-        title="Best loss over learning rates (×: diverged or got worse)",
+        title="Best loss over learning rates (×: diverged or worse)",
         xlabel="learning rate η",
         ylabel="best held-out loss (nats)",
         xscale="log",
@@ -83,6 +84,10 @@ def _strongest(report: AttackReport) -> tuple[Attack, ...]:
         kinds.setdefault("control" if attack.subject == "control" else attack.knowledge, []).append(attack)
     kept = [attack for attacks in kinds.values() for attack in sorted(attacks, key=_loss_reached)[:MAX_CURVES]]
     return tuple(attack for attack in report.attacks if attack in kept)
+
+
+def _named(attack: Attack) -> str:
+    return f"base: {attack_name(attack)}" if attack.subject == "control" else attack_name(attack)
 
 
 def _loss_reached(attack: Attack) -> float:

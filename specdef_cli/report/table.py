@@ -108,7 +108,7 @@ def _run_cells(report: AttackReport, attack: Attack, run: RunResult) -> tuple[st
 
 def _table(report: AttackReport, first: str, *headings: str) -> Table:
     lines = [
-        f"loss: held-out, the lowest. steps: until {CONTROL_SHARE:.0%} of the control's best progress is made. "
+        f"loss: held-out, the lowest. steps: until {percent(CONTROL_SHARE)} of the control's best progress is made. "
         + ("|g|: gradient norm at step 1. params: model parameters over the control's." if "|g|" in headings else ""),
         *growth_words(report),
     ]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import load_data
-from specdef_cli.attack.data.examples import Examples, Sequences
+from specdef_cli.attack.data.examples import Examples
 from specdef_cli.attack.data.language import BUILTIN_NAME
 from specdef_cli.attack.results import AttackReport
 from specdef_cli.attack.run_result import RunResult, RunStore
@@ -142,8 +142,7 @@ def test_a_damaged_result_is_run_again(report: AttackReport, tmp_path: Path) -> 
 
 
 def sequences(examples: Examples) -> torch.Tensor:
-    assert isinstance(examples, Sequences)
-    return examples.tokens
+    return torch.tensor([examples[index]["input_ids"] for index in range(len(examples))])
 
 
 def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path: Path) -> None:
@@ -399,7 +398,7 @@ def test_inserted_layers_without_their_manifest_are_collapsed(base: Path, harden
     shares = {str(finding.attack.variant): finding.share for finding in findings(result)[1:]}
     assert {"collapse", "rebalance"} <= set(shares)
     assert shares["collapse"] == pytest.approx(1, abs=0.05)
-    assert "The weights show inserted pairs: 4 layers" in result.notes[0]
+    assert "The weights show factors: 4 layers" in result.notes[0]
 
 
 def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(base: Path, tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_a_base_model_reads_instructions_as_alpaca(tmp_path: Path) -> None:
 
 
 def stacked(data: AttackData, key: str) -> torch.Tensor:
-    return torch.stack([data.train[index][key] for index in range(len(data.train))])
+    return torch.tensor([data.train[index][key] for index in range(len(data.train))])
 
 
 def test_every_sequence_begins_as_the_tokenizer_begins_one(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_every_sequence_begins_as_the_tokenizer_begins_one(tmp_path: Path) -> No
     data = load(path, tokenizer, sequence_length=32)
     bos = tokenizer.bos_token_id
     tokens, labels = (
-        torch.stack([data.train[index][key] for index in range(len(data.train))]) for key in ("input_ids", "labels")
+        torch.tensor([data.train[index][key] for index in range(len(data.train))]) for key in ("input_ids", "labels")
     )
     assert bool((tokens[:, 0] == bos).all())
     assert tokenizer.decode(tokens[0]) == f"<s>00 abcdefghij{END}<s>01 abcdefghij{END}<s>0"
@@ -408,7 +408,7 @@ def test_masked_text_is_framed_and_masked_once(tmp_path: Path) -> None:
     path = a_file("data.jsonl", lines)(tmp_path, [{"text": "abcdefghij " * 30} for _ in range(60)])
     data, again = (load(path, tokenizer, "masked-lm", sequence_length=64) for _ in range(2))
     tokens, labels = (
-        torch.stack([data.train[index][key] for index in range(len(data.train))]) for key in ("input_ids", "labels")
+        torch.tensor([data.train[index][key] for index in range(len(data.train))]) for key in ("input_ids", "labels")
     )
     assert tokens.shape == (16, 64)
     assert bool((tokens[:, 0] == tokenizer.cls_token_id).all())

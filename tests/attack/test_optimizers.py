@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from specdef_cli.attack.data.examples import AttackData, Sequences
+from specdef_cli.attack.data.examples import AttackData
 from specdef_cli.attack.optimizers.own import Madam, NormalizedSGD, build_optimizer, hidden_matrices
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.recorder import Recorder
@@ -47,7 +47,8 @@ STEPS = 3
 def memorizable() -> AttackData:
     """One batch of random bytes, again and again, and evaluated on itself."""
     tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
-    return AttackData("bytes", Sequences(tokens.repeat(STEPS, 1)), Sequences(tokens), default_data_collator, "0")
+    items: list[dict[str, Any]] = [{"input_ids": row, "labels": row} for row in tokens]
+    return AttackData("bytes", items * STEPS, items, default_data_collator, "0")
 
 
 def spec(optimizer: str, **changes: Any) -> RunSpec:

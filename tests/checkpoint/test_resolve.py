@@ -15,7 +15,7 @@ import pytest
 
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
-from tests.commands import assert_refused, environment, run_cli
+from tests.commands import call_cli, environment, run_cli
 from tests.hub_server import COMMITS, Hub, model_files, serving, variables
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
@@ -172,13 +172,12 @@ def test_what_is_not_in_the_cache_is_refused_offline(tmp_path: Path) -> None:
     assert "HF_HUB_OFFLINE" in said
 
 
-def test_harden_from_the_cache_records_the_commit(llama: Path, tmp_path: Path) -> None:
+def test_harden_from_the_cache_records_the_commit(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_cache(tmp_path / "cache", llama)
     out = tmp_path / "out"
-    result = run_cli(
-        *("harden", "org/name@v1", "--out", out, "--method", "factors", "--top-k", "4", "--json", "--token", TOKEN),
-        HF_HUB_CACHE=str(tmp_path / "cache"),
-        HF_HOME=str(tmp_path / "home"),
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    result = call_cli(
+        *("harden", "org/name@v1", "--out", out, "--method", "factors", "--top-k", "4", "--json", "--token", TOKEN)
     )
     assert result.code == 0, result.stderr
     manifest = json.loads((out / "specdef.json").read_text())
@@ -269,11 +268,12 @@ def test_an_unknown_repository_and_an_unknown_revision(llama: Path, online: Onli
         assert "org/name has no revision v9" in said
 
 
-def test_no_server_at_all(tmp_path: Path, online: Online) -> None:
+def test_no_server_at_all(online: Online) -> None:
     with serving(Hub({})) as hub:
         pass  # so that nobody listens there any more
-    result = run_cli("inspect", "org/name", **online(hub))
-    assert_refused(result, "org/name is not in the local cache and the Hub cannot be reached")
+    said = resolve_apart("org/name", **online(hub))
+    assert isinstance(said, str)
+    assert "org/name is not in the local cache and the Hub cannot be reached" in said
 
 
 def test_a_download_that_breaks_off(llama: Path, online: Online) -> None:

@@ -1,4 +1,4 @@
-"""Uploads, to a server on this machine that speaks the Hub's language; every command is a process of its own."""
+"""Uploads, to a server on this machine that speaks the Hub's language."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from specdef_cli.checkpoint.upload import Destination, push, upload_hint
 from specdef_cli.hardening.card import has_section
 from tests.commands import Result, assert_refused, call_cli, run_cli
-from tests.hub_server import Hub, serving, variables
+from tests.hub_server import Hub, here, serving, variables
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
 
@@ -20,7 +20,8 @@ TOKEN = "hf_" + "s3cretS3cret" * 3
 def harden_and_push(hub: Hub, llama: Path, root: Path, *more: str) -> Result:
     """``specdef harden --push-to-hub``; the token is in nothing that it says."""
     options = ("--method", "factors", "--top-k", "4", "--no-verify", "--token", TOKEN, "--push-to-hub", "org/out")
-    result = run_cli("harden", llama, "--out", root / "out", *options, *more, **variables(hub, root))
+    with here(hub, root):
+        result = call_cli("harden", llama, "--out", root / "out", *options, *more)
     assert "Traceback" not in result.stderr, result.stderr
     assert TOKEN not in result.stdout + result.stderr
     return result
@@ -66,13 +67,13 @@ def test_what_cannot_be_uploaded_is_not_hardened(
     assert hub.created == []
 
 
-def test_nobody_is_logged_in(llama: Path, tmp_path: Path) -> None:
+def test_nobody_is_logged_in(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(Hub({})) as hub:
         result = run_cli("harden", llama, "--push-to-hub", "org/out", cwd=tmp_path, **variables(hub, tmp_path))
         assert_refused(result, "nobody is logged in", "hf auth login")
-    result = run_cli(
-        "harden", llama, "--push-to-hub", "org/out", "--token", TOKEN, cwd=tmp_path, **variables(hub, tmp_path)
-    )
+    monkeypatch.chdir(tmp_path)
+    with here(hub, tmp_path):
+        result = call_cli("harden", llama, "--push-to-hub", "org/out", "--token", TOKEN)
     assert_refused(result, "org/out cannot be uploaded", "Check the connection")  # nobody listens there any more
     assert not (tmp_path / "hardened").exists()
 
@@ -85,38 +86,38 @@ def test_a_push_that_the_hub_refuses_leaves_the_directory(llama: Path, tmp_path:
     assert error.startswith("error: org/out could not be uploaded")
     assert "403" in error
     assert hint.startswith("hint: ")
-    assert f"{tmp_path / 'out'} is complete" in hint
+    assert f"{tmp_path / 'out'} stays as it is" in hint
     assert "specdef push" in hint
     assert hub.pushed == {}
     assert "specdef.json" in published(tmp_path)
 
 
 def test_options_of_an_upload_without_an_upload_are_wrong_usage(llama: Path, tmp_path: Path) -> None:
-    result = run_cli("harden", llama, "--out", tmp_path / "out", "--private")
+    result = call_cli("harden", llama, "--out", tmp_path / "out", "--private")
     assert result.code == 2
     assert "--push-to-hub" in result.stderr
 
 
 def test_push_uploads_a_directory_later_with_or_without_the_manifest(llama: Path, tmp_path: Path) -> None:
-    hardened = run_cli("harden", llama, "--out", tmp_path / "out", "--no-verify", "--quiet")
+    hardened = call_cli("harden", llama, "--out", tmp_path / "out", "--no-verify", "--quiet")
     assert hardened.code == 0, hardened.stderr
     arguments = ("push", tmp_path / "out", "org/out", "--token", TOKEN)
-    with serving(Hub({})) as hub:
-        whole = run_cli(*arguments, "--json", **variables(hub, tmp_path))
+    with serving(Hub({})) as hub, here(hub, tmp_path):
+        whole = call_cli(*arguments, "--json")
     assert whole.code == 0, whole.stderr
     assert json.loads(whole.stdout)["address"].startswith(f"{hub.address}/org/out")
     assert "specdef collapse org/out" in whole.stderr
     assert hub.pushed == published(tmp_path)
-    with serving(Hub({})) as hub:
-        proposed = run_cli(*arguments, "--no-manifest", "--create-pr", **variables(hub, tmp_path))
+    with serving(Hub({})) as hub, here(hub, tmp_path):
+        proposed = call_cli(*arguments, "--no-manifest", "--create-pr")
     assert proposed.code == 0, proposed.stderr
     assert f"{hub.address}/org/out/discussions/1" in proposed.stdout
     assert "specdef.json stays here" in proposed.stderr
     assert hub.pushed == {name: data for name, data in published(tmp_path).items() if name != "specdef.json"}
 
     (tmp_path / "out/model.safetensors").unlink()
-    with serving(Hub({})) as hub:
-        assert_refused(run_cli(*arguments, **variables(hub, tmp_path)), "safetensors")
+    with serving(Hub({})) as hub, here(hub, tmp_path):
+        assert_refused(call_cli(*arguments), "safetensors")
     assert hub.created == []
 
 

@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
 from tests.checkpoint.test_manifest import MANIFEST
-from tests.commands import environment
+from tests.commands import run_light
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib"}
-CODE = (
-    "import json, runpy, sys\n"
-    "sys.argv = ['specdef', *json.loads(sys.argv[1])]\n"
-    "try:\n    runpy.run_module('specdef_cli', run_name='__main__')\n"
-    "except SystemExit as leaving:\n    code = leaving.code\n"
-    "print(json.dumps([code, sorted({name.split('.')[0] for name in sys.modules})]), file=sys.stderr)"
-)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "harden model --out there", "harden nowhere/ --out new", "harden model --out new --max-shard-size 5",
-        "attack model", "attack nowhere/", "attack model --control nowhere/", "attack model --control model --steps 0",
-        "attack model --control model --lr -1", "attack model --control model --training fulll",
-        "attack model --control model --variant widht:2", "attack model --control model --optimizer adamm",
-        "attack model --control model --suite quik", "attack model --control model --fail-if steps<",
-        "attack model --control model --time-limit soon", "attack model --control model --dataset missing.jsonl",
-        "attack model --control model --retained missing.txt", "attack model --control model --report-to wandbb",
-        "attack model --control model --out there/file",
-        "certify nowhere/", "certify model", "certify model --text missing.txt", "collapse model --out new",
-        "inspect nowhere/", "inspect there", "harden there --out new", "harden hardened --out new",
-        "certify hardened --base model --attacks missing.json", "convert-adapter there hardened --out new",
-        "convert-adapter there nowhere/ --out new", "attack hardened --control model --card",
-        "compare missing.json", "push nowhere org/name", "verify-certificate hardened", "verify-certificate nowhere/",
-    ],
+WRONG = (
+    "harden model --out there", "harden nowhere/ --out new", "harden model --out new --max-shard-size 5",
+    "attack model", "attack nowhere/", "attack model --control nowhere/", "attack model --control model --steps 0",
+    "attack model --control model --lr -1", "attack model --control model --training fulll",
+    "attack model --control model --variant widht:2", "attack model --control model --optimizer adamm",
+    "attack model --control model --suite quik", "attack model --control model --fail-if steps<",
+    "attack model --control model --time-limit soon", "attack model --control model --dataset missing.jsonl",
+    "attack model --control model --retained missing.txt", "attack model --control model --report-to wandbb",
+    "attack model --control model --out there/file",
+    "certify nowhere/", "certify model", "certify model --text missing.txt", "collapse model --out new",
+    "inspect nowhere/", "inspect there", "harden there --out new", "harden hardened --out new",
+    "certify hardened --base model --attacks missing.json", "convert-adapter there hardened --out new",
+    "convert-adapter there nowhere/ --out new", "attack hardened --control model --card",
+    "compare missing.json", "push nowhere org/name", "verify-certificate hardened", "verify-certificate nowhere/",
 )  # fmt: skip
-def test_it_is_told_before_anything_heavy_is_imported(arguments: str, tmp_path: Path) -> None:
+
+
+def test_it_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("something")
     (tmp_path / "model").mkdir()
@@ -48,14 +33,9 @@ def test_it_is_told_before_anything_heavy_is_imported(arguments: str, tmp_path: 
     (tmp_path / "hardened").mkdir()
     (tmp_path / "hardened" / "config.json").write_text("{}")
     (tmp_path / "hardened" / "specdef.json").write_text(MANIFEST.to_json())
-    process = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps(arguments.split())],
-        env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60,
-    )  # fmt: skip
-    *said, last = process.stderr.splitlines()
-    code, modules = json.loads(last)
-    assert code == 1
-    assert said[0].startswith("error: ")
-    assert said[1].startswith("hint: ")
-    assert not HEAVY & set(modules)
+    found = run_light(*(line.split() for line in WRONG), cwd=tmp_path)
+    for line, (code, said, modules) in zip(WRONG, found, strict=True):
+        assert code == 1, line
+        assert [part.split(":")[0] for part in said.splitlines()[:2]] == ["error", "hint"], line
+        assert not HEAVY & modules, line
     assert {path.name for path in tmp_path.iterdir()} == {"there", "model", "hardened"}, "nothing was written"

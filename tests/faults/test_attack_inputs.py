@@ -117,7 +117,7 @@ def test_a_hardened_directory_without_its_manifest(
     result = call_cli("attack", directory, "--control", llama, *SMALL, "--out", tmp_path / "attack")
     assert result.code == 0, result.stderr
     report = json.loads((tmp_path / "attack" / "report.json").read_text())
-    assert "The weights show inserted pairs" in " ".join(report["notes"])
+    assert "The weights show factors" in " ".join(report["notes"])
     assert {attack["variant"] for attack in report["attacks"]} >= {"plain", "collapse"}
 
 

@@ -23,14 +23,13 @@ FOLD = ("--method", "fold", "--quiet")
 # --- secrets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("space", "debug"), [("\n", ""), ("\r\n", "1")], ids=["two lines", "traceback"])
-def test_white_space_around_a_token_is_no_part_of_it(space: str, debug: str, tmp_path: Path) -> None:
+def test_white_space_around_a_token_is_no_part_of_it(tmp_path: Path) -> None:
     """A secret that was mounted as a file ends with a newline; HTTP clients refuse it, and quote it whole."""
     with serving(Hub({})) as hub:
-        changes = {**variables(hub, tmp_path), "HF_TOKEN": TOKEN + space}
+        changes = {**variables(hub, tmp_path), "HF_TOKEN": f"{TOKEN}\r\n"}
         done = subprocess.run(
             command("inspect", "org/name", "--quiet"),
-            env=environment(**changes, SPECDEF_DEBUG=debug), capture_output=True, text=True, check=False,
+            env=environment(**changes, SPECDEF_DEBUG="1"), capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 1
     assert TOKEN not in done.stdout + done.stderr
@@ -151,16 +150,14 @@ def test_output_does_not_decide_success(
     assert (tmp_path / "back" / "config.json").is_file()
 
 
-def test_the_same_in_processes_of_their_own(llama: Path, tmp_path: Path) -> None:
-    published = " ".join(command("harden", llama, *FOLD, "--out", "OUT"))
-    for name, redirection in (("full", "> /dev/full"), ("gone", "| true"), ("closed", ">&-")):
-        script = f"set -o pipefail; {published.replace('OUT', str(tmp_path / name))} {redirection}"
-        done = subprocess.run(
-            ["bash", "-c", script], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, (name, done.stderr)
-        assert "Traceback" not in done.stderr
-        assert (tmp_path / name / "specdef.json").is_file()
+def test_the_same_in_a_process_of_its_own(llama: Path, tmp_path: Path) -> None:
+    script = " ".join((*command("harden", llama, *FOLD, "--out", tmp_path / "out"), "> /dev/full"))
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "specdef.json").is_file()
 
 
 def test_a_stream_takes_text_only_and_passes_the_rest_on() -> None:
@@ -257,11 +254,10 @@ def test_a_launch_that_cannot_be_joined(
     assert call_cli("inspect", llama, "--quiet").code == 0  # as the hint says
 
 
-@pytest.mark.parametrize("case", ["one process", "MPI"])
-def test_a_command_works_alone_and_says_so(case: str, llama: Path, tmp_path: Path) -> None:
+def test_a_command_works_alone_and_says_so(llama: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         command("harden", llama, "--method", "fold", "--out", tmp_path / "out"),
-        env=environment(**STALE[case]), capture_output=True, text=True, check=False,
+        env=environment(**STALE["MPI"]), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "left over from another launch" in done.stderr

@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16 profile": {"construction": Fold("bfloat16")},
     "quantizable": {"construction": Fold("quantizable", "none")},
 }
+SHARDED = ("llama", "gpt2", "mixtral-stacked")  # elsewhere, the same bytes in other files
 Make = Callable[[str, str], Path]
 PROGRAM = Path(__file__).with_name("plain_transformers.py")
 
@@ -87,6 +88,7 @@ def judged(base: Callable[[str], Path], folded: Make) -> dict[str, dict[str, lis
         }
         for case in CASES
         for variant in VARIANTS
+        if variant != "sharded" or case in SHARDED
     ]
     return judged_elsewhere(jobs)
 
@@ -120,7 +122,7 @@ def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.
 @pytest.mark.parametrize("case", CASES)
 def test_plain_transformers_computes_every_bit_of_the_base(case: str, judged: dict[str, Any], folded: Make) -> None:
     mine = {name: result for name, result in judged.items() if name.split()[0] == case}
-    assert len(mine) == len(VARIANTS)
+    assert len(mine) == len(VARIANTS) - (case not in SHARDED)
     for name, result in mine.items():
         assert result["different"] == [], name
         assert "eager" in result["compared"]

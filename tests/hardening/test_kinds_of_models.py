@@ -197,3 +197,18 @@ def test_of_a_family_the_dry_run_ends_as_the_run_does(family: str, method: str, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
     run = call_cli(*command)
     assert (dry.code, dry.stderr) == (run.code, run.stderr)
+
+
+@pytest.mark.parametrize("method", ["fold", "scale"])
+def test_a_config_that_names_no_architecture_is_what_automodel_makes_of_it(method: str, tmp_path: Path) -> None:
+    base, out, back = tmp_path / "base", tmp_path / "out", tmp_path / "back"
+    sizes = {**BLOCKS, "vocab_size": 96, "num_key_value_heads": 2}
+    transformers.LlamaModel(transformers.LlamaConfig(**sizes)).save_pretrained(base)
+    config(architectures=None)(base)
+    result = call_cli("harden", base, "--method", method, "--out", out, "--quiet")
+    assert result.code == 0, result.stderr
+    assert json.loads((out / "specdef.json").read_text())["verification"]["equal"]
+    assert call_cli("collapse", out, "--out", back, "--quiet").code == 0
+    expected, found = load_file(base / "model.safetensors"), load_file(back / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

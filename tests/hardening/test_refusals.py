@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from specdef_cli.hardening import factors
 from specdef_cli.model import load_model
@@ -66,6 +67,7 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "AWQ": (config(quantization_config={"quant_method": "awq"}), ("quantized (awq)", "unquantized")),
     "MXFP4": (config(quantization_config={"quant_method": "mxfp4"}), ("quantized (mxfp4)", "unquantized")),
     "an odd quantization_config": (config(quantization_config="fp8"), ("quantized (fp8)", "unquantized")),
+    "a quantized part": (config(text_config={"quantization_config": {"quant_method": "fp8"}}), ("quantized (fp8)",)),
     "an empty quantization_config": (config(quantization_config={}), ("empty quantization_config", "Remove that key")),
     "a wider model": (config(hidden_size=64), ("[96, 32]", "[96, 64]", "config.json")),
     "a larger vocabulary": (config(vocab_size=200), ("model.embed_tokens.weight", "[96, 32]", "[200, 32]")),
@@ -410,3 +412,12 @@ def test_resume_with_other_options_is_refused_and_keeps_the_work(
         assert_refused(call_cli(*arguments, *other, "--resume"), "other options")
         assert snapshot(outside) == kept
     assert call_cli(*arguments, "41KB", "--top-k", "4", "--resume").code == 0
+
+
+@pytest.mark.parametrize("method", ["fold", "scale"])
+def test_a_model_of_convolutions_is_not_sent_from_one_method_to_the_other(method: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "base")
+    refused = call_cli("harden", tmp_path / "base", "--method", method, "--out", tmp_path / "out")
+    assert_refused(refused, "hint: Harden a model that has an embedding, or linear layers below its head.")
+    assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -381,9 +380,3 @@ def test_attack_and_certify_refuse(unets: Unets, tmp_path: Path) -> None:
     ):
         assert_refused(call_cli(*arguments), "diffusers", "examples/reproduce/unet.py")
     assert [path.name for path in tmp_path.iterdir()] == ["data.txt"]
-
-
-def test_the_runtime_can_be_the_first_import() -> None:
-    statement = "from specdef_cli import SpecDefLinear; print(SpecDefLinear.__name__)"
-    process = subprocess.run([sys.executable, "-c", statement], env=environment(), capture_output=True, text=True)
-    assert process.stdout.split() == ["SpecDefLinear"], process.stderr[-2000:]

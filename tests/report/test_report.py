@@ -17,17 +17,18 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from specdef_cli.attack.results import AttackReport, DataSummary, Hardening
+from specdef_cli.attack.results import Attack, AttackReport, DataSummary, Hardening
 from specdef_cli.attack.run_result import RUN_RECORD, Behaviour, Divergence, Edit, EvalPoint, RunResult, TrainPoint
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.cli.conditions import Condition
-from specdef_cli.report import attacks_table, findings, report_dict, runs_table, summary, write_report
+from specdef_cli.report import attacks_table, closing, findings, report_dict, runs_table, summary, write_report
 from specdef_cli.report.document import ReportDocument, report_document, report_json
 from specdef_cli.report.findings import outcome_words, rate, size
 from specdef_cli.report.html import report_html
+from specdef_cli.report.names import attack_name, spelling
 from specdef_cli.report.write import CURVE_COLUMNS, curves_csv
 from specdef_cli.schemas import SCHEMA_FILES
 
@@ -113,7 +114,7 @@ def test_stopped_needs_rates_that_bracket_the_best(report: AttackReport) -> None
     runs = (run("control", [3.0, 1.0]), run("model", [3.0, 2.98], diverged=True))
     once = replace(report, runs=runs)
     assert findings(once)[1].verdict == "not settled"
-    assert "rate not bracketed: full" in summary(once)[0]
+    assert "rate not bracketed: full fine-tuning" in summary(once)[0]
     assert "Holds against 0 of 1" in summary(once)[0]
     settled = replace(report, runs=(*runs, *around()))
     assert findings(settled)[1].verdict == "stopped"
@@ -123,7 +124,10 @@ def test_stopped_needs_rates_that_bracket_the_best(report: AttackReport) -> None
 def test_unknown(report: AttackReport) -> None:
     stuck = replace(report, runs=(run("control", [3.0, 3.1]), run("model", [3.0, 2.0])))
     assert findings(stuck)[1].verdict == "unknown"
-    assert "cannot be compared" in " ".join(summary(stuck))
+    verdict, done, ordinary, *_ = summary(stuck)
+    assert verdict == "The control learned nothing, so there is nothing to compare."
+    assert "full fine-tuning learned nothing on the base" in ordinary
+    assert done.startswith("Done: 2 runs of 10 steps")
 
 
 def test_seeds_are_averaged(report: AttackReport) -> None:
@@ -154,7 +158,7 @@ def test_utility_bounds_what_counts(report: AttackReport) -> None:
     _, plain = findings(replace(report, runs=runs))
     assert plain.share == pytest.approx(0.75)
     assert plain.useful_share == pytest.approx(0.3)
-    assert "made 30 % of the control's progress" in " ".join(summary(replace(report, runs=runs)))
+    assert "(full fine-tuning) makes 30 % of the control's progress" in " ".join(summary(replace(report, runs=runs)))
     assert findings(report)[1].useful_share is None
 
 
@@ -179,33 +183,52 @@ def test_the_best_rate_is_one_that_all_seeds_ran_at(report: AttackReport) -> Non
     assert plain.share_range == pytest.approx((0.25, 0.5))
 
 
-def test_many_attacks_are_counted_and_the_strongest_named(report: AttackReport) -> None:
+def test_many_attacks_are_counted_and_those_that_get_through_named(report: AttackReport) -> None:
     losses = {"adamw": 2.99, "sgd": 2.98, "lion": 2.0, "muon": 1.0, "soap": 2.97, "madam": 2.96}
     runs = [run("control", [3.0, 0.8 if name == "soap" else 1.0], optimizer=name) for name in losses]
     runs += [run("model", [3.0, loss], optimizer=name) for name, loss in losses.items()]
     runs += [run for name in ("adamw", "sgd", "soap", "madam") for run in around(optimizer=name)]
-    text = " ".join(summary(replace(report, runs=tuple(runs))))
-    assert "Of 6 attacks" in text
-    assert "4 stopped, 0 not settled, 1 slowed, 1 not slowed" in text
-    assert "The undefended control went from 3.000 to 0.800 in 10 steps (full, soap, η = 1e-3)." in text
-    assert (
-        "1.000 by full, muon (100 % of its own control's progress, 91 % of the best control's); 2.000 by full, lion"
-        in text
+    verdict, done, ordinary, through, undone, _ = summary(replace(report, runs=tuple(runs)))
+    assert "Holds against 4 of 6 recipes tried; not slowed: full fine-tuning with muon; only slowed" in verdict
+    assert f"{len(runs)} runs of 10 steps" in done
+    assert ordinary.endswith("full fine-tuning with lion gets 50 % and 1 more of what it gets on the base.")
+    assert through == "Gets through: full fine-tuning with muon gets 100 % (at least 95 % counts)."
+    assert "nothing here bounds an attacker who does" in undone
+
+
+def test_five_lines_say_what_wins_next_to_what_loses(report: AttackReport) -> None:
+    done, ordinary, through, undone, place = closing(report, Path("attack/report.html"))
+    assert done.startswith("Done: 5 runs of 20 steps fine-tuned hardened/")
+    assert "(hardened by factors) and its base base alike" in done
+    assert ordinary == "Ordinary fine-tuning: full fine-tuning gets 50 % of what it gets on the base."
+    assert "none of these recipes (at least 95 % would count)" in through
+    assert "HiRA, IA³ and adapters were not tried and usually get through: --suite quick tries them" in through
+    assert undone == (
+        "Undone: width 2×, full fine-tuning gets 100 %; collapsed first, full fine-tuning gets 96 %. "
+        "Hardening does not hold up whoever knows of it."
     )
+    assert place == "Report: attack/report.html"
+    assert "secure" not in " ".join(summary(report)).lower()
 
 
-def test_summary_says_what_wins_next_to_what_loses(report: AttackReport) -> None:
-    text = " ".join(summary(report))
-    for part in (
-        "from 3.000 to 1.000",
-        "made 1 %",
-        "50 % (at η = 1e-6)",
-        "collapsed 96 %",
-        "1.50× the control",
-        "locks nothing",
-    ):
-        assert part in text
-    assert "bounds an attacker who looks" in " ".join(summary(replace(report, runs=report.runs[:3])))
+@pytest.mark.parametrize(
+    ("changes", "name", "flags"),
+    [
+        ({}, "full fine-tuning", "--training full"),
+        ({"train": ("*norm*",)}, "full fine-tuning on *norm*", "--training full@*norm*"),
+        ({"recipe": "lora"}, "LoRA on every linear", "--training lora:16"),
+        ({"recipe": "hira", "optimizer": "sgd"}, "HiRA with sgd", "--training hira:16 --optimizer sgd"),
+        (
+            {"kind": "rebalance"},
+            "undone first (rebalanced), full fine-tuning",
+            "--training full --variant rebalance",
+        ),
+        ({"kind": "width"}, "width 2×, full fine-tuning", "--training full --variant width:2"),
+    ],
+)
+def test_attacks_have_people_s_names_and_a_spelling(changes: dict[str, Any], name: str, flags: str) -> None:
+    attack = Attack((run("model", [3.0, 2.0], **changes),))
+    assert (attack_name(attack), spelling(attack)) == (name, flags)
 
 
 def test_json_is_strict_and_documented(report: AttackReport) -> None:
@@ -299,6 +322,16 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     # 4 attacks in two tables and 5 runs, with a head each; the curves
     assert page.tags.count("tr") == 3 + 4 + 4 + 5
     assert page.tags.count("img") == 1
+    # One sentence, then the bars from the longest to the shortest, then the table.
+    bars = re.findall(r'class="name">([^<]+)<.*?width: ([0-9.]+)%.*?class="figure">([^<]+)<', html)
+    assert [name for name, _, _ in bars] == [
+        "width 2×, full fine-tuning",
+        "undone first (collapsed), full fine-tuning",
+        "full fine-tuning",
+    ]
+    assert [float(width) for _, width, _ in bars] == pytest.approx([100, 96, 50])
+    assert html.index('class="verdict"') < html.index('class="bars"') < html.index("<table") < html.index("<img")
+    assert 'title="--training full --variant collapse"' in html
 
 
 def test_table(report: AttackReport) -> None:
@@ -336,7 +369,8 @@ def test_the_verdict_comes_first_and_names_what_walks_through(report: AttackRepo
         run("model", [3.0, 1.0], kind="collapse"),
     )  # fmt: skip
     assert summary(replace(report, runs=runs))[0] == (
-        "Holds against 1 of 3 recipes tried; not slowed: full on *norm*; only slowed: full on *embed*; "
+        "Holds against 1 of 3 recipes tried; not slowed: full fine-tuning on *norm*; "
+        "only slowed: full fine-tuning on *embed*; "
         "undone: collapsed."
     )
 
@@ -352,15 +386,6 @@ def test_progress_has_two_denominators(report: AttackReport) -> None:
     assert attack.share == pytest.approx(1.0)
 
 
-def test_the_strongest_is_the_one_that_ends_lowest(report: AttackReport) -> None:
-    """All of a weak control's progress is less than half of a strong one's."""
-    losses = {"adamw": (1.0, 1.9), "sgd": (2.8, 2.8), "lion": (1.0, 3.0), "muon": (1.0, 3.0), "soap": (1.0, 3.0)}
-    runs = [run("control", [3.0, control], optimizer=name) for name, (control, _) in losses.items()]
-    runs += [run("model", [3.0, loss], optimizer=name) for name, (_, loss) in losses.items()]
-    text = " ".join(summary(replace(report, runs=tuple(runs))))
-    assert "The strongest of them ended at a held-out loss of 1.900 by full, adamw (55 %" in text
-
-
 def test_the_control_under_the_same_limit_stands_beside(report: AttackReport) -> None:
     """The control keeps its utility down to 2.0 of 1.0: half of its progress."""
     runs = (
@@ -368,7 +393,7 @@ def test_the_control_under_the_same_limit_stands_beside(report: AttackReport) ->
         run("model", [3.0, 2.4, 1.5], retained=[1.0, 1.09, 1.2]),
     )
     text = " ".join(summary(replace(report, runs=runs)))
-    assert "under that limit the undefended control itself makes 50 %" in text
+    assert "and the control itself 50 %" in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -388,7 +413,7 @@ def test_a_model_that_was_converted_first_has_rows_of_its_own(report: AttackRepo
     assert {each.label: each.share for each in found if each.subject == "model"} == pytest.approx(
         {"hardened · full · adamw": 0.05, "hardened, equalised · full · adamw": 0.5}
     )
-    assert "only slowed: full, equalised: full;" in summary(replace(report, runs=runs))[0]
+    assert "only slowed: full fine-tuning, equalised, full fine-tuning;" in summary(replace(report, runs=runs))[0]
 
 
 def test_progress_counts_from_the_control_s_start(report: AttackReport) -> None:

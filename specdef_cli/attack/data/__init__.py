@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from specdef_cli.attack.data.examples import AttackData, Examples, stacked
+from specdef_cli.attack.data.examples import AttackData, Examples, as_items
 from specdef_cli.attack.data.forms import Text
 from specdef_cli.attack.data.images import PixelTransform, image_data, load_pixel_transform
 from specdef_cli.attack.data.labelled import Head, text_classification_data
@@ -84,7 +84,7 @@ def retained_sequences(options: AttackOptions, tokenizer: PreTrainedTokenizerBas
         sequences += of_this_file.examples[:SEQUENCES_OF_A_FILE]
         if len(sequences) >= count:
             break
-    return stacked(sequences[:count]) if sequences else None
+    return as_items(sequences[:count]) if sequences else None
 
 
 def standard_library() -> Iterator[str]:

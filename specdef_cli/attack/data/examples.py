@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, default_data_collator
 
 from specdef_cli.attack.options import AttackOptions
@@ -20,15 +19,10 @@ NOT_COUNTED = -100
 
 @dataclass(frozen=True)
 class Frame:
-    """What a tokenizer puts around a text by itself.
+    """What a tokenizer puts around a text by itself."""
 
-    Attributes:
-        before: For example ``[bos]`` or ``[CLS]``; empty for many.
-        after: For example ``[SEP]`` or ``</s>``; empty for most tokenizers of causal language models.
-    """
-
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()  # for example [bos] or [CLS]; empty for many
+    after: tuple[int, ...] = ()  # for example [SEP] or </s>; empty for most tokenizers of causal language models
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
@@ -43,126 +37,39 @@ class Frame:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence.
-
-    Attributes:
-        tokens: Ids that the model reads.
-        labels: Ids that it is to say, :data:`NOT_COUNTED` where its loss is not counted. As long as ``tokens``, or of
-            the decoder where the model has one of its own.
-    """
+    """One sequence."""
 
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
+    """Ids that it is to say, :data:`NOT_COUNTED` where its loss is not counted. As long as ``tokens``, or of the
+    decoder where the model has one of its own."""
 
 
-class Sequences(Dataset[dict[str, Any]]):
-    """Token sequences of equal length.
-
-    Args:
-        tokens: int64, shape [sequences, length].
-        labels: Of the same shape; the tokens themselves where they are not given.
-    """
-
-    def __init__(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> None:
-        self.tokens = tokens
-        self.labels = tokens if labels is None else labels
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.tokens[index], "labels": self.labels[index]}  # [length] each
+def as_items(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """What the Trainer is given. Sequences of one length need no mask of padding, which attention is slower with."""
+    alike = len({len(part) for example in examples for part in (example.tokens, example.labels)}) == 1
+    return [
+        {"input_ids": list(tokens), "labels": list(labels), **({} if alike else {"attention_mask": [1] * len(tokens)})}
+        for tokens, labels in ((example.tokens, example.labels) for example in examples)
+    ]
 
 
-class Ragged(Dataset[dict[str, Any]]):
-    """Sequences of different lengths, which a batch pads."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = list(examples)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
-        tokens = list(example.tokens)
-        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": list(example.labels)}
+def collate(items: list[Any], pad: DataCollatorForSeq2Seq) -> dict[str, Any]:
+    """A batch: sequences of equal length as they are, others padded with what costs no loss."""
+    return dict(pad(items)) if "attention_mask" in items[0] else default_data_collator(items)
 
 
-class Packer:
-    """Joins texts, one after the other, and cuts what comes of it into sequences of equal length.
-
-    Args:
-        frame: Every sequence begins with its ``before``, and so does every text inside one.
-    """
-
-    def __init__(self, length: int, frame: Frame, end: tuple[int, ...] = (), closing: tuple[int, ...] = ()) -> None:
-        self.length = length
-        self.examples: list[Example] = []
-        self._frame, self._end, self._closing = frame, end, closing
-        self._tokens: list[int] = []
-        self._labels: list[int] = []
-
-    def add(self, text: Sequence[int]) -> None:
-        """Join one more text, tokenized without anything around it."""
-        if self._tokens and not self._closing:
-            self._take(self._frame.before, counted=False)
-        self._take([*text, *self._end], counted=True)
-
-    def _take(self, tokens: Sequence[int], counted: bool) -> None:
-        start = 0
-        while start < len(tokens):
-            if not self._tokens:
-                self._tokens = list(self._frame.before)
-                self._labels = [NOT_COUNTED] * len(self._tokens)
-            room = self.length - len(self._closing) - len(self._tokens)
-            part = tokens[start : start + max(room, 1)]
-            start += len(part)
-            self._tokens += part
-            self._labels += part if counted else [NOT_COUNTED] * len(part)
-            if len(self._tokens) + len(self._closing) >= self.length:
-                tokens_and_closing = (*self._tokens, *self._closing)
-                labels = (*self._labels, *[NOT_COUNTED] * len(self._closing))
-                self.examples.append(Example(tokens_and_closing, labels))
-                self._tokens, self._labels = [], []
-
-
-class Collate:
-    """Makes a batch: stacks sequences of equal length, pads others with what costs no loss.
-
-    Args:
-        tokenizer: Whose padding is used; an id of 0 where it has none, which is masked like any padding.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        pad_with_something(tokenizer)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-        self._pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_COUNTED)
-
-    def __call__(self, items: list[Any]) -> dict[str, Any]:
-        if all("attention_mask" not in item for item in items):
-            return default_data_collator(items)
-        return dict(self._pad(items))
-
-
-def pad_with_something(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without padding its end of text for it, as most recipes do."""
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Its padding; a tokenizer without any gets its end of text for it, as most recipes do."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer.pad_token_id
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences have in common from the start."""
     pairs = zip(first, second, strict=False)
     return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
-
-
-def stacked(examples: Sequence[Example]) -> Sequences:
-    """Sequences of equal length."""
-    tokens = torch.tensor([example.tokens for example in examples], dtype=torch.int64)
-    labels = torch.tensor([example.labels for example in examples], dtype=torch.int64)
-    return Sequences(tokens, labels)
 
 
 def fingerprint_of(*halves: Iterable[Example]) -> str:
@@ -182,41 +89,29 @@ _Item = TypeVar("_Item")
 
 
 class Examples(Protocol):
-    """A map-style data set that knows its size."""
+    """A map-style data set that knows its size: a list of items, or what makes them when they are asked for."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class AttackData:
-    """What the Trainer is given.
-
-    Attributes:
-        name: What the data is called in the report.
-        train, held_out: Map-style data sets.
-        collate: Makes a batch of their items.
-        fingerprint: Sixteen hexadecimal digits of the tokens or images and labels themselves.
-        labels: Number of classes; 0 for language modelling.
-        resize_head: Whether the checkpoint's own head has another number of classes.
-        padding: The id that fills short sequences up.
-        problem: What transformers calls the kind of labels: ``single_label_classification``, …; ``None`` for language.
-        remarks: What a reader of the report should know of it, one sentence each.
-        retained: Text on which a language model's ability is measured as it is attacked.
-    """
+    """What the Trainer is given."""
 
     name: str
     train: Examples
     held_out: Examples
     collate: Callable[[list[Any]], dict[str, Any]]
-    fingerprint: str
-    labels: int = 0
-    resize_head: bool = False
+    fingerprint: str  # sixteen hexadecimal digits of the tokens or images and labels themselves
+    labels: int = 0  # number of classes; 0 for language modelling
+    resize_head: bool = False  # whether the checkpoint's own head has another number of classes
     padding: int | None = None
     problem: str | None = None
-    remarks: tuple[str, ...] = ()
-    retained: Examples | None = None
+    """What transformers calls the kind of labels: ``single_label_classification``, …; ``None`` for language."""
+    remarks: tuple[str, ...] = ()  # what a reader of the report should know of it, one sentence each
+    retained: Examples | None = None  # text on which a language model's ability is measured as it is attacked
 
     @property
     def halves(self) -> tuple[Examples, ...]:

@@ -62,17 +62,12 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn; what the assistant says is learned.
-
-    Attributes:
-        messages: The turns.
-        given: So many of them are a prompt, of which nothing is learned.
-        arguments: What else the chat template takes of the row: ``tools``, and its ``chat_template_kwargs``.
-    """
+    """Messages in turn; what the assistant says is learned."""
 
     messages: tuple[Message, ...]
-    given: int = 0
+    given: int = 0  # so many of them are a prompt, of which nothing is learned
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What else the chat template takes of the row: ``tools``, and its ``chat_template_kwargs``."""
 
 
 Document: TypeAlias = Text | Completion | Instruction | Conversation
@@ -80,19 +75,13 @@ Document: TypeAlias = Text | Completion | Instruction | Conversation
 
 @dataclass(frozen=True)
 class Form:
-    """How rows are read.
-
-    Attributes:
-        columns: Those that a data set of this form has.
-        words: What a report calls it.
-        read: From a row and the data set's name to a document; ``None`` for a row without text.
-        answers: Whether rows have answers, which alone are learned; running text is learned whole.
-    """
+    """How rows are read."""
 
     columns: tuple[str, ...]
-    words: str
+    words: str  # what a report calls it
     read: Callable[[Mapping[str, Any], str], Document | None]
-    answers: bool = True
+    """From a row and the data set's name to a document; ``None`` for a row without text."""
+    answers: bool = True  # whether rows have answers, which alone are learned; running text is learned whole
 
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -115,24 +104,18 @@ def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Fo
             f"{'; '.join(' + '.join(form.columns) for form in FORMS)}.",
         )
     if isinstance(row.get(text_column), list):
-        return Form((text_column,), f"conversations in {text_column}", _conversation_in(text_column))
-    return Form((text_column,), f"text in {text_column}", _text_in(text_column), answers=False)
+        return Form((text_column,), f"conversations in {text_column}", partial(_conversation, text_column))
+    return Form((text_column,), f"text in {text_column}", partial(_text, text_column), answers=False)
 
 
-def _text_in(column: str) -> Callable[[Mapping[str, Any], str], Text | None]:
-    def read(row: Mapping[str, Any], dataset: str) -> Text | None:
-        text = as_text(column_of(row, column, dataset), column, dataset)
-        return Text(text) if text.strip() else None
-
-    return read
+def _text(column: str, row: Mapping[str, Any], dataset: str) -> Text | None:
+    text = as_text(column_of(row, column, dataset), column, dataset)
+    return Text(text) if text.strip() else None
 
 
-def _conversation_in(column: str) -> Callable[[Mapping[str, Any], str], Conversation | None]:
-    def read(row: Mapping[str, Any], dataset: str) -> Conversation | None:
-        messages = _messages(column_of(row, column, dataset), column, dataset)
-        return Conversation(messages, 0, _template_arguments(row)) if any(map(says, messages)) else None
-
-    return read
+def _conversation(column: str, row: Mapping[str, Any], dataset: str) -> Conversation | None:
+    messages = _messages(column_of(row, column, dataset), column, dataset)
+    return Conversation(messages, 0, _template_arguments(row)) if any(map(says, messages)) else None
 
 
 def says(message: Message) -> bool:
@@ -169,13 +152,9 @@ def _prompt_and_completion(row: Mapping[str, Any], dataset: str) -> Document | N
     return Completion(prompt, completion) if completion.strip() else None
 
 
-def _instruction(given: str, answer: str) -> Callable[[Mapping[str, Any], str], Instruction | None]:
-    def read(row: Mapping[str, Any], dataset: str) -> Instruction | None:
-        instruction, output = (as_text(row[name], name, dataset) for name in ("instruction", answer))
-        beside = as_text(row.get(given), given, dataset)
-        return Instruction(instruction, beside, output) if output.strip() else None
-
-    return read
+def _instruction(given: str, answer: str, row: Mapping[str, Any], dataset: str) -> Instruction | None:
+    instruction, beside, output = (as_text(row.get(name), name, dataset) for name in ("instruction", given, answer))
+    return Instruction(instruction, beside, output) if output.strip() else None
 
 
 def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
@@ -198,18 +177,19 @@ def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
 
 
 FORMS = (
-    Form(("messages",), "conversations", _conversation_in("messages")),
-    Form(("conversations",), "conversations", _conversation_in("conversations")),
+    Form(("messages",), "conversations", partial(_conversation, "messages")),
+    Form(("conversations",), "conversations", partial(_conversation, "conversations")),
     Form(("prompt", "completion"), "prompts and completions", _prompt_and_completion),
-    Form(("instruction", "output"), "instructions and outputs", _instruction("input", "output")),
-    Form(("instruction", "response"), "instructions and responses", _instruction("context", "response")),
-    Form(("text",), "text", _text_in("text"), answers=False),
+    Form(("instruction", "output"), "instructions and outputs", partial(_instruction, "input", "output")),
+    Form(("instruction", "response"), "instructions and responses", partial(_instruction, "context", "response")),
+    Form(("text",), "text", partial(_text, "text"), answers=False),
 )
 """In the order of preference: where a data set has a conversation and the same as running text, the former is what a
 chat model is trained on."""
 
 
 REFUSED = "that the tokenizer's chat template refuses"
+WITHOUT_ANSWER = "without an answer of the assistant's"
 
 PLAIN_TEMPLATE = (
     "{% if tools %}{{ 'tools: ' + tools | tojson + '\n' }}{% endif %}"
@@ -236,7 +216,7 @@ def conversation_example(conversation: Conversation, tokenizer: PreTrainedTokeni
     said = [n for n, message in enumerate(messages) if message["role"] == "assistant" and says(message)]
     said = [number for number in said if number >= conversation.given]
     if not said:
-        return "without an answer of the assistant's"
+        return WITHOUT_ANSWER
     encode = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=True, **conversation.arguments)
     if not has_template(tokenizer):
         spelled = [{**message, "spoken": spoken(message)} for message in messages]

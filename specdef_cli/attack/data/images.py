@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, default_data_collator
 
 from specdef_cli.attack.data.examples import AttackData
-from specdef_cli.attack.data.labelled import Example, Examples, Head, labelled_halves
+from specdef_cli.attack.data.labelled import Example, Head, labelled_data
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.opened import OpenedModel
@@ -25,18 +25,12 @@ _MODES = {1: "L", 3: "RGB"}
 
 @dataclass(frozen=True)
 class PixelTransform:
-    """From an image to a model's input.
+    """From an image to a model's input."""
 
-    Attributes:
-        channels: 1 or 3.
-        height, width: Of the input, in pixels; of no effect where there is a processor.
-        processor: The checkpoint's own, where it has one.
-    """
-
-    channels: int
+    channels: int  # 1 or 3
     height: int
-    width: int
-    processor: BaseImageProcessor | None = None
+    width: int  # and height: pixels of the input, of no effect where there is a processor
+    processor: BaseImageProcessor | None = None  # the checkpoint's own, where it has one
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Resize, and bring pixels to [−1, 1]; or whatever the processor does.
@@ -51,6 +45,21 @@ class PixelTransform:
         pixels = stored.view(1, image.height, image.width, self.channels).permute(0, 3, 1, 2).float()
         resized = functional.interpolate(pixels, (self.height, self.width), mode="bilinear", antialias=True)
         return resized[0] / 127.5 - 1.0
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A map-style data set of images, which are decoded when a batch needs them."""
+
+    examples: list[Example]
+    transform: PixelTransform
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int, /) -> Example:
+        example = self.examples[index]
+        return {"pixel_values": self.transform(Image.open(io.BytesIO(example["image"]))), "labels": example["label"]}
 
 
 def load_pixel_transform(model: OpenedModel) -> PixelTransform:
@@ -77,20 +86,9 @@ def load_pixel_transform(model: OpenedModel) -> PixelTransform:
 
 def image_data(options: AttackOptions, transform: PixelTransform, head: Head) -> AttackData:
     """Images of the named data set: a directory of a folder for each class, a parquet file, a Hub id."""
-    encode = partial(_stored, options=options)
-    halves = labelled_halves(options, "images", (options.image_column,), encode, head)
-    prepare = partial(_prepare, transform=transform)
-    return AttackData(
-        name=str(options.dataset),
-        train=Examples(halves.train, prepare),
-        held_out=Examples(halves.held_out, prepare),
-        collate=default_data_collator,
-        fingerprint=halves.fingerprint,
-        labels=halves.labels.outputs,
-        problem=halves.labels.problem,
-        resize_head=halves.resize_head,
-        remarks=halves.remarks,
-    )
+    encode, prepared = partial(_stored, options=options), partial(Pixels, transform=transform)
+    columns = (options.image_column,)
+    return labelled_data(options, "images", columns, encode, head, default_data_collator, prepared=prepared)
 
 
 def _stored(value: Any, options: AttackOptions) -> Example:
@@ -109,8 +107,3 @@ def _stored(value: Any, options: AttackOptions) -> Example:
             "Name a column of images (PNG, JPEG, …) with --image-column.",
         ) from error
     return {"image": content}
-
-
-def _prepare(example: Example, transform: PixelTransform) -> Example:
-    image = Image.open(io.BytesIO(example["image"]))
-    return {"pixel_values": transform(image), "labels": example["label"]}

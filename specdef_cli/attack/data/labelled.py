@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.examples import (
     AttackData,
+    Examples,
     check_size,
     is_held_out,
-    pad_with_something,
+    padding_of,
     repeated_rows,
     whole_batches,
 )
@@ -39,33 +39,22 @@ _UNNAMED = re.compile(r"LABEL_\d+")
 
 @dataclass(frozen=True)
 class Head:
-    """A checkpoint's own head, by its configuration.
-
-    Attributes:
-        labels: Outputs.
-        problem: ``None`` where the configuration leaves it to the labels.
-        names: The number of each class by its name; empty where the configuration names none.
-    """
+    """A checkpoint's own head, by its configuration."""
 
     labels: int = 0
-    problem: Problem | None = None
+    problem: Problem | None = None  # None where the configuration leaves it to the labels
     names: Mapping[str, int] = field(default_factory=dict)
+    """The number of each class by its name; empty where the configuration names none."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """How labels are read.
-
-    Attributes:
-        problem: What they are.
-        outputs: Of the model's head. A checkpoint whose head has room for every class keeps its head.
-        classes: From a label to the number of its class; empty where labels are numbers for the outputs themselves.
-        remark: What a reader of the report should know of them.
-    """
+    """How labels are read."""
 
     problem: Problem
-    outputs: int
+    outputs: int  # of the model's head. A checkpoint whose head has room for every class keeps its head.
     classes: dict[Any, int]
+    """From a label to the number of its class; empty where labels are numbers for the outputs themselves."""
     remark: str = ""
 
     def encoded(self, label: Any) -> int | list[float]:
@@ -147,52 +136,22 @@ def _numbered(labels: list[Any], column: str, dataset: str) -> dict[Any, int]:
 Example = dict[str, Any]
 
 
-class Examples(Dataset[Example]):
-    """Examples with what the loss takes under ``label``.
-
-    Args:
-        prepare: From one of them to what a batch is made of; ``None`` where they are that already.
-    """
-
-    def __init__(self, examples: list[Example], prepare: Callable[[Example], Example] | None = None) -> None:
-        self.examples = examples
-        self.prepare = prepare
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        example = self.examples[index]
-        return example if self.prepare is None else self.prepare(example)
-
-
-@dataclass(frozen=True)
-class LabelledHalves:
-    """What was read.
-
-    Attributes:
-        train, held_out: Examples; ``label`` is what the loss takes.
-        fingerprint: Sixteen hexadecimal digits of both.
-        labels: How the column of labels was read.
-        resize_head: Whether the checkpoint's own head has another number of outputs.
-        remarks: What a reader of the report should know of them.
-    """
-
-    train: list[Example]
-    held_out: list[Example]
-    fingerprint: str
-    labels: Labels
-    resize_head: bool
-    remarks: tuple[str, ...] = ()
-
-
-def labelled_halves(
-    options: AttackOptions, what: str, columns: tuple[str, ...], encode: Callable[..., Example | None], head: Head
-) -> LabelledHalves:
+def labelled_data(
+    options: AttackOptions,
+    what: str,
+    columns: tuple[str, ...],
+    encode: Callable[..., Example | None],
+    head: Head,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    *,
+    prepared: Callable[[list[Example]], Examples] = list,
+    padding: int | None = None,
+) -> AttackData:
     """Read as many rows as a run needs, in a random order.
 
     Args:
         encode: Makes an example of those columns' values; ``None`` where there is nothing in them.
+        prepared: From examples, whose ``label`` is what the loss takes, to what batches are made of.
     """
     if options.dataset is None:
         raise SpecDefError(
@@ -222,23 +181,36 @@ def labelled_halves(
     check_size(options.dataset, what, len(train), len(held_out), options)
     train = whole_batches(train, options.batch_size)
     labels = labels_of(found, head, options.label_column, options.dataset)
-    halves = [
-        [{**example, "label": labels.encoded(example["label"])} for example in half] for half in (train, held_out)
-    ]
     digest = hashlib.sha256()
-    for half in halves:
+    for half in (train, held_out):
         for example in half:
+            example["label"] = labels.encoded(example["label"])
             digest.update(repr(example).encode())
         digest.update(b"|")
     left_out = [f"Of {kept + empty} rows read, {empty} without {what[:-1]} left out."] if empty else []
-    remarks = (*left_out, *filter(None, [labels.remark]), *repeated_rows(*halves))
-    return LabelledHalves(halves[0], halves[1], digest.hexdigest()[:16], labels, labels.outputs != head.labels, remarks)
+    return AttackData(
+        name=options.dataset,
+        train=prepared(train),
+        held_out=prepared(held_out),
+        collate=collate,
+        fingerprint=digest.hexdigest()[:16],
+        labels=labels.outputs,
+        problem=labels.problem,
+        resize_head=labels.outputs != head.labels,
+        padding=padding,
+        remarks=(*left_out, *filter(None, [labels.remark]), *repeated_rows(train, held_out)),
+    )
 
 
 def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokenizerBase, head: Head) -> AttackData:
     """Tokenized texts of the named data set, or pairs of them, cut off at the sequence length."""
     columns = (options.text_column or "text", *filter(None, [options.text_pair_column]))
-    pad_with_something(tokenizer)
+    padding = padding_of(tokenizer)
+    if padding is None:
+        raise SpecDefError(
+            "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
+            'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
+        )
 
     def encode(*values: object) -> Example | None:
         texts = [as_text(value, name, str(options.dataset)) for value, name in zip(values, columns, strict=True)]
@@ -246,21 +218,4 @@ def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokeni
             return None
         return dict(tokenizer(*texts, truncation=True, max_length=options.sequence_length))
 
-    halves = labelled_halves(options, "texts", columns, encode, head)
-    if tokenizer.pad_token_id is None:
-        raise SpecDefError(
-            "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
-            'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
-        )
-    return AttackData(
-        name=str(options.dataset),
-        train=Examples(halves.train),
-        held_out=Examples(halves.held_out),
-        collate=DataCollatorWithPadding(tokenizer),
-        fingerprint=halves.fingerprint,
-        labels=halves.labels.outputs,
-        problem=halves.labels.problem,
-        resize_head=halves.resize_head,
-        padding=tokenizer.pad_token_id,
-        remarks=halves.remarks,
-    )
+    return labelled_data(options, "texts", columns, encode, head, DataCollatorWithPadding(tokenizer), padding=padding)

@@ -5,31 +5,31 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain
 
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.examples import (
     HELD_OUT_EVERY,
     NOT_COUNTED,
     AttackData,
-    Collate,
     Example,
     Frame,
-    Packer,
-    Ragged,
-    Sequences,
+    as_items,
     check_size,
+    collate,
     fingerprint_of,
     is_held_out,
+    padding_of,
     repeated_rows,
     shared_length,
-    stacked,
     whole_batches,
 )
 from specdef_cli.attack.data.forms import (
     FORMS,
     REFUSED,
+    WITHOUT_ANSWER,
     Completion,
     Conversation,
     Document,
@@ -49,6 +49,137 @@ from specdef_cli.errors import SpecDefError
 BUILTIN_NAME = "pydoc_data.topics (English prose of Python's language reference)"
 
 _WITHOUT_TEXT = "without text"
+BEYOND = "whose answer begins beyond --sequence-length"
+
+_MASKING_SEED = 0
+
+
+class CausalEncoder:
+    """For models that say the next token: texts are joined and cut; what has an answer is a sequence of its own."""
+
+    closing: tuple[int, ...] = ()  # ends every sequence of joined texts
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self.tokenizer, self.length, self.frame = tokenizer, length, Frame.of(tokenizer)
+        end = (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
+        self.end = self.frame.after or end
+        self.examples: list[Example] = []
+        self._joined: list[tuple[int, int]] = []  # tokens with their labels
+
+    def add(self, document: Document) -> str | None:
+        """Add a document; the reason, in a few words, where nothing can be learned from it."""
+        if isinstance(document, Instruction):
+            document = document.conversation if has_template(self.tokenizer) else document.completion
+        if isinstance(document, Text):
+            self._join(document.text)
+            return None
+        if isinstance(document, Completion):
+            example: Example | str = self._completion(document)
+        else:
+            example = conversation_example(document, self.tokenizer, self.frame)
+        if isinstance(example, str):
+            return example
+        labels = example.labels[: self.length]
+        if all(label == NOT_COUNTED for label in labels[1:]):  # the first token is never said
+            return BEYOND
+        self.examples.append(Example(example.tokens[: self.length], labels))
+        return None
+
+    def finished(self) -> list[Example]:
+        """The examples as a model is trained on them."""
+        return self.examples
+
+    def _completion(self, document: Completion) -> Example:
+        """The two are tokenized together, as the model will read them; a token that spans both is the answer's."""
+        tokens = self._ids(document.prompt + document.completion)
+        kept = shared_length(self._ids(document.prompt), tokens)
+        before, answer = [*self.frame.before, *tokens[:kept]], [*tokens[kept:], *self.end]
+        return Example((*before, *answer), (*[NOT_COUNTED] * len(before), *answer))
+
+    def _join(self, text: str) -> None:
+        """Join one more text to those before, and cut off what fills a sequence; each begins as the tokenizer says."""
+        before, closing = ([(token, NOT_COUNTED) for token in part] for part in (self.frame.before, self.closing))
+        if self._joined and not closing:
+            self._joined += before
+        self._joined += [(token, token) for token in (*self._ids(text), *self.end)]
+        room = max(1, self.length - len(before) - len(closing))
+        while len(self._joined) >= room:
+            tokens, labels = zip(*before, *self._joined[:room], *closing, strict=True)
+            self.examples.append(Example(tokens, labels))
+            del self._joined[:room]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class MaskedEncoder(CausalEncoder):
+    """For models that say what was masked. Which tokens are is drawn once, so that every run learns the same."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        if tokenizer.mask_token_id is None:
+            raise SpecDefError(
+                "the tokenizer has no mask token, and masked language modelling masks some of the text",
+                "Add a mask_token to tokenizer_config.json.",
+            )
+        super().__init__(tokenizer, length)
+        self.end = self.closing = self.frame.after
+
+    def add(self, document: Document) -> str | None:
+        match document:
+            case Text(text):
+                self._join(text)
+            case Conversation(messages):
+                self._join("\n".join(map(spoken, messages)))
+            case Completion() | Instruction():
+                whole = document if isinstance(document, Completion) else document.completion
+                self._join(whole.prompt + whole.completion)
+        return None
+
+    def finished(self) -> list[Example]:
+        """As of a causal model, without sequences in which chance masked nothing."""
+        if not self.examples:
+            return []
+        masking = DataCollatorForLanguageModeling(self.tokenizer, seed=_MASKING_SEED)
+        masked = masking([{"input_ids": list(example.tokens)} for example in self.examples])
+        pairs = zip(masked["input_ids"].tolist(), masked["labels"].tolist(), strict=True)
+        return [Example(tuple(tokens), tuple(labels)) for tokens, labels in pairs if {*labels} != {NOT_COUNTED}]
+
+
+class Seq2SeqEncoder(CausalEncoder):
+    """For an encoder and a decoder: a prompt and its answer, or the first half of a text and the second."""
+
+    def add(self, document: Document) -> str | None:
+        room = self.length - len(self.frame.before) - len(self.frame.after)
+        if isinstance(document, Text):
+            tokens = self._ids(document.text)
+            if len(tokens) < 2:
+                return "of a single token"
+            pieces = [tokens[start : start + 2 * room] for start in range(0, len(tokens), 2 * room)]
+            for piece in pieces:
+                if len(piece) == 2 * room or len(pieces) == 1:
+                    self._append(piece[: len(piece) // 2], piece[len(piece) // 2 :])
+            return None
+        if isinstance(document, Instruction):
+            document = document.completion
+        if isinstance(document, Conversation):
+            said = [n for n, message in enumerate(document.messages) if message["role"] == "assistant"]
+            if not said:
+                return WITHOUT_ANSWER
+            before = "\n".join(map(spoken, document.messages[: said[-1]]))
+            document = Completion(before, spoken(document.messages[said[-1]]))
+        self._append(self._ids(document.prompt)[:room], self._ids(document.completion)[:room])
+        return None
+
+    def _append(self, source: list[int], target: list[int]) -> None:
+        read, said = ((*self.frame.before, *tokens, *self.frame.after) for tokens in (source, target))
+        self.examples.append(Example(read, said))
+
+
+ENCODERS: Mapping[Task, type[CausalEncoder]] = {
+    "causal-lm": CausalEncoder,
+    "masked-lm": MaskedEncoder,
+    "seq2seq-lm": Seq2SeqEncoder,
+}
 
 
 def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedTokenizerBase) -> AttackData:
@@ -86,12 +217,14 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
         remedy = f"Give a --sequence-length above {options.sequence_length}."
     elif count > kept and reason.startswith(REFUSED):
         remedy = "Change the rows to what the template takes; why it refuses them stands in brackets."
+    if padding_of(tokenizer) is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # masked like any padding
     check_size(name, "sequences", len(examples), len(others), options, remarks=remarks, remedy=remedy)
     return AttackData(
         name=name,
-        train=_data_set(examples),
-        held_out=_data_set(others),
-        collate=Collate(tokenizer),
+        train=as_items(examples),
+        held_out=as_items(others),
+        collate=partial(collate, pad=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_COUNTED)),
         fingerprint=fingerprint_of(examples, others),
         remarks=remarks,
     )
@@ -106,12 +239,6 @@ def _documents(options: AttackOptions) -> tuple[Form, Iterator[Document | None]]
     first = next(found)
     form = form_of(first, options.text_column, name)
     return form, (form.read(row, name) for row in chain([first], found))
-
-
-def _data_set(examples: list[Example]) -> Sequences | Ragged:
-    """Sequences of one length need no padding, nor a mask of it, which attention is slower with."""
-    packed = len({(len(example.tokens), len(example.labels)) for example in examples}) == 1
-    return stacked(examples) if packed and len(examples[0].tokens) == len(examples[0].labels) else Ragged(examples)
 
 
 def _remarks(
@@ -154,149 +281,3 @@ def builtin_documents() -> list[str]:
 def _is_prose(paragraph: str) -> bool:
     plain = sum(character.isalpha() or character in " ,." for character in paragraph)
     return paragraph.endswith((".", ":")) and plain >= 0.9 * len(paragraph)
-
-
-BEYOND = "whose answer begins beyond --sequence-length"
-
-_MASKING_SEED = 0
-
-
-class CausalEncoder:
-    """For models that say the next token. Texts are joined and cut; what has an answer is a sequence of its own."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        self._tokenizer, self._length = tokenizer, length
-        self._frame = Frame.of(tokenizer)
-        end = (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
-        self._end = self._frame.after or end
-        self._packer = Packer(length, self._frame, self._end)
-        self.examples = self._packer.examples
-
-    def add(self, document: Document) -> str | None:
-        """Add a document; the reason, in a few words, where nothing can be learned from it."""
-        if isinstance(document, Instruction):
-            document = document.conversation if has_template(self._tokenizer) else document.completion
-        if isinstance(document, Text):
-            self._packer.add(_ids(self._tokenizer, document.text))
-            return None
-        if isinstance(document, Completion):
-            example: Example | str = self._completion(document)
-        else:
-            example = conversation_example(document, self._tokenizer, self._frame)
-        if isinstance(example, str):
-            return example
-        labels = example.labels[: self._length]
-        if all(label == NOT_COUNTED for label in labels[1:]):  # the first token is never said
-            return BEYOND
-        self.examples.append(Example(example.tokens[: self._length], labels))
-        return None
-
-    def _completion(self, document: Completion) -> Example:
-        """The two are tokenized together, as the model will read them; a token that spans both is the answer's."""
-        prompt = _ids(self._tokenizer, document.prompt)
-        tokens = _ids(self._tokenizer, document.prompt + document.completion)
-        kept = shared_length(prompt, tokens)
-        before = [*self._frame.before, *tokens[:kept]]
-        answer = [*tokens[kept:], *self._end]
-        return Example((*before, *answer), (*[NOT_COUNTED] * len(before), *answer))
-
-    def finished(self) -> list[Example]:
-        """The examples as a model is trained on them."""
-        return self.examples
-
-
-class MaskedEncoder:
-    """For models that say what was masked. Which tokens are is drawn once, so that every run learns the same."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        if tokenizer.mask_token_id is None:
-            raise SpecDefError(
-                "the tokenizer has no mask token, and masked language modelling masks some of the text",
-                "Add a mask_token to tokenizer_config.json.",
-            )
-        self._tokenizer = tokenizer
-        frame = Frame.of(tokenizer)
-        self._packer = Packer(length, frame, end=frame.after, closing=frame.after)
-        self.examples = self._packer.examples
-
-    def add(self, document: Document) -> str | None:
-        """As of a causal model."""
-        self._packer.add(_ids(self._tokenizer, _as_text(document)))
-        return None
-
-    def finished(self) -> list[Example]:
-        """As of a causal model, without sequences in which chance masked nothing."""
-        if not self.examples:
-            return []
-        masking = DataCollatorForLanguageModeling(self._tokenizer, seed=_MASKING_SEED)
-        masked = masking([{"input_ids": list(example.tokens)} for example in self.examples])
-        pairs = zip(masked["input_ids"].tolist(), masked["labels"].tolist(), strict=True)
-        return [
-            Example(tuple(tokens), tuple(labels))
-            for tokens, labels in pairs
-            if any(label != NOT_COUNTED for label in labels)
-        ]
-
-
-class Seq2SeqEncoder:
-    """For an encoder and a decoder: a prompt and its answer, or the first half of a text and the second."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        self._tokenizer, self._length = tokenizer, length
-        self._frame = Frame.of(tokenizer)
-        self.examples: list[Example] = []
-
-    def add(self, document: Document) -> str | None:
-        """As of a causal model."""
-        room = self._length - len(self._frame.before) - len(self._frame.after)
-        if isinstance(document, Text):
-            tokens = _ids(self._tokenizer, document.text)
-            if len(tokens) < 2:
-                return "of a single token"
-            pieces = [tokens[start : start + 2 * room] for start in range(0, len(tokens), 2 * room)]
-            for piece in pieces:
-                if len(piece) == 2 * room or len(pieces) == 1:
-                    self._append(piece[: len(piece) // 2], piece[len(piece) // 2 :])
-            return None
-        if isinstance(document, Instruction):
-            document = document.completion
-        if isinstance(document, Conversation):
-            said = [n for n, message in enumerate(document.messages) if message["role"] == "assistant"]
-            if not said:
-                return "without an answer of the assistant's"
-            before = "\n".join(map(spoken, document.messages[: said[-1]]))
-            document = Completion(before, spoken(document.messages[said[-1]]))
-        source, target = (_ids(self._tokenizer, text) for text in (document.prompt, document.completion))
-        self._append(source[:room], target[:room])
-        return None
-
-    def _append(self, source: list[int], target: list[int]) -> None:
-        read, said = ((*self._frame.before, *tokens, *self._frame.after) for tokens in (source, target))
-        self.examples.append(Example(read, said))
-
-    def finished(self) -> list[Example]:
-        """As of a causal model."""
-        return self.examples
-
-
-ENCODERS: Mapping[Task, type[CausalEncoder] | type[MaskedEncoder] | type[Seq2SeqEncoder]] = {
-    "causal-lm": CausalEncoder,
-    "masked-lm": MaskedEncoder,
-    "seq2seq-lm": Seq2SeqEncoder,
-}
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _as_text(document: Document) -> str:
-    match document:
-        case Text(text):
-            return text
-        case Completion(prompt, completion):
-            return prompt + completion
-        case Instruction():
-            return _as_text(document.completion)
-        case Conversation(messages):
-            return "\n".join(map(spoken, messages))

@@ -25,35 +25,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """One optimizer of the table.
-
-    Attributes:
-        name: As users write it.
-        optimizer: ``package.module:name`` of the class.
-        help: One line for ``--help``.
-        arguments: What it is constructed with, next to the learning rate.
-        learning_rates: Rates that fine-tune an ordinary model well, largest first.
-        alpha_power: The best rate on a layer inflated by α lies near η₀/α**alpha_power. Adam divides by the
-            gradient's size, so α acts once, through the factor that follows; plain gradients carry it a second time;
-            updates in proportion to the weight don't feel it.
-        second_order: Whether a step differentiates the gradient. Attention has to be eager for that, and gradients
-            aren't clipped: a step is gradient over curvature, and to clip one of them would shrink it by the
-            gradient's norm, which hardening inflates.
-        elementwise: Whether every entry is updated by itself. The others have to see whole tensors, not shards.
-        requires: A library that the extra for attacks does not install; the optimizer is refused without it.
-        matrix_option: A parameter group's option that tells hidden matrices (true) from everything else (false).
-    """
+    """One optimizer of the table."""
 
     name: str
-    optimizer: str
+    optimizer: str  # package.module:name of the class
     help: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # what it is constructed with, next to the learning rate
     learning_rates: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5)
+    """Rates that fine-tune an ordinary model well, largest first."""
     alpha_power: int = 1
+    """The best rate on a layer inflated by α lies near η₀/α**alpha_power. Adam divides by the gradient's size, so α
+    acts once, through the factor that follows; plain gradients carry it a second time; updates in proportion to the
+    weight don't feel it."""
     second_order: bool = False
+    """Whether a step differentiates the gradient. Attention has to be eager for that, and gradients aren't clipped: a
+    step is gradient over curvature, and to clip one of them would shrink it by the gradient's norm, which hardening
+    inflates."""
     elementwise: bool = True
+    """Whether every entry is updated by itself. The others have to see whole tensors, not shards."""
     requires: str | None = None
+    """A library that the extra for attacks does not install; the optimizer is refused without it."""
     matrix_option: str | None = None
+    """A parameter group's option that tells hidden matrices (true) from everything else (false)."""
 
     @property
     def available(self) -> bool:

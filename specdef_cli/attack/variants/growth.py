@@ -9,18 +9,15 @@ from pydantic import computed_field
 
 @dataclass(frozen=True)
 class Growth:
-    """What a variant did to the layers that it changed.
-
-    Attributes:
-        layers: How many layers were changed.
-        parameters_before, parameters_after: Parameters of those layers, frozen ones included.
-        bytes_added: Negative where the change made the model smaller.
-    """
+    """What a variant did to the layers that it changed."""
 
     layers: int
+    """How many layers were changed."""
     parameters_before: int
     parameters_after: int
+    """Frozen ones included, as before."""
     bytes_added: int
+    """Negative where the change made the model smaller."""
 
     def __add__(self, other: Growth) -> Growth:
         """Both changes, of different layers."""

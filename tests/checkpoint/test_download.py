@@ -1,7 +1,6 @@
-"""``harden`` from the Hub begins with the first shard: what it waits for, what it does not, and how it ends early.
+"""Commands that download their model first: what they fetch, what they ask of the disk, and how they end early.
 
-The Hub is a server on this machine. It withholds a shard until what must not wait for that shard has happened, so a
-command that waits for too much never finishes.
+The Hub is a server on this machine.
 """
 
 from __future__ import annotations
@@ -13,21 +12,17 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, file_download, snapshot_download
 
-from specdef_cli.checkpoint import arriving as arriving_weights
-from specdef_cli.checkpoint.output import check_output, work_directory
-from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.checkpoint.stream import RECORD_SUFFIX
-from specdef_cli.errors import SpecDefError
-from tests.commands import TWO_PROCESSES, Result, assert_refused, call_cli, command, environment, snapshot
+from specdef_cli.checkpoint.resolve import resolve
+from tests.commands import TWO_PROCESSES, Result, assert_refused, call_cli, environment, snapshot
 from tests.hub_server import COMMITS, Hub, eventually, model_files, serving, variables
 
 Usage = namedtuple("Usage", "total used free")
@@ -73,11 +68,6 @@ def harden(method: str, out: Path, *more: str, model: str | Path = "org/name") -
     return call_cli("harden", model, "--out", out, *OPTIONS[method], *more)
 
 
-def finished(out: Path) -> list[str]:
-    """Output shards that are finished, while nothing is published."""
-    return [path.name.removesuffix(RECORD_SUFFIX) for path in work_directory(out).glob(f"*{RECORD_SUFFIX}")]
-
-
 def assert_as_from_a_directory(method: str, out: Path, base: Path, other: Path) -> None:
     """The same bytes but for where the base came from."""
     result = harden(method, other, model=base)
@@ -94,48 +84,20 @@ def assert_as_from_a_directory(method: str, out: Path, base: Path, other: Path) 
 
 
 @pytest.mark.parametrize("method", ["factors", "fold"])
-def test_the_last_shard_is_not_waited_for(
+def test_from_the_hub_as_from_a_directory(
     method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is sent when an output shard is finished. The cache then serves offline."""
-    out, last = tmp_path / "out", shards(base)[-1]
-    hub = Hub(model_files(base), withheld={last: lambda: bool(finished(out))})
-    with online(hub, tmp_path, monkeypatch):
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 90)
+    """Each shard is fetched once, and the cache then serves offline."""
+    out = tmp_path / "out"
+    with online(Hub(model_files(base)), tmp_path, monkeypatch) as hub:
+        assert call_cli("inspect", "org/name", "--quiet").code == 0
         result = harden(method, out)
     assert result.code == 0, result.stderr
-    assert last in hub.parts
     assert sorted(name for name in hub.downloaded() if name.endswith(".safetensors")) == shards(base)
     assert_as_from_a_directory(method, out, base, tmp_path / "other")
     offline(tmp_path, monkeypatch)
     assert harden(method, tmp_path / "again").code == 0
     assert snapshot(tmp_path / "again") == snapshot(out)
-
-
-def test_inspect_does_not_wait_either(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    last = shards(base)[-1]
-    wanted: list[str] = []
-    hub = Hub(model_files(base), withheld={last: lambda: len(wanted) > 2})
-    original = arriving_weights.ArrivingWeights.wait
-
-    def wait(self: arriving_weights.ArrivingWeights, name: str) -> None:
-        original(self, name)
-        wanted.append(name)
-
-    monkeypatch.setattr(arriving_weights.ArrivingWeights, "wait", wait)
-    with online(hub, tmp_path, monkeypatch):
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 90)
-        result = call_cli("inspect", "org/name", "--json")
-    assert result.code == 0, result.stderr
-    assert json.loads(result.stdout)["layers"] == json.loads(call_cli("inspect", base, "--json").stdout)["layers"]
-
-
-def test_a_server_that_sends_whole_files_only(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with online(Hub(model_files(base), ranges=False), tmp_path, monkeypatch) as hub:
-        result = harden("fold", tmp_path / "out")
-    assert result.code == 0, result.stderr
-    assert hub.parts == []
-    assert_as_from_a_directory("fold", tmp_path / "out", base, tmp_path / "other")
 
 
 def test_a_cache_that_huggingface_hub_has_filled(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,109 +127,63 @@ def test_a_cache_that_huggingface_hub_has_filled(base: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize("fault", ["denied", "broken", "disk full"])
 def test_a_shard_that_does_not_arrive(fault: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two lines, nothing published, no thread left; what has arrived and what was finished serve the next run."""
+    """Two lines and nothing written; what has arrived serves the next run."""
     out, last = tmp_path / "out", shards(base)[-1]
     problem = {
         "denied": "org/name is gated",
         "broken": "org/name could not be fetched",
         "disk full": f"org/name could not be fetched: {os.strerror(errno.ENOSPC)}",
     }[fault]
-    hub = Hub(model_files(base), withheld={last: lambda: bool(finished(out))})
+    hub = Hub(model_files(base))
     with online(hub, tmp_path, monkeypatch), monkeypatch.context() as patch:
         if fault == "disk full":
-            patch.setattr(arriving_weights.Commit, "fetch", full_disk(last))
+            patch.setattr(file_download, "http_get", full_disk(last))
         else:
             setattr(hub, fault, last)
-        assert_refused(harden("factors", out), problem, "--resume")
-        assert not out.exists()
-        assert eventually(lambda: not downloading())
-        kept = finished(out)
-        assert kept
-        # The one before it may have been on its way beside it.
+        assert_refused(harden("factors", out), problem)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
         missing = [name for name in shards(base) if not list((tmp_path / "cache").rglob(name))]
         assert last in missing
-        assert len(missing) <= 2
-    hub.withheld.clear()
     hub.denied = hub.broken = ""
     with online(hub, tmp_path, monkeypatch):
         hub.seen.clear()
-        identities = {name: (work_directory(out) / name).stat().st_ino for name in kept}
-        assert harden("factors", out, "--resume").code == 0
-        assert sorted(hub.downloaded()) == missing
-    assert {name: (out / name).stat().st_ino for name in kept} == identities
+        assert harden("factors", out).code == 0
+        assert sorted(name for name in hub.downloaded() if name.endswith(".safetensors")) == missing
     assert_as_from_a_directory("factors", out, base, tmp_path / "other")
 
 
 def full_disk(name: str) -> Callable[..., None]:
-    fetch = arriving_weights.Commit.fetch
+    get = file_download.http_get
 
-    def fetch_or_fail(self: arriving_weights.Commit, wanted: str, bar: type) -> None:
-        fetch(self, wanted, bar)
-        if wanted == name:
-            pointer = self.directory / name
-            pointer.resolve().unlink()
-            pointer.unlink()
+    def get_or_fail(url: str, *arguments: object, **options: object) -> None:
+        if url.endswith(name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        get(url, *arguments, **options)  # type: ignore[arg-type]
 
-    return fetch_or_fail
-
-
-def downloading() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "specdef-download"]
+    return get_or_fail
 
 
-def test_a_shard_whose_header_was_another(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the plan was made of is checked when the shard is there."""
+def test_interrupted_while_a_shard_is_downloaded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends it in the midst of a file, which huggingface_hub would finish first."""
     last = shards(base)[-1]
-    read = arriving_weights.parse_headers
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
 
-    def other(*arguments: object) -> object:
-        headers = read(*arguments)  # type: ignore[arg-type]
-        if arguments[1] != last:
-            return headers
-        return {name: replace(header, begin=header.begin + 4, end=header.end + 4) for name, header in headers.items()}
+    def interrupt() -> None:
+        assert eventually(lambda: last in hub.downloaded())
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(arriving_weights, "parse_headers", other)
-    with online(Hub(model_files(base)), tmp_path, monkeypatch):
-        assert_refused(harden("factors", tmp_path / "out"), f"{last} is not the file")
-
-
-@pytest.mark.parametrize("spoil", [lambda data: data[:-8], lambda data: data[:8] + b"!" + data[9:]])
-def test_a_damaged_shard_is_refused_before_any_is_downloaded(
-    spoil: Callable[[bytes], bytes], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    last = shards(base)[-1]
-    files = model_files(base)
-    with online(Hub(files | {last: spoil(files[last])}), tmp_path, monkeypatch) as hub:
-        assert_refused(harden("fold", tmp_path / "out"), f"{last} is not a valid safetensors file")
-        assert not any(name.endswith(".safetensors") for name in hub.downloaded())
-
-
-def test_interrupted_while_a_shard_is_awaited(base: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends it although the server sends nothing; what is finished is kept."""
-    out, last = tmp_path / "out", shards(base)[-1]
-    asked: list[bool] = []
-    with serving(Hub(model_files(base), withheld={last: lambda: bool(asked)})) as hub:
-        process = subprocess.Popen(
-            command("harden", "org/name", "--out", out, *OPTIONS["factors"]),
-            env=environment(**variables(hub, tmp_path), HF_HUB_DISABLE_XET="1"),
-            stderr=subprocess.PIPE,
-            text=True,
-            # A shell's background job ignores Ctrl-C, and so do its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
-            assert eventually(lambda: (last in hub.downloaded() and bool(finished(out))) or process.poll() is not None)
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=300)
-        finally:
-            process.kill()
-            asked.append(True)
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
-    assert "interrupted" in said
-    assert not out.exists()
-    assert finished(out)
+    with online(Hub(model_files(base), seconds=60.0), tmp_path, monkeypatch) as hub:
+        before = set(threading.enumerate())
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            resolve("org/name")
+        ours = [thread for thread in set(threading.enumerate()) - before if "process_request" not in thread.name]
+        assert ours
+        began = time.monotonic()
+        for thread in ours:
+            thread.join(60)
+        assert time.monotonic() - began < 20
+    assert last not in {path.name for path in (tmp_path / "cache").rglob("*.safetensors")}
 
 
 # --- disks that are too small ----------------------------------------------------------------------------------------
@@ -282,9 +198,8 @@ def test_a_model_larger_than_the_disk(base: Path, tmp_path: Path, monkeypatch: p
             ("harden", "org/name", "--out", tmp_path / "out"),
             ("collapse", "org/name", "--out", tmp_path / "out"),
         ):
-            assert_refused(call_cli(*arguments), "org/name needs 1000000000.0 GB", str(tmp_path), "HF_HOME")
+            assert_refused(call_cli(*arguments), "org/name", "000000000.0 GB and", str(tmp_path), "HF_HOME")
     assert hub.downloaded() == []
-    assert hub.parts == []
     assert not list(tmp_path.rglob("blobs"))
     assert not list(tmp_path.glob(".out*"))
 
@@ -305,27 +220,23 @@ def test_a_disk_that_cannot_hold_both(base: Path, tmp_path: Path, monkeypatch: p
     hub = Hub(model_files(base))
     with online(hub, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, int(1.7 * weights)))
-        assert_refused(harden("fold", tmp_path / "out"), "the output and the download need", "HF_HOME", "--out")
+        assert_refused(
+            harden("fold", tmp_path / "out"), f"org/name and the output {tmp_path / 'out'} need", "HF_HOME", "--out"
+        )
         assert not any(name.endswith(".safetensors") for name in hub.downloaded())
         assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, int(2.3 * weights)))
         assert harden("fold", tmp_path / "out").code == 0
 
 
-def test_two_disks_are_not_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 0, 100))
-    check_output(tmp_path / "out", tmp_path / "cache", 60, 0)
-    (tmp_path / "cache").mkdir()
-    with pytest.raises(SpecDefError, match="the output and the download"):
-        check_output(tmp_path / "out", tmp_path / "cache", 60, 60)
+def test_two_disks_are_not_added(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is one file system here")
-    check_output(tmp_path / "out", other, 60, 60)
-
-
-def test_a_directory_knows_nothing_of_it(base: Path) -> None:
-    assert open_checkpoint(base).arriving is None
+    weights = sum((base / name).stat().st_size for name in shards(base))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, int(1.7 * weights)))
+    with online(Hub(model_files(base)), tmp_path, monkeypatch):
+        resolve("org/name", output=other / "out")
 
 
 @pytest.mark.slow

@@ -1,0 +1,133 @@
+"""A report in sentences: the summary, and the lines that the command ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from specdef_cli.attack.results import CONTROL_SHARE, AttackReport
+from specdef_cli.attack.run_result import UTILITY_LIMIT
+from specdef_cli.report.findings import Finding, edit_words, findings, number, of_edits, percent, verdict_line
+from specdef_cli.report.names import attack_name, training_name
+
+KNOWN_TO_GET_THROUGH = {"hira": "HiRA", "ia3": "IA³", "adapter": "adapters"}
+"""Ordinary recipes that no construction slows; a report without them says so."""
+
+MAX_NAMED = 5
+
+
+def summary(report: AttackReport) -> tuple[str, ...]:
+    """The verdict, the lines that the command ends with, and what was measured besides."""
+    found = findings(report)
+    others = [finding for finding in found if finding.verdict != "control"]
+    trained = [finding for finding in others if finding.edit is None]
+    return (
+        *([verdict_line(found)] if others else []),
+        *closing(report),
+        *_utility_sentence(trained),
+        "All of this holds for the data, the budget and the recipes named here, and for no others.",
+    )
+
+
+def closing(report: AttackReport, page: Path | None = None) -> tuple[str, ...]:
+    """What was done, what ordinary fine-tuning gets, what gets through, how it is undone, and where the page is."""
+    every = findings(report)
+    found = [finding for finding in every if finding.edit is None and finding.verdict != "control"]
+    plain = [finding for finding in found if finding.attack.knowledge == "none"]
+    informed = [finding for finding in found if finding.attack.knowledge != "none"]
+    edits = [finding for finding in of_edits(every) if finding.verdict != "control"]
+    lines = [f"Done: {_done(report)}"]
+    lines += [f"Ordinary fine-tuning: {_ordinary(plain)}"] if plain else []
+    lines += [f"Gets through: {_through(plain)}"] if plain else []
+    if informed or report.hardening is not None:
+        lines.append(f"Undone: {_undone(informed)}")
+    lines += [f"Edited: {_edit_sentence(report, finding)}" for finding in edits]
+    return (*lines, *([f"Report: {page}"] if page is not None else []))
+
+
+def _done(report: AttackReport) -> str:
+    trained = [run for run in report.runs if not run.spec.is_edit]
+    hardened = f" (hardened by {report.hardening.method})" if report.hardening is not None else ""
+    if not trained:
+        return f"{report.model}{hardened} and its base {report.control} were edited; nothing was trained."
+    steps = {run.spec.steps for run in trained}
+    return (
+        f"{len(trained)} runs of {max(steps)} steps fine-tuned {report.model}{hardened} and its base {report.control} "
+        "alike; each attack counts at its best learning rate."
+    )
+
+
+def _ordinary(plain: Sequence[Finding]) -> str:
+    known = sorted((each for each in plain if each.share is not None), key=lambda each: each.share or 0.0)
+    unknown = [training_name(finding.attack) for finding in plain if finding.share is None]
+    text = f"{_shares(known)} of what it gets on the base." if known else ""
+    if unknown:
+        text += f" {_listed(unknown)} learned nothing on the base, so there is nothing to compare."
+    return text.strip()
+
+
+def _through(plain: Sequence[Finding]) -> str:
+    through = [finding for finding in plain if finding.verdict == "not slowed"]
+    unsettled = [finding for finding in plain if finding.verdict == "not settled"]
+    tried = {finding.attack.training.method for finding in plain}
+    missing = [name for method, name in KNOWN_TO_GET_THROUGH.items() if method not in tried]
+    limit = f"at least {percent(CONTROL_SHARE)}"
+    text = f"{_shares(through)} ({limit} counts)." if through else f"none of these recipes ({limit} would count)."
+    if unsettled:
+        names = _listed([attack_name(finding.attack) for finding in unsettled])
+        text += f" Not settled, as the learning rates do not bracket the best one: {names}."
+    if missing and not through:
+        text += f" {_listed(missing)} were not tried and usually get through: --suite quick tries them."
+    return text
+
+
+def _undone(informed: Sequence[Finding]) -> str:
+    known = sorted((each for each in informed if each.share is not None), key=lambda each: -(each.share or 0.0))
+    if not known:
+        return "no attack here knew the construction, so nothing here bounds an attacker who does."
+    names = []
+    for finding in known:
+        variant = finding.attack.variant
+        first = f"{variant.label} first" if variant.choice.informed is not None else variant.label
+        names.append(f"{first}, {training_name(finding.attack)} gets {percent(finding.share)}")
+    text = f"{'; '.join(names[:MAX_NAMED])}."
+    if known[0].verdict == "not slowed":
+        text += " Hardening does not hold up whoever knows of it."
+    return text
+
+
+def _shares(found: Sequence[Finding]) -> str:
+    names = [f"{attack_name(finding.attack)} gets {percent(finding.share)}" for finding in found]
+    return _listed(names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names with commas and a last *and*; from the sixth on they are counted."""
+    shown = list(dict.fromkeys(names))
+    if len(shown) > MAX_NAMED:
+        shown = [*shown[:MAX_NAMED], f"{len(shown) - MAX_NAMED} more"]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _edit_sentence(report: AttackReport, finding: Finding) -> str:
+    """What an edit did to the model and to its control, with an answer of a model that it broke."""
+    attack, control = finding.attack, report.control_of(finding.attack)
+    text = f"{attack_name(attack)}, the model has {edit_words(finding)}"
+    if control is not None and control.edit is not None:
+        text += f"; the base has {percent(control.edit.left)} and {number(control.edit.kl, 2)}"
+    text += f" ({finding.verdict})."
+    if finding.verdict == "broken" and attack.behaviour is not None and attack.behaviour.answers:
+        text += f" It answers “{attack.behaviour.answers[0][1][:60]}”."
+    return text
+
+
+def _utility_sentence(found: Sequence[Finding]) -> list[str]:
+    measured = [finding for finding in found if finding.useful_share is not None]
+    if not measured:
+        return []
+    strongest = max(measured, key=lambda finding: finding.useful_share or 0)
+    return [
+        f"With perplexity on retained text within {percent(UTILITY_LIMIT)} of the start's, the strongest attack "
+        f"({attack_name(strongest.attack)}) makes {percent(strongest.useful_share)} of the control's progress, "
+        f"and the control itself {percent(strongest.control_useful_share)}."
+    ]
