@@ -194,5 +194,5 @@ def assign_shards(shards: Sequence[OutputShard], processes: int) -> tuple[tuple[
 
 
 def _work(shard: OutputShard) -> float:
-    # Making a tensor costs about ten times as much as copying it (tests/benchmarks); the estimate need not be good.
+    # Making a tensor costs about ten times as much as copying it (benchmarks); the estimate need not be good.
     return shard.nbytes + 9 * sum(spec.nbytes for group in shard.groups for spec in group.computed)
