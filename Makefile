@@ -259,16 +259,16 @@ wheel: install  ## install the wheel into an empty environment and use it there 
 	$(BIN)/pytest -q -m slow tests/packaging
 
 bench: install  ## speed and memory, as ratios to cp, to torch.linalg.svd, and to a Trainer run by hand
-	$(BIN)/python -m tests.benchmarks | tee docs/tables/bench.md
+	$(BIN)/python -m benchmarks | tee docs/tables/bench.md
 
 mistakes: install  ## docs/tables/mistakes.md: what a mistake costs until it is told
-	$(BIN)/python -m tests.benchmarks mistakes | tee /dev/stderr | grep '^|' > docs/tables/mistakes.md
+	$(BIN)/python -m benchmarks mistakes | tee /dev/stderr | grep '^|' > docs/tables/mistakes.md
 
 bench-large: install  ## the same for a checkpoint of 10 GB, and times on paper for 8B, 70B, 405B
-	$(BIN)/python -m tests.benchmarks stream-large | tee docs/tables/bench-large.md
+	$(BIN)/python -m benchmarks stream-large | tee docs/tables/bench-large.md
 
 gpu-check: install real-models  ## docs/tables/gpu.md: a GPU against the CPU, speed, an attack; needs a GPU and a CUDA build of torch
-	$(BIN)/python -m tests.benchmarks gpu | tee docs/tables/gpu.md
+	$(BIN)/python -m benchmarks gpu | tee docs/tables/gpu.md
 
 train-example: install  ## train the shipped model again (about ten minutes)
 	$(BIN)/python examples/tiny_llama/train.py --out $(DEMO)/tiny_llama

@@ -143,5 +143,5 @@ def assign_shards(shards: Sequence[OutputShard], processes: int) -> tuple[tuple[
 
 
 def _work(shard: OutputShard) -> float:
-    # Making a tensor costs about ten times as much as copying it (tests/benchmarks); the estimate need not be good.
+    # Making a tensor costs about ten times as much as copying it (benchmarks); the estimate need not be good.
     return sum(group.nbytes * (10 if group.transform else 1) for group in shard.groups)

@@ -54,7 +54,7 @@ def outputs(directory: str, dtype: str, *, code: bool = False) -> dict[str, torc
             results[attention] = found["logits"] if "logits" in found else found["last_hidden_state"]
             assert torch.isfinite(results[attention]).all()
         if model.can_generate():
-            results["generation"] = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+            results["generation"] = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     return results
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BASE = Path(__file__).parents[2] / "examples/tiny_llama/model"
+BASE = Path(__file__).parents[1] / "examples/tiny_llama/model"
 
 # What is wrong, and the command; {base}, {hardened} and {certified} are models, there/ is a directory with files.
 MISTAKES = (

@@ -21,7 +21,7 @@ from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.table import Variant
 from specdef_cli.model.opened import open_model
 
-MODEL = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model"
+MODEL = Path(__file__).parents[1] / "examples" / "tiny_llama" / "model"
 
 
 def attack_table(runs: int = 9, steps: int = 20, batch_size: int = 8, length: int = 64) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.stream import stream_table
+from benchmarks.subspace import trained_like
 from specdef_cli.spectral.subspace import top_subspace
-from tests.benchmarks.stream import stream_table
-from tests.benchmarks.subspace import trained_like
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 REAL = REPOSITORY / "models" / "smollm2-135m-instruct"
 TINY = REPOSITORY / "examples" / "tiny_llama" / "model"
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks.synthetic import synthetic_llama
+from benchmarks.synthetic import synthetic_llama
 
 
 @dataclass(frozen=True)
