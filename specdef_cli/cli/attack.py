@@ -113,7 +113,7 @@ def attack_command(
     if expand is not None:
         given["variants"] = (*given.get("variants", ()), f"width:{expand}")
     if limit is not None and suite is None and not given.keys() & CHOICES:
-        suite = "quick"  # what walks through where anything does, and what everybody tries
+        suite = "quick"  # what everybody tries, and what usually gets through
     chosen = load_suite(suite) if suite is not None else None
     budget = {**(chosen.budget if chosen else {}), **given}
     if chosen is not None and "seeds" in chosen.budget and seeds is None:

@@ -33,7 +33,7 @@ class Fold:
         as_declared(self)
         if self.profile == "gguf" and self.calibration == BY_WEIGHTS:
             raise SpecDefError(
-                "--calibration none: how much blocks of activations lose cannot be told from weights",
+                "--profile gguf needs a text: weights do not show how much blocks of activations lose",
                 "Give a text, or leave --calibration out.",
             )
         if self.calibration is not None and self.profile not in ("quantizable", "gguf"):

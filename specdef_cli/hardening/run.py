@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +85,12 @@ def preview(
     fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
-        if group.transform is not None:
-            made = group.transform(checkpoint, device).tensors
-        else:
-            made = {spec.name: checkpoint.read(spec.name) for spec in group.outputs} if fits else {}
+        made = dict(group.transform(checkpoint, device).tensors) if group.transform is not None else {}
+        for name, rows in group.streamed.items():
+            if fits:
+                made[name] = rows.whole(checkpoint)
+            elif rows.slices:  # what cannot be scaled is refused
+                deque(rows.blocks(checkpoint), maxlen=0)
         tensors |= made if fits else {}
         on_progress(Progress(group.label, group.nbytes))
     if fits:

@@ -80,7 +80,7 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     ),
     "manifest gone, and a layer": (
         lambda directory: (directory / "specdef.json").unlink() or tensor(INFLATED, None)(directory),
-        (INFLATED, "config.json names"),
+        (INFLATED, "missing"),
     ),
     "truncated": (raw_bytes(lambda data: data[:-5]), ("model.safetensors",)),
     "weights behind a link": (
