@@ -265,9 +265,9 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
     }  # fmt: skip
     (tmp_path / "hardened" / "inside").mkdir()
     (tmp_path / "hardened" / "inside" / "config.json").write_text("{}")
-    for model, expected_model in {
+    for model, place in {
         "org/a": ("org/a", "inside"),
-        "hardened": (str(Path("hardened/inside")), None),
+        "hardened": ("hardened/inside", None),
     }.items():
         folders = ("--subfolder", "inside", "--control", "org/b", "--control-subfolder", "b/c/")
         assert CliRunner().invoke(app, ["attack", model, *folders, "--dry-run"]).exit_code == 0
