@@ -52,6 +52,9 @@ class AttackOptions(Budget):
         shown_default="manifest's",
         group="Model",
     )
+    control_subfolder: str | None = option(
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+    )
     dataset: str | None = option(
         None, "Hub id, file or directory.", metavar="DATA", shown_default="prose of Python's", group="Data"
     )
@@ -140,6 +143,7 @@ class AttackOptions(Budget):
     manifest: Path | None = None
     trust_remote_code: bool = False
     revision: str | None = None
+    subfolder: str | None = None
     token: str | None = None
 
     def __post_init__(self) -> None:
@@ -168,7 +172,7 @@ class AttackOptions(Budget):
         if not self.seeds:
             raise SpecDefError("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:
-            raise SpecDefError("--prompts-harmless stands without --prompts", "Give both, or neither.")
+            raise SpecDefError("--prompts-harmless needs --prompts", "Give both, or neither.")
         if self.suite is not None:
             self._refuse_beside_suite()
 
@@ -176,8 +180,9 @@ class AttackOptions(Budget):
         decided = {name: getattr(self, name) for name in ("variants", "trainings", "optimizers", "learning_rates")}
         for name, value in {**decided, "search": not self.search}.items():
             if value:
+                suite = self.suite.name if self.suite else ""
                 raise SpecDefError(
-                    f"{_flag(name)} stands beside the suite {self.suite.name if self.suite else ''}, which decides it",
+                    f"{_flag(name)} cannot be given with --suite {suite}, which decides it",
                     "Leave the flag out, or copy the suite's file and edit it.",
                 )
 

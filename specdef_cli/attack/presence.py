@@ -23,7 +23,7 @@ def require_data(dataset: str | None) -> None:
     path = Path(dataset).expanduser()
     like_a_file = path.suffix.lower() in (*FILE_SUFFIXES, *COMPRESSIONS)
     if not path.exists() and (like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)):
-        raise SpecDefError(f"there is no data file {path}", "Check the path, or give a Hub id.")
+        raise SpecDefError(f"no data file {path} found", "Check the path, or give a Hub id.")
 
 
 def require_report(path: Path) -> Path:
@@ -34,7 +34,7 @@ def require_report(path: Path) -> Path:
     """
     file = path / REPORT_NAME if path.is_dir() else path
     if not file.is_file():
-        raise SpecDefError(f"there is no attack report {file}", "Give the report.json that `specdef attack` wrote.")
+        raise SpecDefError(f"no attack report {file} found", "Give the report.json that `specdef attack` wrote.")
     return file
 
 

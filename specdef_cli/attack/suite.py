@@ -78,7 +78,7 @@ def load_suite(name: str) -> Suite:
             text = Path(name).read_text(encoding="utf-8")
         except OSError as error:
             raise SpecDefError(
-                f"there is no suite {name!r}", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
+                f"no suite {name!r} found", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
             ) from error
         except UnicodeDecodeError as error:
             raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
@@ -96,7 +96,7 @@ def parse_suite(data: dict[str, Any], name: str) -> Suite:
     """
     unknown = set(data) - {"description", "budget", "attacks"}
     if unknown:
-        raise ValueError(f"there is no table {min(unknown)!r}")
+        raise ValueError(f"table {min(unknown)!r} is unknown")
     budget = data.get("budget", {})
     for key, value in budget.items():
         if key not in BUDGET or type(value) is not int or value < 1:

@@ -64,7 +64,7 @@ class Table(Mapping[str, RowType], Generic[RowType]):
     def choose(self, name: str) -> RowType:
         """The row of a name that a user gave."""
         if name not in self:
-            raise SpecDefError(f"there is no {self.kind} named {name!r}", f"Choose one of: {', '.join(self)}.")
+            raise SpecDefError(f"{self.kind} {name!r} is unknown", f"Choose one of: {', '.join(self)}.")
         return self[name]
 
     def __contains__(self, name: object) -> bool:

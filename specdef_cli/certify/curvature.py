@@ -204,7 +204,7 @@ class HessianProducts:
 def differentiable_gradient(value: Tensor, variables: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """∇ of a scalar, with the graph that a second derivative needs."""
     if not variables:
-        raise SpecDefError("there is no parameter to take the Hessian over", "Choose parameters that exist and train.")
+        raise SpecDefError("no trainable parameter found for the Hessian", "Choose parameters that exist and train.")
     for variable in variables:
         if variable.dtype not in (torch.float32, torch.float64):
             name = dtype_name(variable.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -114,18 +115,15 @@ class Checkpoint:
         data = self._read_bytes(header, rows.start * width, len(rows) * width)
         return data.view(TORCH_DTYPES[header.dtype]).view(len(rows), header.shape[-1])
 
-    def chunks(self, name: str, buffer: bytearray) -> Iterator[memoryview]:
-        """The bytes of one tensor, as much at a time as ``buffer`` holds; the next chunk overwrites the one before."""
+    def row_blocks(self, name: str, nbytes: int) -> Iterator[tuple[int, Tensor]]:
+        """All rows of one tensor, at most ``nbytes`` (or one row) at a time: the index of the first, and the rows."""
         header = self.tensors[name]
-        remaining = header.nbytes
-        view = memoryview(buffer)
-        while remaining:
-            with self._reading(header, header.nbytes - remaining) as file:
-                count = file.readinto(view[:remaining])
-            if not count:
-                raise _truncated(header)
-            remaining -= count
-            yield view[:count]
+        dtype, columns = TORCH_DTYPES[header.dtype], math.prod(header.shape[-1:])
+        rows, width = math.prod(header.shape[:-1]), columns * dtype.itemsize
+        step = max(1, nbytes // max(1, width))
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            yield first, self._read_bytes(header, first * width, count * width).view(dtype).view(count, columns)
 
     def _read_bytes(self, header: TensorHeader, offset: int, count: int) -> Tensor:
         buffer = torch.empty(count, dtype=torch.uint8)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,10 @@ from torch import Tensor
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.library import TRANSFORMERS, Library
 from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.slices import ScaledSlice, scale_rows
+
+BLOCK = 2**22
+"""Bytes of a tensor that are read, scaled and written at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +52,68 @@ Transform = Callable[[Checkpoint, torch.device], Produced]
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A tensor of the input that is cast and multiplied by powers of two, exactly, a few rows at a time.
+
+    Attributes:
+        tensor: Its name in the input.
+        dtype: safetensors dtype that it is stored in.
+        slices: What is multiplied.
+    """
+
+    tensor: str
+    dtype: str
+    slices: tuple[ScaledSlice, ...] = ()
+
+    def blocks(self, checkpoint: Checkpoint, nbytes: int = BLOCK) -> Iterator[Tensor]:
+        """Consecutive rows, shape [rows, columns], at most ``nbytes`` (or one row) of the input at a time."""
+        header = checkpoint.tensors[self.tensor]
+        for first, rows in checkpoint.row_blocks(self.tensor, nbytes):
+            made = rows.to(TORCH_DTYPES[self.dtype])
+            for part in self.slices:
+                scale_rows(made, first, header.shape, part)
+            yield made
+
+    def whole(self, checkpoint: Checkpoint) -> Tensor:
+        """All of it."""
+        header = checkpoint.tensors[self.tensor]
+        (made,) = self.blocks(checkpoint, header.nbytes) if header.nbytes else [checkpoint.read(self.tensor)]
+        return made.view(header.shape)
+
+
+@dataclass(frozen=True)
 class TensorGroup:
     """Tensors that are made together and stay in one shard.
 
     Attributes:
-        transform: How it is made; ``None`` copies the one tensor, byte for byte, from the input.
+        transform: What computes those that are not streamed; ``None`` where all are.
+        streamed: What is made of a tensor of the input row by row, by its name in the output.
     """
 
     label: str
     outputs: tuple[TensorSpec, ...]
     transform: Transform | None = None
+    streamed: Mapping[str, Rows] = field(default_factory=dict)
+
+    @property
+    def computed(self) -> tuple[TensorSpec, ...]:
+        """The outputs that ``transform`` makes."""
+        return tuple(spec for spec in self.outputs if spec.name not in self.streamed)
+
+    @property
+    def changes(self) -> bool:
+        """Whether any number becomes another one, but for a cast."""
+        return self.transform is not None or any(rows.slices for rows in self.streamed.values())
 
     @property
     def nbytes(self) -> int:
         """Size of the outputs in bytes."""
         return sum(spec.nbytes for spec in self.outputs)
+
+
+def streamed(rows: Rows, shape: tuple[int, ...]) -> TensorGroup:
+    """A tensor of the input on its own, under its name."""
+    return TensorGroup(rows.tensor, (TensorSpec(rows.tensor, rows.dtype, shape),), streamed={rows.tensor: rows})
 
 
 @dataclass(frozen=True)
@@ -144,4 +195,4 @@ def assign_shards(shards: Sequence[OutputShard], processes: int) -> tuple[tuple[
 
 def _work(shard: OutputShard) -> float:
     # Making a tensor costs about ten times as much as copying it (benchmarks); the estimate need not be good.
-    return sum(group.nbytes * (10 if group.transform else 1) for group in shard.groups)
+    return shard.nbytes + 9 * sum(spec.nbytes for group in shard.groups for spec in group.computed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from specdef_cli.errors import SpecDefError
@@ -49,6 +50,32 @@ class ScaledSlice:
         """What undoes it, bit for bit."""
         negated = tuple(-exponent for exponent in self.exponents)
         return ScaledSlice(self.tensor, self.axis, self.block, self.indices, negated)
+
+
+def scale_rows(rows: Tensor, first: int, shape: tuple[int, ...], part: ScaledSlice) -> None:
+    """Multiply what a slice has in some consecutive rows of its tensor; every dimension but the last counts rows.
+
+    Args:
+        rows: Shape [rows, columns].
+        first: Index of the first of them in the tensor.
+        shape: Of the tensor.
+    """
+    import torch
+
+    numbers = torch.arange(first, first + len(rows))
+    inside = numbers >= 0 if part.block is None else numbers // math.prod(shape[1:-1]) == part.block
+    if part.axis == len(shape) - 1:
+        positions = inside.nonzero().flatten().tolist()
+        if positions:
+            scale_slice(rows[positions[0] : positions[-1] + 1], replace(part, axis=1, block=None))
+        return
+    along = torch.zeros(shape[part.axis], dtype=torch.int64)
+    along[torch.tensor(part.indices)] = torch.tensor(part.exponents)
+    exponents = along[numbers // math.prod(shape[part.axis + 1 : -1]) % shape[part.axis]] * inside
+    scaled = exponents.nonzero().flatten()
+    if len(scaled):
+        indices, powers = tuple(scaled.tolist()), tuple(exponents[scaled].tolist())
+        scale_slice(rows, replace(part, axis=0, block=None, indices=indices, exponents=powers))
 
 
 def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:

@@ -14,8 +14,9 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ class Progress:
     nbytes: int
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute with one thread: small tensors only make the others spin, and no sum depends on a split."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def write_shards(
     checkpoint: Checkpoint,
     shards: Sequence[OutputShard],
@@ -63,16 +76,13 @@ def write_shards(
 ) -> None:
     """Write ``shards`` into ``directory``, skipping those with a record there.
 
-    The result is the same for any number of workers: each computes with one thread, so that no sum depends on how a
-    matrix product was split.
+    The result is the same for any number of workers.
 
     Args:
         directory: A work directory; a shard there is complete exactly when its record exists.
         workers: Number of threads.
         on_progress: Called from worker threads after each group.
     """
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="specdef")
     opened: list[_ShardFile] = []
     try:
@@ -106,7 +116,6 @@ def write_shards(
         pool.shutdown(wait=True, cancel_futures=True)
         for writing in opened:
             writing.close()
-        torch.set_num_threads(threads_before)
 
 
 def read_record(directory: Path, shard: str) -> ShardRecord | None:
@@ -205,12 +214,18 @@ def _write_group(
     device: torch.device,
     on_progress: Callable[[Progress], None],
 ) -> None:
-    if group.transform is None:
-        (spec,) = group.outputs
-        _copy_tensor(checkpoint, spec.name, writing)
-    else:
+    for spec in group.outputs:
+        if spec.name not in group.streamed:
+            continue
+        begin = position = writing.offsets[spec.name]
+        for block in group.streamed[spec.name].blocks(checkpoint):
+            position = _write_all(writing.descriptor, _raw_bytes(block), position)
+        if position != begin + spec.nbytes:
+            raise AssertionError(f"{spec.name}: planned {spec}, made {position - begin} bytes")
+    if group.computed:
+        assert group.transform is not None
         produced = group.transform(checkpoint, device)
-        for spec in group.outputs:
+        for spec in group.computed:
             tensor = produced.tensors[spec.name]
             if (SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
                 raise AssertionError(f"{spec.name}: planned {spec}, made {tensor.dtype} {tuple(tensor.shape)}")
@@ -225,14 +240,9 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+def _write_all(descriptor: int, data: memoryview, position: int) -> int:
+    """Write ``data`` at a position, and say where it ends."""
     while data:
         written = os.pwrite(descriptor, data[:CHUNK], position)
         data, position = data[written:], position + written
-
-
-def _copy_tensor(checkpoint: Checkpoint, name: str, writing: _ShardFile) -> None:
-    target = writing.offsets[name]
-    for chunk in checkpoint.chunks(name, bytearray(min(CHUNK, checkpoint.tensors[name].nbytes))):
-        _write_all(writing.descriptor, chunk, target)
-        target += len(chunk)
+    return position

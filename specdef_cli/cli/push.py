@@ -62,13 +62,13 @@ def push_command(
     require_writable(destination)
     if no_manifest:
         output.note(
-            f"{MANIFEST_NAME} stays here: collapse, certify, attack and inspect take it with --manifest. "
-            "Leaving it out hides little: the changed channels stand out by their norms, and factors by their names."
+            f"{MANIFEST_NAME} was not uploaded: keep it for `specdef collapse --manifest`. "
+            "Leaving it out hides little: norms give changed channels away, and names give factors away."
         )
     elif model.manifest is not None:
         output.note(
-            f"{MANIFEST_NAME} goes along and names every changed weight: `specdef collapse {repository}` gives the "
-            "original back. Without it (--no-manifest) an attacker finds the changed channels by their norms."
+            f"{MANIFEST_NAME} is uploaded and names every changed weight: `specdef collapse {repository}` gives the "
+            "original back. --no-manifest leaves it out, which hides little: norms give changed channels away."
         )
     upload = push(directory, destination, manifest=not no_manifest)
     if upload.removed:

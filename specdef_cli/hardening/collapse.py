@@ -27,7 +27,7 @@ from specdef_cli.hardening.execute import published, write_json
 from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
-from specdef_cli.hardening.scale import UnscaleModule
+from specdef_cli.hardening.scale import unscaled_group
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import open_model
 from specdef_cli.model.shim import SHIM_SOURCE, unshim_config
@@ -133,7 +133,7 @@ def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorG
         if name in by_inflated:
             groups.append(CollapseLayer(by_inflated[name], header.dtype).group())
         elif name in by_scaled:
-            groups.append(UnscaleModule(by_scaled[name], header.dtype).group())
+            groups.append(unscaled_group(by_scaled[name], header.dtype))
         elif name in undone:
             groups.append(undone[name])
         elif name not in consumed:

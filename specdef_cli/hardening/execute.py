@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,7 +116,9 @@ def _write(
 ) -> None:
     mine = assign_shards(shards, state.num_processes)[state.process_index]
     devices = compute_devices(device, state)
-    largest = max((header.nbytes // 2 for header in checkpoint.tensors.values()), default=1)
+    largest = max(
+        (math.prod(spec.shape) for shard in mine for group in shard.groups for spec in group.computed), default=1
+    )
     workers = worker_count(devices, state.num_processes, largest)
     write_shards(checkpoint, mine, work, devices=devices, workers=workers, on_progress=on_progress)
 

@@ -31,8 +31,9 @@ from torch import Tensor
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
-from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
+from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
+from specdef_cli.checkpoint.slices import ScaledSlice
+from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Profile
 from specdef_cli.model.body import Side, SymmetricPair
@@ -104,22 +105,7 @@ PROFILES: dict[Profile, FoldProfile] = {
 }
 
 
-@dataclass(frozen=True)
-class ScaleTensor:
-    """The transform that multiplies slices of one tensor by powers of two, exactly."""
-
-    tensor: str
-    dtype: str
-    slices: tuple[ScaledSlice, ...]
-
-    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Read, cast to the stored dtype, and scale."""
-        tensor = checkpoint.read(self.tensor).to(TORCH_DTYPES[self.dtype])
-        for part in self.slices:
-            scale_slice(tensor, part)
-        return Produced({self.tensor: tensor})
-
-
+@one_thread()
 def fold_pairs(
     checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], profile: Profile, dtype: str | None
 ) -> tuple[FoldedPair, ...]:
@@ -176,12 +162,11 @@ def fold_groups(folded: Iterable[FoldedPair], checkpoint: Checkpoint, dtype: str
     for pair in folded:
         for part in pair.slices:
             by_tensor.setdefault(part.tensor, []).append(part)
-    groups = {}
-    for name, parts in by_tensor.items():
-        header = checkpoint.tensors[name]
-        spec = TensorSpec(name, dtype or header.dtype, header.shape)
-        groups[name] = TensorGroup(name, (spec,), ScaleTensor(name, spec.dtype, tuple(parts)))
-    return groups
+    headers = checkpoint.tensors
+    return {
+        name: streamed(Rows(name, dtype or headers[name].dtype, tuple(parts)), headers[name].shape)
+        for name, parts in by_tensor.items()
+    }
 
 
 def inverse(pair: FoldedPair) -> FoldedPair:

@@ -33,7 +33,7 @@ class Fold:
         as_declared(self)
         if self.profile == "gguf" and self.calibration == BY_WEIGHTS:
             raise SpecDefError(
-                "--calibration none: how much blocks of activations lose cannot be told from weights",
+                "--profile gguf needs a text: weights do not show how much blocks of activations lose",
                 "Give a text, or leave --calibration out.",
             )
         if self.calibration is not None and self.profile not in ("quantizable", "gguf"):
@@ -99,6 +99,7 @@ class HardenOptions:
     max_shard_size: int = 5 * 10**9
     device: str | None = None
     revision: str | None = None
+    subfolder: str | None = None
     token: str | None = None
     trust_remote_code: bool = False
     resume: bool = False

@@ -12,7 +12,7 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.lost_formats import lost_formats
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
-from specdef_cli.hardening.plan import CastTensor, HardeningPlan, make_plan, within_block
+from specdef_cli.hardening.plan import HardeningPlan, make_plan, within_block
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.opened import OpenedModel, require_unquantized
 from specdef_cli.model.skeleton import Skeleton
@@ -95,10 +95,10 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
     left: Counter[str] = Counter()
     for group in plan.groups:
         name = within_block(group.label)
-        if group.transform is None or isinstance(group.transform, CastTensor):
-            left[name] += sum(math.prod(spec.shape) for spec in group.outputs)
-        else:
+        if group.changes:
             changed[name] += 1
+        else:
+            left[name] += sum(math.prod(spec.shape) for spec in group.outputs)
     parameters = sum(math.prod(header.shape) for header in checkpoint.tensors.values())
     return PlanSummary(
         method=plan.method,

@@ -17,7 +17,7 @@ from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, 
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
 from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
+from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
@@ -42,18 +42,6 @@ RESIDUAL_WRITERS = ("attention_output", "mlp_down")
 NOTHING_TO_HARDEN = "Harden a model that has an embedding, or linear layers below its head."
 
 Member = TypeVar("Member")
-
-
-@dataclass(frozen=True)
-class CastTensor:
-    """The transform that stores a tensor in another floating dtype."""
-
-    tensor: str
-    dtype: str
-
-    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Read and cast."""
-        return Produced({self.tensor: checkpoint.read(self.tensor).to(TORCH_DTYPES[self.dtype])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,8 +353,7 @@ def _groups(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> tupl
 def plain_group(name: str, stored: str, shape: tuple[int, ...], dtype: str | None) -> TensorGroup:
     """A tensor that is carried over, cast if a floating one is wanted in another dtype."""
     wanted = SAFETENSORS_DTYPES[DTYPES[dtype]] if dtype and stored in FLOATING_DTYPES else stored
-    cast = CastTensor(name, wanted) if wanted != stored else None
-    return TensorGroup(name, (TensorSpec(name, wanted, shape),), cast)
+    return streamed(Rows(name, wanted), shape)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,13 @@ class HardenResult:
 def _planned(options: HardenOptions, output: Path | None = None) -> tuple[OpenedModel, HardeningPlan]:
     """Open the base, decide what to change, and load the result without its numbers."""
     with process_state(options.device).main_process_first():  # one downloads, and the others find it in the cache
-        found = resolve(options.model, revision=options.revision, token=options.token, output=output)
+        found = resolve(
+            options.model,
+            revision=options.revision,
+            token=options.token,
+            subfolder=options.subfolder,
+            output=output,
+        )
     base = open_found(found, hardened=False, trust_remote_code=options.trust_remote_code)
     require_attention(base.skeleton)
     plan = make_plan(base, options)
@@ -78,10 +85,12 @@ def preview(
     fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
-        if group.transform is not None:
-            made = group.transform(checkpoint, device).tensors
-        else:
-            made = {spec.name: checkpoint.read(spec.name) for spec in group.outputs} if fits else {}
+        made = dict(group.transform(checkpoint, device).tensors) if group.transform is not None else {}
+        for name, rows in group.streamed.items():
+            if fits:
+                made[name] = rows.whole(checkpoint)
+            elif rows.slices:  # what cannot be scaled is refused
+                deque(rows.blocks(checkpoint), maxlen=0)
         tensors |= made if fits else {}
         on_progress(Progress(group.label, group.nbytes))
     if fits:
@@ -153,7 +162,11 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         method=plan.method,
         # A path need not be UTF-8; JSON is.
         base=BaseCheckpoint(
-            resolved.name.encode(errors="replace").decode(), resolved.revision, resolved.commit, options.base_model
+            resolved.name.encode(errors="replace").decode(),
+            resolved.revision,
+            resolved.commit,
+            options.base_model,
+            resolved.subfolder,
         ),
         dtype=plan.dtype,
         seed=options.construction.seed if isinstance(options.construction, Factors) else 0,

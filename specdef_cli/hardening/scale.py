@@ -28,8 +28,8 @@ from torch import Tensor
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
-from specdef_cli.checkpoint.slices import scale_slice
+from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
+from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import DIRECTIONS, SAMPLE_ROWS, by_block
 from specdef_cli.model.shim import ScaledSpec
@@ -46,39 +46,34 @@ LOOKUP_TOKENS = replace(HEAD_TOKENS, period=8)
 
 
 @dataclass(frozen=True)
-class ScaleModules:
-    """The transform that scales a weight and writes the vectors that undo it.
+class ScaleVectors:
+    """The transform that makes the vectors that undo a scale, and what stands where the weight was.
 
     Attributes:
+        modules: The module that holds the weight, then the head that shares it, if one does.
         dtype: safetensors dtype of everything written.
     """
 
     modules: tuple[ScaledModule, ...]
     dtype: str
 
-    def group(self, label: str) -> TensorGroup:
-        """What the modules become on disk."""
+    def group(self) -> TensorGroup:
+        """What the modules become on disk; the weight and its bias are streamed."""
         owner, outputs = self.modules[0], []
+        streamed = _scaled(owner, self.dtype)
         outputs.append(TensorSpec(owner.inflated_tensor, self.dtype, owner.shape))
-        if owner.inflated_bias is not None and owner.bias is not None:
+        if owner.inflated_bias is not None:
             outputs.append(TensorSpec(owner.inflated_bias, self.dtype, (_bias_length(owner),)))
         for module in self.modules:
             outputs += [
                 TensorSpec(name, self.dtype, (module.shape[side.axis],)) for name, side in module.scales.items()
             ]
             outputs.append(TensorSpec(module.tombstone, self.dtype, (1,)))
-        return TensorGroup(label, tuple(outputs), self)
+        return TensorGroup(owner.module, tuple(outputs), self, streamed)
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Read, cast to the stored dtype, and scale."""
-        owner, stored = self.modules[0], TORCH_DTYPES[self.dtype]
-        tensors = {owner.inflated_tensor: checkpoint.read(owner.tensor).to(stored)}
-        if owner.inflated_bias is not None and owner.bias is not None:
-            tensors[owner.inflated_bias] = checkpoint.read(owner.bias).to(stored)
-        for part in owner.slices:
-            name = owner.inflated_tensor if part.tensor == owner.tensor else owner.inflated_bias
-            assert name is not None
-            scale_slice(tensors[name], part)
+        """The vectors, from the plan alone."""
+        tensors, stored = {}, TORCH_DTYPES[self.dtype]
         for module in self.modules:
             for name, side in module.scales.items():
                 tensors[name] = scale_vector(module.shape[side.axis], side, stored)
@@ -86,30 +81,26 @@ class ScaleModules:
         return Produced(tensors)
 
 
-@dataclass(frozen=True)
-class UnscaleModule:
-    """The transform that multiplies a scaled weight back, bit for bit."""
+def _scaled(module: ScaledModule, dtype: str) -> dict[str, Rows]:
+    """The weight and the bias of a module, by the names that they get."""
+    names = {module.inflated_tensor: module.tensor}
+    if module.inflated_bias is not None and module.bias is not None:
+        names[module.inflated_bias] = module.bias
+    return {
+        new: Rows(old, dtype, tuple(part for part in module.slices if part.tensor == old)) for new, old in names.items()
+    }
 
-    module: ScaledModule
-    dtype: str
 
-    def group(self) -> TensorGroup:
-        """What the module becomes on disk."""
-        module = self.module
-        outputs = [TensorSpec(module.tensor, self.dtype, module.shape)]
-        if module.bias is not None:
-            outputs.append(TensorSpec(module.bias, self.dtype, (_bias_length(module),)))
-        return TensorGroup(module.module, tuple(outputs), self)
-
-    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Read and scale by the inverses."""
-        module = self.module
-        tensors = {module.tensor: checkpoint.read(module.inflated_tensor)}
-        if module.bias is not None and module.inflated_bias is not None:
-            tensors[module.bias] = checkpoint.read(module.inflated_bias)
-        for part in module.slices:
-            scale_slice(tensors[part.tensor], part.inverse)
-        return Produced(tensors)
+def unscaled_group(module: ScaledModule, dtype: str) -> TensorGroup:
+    """The weight and the bias as they were, multiplied back bit for bit."""
+    outputs = [TensorSpec(module.tensor, dtype, module.shape)]
+    if module.bias is not None:
+        outputs.append(TensorSpec(module.bias, dtype, (_bias_length(module),)))
+    undone = {
+        rows.tensor: Rows(scaled, dtype, tuple(part.inverse for part in rows.slices))
+        for scaled, rows in _scaled(module, dtype).items()
+    }
+    return TensorGroup(module.module, tuple(outputs), streamed=undone)
 
 
 def scale_vector(length: int, side: ScaledChannels, dtype: torch.dtype) -> Tensor:
@@ -120,6 +111,7 @@ def scale_vector(length: int, side: ScaledChannels, dtype: torch.dtype) -> Tenso
     return vector
 
 
+@one_thread()
 def scale_modules(
     checkpoint: Checkpoint, skeleton: Skeleton, sites: Sequence[ScalableSite], dtype: str | None
 ) -> tuple[ScaledModule, ...]:
@@ -216,7 +208,7 @@ def scaled_groups(modules: Sequence[ScaledModule], checkpoint: Checkpoint, dtype
     for module in sorted(modules, key=lambda module: module.tied_to is not None):
         by_tensor.setdefault(module.tensor, []).append(module)
     return {
-        tensor: ScaleModules(tuple(members), dtype or checkpoint.tensors[tensor].dtype).group(members[0].module)
+        tensor: ScaleVectors(tuple(members), dtype or checkpoint.tensors[tensor].dtype).group()
         for tensor, members in by_tensor.items()
     }
 

@@ -24,13 +24,13 @@ def forget_stale_launcher(environ: MutableMapping[str, str] = os.environ) -> str
         size = max(int(found.get(name, "").strip() or 1) for name in SIZES)
         rank = max(int(found.get(name, "").strip() or 0) for name in RANKS)
     except ValueError as error:
-        raise SpecDefError(f"a number of processes is no number in the environment: {shown}", remedy) from error
+        raise SpecDefError(f"{shown} in the environment is not a whole number of processes", remedy) from error
     if environ.get(ADDRESS) and all(value.strip() for value in found.values()):
         if rank >= size:
-            raise SpecDefError(f"the environment makes this process number {rank} of {size} ({shown})", remedy)
+            raise SpecDefError(f"rank {rank} is outside 0 to {size - 1} ({shown} in the environment)", remedy)
         return None
     if size > 1:
         raise SpecDefError(f"{shown} is set, but {ADDRESS} is not", remedy)
     for name in found:
         del environ[name]
-    return f"{shown}: left over from another launch, and ignored; this process works alone"
+    return f"{shown} was ignored: {ADDRESS} is not set, so no other process can be joined"

@@ -85,7 +85,8 @@ def test_what_safetensors_writes_is_read_bit_for_bit(
             assert TORCH_DTYPES[header.dtype] == expected.dtype
             raw = expected.reshape(-1).view(torch.uint8).numpy().tobytes()
             assert found.reshape(-1).view(torch.uint8).numpy().tobytes() == raw
-            assert b"".join(map(bytes, checkpoint.chunks(name, bytearray(7)))) == raw
+            blocks = [block for _, block in checkpoint.row_blocks(name, 7)]
+            assert b"".join(block.view(torch.uint8).numpy().tobytes() for block in blocks) == raw
     assert checkpoint.nbytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -204,7 +205,7 @@ def test_a_file_that_shrinks_after_the_header_was_read(tmp_path: Path) -> None:
     with pytest.raises(SpecDefError, match=r"model\.safetensors ends inside b"):
         checkpoint.read("b")
     with pytest.raises(SpecDefError, match=r"model\.safetensors ends inside b"):
-        list(checkpoint.chunks("b", bytearray(5)))
+        list(checkpoint.row_blocks("b", 5))
 
 
 def test_a_disk_that_fails_is_worth_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +215,7 @@ def test_a_disk_that_fails_is_worth_a_resume(tmp_path: Path, monkeypatch: pytest
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "open", fail)
-    for reading in (lambda: checkpoint.read("b"), lambda: list(checkpoint.chunks("b", bytearray(5)))):
+    for reading in (lambda: checkpoint.read("b"), lambda: list(checkpoint.row_blocks("b", 5))):
         with pytest.raises(ResumableError, match=r"model\.safetensors cannot be read: Input/output error"):
             reading()
 

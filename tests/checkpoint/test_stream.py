@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from specdef_cli.checkpoint import stream
+from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.shards import OutputShard, Produced, TensorGroup, TensorSpec, plan_shards
+from specdef_cli.checkpoint.shards import OutputShard, Produced, Rows, TensorGroup, TensorSpec, plan_shards, streamed
+from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
 from specdef_cli.checkpoint.stream import Progress, file_sha256, read_record, write_shards
 from specdef_cli.errors import ResumableError, SpecDefError
 from tests.commands import snapshot
@@ -63,9 +65,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def plan(checkpoint: Checkpoint, calls: list[str], max_shard_size: int = 80_000) -> tuple[OutputShard, ...]:
     groups = [
-        Gram(name, calls).group()
-        if name.startswith("layer")
-        else TensorGroup(name, (TensorSpec(name, header.dtype, header.shape),))
+        Gram(name, calls).group() if name.startswith("layer") else streamed(Rows(name, header.dtype), header.shape)
         for name, header in checkpoint.tensors.items()
     ]
     return plan_shards(groups, max_shard_size)
@@ -300,3 +300,42 @@ def test_a_transform_that_makes_something_else_than_planned_is_our_defect(
     shard = OutputShard("model.safetensors", (TensorGroup("x", (TensorSpec("x", "F32", (2,)),), wrong),))
     with pytest.raises(AssertionError, match="x: planned"):
         write(checkpoint, [shard], tmp_path)
+
+
+@pytest.mark.parametrize("nbytes", [1, 100, 2**22])
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_a_tensor_scaled_by_blocks_of_rows_is_what_it_is_in_one_piece(tmp_path: Path, nbytes: int, dtype: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"vector": (7,), "matrix": (11, 6), "experts": (3, 4, 5), "kernel": (4, 3, 2, 2)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(tmp_path)
+    slices = {
+        "vector": [ScaledSlice("vector", 0, None, (6, 2), (-3, 5))],
+        "matrix": [ScaledSlice("matrix", 0, None, (9, 0), (2, -4)), ScaledSlice("matrix", 1, None, (5,), (7,))],
+        "experts": [ScaledSlice("experts", 1, 2, (3, 1), (4, -2)), ScaledSlice("experts", 2, 1, (0,), (-6,))],
+        "kernel": [ScaledSlice("kernel", axis, None, (1,), (axis + 1,)) for axis in range(4)],
+    }
+    for name, tensor in tensors.items():
+        expected = tensor.to(TORCH_DTYPES[dtype], copy=True)
+        for part in slices[name]:
+            scale_slice(expected, part)
+        rows = Rows(name, dtype, tuple(slices[name]))
+        blocks = [*rows.blocks(checkpoint, nbytes)]
+        assert len(blocks) > 1 or nbytes > tensor.nbytes or name == "vector"
+        assert torch.equal(torch.cat(blocks).view(tensor.shape), expected)
+        assert torch.equal(rows.whole(checkpoint), expected)
+        assert not torch.equal(expected, tensor.to(expected.dtype))
+
+
+def test_a_number_in_a_later_block_that_leaves_the_range_is_refused_by_name(tmp_path: Path) -> None:
+    weight = torch.ones(50, 4)
+    weight[40, 1] = 3e38
+    save_file({"w": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    blocks = Rows("w", "F32", (ScaledSlice("w", 1, None, (1,), (2,)),)).blocks(open_checkpoint(tmp_path), 160)
+    for _ in range(4):
+        next(blocks)
+    with pytest.raises(SpecDefError, match=r"w holds numbers from 1 to 3e\+38"):
+        next(blocks)

@@ -112,7 +112,7 @@ def test_push_uploads_a_directory_later_with_or_without_the_manifest(llama: Path
         proposed = call_cli(*arguments, "--no-manifest", "--create-pr")
     assert proposed.code == 0, proposed.stderr
     assert f"{hub.address}/org/out/discussions/1" in proposed.stdout
-    assert "specdef.json stays here" in proposed.stderr
+    assert "specdef.json was not uploaded: keep it" in proposed.stderr
     assert hub.pushed == {name: data for name, data in published(tmp_path).items() if name != "specdef.json"}
 
     (tmp_path / "out/model.safetensors").unlink()

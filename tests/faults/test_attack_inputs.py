@@ -75,7 +75,7 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
         lambda directory: (
             (directory / "specdef.json").unlink() or edit_json("config.json", quantization_config=REMOVED)(directory)
         ),
-        ("quantization_config.layers",),
+        ("config.json", "quantization_config.layers"),
     ),
     "manifest gone, and a layer": (
         lambda directory: (directory / "specdef.json").unlink() or tensor(INFLATED, None)(directory),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from specdef_cli.attack.optimizers.own import build_optimizer
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.certify.curvature import hessian_top
-from specdef_cli.hardening.options import Factors, HardenOptions, Scale
+from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.model.opened import open_model
 from specdef_cli.spectral.subspace import effective_rank, top_subspace
@@ -33,8 +33,6 @@ Check = Callable[[torch.device], float]
 
 CPU = torch.device("cpu")
 HARDENED: dict[str, dict[str, Any]] = {
-    "fold": {},
-    "scale": {"construction": Scale()},
     "factors": {"construction": Factors(alpha=1e3, top_k=4)},
     "factors, symmetric gauge": {"construction": Factors(alpha=10.0, gauge="symmetric")},
     "factors in bfloat16": {"construction": Factors(alpha=1e3), "dtype": "bfloat16"},

@@ -54,11 +54,7 @@ class OptimizerChoice:
         return self.requires is None or find_spec(self.requires) is not None
 
     def load(self) -> Callable[..., Optimizer]:
-        """Import the class.
-
-        Raises:
-            NotApplicable: The library that it needs is not installed.
-        """
+        """Import the class; :class:`NotApplicable` if the library that it needs is not installed."""
         if not self.available:
             raise NotApplicable(
                 f"the optimizer {self.name} needs {self.requires}, which is not installed",

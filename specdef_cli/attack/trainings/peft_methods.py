@@ -17,27 +17,17 @@ from specdef_cli.attack.table import Factor
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """One kind of adapter.
-
-    Attributes:
-        name: As users write it.
-        label: What it is called.
-        paper: Where it is described.
-        config: PEFT's class for it.
-        size: The number it takes.
-        size_argument: What ``config`` calls that number.
-        arguments: What else ``config`` is made with.
-        on: On which modules it goes by default; ``prompt``: on none, and in front of the sequence.
-    """
+    """One kind of adapter."""
 
     name: str
     label: str
     paper: str
     config: str
-    size: Factor | None = None
-    size_argument: str = "r"
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    size: Factor | None = None  # the number it takes
+    size_argument: str = "r"  # what config calls that number
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # what else config is made with
     on: Literal["linears", "norms", "prompt"] = "linears"
+    """On which modules it goes by default; ``prompt``: on none, and in front of the sequence."""
 
 
 _RANK = Factor("rank", 16)

@@ -24,30 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingChoice:
-    """One training of the table: either ``function`` or ``stands_for``; ``none`` has neither.
-
-    Attributes:
-        name: As users write it.
-        label: A few words for a table; ``{size}`` and ``{where}`` stand for what follows ``:`` and ``@``.
-        help: One line for ``--help``.
-        function: ``package.module:name`` of a function (model, training, task) → the model that the Trainer gets. It
-            sets which parameters train, or puts adapters on. What a variant has frozen stays frozen.
-        stands_for: ``package.module:name`` of a function (training, target) → the trainings that it means on a target;
-            none where the target has nothing for it.
-        size: The number after the colon (a rank, a count of tokens); ``None`` where it takes none.
-        where: What the names after ``@`` are: globs of ``parameters``, ``modules`` by the end of their path, as PEFT
-            takes them, or kinds of parameters (``groups``). ``None`` where it takes none.
-        label_everywhere: The label where no names are given; by default ``label``.
-    """
+    """One training of the table: either ``function`` or ``stands_for``; ``none`` has neither."""
 
     name: str
-    label: str
+    label: str  # a few words for a table; {size} and {where} stand for what follows : and @
     help: str
     function: str | None = None
+    """``package.module:name`` of a function (model, training, task) → the model that the Trainer gets. It sets which
+    parameters train, or puts adapters on. What a variant has frozen stays frozen."""
     stands_for: str | None = None
-    size: Factor | None = None
+    """``package.module:name`` of a function (training, target) → the trainings that it means on a target; none where
+    the target has nothing for it."""
+    size: Factor | None = None  # the number after the colon (a rank, a count of tokens); None where it takes none
     where: Literal["parameters", "modules", "groups"] | None = None
-    label_everywhere: str | None = None
+    """What the names after ``@`` are: globs of ``parameters``, ``modules`` by the end of their path, as PEFT takes
+    them, or kinds of parameters (``groups``). ``None`` where it takes none."""
+    label_everywhere: str | None = None  # the label where no names are given; by default label
 
 
 _HERE = "specdef_cli.attack.trainings"
@@ -144,20 +136,15 @@ TRAININGS: Table[TrainingChoice] = Table(
 
 @dataclass(frozen=True)
 class Training:
-    """A training as it is asked for: ``full``, ``full@*norm*``, ``lora:16``, ``lora:4@q_proj,v_proj``.
-
-    Attributes:
-        method: A name of the table.
-        size: The number that it takes (a rank, a count of tokens); its default where none is given.
-        where: Globs of parameter names, or modules by the end of their path; empty for wherever the method goes.
-        name: What to call it in a table; by default it is put together from the rest. Two trainings that differ in
-            their names alone are the same one.
-    """
+    """A training as it is asked for: ``full``, ``full@*norm*``, ``lora:16``, ``lora:4@q_proj,v_proj``."""
 
     method: str = "full"
-    size: float | None = None
+    size: float | None = None  # the number that it takes (a rank, a count of tokens); its default where none is given
     where: tuple[str, ...] = ()
+    """Globs of parameter names, or modules by the end of their path; empty for wherever the method goes."""
     name: str = field(default="", compare=False)
+    """What to call it in a table; by default it is put together from the rest. Two trainings that differ in their names
+    alone are the same one."""
 
     def __post_init__(self) -> None:
         choice = TRAININGS.choose(self.method)

@@ -33,19 +33,12 @@ RANK = 3
 
 @dataclass(frozen=True)
 class Written:
-    """What puts out a part of the residual stream.
+    """What puts out a part of the residual stream."""
 
-    Attributes:
-        weight: The tensor as it stands in the model, ``[…, m, n]``, or ``[…, n, m]`` where ``last``.
-        last: Whether its outputs are on the last axis.
-        bias: Added to them.
-        scale: What they are multiplied by afterwards; ``None`` for an ordinary module.
-    """
-
-    weight: Tensor
-    last: bool
-    bias: Tensor | None = None
-    scale: Tensor | None = None
+    weight: Tensor  # the tensor as it stands in the model, […, m, n], or […, n, m] where last
+    last: bool  # whether its outputs are on the last axis
+    bias: Tensor | None = None  # added to them
+    scale: Tensor | None = None  # what they are multiplied by afterwards; None for an ordinary module
 
 
 @torch.no_grad()

@@ -28,11 +28,7 @@ class GrownLayer(nn.Module):
 
 
 def hardened_layers(model: nn.Module) -> dict[str, SpecDefLinear]:
-    """The hardened layers of a model, by module path.
-
-    Raises:
-        NotApplicable: It has none.
-    """
+    """The hardened layers of a model, by module path; :class:`NotApplicable` if it has none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SpecDefLinear)}
     if not layers:
         raise NotApplicable(

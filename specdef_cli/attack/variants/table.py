@@ -29,36 +29,27 @@ INFORMED: Final = "informed"
 
 @dataclass(frozen=True)
 class VariantChoice:
-    """One variant of the table.
-
-    Attributes:
-        name: As users write it.
-        function: ``package.module:name`` of a function of the model that returns a :class:`Growth`; ``None`` for the
-            model as it is. It takes ``factor`` and ``seed`` by keyword where the row says so. Of an edit, a function of
-            the model, the direction to take out, and how much of it.
-        knowledge: What the attacker must know: ``none`` (only recipes), the ``construction``, or the construction plus
-            memory for a larger model (``growth``).
-        label: A few words for a table; ``{factor:g}`` stands for the factor.
-        help: One line for ``--help``.
-        needs: What a model must have for it: factors, folded pairs, scaled modules, or nothing in particular.
-        factor: The number it takes; ``None`` where it takes none.
-        random: Whether it draws initial values, and so takes the run's ``seed``.
-        trains_inflated: Whether it trains what hardening inflated: its best learning rate may lie far below the usual.
-        swept: Of an edit: how much of the direction is taken out, where no factor says so.
-        informed: On which models it belongs in every report, as it undoes how they were made; ``None``: on none.
-    """
+    """One variant of the table."""
 
     name: str
     function: str | None
+    """``package.module:name`` of a function of the model that returns a :class:`Growth`; ``None`` for the model as it
+    is. It takes ``factor`` and ``seed`` by keyword where the row says so. Of an edit, a function of the model, the
+    direction to take out, and how much of it."""
     knowledge: Knowledge
-    label: str
+    """What the attacker must know: ``none`` (only recipes), the ``construction``, or the construction plus memory for a
+    larger model (``growth``)."""
+    label: str  # a few words for a table; {factor:g} stands for the factor
     help: str
     needs: Scope = "any"
-    factor: Factor | None = None
-    random: bool = False
+    """What a model must have for it: factors, folded pairs, scaled modules, or nothing in particular."""
+    factor: Factor | None = None  # the number it takes; None where it takes none
+    random: bool = False  # whether it draws initial values, and so takes the run's seed
     trains_inflated: bool = False
-    swept: tuple[float, ...] = ()
+    """Whether it trains what hardening inflated: its best learning rate may lie far below the usual."""
+    swept: tuple[float, ...] = ()  # of an edit: how much of the direction is taken out, where no factor says so
     informed: Scope | None = None
+    """On which models it belongs in every report, as it undoes how they were made; ``None``: on none."""
 
     @property
     def edits(self) -> bool:
@@ -141,15 +132,11 @@ VARIANTS: Table[VariantChoice] = Table(
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant as it is asked for: ``collapse``, ``width:2``.
-
-    Attributes:
-        kind: A name of the table.
-        factor: The number it takes; its default where none is given, and of an edit none, for all of them.
-    """
+    """A variant as it is asked for: ``collapse``, ``width:2``."""
 
     kind: str = "plain"
     factor: float | None = None
+    """The number it takes; its default where none is given, and of an edit none, for all of them."""
 
     def __post_init__(self) -> None:
         choice = VARIANTS.choose(self.kind)
