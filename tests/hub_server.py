@@ -130,7 +130,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
                     for name, data in hub.files.items()
                 ]
                 return self.answer(hub.api_status, json.dumps(tree).encode())
-            _, _, commit, name = [*path.rsplit("/", 3), "", "", ""][:4]
+            commit, _, name = path.removeprefix("/org/name/resolve/").partition("/")
             if path.startswith("/org/name/resolve/") and name in hub.files:
                 data = hub.files[name]
                 headers = {"ETag": f'"{sha1(data)}"', "X-Repo-Commit": commit}

@@ -52,6 +52,9 @@ class AttackOptions(Budget):
         shown_default="manifest's",
         group="Model",
     )
+    control_subfolder: str | None = option(
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+    )
     dataset: str | None = option(
         None, "Hub id, file or directory.", metavar="DATA", shown_default="prose of Python's", group="Data"
     )
@@ -140,6 +143,7 @@ class AttackOptions(Budget):
     manifest: Path | None = None
     trust_remote_code: bool = False
     revision: str | None = None
+    subfolder: str | None = None
     token: str | None = None
 
     def __post_init__(self) -> None:

@@ -183,9 +183,10 @@ def _prepare(options: AttackOptions) -> _Prepared:
         manifest=options.manifest,
         revision=options.revision,
         token=options.token,
+        subfolder=options.subfolder,
         trust_remote_code=options.trust_remote_code,
     )
-    control = open_base(model, options.control, "--control", token=options.token)
+    control = open_base(model, options.control, "--control", token=options.token, subfolder=options.control_subfolder)
     for each in (model, control):
         require_sound(each)
         require_outside(options.out, each.directory)

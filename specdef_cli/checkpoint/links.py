@@ -10,8 +10,9 @@ from specdef_cli.errors import SpecDefError
 def require_inside(directory: Path, path: Path) -> None:
     """Check that ``path`` lies in ``directory``, or in the blobs of the Hub cache that ``directory`` is part of."""
     root = directory.resolve()
-    # In the Hub cache, snapshots/<commit>/<file> links to blobs/<hash>.
-    allowed = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
+    # In the Hub cache, snapshots/<commit>/<file> links to blobs/<hash>; the directory may be a folder of the snapshot.
+    caches = (place.parent.parent for place in (root, *root.parents) if place.parent.name == "snapshots")
+    allowed = (root, *(cache / "blobs" for cache in caches))
     if not any(path.resolve().is_relative_to(place) for place in allowed):
         raise SpecDefError(
             f"{path.relative_to(directory)} is a link that leaves {directory}", "Replace the link by the file itself."

@@ -45,6 +45,8 @@ class BaseCheckpoint:
     """The commit hash that the revision resolved to; ``None`` for a directory."""
     hub_id: str | None = None
     """Where a directory's weights are on the Hub, if the user said so."""
+    subfolder: str | None = None
+    """The folder of the Hub's repository that they are in; ``None`` at its root, and for a directory."""
 
     @property
     def hub_name(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import re
 import shutil
 import threading
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
+from specdef_cli.checkpoint.check import in_subfolder
 from specdef_cli.checkpoint.manifest import last_part
 from specdef_cli.checkpoint.other_directories import held_instead
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
@@ -87,12 +89,14 @@ class Resolved:
     Attributes:
         revision: The revision asked for; ``None`` for a directory.
         commit: The commit hash of the snapshot; ``None`` for a directory.
+        subfolder: The folder of the repository that it is in; ``None`` at its root, and for a directory.
     """
 
     directory: Path
     name: str
     revision: str | None = None
     commit: str | None = None
+    subfolder: str | None = None
 
     @property
     def public_name(self) -> str:
@@ -101,7 +105,12 @@ class Resolved:
 
 
 def resolve(
-    model: str, *, revision: str | None = None, token: str | None = None, output: Path | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    subfolder: str | None = None,
+    output: Path | None = None,
 ) -> Resolved:
     """Find ``model`` on disk, downloading it from the Hub if it is not a directory.
 
@@ -109,14 +118,18 @@ def resolve(
         model: A directory, or a Hub id ``org/name``, optionally ``org/name@revision``.
         revision: Branch, tag or commit; the same as the part after ``@``.
         token: Hub token; by default huggingface_hub looks for ``HF_TOKEN`` and the stored login.
+        subfolder: The folder of the directory or repository that it is in.
         output: Where as much will be written once more.
     """
     token = clean_token(token)
+    model, subfolder = in_subfolder(model, subfolder)
     place = locate(model, revision)
     if isinstance(place, Path):
         return Resolved(place, model)
     repository, revision = place
     arguments: dict[str, Any] = {"token": token, "ignore_patterns": IGNORED_DOWNLOADS}
+    if subfolder is not None:
+        arguments["allow_patterns"] = f"{glob.escape(subfolder)}/*"
     try:
         try:
             files = snapshot_download(repository, revision=revision, dry_run=True, tqdm_class=_HiddenBar, **arguments)
@@ -124,7 +137,7 @@ def resolve(
         except DryRunError:  # the Hub cannot be asked: the cache may have it nevertheless
             files, commit = None, revision
         if files is not None:
-            _require_safetensors(repository, revision, token, [file.filename for file in files])
+            _require_safetensors(repository, revision, token, subfolder, [file.filename for file in files])
             _require_space(repository, files, output)
         directory = _download(repository, revision=commit, **arguments)
     except SpecDefError:
@@ -132,7 +145,9 @@ def resolve(
     except Exception as error:
         # Not only huggingface_hub's own errors: those of the HTTP library underneath escape it, and that one changes.
         raise not_available(repository, revision, error) from error
-    return Resolved(directory, repository, revision or "main", directory.name)
+    if subfolder is not None and not (directory / subfolder).is_dir():
+        raise SpecDefError(f"{repository} has no folder {subfolder} in the local cache", "Unset HF_HUB_OFFLINE.")
+    return Resolved(directory / (subfolder or ""), repository, revision or "main", directory.name, subfolder)
 
 
 def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | None]:
@@ -149,7 +164,10 @@ def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | N
     if suffix and revision and suffix != revision:
         raise SpecDefError(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
-        raise SpecDefError(f"{model!r} is neither a directory nor a Hub id", "Check the path, or give org/name.")
+        raise SpecDefError(
+            f"{model!r} is neither a directory nor a Hub id",
+            "Check the path, or give org/name; --subfolder names a folder of it.",
+        )
     return repository, revision or suffix or None
 
 
@@ -180,17 +198,22 @@ def _download(repository: str, **arguments: Any) -> Path:
     return Path(done.result())
 
 
-def _require_safetensors(repository: str, revision: str | None, token: str | None, names: Sequence[str]) -> None:
+def _require_safetensors(
+    repository: str, revision: str | None, token: str | None, subfolder: str | None, names: Sequence[str]
+) -> None:
     """Refuse a repository of weights in other formats, before anything of it is downloaded."""
     if any(name.endswith(SAFETENSORS) for name in names):
         return
     there = HfApi(token=token).list_repo_files(repository, revision=revision)
-    held = held_instead((name for name in there if "/" not in name), repository)
+    folder = f"{subfolder}/" if subfolder else ""
+    inside = [name.removeprefix(folder) for name in there if name.startswith(folder)]
+    held = held_instead((name for name in inside if "/" not in name), repository)
     if held is not None:
         raise SpecDefError(f"{repository} has only {held[0]}", held[1])
     if not names:
         raise SpecDefError(
-            f"{repository} holds no file that is read here", "Check the spelling, and what the repository holds."
+            f"{repository} holds no file that is read here" + (f" in {subfolder}" if subfolder else ""),
+            "Check the spelling, and what the repository holds.",
         )
 
 

@@ -10,7 +10,7 @@ import typer
 from specdef_cli.attack.options import NO_RETAINED, AttackOptions, seeds_of
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.listing import attack_listing, listing_tables
-from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
+from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Subfolder, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.run_progress import RunProgress
 from specdef_cli.cli.startup import settle
@@ -61,6 +61,7 @@ def attack_command(
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
+    subfolder: Subfolder = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
     verbose: Annotated[
@@ -93,11 +94,16 @@ def attack_command(
     # Validate first: importing torch takes seconds.
     from specdef_cli.attack.presence import require_data, require_trackers
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
-    from specdef_cli.checkpoint.check import require_models, writable_ancestor
+    from specdef_cli.checkpoint.check import in_subfolder, require_models, writable_ancestor
     from specdef_cli.cli.conditions import Condition
     from specdef_cli.errors import WrongUsage
     from specdef_cli.parse import parse_duration
 
+    model, subfolder = in_subfolder(model, subfolder)
+    if "control_subfolder" in given:
+        if "control" not in given:
+            raise WrongUsage("--control-subfolder is a folder of --control, which is not given", "Give --control BASE.")
+        given["control"], given["control_subfolder"] = in_subfolder(given["control"], given["control_subfolder"])
     limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
     conditions = [Condition.parse(text) for text in fail_if or []]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
@@ -122,6 +128,7 @@ def attack_command(
         time_limit=limit,
         manifest=manifest,
         revision=revision,
+        subfolder=subfolder,
         token=token,
         trust_remote_code=trust_remote_code,
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.checkpoint.check import require_manifest_place, require_not_hardened, require_usable
+from specdef_cli.checkpoint.check import in_subfolder, require_manifest_place, require_not_hardened, require_usable
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.cli.derive import takes
 from specdef_cli.cli.options import (
@@ -19,6 +19,7 @@ from specdef_cli.cli.options import (
     Quiet,
     Resume,
     Revision,
+    Subfolder,
     Token,
     TrustRemoteCode,
 )
@@ -47,6 +48,7 @@ def harden_command(
     max_shard_size: MaxShardSize = "5GB",
     device: Device = None,
     revision: Revision = None,
+    subfolder: Subfolder = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
     resume: Resume = False,
@@ -78,6 +80,7 @@ def harden_command(
       specdef harden ./my-model --method factors --layers '*.o_proj' --dry-run
     """
     kind = _construction(construction, given)
+    model, subfolder = in_subfolder(model, subfolder)
     options = HardenOptions(
         model,
         construction=kind,
@@ -85,6 +88,7 @@ def harden_command(
         max_shard_size=parse_size(max_shard_size),
         device=device,
         revision=revision,
+        subfolder=subfolder,
         token=token,
         trust_remote_code=trust_remote_code,
         resume=resume,

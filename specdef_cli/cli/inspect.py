@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdef_cli.checkpoint.check import require_model
-from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Token, TrustRemoteCode
+from specdef_cli.checkpoint.check import in_subfolder, require_model
+from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Subfolder, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import settle
 from specdef_cli.cli.tables import outlook_lines
@@ -33,6 +33,7 @@ def inspect_command(
     manifest: Manifest = None,
     device: Device = None,
     revision: Revision = None,
+    subfolder: Subfolder = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -48,6 +49,7 @@ def inspect_command(
 
       specdef inspect hardened --json
     """
+    model, subfolder = in_subfolder(model, subfolder)
     require_model(model, manifest)
     from rich.console import Group
 
@@ -61,6 +63,7 @@ def inspect_command(
             manifest=manifest,
             revision=revision,
             token=token,
+            subfolder=subfolder,
             device=device,
             trust_remote_code=trust_remote_code,
             spectra=every_layer or as_json,

@@ -32,6 +32,16 @@ Revision = Annotated[
     ),
 ]
 
+Subfolder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder in MODEL that the model is in.",
+        show_default=False,
+        rich_help_panel="Model / In a folder of it.",
+    ),
+]
+
 
 def _token(value: str | None) -> str | None:
     token = clean_token(value)

@@ -90,9 +90,9 @@ def section(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[st
 
 
 def _changes(manifest: Manifest) -> Sequence[str]:
-    origin = (manifest.base.hub_name or "the base model") + (
-        f" at {manifest.base.commit}" if manifest.base.commit else ""
-    )
+    base = manifest.base
+    origin = (base.hub_name or "the base model") + (f" at {base.commit}" if base.commit else "")
+    origin += f" (its folder {base.subfolder})" if base.subfolder else ""
     lines = [
         f"{_agreement(manifest, origin)} They were reparameterized with "
         f"specdef-cli {manifest.specdef_version} (method of [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)) "

@@ -99,6 +99,7 @@ class HardenOptions:
     max_shard_size: int = 5 * 10**9
     device: str | None = None
     revision: str | None = None
+    subfolder: str | None = None
     token: str | None = None
     trust_remote_code: bool = False
     resume: bool = False

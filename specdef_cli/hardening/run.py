@@ -58,7 +58,13 @@ class HardenResult:
 def _planned(options: HardenOptions, output: Path | None = None) -> tuple[OpenedModel, HardeningPlan]:
     """Open the base, decide what to change, and load the result without its numbers."""
     with process_state(options.device).main_process_first():  # one downloads, and the others find it in the cache
-        found = resolve(options.model, revision=options.revision, token=options.token, output=output)
+        found = resolve(
+            options.model,
+            revision=options.revision,
+            token=options.token,
+            subfolder=options.subfolder,
+            output=output,
+        )
     base = open_found(found, hardened=False, trust_remote_code=options.trust_remote_code)
     require_attention(base.skeleton)
     plan = make_plan(base, options)
@@ -156,7 +162,11 @@ def _manifest(resolved: Resolved, plan: HardeningPlan, options: HardenOptions, w
         method=plan.method,
         # A path need not be UTF-8; JSON is.
         base=BaseCheckpoint(
-            resolved.name.encode(errors="replace").decode(), resolved.revision, resolved.commit, options.base_model
+            resolved.name.encode(errors="replace").decode(),
+            resolved.revision,
+            resolved.commit,
+            options.base_model,
+            resolved.subfolder,
         ),
         dtype=plan.dtype,
         seed=options.construction.seed if isinstance(options.construction, Factors) else 0,

@@ -74,6 +74,7 @@ def survey(
     manifest: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
+    subfolder: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     spectra: bool = True,
@@ -82,7 +83,7 @@ def survey(
     """Look at every linear layer of a checkpoint, one tensor in memory at a time, and at what hardening would do.
 
     Args:
-        model, revision, token: As for :func:`specdef_cli.checkpoint.resolve.resolve`.
+        model, revision, token, subfolder: As for :func:`specdef_cli.checkpoint.resolve.resolve`.
         manifest: ``specdef.json`` where it does not lie in the model's directory.
         device: Where spectra are computed.
         trust_remote_code: Whether the model's own Python code may run.
@@ -91,7 +92,12 @@ def survey(
     """
     with process_state(device).main_process_first():
         opened = open_model(
-            model, manifest=manifest, revision=revision, token=token, trust_remote_code=trust_remote_code
+            model,
+            manifest=manifest,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            trust_remote_code=trust_remote_code,
         )
     checkpoint, described, skeleton = opened.checkpoint, opened.manifest, opened.skeleton
     if "quantization_config" not in opened.original.config:  # packed weights have shapes of their own

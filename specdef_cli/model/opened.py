@@ -102,6 +102,7 @@ def open_model(
     manifest: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
+    subfolder: str | None = None,
     trust_remote_code: bool = False,
 ) -> OpenedModel:
     """Find a model and open it.
@@ -111,7 +112,7 @@ def open_model(
         hardened: Whether it has to have a manifest (``True``), must not be hardened (``False``), or may be either.
         manifest: ``specdef.json`` where it does not lie in the model's directory.
     """
-    found = resolve(str(model), revision=revision, token=token)
+    found = resolve(str(model), revision=revision, token=token, subfolder=subfolder)
     return open_found(found, hardened=hardened, manifest=manifest, trust_remote_code=trust_remote_code)
 
 
@@ -138,15 +139,23 @@ def open_found(
     return OpenedModel(found, checkpoint, described, trust_remote_code)
 
 
-def open_base(model: OpenedModel, given: str | Path | None, option: str, *, token: str | None = None) -> OpenedModel:
+def open_base(
+    model: OpenedModel,
+    given: str | Path | None,
+    option: str,
+    *,
+    token: str | None = None,
+    subfolder: str | None = None,
+) -> OpenedModel:
     """The undefended model that another one is compared with.
 
     Args:
         given: What ``option`` names; ``None`` is the base that the manifest names.
         option: ``--base`` or ``--control``.
+        subfolder: The folder of what is given that it is in; the manifest says it of its own base.
     """
     if given is not None:
-        found = resolve(str(given), token=token)
+        found = resolve(str(given), token=token, subfolder=subfolder)
         require_undefended(found.directory, option)
         found = dataclasses.replace(found, name=str(given))
     elif model.manifest is None:
@@ -154,7 +163,7 @@ def open_base(model: OpenedModel, given: str | Path | None, option: str, *, toke
     else:
         name, revision = base_of(model.manifest, model.directory)
         try:
-            found = resolve(name, revision=revision, token=token)
+            found = resolve(name, revision=revision, token=token, subfolder=model.manifest.base.subfolder)
         except SpecDefError as error:
             raise SpecDefError(
                 f"the base {model.manifest.base.name} that the manifest of {model.directory} names is not available: "

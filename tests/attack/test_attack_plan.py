@@ -261,8 +261,18 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
     defaults = AttackOptions(model="", out=Path())
     assert all(getattr(defaults, name) != value for name, value in expected.items())
     assert {field.name for field in dataclasses.fields(AttackOptions)} - set(expected) == {
-        "suite", "search", "thorough", "free", "manifest",
+        "suite", "search", "thorough", "free", "manifest", "subfolder", "control_subfolder",
     }  # fmt: skip
+    (tmp_path / "hardened" / "inside").mkdir()
+    (tmp_path / "hardened" / "inside" / "config.json").write_text("{}")
+    for model, place in {
+        "org/a": ("org/a", "inside"),
+        "hardened": ("hardened/inside", None),
+    }.items():
+        folders = ("--subfolder", "inside", "--control", "org/b", "--control-subfolder", "b/c/")
+        assert CliRunner().invoke(app, ["attack", model, *folders, "--dry-run"]).exit_code == 0
+        assert (taken[-1].model, taken[-1].subfolder) == place
+        assert (taken[-1].control, taken[-1].control_subfolder) == ("org/b", "b/c")
 
 
 @pytest.mark.parametrize(

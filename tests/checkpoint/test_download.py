@@ -22,6 +22,8 @@ import pytest
 from huggingface_hub import constants, file_download, snapshot_download
 
 from specdef_cli.checkpoint.resolve import resolve
+from specdef_cli.model.opened import open_base, open_model
+from tests.checkpoint.test_resolve import base_at
 from tests.commands import TWO_PROCESSES, Result, assert_refused, call_cli, environment, snapshot
 from tests.hub_server import COMMITS, Hub, eventually, model_files, serving, variables
 
@@ -78,7 +80,7 @@ def assert_as_from_a_directory(method: str, out: Path, base: Path, other: Path) 
         name: data for name, data in theirs.items() if name not in named
     }
     manifest, expected = (json.loads((place / "specdef.json").read_text()) for place in (out, other))
-    assert manifest.pop("base") == {"name": "org/name", "revision": "main", "commit": COMMITS["main"], "hub_id": None}
+    assert manifest.pop("base") == base_at("main")
     expected.pop("base")
     assert manifest == expected
 
@@ -98,6 +100,38 @@ def test_from_the_hub_as_from_a_directory(
     offline(tmp_path, monkeypatch)
     assert harden(method, tmp_path / "again").code == 0
     assert snapshot(tmp_path / "again") == snapshot(out)
+
+
+def test_a_model_in_a_folder_of_its_repository(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That folder alone is fetched, the result is that of the directory, and the manifest's base is found again."""
+    inside = {f"parts/tiny/{name}": data for name, data in model_files(base).items()}
+    others = {"config.json": b"{}", "parts/model.safetensors": b"x" * 99, "notes.gguf": b"GGUF"}
+    out = tmp_path / "out"
+    with online(Hub({**others, **inside}), tmp_path, monkeypatch) as hub:
+        result = harden("fold", out, "--subfolder", "parts/tiny/")
+        assert result.code == 0, result.stderr
+        assert {path for _, path, _ in hub.seen if "/resolve/" in path} == {
+            f"/org/name/resolve/{COMMITS['main']}/{name}" for name in inside
+        }
+        for folder, problem in {"absent": "in absent", "parts": "parts", "../x": "does not lie in org/name"}.items():
+            refused = call_cli("harden", "org/name", "--subfolder", folder, "--out", tmp_path / "no")
+            assert_refused(refused, problem)
+    offline(tmp_path, monkeypatch)
+    assert call_cli("inspect", "org/name", "--subfolder", "parts/tiny", "--quiet").code == 0
+    assert harden("fold", tmp_path / "other", model=base).code == 0
+    assert (out / "model.safetensors.index.json").read_bytes() == (
+        tmp_path / "other/model.safetensors.index.json"
+    ).read_bytes()
+    for shard in shards(out):
+        assert (out / shard).read_bytes() == (tmp_path / "other" / shard).read_bytes()
+    hardened = open_model(out, hardened=True)
+    assert hardened.hardening.base.subfolder == "parts/tiny"
+    for found in (
+        open_base(hardened, None, "--control"),
+        open_base(hardened, "org/name", "--control", subfolder="parts/tiny"),
+        open_base(hardened, base.parent, "--control", subfolder=base.name),
+    ):
+        assert found.checkpoint.shards == tuple(shards(base))
 
 
 def test_a_cache_that_huggingface_hub_has_filled(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

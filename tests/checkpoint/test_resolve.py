@@ -82,6 +82,11 @@ def fill_cache(cache: Path, model: Path, repository: str = "org/name") -> dict[s
     return snapshots
 
 
+def base_at(ref: str) -> dict[str, str | None]:
+    """What a manifest says of ``org/name`` as its base."""
+    return {"name": "org/name", "revision": ref, "commit": COMMITS[ref], "hub_id": None, "subfolder": None}
+
+
 # --- what is typed ---------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +186,7 @@ def test_harden_from_the_cache_records_the_commit(llama: Path, tmp_path: Path, m
     )
     assert result.code == 0, result.stderr
     manifest = json.loads((out / "specdef.json").read_text())
-    assert manifest["base"] == {"name": "org/name", "revision": "v1", "commit": COMMITS["v1"], "hub_id": None}
+    assert manifest["base"] == base_at("v1")
     assert json.loads(result.stdout)["manifest"]["base"] == manifest["base"]
     assert (out / "which.txt").read_text() == "v1"
     assert not (out / "which.txt").is_symlink()
@@ -218,7 +223,7 @@ def test_harden_from_the_hub(llama: Path, tmp_path: Path, online: Online) -> Non
         assert "model.safetensors" in hub.downloaded()
         assert any(authorization == f"Bearer {TOKEN}" for _, _, authorization in hub.seen)
         manifest = json.loads((tmp_path / "out" / "specdef.json").read_text())
-        assert manifest["base"] == {"name": "org/name", "revision": "main", "commit": COMMITS["main"], "hub_id": None}
+        assert manifest["base"] == base_at("main")
         written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
         assert TOKEN.encode() not in written
         assert TOKEN not in result.stdout + result.stderr
