@@ -171,7 +171,9 @@ def test_a_step_moves_what_trains_and_nothing_else(name: str, base: Path, harden
             if parameter.grad is not None:
                 parameter.grad.sign_()
         optimizer.step()
-    moved = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+    # bitsandbytes lays the bytes of 4-bit weights out anew for AVX-512 at their first pass: no number moves.
+    numbers = {key: value for key, value in model.named_parameters() if value.is_floating_point()}
+    moved = {key for key, value in numbers.items() if not torch.equal(value, before[key])}
     assert moved
     assert moved <= names
 
