@@ -38,7 +38,6 @@ OTHERWISE: dict[str, tuple[str, ...]] = {
     "NaN": ("the control", "not finite"),
     "infinity": ("the control", "not finite"),
     "NaN elsewhere": ("the control", "not finite"),
-    "no architecture": ("none named", "--task"),
     "hardened already": ("specdef.json",),
 }
 # A layer of zeros is a sound control, and there is nothing to inflate in it only for `harden`.
@@ -129,7 +128,7 @@ def unknown_tokens(directory: Path) -> None:
 
 
 TOKENIZERS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
-    "of another model": (unknown_tokens, ("tokenizer", "token 5", "96 tokens")),
+    "of another model": (unknown_tokens, ("tokenizer", "token id 5", "vocabulary of 96")),
     "not JSON": (content("tokenizer.json", "{"), ("tokenizer", "cannot be loaded")),
     "of another shape": (content("tokenizer.json", '{"model": 3}'), ("tokenizer", "cannot be loaded")),
     "without files": (

@@ -79,7 +79,6 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "an unknown model_type": (config(model_type="nonsense"), ("nonsense", "model_type")),
     "no model_type": (config(model_type=REMOVED), ("model_type",)),
     "an unknown architecture": (config(architectures=["NopeForCausalLM"]), ("NopeForCausalLM",)),
-    "no architecture": (config(architectures=REMOVED), ("names no architectures",)),
     "an unknown activation": (config(hidden_act="nope"), ("nope",)),
     "config.json missing": (lambda directory: (directory / "config.json").unlink(), ("no config.json",)),
     "config.json not JSON": (content("config.json", "{"), ("config.json", "not valid JSON")),

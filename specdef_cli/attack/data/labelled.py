@@ -206,11 +206,6 @@ def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokeni
     """Tokenized texts of the named data set, or pairs of them, cut off at the sequence length."""
     columns = (options.text_column or "text", *filter(None, [options.text_pair_column]))
     padding = padding_of(tokenizer)
-    if padding is None and options.dataset is not None:
-        raise SpecDefError(
-            "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
-            'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
-        )
 
     def encode(*values: object) -> Example | None:
         texts = [as_text(value, name, str(options.dataset)) for value, name in zip(values, columns, strict=True)]
@@ -218,4 +213,11 @@ def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokeni
             return None
         return dict(tokenizer(*texts, truncation=True, max_length=options.sequence_length))
 
-    return labelled_data(options, "texts", columns, encode, head, DataCollatorWithPadding(tokenizer), padding=padding)
+    collate = DataCollatorWithPadding(tokenizer)
+    data = labelled_data(options, "texts", columns, encode, head, collate, padding=padding)
+    if padding is None:  # after what is wrong with the rows
+        raise SpecDefError(
+            "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
+            'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
+        )
+    return data
