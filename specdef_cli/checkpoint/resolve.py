@@ -164,9 +164,10 @@ def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | N
     if suffix and revision and suffix != revision:
         raise SpecDefError(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
+        address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?([\w.-]+/[\w.-]+)", model)
         raise SpecDefError(
             f"{model!r} is neither a directory nor a Hub id",
-            "Check the path, or give org/name; --subfolder names a folder of it.",
+            f"Give {address[1]}." if address else "Check the path, or give org/name; --subfolder names a folder of it.",
         )
     return repository, revision or suffix or None
 
