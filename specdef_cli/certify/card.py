@@ -191,9 +191,9 @@ def _places(parts: Sequence[str], section: str) -> list[int]:
     return [number for number, part in enumerate(parts) if part.splitlines()[:1] == [heading]]
 
 
-def attacks_on_card(directory: Path, report: Path) -> None:
+def attacks_on_card(directory: Path, report: Path, manifest: Path | None = None) -> None:
     """Write what an attack report says into the card of the hardened directory that was attacked."""
     card = directory / "README.md"
-    fingerprint = checkpoint_fingerprint(directory, read_manifest(directory))
+    fingerprint = checkpoint_fingerprint(directory, read_manifest(directory, manifest))
     section = attack_section(read_resistance(report, fingerprint))
     write_durably(card, with_section(card.read_text(encoding="utf-8", errors="replace"), section))

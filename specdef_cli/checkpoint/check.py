@@ -65,13 +65,13 @@ def require_directory(directory: Path) -> None:
         raise SpecDefError(f"{directory} is not a directory", "Give one that `specdef harden` published.")
 
 
-def require_card(model: str) -> None:
+def require_card(model: str, manifest: Path | None = None) -> None:
     """Refuse a model whose card cannot be written to: a Hub id, what is not hardened, or a directory without one."""
     directory = Path(model).expanduser()
     card = directory / "README.md"
     if not directory.is_dir():
         raise SpecDefError(f"--card writes to a directory, and {model} is none", "Leave --card out, or download it.")
-    read_manifest(directory)
+    read_manifest(directory, manifest)
     if not card.is_file() or not os.access(card, os.W_OK):
         raise SpecDefError(f"{card} is not a file that can be written to", "Leave --card out, or restore it.")
 

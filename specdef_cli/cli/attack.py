@@ -136,7 +136,7 @@ def attack_command(
     if card:
         from specdef_cli.checkpoint.check import require_card
 
-        require_card(model)
+        require_card(model, manifest)
     require_data(options.dataset)
     if options.retained != NO_RETAINED:
         require_data(options.retained)
@@ -171,7 +171,7 @@ def attack_command(
         from specdef_cli.attack.presence import REPORT_NAME
         from specdef_cli.certify.card import attacks_on_card
 
-        attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME)
+        attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME, manifest)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")

@@ -424,7 +424,7 @@ def test_what_a_model_has_nothing_for_is_said(base: Path, tmp_path: Path) -> Non
                 variants=("inject",))
     )  # fmt: skip
     assert {run.spec.variant.kind for run in result.runs} == {"plain", "rebalance"}
-    assert result.notes[0] == "Not tried: inject. It works on an inserted layer, and the model has none."
+    assert result.notes[0] == "Not tried: inject. It works on a layer stored as factors, and the model has none."
 
 
 def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def test_a_step_moves_what_trains_and_nothing_else(name: str, base: Path, harden
     training = Training(name).on(target_of(base, hardened))[0]
     model = training.apply(load_model(hardened), "causal-lm")
     names = trained_names(model)
+    model(input_ids=TOKENS)  # bitsandbytes packs its weights for the CPU now
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     for _ in range(2):  # adapters that start at zero pass no gradient on in the first
@@ -170,7 +171,9 @@ def test_a_step_moves_what_trains_and_nothing_else(name: str, base: Path, harden
             if parameter.grad is not None:
                 parameter.grad.sign_()
         optimizer.step()
-    moved = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+    # bitsandbytes lays the bytes of 4-bit weights out anew for AVX-512 at their first pass: no number moves.
+    numbers = {key: value for key, value in model.named_parameters() if value.is_floating_point()}
+    moved = {key for key, value in numbers.items() if not torch.equal(value, before[key])}
     assert moved
     assert moved <= names
 

@@ -40,7 +40,6 @@ OTHERWISE: dict[str, tuple[str, ...]] = {
     "NaN elsewhere": ("the control", "not finite"),
     "no architecture": ("none named", "--task"),
     "hardened already": ("specdef.json",),
-    "a shim's config": ("hardened model's config.json",),
 }
 # A layer of zeros is a sound control, and there is nothing to inflate in it only for `harden`.
 BROKEN = [name for name in INPUTS if name != "zero"]

@@ -50,7 +50,7 @@ def test_a_base_that_is_gone_is_named_by_the_commands_own_option(
     out = harden(base, tmp_path / "out")
     shutil.rmtree(base)
     refused = call_cli(command, out, "--quiet", "--out", tmp_path / "r")
-    assert_refused(refused, str(base), f"with {option}.")
+    assert_refused(refused, f"./{base.name}", f"with {option}.")
     wrong = ("--dataset", "nowhere.txt", *SMALL) if command == "attack" else ("--text", "nowhere.txt", "--quiet")
     followed = call_cli(command, out, option, llama, *wrong, "--out", tmp_path / "r")
     assert_refused(followed, "nowhere.txt")

@@ -355,7 +355,9 @@ def test_refusals_of_harden(unet: Path, unets: Unets, tmp_path: Path, monkeypatc
     assert_refused(harden_command(tmp_path / "vae", out), "AutoencoderKL", "UNet2DConditionModel", empty=out)
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    assert_refused(harden_command(tmp_path / "pipeline", out), "no config.json", "pipeline/unet", empty=out)
+    assert_refused(
+        harden_command(tmp_path / "pipeline", out), "no config.json", "pipeline of diffusers", "denoiser", empty=out
+    )
     shutil.copytree(unet, tmp_path / "shim")
     edit_config(tmp_path / "shim", lambda c: c.update(quantization_config={"quant_method": "specdef", "layers": {}}))
     assert_refused(harden_command(tmp_path / "shim", out), "hardened already", empty=out)

@@ -206,7 +206,7 @@ def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokeni
     """Tokenized texts of the named data set, or pairs of them, cut off at the sequence length."""
     columns = (options.text_column or "text", *filter(None, [options.text_pair_column]))
     padding = padding_of(tokenizer)
-    if padding is None:
+    if padding is None and options.dataset is not None:
         raise SpecDefError(
             "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
             'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
