@@ -164,12 +164,8 @@ def _sentence_transformer(directory: Path) -> tuple[str, str] | None:
     return "it is a model of sentence-transformers", f"Give its transformer, {inside}."
 
 
-def _of_this_package(directory: Path) -> tuple[str, str] | None:
-    if (directory / "report.json").is_file() or (directory / "runs").is_dir():
-        return "it is what `specdef attack` wrote", "Give the model that was attacked."
-    if (directory / "certificate.json").is_file():
-        return "it is what `specdef certify` wrote", "Give the model that was certified."
-    return None
+def _marked(directory: Path) -> tuple[str, str] | None:
+    return next(((what, hint) for name, what, hint in _MARKERS if (directory / name).exists()), None)
 
 
 def _cache(directory: Path) -> tuple[str, str] | None:
@@ -177,27 +173,6 @@ def _cache(directory: Path) -> tuple[str, str] | None:
     if not snapshots:
         return None
     return "it is a repository in the Hub's cache", f"Give a snapshot in it, such as {snapshots[-1].parent}."
-
-
-def _data(directory: Path) -> tuple[str, str] | None:
-    if not (directory / "dataset_info.json").is_file() and not (directory / "dataset_dict.json").is_file():
-        return None
-    return "it is a data set", "Give a model here, and the data to `specdef attack --dataset`."
-
-
-def _sharded_training(directory: Path) -> tuple[str, str] | None:
-    if not (directory / "zero_to_fp32.py").is_file():
-        return None
-    return "it is a training checkpoint of DeepSpeed", "Save the model with save_pretrained, and give that directory."
-
-
-def _original_format(directory: Path) -> tuple[str, str] | None:
-    if not (directory / "params.json").is_file():
-        return None
-    return (
-        "it is a model in its authors' own format (params.json)",
-        "Give the version that transformers loads, or convert it with transformers' script for the family.",
-    )
 
 
 def _llama_cpp(directory: Path) -> tuple[str, str] | None:
@@ -233,7 +208,26 @@ def _parts(name: str) -> list[str]:
     return re.split(r"(\d+)", name)
 
 
+_ATTACK = ("it is what `specdef attack` wrote", "Give the model that was attacked.")
+_DATA = ("it is a data set", "Give a model here, and the data to `specdef attack --dataset`.")
+_MARKERS = (
+    ("report.json", *_ATTACK),
+    ("runs", *_ATTACK),
+    ("certificate.json", "it is what `specdef certify` wrote", "Give the model that was certified."),
+    ("dataset_info.json", *_DATA),
+    ("dataset_dict.json", *_DATA),
+    (
+        "zero_to_fp32.py",
+        "it is a training checkpoint of DeepSpeed",
+        "Save the model with save_pretrained, and give that directory.",
+    ),
+    (
+        "params.json",
+        "it is a model in its authors' own format (params.json)",
+        "Give the version that transformers loads, or convert it with transformers' script for the family.",
+    ),
+)
+"""What a file or directory says of the one that it is in, and what to do."""
 _KINDS: tuple[Callable[[Path], tuple[str, str] | None], ...] = (
-    _pipeline, _adapter, _sentence_transformer, _of_this_package, _cache, _data, _sharded_training, _original_format,
-    _llama_cpp, _holder, _empty,
+    _pipeline, _adapter, _sentence_transformer, _cache, _marked, _llama_cpp, _holder, _empty,
 )  # fmt: skip

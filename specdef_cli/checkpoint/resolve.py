@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import DryRunFileInfo, HfApi, snapshot_download
@@ -164,9 +164,10 @@ def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | N
     if suffix and revision and suffix != revision:
         raise SpecDefError(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
+        address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?([\w.-]+/[\w.-]+)", model)
         raise SpecDefError(
             f"{model!r} is neither a directory nor a Hub id",
-            "Check the path, or give org/name; --subfolder names a folder of it.",
+            f"Give {address[1]}." if address else "Check the path, or give org/name; --subfolder names a folder of it.",
         )
     return repository, revision or suffix or None
 
@@ -201,8 +202,16 @@ def _download(repository: str, **arguments: Any) -> Path:
 def _require_safetensors(
     repository: str, revision: str | None, token: str | None, subfolder: str | None, names: Sequence[str]
 ) -> None:
-    """Refuse a repository of weights in other formats, before anything of it is downloaded."""
-    if any(name.endswith(SAFETENSORS) for name in names):
+    """Refuse a repository of weights in other formats or folders, before anything of it is downloaded."""
+    holding = {str(PurePosixPath(name).parent) for name in names if name.endswith(SAFETENSORS)}
+    if holding:
+        models = [folder for folder in sorted(holding) if f"{folder}/config.json" in names]
+        if models and (f"{subfolder}/config.json" if subfolder else "config.json") not in names:
+            named = next((folder for folder in models if folder in ("unet", "transformer")), models[0])
+            raise SpecDefError(
+                f"{repository} has no config.json" + (f" in {subfolder}" if subfolder else " at its root"),
+                f"Name the folder that the model is in: --subfolder {named}.",
+            )
         return
     there = HfApi(token=token).list_repo_files(repository, revision=revision)
     folder = f"{subfolder}/" if subfolder else ""

@@ -134,6 +134,21 @@ def test_a_model_in_a_folder_of_its_repository(base: Path, tmp_path: Path, monke
         assert found.checkpoint.shards == tuple(shards(base))
 
 
+def test_a_pipeline_is_refused_before_it_is_downloaded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hint names a folder that can be given."""
+    folders = [
+        {f"{name}/{file}": data for file, data in model_files(base).items()} for name in ("text_encoder", "unet")
+    ]
+    files = {"model_index.json": b"{}", **folders[0], **folders[1]}
+    with online(Hub(files), tmp_path, monkeypatch) as hub:
+        refused = harden("fold", tmp_path / "out")
+        assert_refused(refused, "org/name has no config.json at its root", "--subfolder unet.")
+        assert hub.downloaded() == []
+        assert harden("fold", tmp_path / "out", "--subfolder", "unet").code == 0
+
+
 def test_a_cache_that_huggingface_hub_has_filled(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, it serves offline; with one shard gone, it does not, and that one alone is fetched."""
     last = shards(base)[-1]

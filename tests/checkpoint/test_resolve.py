@@ -112,6 +112,15 @@ def test_what_is_neither_a_directory_nor_a_hub_id(typed: str, tmp_path: Path, mo
     assert "neither a directory nor a Hub id" in raised.value.problem
 
 
+@pytest.mark.parametrize(
+    "typed", ["https://huggingface.co/org/name", "https://hf.co/org/name/tree/v1", "hf://org/name"]
+)
+def test_an_address_is_answered_with_the_hub_id_in_it(typed: str) -> None:
+    with pytest.raises(SpecDefError) as raised:
+        resolve(typed)
+    assert raised.value.hint == "Give org/name."
+
+
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(SpecDefError, match="is a file"):
