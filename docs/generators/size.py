@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "specdef_cli"
-LIMITS = {"lines": 18_500, "files": 100, "docstrings/code": 0.22}
-"""The next maintainer may raise them, on purpose."""
+LIMITS = {"lines": 24_300, "files": 162, "docstrings/code": 0.22}
+"""What is reached, so that growth is a decision; the aim is 18,500 lines in 100 files."""
 
 KINDS = ("lines", "code", "docstrings", "comments", "blank", "imports", "files")
 
