@@ -13,6 +13,7 @@ from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
+from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.devices import compute_devices
 from specdef_cli.hardening.factors import read_weight
 from specdef_cli.hardening.outlook import Outlook, outlook
@@ -140,6 +141,10 @@ def _spectrum(
 ) -> tuple[float, float]:
     """σ₁ and the effective rank of a layer's weight, or of the inflated factor that stands in its place."""
     seed = layer_seed(0, site.tensor)
+    if len(stored.shape) != 2:
+        raise SpecDefError(
+            f"{stored.name} has shape {list(stored.shape)}, and a layer's weight has two dimensions", "Fetch it again."
+        )
     if stored.name == site.tensor:
         weight = read_weight(checkpoint, site, place)
     else:
