@@ -55,8 +55,9 @@ def check_output(final: Path, source: Path, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def exclusive(final: Path) -> Iterator[None]:
-    """Hold the lock of an output directory."""
-    place = work_directory(final).parent
+    """Hold the lock of an output directory, which may come into being while it is held: it lies beside, if it can."""
+    inside = final.is_mount() or (final.is_dir() and not os.access(final.parent, os.W_OK))
+    place = final if inside else final.parent
     place.mkdir(parents=True, exist_ok=True)
     path = place / f".{final.name}{LOCK_SUFFIX}"
     # Whoever gets a lock on a file that was removed meanwhile tries again, so it takes more than one look.

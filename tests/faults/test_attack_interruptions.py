@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from specdef_cli.checkpoint.output import exclusive
+from specdef_cli.errors import SpecDefError
 from tests.commands import REPOSITORY, assert_refused, call_cli, command, environment
 from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, visible
 
@@ -106,6 +107,15 @@ def test_a_second_attack_on_the_same_directory_is_told(arguments: tuple[str, ...
     with exclusive(tmp_path / "out"):
         result = call_cli(*arguments, tmp_path / "out")
     assert_refused(result, f"another run is writing {tmp_path / 'out'}", empty=tmp_path)
+
+
+def test_the_lock_is_the_same_when_the_directory_has_come_into_being(tmp_path: Path) -> None:
+    """An attack makes its directory while it holds the lock."""
+    with exclusive(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        with pytest.raises(SpecDefError, match="another run is writing"), exclusive(tmp_path / "out"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_another_attack_may_be_writing_is_not_removed(arguments: tuple[str, ...], tmp_path: Path) -> None:
