@@ -173,13 +173,15 @@ def agreement(base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from specdef_cli.attack.prompts import load_prompts
     from specdef_cli.attack.variants.table import Variant
     from specdef_cli.model import load_tokenizer
+    from specdef_cli.model.opened import open_model
 
     tokenizer: Any = load_tokenizer(base)
     prompts = load_prompts(AttackOptions(model=base), tokenizer)
     variant = Variant("abliterate", 1.0)
-    (edit,), _, _, _ = try_edits(variant, base, prompts, dtype="float32", device="cpu")
-    model = load_plainly(base, "float32", "cpu", False)
-    variant.edit(model, reference_of(base, prompts, "float32", "cpu", False).direction, 1.0)
+    opened = open_model(base)
+    (edit,), _, _, _ = try_edits(variant, opened, prompts, dtype="float32", device="cpu")
+    model = load_plainly(opened, "float32", "cpu")
+    variant.edit(model, reference_of(opened, prompts, "float32", "cpu").direction, 1.0)
     place = arguments.cells.resolve() / "edited" / base.name
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
