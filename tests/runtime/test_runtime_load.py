@@ -65,7 +65,6 @@ def _needs_its_own_code(directory: Path) -> None:
         (lambda at: (at / "config.json").unlink(), "has no config.json", "directory"),
         (_only_pickles, "safetensors", "pickled weights"),
         (_needs_its_own_code, "custom code", "--trust-remote-code"),
-        (lambda at: edit_config(at, lambda c: c.update(architectures=None)), "names no architectures", "config.json"),
         (lambda at: edit_config(at, lambda c: c.update(architectures=["NewForLM"])), "'NewForLM'", "Install"),
         (
             lambda at: edit_tensors(at, lambda t: t.pop("model.layers.0.mlp.down_proj.inflated.weight")),
