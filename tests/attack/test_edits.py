@@ -164,7 +164,7 @@ def test_too_few_prompts_are_refused(base: Path, tmp_path: Path) -> None:
     path.write_text("Only this?\n")
     with pytest.raises(SpecDefError, match="has 1 prompts"):
         load_prompts(AttackOptions(model=base, prompts=str(path)), byte_tokenizer())
-    with pytest.raises(SpecDefError, match="without --prompts"):
+    with pytest.raises(SpecDefError, match="needs --prompts"):
         AttackOptions(model=base, prompts_harmless=str(path))
 
 

@@ -227,7 +227,7 @@ def test_flat_directions_and_flat_losses() -> None:
 
 def test_what_has_no_hessian_is_refused() -> None:
     point = leaf(1.0)
-    with pytest.raises(SpecDefError, match="no parameter"):
+    with pytest.raises(SpecDefError, match="no trainable parameter"):
         hessian_top(lambda: point.sum(), [])
     half = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
     with pytest.raises(SpecDefError, match="bfloat16"):

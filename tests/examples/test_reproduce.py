@@ -218,7 +218,7 @@ def test_a_refused_one_in_memory_is_what_hardening_would_publish(
     tokens = utility.token_batch(utility.BASE, "while True:\n    pass\n" * 20, sequences=2)
     published = utility.measure(torch.float32, tokens, (1e3,)).factored["symmetric", 1e3]
 
-    def refuse(base: Path, **options: object) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise utility.SpecDefError("no", "Never.")
 
     monkeypatch.setattr(utility, "hardened", refuse)
