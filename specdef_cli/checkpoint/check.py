@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from specdef_cli.checkpoint.durable import takes_files
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, base_of, find_manifest, is_hardened, read_manifest
@@ -12,22 +12,6 @@ from specdef_cli.checkpoint.other_directories import no_config
 from specdef_cli.errors import SpecDefError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
-
-
-def in_subfolder(model: str, subfolder: str | None) -> tuple[str, str | None]:
-    """A model and the folder of its repository that it is in; of a directory on this disk, that folder itself."""
-    if subfolder is None:
-        return model, None
-    parts = PurePosixPath(subfolder).parts
-    if not parts or ".." in parts or parts[0] == "/" or "\\" in subfolder:
-        raise SpecDefError(f"the subfolder {subfolder!r} does not lie in {model}", "Name a folder of it, such as unet.")
-    inside = "/".join(parts)
-    if not (model and Path(model).expanduser().is_dir()):
-        return model, inside
-    folder = Path(model).expanduser() / inside
-    if not folder.is_dir():
-        raise SpecDefError(f"{model} has no folder {inside}", "Check --subfolder, or leave it out.")
-    return str(folder), None
 
 
 def require_model(model: str, manifest: Path | None = None) -> Path | None:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from specdef_cli.checkpoint.check import in_subfolder
+from specdef_cli.checkpoint.links import in_subfolder
 from specdef_cli.checkpoint.manifest import last_part
 from specdef_cli.checkpoint.other_directories import held_instead
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
