@@ -168,12 +168,6 @@ def outcome_words(run: RunResult) -> str:
     return "ended above its start" if run.outcome == "worse" else "finished"
 
 
-def trained_words(attack: Attack) -> str:
-    """What is trained, after what was done to the model: ``equalised: MLP alone``."""
-    variant = attack.variant.label
-    return f"{variant}: {attack.training.label}" if variant else attack.training.label
-
-
 def steps_words(report: AttackReport, run: RunResult) -> str:
     """Steps to the control's loss, or ``>N`` for a budget of N that did not get there."""
     if report.control_loss(Attack((run,))) is None:
