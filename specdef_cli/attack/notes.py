@@ -19,7 +19,7 @@ from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.parse import in_words
+from specdef_cli.option import in_words
 
 SHORTENED = 0.6
 """Mean time of a run in a search, which ends what cannot become its best, relative to a full run."""

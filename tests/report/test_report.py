@@ -23,7 +23,7 @@ from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.trainings.table import Training
 from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.attack.variants.table import Variant
-from specdef_cli.cli.conditions import Condition
+from specdef_cli.cli.attack import Condition
 from specdef_cli.report import attacks_table, closing, findings, report_dict, runs_table, summary, write_report
 from specdef_cli.report.document import ReportDocument, report_document, report_json
 from specdef_cli.report.findings import outcome_words, rate, size
