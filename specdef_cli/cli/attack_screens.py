@@ -1,4 +1,4 @@
-"""What ``specdef attack`` shows besides its report: the tables of ``--list``, the plan, and the progress of its runs."""
+"""What ``specdef attack`` shows besides its report: the tables of ``--list``, the plan, and the progress of runs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The one place where commands print: data on stdout; notes, bars and errors on stderr. No secret passes, and what cannot
-be shown never ends the work.
+"""The one place where commands print: data on stdout; notes, bars and errors on stderr.
+
+No secret passes, and what cannot be shown never ends the work.
 """
 
 from __future__ import annotations
