@@ -47,6 +47,9 @@ demo: install  ## harden the shipped model, attack it, say in five lines what ca
 	$(BIN)/specdef harden $(MODEL) --out $(DEMO)/hardened
 	$(BIN)/specdef attack $(DEMO)/hardened --control $(MODEL) --expand 2x $(DEMO_BUDGET) --jobs $(JOBS) $(addprefix --time-limit ,$(TIME)) --out $(DEMO)/attack
 
+$(DEMO)/attack/report.json:
+	$(MAKE) demo
+
 attack-demo: $(SUITE)/factors  ## the paper's construction attacked at full length: every informed attack, every rate searched
 	$(BIN)/specdef attack $(SUITE)/factors --control $(TINY) --jobs $(JOBS) $(addprefix --variant ,collapse freeze-compensation inject width:2 depth:2) \
 	  --out $(DEMO)/attack-full
@@ -233,8 +236,10 @@ lint: install  ## style of code and prose, and types
 	$(BIN)/mypy
 	$(BIN)/proselint check README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs/*.md examples/*/README.md
 
-pictures: install  ## docs/assets/*.svg and the README's table, from docs/tables of real models
-	$(BIN)/python docs/generators/pictures.py
+# Curves of the demo and, where `make reproduce-serving` has attacked it, of SmolLM2.
+SERVED := $(REAL)/serving/attacks/smollm2-135m-instruct-float16-cache/report.json
+pictures: $(DEMO)/attack/report.json  ## docs/assets/*.svg and the README's table, from docs/tables of real models and the demo
+	$(BIN)/python docs/generators/pictures.py curves-demo=$< $(addprefix curves-smollm2-135m-instruct=,$(wildcard $(SERVED)))
 	$(BIN)/python docs/generators/readme.py
 
 format: install  ## rewrite the code as ruff formats it

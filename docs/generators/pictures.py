@@ -1,4 +1,6 @@
-"""Pictures for the README and the pages, drawn from docs/tables: ``make pictures`` writes docs/assets/*.svg.
+"""Pictures for the README and the pages, from docs/tables and from reports: ``make pictures`` writes docs/assets/*.svg.
+
+    python docs/generators/pictures.py [NAME=report.json …]
 
 Each is drawn twice, for light and for dark pages. Nothing is measured here.
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from specdef_cli.report.document import ReportDocument, read_report
 
 TABLES = Path(__file__).parents[1] / "tables"
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -35,21 +39,22 @@ UNDONE = ("rebalance: full", "unscale: full", "collapse: full")
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one kind of page: text, lines, one colour a method, and one a verdict."""
+    """Colours of one kind of page: text, lines, one colour a method, one a curve, and one a verdict."""
 
     ink: str
     line: str
     methods: tuple[str, ...]
+    curves: tuple[str, ...]
     verdicts: dict[str, str]
 
 
 THEMES = {
     "light": Theme(
-        "#1f2933", "#d5dbe1", ("#0b6e99", "#e08e0b", "#8a8f98"),
+        "#1f2933", "#d5dbe1", ("#0b6e99", "#e08e0b", "#8a8f98"), ("#0b6e99", "#2a9d6f", "#c2412d"),
         {"kept": "#bfe3c6", "degraded": "#f6e3a1", "broken": "#f3b7ad", "refused": "#dfe3e8", "skipped": "#ffffff"},
     ),
     "dark": Theme(
-        "#e4e7eb", "#3e4c59", ("#4cb8e0", "#f0b445", "#9aa5b1"),
+        "#e4e7eb", "#3e4c59", ("#4cb8e0", "#f0b445", "#9aa5b1"), ("#4cb8e0", "#58c795", "#f0806c"),
         {"kept": "#235c33", "degraded": "#6b5a16", "broken": "#7a2e22", "refused": "#3e4c59", "skipped": "#1f2933"},
     ),
 }  # fmt: skip
@@ -135,6 +140,37 @@ def formats_figure(text: str, theme: Theme) -> Figure:
     return figure
 
 
+def curves_figure(report: ReportDocument, theme: Theme) -> Figure:
+    """Held-out loss of two plain attacks and of the strongest informed one, over steps and over learning rates.
+
+    Each is a line, and what the same plain attacks make of the control lies beneath them, wide and grey.
+    """
+    found = [each for each in report.attacks if each.edit is None and each.best is not None]
+    plain = [each for each in found if each.subject == "model" and each.knowledge == "none"][:2]
+    informed = sorted((each for each in found if each.knowledge != "none"), key=lambda each: each.best or 0)[:1]
+    trained = [(each.training, each.optimizer) for each in plain]
+    controls = [each for each in found if each.subject == "control" and (each.training, each.optimizer) in trained]
+    figure = Figure(figsize=(8.2, 3.9), layout="constrained")
+    steps, rates = figure.subplots(1, 2, sharey=True)
+    colours = (*(theme.methods[-1] for _ in controls), *theme.curves)
+    for attack, colour in zip([*controls, *plain, *informed], colours, strict=False):
+        runs = [run for run in report.runs if run.id in attack.runs and run.loss.best is not None]
+        best = min(runs, key=lambda run: run.loss.best or 0)
+        points = [(point.step, point.loss) for point in best.curve.evaluations if point.loss is not None]
+        losses = sorted((run.spec.learning_rate, run.loss.best) for run in runs)
+        whose = "not hardened" if attack in controls else "hardened"
+        style = {"color": colour, "marker": ".", "ms": 4, "lw": 5 if attack in controls else 1.6, "alpha": 0.7}
+        steps.plot(*zip(*points, strict=True), label=f"{whose}: {attack.label.split(' · ', 1)[1]}", **style)
+        rates.plot(*zip(*losses, strict=True), **style)
+    steps.set(xlabel="step, at the best learning rate", ylabel="held-out loss (nats)")
+    rates.set(xlabel="learning rate", xscale="log", title="best loss at each rate")
+    for axes in (steps, rates):
+        _plain(axes)
+        axes.grid(color=theme.line, lw=0.6)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
 FIGURES: dict[str, Callable[[str, Theme], Figure]] = {
     "attack-smollm2-135m-instruct": resistance_figure,
     "attack-gemma-3-270m": resistance_figure,
@@ -149,19 +185,23 @@ def _plain(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def draw(directory: Path = ASSETS) -> list[Path]:
-    """Draw the real models' tables, in both themes."""
+def draw(reports: Mapping[str, Path], directory: Path = ASSETS) -> list[Path]:
+    """Draw the real models' tables and these reports' curves, in both themes."""
+    sources: dict[str, tuple[Callable[..., Figure], object]] = {
+        stem: (figure, (TABLES / f"{stem}.md").read_text(encoding="utf-8")) for stem, figure in FIGURES.items()
+    }
+    sources |= {name: (curves_figure, read_report(path)) for name, path in reports.items()}
     written = []
-    for stem, figure in FIGURES.items():
-        text = (TABLES / f"{stem}.md").read_text(encoding="utf-8")
+    for stem, (figure, source) in sources.items():
         for name, theme in THEMES.items():
             ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink)
             # Text stays text: it is searched, and takes a tenth of the space of its outlines.
             with rc_context({**ink, "svg.hashsalt": "specdef", "svg.fonttype": "none", "font.size": 9}):
                 written.append(directory / f"{stem}-{name}.svg")
-                figure(text, theme).savefig(written[-1], transparent=True, metadata={"Date": None})
+                figure(source, theme).savefig(written[-1], transparent=True, metadata={"Date": None})
     return written
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"{path}\n" for path in draw())
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    sys.stdout.writelines(f"{path}\n" for path in draw({name: Path(path) for name, path in given.items()}))
