@@ -66,7 +66,8 @@ EXPLANATION = (
     "heretic: KL divergence of the next token on harmless prompts at {trials} random strengths, the same ones in every "
     "column. The others: held-out loss before and after {steps} steps (DPO: its loss on held-out pairs). *works*: at "
     "least half of the base's progress, or a KL divergence like the base's; *broken*: less than 5 %, a loss that is "
-    "not finite, or a KL divergence beyond 1 at every strength; *refused*: the tool's words."
+    "not finite, or a KL divergence beyond 1 at every strength; *no progress*: not on the base either; *refused*: the "
+    "tool's words."
 )
 
 
@@ -94,12 +95,12 @@ def measured(row: str, model: Path, arguments: argparse.Namespace) -> dict[str, 
     return json.loads(marked[-1].removeprefix(MARK)) if marked else {"refused": last_line(said), "code": code}
 
 
-def run(*command: str | Path, cwd: Path | None = None) -> tuple[str, int]:
+def run(*command: str | Path, cwd: Path | None = None, answers: str = "") -> tuple[str, int]:
     """Output of a program without a terminal, both streams together, and its exit code."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "500"}
     try:
         ended = subprocess.run(
-            [str(part) for part in command], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            [str(part) for part in command], cwd=cwd, env=environment, input=answers, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -128,8 +129,11 @@ def words(found: dict[str, Any], base: dict[str, Any]) -> str:
         return f"{'works' if same else 'works less well'} ({values})"
     start, end = found["start"], found["end"]
     figures = f"{start:.3f} → {end:.3f}"
-    expected = base["start"] - base["end"] if "start" in base else 0.0
-    gained = base["start"] - end if "start" in base else 0.0
+    if "start" not in base:
+        return figures
+    expected, gained = base["start"] - base["end"], base["start"] - end
+    if expected <= 0 and end < 1.1 * base["end"]:
+        return f"no progress ({figures})"
     if not (end == end and expected > 0 and gained > 0.05 * expected):
         return f"**broken** ({figures})"
     return f"{'works' if gained >= 0.5 * expected else 'slowed'} ({figures})"
@@ -154,7 +158,7 @@ def prompt_files(directory: Path) -> dict[str, Path]:
 
 
 def heretic(model: Path, arguments: argparse.Namespace, *options: str) -> tuple[str, int]:
-    """Run heretic without a terminal: after its trials it asks what to do with them, and ends."""
+    """Run heretic without a terminal: it may run code that comes with a model, asks what to do with its trials, and ends."""
     place = arguments.cells.resolve() / "heretic" / model.name
     prompts = [part for name, file in prompt_files(place).items() for part in (f"--{name}.dataset", str(file))]
     whole = [part for name in prompt_files(place) for part in (f"--{name}.split", "[:100]")]
@@ -162,7 +166,7 @@ def heretic(model: Path, arguments: argparse.Namespace, *options: str) -> tuple[
         arguments.tools.resolve() / "bin" / "heretic", "--model", model.resolve(), "--dtypes", '["float32"]',
         "--batch-size", "16", "--max-response-length", "16", "--seed", "0", "--n-startup-trials", str(TRIALS),
         "--study-checkpoint-dir", place / "-".join(options).replace("/", "_"), *prompts, *whole, *options,
-        cwd=place,
+        cwd=place, answers="y\n" * 20,
     )  # fmt: skip
 
 
