@@ -109,11 +109,11 @@ def run(*command: str | Path, cwd: Path | None = None, answers: str = "") -> tup
 
 
 def last_line(said: str) -> str:
-    """What went wrong: the reason that a tool gives, or the last line with letters that is no part of a box."""
-    given = re.search(r"\* Failed:?\s*(.+?)(?:\n\s*\n|\Z)", said, re.DOTALL)
-    lines = [given.group(1)] if given else [line.strip("│╭╰╮╯─ ") for line in said.splitlines()]
-    told = [" ".join(line.split()) for line in lines if re.search(r"[a-z]{3}", line)]
-    return told[-1][:160] if told else "no message"
+    """What went wrong: the reason that a tool gives, the last error with its lines, or the last line with letters."""
+    text = "\n".join(line.strip("│╭╰╮╯─ ") for line in said.splitlines())
+    told = re.findall(r"\* Failed:?\s*((?:.+\n?)+)", text) or re.findall(r"^\w+Error: (?:.+\n?)+", text, re.MULTILINE)
+    told = told or [line for line in text.splitlines() if re.search(r"[a-z]{3}", line)]
+    return " ".join(told[-1].split())[:160] if told else "no message"
 
 
 def words(found: dict[str, Any], base: dict[str, Any]) -> str:
@@ -158,7 +158,7 @@ def prompt_files(directory: Path) -> dict[str, Path]:
 
 
 def heretic(model: Path, arguments: argparse.Namespace, *options: str) -> tuple[str, int]:
-    """Run heretic without a terminal: it may run code that comes with a model, asks what to do with its trials, and ends."""
+    """Run heretic without a terminal: it may run a model's code, asks what to do with its trials, and ends."""
     place = arguments.cells.resolve() / "heretic" / model.name
     prompts = [part for name, file in prompt_files(place).items() for part in (f"--{name}.dataset", str(file))]
     whole = [part for name in prompt_files(place) for part in (f"--{name}.split", "[:100]")]
