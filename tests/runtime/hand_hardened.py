@@ -117,7 +117,7 @@ def factors(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return inflated.to(weight.dtype).contiguous(), compensation.to(weight.dtype).contiguous()
 
 
-def edit_config(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite config.json in place."""
     path = directory / "config.json"
     config = json.loads(path.read_text())
