@@ -92,8 +92,7 @@ def attack_command(
 
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
-    from specdef_cli.attack.presence import require_data, require_trackers
-    from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
+    from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
     from specdef_cli.checkpoint.check import require_models, writable_ancestor
     from specdef_cli.checkpoint.links import in_subfolder
     from specdef_cli.cli.conditions import Condition
@@ -150,7 +149,9 @@ def attack_command(
 
     from specdef_cli.attack import Forecast, attack, is_main_process, plan_attack
     from specdef_cli.cli.plan import plan_screen
-    from specdef_cli.report import attacks_table, closing, edits_table, report_dict, runs_table, write_report
+    from specdef_cli.report.document import report_dict
+    from specdef_cli.report.files import write_report
+    from specdef_cli.report.text import attacks_table, closing, edits_table, runs_table
 
     settle(output)
     if dry_run:
@@ -169,8 +170,8 @@ def attack_command(
     if not is_main_process():
         return
     if card:
-        from specdef_cli.attack.presence import REPORT_NAME
         from specdef_cli.certify.card import attacks_on_card
+        from specdef_cli.report.document import REPORT_NAME
 
         attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME, manifest)
     for text in report.assumed:

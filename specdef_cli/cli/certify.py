@@ -59,7 +59,7 @@ def certify_command(
     writable_ancestor(given.get("out", CertifyOptions.out))
     require_extra("attack", "certificates")
     if (report := given.get("attacks")) is not None:
-        from specdef_cli.attack.presence import require_report
+        from specdef_cli.report.document import require_report
 
         report = require_report(report)
         from specdef_cli.report.document import read_report

@@ -16,7 +16,7 @@ from specdef_cli.errors import SpecDefError
 
 if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
-    from specdef_cli.report.findings import Finding
+    from specdef_cli.report import Finding
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -62,7 +62,7 @@ class Condition:
 
     def failures(self, report: AttackReport) -> tuple[str, ...]:
         """Why a gate on this condition fails, one line each: what was not measured holds nothing back."""
-        from specdef_cli.report.findings import findings
+        from specdef_cli.report import findings
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
         plain = [found for found in findings(report) if found.attack.subject == "model"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from specdef_cli.cli.output import Bar
 
 if TYPE_CHECKING:
-    from specdef_cli.attack.recorder import ProgressEvent
+    from specdef_cli.attack.trainer import ProgressEvent
 
 
 class RunProgress:
