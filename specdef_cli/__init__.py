@@ -18,8 +18,9 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from specdef_cli.model.register import register
-from specdef_cli.version import __version__
+from specdef_cli.model import register
+
+__version__ = "0.1.0"
 
 # ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ from specdef_cli import Factors, HardenOptions, harden, load_model, load_tokeniz
 from specdef_cli.attack import Attack, AttackOptions, AttackReport, attack
 from specdef_cli.attack.data import load_data
 from specdef_cli.attack.train import quiet
-from specdef_cli.certify.trial import mean_loss
+from specdef_cli.certify.tools import mean_loss
 from specdef_cli.model.inputs import token_batch
 
 BASE = TINY_LLAMA / "model"

@@ -16,7 +16,7 @@ from specdef_cli.attack.one_run import Behaviour, Edit, EvalPoint, RunResult, Ru
 from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Knowledge, Variant
-from specdef_cli.parse import in_words
+from specdef_cli.option import in_words
 
 if TYPE_CHECKING:
     from specdef_cli.attack.data.forms import AttackData

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
+from specdef_cli import __version__
 from specdef_cli.attack.data import load_data, load_preprocessor, retained_sequences
 from specdef_cli.attack.data.forms import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
@@ -57,7 +58,6 @@ from specdef_cli.hardening.recognise import recognise
 from specdef_cli.model.inputs import require_in_vocabulary
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_base, open_model, require_sound
-from specdef_cli.version import __version__
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
 

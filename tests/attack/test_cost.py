@@ -19,7 +19,7 @@ from specdef_cli.attack.queue import Deadline
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
-from specdef_cli.parse import in_words, parse_duration
+from specdef_cli.option import in_words, parse_duration
 from tests.attack.test_optimizers import spec
 from tests.attack.test_search import GRID, make_series, result, run_plan
 from tests.commands import Result, call_cli, environment

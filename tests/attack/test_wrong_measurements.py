@@ -21,7 +21,7 @@ from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.target import task_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.cli.app import app
-from specdef_cli.cli.conditions import Condition
+from specdef_cli.cli.attack import Condition
 from specdef_cli.errors import SpecDefError
 from tests.attack.test_data_forms import a_file, chat_tokenizer, lines, load, read_and_counted
 from tests.attack.test_tasks import TEXT, classifier

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specdef_cli.attack import run
 from specdef_cli.attack.data.forms import AttackData
-from specdef_cli.attack.run import RunSpec
+from specdef_cli.attack.one_run import RunSpec
 from specdef_cli.attack.train import TrainRun
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import load_model

@@ -30,7 +30,7 @@ from specdef_cli.attack.one_run import (
 from specdef_cli.attack.results import Attack, AttackReport, DataSummary, Hardening
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Growth, Variant
-from specdef_cli.cli.conditions import Condition
+from specdef_cli.cli.attack import Condition
 from specdef_cli.report import attack_name, findings, outcome_words, rate, size, spelling
 from specdef_cli.report.document import ReportDocument, report_dict, report_document, report_json
 from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, write_report

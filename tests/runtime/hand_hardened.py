@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.model.shim import SHIM_SOURCE, LayerSpec, shim_config
+from specdef_cli.model.described import SHIM_SOURCE, LayerSpec, shim_config
 
 ALPHA = 64.0
 TOP_K = 2
