@@ -16,8 +16,8 @@ from specdef_cli.checkpoint.manifest import Manifest, ScaledModule, read_manifes
 from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.plan import make_plan
+from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.opened import open_model
-from specdef_cli.model.shim import SHIM_SOURCE
 from tests.commands import call_cli
 from tests.hardening.conftest import Judged, Made
 from tests.tiny_families import CASES

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from specdef_cli.attack.variants.folded import unscale as collapse_in_memory
+from specdef_cli.attack.variants.scales import unscale as collapse_in_memory
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.collapse import collapse

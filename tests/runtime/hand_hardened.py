@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.model.shim import SHIM_SOURCE, LayerSpec, shim_config
+from specdef_cli.model.described import SHIM_SOURCE, LayerSpec, shim_config
 from tests.tiny_families import CASES, build_config
 from tests.tiny_models import FAMILIES as TINY
 from tests.tiny_models import write_tokenizer

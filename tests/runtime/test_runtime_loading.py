@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.model.shim import SHIM_SOURCE
+from specdef_cli.model.described import SHIM_SOURCE
 from tests.runtime.hand_hardened import FAMILIES, LAYERS, edit_config, edit_tensors
 
 Results = dict[str, Any]
