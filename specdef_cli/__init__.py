@@ -38,11 +38,9 @@ if TYPE_CHECKING:
     from specdef_cli.certify.options import CertifyOptions
     from specdef_cli.certify.run import certify
     from specdef_cli.errors import SpecDefError
-    from specdef_cli.hardening.collapse import CollapseResult, collapse
     from specdef_cli.hardening.options import CollapseOptions, Factors, Fold, HardenOptions, Scale
-    from specdef_cli.hardening.outlook import PlanSummary
-    from specdef_cli.hardening.run import HardenResult, harden, preview
-    from specdef_cli.hardening.survey import Survey
+    from specdef_cli.hardening.run import CollapseResult, HardenResult, collapse, harden, preview
+    from specdef_cli.hardening.survey import PlanSummary, Survey
     from specdef_cli.hardening.survey import survey as inspect
     from specdef_cli.model import SpecDefLinear, load_model, load_tokenizer
     from specdef_cli.report.write import write_report

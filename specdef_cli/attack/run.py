@@ -46,9 +46,8 @@ from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.target import Target, largest_alpha
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.trainer import Memory, quiet, train_run
-from specdef_cli.checkpoint.check import require_outside, writable_ancestor
 from specdef_cli.checkpoint.manifest import Manifest
-from specdef_cli.checkpoint.output import exclusive
+from specdef_cli.checkpoint.output import exclusive, require_outside, writable_ancestor
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
 from specdef_cli.model.inputs import require_in_vocabulary

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
+from specdef_cli.checkpoint.files import remove_unfinished, write_durably
 from specdef_cli.errors import SpecDefError
 
 DIVERGENCE_FACTOR = 2.0

@@ -94,8 +94,9 @@ def attack_command(
     # Validate first: importing torch takes seconds.
     from specdef_cli.attack.presence import require_data, require_trackers
     from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
-    from specdef_cli.checkpoint.check import require_models, writable_ancestor
-    from specdef_cli.checkpoint.links import in_subfolder
+    from specdef_cli.checkpoint.check import require_models
+    from specdef_cli.checkpoint.files import in_subfolder
+    from specdef_cli.checkpoint.output import writable_ancestor
     from specdef_cli.cli.conditions import Condition
     from specdef_cli.errors import WrongUsage
     from specdef_cli.parse import parse_duration

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from specdef_cli.checkpoint.check import require_hardened, require_usable
+from specdef_cli.checkpoint.check import require_hardened
+from specdef_cli.checkpoint.output import require_usable
 from specdef_cli.cli.options import Device, Json, Manifest, MaxShardSize, Model, Out, Quiet, Resume, Revision, Token
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import prefer_huge_pages, settle
@@ -37,7 +38,7 @@ def collapse_command(
 
     from rich.text import Text
 
-    from specdef_cli.hardening.collapse import collapse
+    from specdef_cli.hardening.run import collapse
 
     output = Output(as_json, quiet)
     settle(output)

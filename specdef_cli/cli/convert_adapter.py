@@ -32,7 +32,8 @@ def convert_adapter_command(
 
       specdef convert-adapter ./my-lora hardened --out hardened-lora
     """
-    from specdef_cli.checkpoint.check import require_hardened, require_usable
+    from specdef_cli.checkpoint.check import require_hardened
+    from specdef_cli.checkpoint.output import require_usable
     from specdef_cli.errors import SpecDefError, require_extra
 
     require_hardened(hardened, manifest)

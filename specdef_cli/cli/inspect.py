@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specdef_cli.checkpoint.check import require_model
-from specdef_cli.checkpoint.links import in_subfolder
+from specdef_cli.checkpoint.files import in_subfolder
 from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Subfolder, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import settle

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from specdef_cli.checkpoint.manifest import FoldedPair, ScaledModule
-    from specdef_cli.hardening.outlook import Outlook, PlanSummary
+    from specdef_cli.hardening.survey import Outlook, PlanSummary
 
 
 def layer_table(last: str) -> Table:
@@ -66,7 +66,7 @@ FEW = 0.5
 
 def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
     """What every method would do and cost, and which one to take."""
-    from specdef_cli.hardening.outlook import Obstacle
+    from specdef_cli.hardening.survey import Obstacle
 
     for summary in outlook.methods:
         if isinstance(summary, Obstacle):

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from specdef_cli.checkpoint.library import library_of
+from specdef_cli.checkpoint.files import library_of
 from specdef_cli.errors import SpecDefError
 
 SHIM_SOURCE = Path(__file__).with_name("configuration_specdef.py")

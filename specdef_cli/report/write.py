@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.model.loading import process_state
 from specdef_cli.report.document import report_json
 from specdef_cli.report.html import report_html

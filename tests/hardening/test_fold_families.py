@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from specdef_cli.checkpoint.manifest import Manifest, read_manifest
-from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, Fold, HardenOptions
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.run import collapse, harden
 from specdef_cli.model.shim import SHIM_SOURCE
 from tests.commands import call_cli, environment
 from tests.tiny_families import CASES, write_case
