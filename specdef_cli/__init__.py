@@ -62,11 +62,9 @@ _MODULES = {
     "certify.options": "CertifyOptions",
     "certify.run": "certify",
     "errors": "SpecDefError",
-    "hardening.collapse": "CollapseResult collapse",
     "hardening.options": "CollapseOptions Factors Fold HardenOptions Scale",
-    "hardening.outlook": "PlanSummary",
-    "hardening.run": "HardenResult harden preview",
-    "hardening.survey": "Survey inspect",
+    "hardening.run": "CollapseResult HardenResult collapse harden preview",
+    "hardening.survey": "PlanSummary Survey inspect",
     "report.write": "write_report",
     "model": "SpecDefLinear load_model load_tokenizer",
 }
