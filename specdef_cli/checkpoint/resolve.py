@@ -31,7 +31,7 @@ from huggingface_hub.utils import tqdm
 from specdef_cli.checkpoint.files import OTHER_FORMATS, PICKLES, SAFETENSORS, held_instead, in_subfolder, write_durably
 from specdef_cli.checkpoint.manifest import Manifest, last_part
 from specdef_cli.errors import SpecDefError, clean_token, first_line
-from specdef_cli.waiting import first_completed
+from specdef_cli.process import first_completed
 
 
 def status_of(error: BaseException) -> int | None:

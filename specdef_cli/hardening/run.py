@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdef_cli import __version__
 from specdef_cli.checkpoint.files import write_durably, write_json
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
@@ -32,10 +33,9 @@ from specdef_cli.hardening.plan import HardeningPlan, make_plan, plain_group
 from specdef_cli.hardening.scale import unscaled_group
 from specdef_cli.hardening.survey import PlanSummary, summarize
 from specdef_cli.hardening.verify import Loader, is_loadable_here, rehearse, verify
+from specdef_cli.model.described import SHIM_SOURCE, unshim_config
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_found, open_model, require_attention
-from specdef_cli.model.shim import SHIM_SOURCE, unshim_config
-from specdef_cli.version import __version__
 
 
 @dataclass(frozen=True)

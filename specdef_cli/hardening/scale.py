@@ -32,7 +32,7 @@ from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpe
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import DIRECTIONS, HIGHEST_UNCROSSED, SAMPLE_ROWS, by_block, one_apart, staircase
-from specdef_cli.model.shim import ScaledSpec
+from specdef_cli.model.described import ScaledSpec
 from specdef_cli.model.sites import ScalableSite, require_findable
 from specdef_cli.model.skeleton import Skeleton
 

@@ -25,12 +25,11 @@ from specdef_cli.checkpoint.reader import Checkpoint, carry_over
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.shards import TensorGroup, plan_shards, shard_header
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
-from specdef_cli.model import without_progress_bars
+from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.inputs import model_outputs, no_batch
-from specdef_cli.model.loading import new_objects_only
+from specdef_cli.model.loading import new_objects_only, without_progress_bars
 from specdef_cli.model.meta_model import try_out
 from specdef_cli.model.opened import OpenedModel, open_found
-from specdef_cli.model.shim import SHIM_SOURCE
 from specdef_cli.model.skeleton import Skeleton
 
 COMPARE_YOURSELF = "With --no-verify it is written unseen: run it, and compare it with the base, before you publish it."
