@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from specdef_cli.hardening import card
 from tests.consumer_tables import TABLES, generator, measured_tables
 
 consumers = generator("consumers")
