@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from specdef_cli.checkpoint.check import require_hardened, require_usable
+from specdef_cli.checkpoint.check import require_hardened
+from specdef_cli.checkpoint.output import require_usable
 from specdef_cli.cli.options import (
     CreatePr,
     Device,
@@ -58,7 +59,7 @@ def collapse_command(
 
     from rich.text import Text
 
-    from specdef_cli.hardening.collapse import collapse
+    from specdef_cli.hardening.run import collapse
 
     output = Output(as_json, quiet)
     settle(output)
@@ -112,7 +113,8 @@ def convert_adapter_command(
 
       specdef convert-adapter ./my-lora hardened --out hardened-lora
     """
-    from specdef_cli.checkpoint.check import require_hardened, require_usable
+    from specdef_cli.checkpoint.check import require_hardened
+    from specdef_cli.checkpoint.output import require_usable
     from specdef_cli.errors import SpecDefError, require_extra
 
     require_hardened(hardened, manifest)

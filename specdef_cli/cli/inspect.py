@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specdef_cli.checkpoint.check import require_model
-from specdef_cli.checkpoint.links import in_subfolder
+from specdef_cli.checkpoint.files import in_subfolder
 from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Subfolder, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output, settle
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
 
-    from specdef_cli.hardening.outlook import Outlook, PlanSummary
-    from specdef_cli.hardening.survey import LayerSurvey, Survey
+    from specdef_cli.hardening.survey import LayerSurvey, Outlook, PlanSummary, Survey
 
 
 def inspect_command(
@@ -171,7 +170,7 @@ FEW = 0.5
 
 def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
     """What every method would do and cost, and which one to take."""
-    from specdef_cli.hardening.outlook import Obstacle
+    from specdef_cli.hardening.survey import Obstacle
 
     for summary in outlook.methods:
         if isinstance(summary, Obstacle):

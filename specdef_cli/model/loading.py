@@ -15,8 +15,8 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from specdef_cli.checkpoint.files import diffusers_missing, library_of
 from specdef_cli.checkpoint.headers import is_lfs_pointer, lfs_pointer
-from specdef_cli.checkpoint.library import diffusers_missing, library_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model import register

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.hardening.survey import survey
