@@ -14,7 +14,7 @@ WRONG = (
     "attack model --control model --lr -1", "attack model --control model --training fulll",
     "attack model --control model --variant widht:2", "attack model --control model --optimizer adamm",
     "attack model --control model --suite quik", "attack model --control model --fail-if steps<",
-    "attack model --control model --time-limit soon", "attack model --control model --dataset missing.jsonl",
+    "attack model --control model --time-limit soon", "attack model --control model --dataset missing.jsonl.gz",
     "attack model --control model --retained missing.txt", "attack model --control model --report-to wandbb",
     "attack model --control model --out there/file",
     "certify nowhere/", "certify model", "certify model --text missing.txt", "collapse model --out new",
