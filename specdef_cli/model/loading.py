@@ -122,7 +122,7 @@ def load_model(
     path = Path(directory)
     library = library_of(read_config(path))
     try:
-        if not library.has_model_types:
+        if not library.is_transformers:
             return _load_denoiser(path, dtype=None if dtype == "auto" else dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         chosen = _model_class(path, config, auto_class, trust_remote_code)

@@ -29,7 +29,7 @@ DIFFUSION_MODELS = ("UNet2DConditionModel",)
 
 def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
     """transformers' config object of a checkpoint; diffusers has none, and ``config.json`` itself serves."""
-    if not checkpoint.library.has_model_types:
+    if not checkpoint.library.is_transformers:
         return checkpoint.config
     if checkpoint.config.get("quantization_config") == {}:
         raise SpecDefError(
