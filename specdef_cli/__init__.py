@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from specdef_cli.hardening.survey import Survey
     from specdef_cli.hardening.survey import survey as inspect
     from specdef_cli.model import SpecDefLinear, load_model, load_tokenizer
+    from specdef_cli.option import Source
     from specdef_cli.report.write import write_report
 
 
@@ -72,6 +73,7 @@ _MODULES = {
     "hardening.survey": "Survey inspect",
     "report.write": "write_report",
     "model": "SpecDefLinear load_model load_tokenizer",
+    "option": "Source",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 _ELSEWHERE = {"inspect": "survey"}  # Python's own module has that name

@@ -143,14 +143,7 @@ def _open(options: CertifyOptions) -> _Opened:
 
 def _models(options: CertifyOptions) -> tuple[OpenedModel, OpenedModel]:
     """The hardened model, and its base as named or as the manifest names it."""
-    hardened = open_model(
-        options.model,
-        hardened=True,
-        manifest=options.manifest,
-        revision=options.revision,
-        token=options.token,
-        trust_remote_code=options.trust_remote_code,
-    )
+    hardened = open_model(options, hardened=True)
     return hardened, open_base(hardened, options.base, "--base", token=options.token)
 
 

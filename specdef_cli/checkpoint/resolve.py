@@ -25,11 +25,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from specdef_cli.checkpoint.links import in_subfolder
 from specdef_cli.checkpoint.manifest import last_part
 from specdef_cli.checkpoint.other_directories import held_instead
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
-from specdef_cli.errors import SpecDefError, clean_token, first_line
+from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.process import first_completed
 
 
@@ -121,8 +120,6 @@ def resolve(
         subfolder: The folder of the directory or repository that it is in.
         output: Where as much will be written once more.
     """
-    token = clean_token(token)
-    model, subfolder = in_subfolder(model, subfolder)
     place = locate(model, revision)
     if isinstance(place, Path):
         return Resolved(place, model)

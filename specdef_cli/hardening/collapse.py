@@ -81,9 +81,7 @@ def collapse(
         What was published; ``None`` in all but the main process of a distributed run.
     """
     with process_state(options.device).main_process_first():
-        model = open_model(
-            options.model, hardened=True, manifest=options.manifest, revision=options.revision, token=options.token
-        )
+        model = open_model(options, hardened=True)
     manifest, checkpoint = model.hardening, model.checkpoint
     groups = collapse_groups(checkpoint, manifest)
     on_plan(groups)

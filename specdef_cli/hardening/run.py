@@ -27,7 +27,7 @@ from specdef_cli.checkpoint.manifest import (
     remember_base,
 )
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.resolve import Resolved, resolve
+from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.dtypes import DTYPES
 from specdef_cli.errors import SpecDefError
@@ -41,7 +41,7 @@ from specdef_cli.hardening.rehearsal import load_empty, rehearse
 from specdef_cli.hardening.verify import Loader, is_loadable_here, verify
 from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.loading import process_state
-from specdef_cli.model.opened import OpenedModel, open_found, require_attention
+from specdef_cli.model.opened import OpenedModel, open_found, open_model, require_attention
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,7 @@ class HardenResult:
 def _planned(options: HardenOptions, output: Path | None = None) -> tuple[OpenedModel, HardeningPlan]:
     """Open the base, decide what to change, and load the result without its numbers."""
     with process_state(options.device).main_process_first():  # one downloads, and the others find it in the cache
-        found = resolve(
-            options.model,
-            revision=options.revision,
-            token=options.token,
-            subfolder=options.subfolder,
-            output=output,
-        )
-    base = open_found(found, hardened=False, trust_remote_code=options.trust_remote_code)
+        base = open_model(options, hardened=False, output=output)
     require_attention(base.skeleton)
     plan = make_plan(base, options)
     rehearse(base, plan)
