@@ -19,7 +19,7 @@ from specdef_cli.errors import SpecDefError
 
 if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
-    from specdef_cli.report.findings import Finding
+    from specdef_cli.report import Finding
 
 
 CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
@@ -89,8 +89,7 @@ def attack_command(
 
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
-    from specdef_cli.attack.presence import require_data, require_trackers
-    from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
+    from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
     from specdef_cli.checkpoint.check import require_models, writable_ancestor
     from specdef_cli.errors import WrongUsage
     from specdef_cli.option import parse_duration
@@ -135,7 +134,9 @@ def attack_command(
 
     from specdef_cli.attack import Forecast, attack, is_main_process, plan_attack
     from specdef_cli.cli.attack_screens import plan_screen
-    from specdef_cli.report import attacks_table, closing, edits_table, report_dict, runs_table, write_report
+    from specdef_cli.report.document import report_dict
+    from specdef_cli.report.files import write_report
+    from specdef_cli.report.text import attacks_table, closing, edits_table, runs_table
 
     if dry_run:
         forecast = plan_attack(options)
@@ -153,8 +154,8 @@ def attack_command(
     if not is_main_process():
         return
     if card:
-        from specdef_cli.attack.presence import REPORT_NAME
         from specdef_cli.certify.card import attacks_on_card
+        from specdef_cli.report.document import REPORT_NAME
 
         attacks_on_card(Path(options.model).expanduser(), options.out / REPORT_NAME, options.manifest)
     for text in report.assumed:
@@ -221,7 +222,7 @@ class Condition:
 
     def failures(self, report: AttackReport) -> tuple[str, ...]:
         """Why a gate on this condition fails, one line each: what was not measured holds nothing back."""
-        from specdef_cli.report.findings import findings
+        from specdef_cli.report import findings
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
         plain = [found for found in findings(report) if found.attack.subject == "model"]

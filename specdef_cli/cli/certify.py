@@ -150,9 +150,9 @@ def verify_certificate_command(
     from rich.table import Table
     from rich.text import Text
 
-    from specdef_cli.attack.presence import require_report
     from specdef_cli.certify.options import require_certificate
     from specdef_cli.checkpoint.check import require_model
+    from specdef_cli.report.document import require_report
 
     source = Source(model, **given)
     directory = require_model(source)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from specdef_cli.attack.optimizers.table import OPTIMIZERS
-from specdef_cli.attack.suite import suite_names
-from specdef_cli.attack.trainings.table import TRAININGS
-from specdef_cli.attack.variants.table import VARIANTS
+from specdef_cli.attack.optimizers import OPTIMIZERS
+from specdef_cli.attack.options import suite_names
+from specdef_cli.attack.trainings import TRAININGS
+from specdef_cli.attack.variants import VARIANTS
 from specdef_cli.cli.app import COMMANDS, app
 from specdef_cli.process import COLLECT_AFTER
 from tests.commands import REPOSITORY, assert_refused, call_cli, environment, run_cli, run_light, run_program, snapshot
