@@ -148,9 +148,7 @@ def _models(options: CertifyOptions) -> tuple[OpenedModel, OpenedModel]:
 
 
 def _tokens(base: OpenedModel, text: str) -> Tensor:
-    tokens = token_batch(
-        base.directory, text, sequences=SEQUENCES, length=LENGTH, trust_remote_code=base.trust_remote_code
-    )
+    tokens = token_batch(base.directory, text, sequences=SEQUENCES, length=LENGTH, tokenizer=base.tokenizer())
     require_in_vocabulary(tokens, base.skeleton.config, base.directory)
     return tokens
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.shards import plan_shards, shard_header
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.hardening.execute import write_json
 from specdef_cli.hardening.plan import HardeningPlan
 from specdef_cli.model.described import SHIM_SOURCE
-from specdef_cli.model.meta_model import try_out
-from specdef_cli.model.opened import OpenedModel, open_found
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import try_out
 
 
 def rehearse(base: OpenedModel, plan: HardeningPlan) -> None:
@@ -35,9 +34,8 @@ def load_empty(base: OpenedModel, plan: HardeningPlan) -> Any:
     """The model that a plan would write, on the meta device."""
     with TemporaryDirectory() as place:
         _write_empty(base.checkpoint, plan, Path(place))
-        written = Resolved(Path(place), place)
         try:
-            return open_found(written, trust_remote_code=base.trust_remote_code).load_without_weights()
+            return base.beside(Path(place)).load_without_weights()
         except SpecDefError as error:
             raise SpecDefError(error.problem.replace(place, "the hardened model"), error.hint) from error
         except OSError as error:

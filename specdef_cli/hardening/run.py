@@ -41,7 +41,7 @@ from specdef_cli.hardening.rehearsal import load_empty, rehearse
 from specdef_cli.hardening.verify import Loader, is_loadable_here, verify
 from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.loading import process_state
-from specdef_cli.model.opened import OpenedModel, open_found, open_model, require_attention
+from specdef_cli.model.opened import OpenedModel, open_model, require_attention
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ def harden(
             return None
         manifest = _manifest(base.found, plan, options, written)
         _make_loadable(checkpoint, plan, manifest, written.work)
-        work = Resolved(written.work, str(written.work))
-        hardened = open_found(work, hardened=True, trust_remote_code=options.trust_remote_code)
+        hardened = base.beside(written.work)
         if checkpoint.library.loads_without_weights:
             hardened.load_without_weights()
         manifest = dataclasses.replace(manifest, verification=_verification(base, plan, options, hardened.load))

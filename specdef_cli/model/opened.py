@@ -23,7 +23,14 @@ from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, resolve
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
-from specdef_cli.model.described import as_original, is_shim, require_its_own
+from specdef_cli.model.described import (
+    AUTO_MAP,
+    MODEL_TYPE,
+    SHIM_SOURCE,
+    as_original,
+    is_shim,
+    require_its_own,
+)
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.option import Source
 
@@ -89,6 +96,24 @@ class OpenedModel:
                 "Leave that layer out (--exclude), or use another --method; nothing was published.",
             )
         return model
+
+    def beside(self, directory: Path) -> OpenedModel:
+        """Another directory, whose code may run where this one's may."""
+        return open_found(Resolved(directory, str(directory)), trust_remote_code=self.trust_remote_code)
+
+    @property
+    def code_may_run(self) -> bool:
+        """Whether a process may run its code: if the user allows it, or if it is the file that this release writes."""
+        if self.trust_remote_code or self.checkpoint.config.get("model_type") != MODEL_TYPE:
+            return self.trust_remote_code
+        shim = self.directory / SHIM_SOURCE.name
+        known = shim.is_file() and shim.read_bytes() == SHIM_SOURCE.read_bytes()
+        if self.checkpoint.config.get("auto_map") != AUTO_MAP or not known:
+            raise SpecDefError(
+                f"{self.directory} brings code of its own: its {shim.name} is not the one that this release writes",
+                "Read that code, then pass --trust-remote-code; or harden the base again.",
+            )
+        return True
 
     def tokenizer(self) -> Any:
         """Its tokenizer; ``None`` where it has none."""
