@@ -50,9 +50,8 @@ from specdef_cli.attack.results import (
 from specdef_cli.attack.target import Target, largest_alpha, task_of
 from specdef_cli.attack.train import quiet, require_harness
 from specdef_cli.attack.trainer import NOWHERE, Memory, ProgressHook, Tracking
-from specdef_cli.checkpoint.check import require_outside, writable_ancestor
 from specdef_cli.checkpoint.manifest import Manifest
-from specdef_cli.checkpoint.output import exclusive
+from specdef_cli.checkpoint.output import exclusive, require_outside, writable_ancestor
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
 from specdef_cli.model.inputs import require_in_vocabulary

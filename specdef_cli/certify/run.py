@@ -33,10 +33,10 @@ from specdef_cli.certify.formats import chosen_formats, measure_formats
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.options import CERTIFICATE_NAME, CertifyOptions
 from specdef_cli.certify.spectrum import measure_spectrum
-from specdef_cli.checkpoint.check import require_outside, writable_ancestor
-from specdef_cli.checkpoint.durable import takes_files, write_durably
+from specdef_cli.checkpoint.files import takes_files, write_durably
+from specdef_cli.checkpoint.output import require_outside, writable_ancestor
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.devices import compute_devices
+from specdef_cli.hardening.execute import compute_devices
 from specdef_cli.model.inputs import require_in_vocabulary, token_batch
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, checkpoint_fingerprint, open_base, open_model, require_sound

@@ -90,7 +90,8 @@ def attack_command(
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
     from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
-    from specdef_cli.checkpoint.check import require_models, writable_ancestor
+    from specdef_cli.checkpoint.check import require_models
+    from specdef_cli.checkpoint.output import writable_ancestor
     from specdef_cli.errors import WrongUsage
     from specdef_cli.option import parse_duration
 

@@ -43,7 +43,8 @@ def certify_command(
     """
     from rich.text import Text
 
-    from specdef_cli.checkpoint.check import require_hardened, require_models, writable_ancestor
+    from specdef_cli.checkpoint.check import require_hardened, require_models
+    from specdef_cli.checkpoint.output import writable_ancestor
     from specdef_cli.errors import SpecDefError, require_extra
 
     # Validate first: importing torch takes seconds.

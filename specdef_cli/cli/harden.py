@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.checkpoint.check import require_manifest_place, require_not_hardened, require_usable
+from specdef_cli.checkpoint.check import require_not_hardened
 from specdef_cli.checkpoint.manifest import Method
+from specdef_cli.checkpoint.output import require_manifest_place, require_usable
 from specdef_cli.cli.inspect import summary_lines
 from specdef_cli.cli.options import CreatePr, Device, MaxShardSize, Model, Private, Resume, takes
 from specdef_cli.cli.output import Output

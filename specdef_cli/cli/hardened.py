@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from specdef_cli.checkpoint.check import require_hardened, require_usable
+from specdef_cli.checkpoint.check import require_hardened
+from specdef_cli.checkpoint.output import require_usable
 from specdef_cli.cli.options import CreatePr, Device, MaxShardSize, Model, Out, Private, Resume, takes
 from specdef_cli.cli.output import Output
 from specdef_cli.errors import SpecDefError
@@ -42,7 +43,7 @@ def collapse_command(
 
     from rich.text import Text
 
-    from specdef_cli.hardening.collapse import collapse
+    from specdef_cli.hardening.run import collapse
 
     with output.progress("collapsing") as bar:
         result = collapse(
@@ -91,7 +92,8 @@ def convert_adapter_command(
 
       specdef convert-adapter ./my-lora hardened --out hardened-lora
     """
-    from specdef_cli.checkpoint.check import require_hardened, require_usable
+    from specdef_cli.checkpoint.check import require_hardened
+    from specdef_cli.checkpoint.output import require_usable
     from specdef_cli.errors import SpecDefError, require_extra
 
     source = Source(hardened, **given)

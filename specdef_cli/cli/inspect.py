@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
 
-    from specdef_cli.hardening.outlook import Outlook, PlanSummary
-    from specdef_cli.hardening.survey import LayerSurvey, Survey
+    from specdef_cli.hardening.survey import LayerSurvey, Outlook, PlanSummary, Survey
 
 
 @takes(Source)
@@ -160,7 +159,7 @@ FEW = 0.5
 
 def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
     """What every method would do and cost, and which one to take."""
-    from specdef_cli.hardening.outlook import Obstacle
+    from specdef_cli.hardening.survey import Obstacle
 
     for summary in outlook.methods:
         if isinstance(summary, Obstacle):
