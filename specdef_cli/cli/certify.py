@@ -24,7 +24,6 @@ def certify_command(
     model: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id of `specdef harden`.")
     ] = "hardened",
-    no_deployment: Annotated[bool, typer.Option("--no-deployment", hidden=True, help="--formats none.")] = False,
     dry_run: DryRun = False,
     **given: Any,
 ) -> None:
@@ -48,8 +47,6 @@ def certify_command(
     from specdef_cli.errors import SpecDefError, require_extra
 
     # Validate first: importing torch takes seconds.
-    if no_deployment:  # how scripts of earlier versions say it
-        given["formats"] = ("none",)
     options = CertifyOptions(model, **given)
     require_hardened(options)
     require_models(options, options.base, "--base")
@@ -61,11 +58,11 @@ def certify_command(
         from specdef_cli.report.document import read_report
 
         read_report(options.attacks)
-    from specdef_cli.certify.run import attack_command, certify, plan_certify
+    from specdef_cli.certify.run import prepare
 
+    prepared = prepare(options)
     if dry_run:
-        parts = plan_certify(options)
-        output.data({"measured": parts}, Text(f"measured: {', '.join(parts)}"))
+        output.data({"measured": prepared.parts}, Text(f"measured: {', '.join(prepared.parts)}"))
         return
     with output.progress("certifying") as bar:
 
@@ -73,12 +70,12 @@ def certify_command(
             bar.advance(name, 0)
             bar.log(name)
 
-        certificate = certify(options, part)
+        certificate = prepared.certify(part)
     output.data(certificate, certificate_tables(certificate), written=options.out / "certificate.json")
     output.note(f"certificate: {options.out / 'certificate.json'}")
     if certificate.resistance is None:
         output.note(
-            f"attacks: no report was given. `{attack_command(options)}` makes one; "
+            f"attacks: no report was given. `{prepared.attack_command}` makes one; "
             "then certify with --attacks attack/report.json."
         )
     if not certificate.holds:

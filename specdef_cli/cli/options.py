@@ -75,7 +75,7 @@ def takes(*models: type, without: tuple[str, ...] = ()) -> Callable[[Command], C
             command(output, **given)
 
         context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in {**own, **derived}.values()]
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in {**derived, **own}.values()]
         run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in (context, *parameters)}
         return run
