@@ -68,7 +68,8 @@ def named_class(config: Any, *, trust_remote_code: bool, auto: bool = False) -> 
         return get_class_from_dynamic_module(found[1], config._name_or_path)
     if not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
         raise SpecDefError(
-            f"transformers {transformers.__version__} has no architecture {name!r}, which config.json names",
+            f"transformers {transformers.__version__} has no class {name!r}, which "
+            f"{Path(config._name_or_path, 'config.json')} names",
             "Install the release of transformers that has it, or correct `architectures` in config.json.",
         )
     if own:
