@@ -99,7 +99,9 @@ COMMANDS: dict[str, tuple[type, ...]] = {
 def test_help_has_every_option_with_the_default_that_holds(name: str) -> None:
     said = call_cli(name, "--help", width=80).stdout.partition("Model:")[2]
     rows = [" ".join(row.split()) for row in re.split(r"\n  (?=\S)", said)]
-    options = [(model, field) for model in COMMANDS[name] for field in options_of(model).values()]
+    without = {"manifest"} if name == "harden" else set()
+    owned = [(model, field) for model in COMMANDS[name] for field in options_of(model).values()]
+    options = [(model, field) for model, field in owned if field.name not in without]
     for owner, field in options:
         flag = flag_of(owner, field.name)
         row = next(row for row in rows if flag in re.split(r"[ ,]+", row.replace("--[no-]", "--")))
