@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import WrongUsage
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def require_positive(options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value < 1:
-            raise SpecDefError(f"{flag_of(type(options), name)} {value} is not positive", "Give 1 or more.")
+            raise WrongUsage(f"{flag_of(type(options), name)} {value} is not positive", "Give 1 or more.")
 
 
 def as_declared(options: Any) -> None:
@@ -86,7 +86,7 @@ def as_declared(options: Any) -> None:
         kinds = (declared,) if get_origin(declared) in (Literal, tuple) else get_args(declared) or (declared,)
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         if choices and value not in choices:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"{flag_of(type(options), name)} {value!r} is unknown", f"Choose one of: {', '.join(choices)}."
             )
         if str in kinds:

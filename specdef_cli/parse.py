@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import WrongUsage
 
 
 def parse_duration(text: str, option: str) -> float:
@@ -14,7 +14,7 @@ def parse_duration(text: str, option: str) -> float:
     parts = match.groups() if match else ()
     seconds = sum(float(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=bool(parts)))
     if not 0 < seconds < math.inf:
-        raise SpecDefError(f"{option} {text!r} is not a duration", "Write it like 45m, 1h30m or 90s.")
+        raise WrongUsage(f"{option} {text!r} is not a duration", "Write it like 45m, 1h30m or 90s.")
     return seconds
 
 
@@ -35,7 +35,7 @@ def parse_size(text: str) -> int:
     try:
         size = int(float(number) * UNITS[unit.strip()])
     except (KeyError, ValueError, OverflowError) as error:
-        raise SpecDefError(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
+        raise WrongUsage(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
     if size <= 0:
-        raise SpecDefError(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
+        raise WrongUsage(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
     return size

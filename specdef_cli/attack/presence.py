@@ -6,7 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, WrongUsage
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".md", ".parquet", ".arrow")
 REPORT_NAME = "report.json"
@@ -42,7 +42,7 @@ def require_trackers(trackers: tuple[str, ...]) -> None:
     """Refuse trackers that are unknown or not installed."""
     for tracker in trackers:
         if tracker not in TRACKERS:
-            raise SpecDefError(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
+            raise WrongUsage(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(tracker) is None:
             raise SpecDefError(
                 f"--report-to {tracker} needs {tracker}, which is not installed", f"pip install {tracker}"

@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.trainings.table import TRAININGS, Training
 from specdef_cli.attack.variants.table import INFORMED, Variant
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, WrongUsage
 
 EVERY = "every"
 """In a suite: all trainings, or all optimizers, that there are."""
@@ -77,13 +77,15 @@ def load_suite(name: str) -> Suite:
         try:
             text = Path(name).read_text(encoding="utf-8")
         except OSError as error:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"no suite {name!r} found", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
             ) from error
         except UnicodeDecodeError as error:
             raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
     try:
         return parse_suite(tomllib.loads(text), Path(name).stem)
+    except WrongUsage as error:  # a value of the file, not of the command line
+        raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
     except (tomllib.TOMLDecodeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, WrongUsage
 
 
 def require_inside(directory: Path, path: Path) -> None:
@@ -25,7 +25,7 @@ def in_subfolder(model: str, subfolder: str | None) -> tuple[str, str | None]:
         return model, None
     parts = PurePosixPath(subfolder).parts
     if not parts or ".." in parts or parts[0] == "/" or "\\" in subfolder:
-        raise SpecDefError(f"the subfolder {subfolder!r} does not lie in {model}", "Name a folder of it, such as unet.")
+        raise WrongUsage(f"the subfolder {subfolder!r} does not lie in {model}", "Name a folder of it, such as unet.")
     inside = "/".join(parts)
     if not (model and Path(model).expanduser().is_dir()):
         return model, inside

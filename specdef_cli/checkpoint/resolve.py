@@ -29,7 +29,7 @@ from specdef_cli.checkpoint.links import in_subfolder
 from specdef_cli.checkpoint.manifest import last_part
 from specdef_cli.checkpoint.other_directories import held_instead
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
-from specdef_cli.errors import SpecDefError, clean_token, first_line
+from specdef_cli.errors import SpecDefError, WrongUsage, clean_token, first_line
 from specdef_cli.waiting import first_completed
 
 
@@ -162,7 +162,7 @@ def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | N
         raise SpecDefError(f"{model} is a file", "Give the directory that holds config.json and the safetensors files.")
     repository, _, suffix = model.partition("@")
     if suffix and revision and suffix != revision:
-        raise SpecDefError(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
+        raise WrongUsage(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
         address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?([\w.-]+/[\w.-]+)", model)
         raise SpecDefError(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import WrongUsage
 
 if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
@@ -30,6 +30,7 @@ _METRICS: dict[str, Callable[[Finding], float | None]] = {
     "best_loss": lambda finding: finding.best,
     "refusals": lambda finding: finding.refusals,
 }
+_FRACTIONS = ("share_of_control", "refusals")
 
 
 def _steps_to_control(finding: Finding) -> float | None:
@@ -53,11 +54,15 @@ class Condition:
         try:
             if match is None or match[1] not in _METRICS:
                 raise ValueError
-            return cls(text, match[1], match[2], float(match[3]))
+            condition = cls(text, match[1], match[2], float(match[3]))
+            if condition.metric in _FRACTIONS and abs(condition.value) > 2:  # 20 for 20 % is a gate that never fails
+                raise ValueError
+            return condition
         except ValueError as error:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--fail-if {text!r} is not a condition",
-                f"Write e.g. 'steps_to_control<500'; metrics: {', '.join(_METRICS)}.",
+                f"Write a metric ({', '.join(_METRICS)}), one of {' '.join(_OPERATORS)} and a number, e.g. "
+                f"'steps_to_control<500'; {' and '.join(_FRACTIONS)} are fractions, 0.2 for 20 %.",
             ) from error
 
     def failures(self, report: AttackReport) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, WrongUsage
 
 # A worker holds one layer: W, W~ and C as they are stored (in float32 at most), and the Krylov space of W.
 LAYER_COPIES_PER_WORKER = 4
@@ -29,6 +29,9 @@ def _chosen_devices(device: str | None, state: PartialState) -> tuple[torch.devi
     if device is not None:
         try:
             chosen = torch.device(device)
+        except RuntimeError as error:
+            raise WrongUsage(f"device {device!r} is unknown", f"Use --device {_there()}.") from error
+        try:
             torch.empty(1, device=chosen).item()  # the meta device holds no values
         except (RuntimeError, AssertionError) as error:
             raise SpecDefError(f"device {device!r} is not available here", f"Use --device {_there()}.") from error
