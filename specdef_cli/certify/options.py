@@ -50,6 +50,7 @@ class CertifyOptions:
     manifest: Path | None = None
     trust_remote_code: bool = False
     revision: str | None = None
+    subfolder: str | None = None
     token: str | None = None
 
     def __post_init__(self) -> None:

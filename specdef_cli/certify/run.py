@@ -148,6 +148,7 @@ def _models(options: CertifyOptions) -> tuple[OpenedModel, OpenedModel]:
         hardened=True,
         manifest=options.manifest,
         revision=options.revision,
+        subfolder=options.subfolder,
         token=options.token,
         trust_remote_code=options.trust_remote_code,
     )
@@ -174,7 +175,8 @@ def _text(options: CertifyOptions) -> str:
 def attack_command(options: CertifyOptions) -> str:
     """The command that makes the report which ``--attacks`` takes."""
     _, base = _models(options)
-    command = f"specdef attack {options.model} --control {options.base or base.directory}"
+    folder = "" if options.subfolder is None else f" --subfolder {options.subfolder}"
+    command = f"specdef attack {options.model}{folder} --control {options.base or base.directory}"
     try:
         task, _ = task_of(base.checkpoint.config, base.directory, None)
     except SpecDefError:

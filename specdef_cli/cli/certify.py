@@ -8,7 +8,7 @@ import typer
 
 from specdef_cli.certify.options import CertifyOptions
 from specdef_cli.cli.derive import takes
-from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode
+from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Subfolder, Token, TrustRemoteCode
 from specdef_cli.cli.output import Output
 from specdef_cli.cli.startup import settle
 
@@ -27,6 +27,7 @@ def certify_command(
     manifest: Manifest = None,
     dry_run: DryRun = False,
     revision: Revision = None,
+    subfolder: Subfolder = None,
     token: Token = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -49,9 +50,11 @@ def certify_command(
     from rich.text import Text
 
     from specdef_cli.checkpoint.check import require_hardened, require_models, writable_ancestor
+    from specdef_cli.checkpoint.links import in_subfolder
     from specdef_cli.errors import SpecDefError, require_extra
 
     # Validate first: importing torch takes seconds.
+    model, subfolder = in_subfolder(model, subfolder)
     require_hardened(model, manifest)
     require_models(model, given.get("base"), "--base", manifest)
     if (text := given.get("text")) is not None and not text.is_file():
@@ -72,7 +75,13 @@ def certify_command(
     if no_deployment:  # how scripts of earlier versions say it
         given["formats"] = ("none",)
     options = CertifyOptions(
-        model, **given, manifest=manifest, trust_remote_code=trust_remote_code, revision=revision, token=token
+        model,
+        **given,
+        manifest=manifest,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
     )
     if dry_run:
         parts = plan_certify(options)
