@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING

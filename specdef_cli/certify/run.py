@@ -14,9 +14,9 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdef_cli import __version__
 from specdef_cli.attack.data import standard_library
-from specdef_cli.attack.presence import require_report
-from specdef_cli.attack.tasks import task_of
+from specdef_cli.attack.target import task_of
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, with_section
 from specdef_cli.certify.certificate import (
     FORMAT_VERSION,
@@ -33,15 +33,15 @@ from specdef_cli.certify.formats import chosen_formats, measure_formats
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.options import CERTIFICATE_NAME, CertifyOptions
 from specdef_cli.certify.spectrum import measure_spectrum
-from specdef_cli.checkpoint.check import require_outside, writable_ancestor
-from specdef_cli.checkpoint.durable import takes_files, write_durably
+from specdef_cli.checkpoint.files import takes_files, write_durably
+from specdef_cli.checkpoint.output import require_outside, writable_ancestor
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.devices import compute_devices
+from specdef_cli.hardening.execute import compute_devices
 from specdef_cli.model.inputs import require_in_vocabulary, token_batch
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, checkpoint_fingerprint, open_base, open_model, require_sound
 from specdef_cli.model.skeleton import is_causal_lm
-from specdef_cli.version import __version__
+from specdef_cli.report.document import require_report
 
 SEQUENCES, LENGTH = 32, 128
 FORMAT_SEQUENCES = 16

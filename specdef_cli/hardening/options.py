@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, get_args
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.errors import WrongUsage
 from specdef_cli.option import as_declared, option
-from specdef_cli.spectral.gauges import Gauge
+from specdef_cli.spectral import Gauge
 
 Profile = Literal["float16-cache", "bfloat16", "quantizable", "gguf"]
 BY_WEIGHTS = "none"

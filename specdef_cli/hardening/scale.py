@@ -31,11 +31,10 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import DIRECTIONS, SAMPLE_ROWS, by_block
-from specdef_cli.model.shim import ScaledSpec
+from specdef_cli.hardening.fold import DIRECTIONS, HIGHEST_UNCROSSED, SAMPLE_ROWS, by_block, one_apart, staircase
+from specdef_cli.model.described import ScaledSpec
 from specdef_cli.model.sites import ScalableSite, require_findable
 from specdef_cli.model.skeleton import Skeleton
-from specdef_cli.spectral.staircase import HIGHEST_UNCROSSED, one_apart, staircase
 
 HEAD_TOKENS = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=128)
 """Steps of a decade and more, down to where a token's entry in a column at 2**-28 is at 2**-56. What trains at the best

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, diffusers_missing
+from specdef_cli.checkpoint.files import DIFFUSERS, TRANSFORMERS, Library, diffusers_missing
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.inputs import fixed_inputs

