@@ -12,22 +12,17 @@ from typing import Any
 from specdef_cli.checkpoint.files import Library, held_instead
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, find_manifest, is_hardened, read_manifest
 from specdef_cli.errors import SpecDefError
+from specdef_cli.option import Source
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
 
 
-def require_model(model: str, manifest: Path | None = None) -> Path | None:
-    """Refuse a model that is not there.
-
-    Args:
-        manifest: What ``--manifest`` names.
-
-    Returns:
-        Its directory on this disk; ``None`` for a Hub id.
-    """
+def require_model(source: Source) -> Path | None:
+    """Refuse a model that is not there; its directory on this disk, or ``None`` for a Hub id."""
+    model = str(source.model)
     path = Path(model).expanduser()
     if path.is_dir():
-        find_manifest(path, manifest)
+        find_manifest(path, source.manifest)
         if not (path / "config.json").is_file():
             raise no_config(path)
         return path
@@ -38,11 +33,11 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
     return None
 
 
-def require_hardened(model: str, manifest: Path | None = None) -> None:
+def require_hardened(source: Source) -> None:
     """Refuse a model that is not there, or that no manifest belongs to."""
-    directory = require_model(model, manifest)
+    directory = require_model(source)
     if directory is not None:
-        read_manifest(directory, manifest)
+        read_manifest(directory, source.manifest)
 
 
 def require_directory(directory: Path) -> None:
@@ -51,20 +46,22 @@ def require_directory(directory: Path) -> None:
         raise SpecDefError(f"{directory} is not a directory", "Give one that `specdef harden` published.")
 
 
-def require_card(model: str, manifest: Path | None = None) -> None:
+def require_card(source: Source) -> None:
     """Refuse a model whose card cannot be written to: a Hub id, what is not hardened, or a directory without one."""
-    directory = Path(model).expanduser()
+    directory = Path(source.model).expanduser()
     card = directory / "README.md"
     if not directory.is_dir():
-        raise SpecDefError(f"--card writes to a directory, and {model} is none", "Leave --card out, or download it.")
-    read_manifest(directory, manifest)
+        raise SpecDefError(
+            f"--card writes to a directory, and {source.model} is none", "Leave --card out, or download it."
+        )
+    read_manifest(directory, source.manifest)
     if not card.is_file() or not os.access(card, os.W_OK):
         raise SpecDefError(f"{card} is not a file that can be written to", "Leave --card out, or restore it.")
 
 
-def require_not_hardened(model: str) -> None:
+def require_not_hardened(source: Source) -> None:
     """Refuse a model that is not there, or whose manifest says that it is hardened."""
-    directory = require_model(model)
+    directory = require_model(source)
     if directory is not None and is_hardened(directory):
         raise hardened_already(directory)
 
@@ -74,29 +71,24 @@ def hardened_already(directory: Path) -> SpecDefError:
     return SpecDefError(f"{directory} is hardened already", "Give the base model, or run `specdef collapse` first.")
 
 
-def require_models(model: str, base: str | None, option: str, manifest: Path | None = None) -> None:
-    """Refuse models that are not there.
-
-    Args:
-        base: The undefended model; ``None`` is the one that the manifest names.
-        manifest: What ``--manifest`` names.
-    """
-    directory = require_model(model, manifest)
+def require_models(source: Source, base: str | Path | None, option: str) -> None:
+    """Refuse models that are not there; without ``base``, the undefended model is the one that the manifest names."""
+    directory = require_model(source)
     if base is not None:
-        found = require_model(base)
+        found = require_model(Source(base))
         if found is not None:
             require_undefended(found, option)
     elif directory is not None:
-        if find_manifest(directory, manifest) is None:
-            raise no_base(model, option)
+        if find_manifest(directory, source.manifest) is None:
+            raise no_base(source.model, option)
         from specdef_cli.checkpoint.resolve import base_of  # here: --help needs no huggingface_hub
 
-        name, _ = base_of(read_manifest(directory, manifest), directory)
+        name, _ = base_of(read_manifest(directory, source.manifest), directory)
         try:
-            require_model(name)
+            require_model(Source(name))
         except SpecDefError as error:
             raise SpecDefError(
-                f"the base {name} that the manifest of {model} names is not available: {error.problem}",
+                f"the base {name} that the manifest of {source.model} names is not available: {error.problem}",
                 f"Give its directory or Hub id with {option}.",
             ) from error
 

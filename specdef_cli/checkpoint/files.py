@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import Any
 
-from specdef_cli.errors import MissingExtraError, SpecDefError, WrongUsage
+from specdef_cli.errors import MissingExtraError, SpecDefError
 
 
 @dataclass(frozen=True)
@@ -136,22 +136,6 @@ def require_inside(directory: Path, path: Path) -> None:
         raise SpecDefError(
             f"{path.relative_to(directory)} is a link that leaves {directory}", "Replace the link by the file itself."
         )
-
-
-def in_subfolder(model: str, subfolder: str | None) -> tuple[str, str | None]:
-    """A model and the folder of its repository that it is in; of a directory on this disk, that folder itself."""
-    if subfolder is None:
-        return model, None
-    parts = PurePosixPath(subfolder).parts
-    if not parts or ".." in parts or parts[0] == "/" or "\\" in subfolder:
-        raise WrongUsage(f"the subfolder {subfolder!r} does not lie in {model}", "Name a folder of it, such as unet.")
-    inside = "/".join(parts)
-    if not (model and Path(model).expanduser().is_dir()):
-        return model, inside
-    folder = Path(model).expanduser() / inside
-    if not folder.is_dir():
-        raise SpecDefError(f"{model} has no folder {inside}", "Check --subfolder, or leave it out.")
-    return str(folder), None
 
 
 UNFINISHED_SUFFIX = ".partial"

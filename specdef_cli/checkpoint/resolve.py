@@ -28,9 +28,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from specdef_cli.checkpoint.files import OTHER_FORMATS, PICKLES, SAFETENSORS, held_instead, in_subfolder, write_durably
+from specdef_cli.checkpoint.files import OTHER_FORMATS, PICKLES, SAFETENSORS, held_instead, write_durably
 from specdef_cli.checkpoint.manifest import Manifest, last_part
-from specdef_cli.errors import SpecDefError, WrongUsage, clean_token, first_line
+from specdef_cli.errors import SpecDefError, WrongUsage, first_line
 from specdef_cli.process import first_completed
 
 
@@ -122,8 +122,6 @@ def resolve(
         subfolder: The folder of the directory or repository that it is in.
         output: Where as much will be written once more.
     """
-    token = clean_token(token)
-    model, subfolder = in_subfolder(model, subfolder)
     place = locate(model, revision)
     if isinstance(place, Path):
         return Resolved(place, model)

@@ -29,7 +29,7 @@ from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptio
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.body import SymmetricPair
-from specdef_cli.model.described import LayerSpec, ScaledSpec, require_code_allows, shim_config
+from specdef_cli.model.described import require_code_allows, shim_config
 from specdef_cli.model.opened import OpenedModel, require_whole
 from specdef_cli.model.sites import linear_sites, scalable_sites
 from specdef_cli.model.skeleton import Skeleton, TensorNames
@@ -60,10 +60,16 @@ class Changes:
         return {part.tensor for part in slices}
 
     @property
-    def layers(self) -> dict[str, LayerSpec | ScaledSpec]:
+    def layers(self) -> dict[str, dict[str, Any]]:
         """What ``config.json`` says of modules that need code to run, by module path."""
-        sites = [layer.site for layer in self.factored]
-        shapes = {site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in sites}
+        shapes: dict[str, dict[str, Any]] = {
+            site.module: {
+                "in_features": site.in_features,
+                "out_features": site.out_features,
+                "bias": site.bias is not None,
+            }
+            for site in (layer.site for layer in self.factored)
+        }
         return shapes | {module.module: scaled_spec(module) for module in self.scaled}
 
 
