@@ -107,7 +107,7 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", (*USAGE, *LINES))
+@pytest.mark.parametrize("case", [*USAGE, *LINES])
 def test_command_lines_are_refused(
     case: str, llama: Path, hardened: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
