@@ -124,8 +124,6 @@ class HardeningPlan(Changes):
 def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     """Decide what to change in a checkpoint."""
     checkpoint, skeleton = base.checkpoint, base.skeleton
-    if options.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.base_model):
-        raise SpecDefError(f"--base-model {options.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
     require_modules(checkpoint.directory)
     require_whole(skeleton, checkpoint)
     require_code_allows(skeleton, verify=options.verify, adds_code=not isinstance(options.construction, Fold))
