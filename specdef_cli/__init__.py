@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from specdef_cli.hardening.survey import survey as inspect
     from specdef_cli.model.configuration_specdef import SpecDefLinear
     from specdef_cli.model.loading import load_model, load_tokenizer
+    from specdef_cli.option import Source
     from specdef_cli.report.files import write_report
 
 
@@ -67,6 +68,7 @@ _MODULES = {
     "hardening.survey": "PlanSummary Survey inspect",
     "report.files": "write_report",
     "model": "SpecDefLinear load_model load_tokenizer",
+    "option": "Source",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 _ELSEWHERE = {"inspect": "survey"}  # Python's own module has that name

@@ -162,16 +162,17 @@ def dying() -> Iterator[Die]:
         stdin.close()
 
 
-def assert_refused(result: Result, *words: str, empty: Path | None = None) -> None:
-    """Exit code 1, one line of what is wrong, one hint that follows it, nothing on stdout and no traceback.
+def assert_refused(result: Result, *words: str, empty: Path | None = None, code: int = 1) -> None:
+    """The exit code, one line of what is wrong, one hint that follows it, nothing on stdout and no traceback.
 
     Args:
         result: What the command did.
         words: What the two lines must name.
+        code: 1; 2 where no file and nothing on the Hub could make the command line right.
         empty: A directory that the output would have come to lie in: nothing may be in it, not even a hidden file.
     """
     assert "Traceback" not in result.stderr, result.stderr
-    assert result.code == 1, (result.code, result.stdout, result.stderr)
+    assert result.code == code, (result.code, result.stdout, result.stderr)
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if line.startswith(("error:", "hint:"))]
     assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.stderr

@@ -180,14 +180,7 @@ def _prepare(options: AttackOptions) -> _Prepared:
     _check_engine()
     began = time.monotonic()
     writable_ancestor(options.out)
-    model = open_model(
-        options.model,
-        manifest=options.manifest,
-        revision=options.revision,
-        token=options.token,
-        subfolder=options.subfolder,
-        trust_remote_code=options.trust_remote_code,
-    )
+    model = open_model(options)
     control = open_base(model, options.control, "--control", token=options.token, subfolder=options.control_subfolder)
     for each in (model, control):
         require_sound(each)

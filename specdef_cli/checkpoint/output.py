@@ -134,10 +134,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def require_usable(final: Path, model: str) -> None:
+def require_usable(final: Path, model: str | Path) -> None:
     """Refuse an output directory that is taken, or lies in the input where that is a directory."""
     source = Path(model).expanduser()
-    if model and source.is_dir():
+    if str(model) and source.is_dir():
         require_outside(final, source)
     require_free(final)
 
@@ -164,7 +164,7 @@ def is_taken(final: Path) -> bool:
     return not {path.name for path in final.iterdir()} <= {*ours, "lost+found"}
 
 
-def require_manifest_place(path: Path, out: Path, model: str = "") -> None:
+def require_manifest_place(path: Path, out: Path, model: str | Path = "") -> None:
     """Refuse a place for a manifest that is taken, in the published directory or the model, or not writable."""
     if path.exists() or path.is_symlink():
         raise SpecDefError(f"--manifest-out {path} exists already", "Choose another file, or remove it first.")
@@ -178,7 +178,7 @@ def require_manifest_place(path: Path, out: Path, model: str = "") -> None:
             f"--manifest-out {path} is a directory that --out {out} lies in", "Choose a file outside of --out."
         )
     source = Path(model).expanduser()
-    if model and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+    if str(model) and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
         raise SpecDefError(
             f"--manifest-out {path} lies in the model {source}, which is not hardened", "Choose a file outside of it."
         )

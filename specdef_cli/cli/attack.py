@@ -13,9 +13,9 @@ import typer
 
 from specdef_cli.attack.options import NO_RETAINED, AttackOptions, seeds_of
 from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
-from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Subfolder, Token, TrustRemoteCode, takes
-from specdef_cli.cli.output import Output, settle
-from specdef_cli.errors import SpecDefError
+from specdef_cli.cli.options import DryRun, takes
+from specdef_cli.cli.output import Output
+from specdef_cli.errors import WrongUsage
 
 if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
@@ -28,6 +28,7 @@ CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 
 @takes(AttackOptions)
 def attack_command(
+    output: Output,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id to attack.")] = ("hardened"),
     suite: Annotated[
         str | None,
@@ -65,17 +66,7 @@ def attack_command(
     list_all: Annotated[
         bool, typer.Option("--list", help="List what these options take, and stop.", rich_help_panel="Attacks")
     ] = False,
-    manifest: Manifest = None,
     dry_run: DryRun = False,
-    revision: Revision = None,
-    subfolder: Subfolder = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show every run, and what other libraries say.", rich_help_panel="Output")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
     **given: Any,
 ) -> None:
     """Fine-tune a hardened model and its base; report how far each attack got.
@@ -88,7 +79,6 @@ def attack_command(
 
       specdef attack hardened --dataset notes.jsonl --training lora --steps 200
     """
-    output = Output(as_json, quiet)
     if list_all:
         from rich.console import Group
 
@@ -101,16 +91,9 @@ def attack_command(
     # Validate first: importing torch takes seconds.
     from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
     from specdef_cli.checkpoint.check import require_models
-    from specdef_cli.checkpoint.files import in_subfolder
     from specdef_cli.checkpoint.output import writable_ancestor
-    from specdef_cli.errors import WrongUsage
     from specdef_cli.option import parse_duration
 
-    model, subfolder = in_subfolder(model, subfolder)
-    if "control_subfolder" in given:
-        if "control" not in given:
-            raise WrongUsage("--control-subfolder is a folder of --control, which is not given", "Give --control BASE.")
-        given["control"], given["control_subfolder"] = in_subfolder(given["control"], given["control_subfolder"])
     limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
     conditions = [Condition.parse(text) for text in fail_if or []]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
@@ -133,17 +116,12 @@ def attack_command(
         suite=chosen,
         free=tuple(name for name in BUDGET if name != "seeds" and name not in kept),
         time_limit=limit,
-        manifest=manifest,
-        revision=revision,
-        subfolder=subfolder,
-        token=token,
-        trust_remote_code=trust_remote_code,
     )
-    require_models(model, given.get("control"), "--control", manifest)
+    require_models(options, options.control, "--control")
     if card:
         from specdef_cli.checkpoint.check import require_card
 
-        require_card(model, manifest)
+        require_card(options)
     require_data(options.dataset)
     if options.retained != NO_RETAINED:
         require_data(options.retained)
@@ -160,7 +138,6 @@ def attack_command(
     from specdef_cli.report.files import write_report
     from specdef_cli.report.text import attacks_table, closing, edits_table, runs_table
 
-    settle(output)
     if dry_run:
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))
@@ -172,7 +149,7 @@ def attack_command(
         output.show(plan_screen(forecast))
 
     with output.progress("attacking") as bar:
-        report = attack(options, on_progress=RunProgress(bar).show, on_plan=None if quiet else show_plan)
+        report = attack(options, on_progress=RunProgress(bar).show, on_plan=None if output.quiet else show_plan)
     written = write_report(report, options.out)
     if not is_main_process():
         return
@@ -180,19 +157,19 @@ def attack_command(
         from specdef_cli.certify.card import attacks_on_card
         from specdef_cli.report.document import REPORT_NAME
 
-        attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME, manifest)
+        attacks_on_card(Path(options.model).expanduser(), options.out / REPORT_NAME, options.manifest)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
     for text in report.notes:
         if text not in planned:
             output.note(f"note: {text}")
-    table = runs_table(report) if verbose else attacks_table(report)
+    table = runs_table(report) if output.verbose else attacks_table(report)
     tables = [table] if any(not run.spec.is_edit for run in report.runs) else []
     edits = edits_table(report)
     tables += [edits] if edits is not None else []
     output.data(report_dict(report), Group(*tables, "", *closing(report, written[0])), written=written[0])
-    if as_json:
+    if output.as_json:
         output.note(f"report: {written[0]}")
     failures = dict.fromkeys(line for condition in conditions for line in condition.failures(report))
     for line in failures:
@@ -207,6 +184,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_FRACTIONS = ("share_of_control", "refusals")
 _METRICS: dict[str, Callable[[Finding], float | None]] = {
     "steps_to_control": lambda finding: _steps_to_control(finding),
     "share_of_control": lambda finding: finding.share,
@@ -236,11 +214,15 @@ class Condition:
         try:
             if match is None or match[1] not in _METRICS:
                 raise ValueError
-            return cls(text, match[1], match[2], float(match[3]))
+            condition = cls(text, match[1], match[2], float(match[3]))
+            if condition.metric in _FRACTIONS and abs(condition.value) > 2:  # 20 for 20 % is a gate that never fails
+                raise ValueError
+            return condition
         except ValueError as error:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--fail-if {text!r} is not a condition",
-                f"Write e.g. 'steps_to_control<500'; metrics: {', '.join(_METRICS)}.",
+                f"Write a metric ({', '.join(_METRICS)}), one of {' '.join(_OPERATORS)} and a number, e.g. "
+                f"'steps_to_control<500'; {' and '.join(_FRACTIONS)} are fractions, 0.2 for 20 %.",
             ) from error
 
     def failures(self, report: AttackReport) -> tuple[str, ...]:

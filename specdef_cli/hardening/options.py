@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from specdef_cli.checkpoint.manifest import Method
-from specdef_cli.errors import SpecDefError
-from specdef_cli.option import as_declared, option
+from specdef_cli.errors import WrongUsage
+from specdef_cli.option import Source, as_declared, option
 from specdef_cli.spectral import Gauge
 
 Profile = Literal["float16-cache", "bfloat16", "quantizable", "gguf"]
@@ -32,12 +33,12 @@ class Fold:
     def __post_init__(self) -> None:
         as_declared(self)
         if self.profile == "gguf" and self.calibration == BY_WEIGHTS:
-            raise SpecDefError(
+            raise WrongUsage(
                 "--profile gguf needs a text: weights do not show how much blocks of activations lose",
                 "Give a text, or leave --calibration out.",
             )
         if self.calibration is not None and self.profile not in ("quantizable", "gguf"):
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--calibration {self.calibration} changes nothing in --profile {self.profile}",
                 "Use --profile quantizable, or leave --calibration out.",
             )
@@ -65,11 +66,11 @@ class Factors:
     def __post_init__(self) -> None:
         as_declared(self)
         if not (math.isfinite(self.alpha) and self.alpha >= 1):
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--alpha is {self.alpha:g}; it must be a finite number of at least 1", "Give e.g. --alpha 1e4."
             )
         if self.top_k < 1:
-            raise SpecDefError(f"--top-k is {self.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
+            raise WrongUsage(f"--top-k is {self.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
 
 
 Construction = Fold | Scale | Factors
@@ -77,11 +78,9 @@ CONSTRUCTIONS: dict[Method, type[Construction]] = {kind.method: kind for kind in
 
 
 @dataclass(frozen=True)
-class HardenOptions:
+class HardenOptions(Source):
     """Options of :func:`specdef_cli.harden`."""
 
-    model: str
-    """A directory, or a Hub id ``org/name[@revision]``."""
     out: Path = option(Path("hardened"), "New directory to publish.", "--out", "-o", metavar="DIR", group="Output")
     construction: Construction = option(
         Fold(), "fold; scale and factors need code to load.", "--method", group="Method"
@@ -98,33 +97,23 @@ class HardenOptions:
     verify: bool = option(True, "Compare the outputs.", "--verify/--no-verify", group="Output")
     max_shard_size: int = 5 * 10**9
     device: str | None = None
-    revision: str | None = None
-    subfolder: str | None = None
-    token: str | None = None
-    trust_remote_code: bool = False
     resume: bool = False
 
     def __post_init__(self) -> None:
-        as_declared(self)
+        super().__post_init__()
         if not isinstance(self.construction, Construction):
-            raise SpecDefError(
+            raise WrongUsage(
                 f"construction is {self.construction!r}", "Give Fold(), Scale() or Factors(), of specdef_cli."
             )
+        if self.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
+            raise WrongUsage(f"--base-model {self.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
 
 
 @dataclass(frozen=True)
-class CollapseOptions:
+class CollapseOptions(Source):
     """Options of :func:`specdef_cli.collapse`."""
 
-    model: str
     out: Path
-    manifest: Path | None = None
-    """``specdef.json`` where it does not lie in the model's directory."""
     max_shard_size: int = 5 * 10**9
     device: str | None = None
-    revision: str | None = None
-    token: str | None = None
     resume: bool = False
-
-    def __post_init__(self) -> None:
-        as_declared(self)

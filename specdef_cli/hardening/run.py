@@ -20,7 +20,7 @@ from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
 from specdef_cli.checkpoint.output import require_manifest_place
 from specdef_cli.checkpoint.reader import Checkpoint, carry_over
-from specdef_cli.checkpoint.resolve import Resolved, remember_base, resolve
+from specdef_cli.checkpoint.resolve import Resolved, remember_base
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.dtypes import DTYPES
@@ -35,7 +35,7 @@ from specdef_cli.hardening.survey import PlanSummary, summarize
 from specdef_cli.hardening.verify import Loader, is_loadable_here, rehearse, verify
 from specdef_cli.model.described import SHIM_SOURCE, unshim_config
 from specdef_cli.model.loading import process_state
-from specdef_cli.model.opened import OpenedModel, open_found, open_model, require_attention
+from specdef_cli.model.opened import OpenedModel, open_model, require_attention
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,7 @@ class HardenResult:
 def _planned(options: HardenOptions, output: Path | None = None) -> tuple[OpenedModel, HardeningPlan, Any]:
     """Open the base, decide what to change, and load the result without its numbers."""
     with process_state(options.device).main_process_first():  # one downloads, and the others find it in the cache
-        found = resolve(
-            options.model,
-            revision=options.revision,
-            token=options.token,
-            subfolder=options.subfolder,
-            output=output,
-        )
-    base = open_found(found, hardened=False, trust_remote_code=options.trust_remote_code)
+        base = open_model(options, hardened=False, output=output)
     require_attention(base.skeleton)
     plan = make_plan(base, options)
     return base, plan, rehearse(base, plan.config, plan.groups)
@@ -75,7 +68,7 @@ def preview(
     checkpoint = base.checkpoint
     on_plan(plan)
     device = compute_devices(options.device, process_state(options.device))[0]
-    fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
+    fits = options.verify and checkpoint.library.is_transformers and is_loadable_here(2 * plan.nbytes)
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
         made = dict(group.transform(checkpoint, device).tensors) if group.transform is not None else {}
@@ -130,9 +123,8 @@ def harden(
             return None
         manifest = _manifest(base.found, plan, options, written)
         _make_loadable(checkpoint, plan, manifest, written.work)
-        work = Resolved(written.work, str(written.work))
-        hardened = open_found(work, hardened=True, trust_remote_code=options.trust_remote_code)
-        if checkpoint.library.loads_without_weights:
+        hardened = base.beside(written.work)
+        if checkpoint.library.is_transformers:
             hardened.load_without_weights()
         manifest = dataclasses.replace(manifest, verification=_verification(base, plan, options, hardened.load))
         _describe(checkpoint, plan, manifest, written.work)
@@ -188,7 +180,7 @@ def _make_loadable(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manife
     """Add what a loader needs beside the weights: companions, ``config.json``, code, and the manifest."""
     carry_over(checkpoint.directory, work, checkpoint.companions.carried)
     write_json(work / "config.json", plan.config)
-    if (plan.factored or plan.scaled) and checkpoint.library.runs_code:
+    if (plan.factored or plan.scaled) and checkpoint.library.is_transformers:
         shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
     write_durably(work / MANIFEST_NAME, manifest.to_json())
 
@@ -262,9 +254,7 @@ def collapse(
         What was published; ``None`` in all but the main process of a distributed run.
     """
     with process_state(options.device).main_process_first():
-        model = open_model(
-            options.model, hardened=True, manifest=options.manifest, revision=options.revision, token=options.token
-        )
+        model = open_model(options, hardened=True)
     manifest, checkpoint = model.hardening, model.checkpoint
     groups = collapse_groups(checkpoint, manifest)
     on_plan(groups)

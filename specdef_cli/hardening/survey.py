@@ -28,6 +28,7 @@ from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_model, require_unquantized
 from specdef_cli.model.sites import LinearSite, linear_sites
 from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.option import Source
 from specdef_cli.spectral.subspace import effective_rank, layer_seed, top_subspace
 
 
@@ -75,36 +76,21 @@ class Survey:
 
 
 def survey(
-    model: str,
+    model: str | Path | Source,
     *,
-    manifest: str | Path | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    subfolder: str | None = None,
     device: str | None = None,
-    trust_remote_code: bool = False,
     spectra: bool = True,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Survey:
     """Look at every linear layer of a checkpoint, one tensor in memory at a time, and at what hardening would do.
 
     Args:
-        model, revision, token, subfolder: As for :func:`specdef_cli.checkpoint.resolve.resolve`.
-        manifest: ``specdef.json`` where it does not lie in the model's directory.
         device: Where spectra are computed.
-        trust_remote_code: Whether the model's own Python code may run.
         spectra: Whether every layer is read, for its σ₁ and effective rank. Without them headers and a sample are read.
         on_progress: Called after each layer.
     """
     with process_state(device).main_process_first():
-        opened = open_model(
-            model,
-            manifest=manifest,
-            revision=revision,
-            token=token,
-            subfolder=subfolder,
-            trust_remote_code=trust_remote_code,
-        )
+        opened = open_model(model)
     checkpoint, described, skeleton = opened.checkpoint, opened.manifest, opened.skeleton
     if "quantization_config" not in opened.original.config:  # packed weights have shapes of their own
         skeleton.require_complete()

@@ -22,15 +22,13 @@ from transformers.pytorch_utils import Conv1D
 from specdef_cli.checkpoint.files import write_json
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.checkpoint.reader import Checkpoint, carry_over
-from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.shards import TensorGroup, plan_shards, shard_header
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
 from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.inputs import model_outputs, no_batch
 from specdef_cli.model.loading import new_objects_only, without_progress_bars
-from specdef_cli.model.meta_model import try_out
-from specdef_cli.model.opened import OpenedModel, open_found
-from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.skeleton import Skeleton, try_out
 
 COMPARE_YOURSELF = "With --no-verify it is written unseen: run it, and compare it with the base, before you publish it."
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
@@ -140,7 +138,7 @@ def verify(
             f"{instead}, {'' if exact else 'another --gauge, '}or --dtype float32; nothing was published.",
         )
     figures = asdict(comparison)
-    if base.checkpoint.library.has_logits:
+    if base.checkpoint.library.is_transformers:
         return figures
     return {name: figures[name] for name in ("max_abs", "relative", "equal")}  # a noise has no classes to agree on
 
@@ -203,13 +201,12 @@ def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[Tens
 
     ``None`` of a library that cannot load a model without its weights.
     """
-    if not base.checkpoint.library.loads_without_weights:
+    if not base.checkpoint.library.is_transformers:
         return None
     with TemporaryDirectory() as place:
         _write_empty(base.checkpoint, config, groups, Path(place))
-        written = Resolved(Path(place), place)
         try:
-            model = open_found(written, trust_remote_code=base.trust_remote_code).load_without_weights()
+            model = base.beside(Path(place)).load_without_weights()
         except SpecDefError as error:
             raise SpecDefError(error.problem.replace(place, "the hardened model"), error.hint) from error
         except OSError as error:
