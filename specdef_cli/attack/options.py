@@ -365,6 +365,12 @@ def require_data(dataset: str | None) -> None:
     """Refuse a data set that is a path to nothing."""
     if dataset is None:
         return
+    if "://" in dataset:
+        address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?datasets/([\w.-]+/[\w.-]+)", dataset)
+        raise SpecDefError(
+            f"{dataset} is an address, not a file, a directory or a Hub id",
+            f"Give {address[1]}." if address else "Download it, and give the file.",
+        )
     path = Path(dataset).expanduser()
     like_a_file = path.suffix.lower() in (*FILE_SUFFIXES, *COMPRESSIONS)
     if not path.exists() and (like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)):

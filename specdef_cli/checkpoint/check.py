@@ -124,7 +124,7 @@ def no_config(directory: Path) -> SpecDefError:
         if found is not None:
             what, hint = found
             return SpecDefError(f"{problem}: {what}", hint)
-    return SpecDefError(problem, "Give a directory that transformers can load.")
+    return SpecDefError(problem, "Give a model that transformers can load.")
 
 
 def no_weights(directory: Path, library: Library) -> SpecDefError:
@@ -246,7 +246,7 @@ def _holder(directory: Path) -> tuple[str, str] | None:
 
 
 def _empty(directory: Path) -> tuple[str, str] | None:
-    return None if any(directory.iterdir()) else ("it is empty", "Give a directory that transformers can load.")
+    return None if any(directory.iterdir()) else ("it is empty", "Give a model that transformers can load.")
 
 
 def _model_below(directory: Path) -> Path | None:

@@ -142,6 +142,18 @@ def open_found(
     trust_remote_code: bool = False,
 ) -> OpenedModel:
     """The same for a model that is on this disk."""
+    try:
+        return _opened(found, hardened, manifest, trust_remote_code)
+    except SpecDefError as error:
+        if found.commit:  # a user knows the id, not where the cache keeps it
+            name = "/".join(filter(None, (found.name, found.subfolder)))
+            error.problem, error.hint = (
+                text.replace(str(found.directory), name) for text in (error.problem, error.hint)
+            )
+        raise
+
+
+def _opened(found: Resolved, hardened: bool | None, manifest: Path | None, trust_remote_code: bool) -> OpenedModel:
     if hardened is False and (manifest is not None or is_hardened(found.directory)):
         raise hardened_already(found.directory)
     described = manifest_of(found.directory, manifest)
