@@ -131,7 +131,7 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
         require_comparable(skeleton)
     changes = _changes(base, options)
     config = dict(checkpoint.config)
-    if checkpoint.library.names_dtype:
+    if checkpoint.library.is_transformers:
         config = _with_dtype(config, options.dtype)
     stored, multiplied = _stored(options.dtype), changes.multiplied
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in changes.factored}
@@ -284,7 +284,7 @@ def _notes(
     """What was decided and why, for the user."""
     notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.layers)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
-    if changes.scaled and checkpoint.library.runs_code:
+    if changes.scaled and checkpoint.library.is_transformers:
         notes.append(SCALED_LOADERS)
     notes += changes.reasons
     if unchanged and not changes.factored:

@@ -341,7 +341,7 @@ def test_memory_that_is_not_enough_is_two_lines(
     llama: Path, hardened: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch says of the machine and of a GPU, and Python of a list."""
-    from specdef_cli.attack import run
+    from specdef_cli.attack import train
 
     attack = ("attack", hardened, "--control", llama, "--dataset", text, *SMALL, "--out", tmp_path / "out")
     for error in (
@@ -353,7 +353,7 @@ def test_memory_that_is_not_enough_is_two_lines(
         def fail(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(run, "train_run", fail)
+        monkeypatch.setattr(train, "train_run", fail)
         assert_refused(call_cli(*attack), "memory is not enough", "--batch-size", "--gradient-checkpointing")
     monkeypatch.undo()
     followed = call_cli(*attack, "--gradient-checkpointing", "--gradient-accumulation", "2")  # as the hint says
