@@ -103,7 +103,7 @@ class Forecast:
 
 
 def foresee(
-    plan: Sequence[Series], options: AttackOptions, speed: Speed, held_out: int, load: Callable[[RunSpec], object]
+    plan: Sequence[Series], jobs: int, speed: Speed, held_out: int, load: Callable[[RunSpec], object]
 ) -> tuple[PlannedAttack, ...]:
     """What each series of a plan takes; ``load`` finds a finished run, or ``None``."""
     attacks = []
@@ -111,7 +111,7 @@ def foresee(
         grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
         finished = sum(load(spec) is not None for spec in grid)
         missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
-        seconds = missing * speed.run(series.first, held_out) / options.jobs
+        seconds = missing * speed.run(series.first, held_out) / jobs
         attacks.append(
             PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
         )

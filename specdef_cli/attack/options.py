@@ -140,6 +140,7 @@ class AttackOptions(Budget):
     )
     seeds: tuple[int, ...] = (0,)  # one run each for adapters' and paths' initial values, dropout and data order
     jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group="Budget")
+    dask: str | None = option(None, "Runs on this cluster's workers.", metavar="ADDRESS", group="Budget")
     manifest: Path | None = None
     trust_remote_code: bool = False
     revision: str | None = None
@@ -169,6 +170,11 @@ class AttackOptions(Budget):
         for name in ("warmup_steps", "max_grad_norm", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise SpecDefError(f"{_flag(name)} {getattr(self, name)} is negative", "Give 0 or more.")
+        if self.dask is not None and self.jobs > 1:
+            raise SpecDefError(
+                f"--jobs {self.jobs} is of this machine, and --dask makes as many runs at a time as it has workers",
+                "Leave --jobs out.",
+            )
         if not self.seeds:
             raise SpecDefError("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.spec import RunSpec
@@ -233,12 +231,12 @@ def _rank(series: Series) -> int:
     return max(1, known.index(spec.training)) if usual and plain and spec.training in known else 4
 
 
-def default_budget(options: AttackOptions, parameters: int) -> AttackOptions:
+def default_budget(options: AttackOptions, parameters: int, device: str) -> AttackOptions:
     """The options, lowered where ``options.free`` allows it to suit the model's size, the device and the time limit.
 
     The machine's own speed does not matter: the same command gives the same figures on another one of the kind.
     """
-    speed = USUAL_SPEED["accelerator" if torch.accelerator.is_available() else "cpu"]
+    speed = USUAL_SPEED["cpu" if device == "cpu" else "accelerator"]
     seconds = min(RUN_SECONDS, (options.time_limit or math.inf) / RUNS_OF_A_LIMIT)
     lowered = options
     for budget in ({}, *BUDGETS):  # first of all as it is

@@ -221,7 +221,7 @@ GIVEN = {
     "prompts_harmless": "harmless.jsonl", "retained": "none", "eval_task_path": Path("tasks"),
     "task": "masked-lm", "schedule": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5, "weight_decay": 0.1,
     "steps": 7, "batch_size": 6, "gradient_accumulation": 2, "sequence_length": 32, "eval_every": 5,
-    "eval_sequences": 9, "dtype": "mixed", "jobs": 2, "runs": Path("runs"), "out": Path("o"), "revision": "r",
+    "eval_sequences": 9, "dtype": "mixed", "dask": "tcp://host:8786", "runs": Path("runs"), "out": Path("o"), "revision": "r",
     "token": "t",
 }  # fmt: skip
 GIVEN_OTHERWISE = {
