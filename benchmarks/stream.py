@@ -92,7 +92,7 @@ def stream_table(directory: Path, runs: int = 3, layers: int = 20) -> dict[str, 
     arguments = ["-m", "specdef_cli", "harden", "--no-verify", "--quiet"]
     harden = [sys.executable, *arguments]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    started_as_commands_are = "from specdef_cli.cli.startup import collect_less_garbage; collect_less_garbage()"
+    started_as_commands_are = "from specdef_cli.process import collect_less_garbage; collect_less_garbage()"
     out = directory / "out"
     source = directory / f"llama-{layers}"
     # In a process of its own: what this one holds counts as the peak of every command that it starts.

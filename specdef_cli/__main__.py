@@ -4,8 +4,7 @@ import os
 import sys
 
 from specdef_cli.cli import app
-from specdef_cli.cli.startup import collect_less_garbage
-from specdef_cli.noise import quiet_engines
+from specdef_cli.process import collect_less_garbage, quiet_engines
 
 
 def main() -> None:

@@ -2,13 +2,15 @@
 
     steps: int = option(30, "Optimizer steps of every run.")
 
-Fields without option() are for Python alone, or set by a parameter of the command.
+Fields without option() are for Python alone, or set by a parameter of the command. Durations and sizes are read here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,3 +97,36 @@ def as_declared(options: Any) -> None:
             object.__setattr__(options, name, Path(value))
         elif any(get_origin(kind) is tuple for kind in kinds):
             object.__setattr__(options, name, (value,))
+
+
+def parse_duration(text: str, option: str) -> float:
+    """Seconds of a duration as users write it: ``45m``, ``1h30m``, ``90s``."""
+    match = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)s)?\s*", text)
+    parts = match.groups() if match else ()
+    seconds = sum(float(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=bool(parts)))
+    if not 0 < seconds < math.inf:
+        raise SpecDefError(f"{option} {text!r} is not a duration", "Write it like 45m, 1h30m or 90s.")
+    return seconds
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: ``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB`` or ``500MB``."""
+    unit = text.strip().upper().lstrip("0123456789.")
+    number = text.strip()[: len(text.strip()) - len(unit)]
+    try:
+        size = int(float(number) * UNITS[unit.strip()])
+    except (KeyError, ValueError, OverflowError) as error:
+        raise SpecDefError(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
+    if size <= 0:
+        raise SpecDefError(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
+    return size

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from specdef_cli.attack import queue
-from specdef_cli.noise import NOISY, quiet_engines, start_worker
+from specdef_cli.process import NOISY, quiet_engines, start_worker
 from tests.commands import environment
 
 
@@ -58,7 +58,7 @@ def test_importing_the_package_changes_nothing_of_the_process() -> None:
         "def state(): return [list(warnings.filters), dict(os.environ), gc.get_threshold(),"
         f" [logging.getLogger(name).level for name in {NOISY!r}], sys.excepthook is sys.__excepthook__]\n"
         "before = state()\n"
-        "import specdef_cli, specdef_cli.noise, specdef_cli.attack\n"
+        "import specdef_cli, specdef_cli.process, specdef_cli.attack\n"
         "import specdef_cli.attack.options, specdef_cli.cli.attack\n"
         "assert state() == before\n"
         "print(json.dumps(sorted({'torch', 'transformers'} & set(sys.modules))))"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from specdef_cli.errors import SpecDefError
-from specdef_cli.parse import parse_size
+from specdef_cli.option import parse_size
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from concurrent.futures import Future
 
 import pytest
 
-from specdef_cli.waiting import first_completed
+from specdef_cli.process import first_completed
 
 _WAITING = """
 import signal, threading, time
 from concurrent.futures import Future
-from specdef_cli.waiting import first_completed
+from specdef_cli.process import first_completed
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 

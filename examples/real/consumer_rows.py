@@ -23,15 +23,17 @@ from torch import Tensor
 
 from specdef_cli.certify import tools
 from specdef_cli.certify.formats import FORMATS, Format
-from specdef_cli.certify.tools import Settings, gguf_loss, program
-from specdef_cli.certify.trial import (
+from specdef_cli.certify.tools import (
     NotApplicableError,
     RefusedError,
+    Settings,
     Trial,
+    gguf_loss,
     load,
     mean_loss,
     mean_over_batches,
     next_token_loss,
+    program,
 )
 from specdef_cli.hardening.adapter import convert_adapter
 from specdef_cli.model import without_progress_bars

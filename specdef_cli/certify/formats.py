@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specdef_cli.certify import tools
-from specdef_cli.certify.trial import NotApplicableError, Trial, load, mean_over_batches
+from specdef_cli.certify.tools import NotApplicableError, Trial, load, mean_over_batches
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.inputs import fixed_inputs
 from specdef_cli.model.loading import new_objects_only
@@ -161,7 +161,7 @@ def measure_formats(
     """Measure a base and its hardened checkpoint in formats, one model at a time.
 
     Args:
-        tokens: int64, shape [sequences, length], e.g. from :func:`specdef_cli.certify.trial.token_batch`. With it a
+        tokens: int64, shape [sequences, length], e.g. from :func:`specdef_cli.certify.tools.token_batch`. With it a
             causal language model is measured by its loss; else by the relative error of its outputs.
         formats: Names of formats; ``("all",)`` for every one.
     """

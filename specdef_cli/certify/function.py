@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.certify.trial import mean_loss
+from specdef_cli.certify.tools import mean_loss
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
 from specdef_cli.model import without_progress_bars
+from specdef_cli.model.described import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
 from specdef_cli.model.inputs import fixed_inputs, model_outputs
 from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import OpenedModel
-from specdef_cli.model.shim import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
 
 PROMPT, CONTINUATION = 16, 32
 """Tokens that greedy text starts from, and that are then generated."""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from specdef_cli.attack.presence import require_report
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, section_like
 from specdef_cli.certify.certificate import (
     CERTIFICATE_RECORD,
@@ -31,6 +30,7 @@ from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, manifest_of
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError, first_violation
+from specdef_cli.report.document import require_report
 
 Result = Literal["matches", "differs", "not checked"]
 

@@ -30,7 +30,7 @@ from specdef_cli.checkpoint.manifest import last_part
 from specdef_cli.checkpoint.other_directories import held_instead
 from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
 from specdef_cli.errors import SpecDefError, clean_token, first_line
-from specdef_cli.waiting import first_completed
+from specdef_cli.process import first_completed
 
 
 def status_of(error: BaseException) -> int | None:

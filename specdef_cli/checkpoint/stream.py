@@ -29,7 +29,7 @@ from specdef_cli.checkpoint.headers import SAFETENSORS_DTYPES
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
 from specdef_cli.errors import ResumableError
-from specdef_cli.waiting import first_completed
+from specdef_cli.process import first_completed
 
 # What is copied or hashed passes through the processor's cache in pieces that fit there. Written in one call, a tensor
 # of 32 MiB takes the kernel several times as long as in such pieces.

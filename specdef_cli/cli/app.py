@@ -14,20 +14,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from specdef_cli import __version__
 from specdef_cli.cli.attack import attack_command
-from specdef_cli.cli.certify import certify_command
-from specdef_cli.cli.collapse import collapse_command
+from specdef_cli.cli.certify import certify_command, verify_certificate_command
 from specdef_cli.cli.compare import compare_command
-from specdef_cli.cli.convert_adapter import convert_adapter_command
 from specdef_cli.cli.harden import harden_command
-from specdef_cli.cli.help import GroupedCommand
+from specdef_cli.cli.hardened import collapse_command, convert_adapter_command, push_command
 from specdef_cli.cli.inspect import inspect_command
-from specdef_cli.cli.push import push_command
-from specdef_cli.cli.startup import require_surroundings
-from specdef_cli.cli.streams import safe_streams
-from specdef_cli.cli.verify_certificate import verify_certificate_command
+from specdef_cli.cli.options import GroupedCommand
+from specdef_cli.cli.output import safe_streams
 from specdef_cli.errors import SpecDefError, WrongUsage, first_line, is_out_of_memory, printable
-from specdef_cli.version import __version__
+from specdef_cli.process import require_surroundings
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}

@@ -1,19 +1,26 @@
-"""``specdef attack``."""
+"""``specdef attack``, and the conditions of its ``--fail-if``."""
 
 from __future__ import annotations
 
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdef_cli.attack.options import NO_RETAINED, AttackOptions, seeds_of
-from specdef_cli.cli.derive import takes
-from specdef_cli.cli.listing import attack_listing, listing_tables
-from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Subfolder, Token, TrustRemoteCode
-from specdef_cli.cli.output import Output
-from specdef_cli.cli.run_progress import RunProgress
-from specdef_cli.cli.startup import settle
+from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
+from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Subfolder, Token, TrustRemoteCode, takes
+from specdef_cli.cli.output import Output, settle
+from specdef_cli.errors import SpecDefError
+
+if TYPE_CHECKING:
+    from specdef_cli.attack.results import AttackReport
+    from specdef_cli.report import Finding
+
 
 CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 """Options that say which attacks to run."""
@@ -92,13 +99,11 @@ def attack_command(
 
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
-    from specdef_cli.attack.presence import require_data, require_trackers
-    from specdef_cli.attack.suite import BUDGET, load_suite, suite_names
+    from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
     from specdef_cli.checkpoint.check import require_models, writable_ancestor
     from specdef_cli.checkpoint.links import in_subfolder
-    from specdef_cli.cli.conditions import Condition
     from specdef_cli.errors import WrongUsage
-    from specdef_cli.parse import parse_duration
+    from specdef_cli.option import parse_duration
 
     model, subfolder = in_subfolder(model, subfolder)
     if "control_subfolder" in given:
@@ -149,8 +154,10 @@ def attack_command(
     from rich.console import Group
 
     from specdef_cli.attack import Forecast, attack, is_main_process, plan_attack
-    from specdef_cli.cli.plan import plan_screen
-    from specdef_cli.report import attacks_table, closing, edits_table, report_dict, runs_table, write_report
+    from specdef_cli.cli.attack_screens import plan_screen
+    from specdef_cli.report.document import report_dict
+    from specdef_cli.report.files import write_report
+    from specdef_cli.report.text import attacks_table, closing, edits_table, runs_table
 
     settle(output)
     if dry_run:
@@ -169,8 +176,8 @@ def attack_command(
     if not is_main_process():
         return
     if card:
-        from specdef_cli.attack.presence import REPORT_NAME
         from specdef_cli.certify.card import attacks_on_card
+        from specdef_cli.report.document import REPORT_NAME
 
         attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME, manifest)
     for text in report.assumed:
@@ -191,3 +198,73 @@ def attack_command(
         output.note(f"failed: {line}")
     if failures:
         raise typer.Exit(1)
+
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_METRICS: dict[str, Callable[[Finding], float | None]] = {
+    "steps_to_control": lambda finding: _steps_to_control(finding),
+    "share_of_control": lambda finding: finding.share,
+    "best_loss": lambda finding: finding.best,
+    "refusals": lambda finding: finding.refusals,
+}
+
+
+def _steps_to_control(finding: Finding) -> float | None:
+    """Never reached within the budget counts as infinitely many; nothing does where the control learned nothing."""
+    return float("inf") if finding.steps_to_control is None and finding.share is not None else finding.steps_to_control
+
+
+@dataclass(frozen=True)
+class Condition:
+    """``metric operator value``, as the user wrote it."""
+
+    text: str
+    metric: str
+    operator: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """Read a condition."""
+        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
+        try:
+            if match is None or match[1] not in _METRICS:
+                raise ValueError
+            return cls(text, match[1], match[2], float(match[3]))
+        except ValueError as error:
+            raise SpecDefError(
+                f"--fail-if {text!r} is not a condition",
+                f"Write e.g. 'steps_to_control<500'; metrics: {', '.join(_METRICS)}.",
+            ) from error
+
+    def failures(self, report: AttackReport) -> tuple[str, ...]:
+        """Why a gate on this condition fails, one line each: what was not measured holds nothing back."""
+        from specdef_cli.report import findings
+
+        failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
+        plain = [found for found in findings(report) if found.attack.subject == "model"]
+        plain = [found for found in plain if found.attack.knowledge == "none" and self._concerns(found)]
+        for finding in plain:
+            value = _METRICS[self.metric](finding)
+            if value is None:
+                failed.append(f"{finding.attack.label}: {self.metric} was not measured, as {_why(finding)}")
+            elif _OPERATORS[self.operator](value, self.value):
+                failed.append(f"{finding.attack.label} meets {self.text}")
+        return tuple(failed) or ((f"no attack was measured for {self.text}",) if not plain else ())
+
+    def _concerns(self, finding: Finding) -> bool:
+        """An edit has no steps and no loss, and one that breaks the model has no answers."""
+        if finding.edit is None:
+            return True
+        return self.metric == "share_of_control" or (self.metric == "refusals" and finding.verdict != "broken")
+
+
+def _why(finding: Finding) -> str:
+    if finding.start is not None and finding.share is not None:
+        return "its best run diverged, or no --prompts were given"
+    return "its start is not finite" if finding.start is None else "the control learned nothing by the same recipe"

@@ -13,7 +13,7 @@ from specdef_cli.cli.output import Output
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from specdef_cli.report.comparison import Comparison
+    from specdef_cli.report.document import Comparison
 
 
 def compare_command(
@@ -37,12 +37,11 @@ def compare_command(
     from specdef_cli.errors import require_extra
 
     require_extra("report", "reports")
-    from specdef_cli.attack.presence import require_report
+    from specdef_cli.report.document import require_report
 
     for path in reports:
         require_report(path)
-    from specdef_cli.report.comparison import compare, comparison_markdown
-    from specdef_cli.report.document import read_report
+    from specdef_cli.report.document import compare, comparison_markdown, read_report
 
     comparison = compare([read_report(path) for path in reports])
     if markdown and not as_json:
@@ -57,7 +56,7 @@ def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from specdef_cli.report.findings import percent
+    from specdef_cli.report import percent
 
     table = Table(pad_edge=False)
     table.add_column("attack")

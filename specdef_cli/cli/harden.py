@@ -9,7 +9,7 @@ import typer
 from specdef_cli.checkpoint.check import require_manifest_place, require_not_hardened, require_usable
 from specdef_cli.checkpoint.links import in_subfolder
 from specdef_cli.checkpoint.manifest import Method
-from specdef_cli.cli.derive import takes
+from specdef_cli.cli.inspect import summary_lines
 from specdef_cli.cli.options import (
     CreatePr,
     Device,
@@ -23,17 +23,20 @@ from specdef_cli.cli.options import (
     Subfolder,
     Token,
     TrustRemoteCode,
+    takes,
 )
-from specdef_cli.cli.output import Output
-from specdef_cli.cli.startup import prefer_huge_pages, settle
-from specdef_cli.cli.tables import layer_table, pairs_table, scaled_table, summary_lines
+from specdef_cli.cli.output import Output, settle
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
-from specdef_cli.option import flag_of, options_of
-from specdef_cli.parse import parse_size
+from specdef_cli.option import flag_of, options_of, parse_size
+from specdef_cli.process import prefer_huge_pages
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from collections.abc import Sequence
 
+    from rich.console import Group
+    from rich.table import Table
+
+    from specdef_cli.checkpoint.manifest import FoldedPair, ScaledModule
     from specdef_cli.hardening.run import HardenResult
 
 
@@ -186,3 +189,47 @@ def result_tables(result: HardenResult) -> Group:
     tables += [pairs_table(manifest.folded)] if manifest.folded else []
     tables += [scaled_table(manifest.scaled)] if manifest.scaled else []
     return Group(headline, *tables)
+
+
+def layer_table(last: str) -> Table:
+    """An empty table of replaced layers and their σ₁."""
+    from rich.table import Table
+
+    table = Table("layer")
+    table.columns[0].no_wrap = True
+    for heading in ("shape", "α", "σ₁ before", "σ₁ after", last):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def pairs_table(pairs: Sequence[FoldedPair]) -> Table:
+    """Rescaled pairs by kind: how many, and by which powers of two. ``--json`` lists every one."""
+    from rich.table import Table
+
+    table = Table("symmetric pairs")
+    for heading in ("count", "channels", "factors"):
+        table.add_column(heading, justify="right")
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        alike = [pair for pair in pairs if pair.kind == kind]
+        exponents = [exponent for pair in alike for exponent in pair.exponents]
+        table.add_row(
+            kind.replace("_", "/"),
+            str(len(alike)),
+            str(sum(len(pair.channels) for pair in alike)),
+            f"2^{min(exponents)} to 2^{max(exponents)}",
+        )
+    return table
+
+
+def scaled_table(modules: Sequence[ScaledModule]) -> Table:
+    """Scaled modules by kind: how many, and by which powers of two. ``--json`` lists every one."""
+    from rich.table import Table
+
+    table = Table("scaled modules")
+    for heading in ("count", "factors"):
+        table.add_column(heading, justify="right")
+    for kind in dict.fromkeys(module.kind for module in modules):
+        alike = [module for module in modules if module.kind == kind]
+        exponents = [value for module in alike for side in module.scales.values() for value in side.exponents]
+        table.add_row(kind, str(len(alike)), f"2^{min(exponents)} to 2^{max(exponents)}")
+    return table

@@ -10,14 +10,15 @@ import typer
 from specdef_cli.checkpoint.check import require_model
 from specdef_cli.checkpoint.links import in_subfolder
 from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Subfolder, Token, TrustRemoteCode
-from specdef_cli.cli.output import Output
-from specdef_cli.cli.startup import settle
-from specdef_cli.cli.tables import outlook_lines
+from specdef_cli.cli.output import Output, settle
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from collections.abc import Iterator
+
+    from rich.console import Group, RenderableType
     from rich.table import Table
 
+    from specdef_cli.hardening.outlook import Outlook, PlanSummary
     from specdef_cli.hardening.survey import LayerSurvey, Survey
 
 
@@ -159,3 +160,86 @@ def layers_table(found: Survey) -> Table:
             f"{layer.compensation_parameters:,}",
         )
     return table
+
+
+MAX_NAMES = 6
+"""Names of what is left alone that are listed."""
+
+FEW = 0.5
+"""Below this share of the parameters a recommendation says how little is reached."""
+
+
+def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
+    """What every method would do and cost, and which one to take."""
+    from specdef_cli.hardening.outlook import Obstacle
+
+    for summary in outlook.methods:
+        if isinstance(summary, Obstacle):
+            yield f"{summary.method}: not possible; {summary.problem}"
+        else:
+            yield from summary_lines(summary)
+        yield ""
+    if outlook.recommended is not None:
+        yield f"Recommended: {recommendation(outlook.recommended)}"
+    else:
+        found = outlook.methods[0]
+        assert isinstance(found, Obstacle)
+        yield f"Recommended: leave it as it is; {found.problem}. {found.hint}"
+    yield (
+        "Harden if a cost for people who run ordinary recipes is worth something to you. Attackers who know of the "
+        "change undo it in one pass over the weights, and `specdef attack` shows which other recipes get through."
+    )
+
+
+def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
+    """One plan: what it changes, what it leaves, what it costs."""
+    from rich.filesize import decimal
+    from rich.padding import Padding
+
+    parts = []
+    if summary.pairs:
+        parts.append(f"{summary.pairs} symmetric pairs rescaled")
+    if summary.modules:
+        parts.append(f"{summary.modules} modules scaled and compensated in place")
+    if summary.layers:
+        parts.append(f"{summary.layers} layers replaced by two factors")
+    yield f"{summary.method}: {', '.join(parts)}"
+    names = ", ".join(f"{name} ×{count}" for name, count in summary.changed.items())
+    lines = [
+        f"changes tensors with {_share(summary.parameters_changed, summary.parameters)} of the parameters: {names}"
+    ]
+    left = [f"{name} ({_share(count, summary.parameters)})" for name, count in summary.left.items()]
+    more = [f"{len(left) - MAX_NAMES} more"] if len(left) > MAX_NAMES else []
+    if left:
+        lines.append(f"leaves these, which train as before: {', '.join(left[:MAX_NAMES] + more)}")
+    lines.append(f"does not survive: {', '.join(summary.lost)}")
+    added = "no parameter added"
+    if summary.parameters_added:
+        grown = summary.bytes_after - summary.bytes_before
+        share = summary.parameters_added / summary.parameters
+        added = f"{summary.parameters_added:,} parameters added ({share:+.1%}, {decimal(grown)})"
+    lines.append(
+        f"costs: {added}; {decimal(summary.bytes_after)} to write, in about the time of copying them; "
+        f"{decimal(summary.bytes_before + summary.bytes_after)} of memory to compare the outputs"
+    )
+    for line in lines:
+        yield Padding(line, (0, 0, 0, 2))
+
+
+def recommendation(summary: PlanSummary) -> str:
+    """Why the default plan is the one to take."""
+    reasons = {
+        "fold": "fold (the default). The outputs stay bit-identical, and whatever loads the architecture loads the "
+        "result, in float32 and bfloat16.",
+        "scale": "scale, as no symmetric pair is known for this architecture. The outputs stay bit-identical; the "
+        "result needs code to load: trust_remote_code=True, or `import specdef_cli`.",
+        "factors": "factors. The result needs code to load: trust_remote_code=True, or `import specdef_cli`.",
+    }
+    reached = summary.parameters_changed / summary.parameters
+    caution = f" It reaches tensors with only {reached:.0%} of the parameters." if reached < FEW else ""
+    return reasons[summary.method] + caution
+
+
+def _share(count: int, whole: int) -> str:
+    share = count / whole
+    return "under 0.1 %" if 0 < share < 0.001 else f"{100 * share:.3g} %"

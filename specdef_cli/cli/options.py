@@ -1,13 +1,22 @@
-"""Options that several commands share."""
+"""Options of commands: those that several share, those that derive from a class, and their page of ``--help``."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field
 from pathlib import Path
-from typing import Annotated
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from specdef_cli.errors import clean_token
+from specdef_cli.option import options_of
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id org/name[@revision].")]
 Out = Annotated[
@@ -79,3 +88,182 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its time here; run nothing.", rich_help_panel="Output")
 ]
+
+
+Command = Callable[..., None]
+
+
+def takes(*models: type) -> Callable[[Command], Command]:
+    """Give a command, in place of its ``**given``, a parameter for every option of ``models`` that it does not declare.
+
+    ``given`` then holds what the user gave and nothing else, so that the defaults of ``models`` hold, which ``--help``
+    shows. A list arrives as the tuple that a frozen class holds. A declared parameter stands in ``--help`` where the
+    option of its name does.
+    """
+
+    def decorate(command: Command) -> Command:
+        declared = [
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        own = {parameter.name: parameter for parameter in declared}
+        derived = [
+            own.get(name) or _parameter(field, get_type_hints(model)[name])
+            for model in models
+            for name, field in options_of(model).items()
+        ]
+        derived += [parameter for parameter in declared if parameter not in derived]
+
+        @functools.wraps(command)
+        def run(context: typer.Context, **arguments: Any) -> None:
+            given = {
+                name: tuple(value) if isinstance(value, list) and name not in own else value
+                for name, value in arguments.items()
+                if name in own or context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
+            }
+            command(**given)
+
+        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (context, *derived)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
+    spelling, description = field.metadata["spelling"], field.metadata["description"]
+    kind: Any = _first(hint)
+    many = get_origin(kind) is tuple
+    metavar = spelling.metavar
+    if many:
+        item: Any = _first(get_args(kind)[0])
+        kind = list[item]
+        metavar = f"{metavar or item.__name__.upper()}…"
+    names = spelling.names or ((f"--{field.name.replace('_', '-')}",) if kind is bool else ())
+    shown = typer.Option(
+        *names,
+        help=description,
+        metavar=metavar,
+        show_default=spelling.shown_default or True,
+        rich_help_panel=spelling.group,
+    )
+    default = field.default or None if many else field.default
+    if default is None:
+        kind |= None
+    annotation: Any = Annotated[kind, shown]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _first(hint: Any) -> Any:
+    """The first member of a union: what else programs may give is made from that one."""
+    return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
+
+
+GROUPS = ("Model", "Data", "Attacks", "Budget", "Measurements", "Method", "Upload", "Output")
+"""In their order; an option without a group, such as ``--help``, stands in the last one."""
+
+LEGEND = "Defaults stand in brackets; an option with … can be given several times."
+WIDEST_FLAG = 24
+SHARED = " / "
+DEFAULT = re.compile(r"default: (.*?)(?:; required)?\]$")
+
+
+class GroupedCommand(TyperCommand):
+    """A command that shows its options in groups."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write the first paragraph, the examples, and what else the docstring says."""
+        paragraphs = [part.strip().replace("\b\n", "") for part in (self.help or "").split("\n\n")]
+        examples = [part for part in paragraphs if part.startswith("specdef ")]
+        texts = [part for part in paragraphs if part not in (*examples, "Examples:")]
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(" ".join(" ".join(texts).split()))
+            formatter.write_text(LEGEND)
+        if examples:
+            with formatter.section("Examples"):
+                for example in examples:
+                    formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write one section a group, all with one width of flags."""
+        shown = [parameter for parameter in self.get_params(ctx) if not getattr(parameter, "hidden", False)]
+        shown.sort(key=lambda parameter: parameter.param_type_name)  # arguments before options
+        for group in GROUPS:
+            members = [parameter for parameter in shown if _group(parameter)[0] == group]
+            if members:
+                with formatter.section(group):
+                    for flags, text in _rows(members, ctx):
+                        _write_row(formatter, flags, text)
+
+
+def _group(parameter: Any) -> tuple[str, str]:
+    """The group of a parameter, and the words that it shares with others."""
+    default = "Model" if parameter.param_type_name == "argument" else GROUPS[-1]
+    group, _, words = (getattr(parameter, "rich_help_panel", None) or default).partition(SHARED)
+    return group, words
+
+
+def _rows(members: Sequence[Any], ctx: Any) -> Iterator[tuple[str, str]]:
+    """Flags and text of every row; rows of several options come last."""
+    rows: dict[str, list[Any]] = {}
+    for parameter in members:
+        rows.setdefault(_group(parameter)[1] or parameter.name, []).append(parameter)
+    for words, alike in sorted(rows.items(), key=lambda row: len(row[1]) > 1):
+        if len(alike) == 1:
+            words = str(alike[0].help or "")
+        flags = _flags(alike, ctx)
+        text = words.removesuffix(".")
+        defaults = list(dict.fromkeys(filter(None, (_default(each, ctx) for each in alike))))
+        yield flags, " ".join([text, *([f"[{', '.join(defaults)}]"] if defaults else [])])
+
+
+def _flags(parameters: Sequence[Any], ctx: Any) -> str:
+    """Flags and their values; a kind of value that all of them have stands once, at the end."""
+    values = ["" if _is_flag(each) else str(each.display_type_rich(ctx=ctx)) for each in parameters]
+    if len(set(values)) == 1:
+        return " ".join([", ".join(map(_names, parameters)), *filter(None, values[:1])])
+    return ", ".join(f"{_names(each)} {value}".rstrip() for each, value in zip(parameters, values, strict=True))
+
+
+def _is_flag(parameter: Any) -> bool:
+    return parameter.param_type_name == "argument" or parameter.is_flag
+
+
+def _names(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar)
+    if parameter.secondary_opts:  # all of them are on by default
+        return ", ".join(f"--[no-]{name.removeprefix('--')}" for name in parameter.opts)
+    return ", ".join(sorted(parameter.opts, key=lambda name: name.startswith("--")))
+
+
+def _default(parameter: Any, ctx: Any) -> str:
+    """What click says after ``default:``, without its parentheses."""
+    if getattr(parameter, "secondary_opts", ()):
+        return ""
+    found = DEFAULT.search(parameter.get_help_record(ctx)[1])
+    return found[1].strip("()").removesuffix(".0") if found else ""
+
+
+def _write_row(formatter: Any, flags: str, text: str) -> None:
+    """Write flags and text on one line if they fit, else the text below, behind the column of flags."""
+    indent = formatter.current_indent
+    column = indent + WIDEST_FLAG + 2
+    lines = textwrap.wrap(text, formatter.width - column, break_on_hyphens=False)
+    head = f"{'':>{indent}}{flags}"
+    if len(head) + 2 > column:
+        if len(head) + 2 + len(text) <= formatter.width:  # the column is left for a line that would not fit otherwise
+            formatter.write(f"{head}  {text}\n")
+            return
+        for part in textwrap.wrap(
+            flags, formatter.width, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False
+        ):
+            formatter.write(f"{part}\n")
+    else:
+        formatter.write(f"{head:<{column}}{lines.pop(0)}\n")
+    for line in lines:
+        formatter.write(f"{'':>{column}}{line}\n")

@@ -28,9 +28,9 @@ from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.hardening.plan import plain_group
 from specdef_cli.hardening.scale import unscaled_group
+from specdef_cli.model.described import SHIM_SOURCE, unshim_config
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import open_model
-from specdef_cli.model.shim import SHIM_SOURCE, unshim_config
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,8 @@ from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptio
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.body import SymmetricPair
-from specdef_cli.model.described import require_code_allows
+from specdef_cli.model.described import LayerSpec, ScaledSpec, require_code_allows, shim_config
 from specdef_cli.model.opened import OpenedModel, require_whole
-from specdef_cli.model.shim import LayerSpec, ScaledSpec, shim_config
 from specdef_cli.model.sites import linear_sites, scalable_sites
 from specdef_cli.model.skeleton import Skeleton, TensorNames
 from specdef_cli.model.symmetries import symmetries

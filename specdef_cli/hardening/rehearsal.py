@@ -13,9 +13,9 @@ from specdef_cli.checkpoint.shards import plan_shards, shard_header
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.hardening.execute import write_json
 from specdef_cli.hardening.plan import HardeningPlan
+from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.meta_model import try_out
 from specdef_cli.model.opened import OpenedModel, open_found
-from specdef_cli.model.shim import SHIM_SOURCE
 
 
 def rehearse(base: OpenedModel, plan: HardeningPlan) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdef_cli import __version__
 from specdef_cli.checkpoint.check import require_manifest_place
 from specdef_cli.checkpoint.companions import carry_over
 from specdef_cli.checkpoint.durable import write_durably
@@ -38,10 +39,9 @@ from specdef_cli.hardening.outlook import PlanSummary, summarize
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.rehearsal import load_empty, rehearse
 from specdef_cli.hardening.verify import Loader, is_loadable_here, verify
+from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_found, require_attention
-from specdef_cli.model.shim import SHIM_SOURCE
-from specdef_cli.version import __version__
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpe
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import DIRECTIONS, SAMPLE_ROWS, by_block
-from specdef_cli.model.shim import ScaledSpec
+from specdef_cli.model.described import ScaledSpec
 from specdef_cli.model.sites import ScalableSite, require_findable
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.spectral.staircase import HIGHEST_UNCROSSED, one_apart, staircase

@@ -1,12 +1,18 @@
-"""What makes a hardened directory load in transformers and PEFT.
+"""Make the classes of transformers and diffusers load hardened directories after ``import specdef_cli``.
 
-The names are looked up when they are first used: this package is imported with ``specdef_cli`` itself, which must not
-import torch.
+``import specdef_cli`` must stay cheap, and transformers with torch takes seconds to import. Neither library has a
+plugin mechanism, so the registration waits: a finder at the head of ``sys.meta_path`` runs it right after one of the
+modules that hold the registries is imported, or at once where that has happened already. For the same reason the names
+of this room are looked up when they are first used.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,19 +21,91 @@ if TYPE_CHECKING:
 
 __all__ = ["SpecDefLinear", "SpecDefScaled", "load_model", "load_tokenizer", "without_progress_bars"]
 
-_HOMES = {
-    "SpecDefLinear": "specdef_cli.model.configuration_specdef",
-    "SpecDefScaled": "specdef_cli.model.configuration_specdef",
-    "load_model": "specdef_cli.model.loading",
-    "load_tokenizer": "specdef_cli.model.loading",
-    "without_progress_bars": "specdef_cli.model.loading",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # A cycle: configuration_specdef imports transformers.quantizers.auto, whose callback (register.py) imports
-    # configuration_specdef. With the former imported first, the callback finds the latter whole.
+    # A cycle: configuration_specdef imports transformers.quantizers.auto, whose callback imports configuration_specdef.
+    # With the former imported first, the callback finds the latter whole.
     importlib.import_module("transformers.quantizers.auto")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home = "configuration_specdef" if name.startswith("SpecDef") else "loading"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+Callback = Callable[[], None]
+
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls something after a module was imported. It finds nothing itself: it asks the finders after it."""
+
+    def __init__(self, callbacks: dict[str, Callback]) -> None:
+        self.callbacks = callbacks
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.callbacks:
+            return None
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                self._call_after(spec.loader, self.callbacks.pop(fullname))
+                return spec
+        return None
+
+    @staticmethod
+    def _call_after(loader: importlib.abc.Loader, callback: Callback) -> None:
+        exec_module = loader.exec_module
+
+        def exec_then_call(module: types.ModuleType) -> None:
+            exec_module(module)
+            callback()
+
+        loader.exec_module = exec_then_call  # type: ignore[method-assign]
+
+
+def _register_config() -> None:
+    # A cycle: importing configuration_specdef imports transformers.quantizers.auto, whose callback imports
+    # configuration_specdef. So the former's dependency comes first; if it is being imported already, this does nothing.
+    import transformers.quantizers.auto  # noqa: F401
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefConfig
+
+    CONFIG_MAPPING.register(MODEL_TYPE, SpecDefConfig, exist_ok=True)
+
+
+def _register_quantizer() -> None:
+    from specdef_cli.model.configuration_specdef import register_quantizer
+
+    register_quantizer(replace=True)
+
+
+def _register_diffusers_quantizer() -> None:
+    import transformers.quantizers.auto  # noqa: F401 (first, for the reason in _register_config)
+    from diffusers.quantizers import auto
+
+    from specdef_cli.model import diffusion
+
+    auto.AUTO_QUANTIZER_MAPPING[diffusion.METHOD] = diffusion.SpecDefDiffusersQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[diffusion.METHOD] = diffusion.SpecDefDiffusersConfig
+
+
+def register() -> None:
+    """Register the runtime with both libraries, now or as soon as they are imported. Calling it again is harmless."""
+    if any(isinstance(finder, AfterImport) for finder in sys.meta_path):
+        return
+    waiting = {}
+    for module, callback in (
+        ("transformers.models.auto.configuration_auto", _register_config),
+        # The native classes (LlamaForCausalLM) never ask for the config by its model_type, but they look up the hook.
+        ("transformers.quantizers.auto", _register_quantizer),
+        ("diffusers.quantizers.auto", _register_diffusers_quantizer),
+    ):
+        if module in sys.modules:
+            callback()
+        else:
+            waiting[module] = callback
+    sys.meta_path.insert(0, AfterImport(waiting))

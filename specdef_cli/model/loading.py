@@ -19,9 +19,9 @@ from specdef_cli.checkpoint.headers import is_lfs_pointer, lfs_pointer
 from specdef_cli.checkpoint.library import diffusers_missing, library_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.model import register
 from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError
-from specdef_cli.model.launcher import forget_stale_launcher
-from specdef_cli.model.register import register
+from specdef_cli.process import forget_stale_launcher
 
 
 @contextlib.contextmanager

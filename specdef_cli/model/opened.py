@@ -23,8 +23,7 @@ from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, resolve
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
-from specdef_cli.model.described import as_original, require_its_own
-from specdef_cli.model.shim import is_shim
+from specdef_cli.model.described import as_original, is_shim, require_its_own
 from specdef_cli.model.skeleton import Skeleton
 
 

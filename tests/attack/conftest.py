@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
-from specdef_cli.model.shim import SHIM_SOURCE, LayerSpec, shim_config
+from specdef_cli.model.described import SHIM_SOURCE, LayerSpec, shim_config
 from tests.byte_tokenizer import byte_tokenizer
 
 HardenDirectory = Callable[..., Path]

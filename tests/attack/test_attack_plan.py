@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from specdef_cli.attack import AttackOptions
+from specdef_cli.attack.one_run import RunSpec
+from specdef_cli.attack.options import load_suite, suite_names
 from specdef_cli.attack.plan import Series, default_learning_rates, make_plan
-from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.suite import load_suite, suite_names
 from specdef_cli.attack.target import Target
-from specdef_cli.attack.trainings.table import TRAININGS, Training
-from specdef_cli.attack.variants.table import VARIANTS, Variant, informed_variants
+from specdef_cli.attack.trainings import TRAININGS, Training
+from specdef_cli.attack.variants import VARIANTS, Variant, informed_variants
 from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, FactoredLayer, FoldedPair, Manifest
 from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.cli.app import app
@@ -221,7 +221,7 @@ GIVEN = {
     "prompts_harmless": "harmless.jsonl", "retained": "none", "eval_task_path": Path("tasks"),
     "task": "masked-lm", "schedule": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5, "weight_decay": 0.1,
     "steps": 7, "batch_size": 6, "gradient_accumulation": 2, "sequence_length": 32, "eval_every": 5,
-    "eval_sequences": 9, "dtype": "mixed", "dask": "tcp://host:8786", "runs": Path("runs"), "out": Path("o"), "revision": "r",
+    "eval_sequences": 9, "dtype": "mixed", "jobs": 2, "runs": Path("runs"), "out": Path("o"), "revision": "r",
     "token": "t",
 }  # fmt: skip
 GIVEN_OTHERWISE = {
@@ -246,7 +246,7 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("specdef_cli.attack.run.plan_attack", take)
-    monkeypatch.setattr("specdef_cli.attack.presence.require_trackers", lambda _: None)  # need not be installed
+    monkeypatch.setattr("specdef_cli.attack.options.require_trackers", lambda _: None)  # need not be installed
     for name in ("base", "hardened", "tasks"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")

@@ -17,20 +17,21 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import load_data
-from specdef_cli.attack.data.examples import Examples
+from specdef_cli.attack.data.forms import Examples
 from specdef_cli.attack.data.language import BUILTIN_NAME
+from specdef_cli.attack.one_run import RunResult, RunStore
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.attack.run_result import RunResult, RunStore
 from specdef_cli.attack.target import Target
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Variant
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model, load_tokenizer
-from specdef_cli.report import findings, summary
+from specdef_cli.report import findings
+from specdef_cli.report.text import summary
 
 HardenDirectory = Callable[..., Path]
 SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "sequence_length": 16, "eval_every": 2, "eval_sequences": 4}

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.attack.trainings.own import train_only
-from specdef_cli.attack.variants.channel_rates import channel_scales, scale_rates
+from specdef_cli.attack.variants.scales import channel_scales, scale_rates
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model

@@ -62,7 +62,7 @@ def workers(scheduler: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         process.wait()
 
 
-def wait_until(state: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_until(state: Callable[[], object], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not state():
         assert time.monotonic() < end
@@ -118,11 +118,12 @@ def test_ctrl_c_ends_runs_at_their_next_step(hardened: Path, tmp_path: Path, sch
     def on_progress(event: ProgressEvent) -> None:
         threading.Thread(target=press, daemon=True).start()
 
+    endless = {"steps": 20_000, "batch_size": 1, "sequence_length": 8}  # 200 seconds
     with client:
-        endless = AttackOptions(model=hardened, out=tmp_path, dask=scheduler.address, **{**SMALL, "steps": 3000})
+        asked = AttackOptions(model=hardened, out=tmp_path, dask=scheduler.address, **{**SMALL, **endless})
         with pytest.raises(KeyboardInterrupt):
-            attack(endless, on_progress=on_progress)
-        wait_until(lambda: not at_work(), seconds=10)  # 3000 steps take 30
+            attack(asked, on_progress=on_progress)
+        wait_until(lambda: not at_work(), seconds=100)
     assert not list(scheduler.tasks)
     assert not list(tmp_path.glob("runs/*"))
 
@@ -181,7 +182,7 @@ def test_no_scheduler(hardened: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     result = call_cli("attack", hardened, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:1")
     assert_refused(result, "no Dask scheduler answers at --dask tcp://127.0.0.1:1", "`dask scheduler`", empty=tmp_path)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     for address in ("", "ftp://host:1"):
         with pytest.raises(SpecDefError, match="no Dask scheduler answers"):
             connected(address).__enter__()

@@ -13,15 +13,13 @@ from typing import Any
 import pytest
 
 from specdef_cli.attack import AttackOptions, attack, plan_attack
-from specdef_cli.attack.notes import Speed
-from specdef_cli.attack.plan import BUDGETS, SEARCHED_RUNS, Series, default_budget, expected_runs, in_order
+from specdef_cli.attack.one_run import RunResult, RunSpec
+from specdef_cli.attack.plan import BUDGETS, SEARCHED_RUNS, Series, Speed, default_budget, expected_runs, in_order
 from specdef_cli.attack.queue import Deadline
-from specdef_cli.attack.run_result import RunResult
-from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
-from specdef_cli.parse import in_words, parse_duration
+from specdef_cli.option import in_words, parse_duration
 from tests.attack.test_optimizers import spec
 from tests.attack.test_search import GRID, make_series, result, run_plan
 from tests.commands import Result, call_cli, environment

@@ -10,18 +10,18 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from specdef_cli.attack.behaviour import reference_of, try_edits
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.prompts import Prompts, load_prompts
+from specdef_cli.attack.prompts import Prompts, load_prompts, reference_of, try_edits
 from specdef_cli.attack.run import attack
+from specdef_cli.attack.variants import Variant
 from specdef_cli.attack.variants.edits import RANK
-from specdef_cli.attack.variants.table import Variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model, load_tokenizer
 from specdef_cli.model.opened import open_model
-from specdef_cli.report import findings, summary
+from specdef_cli.report import findings
+from specdef_cli.report.text import summary
 from tests.byte_tokenizer import byte_tokenizer
 from tests.commands import run_cli
 

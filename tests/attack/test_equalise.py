@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.variants.folded import equalise
+from specdef_cli.attack.variants.scales import equalise
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model

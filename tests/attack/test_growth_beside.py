@@ -10,8 +10,8 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.table import NotApplicable
+from specdef_cli.attack.variants import Variant
 from specdef_cli.attack.variants.grown import outermost_block_paths
-from specdef_cli.attack.variants.table import Variant
 from specdef_cli.model import load_model
 from tests.attack.test_rebalance import logits
 from tests.tiny_families import CASES, write_case

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from specdef_cli.attack.variants.folded import rebalance
+from specdef_cli.attack.variants.scales import rebalance
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import channel_exponents

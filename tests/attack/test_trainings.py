@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.target import Target
+from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.trainings.own import train_only
-from specdef_cli.attack.trainings.table import Training
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.recognise import Recognised

@@ -22,7 +22,7 @@ from specdef_cli.hardening.options import Factors, Fold, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
-from specdef_cli.report import write_report
+from specdef_cli.report.files import write_report
 from tests.commands import assert_refused, call_cli
 
 TEXT = " ".join(f"w{number % 90 + 3}" for number in range(3000))

@@ -25,8 +25,7 @@ from specdef_cli.certify.formats import (
     measure_format,
     measure_formats,
 )
-from specdef_cli.certify.tools import missing
-from specdef_cli.certify.trial import Trial
+from specdef_cli.certify.tools import Trial, missing
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden

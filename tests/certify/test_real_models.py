@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.certify.formats import FORMATS, measure_format, measure_formats
-from specdef_cli.certify.tools import LLAMA_CPP, missing
-from specdef_cli.certify.trial import Trial
+from specdef_cli.certify.tools import LLAMA_CPP, Trial, missing
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model
 from tests.commands import REPOSITORY, run_cli

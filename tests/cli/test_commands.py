@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from specdef_cli.attack.optimizers.table import OPTIMIZERS
-from specdef_cli.attack.suite import suite_names
-from specdef_cli.attack.trainings.table import TRAININGS
-from specdef_cli.attack.variants.table import VARIANTS
+from specdef_cli.attack.optimizers import OPTIMIZERS
+from specdef_cli.attack.options import suite_names
+from specdef_cli.attack.trainings import TRAININGS
+from specdef_cli.attack.variants import VARIANTS
 from specdef_cli.cli.app import COMMANDS, app
-from specdef_cli.cli.startup import COLLECT_AFTER
+from specdef_cli.process import COLLECT_AFTER
 from tests.commands import REPOSITORY, assert_refused, call_cli, environment, run_cli, run_light, run_program, snapshot
 from tests.faults.small_attack import SMALL
 from tests.hardening.test_adapter import lora
@@ -307,7 +307,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 )
 def test_weights_come_to_lie_in_huge_pages() -> None:
     code = (
-        "from specdef_cli.cli.startup import prefer_huge_pages; prefer_huge_pages()\n"
+        "from specdef_cli.process import prefer_huge_pages; prefer_huge_pages()\n"
         "import json, torch; weight = torch.ones(2**24)\n"
         "sizes = [line.split() for line in open('/proc/self/smaps') if line.startswith('AnonHugePages')]\n"
         "print(json.dumps({'bytes': sum(int(size) for _, size, _ in sizes) * 1024}))"

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.certify.options import CertifyOptions
-from specdef_cli.cli.derive import takes
+from specdef_cli.cli.options import takes
 from specdef_cli.hardening.options import Factors, Fold, HardenOptions, Scale
 from specdef_cli.option import flag_of, option, options_of
 from tests.commands import call_cli

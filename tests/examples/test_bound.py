@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.attack.variants.grown import deepen
+from specdef_cli.attack.variants.factored import deepen
 from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainable
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors, HardenOptions

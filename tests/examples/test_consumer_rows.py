@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_format
-from specdef_cli.certify.trial import Trial
+from specdef_cli.certify.tools import Trial
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.opened import open_model

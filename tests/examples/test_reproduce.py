@@ -141,7 +141,7 @@ def test_a_share_of_the_capability_is_read_between_both_models(prior: ModuleType
 
 @pytest.fixture(scope="module")
 def rows(prior: ModuleType, scripts: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list:
-    from specdef_cli.attack.trainer import quiet
+    from specdef_cli.attack.train import quiet
 
     out = tmp_path_factory.mktemp("prior")
     code = "def add(first, second):\n    return first + second\n" * 300
@@ -182,7 +182,7 @@ def test_what_each_step_is_for(rows: list) -> None:
 
 @pytest.fixture(scope="module")
 def columns(utility: ModuleType) -> list:
-    from specdef_cli.attack.trainer import quiet
+    from specdef_cli.attack.train import quiet
 
     tokens = utility.token_batch(utility.BASE, "for index in range(length):\n    yield index\n" * 20, sequences=4)
     with quiet():

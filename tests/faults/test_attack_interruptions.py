@@ -24,10 +24,10 @@ REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
 # Where an attack can die, in order: before a run, while it is kept (before and within the write), in the report.
 POINTS = [
     *(("specdef_cli.attack.run.train_run", call) for call in (1, 3)),
-    ("specdef_cli.attack.run_result.write_durably", 2),
+    ("specdef_cli.attack.one_run.write_durably", 2),
     ("os.replace", 2),
-    ("specdef_cli.report.write.curves_png", 1),
-    ("specdef_cli.report.write.write_durably", 3),
+    ("specdef_cli.report.files.curves_png", 1),
+    ("specdef_cli.report.files.write_durably", 3),
 ]
 
 

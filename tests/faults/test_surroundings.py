@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.cli.output import Output
-from specdef_cli.cli.streams import SafeStream, safe_streams
+from specdef_cli.cli.output import Output, SafeStream, safe_streams
 from specdef_cli.errors import SpecDefError, clean_token, redact
-from specdef_cli.model.launcher import forget_stale_launcher
+from specdef_cli.process import forget_stale_launcher
 from tests.commands import REPOSITORY, assert_refused, call_cli, command, environment
 from tests.hub_server import Hub, serving, variables
 

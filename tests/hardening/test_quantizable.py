@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdef_cli.certify.formats import FORMATS, measure_format
-from specdef_cli.certify.trial import Trial
+from specdef_cli.certify.tools import Trial
 from specdef_cli.checkpoint.manifest import Manifest, read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.calibration import calibrate, default_text

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdef_cli.errors import SpecDefError
-from specdef_cli.model.shim import LayerSpec, shim_config, shim_layers, unshim_config
+from specdef_cli.model.described import LayerSpec, shim_config, shim_layers, unshim_config
 
 LAYERS = {
     "model.layers.0.self_attn.o_proj": LayerSpec(in_features=32, out_features=16, bias=False),

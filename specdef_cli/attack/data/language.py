@@ -10,40 +10,38 @@ from itertools import chain
 
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from specdef_cli.attack.data.examples import (
+from specdef_cli.attack.data.forms import (
+    FORMS,
     HELD_OUT_EVERY,
     NOT_COUNTED,
+    REFUSED,
+    WITHOUT_ANSWER,
     AttackData,
+    Completion,
+    Conversation,
+    Document,
     Example,
+    Form,
     Frame,
+    Instruction,
+    Text,
     as_items,
     check_size,
     collate,
+    conversation_example,
     fingerprint_of,
+    form_of,
+    has_template,
     is_held_out,
     padding_of,
     repeated_rows,
     shared_length,
+    spoken,
     whole_batches,
 )
-from specdef_cli.attack.data.forms import (
-    FORMS,
-    REFUSED,
-    WITHOUT_ANSWER,
-    Completion,
-    Conversation,
-    Document,
-    Form,
-    Instruction,
-    Text,
-    conversation_example,
-    form_of,
-    has_template,
-    spoken,
-)
 from specdef_cli.attack.data.rows import rows
+from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 
 BUILTIN_NAME = "pydoc_data.topics (English prose of Python's language reference)"

@@ -15,8 +15,7 @@ from typing import Any
 import datasets
 from datasets.data_files import get_data_patterns
 
-from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.presence import COMPRESSIONS, require_data
+from specdef_cli.attack.options import COMPRESSIONS, AttackOptions, require_data
 from specdef_cli.checkpoint.durable import takes_files
 from specdef_cli.errors import SpecDefError
 
