@@ -31,8 +31,8 @@ from specdef_cli.attack.one_run import Budget, Task
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
-from specdef_cli.errors import SpecDefError
-from specdef_cli.option import as_declared, flag_of, option, require_positive
+from specdef_cli.errors import SpecDefError, WrongUsage
+from specdef_cli.option import Source, flag_of, in_subfolder, option, require_positive
 
 NO_RETAINED = "none"
 """Leaves out what is measured on retained text."""
@@ -57,10 +57,9 @@ def seeds_of(count: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class AttackOptions(Budget):
+class AttackOptions(Budget, Source):
     """Everything an attack depends on, besides the budget of a run (:class:`Budget`)."""
 
-    model: str | Path
     out: Path = option(
         Path("attack"), "Runs and report; keeps finished runs.", "--out", "-o", metavar="DIR", group="Output"
     )
@@ -165,14 +164,15 @@ class AttackOptions(Budget):
     dask: str | None = option(
         None, "Address of a Dask scheduler, whose workers make the runs.", metavar="ADDRESS", group=_AT_A_TIME
     )
-    manifest: Path | None = None
-    trust_remote_code: bool = False
-    revision: str | None = None
-    subfolder: str | None = None
-    token: str | None = None
 
     def __post_init__(self) -> None:
-        as_declared(self)
+        super().__post_init__()
+        if self.control is not None:
+            control, folder = in_subfolder(self.control, self.control_subfolder)
+            object.__setattr__(self, "control", control)
+            object.__setattr__(self, "control_subfolder", folder)
+        elif self.control_subfolder is not None:
+            raise WrongUsage("--control-subfolder is a folder of --control, which is not given", "Give --control BASE.")
         for optimizer in self.optimizers:
             OPTIMIZERS.choose(optimizer)
         variants = tuple(Variant.parse(asked) if isinstance(asked, str) else asked for asked in self.variants)

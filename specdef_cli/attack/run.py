@@ -48,9 +48,8 @@ from specdef_cli.attack.results import (
 from specdef_cli.attack.target import Target, largest_alpha, task_of
 from specdef_cli.attack.train import quiet, require_harness
 from specdef_cli.attack.trainer import NOWHERE, Memory, ProgressHook, Tracking
-from specdef_cli.checkpoint.check import require_outside, writable_ancestor
 from specdef_cli.checkpoint.manifest import Manifest
-from specdef_cli.checkpoint.output import exclusive
+from specdef_cli.checkpoint.output import exclusive, require_outside, writable_ancestor
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
 from specdef_cli.model.inputs import require_in_vocabulary
@@ -191,14 +190,7 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> _Prepared:
     _check_engine()
     began = time.monotonic()
     writable_ancestor(options.out)
-    model = open_model(
-        options.model,
-        manifest=options.manifest,
-        revision=options.revision,
-        token=options.token,
-        subfolder=options.subfolder,
-        trust_remote_code=options.trust_remote_code,
-    )
+    model = open_model(options)
     control = open_base(model, options.control, "--control", token=options.token, subfolder=options.control_subfolder)
     for each in (model, control):
         require_sound(each)

@@ -113,7 +113,7 @@ def _compiled(model: Any, _: Trial) -> Any:
 
 
 def _llama_cpp(kind: str) -> Format:
-    return Format(kind, "llama.cpp", score=lambda trial: (tools.gguf_loss(trial, tools.Settings(kind)), ""))
+    return Format(kind, "llama.cpp", score=lambda trial: (tools.gguf_loss(trial, kind), ""))
 
 
 _torchao = partial(Format, tool="torchao")

@@ -11,10 +11,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from specdef_cli.checkpoint.links import require_inside
+from specdef_cli.checkpoint.files import holds_weights, require_inside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.resolve import status_of
-from specdef_cli.checkpoint.weight_formats import holds_weights
 from specdef_cli.errors import SpecDefError, first_line
 
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."

@@ -13,8 +13,8 @@ import typer
 
 from specdef_cli.attack.options import NO_RETAINED, AttackOptions, seeds_of
 from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
-from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Subfolder, Token, TrustRemoteCode, takes
-from specdef_cli.cli.output import Output, settle
+from specdef_cli.cli.options import DryRun, takes
+from specdef_cli.cli.output import Output
 from specdef_cli.errors import SpecDefError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 
 @takes(AttackOptions)
 def attack_command(
+    output: Output,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id to attack.")] = ("hardened"),
     suite: Annotated[
         str | None,
@@ -65,17 +66,7 @@ def attack_command(
     list_all: Annotated[
         bool, typer.Option("--list", help="List what these options take, and stop.", rich_help_panel="Attacks")
     ] = False,
-    manifest: Manifest = None,
     dry_run: DryRun = False,
-    revision: Revision = None,
-    subfolder: Subfolder = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show every run, and what other libraries say.", rich_help_panel="Output")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
     **given: Any,
 ) -> None:
     """Fine-tune a hardened model and its base; report how far each attack got.
@@ -88,7 +79,6 @@ def attack_command(
 
       specdef attack hardened --dataset notes.jsonl --training lora --steps 200
     """
-    output = Output(as_json, quiet)
     if list_all:
         from rich.console import Group
 
@@ -100,16 +90,11 @@ def attack_command(
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
     from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
-    from specdef_cli.checkpoint.check import require_models, writable_ancestor
-    from specdef_cli.checkpoint.links import in_subfolder
+    from specdef_cli.checkpoint.check import require_models
+    from specdef_cli.checkpoint.output import writable_ancestor
     from specdef_cli.errors import WrongUsage
     from specdef_cli.option import parse_duration
 
-    model, subfolder = in_subfolder(model, subfolder)
-    if "control_subfolder" in given:
-        if "control" not in given:
-            raise WrongUsage("--control-subfolder is a folder of --control, which is not given", "Give --control BASE.")
-        given["control"], given["control_subfolder"] = in_subfolder(given["control"], given["control_subfolder"])
     limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
     conditions = [Condition.parse(text) for text in fail_if or []]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
@@ -132,17 +117,12 @@ def attack_command(
         suite=chosen,
         free=tuple(name for name in BUDGET if name != "seeds" and name not in kept),
         time_limit=limit,
-        manifest=manifest,
-        revision=revision,
-        subfolder=subfolder,
-        token=token,
-        trust_remote_code=trust_remote_code,
     )
-    require_models(model, given.get("control"), "--control", manifest)
+    require_models(options, options.control, "--control")
     if card:
         from specdef_cli.checkpoint.check import require_card
 
-        require_card(model, manifest)
+        require_card(options)
     require_data(options.dataset)
     if options.retained != NO_RETAINED:
         require_data(options.retained)
@@ -159,7 +139,6 @@ def attack_command(
     from specdef_cli.report.files import write_report
     from specdef_cli.report.text import attacks_table, closing, edits_table, runs_table
 
-    settle(output)
     if dry_run:
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))
@@ -171,7 +150,7 @@ def attack_command(
         output.show(plan_screen(forecast))
 
     with output.progress("attacking") as bar:
-        report = attack(options, on_progress=RunProgress(bar).show, on_plan=None if quiet else show_plan)
+        report = attack(options, on_progress=RunProgress(bar).show, on_plan=None if output.quiet else show_plan)
     written = write_report(report, options.out)
     if not is_main_process():
         return
@@ -179,19 +158,19 @@ def attack_command(
         from specdef_cli.certify.card import attacks_on_card
         from specdef_cli.report.document import REPORT_NAME
 
-        attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME, manifest)
+        attacks_on_card(Path(options.model).expanduser(), options.out / REPORT_NAME, options.manifest)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
     for text in report.notes:
         if text not in planned:
             output.note(f"note: {text}")
-    table = runs_table(report) if verbose else attacks_table(report)
+    table = runs_table(report) if output.verbose else attacks_table(report)
     tables = [table] if any(not run.spec.is_edit for run in report.runs) else []
     edits = edits_table(report)
     tables += [edits] if edits is not None else []
     output.data(report_dict(report), Group(*tables, "", *closing(report, written[0])), written=written[0])
-    if as_json:
+    if output.as_json:
         output.note(f"report: {written[0]}")
     failures = dict.fromkeys(line for condition in conditions for line in condition.failures(report))
     for line in failures:

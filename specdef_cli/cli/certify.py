@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdef_cli.certify.options import CertifyOptions
-from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode, takes
-from specdef_cli.cli.output import Output, settle
+from specdef_cli.cli.options import DryRun, takes
+from specdef_cli.cli.output import Output
+from specdef_cli.option import Source
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -19,17 +20,11 @@ if TYPE_CHECKING:
 
 @takes(CertifyOptions)
 def certify_command(
+    output: Output,
     model: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id of `specdef harden`.")
     ] = "hardened",
-    no_deployment: Annotated[bool, typer.Option("--no-deployment", hidden=True, help="--formats none.")] = False,
-    manifest: Manifest = None,
     dry_run: DryRun = False,
-    revision: Revision = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
     **given: Any,
 ) -> None:
     """Measure a hardened checkpoint: function kept, spectrum as planned, curvature, formats.
@@ -47,35 +42,27 @@ def certify_command(
     """
     from rich.text import Text
 
-    from specdef_cli.checkpoint.check import require_hardened, require_models, writable_ancestor
+    from specdef_cli.checkpoint.check import require_hardened, require_models
+    from specdef_cli.checkpoint.output import writable_ancestor
     from specdef_cli.errors import SpecDefError, require_extra
 
     # Validate first: importing torch takes seconds.
-    require_hardened(model, manifest)
-    require_models(model, given.get("base"), "--base", manifest)
-    if (text := given.get("text")) is not None and not text.is_file():
-        raise SpecDefError(f"--text {text} is not a file", "Check the path.")
-    writable_ancestor(given.get("out", CertifyOptions.out))
+    options = CertifyOptions(model, **given)
+    require_hardened(options)
+    require_models(options, options.base, "--base")
+    if options.text is not None and not options.text.is_file():
+        raise SpecDefError(f"--text {options.text} is not a file", "Check the path.")
+    writable_ancestor(options.out)
     require_extra("attack", "certificates")
-    if (report := given.get("attacks")) is not None:
-        from specdef_cli.report.document import require_report
-
-        report = require_report(report)
+    if options.attacks is not None:
         from specdef_cli.report.document import read_report
 
-        read_report(report)
-    from specdef_cli.certify.run import attack_command, certify, plan_certify
+        read_report(options.attacks)
+    from specdef_cli.certify.run import prepare
 
-    output = Output(as_json, quiet)
-    settle(output)
-    if no_deployment:  # how scripts of earlier versions say it
-        given["formats"] = ("none",)
-    options = CertifyOptions(
-        model, **given, manifest=manifest, trust_remote_code=trust_remote_code, revision=revision, token=token
-    )
+    prepared = prepare(options)
     if dry_run:
-        parts = plan_certify(options)
-        output.data({"measured": parts}, Text(f"measured: {', '.join(parts)}"))
+        output.data({"measured": prepared.parts}, Text(f"measured: {', '.join(prepared.parts)}"))
         return
     with output.progress("certifying") as bar:
 
@@ -83,12 +70,12 @@ def certify_command(
             bar.advance(name, 0)
             bar.log(name)
 
-        certificate = certify(options, part)
+        certificate = prepared.certify(part)
     output.data(certificate, certificate_tables(certificate), written=options.out / "certificate.json")
     output.note(f"certificate: {options.out / 'certificate.json'}")
     if certificate.resistance is None:
         output.note(
-            f"attacks: no report was given. `{attack_command(options)}` makes one; "
+            f"attacks: no report was given. `{prepared.attack_command}` makes one; "
             "then certify with --attacks attack/report.json."
         )
     if not certificate.holds:
@@ -126,7 +113,9 @@ def certificate_tables(certificate: Certificate) -> Group:
     return Group(*parts)
 
 
+@takes(Source, without=("manifest", "subfolder", "trust_remote_code"))
 def verify_certificate_command(
+    output: Output,
     model: Annotated[str, typer.Argument(metavar="HARDENED", help="Directory or Hub id with a certificate.json.")],
     base: Annotated[
         str | None,
@@ -143,10 +132,7 @@ def verify_certificate_command(
             rich_help_panel="Model",
         ),
     ] = None,
-    revision: Revision = None,
-    token: Token = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    **given: Any,
 ) -> None:
     """Check that files, figures and verdicts still fit a certificate.
 
@@ -166,18 +152,18 @@ def verify_certificate_command(
     from specdef_cli.checkpoint.check import require_model
     from specdef_cli.report.document import require_report
 
-    directory = require_model(model)
+    source = Source(model, **given)
+    directory = require_model(source)
     if directory is not None:
         require_certificate(directory)
     if base is not None:
-        require_model(base)
+        require_model(Source(base))
     if attacks is not None:
         require_report(attacks)
     from specdef_cli.certify.verification import verify_certificate
 
-    output = Output(as_json, quiet)
     with output.progress("checking"):
-        checks = verify_certificate(model, base=base, attacks=attacks, revision=revision, token=token)
+        checks = verify_certificate(source, base=base, attacks=attacks)
     table = Table("certificate", "", "detail")
     for check in checks:
         table.add_row(check.name, "DIFFERS" if check.result == "differs" else check.result, Text(check.detail))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdef_cli.cli.options import Json, Quiet
+from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
 
 if TYPE_CHECKING:
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from specdef_cli.report.document import Comparison
 
 
+@takes()
 def compare_command(
+    output: Output,
     reports: Annotated[
         list[Path], typer.Argument(metavar="REPORT…", help="report.json of each model, or the directory it is in.")
     ],
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.", rich_help_panel="Output")
     ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Put attack reports side by side: one row an attack, one column a model.
 
@@ -44,10 +44,10 @@ def compare_command(
     from specdef_cli.report.document import compare, comparison_markdown, read_report
 
     comparison = compare([read_report(path) for path in reports])
-    if markdown and not as_json:
+    if markdown and not output.as_json:
         print(comparison_markdown(comparison), end="")
         return
-    Output(as_json, quiet).data(comparison, comparison_table(comparison, notes=not quiet))
+    output.data(comparison, comparison_table(comparison, notes=not output.quiet))
 
 
 def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:

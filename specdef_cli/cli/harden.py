@@ -6,26 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.checkpoint.check import require_manifest_place, require_not_hardened, require_usable
-from specdef_cli.checkpoint.links import in_subfolder
+from specdef_cli.checkpoint.check import require_not_hardened
 from specdef_cli.checkpoint.manifest import Method
+from specdef_cli.checkpoint.output import require_manifest_place, require_usable
 from specdef_cli.cli.inspect import summary_lines
-from specdef_cli.cli.options import (
-    CreatePr,
-    Device,
-    Json,
-    MaxShardSize,
-    Model,
-    Private,
-    Quiet,
-    Resume,
-    Revision,
-    Subfolder,
-    Token,
-    TrustRemoteCode,
-    takes,
-)
-from specdef_cli.cli.output import Output, settle
+from specdef_cli.cli.options import CreatePr, Device, MaxShardSize, Model, Private, Resume, takes
+from specdef_cli.cli.output import Output
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
 from specdef_cli.option import flag_of, options_of, parse_size
 from specdef_cli.process import prefer_huge_pages
@@ -40,8 +26,9 @@ if TYPE_CHECKING:
     from specdef_cli.hardening.run import HardenResult
 
 
-@takes(HardenOptions, *CONSTRUCTIONS.values())
+@takes(HardenOptions, *CONSTRUCTIONS.values(), without=("manifest",))
 def harden_command(
+    output: Output,
     model: Model,
     construction: Annotated[
         Method,
@@ -51,10 +38,6 @@ def harden_command(
     ] = "fold",
     max_shard_size: MaxShardSize = "5GB",
     device: Device = None,
-    revision: Revision = None,
-    subfolder: Subfolder = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
     resume: Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would change, and write nothing.", rich_help_panel="Output")
@@ -69,8 +52,6 @@ def harden_command(
         typer.Option(metavar="NAME", help="Branch to upload to.", show_default="main", rich_help_panel="Upload"),
     ] = None,
     create_pr: CreatePr = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
     **given: Any,
 ) -> None:
     """Harden a checkpoint against fine-tuning without changing what it computes.
@@ -84,24 +65,19 @@ def harden_command(
       specdef harden ./my-model --method factors --layers '*.o_proj' --dry-run
     """
     kind = _construction(construction, given)
-    model, subfolder = in_subfolder(model, subfolder)
     options = HardenOptions(
         model,
         construction=kind,
         **given,
         max_shard_size=parse_size(max_shard_size),
         device=device,
-        revision=revision,
-        subfolder=subfolder,
-        token=token,
-        trust_remote_code=trust_remote_code,
         resume=resume,
     )
-    require_not_hardened(model)
+    require_not_hardened(options)
     if not dry_run:
-        require_usable(options.out, model)
+        require_usable(options.out, options.model)
     if options.manifest_out is not None:
-        require_manifest_place(options.manifest_out, options.out, model)
+        require_manifest_place(options.manifest_out, options.out, options.model)
     prefer_huge_pages()
 
     from rich.console import Group
@@ -111,11 +87,9 @@ def harden_command(
     from specdef_cli.hardening.plan import HardeningPlan
     from specdef_cli.hardening.run import harden, preview
 
-    output = Output(as_json, quiet)
-    settle(output)
     destination = None
     if push_to_hub is not None:
-        destination = Destination(push_to_hub, private, push_revision, create_pr, token)
+        destination = Destination(push_to_hub, private, push_revision, create_pr, options.token)
         if not dry_run:
             require_writable(destination)
     elif private or create_pr or push_revision is not None:

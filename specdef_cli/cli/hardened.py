@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from specdef_cli.checkpoint.check import require_hardened, require_usable
-from specdef_cli.cli.options import (
-    CreatePr,
-    Device,
-    Json,
-    Manifest,
-    MaxShardSize,
-    Model,
-    Out,
-    Private,
-    Quiet,
-    Resume,
-    Revision,
-    Token,
-    TrustRemoteCode,
-)
-from specdef_cli.cli.output import Output, settle
+from specdef_cli.checkpoint.check import require_hardened
+from specdef_cli.checkpoint.output import require_usable
+from specdef_cli.cli.options import CreatePr, Device, MaxShardSize, Model, Out, Private, Resume, takes
+from specdef_cli.cli.output import Output
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import CollapseOptions
-from specdef_cli.option import parse_size
+from specdef_cli.option import Source, parse_size
 from specdef_cli.process import prefer_huge_pages
 
 
+@takes(CollapseOptions, without=("trust_remote_code",))
 def collapse_command(
+    output: Output,
     model: Model,
     out: Out,
-    manifest: Manifest = None,
     max_shard_size: MaxShardSize = "5GB",
     device: Device = None,
-    revision: Revision = None,
-    token: Token = None,
     resume: Resume = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    **given: Any,
 ) -> None:
     """Give back the original architecture: multiply factors, undo folds and scales. Anyone can do this.
 
@@ -51,17 +36,15 @@ def collapse_command(
 
       specdef collapse org/name --manifest specdef.json --out original
     """
-    options = CollapseOptions(model, out, manifest, parse_size(max_shard_size), device, revision, token, resume)
-    require_hardened(model, manifest)
-    require_usable(out, model)
+    options = CollapseOptions(model, out, parse_size(max_shard_size), device, resume, **given)
+    require_hardened(options)
+    require_usable(out, options.model)
     prefer_huge_pages()
 
     from rich.text import Text
 
-    from specdef_cli.hardening.collapse import collapse
+    from specdef_cli.hardening.run import collapse
 
-    output = Output(as_json, quiet)
-    settle(output)
     with output.progress("collapsing") as bar:
         result = collapse(
             options,
@@ -91,7 +74,9 @@ def collapse_command(
         )
 
 
+@takes(Source)
 def convert_adapter_command(
+    output: Output,
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="Directory or Hub id of a LoRA adapter of the base.")
     ],
@@ -99,12 +84,7 @@ def convert_adapter_command(
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
     ],
     out: Out,
-    manifest: Manifest = None,
-    revision: Revision = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    **given: Any,
 ) -> None:
     """Rewrite a PEFT LoRA adapter of the base so that it does on the hardened model what it did on the base.
 
@@ -112,10 +92,12 @@ def convert_adapter_command(
 
       specdef convert-adapter ./my-lora hardened --out hardened-lora
     """
-    from specdef_cli.checkpoint.check import require_hardened, require_usable
+    from specdef_cli.checkpoint.check import require_hardened
+    from specdef_cli.checkpoint.output import require_usable
     from specdef_cli.errors import SpecDefError, require_extra
 
-    require_hardened(hardened, manifest)
+    source = Source(hardened, **given)
+    require_hardened(source)
     require_usable(out, adapter)
     place = Path(adapter).expanduser()
     if place.exists() and not (place / "adapter_config.json").is_file():
@@ -127,15 +109,14 @@ def convert_adapter_command(
     from specdef_cli.hardening.adapter import convert_adapter
     from specdef_cli.model.opened import open_model
 
-    output = Output(as_json, quiet)
-    model = open_model(
-        hardened, hardened=True, manifest=manifest, revision=revision, token=token, trust_remote_code=trust_remote_code
-    )
-    result = convert_adapter(str(place) if place.exists() else adapter, model, out, name=hardened, token=token)
+    model = open_model(source, hardened=True)
+    result = convert_adapter(str(place) if place.exists() else adapter, model, out, name=hardened, token=source.token)
     output.data(result, Text(f"{out}: {result.rewritten} of {result.modules} modules rewritten"), written=out)
 
 
+@takes(Source, without=("manifest", "revision", "subfolder", "trust_remote_code"))
 def push_command(
+    output: Output,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `specdef harden` published.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub; made if it does not exist.")],
     private: Private = False,
@@ -153,9 +134,7 @@ def push_command(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Upload a directory that is not hardened too.", rich_help_panel="Upload")
     ] = False,
-    token: Token = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    **given: Any,
 ) -> None:
     """Upload a hardened directory with its card and certificate: after `specdef certify`, not before.
 
@@ -171,14 +150,12 @@ def push_command(
     from rich.text import Text
 
     from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-    from specdef_cli.checkpoint.resolve import Resolved
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
     from specdef_cli.hardening.card import has_section
-    from specdef_cli.model.opened import open_found
+    from specdef_cli.model.opened import open_model
 
-    output = Output(as_json, quiet)
-    destination = Destination(repository, private, revision, create_pr, token)
-    model = open_found(Resolved(directory, str(directory)))  # what is incomplete is not uploaded
+    destination = Destination(repository, private, revision, create_pr, Source(directory, **given).token)
+    model = open_model(directory)  # what is incomplete is not uploaded
     if model.manifest is None and not has_section(directory) and not yes:
         _ask(directory, repository)
     require_writable(destination)

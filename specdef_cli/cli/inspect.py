@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdef_cli.checkpoint.check import require_model
-from specdef_cli.checkpoint.links import in_subfolder
-from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Subfolder, Token, TrustRemoteCode
-from specdef_cli.cli.output import Output, settle
+from specdef_cli.cli.options import Device, Model, takes
+from specdef_cli.cli.output import Output
+from specdef_cli.option import Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
 
-    from specdef_cli.hardening.outlook import Outlook, PlanSummary
-    from specdef_cli.hardening.survey import LayerSurvey, Survey
+    from specdef_cli.hardening.survey import LayerSurvey, Outlook, PlanSummary, Survey
 
 
+@takes(Source)
 def inspect_command(
+    output: Output,
     model: Model,
     every_layer: Annotated[
         bool,
@@ -32,14 +33,8 @@ def inspect_command(
             rich_help_panel="Output",
         ),
     ] = False,
-    manifest: Manifest = None,
     device: Device = None,
-    revision: Revision = None,
-    subfolder: Subfolder = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    **given: Any,
 ) -> None:
     """Say whether and how a model can be hardened and what that would cost; with --layers, list its linear layers.
 
@@ -51,24 +46,17 @@ def inspect_command(
 
       specdef inspect hardened --json
     """
-    model, subfolder = in_subfolder(model, subfolder)
-    require_model(model, manifest)
+    source = Source(model, **given)
+    require_model(source)
     from rich.console import Group
 
     from specdef_cli.hardening.survey import survey
 
-    output = Output(as_json, quiet)
-    settle(output)
     with output.progress("reading") as bar:
         found = survey(
-            model,
-            manifest=manifest,
-            revision=revision,
-            token=token,
-            subfolder=subfolder,
+            source,
             device=device,
-            trust_remote_code=trust_remote_code,
-            spectra=every_layer or as_json,
+            spectra=every_layer or output.as_json,
             on_progress=lambda event: bar.advance(event.label),
         )
     parts = [survey_summary(found)]
@@ -171,7 +159,7 @@ FEW = 0.5
 
 def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
     """What every method would do and cost, and which one to take."""
-    from specdef_cli.hardening.outlook import Obstacle
+    from specdef_cli.hardening.survey import Obstacle
 
     for summary in outlook.methods:
         if isinstance(summary, Obstacle):

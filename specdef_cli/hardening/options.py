@@ -9,8 +9,8 @@ from typing import ClassVar, Literal, get_args
 
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.errors import SpecDefError
-from specdef_cli.option import as_declared, option
-from specdef_cli.spectral.gauges import Gauge
+from specdef_cli.option import Source, as_declared, option
+from specdef_cli.spectral import Gauge
 
 Profile = Literal["float16-cache", "bfloat16", "quantizable", "gguf"]
 BY_WEIGHTS = "none"
@@ -77,11 +77,9 @@ CONSTRUCTIONS: dict[Method, type[Construction]] = {kind.method: kind for kind in
 
 
 @dataclass(frozen=True)
-class HardenOptions:
+class HardenOptions(Source):
     """Options of :func:`specdef_cli.harden`."""
 
-    model: str
-    """A directory, or a Hub id ``org/name[@revision]``."""
     out: Path = option(Path("hardened"), "New directory to publish.", "--out", "-o", metavar="DIR", group="Output")
     construction: Construction = option(
         Fold(), "fold; scale and factors need code to load.", "--method", group="Method"
@@ -98,14 +96,10 @@ class HardenOptions:
     verify: bool = option(True, "Compare the outputs.", "--verify/--no-verify", group="Output")
     max_shard_size: int = 5 * 10**9
     device: str | None = None
-    revision: str | None = None
-    subfolder: str | None = None
-    token: str | None = None
-    trust_remote_code: bool = False
     resume: bool = False
 
     def __post_init__(self) -> None:
-        as_declared(self)
+        super().__post_init__()
         if not isinstance(self.construction, Construction):
             raise SpecDefError(
                 f"construction is {self.construction!r}", "Give Fold(), Scale() or Factors(), of specdef_cli."
@@ -113,18 +107,10 @@ class HardenOptions:
 
 
 @dataclass(frozen=True)
-class CollapseOptions:
+class CollapseOptions(Source):
     """Options of :func:`specdef_cli.collapse`."""
 
-    model: str
     out: Path
-    manifest: Path | None = None
-    """``specdef.json`` where it does not lie in the model's directory."""
     max_shard_size: int = 5 * 10**9
     device: str | None = None
-    revision: str | None = None
-    token: str | None = None
     resume: bool = False
-
-    def __post_init__(self) -> None:
-        as_declared(self)

@@ -13,23 +13,23 @@ from typing import Any, TypeVar
 
 import torch
 
+from specdef_cli.checkpoint.check import require_modules
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
-from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
+from specdef_cli.hardening.card import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
 from specdef_cli.hardening.factors import FactorLayer, factor_layers
 from specdef_cli.hardening.fold import fold_groups, fold_pairs
-from specdef_cli.hardening.lost_formats import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.body import SymmetricPair
-from specdef_cli.model.described import LayerSpec, ScaledSpec, require_code_allows, shim_config
+from specdef_cli.model.described import require_code_allows, shim_config
 from specdef_cli.model.opened import OpenedModel, require_whole
 from specdef_cli.model.sites import linear_sites, scalable_sites
 from specdef_cli.model.skeleton import Skeleton, TensorNames
@@ -60,10 +60,16 @@ class Changes:
         return {part.tensor for part in slices}
 
     @property
-    def layers(self) -> dict[str, LayerSpec | ScaledSpec]:
+    def layers(self) -> dict[str, dict[str, Any]]:
         """What ``config.json`` says of modules that need code to run, by module path."""
-        sites = [layer.site for layer in self.factored]
-        shapes = {site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in sites}
+        shapes: dict[str, dict[str, Any]] = {
+            site.module: {
+                "in_features": site.in_features,
+                "out_features": site.out_features,
+                "bias": site.bias is not None,
+            }
+            for site in (layer.site for layer in self.factored)
+        }
         return shapes | {module.module: scaled_spec(module) for module in self.scaled}
 
 

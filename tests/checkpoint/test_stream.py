@@ -16,9 +16,18 @@ from safetensors.torch import save_file
 
 from specdef_cli.checkpoint import stream
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
+from specdef_cli.checkpoint.manifest import ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.shards import OutputShard, Produced, Rows, TensorGroup, TensorSpec, plan_shards, streamed
-from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
+from specdef_cli.checkpoint.shards import (
+    OutputShard,
+    Produced,
+    Rows,
+    TensorGroup,
+    TensorSpec,
+    plan_shards,
+    scale_slice,
+    streamed,
+)
 from specdef_cli.checkpoint.stream import Progress, file_sha256, read_record, write_shards
 from specdef_cli.errors import ResumableError, SpecDefError
 from tests.commands import snapshot

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from specdef_cli.checkpoint.manifest import Manifest, ScaledModule, read_manifest
-from specdef_cli.hardening.collapse import collapse
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.plan import make_plan
+from specdef_cli.hardening.run import collapse
 from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.opened import open_model
 from tests.commands import call_cli

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.checkpoint.output import work_directory
-from specdef_cli.checkpoint.stream import RECORD_SUFFIX
+from specdef_cli.checkpoint.output import RECORD_SUFFIX, work_directory
 from tests.commands import Result, call_cli, environment, snapshot
 
 TinyModel = Callable[..., Path]

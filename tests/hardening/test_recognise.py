@@ -15,7 +15,7 @@ from specdef_cli.hardening.recognise import NATURAL_OCTAVES, Recognised, inflati
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.skeleton import Skeleton
-from specdef_cli.spectral.gauges import Gauge
+from specdef_cli.spectral import Gauge
 from tests.hardening.conftest import Made
 from tests.tiny_families import CASES
 

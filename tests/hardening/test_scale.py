@@ -18,15 +18,14 @@ from safetensors.torch import load_file, save_file
 from specdef_cli.attack.variants.scales import unscale as collapse_in_memory
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.collapse import collapse
-from specdef_cli.hardening.lost_formats import SCALED_LOADERS
+from specdef_cli.hardening.card import SCALED_LOADERS
+from specdef_cli.hardening.fold import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from specdef_cli.hardening.options import CollapseOptions, Construction, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.run import collapse, harden
 from specdef_cli.model import load_model
 from specdef_cli.model.families import FAMILIES
 from specdef_cli.model.opened import open_model
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from tests.commands import call_cli
 from tests.hardening.conftest import Made
 from tests.weights import assert_same_bytes, tensors

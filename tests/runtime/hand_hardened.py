@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.model.described import SHIM_SOURCE, LayerSpec, shim_config
+from specdef_cli.model.described import SHIM_SOURCE, shim_config
 from tests.tiny_families import CASES, build_config
 from tests.tiny_models import FAMILIES as TINY
 from tests.tiny_models import write_tokenizer
@@ -98,7 +98,7 @@ def harden(family: str, base: Path, directory: Path) -> Path:
             tensors[f"{disk}.inflated.weight"], tensors[f"{disk}.compensation.weight"] = factors(weight)
             if bias is not None:
                 tensors[f"{disk}.compensation.bias"] = bias
-            layers[module] = LayerSpec(weight.shape[1], weight.shape[0], bias is not None)
+            layers[module] = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(shim_config(config, layers)))

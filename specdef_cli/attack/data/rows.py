@@ -16,7 +16,7 @@ import datasets
 from datasets.data_files import get_data_patterns
 
 from specdef_cli.attack.options import COMPRESSIONS, AttackOptions, require_data
-from specdef_cli.checkpoint.durable import takes_files
+from specdef_cli.checkpoint.files import takes_files
 from specdef_cli.errors import SpecDefError
 
 _FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
