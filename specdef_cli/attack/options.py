@@ -32,7 +32,7 @@ from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
 from specdef_cli.errors import SpecDefError, WrongUsage
-from specdef_cli.option import Source, flag_of, in_subfolder, option, require_positive
+from specdef_cli.option import Source, flag_of, in_subfolder, option, parse_duration, require_positive
 
 NO_RETAINED = "none"
 """Leaves out what is measured on retained text."""
@@ -153,12 +153,17 @@ class AttackOptions(Budget, Source):
     free: tuple[str, ...] = ()
     """Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be lowered to
     suit the size of the model and the time limit."""
-    time_limit: float | None = None
+    time_limit: float | None = option(
+        None, "Stop then; the most telling attacks come first.", metavar="45m", group="Budget", parse=parse_duration
+    )
     """Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first."""
     report_to: tuple[str, ...] = option(
         (), "tensorboard (in OUT/logs), wandb, trackio, mlflow.", metavar="NAME", group="Output"
     )
-    seeds: tuple[int, ...] = (0,)  # one run each for adapters' and paths' initial values, dropout and data order
+    seeds: tuple[int, ...] = option(
+        (0,), "Runs of each attack.", metavar="N", shown_default="1", group="Budget", parse=seeds_of
+    )
+    """One run each, for adapters' and paths' initial values, dropout and data order."""
     jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group="Budget")
 
     def __post_init__(self) -> None:
