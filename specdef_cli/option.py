@@ -79,7 +79,7 @@ def require_positive(options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value < 1:
-            raise SpecDefError(f"{flag_of(type(options), name)} {value} is not positive", "Give 1 or more.")
+            raise WrongUsage(f"{flag_of(type(options), name)} {value} is not positive", "Give 1 or more.")
 
 
 def as_declared(options: Any) -> None:
@@ -100,7 +100,7 @@ def as_declared(options: Any) -> None:
         kinds = (declared,) if get_origin(declared) in (Literal, tuple) else get_args(declared) or (declared,)
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         if choices and value not in choices:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"{flag_of(type(options), name)} {value!r} is unknown", f"Choose one of: {', '.join(choices)}."
             )
         if str in kinds:
@@ -151,7 +151,7 @@ def in_subfolder(model: str | Path, subfolder: str | None) -> tuple[str | Path, 
         return model, None
     parts = PurePosixPath(subfolder).parts
     if not parts or ".." in parts or parts[0] == "/" or "\\" in subfolder:
-        raise SpecDefError(f"the subfolder {subfolder!r} does not lie in {model}", "Name a folder of it, such as unet.")
+        raise WrongUsage(f"the subfolder {subfolder!r} does not lie in {model}", "Name a folder of it, such as unet.")
     inside = "/".join(parts)
     if not (str(model) and Path(model).expanduser().is_dir()):
         return model, inside
@@ -167,7 +167,7 @@ def parse_duration(text: str, option: str = "--time-limit") -> float:
     parts = match.groups() if match else ()
     seconds = sum(float(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=bool(parts)))
     if not 0 < seconds < math.inf:
-        raise SpecDefError(f"{option} {text!r} is not a duration", "Write it like 45m, 1h30m or 90s.")
+        raise WrongUsage(f"{option} {text!r} is not a duration", "Write it like 45m, 1h30m or 90s.")
     return seconds
 
 
@@ -188,7 +188,7 @@ def parse_size(text: str) -> int:
     try:
         size = int(float(number) * UNITS[unit.strip()])
     except (KeyError, ValueError, OverflowError) as error:
-        raise SpecDefError(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
+        raise WrongUsage(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
     if size <= 0:
-        raise SpecDefError(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
+        raise WrongUsage(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
     return size

@@ -51,7 +51,7 @@ _COLUMNS = "Data / Columns"
 def seeds_of(count: int) -> tuple[int, ...]:
     """The seeds of so many runs of every attack: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
-        raise SpecDefError(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
+        raise WrongUsage(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))
 
 
@@ -184,21 +184,23 @@ class AttackOptions(Budget, Source):
             self, "steps", "batch_size", "gradient_accumulation", "eval_sequences", "sequence_length", "jobs"
         )
         if self.sequence_length < 2:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--sequence-length {self.sequence_length} leaves no token to predict", "Give 2 or more tokens."
             )
         if self.eval_every is not None:
             require_positive(self, "eval_every")
         for rate in self.learning_rates:
             if not (math.isfinite(rate) and rate > 0):
-                raise SpecDefError(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
+                raise WrongUsage(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
         for name in ("warmup_steps", "max_grad_norm", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise SpecDefError(f"{_flag(name)} {getattr(self, name)} is negative", "Give 0 or more.")
+                raise WrongUsage(
+                    f"{_flag(name)} {getattr(self, name)} is not a number of at least 0", "Give 0 or more."
+                )
         if not self.seeds:
-            raise SpecDefError("no seed is given", "Give at least one seed.")
+            raise WrongUsage("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:
-            raise SpecDefError("--prompts-harmless needs --prompts", "Give both, or neither.")
+            raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
         if self.suite is not None:
             self._refuse_beside_suite()
 
@@ -207,7 +209,7 @@ class AttackOptions(Budget, Source):
         for name, value in {**decided, "search": not self.search}.items():
             if value:
                 suite = self.suite.name if self.suite else ""
-                raise SpecDefError(
+                raise WrongUsage(
                     f"{_flag(name)} cannot be given with --suite {suite}, which decides it",
                     "Leave the flag out, or copy the suite's file and edit it.",
                 )
@@ -288,13 +290,15 @@ def load_suite(name: str) -> Suite:
         try:
             text = Path(name).read_text(encoding="utf-8")
         except OSError as error:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"no suite {name!r} found", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
             ) from error
         except UnicodeDecodeError as error:
             raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
     try:
         return parse_suite(tomllib.loads(text), Path(name).stem)
+    except WrongUsage as error:  # a value of the file, not of the command line
+        raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
     except (tomllib.TOMLDecodeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
 
@@ -376,7 +380,7 @@ def require_trackers(trackers: tuple[str, ...]) -> None:
     """Refuse trackers that are unknown or not installed."""
     for tracker in trackers:
         if tracker not in TRACKERS:
-            raise SpecDefError(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
+            raise WrongUsage(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(tracker) is None:
             raise SpecDefError(
                 f"--report-to {tracker} needs {tracker}, which is not installed", f"pip install {tracker}"

@@ -15,7 +15,7 @@ from specdef_cli.attack.options import NO_RETAINED, AttackOptions
 from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
 from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import WrongUsage
 from specdef_cli.option import option
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ def attack_command(
     from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
     from specdef_cli.checkpoint.check import require_models
     from specdef_cli.checkpoint.output import writable_ancestor
-    from specdef_cli.errors import WrongUsage
 
     conditions = [Condition.parse(text) for text in flags.fail_if]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
@@ -156,6 +155,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_FRACTIONS = ("share_of_control", "refusals")
 _METRICS: dict[str, Callable[[Finding], float | None]] = {
     "steps_to_control": lambda finding: _steps_to_control(finding),
     "share_of_control": lambda finding: finding.share,
@@ -185,11 +185,15 @@ class Condition:
         try:
             if match is None or match[1] not in _METRICS:
                 raise ValueError
-            return cls(text, match[1], match[2], float(match[3]))
+            condition = cls(text, match[1], match[2], float(match[3]))
+            if condition.metric in _FRACTIONS and abs(condition.value) > 2:  # 20 for 20 % is a gate that never fails
+                raise ValueError
+            return condition
         except ValueError as error:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--fail-if {text!r} is not a condition",
-                f"Write e.g. 'steps_to_control<500'; metrics: {', '.join(_METRICS)}.",
+                f"Write a metric ({', '.join(_METRICS)}), one of {' '.join(_OPERATORS)} and a number, e.g. "
+                f"'steps_to_control<500'; {' and '.join(_FRACTIONS)} are fractions, 0.2 for 20 %.",
             ) from error
 
     def failures(self, report: AttackReport) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from specdef_cli.checkpoint.manifest import Method
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import WrongUsage
 from specdef_cli.option import Source, as_declared, option, parse_size
 from specdef_cli.spectral import Gauge
 
@@ -32,12 +33,12 @@ class Fold:
     def __post_init__(self) -> None:
         as_declared(self)
         if self.profile == "gguf" and self.calibration == BY_WEIGHTS:
-            raise SpecDefError(
+            raise WrongUsage(
                 "--profile gguf needs a text: weights do not show how much blocks of activations lose",
                 "Give a text, or leave --calibration out.",
             )
         if self.calibration is not None and self.profile not in ("quantizable", "gguf"):
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--calibration {self.calibration} changes nothing in --profile {self.profile}",
                 "Use --profile quantizable, or leave --calibration out.",
             )
@@ -65,11 +66,11 @@ class Factors:
     def __post_init__(self) -> None:
         as_declared(self)
         if not (math.isfinite(self.alpha) and self.alpha >= 1):
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--alpha is {self.alpha:g}; it must be a finite number of at least 1", "Give e.g. --alpha 1e4."
             )
         if self.top_k < 1:
-            raise SpecDefError(f"--top-k is {self.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
+            raise WrongUsage(f"--top-k is {self.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
 
 
 Construction = Fold | Scale | Factors
@@ -79,7 +80,7 @@ CONSTRUCTIONS: dict[Method, type[Construction]] = {kind.method: kind for kind in
 def construction_of(method: Method) -> Construction:
     """The construction of a name, with its defaults."""
     if method not in CONSTRUCTIONS:
-        raise SpecDefError(f"--method {method!r} is unknown", f"Choose one of: {', '.join(CONSTRUCTIONS)}.")
+        raise WrongUsage(f"--method {method!r} is unknown", f"Choose one of: {', '.join(CONSTRUCTIONS)}.")
     return CONSTRUCTIONS[method]()
 
 
@@ -124,9 +125,11 @@ class HardenOptions(Publishing):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.construction, Construction):
-            raise SpecDefError(
+            raise WrongUsage(
                 f"construction is {self.construction!r}", "Give Fold(), Scale() or Factors(), of specdef_cli."
             )
+        if self.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
+            raise WrongUsage(f"--base-model {self.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
 
 
 @dataclass(frozen=True)
