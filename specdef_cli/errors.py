@@ -62,7 +62,7 @@ class SpecDefError(Exception):
 
 
 class WrongUsage(SpecDefError):
-    """Options that come to nothing together."""
+    """A value or options that are wrong by themselves, whatever the files and the Hub hold: exit code 2."""
 
 
 class ResumableError(SpecDefError):

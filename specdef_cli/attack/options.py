@@ -32,7 +32,7 @@ from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
 from specdef_cli.errors import SpecDefError, WrongUsage
-from specdef_cli.option import Source, flag_of, in_subfolder, option, require_positive
+from specdef_cli.option import Source, flag_of, in_subfolder, option, parse_duration, require_positive
 
 NO_RETAINED = "none"
 """Leaves out what is measured on retained text."""
@@ -52,7 +52,7 @@ _COLUMNS = "Data / Columns"
 def seeds_of(count: int) -> tuple[int, ...]:
     """The seeds of so many runs of every attack: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
-        raise SpecDefError(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
+        raise WrongUsage(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))
 
 
@@ -154,12 +154,17 @@ class AttackOptions(Budget, Source):
     free: tuple[str, ...] = ()
     """Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be lowered to
     suit the size of the model and the time limit."""
-    time_limit: float | None = None
+    time_limit: float | None = option(
+        None, "Stop then; the most telling attacks come first.", metavar="45m", group="Budget", parse=parse_duration
+    )
     """Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first."""
     report_to: tuple[str, ...] = option(
         (), "tensorboard (in OUT/logs), wandb, trackio, mlflow.", metavar="NAME", group="Output"
     )
-    seeds: tuple[int, ...] = (0,)  # one run each for adapters' and paths' initial values, dropout and data order
+    seeds: tuple[int, ...] = option(
+        (0,), "Runs of each attack.", metavar="N", shown_default="1", group="Budget", parse=seeds_of
+    )
+    """One run each, for adapters' and paths' initial values, dropout and data order."""
     jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
     dask: str | None = option(
         None, "Address of a Dask scheduler, whose workers make the runs.", metavar="ADDRESS", group=_AT_A_TIME
@@ -183,26 +188,28 @@ class AttackOptions(Budget, Source):
             self, "steps", "batch_size", "gradient_accumulation", "eval_sequences", "sequence_length", "jobs"
         )
         if self.sequence_length < 2:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--sequence-length {self.sequence_length} leaves no token to predict", "Give 2 or more tokens."
             )
         if self.eval_every is not None:
             require_positive(self, "eval_every")
         for rate in self.learning_rates:
             if not (math.isfinite(rate) and rate > 0):
-                raise SpecDefError(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
+                raise WrongUsage(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
         for name in ("warmup_steps", "max_grad_norm", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise SpecDefError(f"{_flag(name)} {getattr(self, name)} is negative", "Give 0 or more.")
+                raise WrongUsage(
+                    f"{_flag(name)} {getattr(self, name)} is not a number of at least 0", "Give 0 or more."
+                )
         if self.dask is not None and self.jobs > 1:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--jobs {self.jobs} is of this machine, and --dask makes as many runs at a time as it has workers",
                 "Leave --jobs out.",
             )
         if not self.seeds:
-            raise SpecDefError("no seed is given", "Give at least one seed.")
+            raise WrongUsage("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:
-            raise SpecDefError("--prompts-harmless needs --prompts", "Give both, or neither.")
+            raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
         if self.suite is not None:
             self._refuse_beside_suite()
 
@@ -211,7 +218,7 @@ class AttackOptions(Budget, Source):
         for name, value in {**decided, "search": not self.search}.items():
             if value:
                 suite = self.suite.name if self.suite else ""
-                raise SpecDefError(
+                raise WrongUsage(
                     f"{_flag(name)} cannot be given with --suite {suite}, which decides it",
                     "Leave the flag out, or copy the suite's file and edit it.",
                 )
@@ -292,13 +299,15 @@ def load_suite(name: str) -> Suite:
         try:
             text = Path(name).read_text(encoding="utf-8")
         except OSError as error:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"no suite {name!r} found", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
             ) from error
         except UnicodeDecodeError as error:
             raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
     try:
         return parse_suite(tomllib.loads(text), Path(name).stem)
+    except WrongUsage as error:  # a value of the file, not of the command line
+        raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
     except (tomllib.TOMLDecodeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
 
@@ -380,7 +389,7 @@ def require_trackers(trackers: tuple[str, ...]) -> None:
     """Refuse trackers that are unknown or not installed."""
     for tracker in trackers:
         if tracker not in TRACKERS:
-            raise SpecDefError(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
+            raise WrongUsage(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(tracker) is None:
             raise SpecDefError(
                 f"--report-to {tracker} needs {tracker}, which is not installed", f"pip install {tracker}"

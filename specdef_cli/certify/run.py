@@ -117,7 +117,8 @@ class Prepared:
     @property
     def attack_command(self) -> str:
         """The command that makes the report which ``--attacks`` takes."""
-        command = f"specdef attack {self.options.model} --control {self.options.base or self.base.directory}"
+        folder = "" if self.options.subfolder is None else f" --subfolder {self.options.subfolder}"
+        command = f"specdef attack {self.options.model}{folder} --control {self.options.base or self.base.directory}"
         try:
             task, _ = task_of(self.base.checkpoint.config, self.base.directory, None)
         except SpecDefError:

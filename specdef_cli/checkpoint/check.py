@@ -1,11 +1,10 @@
-"""Is what a command names there, and may its output be written? Asked before anything heavy is imported."""
+"""Is what a command names there, and is it a model? Asked before anything heavy is imported."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,32 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.option import Source
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTED_MODULES = frozenset({"Dense", "LayerNorm", "LSTM", "CNN", "WeightedLayerPooling"})
+"""Classes of sentence-transformers whose directories hold weights."""
+SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+A_MODEL = "Give a directory that transformers can load."
+
+_ATTACK = ("it is what `specdef attack` wrote", "Give the model that was attacked.")
+_DATA = ("it is a data set", "Give a model here, and the data to `specdef attack --dataset`.")
+_MARKERS = (
+    ("report.json", *_ATTACK),
+    ("runs", *_ATTACK),
+    ("certificate.json", "it is what `specdef certify` wrote", "Give the model that was certified."),
+    ("dataset_info.json", *_DATA),
+    ("dataset_dict.json", *_DATA),
+    (
+        "zero_to_fp32.py",
+        "it is a training checkpoint of DeepSpeed",
+        "Save the model with save_pretrained, and give that directory.",
+    ),
+    (
+        "params.json",
+        "it is a model in its authors' own format (params.json)",
+        "Give the version that transformers loads, or convert it with transformers' script for the family.",
+    ),
+)
+"""What a file or directory says of the one that it is in, and what to do."""
 
 
 def require_model(source: Source) -> Path | None:
@@ -110,28 +135,43 @@ def no_base(model: str | Path, option: str) -> SpecDefError:
     )
 
 
-ADAPTER_CONFIG = "adapter_config.json"
-WEIGHTED_MODULES = frozenset({"Dense", "LayerNorm", "LSTM", "CNN", "WeightedLayerPooling"})
-"""Classes of sentence-transformers whose directories hold weights."""
-SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
-
-
 def no_config(directory: Path) -> SpecDefError:
-    """What to say of a directory without a ``config.json``."""
-    problem = f"{directory} has no config.json"
-    for recognized in _KINDS:
-        found = recognized(directory)
-        if found is not None:
-            what, hint = found
-            return SpecDefError(f"{problem}: {what}", hint)
-    return SpecDefError(problem, "Give a directory that transformers can load.")
+    """What to say of a directory without a ``config.json``: what it is instead, and what to do with it."""
+    denoiser = next((name for name in ("unet", "transformer") if (directory / name / "config.json").is_file()), None)
+    snapshots = sorted(directory.glob("snapshots/*/config.json"))
+    below = _model_below(directory)
+    gguf = held_instead((path.name for path in directory.glob("*.gguf")), str(directory))
+    known: tuple[tuple[object, str, str], ...] = (
+        (
+            (directory / "model_index.json").is_file(),
+            "it is a pipeline of diffusers",
+            f"Give its denoiser, {directory / denoiser}."
+            if denoiser
+            else "Fetch the directory of its denoiser, and give that.",
+        ),
+        ((directory / ADAPTER_CONFIG).is_file(), f"it is {_adapter_of(directory)}", _merge(directory)),
+        (
+            (directory / "modules.json").is_file(),
+            "it is a model of sentence-transformers" + ("" if below else " without a transformer"),
+            f"Give its transformer, {below}." if below else "Give a directory with a transformer.",
+        ),
+        *((found, "it is a repository in the Hub's cache", f"Give a snapshot in it, such as {found.parent}.")
+          for found in snapshots[-1:]),
+        *(((directory / name).exists(), what, hint) for name, what, hint in _MARKERS),
+        *((gguf, f"it holds {what}", hint) for what, hint in filter(None, [gguf])),
+        (below, "it holds a directory that has one", f"Give {below}."),
+        (not any(directory.iterdir()), "it is empty", A_MODEL),
+    )  # fmt: skip
+    what, hint = next(((f": {what}", hint) for holds, what, hint in known if holds), ("", A_MODEL))
+    return SpecDefError(f"{directory} has no config.json{what}", hint)
 
 
 def no_weights(directory: Path, library: Library) -> SpecDefError:
     """What to say of a directory with a ``config.json`` and none of the weight files that its library looks for."""
     if (directory / ADAPTER_CONFIG).is_file():
         return SpecDefError(f"{directory} has no weights of a model: it is {_adapter_of(directory)}", _merge(directory))
-    shards = sorted(path.name for path in directory.glob("*.safetensors") if SHARD.fullmatch(path.name))
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    shards = [name for name in others if SHARD.fullmatch(name)]
     if shards:
         return SpecDefError(
             f"{directory} has {shards[0]} and no {library.index_file}, which says what is in which shard",
@@ -140,7 +180,6 @@ def no_weights(directory: Path, library: Library) -> SpecDefError:
     held = held_instead([path.name for path in directory.iterdir()], str(directory), library)
     if held is not None:
         return SpecDefError(f"{directory} has only {held[0]}", held[1])
-    others = sorted(path.name for path in directory.glob("*.safetensors"))
     if others:
         return SpecDefError(
             f"{directory} has {others[0]} and no {library.single_file}, the name that {library.name} loads",
@@ -185,12 +224,6 @@ def require_modules(directory: Path) -> None:
             )
 
 
-def _adapter(directory: Path) -> tuple[str, str] | None:
-    if not (directory / ADAPTER_CONFIG).is_file():
-        return None
-    return f"it is {_adapter_of(directory)}", _merge(directory)
-
-
 def _adapter_of(directory: Path) -> str:
     try:
         base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -206,49 +239,6 @@ def _merge(directory: Path) -> str:
     )
 
 
-def _pipeline(directory: Path) -> tuple[str, str] | None:
-    if not (directory / "model_index.json").is_file():
-        return None
-    models = sorted(path.parent for path in directory.glob("*/config.json"))
-    denoiser = [path for name in ("unet", "transformer") for path in models if path.name == name]
-    which = f"Give its denoiser, {denoiser[0]}." if denoiser else "Fetch the directory of its denoiser, and give that."
-    return "it is a pipeline of diffusers", which
-
-
-def _sentence_transformer(directory: Path) -> tuple[str, str] | None:
-    if not (directory / "modules.json").is_file():
-        return None
-    inside = _model_below(directory)
-    if inside is None:
-        return "it is a model of sentence-transformers without a transformer", "Give a directory with a transformer."
-    return "it is a model of sentence-transformers", f"Give its transformer, {inside}."
-
-
-def _marked(directory: Path) -> tuple[str, str] | None:
-    return next(((what, hint) for name, what, hint in _MARKERS if (directory / name).exists()), None)
-
-
-def _cache(directory: Path) -> tuple[str, str] | None:
-    snapshots = sorted((directory / "snapshots").glob("*/config.json"))
-    if not snapshots:
-        return None
-    return "it is a repository in the Hub's cache", f"Give a snapshot in it, such as {snapshots[-1].parent}."
-
-
-def _llama_cpp(directory: Path) -> tuple[str, str] | None:
-    held = held_instead((path.name for path in directory.glob("*.gguf")), str(directory))
-    return None if held is None else (f"it holds {held[0]}", held[1])
-
-
-def _holder(directory: Path) -> tuple[str, str] | None:
-    inside = _model_below(directory)
-    return None if inside is None else ("it holds a directory that has one", f"Give {inside}.")
-
-
-def _empty(directory: Path) -> tuple[str, str] | None:
-    return None if any(directory.iterdir()) else ("it is empty", "Give a directory that transformers can load.")
-
-
 def _model_below(directory: Path) -> Path | None:
     """A directory with a ``config.json`` of a model right below; of several training checkpoints, the last."""
     found = []
@@ -259,35 +249,8 @@ def _model_below(directory: Path) -> Path | None:
             continue
         if names_a_model:
             found.append(path.parent)
-    return max(
-        found, key=lambda path: [int(part) if part.isdigit() else part for part in _parts(path.name)], default=None
-    )
 
+    def by_number(path: Path) -> list[object]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
-def _parts(name: str) -> list[str]:
-    return re.split(r"(\d+)", name)
-
-
-_ATTACK = ("it is what `specdef attack` wrote", "Give the model that was attacked.")
-_DATA = ("it is a data set", "Give a model here, and the data to `specdef attack --dataset`.")
-_MARKERS = (
-    ("report.json", *_ATTACK),
-    ("runs", *_ATTACK),
-    ("certificate.json", "it is what `specdef certify` wrote", "Give the model that was certified."),
-    ("dataset_info.json", *_DATA),
-    ("dataset_dict.json", *_DATA),
-    (
-        "zero_to_fp32.py",
-        "it is a training checkpoint of DeepSpeed",
-        "Save the model with save_pretrained, and give that directory.",
-    ),
-    (
-        "params.json",
-        "it is a model in its authors' own format (params.json)",
-        "Give the version that transformers loads, or convert it with transformers' script for the family.",
-    ),
-)
-"""What a file or directory says of the one that it is in, and what to do."""
-_KINDS: tuple[Callable[[Path], tuple[str, str] | None], ...] = (
-    _pipeline, _adapter, _sentence_transformer, _cache, _marked, _llama_cpp, _holder, _empty,
-)  # fmt: skip
+    return max(found, key=by_number, default=None)

@@ -1,4 +1,4 @@
-"""Which library a checkpoint directory belongs to: that decides how its files are named and who can load it."""
+"""The files of a checkpoint directory: their names, their formats, where they may lie; whole on disk, or not at all."""
 
 from __future__ import annotations
 
@@ -17,23 +17,15 @@ from specdef_cli.errors import MissingExtraError, SpecDefError
 
 @dataclass(frozen=True)
 class Library:
-    """A library that writes checkpoint directories.
-
-    Attributes:
-        has_model_types: Whether ``config.json`` names a model type, for which the library has a config class.
-        names_dtype: Whether ``config.json`` names the dtype that a model is loaded in.
-        is_attacked: Whether ``attack`` and ``certify`` know how to train its models.
-    """
+    """A library that writes checkpoint directories: it decides how their files are named and who can load them."""
 
     name: str
     weights: str
-    single_file_first: bool
-    has_model_types: bool
-    runs_code: bool
-    names_dtype: bool
-    loads_without_weights: bool
-    has_logits: bool
-    is_attacked: bool
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether it has model types, takes code and dtypes from ``config.json``, and its models have logits."""
+        return self.name == "transformers"
 
     @property
     def single_file(self) -> str:
@@ -50,28 +42,8 @@ class Library:
         return f"{self.weights}-{number:05d}-of-{count:05d}.safetensors"
 
 
-TRANSFORMERS = Library(
-    name="transformers",
-    weights="model",
-    single_file_first=True,
-    has_model_types=True,
-    runs_code=True,
-    names_dtype=True,
-    loads_without_weights=True,
-    has_logits=True,
-    is_attacked=True,
-)
-DIFFUSERS = Library(
-    name="diffusers",
-    weights="diffusion_pytorch_model",
-    single_file_first=False,
-    has_model_types=False,
-    runs_code=False,
-    names_dtype=False,
-    loads_without_weights=False,
-    has_logits=False,
-    is_attacked=False,
-)
+TRANSFORMERS = Library("transformers", "model")
+DIFFUSERS = Library("diffusers", "diffusion_pytorch_model")
 
 
 def diffusers_missing(what: object) -> SpecDefError:
@@ -92,6 +64,8 @@ OTHER_FORMATS = (
     ".llamafile", ".pte", ".engine", ".nemo", ".mlpackage", ".xml",
 )  # fmt: skip
 """``.xml`` is OpenVINO's graph, whose weights are a .bin beside it."""
+PICKLED_WEIGHTS = ("*pytorch_model*.bin", *(f"*{suffix}" for suffix in PICKLES if suffix != ".bin"))
+"""Trainer keeps its arguments in a .bin file too."""
 _BINARY_COMPANIONS = (
     # tokenizers in SentencePiece's form
     "*.model", "*.spm", "*tokenizer.model.v*",
@@ -124,6 +98,40 @@ def is_no_weights(path: Path) -> bool:
     except OSError:
         return True  # copying it will say why it cannot be read
     return size <= _LARGE and any(fnmatchcase(path.name.lower(), pattern) for pattern in _BINARY_COMPANIONS)
+
+
+def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORMERS) -> tuple[str, str] | None:
+    """Which weights in another format a model consists of, and how to convert them; ``None`` where it has none.
+
+    Args:
+        source: What ``from_pretrained`` is given: its directory or Hub id.
+    """
+    ordered = sorted(names)
+    loads = f"from_pretrained('{source}'"
+    for patterns, what, hint in (
+        (
+            PICKLED_WEIGHTS,
+            "pickled weights, which are never loaded",
+            f"Convert it first: in {library.name}, {loads}).save_pretrained(...).",
+        ),
+        (
+            ("*.gguf",),
+            "weights for llama.cpp",
+            f"Convert it first: in transformers, AutoModelForCausalLM.{loads}, "
+            "gguf_file='{name}', quantization_config=GgufConfig(dequantize=True)).save_pretrained(...).",
+        ),
+        (
+            ("*.h5", "*.msgpack"),
+            "weights of TensorFlow or Flax",
+            f"Convert it first: in transformers 4, {loads}, from_tf=True), or from_flax=True, and "
+            ".save_pretrained(...).",
+        ),
+        (("*.onnx",), "a graph for ONNX", "Give the model that it was exported from."),
+    ):
+        name = next((name for name in ordered if any(fnmatchcase(name, pattern) for pattern in patterns)), None)
+        if name is not None:
+            return f"{what} ({name})", hint.replace("{name}", name)
+    return None
 
 
 def require_inside(directory: Path, path: Path) -> None:
@@ -165,6 +173,11 @@ def write_durably(path: Path, content: str | bytes) -> None:
         sibling.unlink(missing_ok=True)
 
 
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file as Hugging Face libraries format theirs."""
+    write_durably(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
 def takes_files(directory: Path) -> bool:
     """Whether a file can be made in a directory. Permissions do not tell: a file system may refuse all the same."""
     try:
@@ -178,47 +191,3 @@ def remove_unfinished(directory: Path) -> None:
     """Remove the files that killed writes have left. The caller must be the only writer there."""
     for path in directory.glob(f".*{UNFINISHED_SUFFIX}"):
         path.unlink(missing_ok=True)
-
-
-PICKLED_WEIGHTS = ("*pytorch_model*.bin", *(f"*{suffix}" for suffix in PICKLES if suffix != ".bin"))
-"""Trainer keeps its arguments in a .bin file too."""
-
-
-def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORMERS) -> tuple[str, str] | None:
-    """Which weights in another format a model consists of, and how to convert them; ``None`` where it has none.
-
-    Args:
-        source: What ``from_pretrained`` is given: its directory or Hub id.
-    """
-    ordered = sorted(names)
-    for patterns, what, hint in (
-        (
-            PICKLED_WEIGHTS,
-            "pickled weights, which are never loaded ({name})",
-            f"Convert it first: in {library.name}, from_pretrained('{source}').save_pretrained(...).",
-        ),
-        (("*.gguf",), "weights for llama.cpp ({name})", _gguf(source)),
-        (
-            ("*.h5", "*.msgpack"),
-            "weights of TensorFlow or Flax ({name})",
-            f"Convert it first: in transformers 4, from_pretrained('{source}', from_tf=True), or from_flax=True, and "
-            ".save_pretrained(...).",
-        ),
-        (("*.onnx",), "a graph for ONNX ({name})", "Give the model that it was exported from."),
-    ):
-        name = next((name for name in ordered if any(fnmatchcase(name, pattern) for pattern in patterns)), None)
-        if name is not None:
-            return what.format(name=name), hint.replace("{name}", name)
-    return None
-
-
-def _gguf(source: str) -> str:
-    return (
-        f"Convert it first: in transformers, AutoModelForCausalLM.from_pretrained('{source}', "
-        "gguf_file='{name}', quantization_config=GgufConfig(dequantize=True)).save_pretrained(...)."
-    )
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file as Hugging Face libraries format theirs."""
-    write_durably(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

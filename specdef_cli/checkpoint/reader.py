@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -61,16 +60,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def weight_map_of(index_path: Path) -> dict[str, Any]:
-    """Tensor name → shard, as an index has them."""
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
-        set(weight_map.values())
-    except (*INVALID_JSON, OSError) as error:
-        raise SpecDefError(f"{index_path.name} is not a valid index: {error}", "Fetch the file again.") from error
-    return dict(weight_map)
-
-
 INDEX_FILE = TRANSFORMERS.index_file
 
 
@@ -105,7 +94,7 @@ class Checkpoint:
     def companions(self) -> Companions:
         """The other files of the directory, and what becomes of them."""
         index = {self.library.index_file} if self.shards != (self.library.single_file,) else set()
-        return companions(self.directory, {*self.shards, *index}, {n: h.shape for n, h in self.tensors.items()})
+        return _companions(self.directory, {*self.shards, *index}, {n: h.shape for n, h in self.tensors.items()})
 
     @property
     def nbytes(self) -> int:
@@ -120,43 +109,37 @@ class Checkpoint:
     def read_rows(self, name: str, rows: range) -> Tensor:
         """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows."""
         header = self.tensors[name]
-        width = header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
-        data = self._read_bytes(header, rows.start * width, len(rows) * width)
-        return data.view(TORCH_DTYPES[header.dtype]).view(len(rows), header.shape[-1])
+        dtype, columns = TORCH_DTYPES[header.dtype], math.prod(header.shape[-1:])
+        width = columns * dtype.itemsize
+        return self._read_bytes(header, rows.start * width, len(rows) * width).view(dtype).view(len(rows), columns)
 
     def row_blocks(self, name: str, nbytes: int) -> Iterator[tuple[int, Tensor]]:
         """All rows of one tensor, at most ``nbytes`` (or one row) at a time: the index of the first, and the rows."""
-        header = self.tensors[name]
-        dtype, columns = TORCH_DTYPES[header.dtype], math.prod(header.shape[-1:])
-        rows, width = math.prod(header.shape[:-1]), columns * dtype.itemsize
+        shape = self.tensors[name].shape
+        rows, width = math.prod(shape[:-1]), math.prod(shape[-1:]) * TORCH_DTYPES[self.tensors[name].dtype].itemsize
         step = max(1, nbytes // max(1, width))
         for first in range(0, rows, step):
-            count = min(step, rows - first)
-            yield first, self._read_bytes(header, first * width, count * width).view(dtype).view(count, columns)
+            yield first, self.read_rows(name, range(first, min(first + step, rows)))
 
     def _read_bytes(self, header: TensorHeader, offset: int, count: int) -> Tensor:
         buffer = torch.empty(count, dtype=torch.uint8)
-        view = buffer.numpy().data
-        done = 0
-        with self._reading(header, offset) as file:
-            while done < count:
-                read = file.readinto(view[done:])
-                if not read:
-                    raise _truncated(header)
-                done += read
-        return buffer
-
-    @contextlib.contextmanager
-    def _reading(self, header: TensorHeader, offset: int = 0) -> Iterator[io.FileIO]:
+        view, done = buffer.numpy().data, 0
         try:
             with (self.directory / header.shard).open("rb", buffering=0) as file:
                 file.seek(header.begin + offset)
-                yield file
+                while done < count:
+                    read = file.readinto(view[done:])
+                    if not read:
+                        raise SpecDefError(
+                            f"{header.shard} ends inside {header.name}", "The file is truncated: fetch it again."
+                        )
+                    done += read
         except OSError as error:
             raise ResumableError(
                 f"{header.shard} cannot be read: {error.strerror or error}",
                 "Check the disk and the file, then run the same command with --resume.",
             ) from error
+        return buffer
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -164,12 +147,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for name in ("config.json", INDEX_FILE, DIFFUSERS.index_file, "README.md", MANIFEST_NAME):
         if (directory / name).exists():
             require_inside(directory, directory / name)
-    for companion in companion_files(directory):
-        require_inside(directory, directory / companion)
+    for entry in _entries(directory):
+        if _by_name(directory, entry) is None:
+            require_inside(directory, directory / entry)
     config = read_config(directory)
     library = library_of(config)
     require_plain(directory, config, library)
-    order = (library.single_file, library.index_file)[:: 1 if library.single_file_first else -1]
+    order = (library.single_file, library.index_file)[:: 1 if library.is_transformers else -1]
     named = next((name for name in order if (directory / name).is_file()), None)
     tensors: Mapping[str, TensorHeader]
     if named == library.index_file:
@@ -184,9 +168,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _read_sharded(directory: Path, index_path: Path) -> dict[str, TensorHeader]:
-    weight_map = weight_map_of(index_path)
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
+        shards = sorted(set(weight_map.values()), key=str)  # what a broken index names may be no text
+    except (*INVALID_JSON, OSError) as error:
+        raise SpecDefError(f"{index_path.name} is not a valid index: {error}", "Fetch the file again.") from error
     tensors: dict[str, TensorHeader] = {}
-    for shard in sorted(set(weight_map.values()), key=str):  # what a broken index names may be no text
+    for shard in shards:
         for name, header in read_headers(_inside(directory, shard, index_path.name)).items():
             if name in tensors:
                 raise SpecDefError(
@@ -215,10 +203,6 @@ def _inside(directory: Path, name: Any, index: str = INDEX_FILE) -> Path:
     return path
 
 
-def _truncated(header: TensorHeader) -> SpecDefError:
-    return SpecDefError(f"{header.shard} ends inside {header.name}", "The file is truncated: fetch it again.")
-
-
 # Written anew for every output.
 REWRITTEN = frozenset({"config.json", "README.md", MANIFEST_NAME, "certificate.json"})
 SHOWN = 8
@@ -242,7 +226,7 @@ class Companions:
         return f"Not carried over: {'; '.join(parts)}." if parts else None
 
 
-def companions(directory: Path, weights: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Companions:
+def _companions(directory: Path, weights: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Companions:
     """Divide the files of a checkpoint directory into those to carry over and those to leave out.
 
     Args:
@@ -253,21 +237,13 @@ def companions(directory: Path, weights: Collection[str], shapes: Mapping[str, t
     for relative in _entries(directory):
         if relative.as_posix() in weights or relative.as_posix() in REWRITTEN:
             continue
-        reason = _reason(directory, relative, shapes)
-        if reason is None:
-            carried.append(relative)
-        else:
-            left_out.setdefault(reason, []).append(relative)
+        reason = _by_name(directory, relative) or _by_content(directory, relative, shapes)
+        (carried if reason is None else left_out.setdefault(reason, [])).append(relative)
     return Companions(tuple(carried), {reason: tuple(paths) for reason, paths in left_out.items()})
 
 
-def companion_files(directory: Path) -> tuple[Path, ...]:
-    """Files that may be carried over, whatever the weights are, relative to ``directory``."""
-    return tuple(path for path in _entries(directory) if _by_name(directory, path) is None)
-
-
 def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:
-    """Copy companion files of ``source`` to ``target``; ``open_checkpoint`` has refused stray links already."""
+    """Copy companion files of ``source`` to ``target``."""
     for relative in files:
         require_inside(source, source / relative)
         destination = target / relative
@@ -295,8 +271,7 @@ def _hidden(path: PurePath) -> bool:
 def _by_name(directory: Path, relative: Path) -> str | None:
     """Why a file is left out, as far as its name and kind tell; ``None`` if it may be carried over."""
     path = directory / relative
-    suffix = path.name.removesuffix(".index.json") if path.name.endswith(".index.json") else path.name
-    suffix = PurePath(suffix).suffix.lower()
+    suffix = PurePath(path.name.removesuffix(".index.json")).suffix.lower()
     if _hidden(relative):
         return "hidden"
     if not path.is_file():
@@ -310,16 +285,14 @@ def _by_name(directory: Path, relative: Path) -> str | None:
     return None
 
 
-def _reason(directory: Path, relative: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    reason = _by_name(directory, relative)
-    if reason is not None:
-        return reason
+def _by_content(directory: Path, relative: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     folder = (directory / relative).parent
     if (folder / "adapter_config.json").is_file() and relative.stem.startswith("adapter_"):
         return "an adapter that was trained for the model as it was"
     if relative.name.endswith(f"{SAFETENSORS}.index.json"):
-        members = [path for path in folder.glob(f"*{SAFETENSORS}") if path != directory / relative]
-        belongs_here = relative.parent != Path() and any(not _is_copy(path, shapes) for path in members)
+        belongs_here = relative.parent != Path() and any(
+            not _is_copy(path, shapes) for path in folder.glob(f"*{SAFETENSORS}")
+        )
         return None if belongs_here else "it names weights of the model as it was"
     if relative.suffix == SAFETENSORS and _is_copy(directory / relative, shapes):
         return "weights of the model as it was, which are not loaded"

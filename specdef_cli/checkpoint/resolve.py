@@ -30,7 +30,7 @@ from huggingface_hub.utils import tqdm
 
 from specdef_cli.checkpoint.files import OTHER_FORMATS, PICKLES, SAFETENSORS, held_instead, write_durably
 from specdef_cli.checkpoint.manifest import Manifest, last_part
-from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.errors import SpecDefError, WrongUsage, first_line
 from specdef_cli.process import first_completed
 
 
@@ -161,7 +161,7 @@ def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | N
         raise SpecDefError(f"{model} is a file", "Give the directory that holds config.json and the safetensors files.")
     repository, _, suffix = model.partition("@")
     if suffix and revision and suffix != revision:
-        raise SpecDefError(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
+        raise WrongUsage(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
         address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?([\w.-]+/[\w.-]+)", model)
         raise SpecDefError(

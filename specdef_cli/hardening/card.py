@@ -176,7 +176,7 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
     around += "Edits without training, which take a direction out of the weights, work as on the base. "
-    if not library.is_attacked:
+    if not library.is_transformers:
         unchanged = (*unchanged, "convolutions")  # no construction reaches them
         measure = "No attack was measured on this very checkpoint."
     free = f"Trained alone as fast as before: {', '.join(unchanged)}. " if unchanged else ""
@@ -193,7 +193,7 @@ def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
     advice = serving_advice(lost)
     if not manifest.factored and not manifest.scaled:
         return [f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"]
-    if not library.runs_code:
+    if not library.is_transformers:
         return [
             "Load it, alone or in the place of the base in its pipeline, with diffusers "
             f"installed, after {INSTALLATION} and `import specdef_cli`; without that, diffusers refuses it. {advice}"

@@ -31,7 +31,7 @@ from specdef_cli.checkpoint.shards import (
     shard_index,
 )
 from specdef_cli.checkpoint.stream import Progress, read_record, write_shards
-from specdef_cli.errors import ResumableError, SpecDefError
+from specdef_cli.errors import ResumableError, SpecDefError, WrongUsage
 from specdef_cli.model.loading import process_state
 
 
@@ -149,6 +149,9 @@ def _chosen_devices(device: str | None, state: PartialState) -> tuple[torch.devi
     if device is not None:
         try:
             chosen = torch.device(device)
+        except RuntimeError as error:
+            raise WrongUsage(f"device {device!r} is unknown", f"Use --device {_there()}.") from error
+        try:
             torch.empty(1, device=chosen).item()  # the meta device holds no values
         except (RuntimeError, AssertionError) as error:
             raise SpecDefError(f"device {device!r} is not available here", f"Use --device {_there()}.") from error

@@ -124,8 +124,6 @@ class HardeningPlan(Changes):
 def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     """Decide what to change in a checkpoint."""
     checkpoint, skeleton = base.checkpoint, base.skeleton
-    if options.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.base_model):
-        raise SpecDefError(f"--base-model {options.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
     require_modules(checkpoint.directory)
     require_whole(skeleton, checkpoint)
     require_code_allows(skeleton, verify=options.verify, adds_code=not isinstance(options.construction, Fold))
@@ -133,7 +131,7 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
         require_comparable(skeleton)
     changes = _changes(base, options)
     config = dict(checkpoint.config)
-    if checkpoint.library.names_dtype:
+    if checkpoint.library.is_transformers:
         config = _with_dtype(config, options.dtype)
     stored, multiplied = _stored(options.dtype), changes.multiplied
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in changes.factored}
@@ -286,7 +284,7 @@ def _notes(
     """What was decided and why, for the user."""
     notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.layers)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
-    if changes.scaled and checkpoint.library.runs_code:
+    if changes.scaled and checkpoint.library.is_transformers:
         notes.append(SCALED_LOADERS)
     notes += changes.reasons
     if unchanged and not changes.factored:

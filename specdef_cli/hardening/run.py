@@ -68,7 +68,7 @@ def preview(
     checkpoint = base.checkpoint
     on_plan(plan)
     device = compute_devices(options.device, process_state(options.device))[0]
-    fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
+    fits = options.verify and checkpoint.library.is_transformers and is_loadable_here(2 * plan.nbytes)
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
         made = dict(group.transform(checkpoint, device).tensors) if group.transform is not None else {}
@@ -124,7 +124,7 @@ def harden(
         manifest = _manifest(base.found, plan, options, written)
         _make_loadable(checkpoint, plan, manifest, written.work)
         hardened = base.beside(written.work)
-        if checkpoint.library.loads_without_weights:
+        if checkpoint.library.is_transformers:
             hardened.load_without_weights()
         manifest = dataclasses.replace(manifest, verification=_verification(base, plan, options, hardened.load))
         _describe(checkpoint, plan, manifest, written.work)
@@ -180,7 +180,7 @@ def _make_loadable(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manife
     """Add what a loader needs beside the weights: companions, ``config.json``, code, and the manifest."""
     carry_over(checkpoint.directory, work, checkpoint.companions.carried)
     write_json(work / "config.json", plan.config)
-    if (plan.factored or plan.scaled) and checkpoint.library.runs_code:
+    if (plan.factored or plan.scaled) and checkpoint.library.is_transformers:
         shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
     write_durably(work / MANIFEST_NAME, manifest.to_json())
 

@@ -138,7 +138,7 @@ def verify(
             f"{instead}, {'' if exact else 'another --gauge, '}or --dtype float32; nothing was published.",
         )
     figures = asdict(comparison)
-    if base.checkpoint.library.has_logits:
+    if base.checkpoint.library.is_transformers:
         return figures
     return {name: figures[name] for name in ("max_abs", "relative", "equal")}  # a noise has no classes to agree on
 
@@ -201,7 +201,7 @@ def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[Tens
 
     ``None`` of a library that cannot load a model without its weights.
     """
-    if not base.checkpoint.library.loads_without_weights:
+    if not base.checkpoint.library.is_transformers:
         return None
     with TemporaryDirectory() as place:
         _write_empty(base.checkpoint, config, groups, Path(place))

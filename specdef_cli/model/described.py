@@ -192,7 +192,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
             e.g. ``model.layers.0.self_attn.o_proj``.
     """
     library, native = library_of(config), config.get("model_type")
-    if library.has_model_types and not native:
+    if library.is_transformers and not native:
         raise SpecDefError(
             "config.json names no model_type, so transformers cannot tell which model it describes",
             "Add the model_type of the architecture to config.json.",
@@ -213,7 +213,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
         "quant_method": MODEL_TYPE,
         "layers": {module: dict(spec) for module, spec in layers.items()},
     }
-    if not library.has_model_types:
+    if not library.is_transformers:
         return shimmed
     if "auto_map" in shimmed:
         # The base's own code would be looked up in a directory that does not hold it; transformers' classes serve.
@@ -223,7 +223,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
 
 def is_shim(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is that of *scale* or *factors*."""
-    if not library_of(config).has_model_types:
+    if not library_of(config).is_transformers:
         listed = config.get("quantization_config")
         return isinstance(listed, Mapping) and listed.get("quant_method") == MODEL_TYPE
     return config.get("model_type") == MODEL_TYPE
@@ -238,7 +238,7 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if not is_shim(config):
         return plain
     plain.pop("quantization_config", None)
-    if not library_of(config).has_model_types:
+    if not library_of(config).is_transformers:
         return plain
     native = plain.pop(BASE_MODEL_TYPE_KEY, None)
     if not isinstance(native, str) or not native:

@@ -141,7 +141,7 @@ def load_model(
     path = Path(directory)
     library = library_of(read_config(path))
     try:
-        if not library.has_model_types:
+        if not library.is_transformers:
             return _load_denoiser(path, dtype=None if dtype == "auto" else dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if isinstance(auto_class, str):
@@ -223,7 +223,7 @@ DEEPEST = 1000
 
 def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
     """transformers' config object of a checkpoint; diffusers has none, and ``config.json`` itself serves."""
-    if not checkpoint.library.has_model_types:
+    if not checkpoint.library.is_transformers:
         return checkpoint.config
     if checkpoint.config.get("quantization_config") == {}:
         raise SpecDefError(

@@ -205,7 +205,7 @@ def open_base(
 
 def require_sound(model: OpenedModel) -> None:
     """Refuse a model that transformers could only load as something else than it is. Reads headers only."""
-    if not model.checkpoint.library.is_attacked:
+    if not model.checkpoint.library.is_transformers:
         raise SpecDefError(
             f"{model.directory} is a model of diffusers, and only models of transformers are attacked and certified",
             "Train it in its pipeline, as examples/reproduce/unet.py does.",

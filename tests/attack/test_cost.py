@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.option import in_words, parse_duration
 from tests.attack.test_optimizers import spec
 from tests.attack.test_search import GRID, make_series, result, run_plan
-from tests.commands import Result, call_cli, environment
+from tests.commands import Result, call_cli
 
 FREE = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences")
 
@@ -195,31 +193,3 @@ def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(
     lines = [line for line in result.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d \d+ of about \d+: control", line)]
     assert len(lines) == 1
     assert any(line.startswith("note: Not reached") and line.endswith(".") for line in result.stderr.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("attack", "./nowhere"), "'./nowhere' is neither"),
-        (("attack", "MODEL", "--control", "./nowhere"), "'./nowhere' is neither"),
-        (("attack", "MODEL", "--dataset", "nowhere.jsonl.gz"), "no data file nowhere.jsonl.gz"),
-        (("attack", "MODEL", "--time-limit", "soon"), "--time-limit 'soon'"),
-        (("certify", "MODEL", "--base", "./nowhere"), "'./nowhere' is neither"),
-        (("certify", "MODEL", "--text", "nowhere.txt"), "--text nowhere.txt"),
-        (("certify", "MODEL", "--attacks", "nowhere.json"), "no attack report nowhere.json"),
-    ],
-)
-def test_what_is_not_there_is_told_before_torch_is_imported(
-    arguments: tuple[str, ...], named: str, hardened: Path, tmp_path: Path
-) -> None:
-    program = (
-        "import sys\nfrom specdef_cli.cli.app import main\n"
-        "try:\n    main()\nexcept SystemExit as leaving:\n"
-        "    print(leaving.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
-    )
-    given = [str(hardened) if argument == "MODEL" else argument for argument in arguments]
-    process = subprocess.run(
-        [sys.executable, "-c", program, *given], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
-    assert process.stdout.split() == ["1", "False", "False"], process.stderr
-    assert named in process.stderr

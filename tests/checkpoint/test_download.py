@@ -107,7 +107,7 @@ def test_a_model_in_a_folder_of_its_repository(base: Path, tmp_path: Path, monke
         }
         for folder, problem in {"absent": "in absent", "parts": "parts", "../x": "does not lie in org/name"}.items():
             refused = call_cli("harden", "org/name", "--subfolder", folder, "--out", tmp_path / "no")
-            assert_refused(refused, problem)
+            assert_refused(refused, problem, code=2 if ".." in folder else 1)
     offline(tmp_path, monkeypatch)
     assert call_cli("inspect", "org/name", "--subfolder", "parts/tiny", "--quiet").code == 0
     assert harden("fold", tmp_path / "other", model=base).code == 0
@@ -124,6 +124,15 @@ def test_a_model_in_a_folder_of_its_repository(base: Path, tmp_path: Path, monke
         open_base(hardened, base.parent, "--control", subfolder=base.name),
     ):
         assert found.checkpoint.shards == tuple(shards(base))
+    monkeypatch.setattr("specdef_cli.certify.run.is_causal_lm", lambda config: False)  # the tiny base has no tokenizer
+    inside = {f"parts/hard/{name}": data for name, data in model_files(out).items()}
+    certify = ("--subfolder", "parts/hard", "--base", base, "--dry-run", "--out", tmp_path / "certificate")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "hard").symlink_to(out)
+    with online(Hub({**others, **inside}), tmp_path / "second"):
+        for model in ("org/name", tmp_path):
+            result = call_cli("certify", model, *certify)
+            assert "measured: function, spectrum" in result.stdout, result.stderr
 
 
 def test_a_pipeline_is_refused_before_it_is_downloaded(

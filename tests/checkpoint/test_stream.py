@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -273,16 +274,15 @@ def test_a_read_error_in_the_middle_is_worth_a_resume(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = plan(checkpoint, [])
-    read, reads = Checkpoint.read, []
+    opened, reads = Path.open, []
 
-    def failing(self: Checkpoint, name: str) -> torch.Tensor:
-        reads.append(name)
-        if len(reads) == 3:
-            with self._reading(self.tensors[name]):
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(self, name)
+    def failing(self: Path, *arguments: Any, **options: Any) -> Any:
+        reads.append(self.suffix == ".safetensors")
+        if reads[-1] and sum(reads) == 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(self, *arguments, **options)
 
-    monkeypatch.setattr(Checkpoint, "read", failing)
+    monkeypatch.setattr(Path, "open", failing)
     with pytest.raises(ResumableError, match=r"model\.safetensors cannot be read: Input/output error"):
         write(checkpoint, shards, tmp_path / "work")
     monkeypatch.undo()

@@ -395,7 +395,7 @@ def test_what_is_hardened_is_not_hardened_again(hardened: Path, outside: Path) -
 
 
 def test_inspect_refuses_a_device_and_nan(llama: Path, tmp_path: Path) -> None:
-    assert_refused(call_cli("inspect", llama, "--device", "quantum"), "'quantum'")
+    assert_refused(call_cli("inspect", llama, "--device", "quantum"), "'quantum'", code=2)
     spoilt = spoiled(llama, tmp_path, tensor(DOWN, element(math.nan)))
     assert_refused(call_cli("inspect", spoilt, "--layers"), DOWN, "NaN")
 
