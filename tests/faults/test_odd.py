@@ -85,6 +85,10 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
     "attack by adapters on nothing": ((*ATTACK, *SMALL[2:], "--training", "lora@no"), "cannot be put on no"),
     "attack on parameters of no name": ((*ATTACK, *SMALL[2:], "--training", "full@z*"), "z* names no parameter"),
     "attack that retains what is nowhere": ((*ATTACK, "--retained", "nowhere.txt"), "no data file nowhere.txt"),
+    "attack on a data set's address": (
+        (*ATTACK, "--dataset", "https://huggingface.co/datasets/org/name"), "Give org/name.",
+    ),
+    "attack on an address": ((*ATTACK, "--dataset", "https://x.org/a.jsonl"), "https://x.org/a.jsonl is an address"),
     "attack on data that is nowhere": ((*ATTACK, "--dataset", "./nowhere.jsonl"), "no data file nowhere.jsonl"),
     "attack on a directory of nothing": ((*ATTACK, "--dataset", "EMPTY"), "holds no data"),
     "attack on a configuration of a file": ((*ATTACK, *TEXT, "--dataset-config", "de"), "--dataset-config 'de'"),
