@@ -136,10 +136,9 @@ def _spectrum(
         raise SpecDefError(
             f"{stored.name} has shape {list(stored.shape)}, and a layer's weight has two dimensions", "Fetch it again."
         )
-    if stored.name == site.tensor:
-        weight = read_weight(checkpoint, site, place)
-    else:
-        weight = checkpoint.read(stored.name).to(place).float()
+    own = stored.name == site.tensor
+    weight = read_weight(checkpoint, site, place) if own else checkpoint.read(stored.name).to(place)
+    weight = weight if weight.dtype == torch.float64 else weight.float()
     return float(top_subspace(weight, 1, seed).singular_values[0]), effective_rank(weight, seed)
 
 
