@@ -137,9 +137,6 @@ def worker_count(devices: Sequence[torch.device], processes: int, largest_tensor
     """Threads of this process: one more than cores, but never more layers at once than half of the free memory holds.
 
     One waits for the disk while the others compute: with a thread more, factors take a sixth less on two cores.
-
-    Args:
-        processes: How many processes share this machine.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     by_cores = max(1, cores // processes) + 1

@@ -141,13 +141,7 @@ def factor_layers(
     dtype: str | None,
     loaded: torch.dtype | None,
 ) -> tuple[FactorLayer, ...]:
-    """Plan the factors of every site, from headers alone.
-
-    Args:
-        wanted: α, k, gauge and seed.
-        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
-        loaded: What ``config.json`` has the model loaded in; ``None`` where it does not say.
-    """
+    """Plan the factors of every site, from headers alone."""
     require_factorable(skeleton, sites)
     layers = []
     for site in sites:

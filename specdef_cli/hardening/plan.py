@@ -106,11 +106,7 @@ class HardeningPlan(Changes):
         return sum(group.nbytes for group in self.groups)
 
     def fingerprint(self, checkpoint: Checkpoint, commit: str | None) -> str:
-        """Identifies this plan on this input, so that ``--resume`` never mixes two.
-
-        Args:
-            commit: The hash of the commit that it is; ``None`` for a directory, whose files may change.
-        """
+        """Identifies this plan on this input, so that ``--resume`` never mixes two."""
         described = {
             "groups": [repr(group) for group in self.groups],
             "config": self.config,

@@ -80,11 +80,7 @@ def is_loadable_here(nbytes: int) -> bool:
 
 
 def verify(base: OpenedModel, hardened: Loader, nbytes: int, options: HardenOptions) -> dict[str, Any]:
-    """Run the same batch through both models, one after the other: figures for the manifest, or why there are none.
-
-    Args:
-        nbytes: Size of the hardened model.
-    """
+    """Run the same batch through both models, one after the other: figures for the manifest, or why there are none."""
     if not options.verify:
         return {"skipped": "verification was switched off"}
     nbytes = max(nbytes, base.checkpoint.nbytes)
