@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -29,6 +29,7 @@ class Spelling:
         shown_default: What a default of ``None`` or of nothing comes to.
         group: Its group in ``--help``, with words after `` / `` that several options of one row share.
         envvar: The environment variable that gives it, too.
+        parse: Makes its value of the text or number that people write; its parameter's type says which.
     """
 
     names: tuple[str, ...] = ()
@@ -36,6 +37,12 @@ class Spelling:
     shown_default: str | None = None
     group: str | None = None
     envvar: str | None = None
+    parse: Callable[[Any], Any] | None = None
+
+    @property
+    def written(self) -> Any:
+        """The type of what people write, where that is another than the field's."""
+        return None if self.parse is None else next(iter(get_type_hints(self.parse).values()))
 
 
 def option(
@@ -46,9 +53,10 @@ def option(
     shown_default: str | None = None,
     group: str | None = None,
     envvar: str | None = None,
+    parse: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A field that the command line takes; ``description`` is its line in ``--help`` and in the schema."""
-    spelling = Spelling(names, metavar, shown_default, group, envvar)
+    spelling = Spelling(names, metavar, shown_default, group, envvar, parse)
     # pydantic takes the description from here.
     return dataclasses.field(default=default, metadata={"description": description, "spelling": spelling})
 
@@ -77,12 +85,16 @@ def require_positive(options: Any, *names: str) -> None:
 def as_declared(options: Any) -> None:
     """Make the values of a class of options those that its fields declare, as programs write them by hand.
 
-    Text becomes a path where only a path is meant, and the only element where several texts are. The command line
-    checks choices itself; here a word that is none would be taken for the default.
+    Sizes and durations are parsed. Text becomes a path where only a path is meant, and the only element where several
+    texts are. The command line checks choices itself; here a word that is none would be taken for the default.
     """
     hints = get_type_hints(type(options))
-    for name in (field.name for field in dataclasses.fields(options)):
-        declared, value = hints[name], getattr(options, name)
+    for field in dataclasses.fields(options):
+        name, declared, value = field.name, hints[field.name], getattr(options, field.name)
+        spelling = field.metadata.get("spelling", Spelling())
+        if spelling.parse is not None and isinstance(value, int if spelling.written is int else str):
+            object.__setattr__(options, name, spelling.parse(value))
+            continue
         if not isinstance(value, str):
             continue
         kinds = (declared,) if get_origin(declared) in (Literal, tuple) else get_args(declared) or (declared,)
@@ -149,7 +161,7 @@ def in_subfolder(model: str | Path, subfolder: str | None) -> tuple[str | Path, 
     return str(folder), None
 
 
-def parse_duration(text: str, option: str) -> float:
+def parse_duration(text: str, option: str = "--time-limit") -> float:
     """Seconds of a duration as users write it: ``45m``, ``1h30m``, ``90s``."""
     match = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)s)?\s*", text)
     parts = match.groups() if match else ()

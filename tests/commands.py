@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,29 @@ def call_cli(*arguments: str | Path, width: int = 300) -> Result:
         if columns is not None:
             os.environ["COLUMNS"] = columns
     return Result(code, out.getvalue(), err.getvalue())
+
+
+Die = Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
+
+
+@contextlib.contextmanager
+def dying() -> Iterator[Die]:
+    """Has runs die, and says how each ended; the process that they are forked from imports everything once."""
+    program = REPOSITORY / "tests" / "hardening" / "kill_points.py"
+    process = subprocess.Popen(
+        [sys.executable, program], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def run(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        print(json.dumps(cases), file=stdin, flush=True)
+        return json.loads(stdout.readline())
+
+    with process:
+        yield run
+        stdin.close()
 
 
 def assert_refused(result: Result, *words: str, empty: Path | None = None, code: int = 1) -> None:

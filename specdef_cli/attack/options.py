@@ -32,7 +32,7 @@ from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
 from specdef_cli.errors import SpecDefError, WrongUsage
-from specdef_cli.option import Source, flag_of, in_subfolder, option, require_positive
+from specdef_cli.option import Source, flag_of, in_subfolder, option, parse_duration, require_positive
 
 NO_RETAINED = "none"
 """Leaves out what is measured on retained text."""
@@ -43,6 +43,7 @@ BUILTIN_PROMPTS = "questions about cooking and about astronomy"
 MAX_SEEDS = 1000
 """Upper bound on --seeds, to catch typos."""
 
+_AT_A_TIME = "Budget / Runs at a time, here or on a cluster."
 _MEMORY = "Budget / To save memory."
 _HUB_DATA = "Data / Part of a Hub data set."
 _COLUMNS = "Data / Columns"
@@ -153,13 +154,21 @@ class AttackOptions(Budget, Source):
     free: tuple[str, ...] = ()
     """Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be lowered to
     suit the size of the model and the time limit."""
-    time_limit: float | None = None
+    time_limit: float | None = option(
+        None, "Stop then; the most telling attacks come first.", metavar="45m", group="Budget", parse=parse_duration
+    )
     """Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first."""
     report_to: tuple[str, ...] = option(
         (), "tensorboard (in OUT/logs), wandb, trackio, mlflow.", metavar="NAME", group="Output"
     )
-    seeds: tuple[int, ...] = (0,)  # one run each for adapters' and paths' initial values, dropout and data order
-    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group="Budget")
+    seeds: tuple[int, ...] = option(
+        (0,), "Runs of each attack.", metavar="N", shown_default="1", group="Budget", parse=seeds_of
+    )
+    """One run each, for adapters' and paths' initial values, dropout and data order."""
+    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
+    dask: str | None = option(
+        None, "Address of a Dask scheduler, whose workers make the runs.", metavar="ADDRESS", group=_AT_A_TIME
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,6 +201,11 @@ class AttackOptions(Budget, Source):
                 raise WrongUsage(
                     f"{_flag(name)} {getattr(self, name)} is not a number of at least 0", "Give 0 or more."
                 )
+        if self.dask is not None and self.jobs > 1:
+            raise WrongUsage(
+                f"--jobs {self.jobs} is of this machine, and --dask makes as many runs at a time as it has workers",
+                "Leave --jobs out.",
+            )
         if not self.seeds:
             raise WrongUsage("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:
@@ -365,6 +379,12 @@ def require_data(dataset: str | None) -> None:
     """Refuse a data set that is a path to nothing."""
     if dataset is None:
         return
+    if "://" in dataset:
+        address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?datasets/([\w.-]+/[\w.-]+)", dataset)
+        raise SpecDefError(
+            f"{dataset} is an address, not a file, a directory or a Hub id",
+            f"Give {address[1]}." if address else "Download it, and give the file.",
+        )
     path = Path(dataset).expanduser()
     like_a_file = path.suffix.lower() in (*FILE_SUFFIXES, *COMPRESSIONS)
     if not path.exists() and (like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)):

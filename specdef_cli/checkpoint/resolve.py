@@ -156,10 +156,12 @@ def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | N
         raise WrongUsage(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
         address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?([\w.-]+/[\w.-]+)", model)
-        raise SpecDefError(
-            f"{model!r} is neither a directory nor a Hub id",
-            f"Give {address[1]}." if address else "Check the path, or give org/name; --subfolder names a folder of it.",
-        )
+        hint = "Check the path, or give org/name; --subfolder names a folder of it."
+        if address:
+            hint = f"Give {address[1]}."
+        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+/", model):
+            hint = f"Check the path; a Hub id has no slash at its end: {model[:-1]}."
+        raise SpecDefError(f"{model!r} is neither a directory nor a Hub id", hint)
     return repository, revision or suffix or None
 
 

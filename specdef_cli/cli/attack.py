@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.attack.options import NO_RETAINED, AttackOptions, seeds_of
+from specdef_cli.attack.options import NO_RETAINED, AttackOptions
 from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
-from specdef_cli.cli.options import DryRun, takes
+from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
 from specdef_cli.errors import WrongUsage
+from specdef_cli.option import option
 
 if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
@@ -26,47 +27,27 @@ CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 """Options that say which attacks to run."""
 
 
+@dataclass(frozen=True)
+class Flags:
+    """Options of the command alone."""
+
+    suite: str | None = option(
+        None, "quick, standard, full or a TOML file like theirs.", metavar="NAME", group="Attacks"
+    )
+    expand: str | None = option(None, "Attack a grown model too: --variant width:2.", metavar="2x", group="Attacks")
+    list_all: bool = option(False, "List what these options take, and stop.", "--list", group="Attacks")
+    fail_if: tuple[str, ...] = option(
+        (), "Exit with 1 if an uninformed attack meets this.", metavar="CONDITION", group="Output"
+    )
+    card: bool = option(False, "Write the findings into the model card.", group="Output")
+    dry_run: bool = option(False, "Print the plan and its time here; run nothing.", group="Output")
+
+
 @takes(AttackOptions)
 def attack_command(
+    flags: Flags,
     output: Output,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id to attack.")] = ("hardened"),
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="quick, standard, full or a TOML file like theirs.", rich_help_panel="Attacks"
-        ),
-    ] = None,
-    expand: Annotated[
-        str | None,
-        typer.Option(metavar="2x", help="Attack a grown model too: --variant width:2.", rich_help_panel="Attacks"),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Runs of each attack.", show_default="1", rich_help_panel="Budget"),
-    ] = None,
-    time_limit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="45m",
-            help="Stop then; the most telling attacks come first.",
-            rich_help_panel="Budget",
-        ),
-    ] = None,
-    fail_if: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CONDITION…",
-            help="Exit with 1 if an uninformed attack meets this.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    card: Annotated[
-        bool, typer.Option("--card", help="Write the findings into the model card.", rich_help_panel="Output")
-    ] = False,
-    list_all: Annotated[
-        bool, typer.Option("--list", help="List what these options take, and stop.", rich_help_panel="Attacks")
-    ] = False,
-    dry_run: DryRun = False,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id to attack.")] = "hardened",
     **given: Any,
 ) -> None:
     """Fine-tune a hardened model and its base; report how far each attack got.
@@ -79,7 +60,7 @@ def attack_command(
 
       specdef attack hardened --dataset notes.jsonl --training lora --steps 200
     """
-    if list_all:
+    if flags.list_all:
         from rich.console import Group
 
         listing = attack_listing()
@@ -92,33 +73,23 @@ def attack_command(
     from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
     from specdef_cli.checkpoint.check import require_models
     from specdef_cli.checkpoint.output import writable_ancestor
-    from specdef_cli.option import parse_duration
 
-    limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
-    conditions = [Condition.parse(text) for text in fail_if or []]
+    conditions = [Condition.parse(text) for text in flags.fail_if]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
         raise WrongUsage("--fail-if refusals needs prompts that the model refuses", "Give --prompts FILE.")
-    if seeds is not None:
-        given["seeds"] = seeds_of(seeds)
-    if expand is not None:
-        given["variants"] = (*given.get("variants", ()), f"width:{expand}")
-    if limit is not None and suite is None and not given.keys() & CHOICES:
+    if flags.expand is not None:
+        given["variants"] = (*given.get("variants", ()), f"width:{flags.expand}")
+    suite = flags.suite
+    if "time_limit" in given and suite is None and not given.keys() & CHOICES:
         suite = "quick"  # what everybody tries, and what usually gets through
     chosen = load_suite(suite) if suite is not None else None
     budget = {**(chosen.budget if chosen else {}), **given}
-    if chosen is not None and "seeds" in chosen.budget and seeds is None:
-        budget["seeds"] = seeds_of(chosen.budget["seeds"])
     # What the user gave stays: by a flag, or in a suite of the user's own.
     kept = given if chosen is None or suite in suite_names() else budget
-    options = AttackOptions(
-        **budget,
-        model=model,
-        suite=chosen,
-        free=tuple(name for name in BUDGET if name != "seeds" and name not in kept),
-        time_limit=limit,
-    )
+    free = tuple(name for name in BUDGET if name != "seeds" and name not in kept)
+    options = AttackOptions(**budget, model=model, suite=chosen, free=free)
     require_models(options, options.control, "--control")
-    if card:
+    if flags.card:
         from specdef_cli.checkpoint.check import require_card
 
         require_card(options)
@@ -138,7 +109,7 @@ def attack_command(
     from specdef_cli.report.files import write_report
     from specdef_cli.report.text import attacks_table, closing, edits_table, runs_table
 
-    if dry_run:
+    if flags.dry_run:
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))
         return
@@ -153,7 +124,7 @@ def attack_command(
     written = write_report(report, options.out)
     if not is_main_process():
         return
-    if card:
+    if flags.card:
         from specdef_cli.certify.card import attacks_on_card
         from specdef_cli.report.document import REPORT_NAME
 

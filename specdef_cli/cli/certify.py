@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdef_cli.certify.options import CertifyOptions
-from specdef_cli.cli.options import DryRun, takes
+from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
-from specdef_cli.option import Source
+from specdef_cli.option import Source, option
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -18,13 +19,20 @@ if TYPE_CHECKING:
     from specdef_cli.certify.certificate import Certificate
 
 
+@dataclass(frozen=True)
+class Flags:
+    """Options of the command alone."""
+
+    dry_run: bool = option(False, "Print what would be measured; measure nothing.", group="Output")
+
+
 @takes(CertifyOptions)
 def certify_command(
+    flags: Flags,
     output: Output,
     model: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id of `specdef harden`.")
     ] = "hardened",
-    dry_run: DryRun = False,
     **given: Any,
 ) -> None:
     """Measure a hardened checkpoint: function kept, spectrum as planned, curvature, formats.
@@ -61,7 +69,7 @@ def certify_command(
     from specdef_cli.certify.run import prepare
 
     prepared = prepare(options)
-    if dry_run:
+    if flags.dry_run:
         output.data({"measured": prepared.parts}, Text(f"measured: {', '.join(prepared.parts)}"))
         return
     with output.progress("certifying") as bar:
@@ -113,25 +121,23 @@ def certificate_tables(certificate: Certificate) -> Group:
     return Group(*parts)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What a certificate is compared with."""
+
+    base: str | None = option(
+        None, "What it was made from.", metavar="BASE", shown_default="not checked", group="Model"
+    )
+    attacks: Path | None = option(
+        None, "The report.json that it quotes.", metavar="REPORT", shown_default="not checked", group="Model"
+    )
+
+
 @takes(Source, without=("manifest", "subfolder", "trust_remote_code"))
 def verify_certificate_command(
-    output: Output,
     model: Annotated[str, typer.Argument(metavar="HARDENED", help="Directory or Hub id with a certificate.json.")],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BASE", help="What it was made from.", show_default="not checked", rich_help_panel="Model"
-        ),
-    ] = None,
-    attacks: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="REPORT",
-            help="The report.json that it quotes.",
-            show_default="not checked",
-            rich_help_panel="Model",
-        ),
-    ] = None,
+    compared: Compared,
+    output: Output,
     **given: Any,
 ) -> None:
     """Check that files, figures and verdicts still fit a certificate.
@@ -156,14 +162,14 @@ def verify_certificate_command(
     directory = require_model(source)
     if directory is not None:
         require_certificate(directory)
-    if base is not None:
-        require_model(Source(base))
-    if attacks is not None:
-        require_report(attacks)
+    if compared.base is not None:
+        require_model(Source(compared.base))
+    if compared.attacks is not None:
+        require_report(compared.attacks)
     from specdef_cli.certify.verification import verify_certificate
 
     with output.progress("checking"):
-        checks = verify_certificate(source, base=base, attacks=attacks)
+        checks = verify_certificate(source, base=compared.base, attacks=compared.attacks)
     table = Table("certificate", "", "detail")
     for check in checks:
         table.add_row(check.name, "DIFFERS" if check.result == "differs" else check.result, Text(check.detail))

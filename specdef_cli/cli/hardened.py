@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,24 +11,16 @@ import typer
 
 from specdef_cli.checkpoint.check import require_hardened
 from specdef_cli.checkpoint.output import require_usable
-from specdef_cli.cli.options import CreatePr, Device, MaxShardSize, Model, Out, Private, Resume, takes
+from specdef_cli.cli.options import Model, Upload, takes
 from specdef_cli.cli.output import Output
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import CollapseOptions
-from specdef_cli.option import Source, parse_size
+from specdef_cli.option import Source, option
 from specdef_cli.process import prefer_huge_pages
 
 
 @takes(CollapseOptions, without=("trust_remote_code",))
-def collapse_command(
-    output: Output,
-    model: Model,
-    out: Out,
-    max_shard_size: MaxShardSize = "5GB",
-    device: Device = None,
-    resume: Resume = False,
-    **given: Any,
-) -> None:
+def collapse_command(model: Model, output: Output, **given: Any) -> None:
     """Give back the original architecture: multiply factors, undo folds and scales. Anyone can do this.
 
     Examples:
@@ -36,9 +29,9 @@ def collapse_command(
 
       specdef collapse org/name --manifest specdef.json --out original
     """
-    options = CollapseOptions(model, out, parse_size(max_shard_size), device, resume, **given)
+    options = CollapseOptions(model, **given)
     require_hardened(options)
-    require_usable(out, options.model)
+    require_usable(options.out, options.model)
     prefer_huge_pages()
 
     from rich.text import Text
@@ -70,20 +63,27 @@ def collapse_command(
                 f"{modules} modules unscaled, "
                 f"{result.parameters_removed:,} parameters removed"
             ),
-            written=out,
+            written=options.out,
         )
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Where an adapter goes."""
+
+    out: Path = option(MISSING, "New directory of the adapter.", "--out", "-o", metavar="DIR", group="Output")
 
 
 @takes(Source)
 def convert_adapter_command(
-    output: Output,
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="Directory or Hub id of a LoRA adapter of the base.")
     ],
     hardened: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
     ],
-    out: Out,
+    converted: Converted,
+    output: Output,
     **given: Any,
 ) -> None:
     """Rewrite a PEFT LoRA adapter of the base so that it does on the hardened model what it did on the base.
@@ -96,7 +96,7 @@ def convert_adapter_command(
     from specdef_cli.checkpoint.output import require_usable
     from specdef_cli.errors import SpecDefError, require_extra
 
-    source = Source(hardened, **given)
+    source, out = Source(hardened, **given), converted.out
     require_hardened(source)
     require_usable(out, adapter)
     place = Path(adapter).expanduser()
@@ -114,26 +114,21 @@ def convert_adapter_command(
     output.data(result, Text(f"{out}: {result.rewritten} of {result.modules} modules rewritten"), written=out)
 
 
+@dataclass(frozen=True)
+class Flags(Upload):
+    """Options of the command alone."""
+
+    revision: str | None = option(None, "Branch to upload to.", metavar="NAME", shown_default="main", group="Upload")
+    no_manifest: bool = option(False, "Leave out specdef.json, which says what was changed.", group="Upload")
+    yes: bool = option(False, "Upload a directory that is not hardened too.", "--yes", "-y", group="Upload")
+
+
 @takes(Source, without=("manifest", "revision", "subfolder", "trust_remote_code"))
 def push_command(
-    output: Output,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `specdef harden` published.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub; made if it does not exist.")],
-    private: Private = False,
-    revision: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Branch to upload to.", show_default="main", rich_help_panel="Upload"),
-    ] = None,
-    create_pr: CreatePr = False,
-    no_manifest: Annotated[
-        bool,
-        typer.Option(
-            "--no-manifest", help="Leave out specdef.json, which says what was changed.", rich_help_panel="Upload"
-        ),
-    ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Upload a directory that is not hardened too.", rich_help_panel="Upload")
-    ] = False,
+    flags: Flags,
+    output: Output,
     **given: Any,
 ) -> None:
     """Upload a hardened directory with its card and certificate: after `specdef certify`, not before.
@@ -154,12 +149,14 @@ def push_command(
     from specdef_cli.hardening.card import has_section
     from specdef_cli.model.opened import open_model
 
-    destination = Destination(repository, private, revision, create_pr, Source(directory, **given).token)
+    destination = Destination(
+        repository, flags.private, flags.revision, flags.create_pr, Source(directory, **given).token
+    )
     model = open_model(directory)  # what is incomplete is not uploaded
-    if model.manifest is None and not has_section(directory) and not yes:
+    if model.manifest is None and not has_section(directory) and not flags.yes:
         _ask(directory, repository)
     require_writable(destination)
-    if no_manifest:
+    if flags.no_manifest:
         output.note(
             f"{MANIFEST_NAME} was not uploaded: keep it for `specdef collapse --manifest`. "
             "Leaving it out hides little: norms give changed channels away, and names give factors away."
@@ -169,7 +166,7 @@ def push_command(
             f"{MANIFEST_NAME} is uploaded and names every changed weight: `specdef collapse {repository}` gives the "
             "original back. --no-manifest leaves it out, which hides little: norms give changed channels away."
         )
-    upload = push(directory, destination, manifest=not no_manifest)
+    upload = push(directory, destination, manifest=not flags.no_manifest)
     if upload.removed:
         output.note(upload.note)
     output.data(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from specdef_cli.checkpoint.check import require_model
-from specdef_cli.cli.options import Device, Model, takes
+from specdef_cli.cli.options import Model, takes
 from specdef_cli.cli.output import Output
-from specdef_cli.option import Source
+from specdef_cli.option import Source, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,21 +20,20 @@ if TYPE_CHECKING:
     from specdef_cli.hardening.survey import LayerSurvey, Outlook, PlanSummary, Survey
 
 
+@dataclass(frozen=True)
+class Flags:
+    """Options of the command alone."""
+
+    every_layer: bool = option(
+        False, "List every layer, with σ₁ and effective rank (reads all weights).", "--layers", group="Output"
+    )
+    device: str | None = option(
+        None, "cpu, cuda:0, …", metavar="DEVICE", shown_default="every GPU, else cpu", group="Model"
+    )
+
+
 @takes(Source)
-def inspect_command(
-    output: Output,
-    model: Model,
-    every_layer: Annotated[
-        bool,
-        typer.Option(
-            "--layers",
-            help="List every layer, with σ₁ and effective rank (reads all weights).",
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    device: Device = None,
-    **given: Any,
-) -> None:
+def inspect_command(model: Model, flags: Flags, output: Output, **given: Any) -> None:
     """Say whether and how a model can be hardened and what that would cost; with --layers, list its linear layers.
 
     Examples:
@@ -55,12 +53,12 @@ def inspect_command(
     with output.progress("reading") as bar:
         found = survey(
             source,
-            device=device,
-            spectra=every_layer or output.as_json,
+            device=flags.device,
+            spectra=flags.every_layer or output.as_json,
             on_progress=lambda event: bar.advance(event.label),
         )
     parts = [survey_summary(found)]
-    output.data(found, Group(layers_table(found), *parts) if every_layer else Group(*parts))
+    output.data(found, Group(layers_table(found), *parts) if flags.every_layer else Group(*parts))
 
 
 def survey_summary(found: Survey) -> Group:

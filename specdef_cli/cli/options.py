@@ -7,72 +7,61 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field
-from pathlib import Path
+from dataclasses import MISSING, Field, dataclass, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
-from specdef_cli.cli.output import Output
-from specdef_cli.option import options_of
+from specdef_cli.option import option, options_of
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id org/name[@revision].")]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out", "-o", help="New directory to publish.", metavar="DIR", show_default=False, rich_help_panel="Output"
-    ),
-]
-MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file, e.g. 500MB.", rich_help_panel="Output")]
-Device = Annotated[
-    str | None,
-    typer.Option(metavar="DEVICE", help="cpu, cuda:0, …", show_default="every GPU, else cpu", rich_help_panel="Model"),
-]
-Private = Annotated[
-    bool, typer.Option("--private", help="If the repository is made, make it private.", rich_help_panel="Upload")
-]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Upload as a pull request.", rich_help_panel="Upload")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on where an interrupted run stopped.", rich_help_panel="Output")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the plan and its time here; run nothing.", rich_help_panel="Output")
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """Options of commands that upload."""
+
+    private: bool = option(False, "If the repository is made, make it private.", group="Upload")
+    create_pr: bool = option(False, "Upload as a pull request.", group="Upload")
 
 
 Command = Callable[..., None]
 
 
 def takes(*models: type, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
-    """Give a command, in place of its ``**given``, a parameter for every option of ``models`` that it does not declare.
+    """Give a command a parameter for every option of ``models``, in place of its ``**given``.
 
     ``given`` then holds what the user gave and nothing else, so that the defaults of ``models`` hold, which ``--help``
-    shows. A list arrives as the tuple that a frozen class holds. A declared parameter stands in ``--help`` where the
-    option of its name does. Every command has the options of :class:`Output` too, and gets one as ``output``.
+    shows. A list arrives as the tuple that a frozen class holds. A parameter whose type is a class of options
+    (``output: Output``) stands for the options of that class, and gets one that is made of them.
     """
 
     def decorate(command: Command) -> Command:
         declared = inspect.signature(command, eval_str=True).parameters
-        own = {name: each for name, each in declared.items() if name not in ("output", "given")}
+        made: dict[str, Any] = {
+            name: each.annotation for name, each in declared.items() if is_dataclass(each.annotation)
+        }
+        own = {name: each for name, each in declared.items() if name not in made and name != "given"}
         derived = {
-            name: own.get(name) or _parameter(field, get_type_hints(model)[name])
-            for model in (*models, Output)
+            name: _parameter(field, get_type_hints(model)[name])
+            for model in (*models, *made.values())
             for name, field in options_of(model).items()
             if name not in without
         }
 
         @functools.wraps(command)
         def run(context: typer.Context, **arguments: Any) -> None:
-            output = Output(*(arguments.pop(name) for name in options_of(Output)))
-            given = {
+            given: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) and name not in own else value
                 for name, value in arguments.items()
                 if name in own or context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
             }
-            output.begin()
-            command(output, **given)
+            for name, kind in made.items():
+                given[name] = kind(**{each: given.pop(each) for each in options_of(kind) if each in given})
+            given["output"].begin()
+            command(**given)
 
         context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in {**derived, **own}.values()]
@@ -85,7 +74,7 @@ def takes(*models: type, without: tuple[str, ...] = ()) -> Callable[[Command], C
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     spelling, description = field.metadata["spelling"], field.metadata["description"]
-    kind: Any = _first(hint)
+    kind: Any = spelling.written or _first(hint)
     many = get_origin(kind) is tuple
     metavar = spelling.metavar
     if many:
@@ -102,10 +91,12 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
         envvar=spelling.envvar,
         show_envvar=False,
     )
-    default = field.default or None if many else field.default
+    default = None if spelling.parse is not None else field.default or None if many else field.default
     if default is None:
         kind |= None
     annotation: Any = Annotated[kind, shown]
+    if default is MISSING:
+        default = inspect.Parameter.empty
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

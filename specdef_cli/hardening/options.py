@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.errors import WrongUsage
-from specdef_cli.option import Source, as_declared, option
+from specdef_cli.option import Source, as_declared, option, parse_size
 from specdef_cli.spectral import Gauge
 
 Profile = Literal["float16-cache", "bfloat16", "quantizable", "gguf"]
@@ -77,13 +77,39 @@ Construction = Fold | Scale | Factors
 CONSTRUCTIONS: dict[Method, type[Construction]] = {kind.method: kind for kind in get_args(Construction)}
 
 
+def construction_of(method: Method) -> Construction:
+    """The construction of a name, with its defaults."""
+    if method not in CONSTRUCTIONS:
+        raise WrongUsage(f"--method {method!r} is unknown", f"Choose one of: {', '.join(CONSTRUCTIONS)}.")
+    return CONSTRUCTIONS[method]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publishing(Source):
+    """Options of what writes a new directory."""
+
+    max_shard_size: int = option(
+        5 * 10**9, "Largest file, e.g. 500MB.", metavar="SIZE", shown_default="5GB", group="Output", parse=parse_size
+    )
+    device: str | None = option(
+        None, "cpu, cuda:0, …", metavar="DEVICE", shown_default="every GPU, else cpu", group="Model"
+    )
+    resume: bool = option(False, "Go on where an interrupted run stopped.", group="Output")
+
+
 @dataclass(frozen=True)
-class HardenOptions(Source):
+class HardenOptions(Publishing):
     """Options of :func:`specdef_cli.harden`."""
 
     out: Path = option(Path("hardened"), "New directory to publish.", "--out", "-o", metavar="DIR", group="Output")
     construction: Construction = option(
-        Fold(), "fold; scale and factors need code to load.", "--method", group="Method"
+        Fold(),
+        "fold; scale and factors need code to load.",
+        "--method",
+        metavar="NAME",
+        shown_default="fold",
+        group="Method",
+        parse=construction_of,
     )
     layers: tuple[str, ...] = option((), "Glob of what to harden.", metavar="GLOB", group="Method")
     exclude: tuple[str, ...] = option((), "Glob of what to leave alone.", metavar="GLOB", group="Method")
@@ -95,9 +121,6 @@ class HardenOptions(Source):
         None, "Write specdef.json there, not into --out.", metavar="FILE", group="Output"
     )
     verify: bool = option(True, "Compare the outputs.", "--verify/--no-verify", group="Output")
-    max_shard_size: int = 5 * 10**9
-    device: str | None = None
-    resume: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,10 +133,7 @@ class HardenOptions(Source):
 
 
 @dataclass(frozen=True)
-class CollapseOptions(Source):
+class CollapseOptions(Publishing):
     """Options of :func:`specdef_cli.collapse`."""
 
-    out: Path
-    max_shard_size: int = 5 * 10**9
-    device: str | None = None
-    resume: bool = False
+    out: Path = option(MISSING, "New directory to publish.", "--out", "-o", metavar="DIR", group="Output")

@@ -21,7 +21,7 @@ USAGE = (
 WRONG = (
     "harden model --out there", "harden nowhere/ --out new",
     "attack model", "attack nowhere/", "attack model --control nowhere/",
-    "attack model --control model --dataset missing.jsonl",
+    "attack model --control model --dataset missing.jsonl.gz",
     "attack model --control model --retained missing.txt",
     "attack model --control model --out there/file",
     "certify nowhere/", "certify model", "certify model --text missing.txt", "collapse model --out new",

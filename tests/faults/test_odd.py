@@ -85,6 +85,10 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
     "attack by adapters on nothing": ((*ATTACK, *SMALL[2:], "--training", "lora@no"), "cannot be put on no"),
     "attack on parameters of no name": ((*ATTACK, *SMALL[2:], "--training", "full@z*"), "z* names no parameter"),
     "attack that retains what is nowhere": ((*ATTACK, "--retained", "nowhere.txt"), "no data file nowhere.txt"),
+    "attack on a data set's address": (
+        (*ATTACK, "--dataset", "https://huggingface.co/datasets/org/name"), "Give org/name.",
+    ),
+    "attack on an address": ((*ATTACK, "--dataset", "https://x.org/a.jsonl"), "https://x.org/a.jsonl is an address"),
     "attack on data that is nowhere": ((*ATTACK, "--dataset", "./nowhere.jsonl"), "no data file nowhere.jsonl"),
     "attack on a directory of nothing": ((*ATTACK, "--dataset", "EMPTY"), "holds no data"),
     "attack on a configuration of a file": ((*ATTACK, *TEXT, "--dataset-config", "de"), "--dataset-config 'de'"),
@@ -337,7 +341,7 @@ def test_memory_that_is_not_enough_is_two_lines(
     llama: Path, hardened: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch says of the machine and of a GPU, and Python of a list."""
-    from specdef_cli.attack import run
+    from specdef_cli.attack import train
 
     attack = ("attack", hardened, "--control", llama, "--dataset", text, *SMALL, "--out", tmp_path / "out")
     for error in (
@@ -349,7 +353,7 @@ def test_memory_that_is_not_enough_is_two_lines(
         def fail(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(run, "train_run", fail)
+        monkeypatch.setattr(train, "train_run", fail)
         assert_refused(call_cli(*attack), "memory is not enough", "--batch-size", "--gradient-checkpointing")
     monkeypatch.undo()
     followed = call_cli(*attack, "--gradient-checkpointing", "--gradient-accumulation", "2")  # as the hint says
