@@ -282,24 +282,6 @@ def test_the_card_of_factors_gives_the_deviation_first(llama: Path, tmp_path: Pa
     assert f"{figures['relative']:.1e} (relative)" in said
 
 
-OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "float16": (("--dtype", "float16"), ("float16", "--dtype bfloat16")),
-    "a glob without a match": (("--layers", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
-    "an exclusion without a match": (("--exclude", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
-    "nothing left": (("--exclude", "*"), ("no symmetric pair to fold", "--exclude")),
-}
-
-
-@pytest.mark.parametrize("case", OPTIONS)
-def test_an_option_that_cannot_be_honoured_is_refused(case: str, llama: Path, tmp_path: Path) -> None:
-    arguments, words = OPTIONS[case]
-    method = () if "--method" in arguments else ("--method", "fold")
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    result = call_cli("harden", llama, "--out", outside / "out", "--quiet", *method, *arguments)
-    assert_refused(result, *words, empty=outside)
-
-
 WRONG_USAGE = {
     "fold": (("--alpha", "100"), ("--top-k", "4"), ("--gauge", "rotated"), ("--seed", "0")),
     "scale": (("--profile", "bfloat16"), ("--alpha", "100"), ("--top-k", "25")),
