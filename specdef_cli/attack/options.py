@@ -210,6 +210,15 @@ class AttackOptions(Budget, Source):
             raise WrongUsage("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:
             raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
+        if self.dataset is None and self.retained in (None, NO_RETAINED):
+            for name in ("dataset_config", "dataset_split", "text_column", "text_pair_column"):
+                if getattr(self, name) is not None:
+                    raise WrongUsage(
+                        f"{_flag(name)} {getattr(self, name)} is of --dataset, which is not given",
+                        "Give --dataset DATA.",
+                    )
+        if self.eval_task_path is not None and not self.eval_tasks:
+            raise WrongUsage("--eval-task-path needs --eval-task", "Name a task, or leave it out.")
         if self.suite is not None:
             self._refuse_beside_suite()
 

@@ -229,11 +229,7 @@ class Companions:
 
 
 def _companions(directory: Path, weights: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Companions:
-    """Divide the files of a checkpoint directory into those to carry over and those to leave out.
-
-    Args:
-        shapes: Shapes of the tensors in them, by name.
-    """
+    """Divide the files of a checkpoint directory into those to carry over and those to leave out."""
     carried: list[Path] = []
     left_out: dict[str, list[Path]] = {}
     for relative in _entries(directory):

@@ -78,14 +78,14 @@ def test_the_factor_of_a_channel_is_read_off_both_sides() -> None:
     pair = SymmetricPair("mlp", "up_down", 8, (Side("up", 0, each, 1), Side("down", 1, each, -1)))
     expected = torch.zeros(8, dtype=torch.int64)
     expected[2] = 13
-    assert torch.equal(channel_exponents(pair, {"up": up, "down": down}), expected)
+    assert torch.equal(channel_exponents(pair, {"up": up, "down": down}.__getitem__), expected)
 
 
 def test_a_side_of_zeros_says_nothing() -> None:
     each = ((0,), (1,))
     pair = SymmetricPair("p", "up_down", 2, (Side("up", 0, each, 1), Side("down", 1, each, -1)))
     tensors = {"up": torch.zeros(2, 4), "down": torch.tensor([[1.0, 1024.0]] * 4)}
-    assert not channel_exponents(pair, tensors).any()
+    assert not channel_exponents(pair, tensors.__getitem__).any()
 
 
 def test_a_family_without_pairs_is_refused() -> None:
