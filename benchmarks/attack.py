@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.data.examples import AttackData
-from specdef_cli.attack.recorder import Recorder
-from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.tasks import load_for_training
-from specdef_cli.attack.trainer import make_trainer, quiet
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.one_run import RunSpec
+from specdef_cli.attack.train import load_for_training, quiet
+from specdef_cli.attack.trainer import Recorder, make_trainer
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Variant
 from specdef_cli.model.opened import open_model
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny_llama" / "model"

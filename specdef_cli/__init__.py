@@ -24,54 +24,51 @@ __version__ = "0.1.0"
 
 # ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
 if TYPE_CHECKING:
-    from specdef_cli.attack.notes import Forecast
-    from specdef_cli.attack.optimizers.table import OptimizerChoice
+    from specdef_cli.attack.one_run import RunResult
+    from specdef_cli.attack.optimizers import OptimizerChoice
     from specdef_cli.attack.options import AttackOptions
-    from specdef_cli.attack.recorder import ProgressEvent, ProgressHook
+    from specdef_cli.attack.plan import Forecast
     from specdef_cli.attack.results import Attack, AttackReport
     from specdef_cli.attack.run import attack, is_main_process, plan_attack
-    from specdef_cli.attack.run_result import RunResult
     from specdef_cli.attack.table import Factor, NotApplicable
-    from specdef_cli.attack.trainings.table import Training, TrainingChoice
-    from specdef_cli.attack.variants.growth import Growth
-    from specdef_cli.attack.variants.table import Variant, VariantChoice
+    from specdef_cli.attack.trainer import ProgressEvent, ProgressHook
+    from specdef_cli.attack.trainings import Training, TrainingChoice
+    from specdef_cli.attack.variants import Growth, Variant, VariantChoice
     from specdef_cli.certify.certificate import Certificate, Claim
     from specdef_cli.certify.options import CertifyOptions
     from specdef_cli.certify.run import certify
     from specdef_cli.errors import SpecDefError
-    from specdef_cli.hardening.collapse import CollapseResult, collapse
     from specdef_cli.hardening.options import CollapseOptions, Factors, Fold, HardenOptions, Scale
-    from specdef_cli.hardening.outlook import PlanSummary
-    from specdef_cli.hardening.run import HardenResult, harden, preview
-    from specdef_cli.hardening.survey import Survey
+    from specdef_cli.hardening.run import CollapseResult, HardenResult, collapse, harden, preview
+    from specdef_cli.hardening.survey import PlanSummary, Survey
     from specdef_cli.hardening.survey import survey as inspect
-    from specdef_cli.model import SpecDefLinear, load_model, load_tokenizer
-    from specdef_cli.report.write import write_report
+    from specdef_cli.model.configuration_specdef import SpecDefLinear
+    from specdef_cli.model.loading import load_model, load_tokenizer
+    from specdef_cli.option import Source
+    from specdef_cli.report.files import write_report
 
 
 _MODULES = {
     "attack.table": "NotApplicable Factor",
-    "attack.notes": "Forecast",
-    "attack.optimizers.table": "OptimizerChoice",
+    "attack.one_run": "RunResult",
+    "attack.optimizers": "OptimizerChoice",
     "attack.options": "AttackOptions",
-    "attack.recorder": "ProgressEvent ProgressHook",
+    "attack.plan": "Forecast",
     "attack.results": "Attack AttackReport",
     "attack.run": "attack is_main_process plan_attack",
-    "attack.run_result": "RunResult",
-    "attack.trainings.table": "Training TrainingChoice",
-    "attack.variants.growth": "Growth",
-    "attack.variants.table": "Variant VariantChoice",
+    "attack.trainer": "ProgressEvent ProgressHook",
+    "attack.trainings": "Training TrainingChoice",
+    "attack.variants": "Growth Variant VariantChoice",
     "certify.certificate": "Certificate Claim",
     "certify.options": "CertifyOptions",
     "certify.run": "certify",
     "errors": "SpecDefError",
-    "hardening.collapse": "CollapseResult collapse",
     "hardening.options": "CollapseOptions Factors Fold HardenOptions Scale",
-    "hardening.outlook": "PlanSummary",
-    "hardening.run": "HardenResult harden preview",
-    "hardening.survey": "Survey inspect",
-    "report.write": "write_report",
+    "hardening.run": "CollapseResult HardenResult collapse harden preview",
+    "hardening.survey": "PlanSummary Survey inspect",
+    "report.files": "write_report",
     "model": "SpecDefLinear load_model load_tokenizer",
+    "option": "Source",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 _ELSEWHERE = {"inspect": "survey"}  # Python's own module has that name

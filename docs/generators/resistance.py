@@ -12,10 +12,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from specdef_cli.attack.variants.table import VARIANTS
-from specdef_cli.report.comparison import Cell, Comparison, compare
-from specdef_cli.report.document import read_report
-from specdef_cli.report.findings import percent
+from specdef_cli.attack.variants import VARIANTS
+from specdef_cli.report import percent
+from specdef_cli.report.document import Cell, Comparison, compare, read_report
 
 SEPARATOR = " / "
 

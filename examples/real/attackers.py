@@ -172,10 +172,9 @@ def heretic(model: Path, arguments: argparse.Namespace, *options: str) -> tuple[
 
 def agreement(base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """KL divergence of the base edited by this package, by this package and by heretic."""
-    from specdef_cli.attack.behaviour import load_plainly, reference_of, try_edits
     from specdef_cli.attack.options import AttackOptions
-    from specdef_cli.attack.prompts import load_prompts
-    from specdef_cli.attack.variants.table import Variant
+    from specdef_cli.attack.prompts import load_plainly, load_prompts, reference_of, try_edits
+    from specdef_cli.attack.variants import Variant
     from specdef_cli.model import load_tokenizer
     from specdef_cli.model.opened import open_model
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from specdef_cli.attack.behaviour import require_harness, task_accuracy
+from specdef_cli.attack.train import require_harness, task_accuracy
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
 

@@ -20,11 +20,11 @@ from setting import TINY_LLAMA, markdown, output_directory
 
 from specdef_cli import Factors, HardenOptions, harden
 from specdef_cli.attack import AttackOptions, attack
-from specdef_cli.attack.suite import AttackTable, Suite
-from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.options import AttackTable, Suite
+from specdef_cli.attack.trainings import Training
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
-from specdef_cli.report.findings import percent, rate
+from specdef_cli.report import percent, rate
 
 MODEL = TINY_LLAMA / "model"
 BUDGET: dict[str, Any] = {"steps": 30, "batch_size": 8, "sequence_length": 64, "eval_every": 15, "eval_sequences": 64}

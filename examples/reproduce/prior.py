@@ -40,7 +40,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from specdef_cli import Factors, HardenOptions, harden, load_model, load_tokenizer
 from specdef_cli.attack import Attack, AttackOptions, AttackReport, attack
 from specdef_cli.attack.data import load_data
-from specdef_cli.attack.trainer import quiet
+from specdef_cli.attack.train import quiet
 from specdef_cli.certify.tools import mean_loss
 from specdef_cli.model.inputs import token_batch
 

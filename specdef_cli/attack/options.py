@@ -1,27 +1,49 @@
-"""What the user of an attack decides, checked before anything is loaded."""
+"""What the user of an attack decides, checked before anything is loaded, and suites: which attacks belong together.
+
+A suite is a TOML file that a user can copy and edit. Each ``[[attacks]]`` table stands for every combination of what it
+lists: what is trained × with which optimizer × after which change to the model, over learning rates, each named as on
+the command line. ``[budget]`` gives what a run may cost; flags of the command line win over it. The ones that come with
+the package are in ``suites/``. ``every`` stands for every row of a table.
+
+    [budget]
+    steps = 30
+
+    [[attacks]]
+    trainings = ["full", "lora:16", { training = "full@*norm*", name = "norms" }]
+    optimizers = ["adamw", "sgd"]
+    variants = ["plain", "informed", "width:2"]
+    learning_rates = "search"
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from dataclasses import dataclass
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import Any, Literal, get_args
 
-from specdef_cli.attack.optimizers.table import OPTIMIZERS
-from specdef_cli.attack.spec import Budget
-from specdef_cli.attack.suite import AttackTable, RatePolicy, Suite
-from specdef_cli.attack.target import Task
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import INFORMED, VARIANTS, Variant
-from specdef_cli.errors import SpecDefError
-from specdef_cli.option import as_declared, flag_of, option, require_positive
+from specdef_cli.attack.one_run import Budget, Task
+from specdef_cli.attack.optimizers import OPTIMIZERS
+from specdef_cli.attack.trainings import TRAININGS, Training
+from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
+from specdef_cli.errors import SpecDefError, WrongUsage
+from specdef_cli.option import Source, flag_of, in_subfolder, option, parse_duration, require_positive
 
 NO_RETAINED = "none"
 """Leaves out what is measured on retained text."""
+
+BUILTIN_PROMPTS = "questions about cooking and about astronomy"
 
 
 MAX_SEEDS = 1000
 """Upper bound on --seeds, to catch typos."""
 
+_AT_A_TIME = "Budget / Runs at a time, here or on a cluster."
 _MEMORY = "Budget / To save memory."
 _HUB_DATA = "Data / Part of a Hub data set."
 _COLUMNS = "Data / Columns"
@@ -30,15 +52,14 @@ _COLUMNS = "Data / Columns"
 def seeds_of(count: int) -> tuple[int, ...]:
     """The seeds of so many runs of every attack: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
-        raise SpecDefError(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
+        raise WrongUsage(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))
 
 
 @dataclass(frozen=True)
-class AttackOptions(Budget):
+class AttackOptions(Budget, Source):
     """Everything an attack depends on, besides the budget of a run (:class:`Budget`)."""
 
-    model: str | Path
     out: Path = option(
         Path("attack"), "Runs and report; keeps finished runs.", "--out", "-o", metavar="DIR", group="Output"
     )
@@ -133,21 +154,30 @@ class AttackOptions(Budget):
     free: tuple[str, ...] = ()
     """Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be lowered to
     suit the size of the model and the time limit."""
-    time_limit: float | None = None
+    time_limit: float | None = option(
+        None, "Stop then; the most telling attacks come first.", metavar="45m", group="Budget", parse=parse_duration
+    )
     """Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first."""
     report_to: tuple[str, ...] = option(
         (), "tensorboard (in OUT/logs), wandb, trackio, mlflow.", metavar="NAME", group="Output"
     )
-    seeds: tuple[int, ...] = (0,)  # one run each for adapters' and paths' initial values, dropout and data order
-    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group="Budget")
-    manifest: Path | None = None
-    trust_remote_code: bool = False
-    revision: str | None = None
-    subfolder: str | None = None
-    token: str | None = None
+    seeds: tuple[int, ...] = option(
+        (0,), "Runs of each attack.", metavar="N", shown_default="1", group="Budget", parse=seeds_of
+    )
+    """One run each, for adapters' and paths' initial values, dropout and data order."""
+    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
+    dask: str | None = option(
+        None, "Address of a Dask scheduler, whose workers make the runs.", metavar="ADDRESS", group=_AT_A_TIME
+    )
 
     def __post_init__(self) -> None:
-        as_declared(self)
+        super().__post_init__()
+        if self.control is not None:
+            control, folder = in_subfolder(self.control, self.control_subfolder)
+            object.__setattr__(self, "control", control)
+            object.__setattr__(self, "control_subfolder", folder)
+        elif self.control_subfolder is not None:
+            raise WrongUsage("--control-subfolder is a folder of --control, which is not given", "Give --control BASE.")
         for optimizer in self.optimizers:
             OPTIMIZERS.choose(optimizer)
         variants = tuple(Variant.parse(asked) if isinstance(asked, str) else asked for asked in self.variants)
@@ -158,21 +188,37 @@ class AttackOptions(Budget):
             self, "steps", "batch_size", "gradient_accumulation", "eval_sequences", "sequence_length", "jobs"
         )
         if self.sequence_length < 2:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--sequence-length {self.sequence_length} leaves no token to predict", "Give 2 or more tokens."
             )
         if self.eval_every is not None:
             require_positive(self, "eval_every")
         for rate in self.learning_rates:
             if not (math.isfinite(rate) and rate > 0):
-                raise SpecDefError(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
+                raise WrongUsage(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
         for name in ("warmup_steps", "max_grad_norm", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise SpecDefError(f"{_flag(name)} {getattr(self, name)} is negative", "Give 0 or more.")
+                raise WrongUsage(
+                    f"{_flag(name)} {getattr(self, name)} is not a number of at least 0", "Give 0 or more."
+                )
+        if self.dask is not None and self.jobs > 1:
+            raise WrongUsage(
+                f"--jobs {self.jobs} is of this machine, and --dask makes as many runs at a time as it has workers",
+                "Leave --jobs out.",
+            )
         if not self.seeds:
-            raise SpecDefError("no seed is given", "Give at least one seed.")
+            raise WrongUsage("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:
-            raise SpecDefError("--prompts-harmless needs --prompts", "Give both, or neither.")
+            raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
+        if self.dataset is None and self.retained in (None, NO_RETAINED):
+            for name in ("dataset_config", "dataset_split", "text_column", "text_pair_column"):
+                if getattr(self, name) is not None:
+                    raise WrongUsage(
+                        f"{_flag(name)} {getattr(self, name)} is of --dataset, which is not given",
+                        "Give --dataset DATA.",
+                    )
+        if self.eval_task_path is not None and not self.eval_tasks:
+            raise WrongUsage("--eval-task-path needs --eval-task", "Name a task, or leave it out.")
         if self.suite is not None:
             self._refuse_beside_suite()
 
@@ -181,7 +227,7 @@ class AttackOptions(Budget):
         for name, value in {**decided, "search": not self.search}.items():
             if value:
                 suite = self.suite.name if self.suite else ""
-                raise SpecDefError(
+                raise WrongUsage(
                     f"{_flag(name)} cannot be given with --suite {suite}, which decides it",
                     "Leave the flag out, or copy the suite's file and edit it.",
                 )
@@ -214,3 +260,152 @@ class AttackOptions(Budget):
 
 def _flag(name: str) -> str:
     return flag_of(AttackOptions, name)
+
+
+EVERY = "every"
+"""In a suite: all trainings, or all optimizers, that there are."""
+
+RatePolicy = Literal["grid", "search"]
+BUDGET = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences", "seeds")
+
+
+@dataclass(frozen=True)
+class AttackTable:
+    """One ``[[attacks]]`` table: every combination of its lists."""
+
+    trainings: tuple[Training, ...] = (Training(),)
+    optimizers: tuple[str, ...] = ("adamw",)  # names of specdef_cli.attack.optimizers.OPTIMIZERS
+    variants: tuple[Variant | Literal["informed"], ...] = (Variant(),)
+    """What is done to the model first; ``informed`` is what undoes this model's hardening."""
+    learning_rates: tuple[float, ...] | RatePolicy = "grid"
+    """The rates themselves, or how they are found: decades, or decades and then a search."""
+    models: Literal["any", "chat"] = "any"  # chat for models with a chat template alone
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attacks and their budget."""
+
+    name: str
+    attacks: tuple[AttackTable, ...]
+    budget: dict[str, int] = field(default_factory=dict)  # some of the options named in BUDGET
+    description: str = ""  # one line for --list
+
+
+COPY = "Copy one of the package's suites (attack/suites/) and edit it."
+
+
+def suite_names() -> tuple[str, ...]:
+    """The suites that come with the package."""
+    return tuple(sorted(path.name.removesuffix(".toml") for path in (files("specdef_cli.attack") / "suites").iterdir()))
+
+
+def load_suite(name: str) -> Suite:
+    """Read a suite that comes with the package, or a file of the user's."""
+    if name in suite_names():
+        text = (files("specdef_cli.attack") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise WrongUsage(
+                f"no suite {name!r} found", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
+    try:
+        return parse_suite(tomllib.loads(text), Path(name).stem)
+    except WrongUsage as error:  # a value of the file, not of the command line
+        raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
+    except (tomllib.TOMLDecodeError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
+
+
+def parse_suite(data: dict[str, Any], name: str) -> Suite:
+    """A suite from the contents of its file.
+
+    Raises:
+        TypeError, KeyError, ValueError: It has another shape.
+    """
+    unknown = set(data) - {"description", "budget", "attacks"}
+    if unknown:
+        raise ValueError(f"table {min(unknown)!r} is unknown")
+    budget = data.get("budget", {})
+    for key, value in budget.items():
+        if key not in BUDGET or type(value) is not int or value < 1:
+            raise ValueError(f"{key} = {value!r} in [budget]; it holds whole numbers for {', '.join(BUDGET)}")
+    tables = tuple(_table(table) for table in data["attacks"])
+    if not tables:
+        raise ValueError("it has no attacks")
+    return Suite(name, tables, budget, str(data.get("description", "")))
+
+
+def _table(table: dict[str, Any]) -> AttackTable:
+    optimizers = _all_of(OPTIMIZERS, table.pop("optimizers", ("adamw",)))
+    for optimizer in optimizers:
+        OPTIMIZERS.choose(optimizer)
+    variants: tuple[Variant | Literal["informed"], ...] = tuple(
+        INFORMED if variant == INFORMED else Variant.parse(variant) for variant in table.pop("variants", ("plain",))
+    )
+    trainings = tuple(_training(entry) for entry in _all_of(TRAININGS, table.pop("trainings", ("full",))))
+    rates = table.pop("learning_rates", "grid")
+    models = table.pop("models", "any")
+    if models not in ("any", "chat"):
+        raise ValueError(f"models = {models!r} is neither any nor chat")
+    if table:
+        raise ValueError(f"[[attacks]] has no key {min(table)!r}")
+    if isinstance(rates, list):
+        rates = tuple(float(rate) for rate in rates)
+        if not rates or min(rates) <= 0:
+            raise ValueError(f"learning_rates = {list(rates)}; they are positive numbers")
+    elif rates not in get_args(RatePolicy):
+        raise ValueError(f"learning_rates = {rates!r} is neither a list nor one of {', '.join(get_args(RatePolicy))}")
+    return AttackTable(trainings, optimizers, variants, rates, models)
+
+
+def _all_of(rows: Iterable[str], asked: Iterable[Any]) -> tuple[Any, ...]:
+    """What was asked for, with the names of all rows in the place of ``every``."""
+    return tuple(name for entry in asked for name in (rows if entry == EVERY else (entry,)))
+
+
+def _training(entry: str | dict[str, str]) -> Training:
+    """A training, or ``{ training = …, name = … }`` for one that the report calls something else."""
+    if isinstance(entry, str):
+        return Training.parse(entry)
+    if set(entry) != {"training", "name"}:
+        raise ValueError(f"{entry} has not the keys training and name")
+    return replace(Training.parse(entry["training"]), name=entry["name"])
+
+
+FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".md", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+"""Suffixes that may stand behind these; `datasets` unpacks them."""
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
+def require_data(dataset: str | None) -> None:
+    """Refuse a data set that is a path to nothing."""
+    if dataset is None:
+        return
+    if "://" in dataset:
+        address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?datasets/([\w.-]+/[\w.-]+)", dataset)
+        raise SpecDefError(
+            f"{dataset} is an address, not a file, a directory or a Hub id",
+            f"Give {address[1]}." if address else "Download it, and give the file.",
+        )
+    path = Path(dataset).expanduser()
+    like_a_file = path.suffix.lower() in (*FILE_SUFFIXES, *COMPRESSIONS)
+    if not path.exists() and (like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)):
+        raise SpecDefError(f"no data file {path} found", "Check the path, or give a Hub id.")
+
+
+def require_trackers(trackers: tuple[str, ...]) -> None:
+    """Refuse trackers that are unknown or not installed."""
+    for tracker in trackers:
+        if tracker not in TRACKERS:
+            raise WrongUsage(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
+        if importlib.util.find_spec(tracker) is None:
+            raise SpecDefError(
+                f"--report-to {tracker} needs {tracker}, which is not installed", f"pip install {tracker}"
+            )

@@ -1,21 +1,24 @@
-"""Which runs an attack is made of: every attack of the tables, its control, and the learning rates to begin with."""
+"""Which runs an attack is made of: every attack of the tables, its control, the learning rates to begin with, and
+how long they take.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from torch.utils.data import Subset
 
-from specdef_cli.attack.optimizers.table import OPTIMIZERS
-from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.suite import AttackTable
+from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.one_run import RunResult, RunSpec
+from specdef_cli.attack.optimizers import OPTIMIZERS
+from specdef_cli.attack.options import AttackOptions, AttackTable
 from specdef_cli.attack.target import Target
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Variant, informed_variants
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Variant, informed_variants
 from specdef_cli.errors import WrongUsage
 
 MAX_RATES = 12
@@ -233,12 +236,12 @@ def _rank(series: Series) -> int:
     return max(1, known.index(spec.training)) if usual and plain and spec.training in known else 4
 
 
-def default_budget(options: AttackOptions, parameters: int) -> AttackOptions:
+def default_budget(options: AttackOptions, parameters: int, device: str) -> AttackOptions:
     """The options, lowered where ``options.free`` allows it to suit the model's size, the device and the time limit.
 
     The machine's own speed does not matter: the same command gives the same figures on another one of the kind.
     """
-    speed = USUAL_SPEED["accelerator" if torch.accelerator.is_available() else "cpu"]
+    speed = USUAL_SPEED["cpu" if device == "cpu" else "accelerator"]
     seconds = min(RUN_SECONDS, (options.time_limit or math.inf) / RUNS_OF_A_LIMIT)
     lowered = options
     for budget in ({}, *BUDGETS):  # first of all as it is
@@ -256,3 +259,102 @@ def _lowered(options: AttackOptions, budget: Mapping[str, int]) -> AttackOptions
     if "eval_every" in options.free and budget:
         changes["eval_every"] = max(1, changes.get("steps", options.steps) // EVALUATIONS)
     return replace(options, **changes)
+
+
+SHORTENED = 0.6
+"""Mean time of a run in a search, which ends what cannot become its best, relative to a full run."""
+
+
+SECOND_ORDER_TIMES = 3
+"""How many times as long a step takes that differentiates the gradient once more."""
+
+
+FORWARD_SHARE = 1 / 3
+"""Of a training step's time, what the forward pass takes, which is all of an evaluation."""
+
+
+PROMPT_TOKENS = 4000
+"""Tokens that an edited model reads and writes to be measured, about."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds to load a model and set a run up (``load``), and for each token that is trained on (``token``)."""
+
+    load: float
+    token: float
+
+    def run(self, spec: RunSpec, held_out: int) -> float:
+        """Seconds of a run whose evaluations take ``held_out`` sequences each."""
+        if spec.is_edit:
+            return len(spec.variant.strengths) * (self.load + self.token * FORWARD_SHARE * PROMPT_TOKENS)
+        times = SECOND_ORDER_TIMES if OPTIMIZERS.choose(spec.optimizer).second_order else 1
+        evaluated = FORWARD_SHARE * held_out * (spec.steps // spec.eval_every + 1)
+        return self.load + self.token * spec.sequence_length * (times * spec.steps * spec.batch_size + evaluated)
+
+
+def measure_speed(first: RunSpec, data: AttackData, train: Callable[[RunSpec, AttackData], RunResult]) -> Speed:
+    """Train the control for two steps, each followed by an evaluation; the first pair warms caches up."""
+    count = min(first.batch_size, len(data.held_out))
+    few = replace(data, held_out=Subset(data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
+    began = time.perf_counter()
+    result = train(replace(first, steps=2, eval_every=1, warmup_steps=0, eval_tasks=()), few)
+    load = time.perf_counter() - began - result.seconds
+    return Speed(max(load, 0.0), speed_of(result, count).token)
+
+
+def speed_of(finished: RunResult, held_out: int) -> Speed:
+    """What the last steps of a run with evaluations of ``held_out`` sequences tell; nothing of loading."""
+    before, last = finished.evaluations[-2:]
+    trained = (last.step - before.step) * finished.spec.batch_size
+    tokens = finished.spec.sequence_length * (trained + FORWARD_SHARE * held_out)
+    return Speed(0.0, (last.seconds - before.seconds) / tokens)
+
+
+@dataclass(frozen=True)
+class PlannedAttack:
+    """One series of a plan."""
+
+    label: str
+    learning_rates: tuple[float, ...]  # those to begin with
+    runs: int  # how many there will be; of a search, about
+    finished: int  # how many of those to begin with are there already
+    search: bool
+    seconds: float  # what the missing runs take, about
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan in the order in which it is run; ``seconds`` is what is missing of it, ``budget`` a run in words."""
+
+    model: str
+    control: str
+    data: str
+    budget: str
+    attacks: tuple[PlannedAttack, ...]
+    assumed: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: float
+    time_limit: float | None
+
+    @property
+    def runs(self) -> str:
+        """How many runs there are, in words: ``34``, or ``about 45`` with a search among them."""
+        count = sum(attack.runs for attack in self.attacks)
+        return f"about {count}" if any(attack.search for attack in self.attacks) else str(count)
+
+
+def foresee(
+    plan: Sequence[Series], jobs: int, speed: Speed, held_out: int, load: Callable[[RunSpec], object]
+) -> tuple[PlannedAttack, ...]:
+    """What each series of a plan takes; ``load`` finds a finished run, or ``None``."""
+    attacks = []
+    for series in in_order(plan):
+        grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
+        finished = sum(load(spec) is not None for spec in grid)
+        missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
+        seconds = missing * speed.run(series.first, held_out) / jobs
+        attacks.append(
+            PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
+        )
+    return tuple(attacks)

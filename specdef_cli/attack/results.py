@@ -1,4 +1,4 @@
-"""What an attack found: runs grouped into attacks, and each attack measured against its control.
+"""What an attack found: runs grouped into attacks, each measured against its control, and what to know to read that.
 
 Shares, best points and steps to the control's loss are computed from the runs' curves, so that one definition holds in
 the table, the JSON and the HTML.
@@ -7,14 +7,21 @@ the table, the JSON and the HTML.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from specdef_cli.attack.run_result import Behaviour, Edit, EvalPoint, RunResult
-from specdef_cli.attack.spec import RunSpec, Subject
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Knowledge, Variant
+from specdef_cli.attack.one_run import Behaviour, Edit, EvalPoint, RunResult, RunSpec, Subject
+from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Knowledge, Variant
+from specdef_cli.option import in_words
+
+if TYPE_CHECKING:
+    from specdef_cli.attack.data.forms import AttackData
+    from specdef_cli.attack.queue import Outcome
+    from specdef_cli.attack.target import Target
 
 CONTROL_SHARE = 0.95
 """A run has reached the control's loss once it made this share of the control's progress; an exact tie would hang on
@@ -266,3 +273,145 @@ class AttackReport:
 def _taken_out(edit: Edit | None) -> float:
     """Share of the direction; nothing where the model does not survive it."""
     return 0.0 if edit is None or edit.broken or edit.left is None else max(0.0, 1.0 - edit.left)
+
+
+SAME_START = 0.01
+"""Starting losses that differ by more than this share are worth a warning."""
+
+
+def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
+    """What the user left open and was chosen."""
+    said = []
+    if options.control is None:
+        said.append(f"Control: {control}, the base named in the manifest.")
+    if options.dataset is None:
+        said.append(f"Data: {data.name}.")
+    said += data.remarks
+    trained = [spec for spec in specs if not spec.is_edit]
+    if len(trained) < len(specs) and options.prompts is None:
+        said.append(f"Prompts that edits tell apart: {BUILTIN_PROMPTS}.")
+    if not trained:
+        return tuple(said)
+    if options.suite is not None:
+        said.append(f"Attacks: the suite {options.suite.name}.")
+    elif not options.trainings:
+        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in trained))}.")
+    if not options.learning_rates:
+        said.append(f"Learning rates: {_rates_in_words(options, trained)}.")
+    said.append(f"Budget of every run: {options.in_words}.")
+    return tuple(said)
+
+
+def _rates_in_words(options: AttackOptions, specs: Sequence[RunSpec]) -> str:
+    rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
+    usual = sorted({spec.learning_rate for spec in specs if spec.subject == "control"}, reverse=True)
+    if any(table.learning_rates == "search" for table in options.tables):
+        return f"searched for every attack, between {rates[0]:g} and {rates[-1]:g}"
+    span = f"{usual[0]:g} to {usual[-1]:g}"
+    return f"{span}; the hardened model down to {rates[-1]:g}, below η₀/α" if rates[-1] < usual[-1] else span
+
+
+def plan_notes(options: AttackOptions, target: Target) -> tuple[str, ...]:
+    """What is known before anything is run: how the model was made, and what it has nothing for."""
+    return (*_origin(target), *_not_tried(options, target))
+
+
+def _origin(target: Target) -> list[str]:
+    """How the model was made, where no manifest says so."""
+    if target.manifest is not None:
+        return []
+    found = target.recognised.sentence or "Nothing in the weights shows that this package hardened it."
+    return [f"The model comes without a manifest. {found}"]
+
+
+def _not_tried(options: AttackOptions, target: Target) -> list[str]:
+    """What the user asked for and this model has nothing for."""
+    asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
+    missing = [variant for variant in asked if not variant.applies_to(target.constructions)]
+    untrained = [training for table in options.tables for training in table.trainings if not training.on(target)]
+    words = {"factored": "a layer stored as factors", "folded": "a folded pair", "any": "nothing"}
+    return [
+        *(f"Not tried: {training}. The model has nothing for it." for training in dict.fromkeys(untrained)),
+        *(
+            f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
+            for variant in missing
+        ),
+    ]
+
+
+def outcome_notes(options: AttackOptions, outcome: Outcome) -> tuple[str, ...]:
+    """What was left out, or kept from being run by the time limit."""
+    said = [f"Not tried: {label}: {reason}." for label, reason in outcome.left_out]
+    if outcome.not_reached:
+        said.append(f"Not reached within {in_words(options.time_limit or 0)}: {'; '.join(outcome.not_reached)}.")
+    if outcome.cut_short:
+        said.append(
+            f"Cut short by the time limit, so that better learning rates may exist: {'; '.join(outcome.cut_short)}."
+        )
+    if outcome.coarse:
+        said.append(f"Best learning rate known to a decade only, for want of time: {'; '.join(outcome.coarse)}.")
+    return tuple(said)
+
+
+def report_notes(options: AttackOptions, target: Target, report: AttackReport) -> tuple[str, ...]:
+    """What must be known to read the figures of a report."""
+    notes = []
+    if len(options.seeds) == 1:
+        notes.append("One seed: differences of a few thousandths of a nat are noise.")
+    if options.dtype not in ("float32", "mixed"):  # of mixed, the parameters are float32
+        notes.append(
+            f"Trained in {options.dtype}: small learning rates may round to no change, which flatters a defence. "
+            "Train in float32 to be sure."
+        )
+    if options.learning_rates and target.alpha > 1:
+        hidden = max(options.learning_rates) / target.alpha
+        if min(options.learning_rates) > hidden:
+            notes.append(
+                f"The learning rates given do not reach below η₀/α = {hidden:.0e}, where Adam trains a hardened model "
+                "again. The attacks without knowledge may look weaker than they are."
+            )
+    if any(run.start is None and not run.spec.is_edit for run in report.runs):
+        notes.append("At least one model was broken before training: its held-out loss at step 0 is not finite.")
+    notes += _given_up(report)
+    notes += _other_start(report)
+    for attack in report.attacks:
+        edge = report.at_edge(attack)
+        if edge is not None:
+            notes.append(
+                f"{attack.label} did best at the {edge} learning rate tried ({attack.best_learning_rate:g}); "
+                "its true best may lie beyond."
+            )
+    return tuple(notes)
+
+
+def _given_up(report: AttackReport) -> list[str]:
+    """Which attacks have runs that were given up although they could have gone on."""
+    cut = {}
+    for attack in report.attacks:
+        rates = [run.spec.learning_rate for run in attack.runs if run.cut]
+        if attack.subject == "model" and rates:
+            cut[attack.label] = min(rates)
+    if not cut:
+        return []
+    told = "; ".join(f"{label} from {rate:g} on" for label, rate in cut.items())
+    return [
+        f"Given up where the held-out loss passed twice its start: {told}. A run may come back after thousands of "
+        "steps: --no-stop-at-divergence lets it go on."
+    ]
+
+
+def _other_start(report: AttackReport) -> list[str]:
+    """Hardening keeps the function, so every run starts at the control's loss, unless the attack itself breaks it."""
+    others = []
+    for attack in report.attacks:
+        control = report.control_of(attack)
+        start, expected = attack.best_run.start, control.best_run.start if control else None
+        if start is not None and expected is not None and abs(start - expected) > SAME_START * expected:
+            others.append(f"{attack.label} at {start:.3f} (its control at {expected:.3f})")
+    if not others:
+        return []
+    return [
+        f"Other held-out losses before training than the control's: {'; '.join(others)}. Either the control is not the "
+        "model that was hardened, or hardening changed its function, or what the attack does to the weights (4 bits, "
+        "some adapters) does not get along with scaled ones. Progress counts from the control's start."
+    ]

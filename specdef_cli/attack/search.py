@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from specdef_cli.attack.run_result import NOISE, EvalPoint, RunResult
+from specdef_cli.attack.one_run import NOISE, EvalPoint, RunResult
 
 FINEST_STEP = 3.5
 """Neighbours of the best rate end within this factor of it: half a decade, in one-digit numbers."""

@@ -1,45 +1,204 @@
-"""One run: a fresh model, what its variant does to it, what its training trains, and transformers' Trainer.
+"""transformers' Trainer with everything that is not training turned off, and the callback that writes a run down.
 
-The Trainer is what an attacker would use, with everything that is not training turned off. Nothing here knows of
-plans, files or reports.
+The callback reads values that the Trainer has computed for its own log and computes none, so that a recorded run costs
+what the same run costs by hand.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import tempfile
+import math
+import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import datasets
 import torch
-import transformers
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.trainer_utils import EvalLoopOutput
 
-from specdef_cli.attack.behaviour import behaviour_of, reference_of, task_accuracy, try_edits
-from specdef_cli.attack.data.examples import AttackData
+from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.one_run import (
+    BATCHES_BEYOND_TWICE,
+    BEYOND_TWICE,
+    DEAD,
+    DIVERGENCE_FACTOR,
+    Divergence,
+    DivergenceReason,
+    EvalPoint,
+    RunSpec,
+    Task,
+    TrainPoint,
+)
+from specdef_cli.attack.optimizers import OPTIMIZERS, OptimizerChoice
 from specdef_cli.attack.optimizers.own import build_optimizer
-from specdef_cli.attack.optimizers.table import OPTIMIZERS, OptimizerChoice
-from specdef_cli.attack.prompts import Prompts
-from specdef_cli.attack.recorder import ATTACK, CONSTANT, NOWHERE, RETAINED, Recorder, Tracking
-from specdef_cli.attack.run_result import RunResult
-from specdef_cli.attack.search import Lead
-from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.target import Task
-from specdef_cli.attack.tasks import leave_to_fsdp, load_for_training
+from specdef_cli.attack.search import Lead, is_hopeless
 from specdef_cli.errors import SpecDefError
-from specdef_cli.model.loading import new_objects_only, process_state
-from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.loading import process_state
+
+BATCHES = 2
+"""So many batches in a row beyond twice the first one's loss are no chance."""
+
+ATTACK, RETAINED = "attack", "retained"
+"""What the data sets that are evaluated are called in the Trainer's metrics."""
+
+CONSTANT = "constant"
+"""The metric that says whether all outputs were the same."""
+
+
+EventKind = Literal["run-start", "step", "run-end", "run-reused"]
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Something happened that a progress bar wants to show."""
+
+    kind: EventKind
+    done: int
+    runs: int  # known of so far; a search adds to them
+    label: str
+    step: int
+    steps: int
+    loss: float | None = None  # the training loss of the last step, where there is a finite one
+    diverged: bool = False  # only at the end of a run
+
+
+ProgressHook = Callable[[ProgressEvent], None]
+
+
+class Recorder(TrainerCallback):
+    """Curves of one run.
+
+    Args:
+        lead: What the search that this run belongs to has found: the run ends once it cannot get further, and is not
+            evaluated at step 0 where that is known. ``None`` for a run that is made in full.
+    """
+
+    def __init__(
+        self,
+        on_step: Callable[[int, float | None], None],
+        stop_at_divergence: bool = True,
+        lead: Lead | None = None,
+    ) -> None:
+        self.train: list[TrainPoint] = []
+        self.evaluations: list[EvalPoint] = [lead.start] if lead is not None and lead.start is not None else []
+        self.divergence: Divergence | None = None
+        self.stopped: int | None = None
+        self._lead = lead
+        self._stop_at_divergence = stop_at_divergence
+        self._ended = False
+        self._on_step = on_step
+        self._began = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs or self._ended:
+            return
+        loss, grad_norm = finite(logs["loss"]), finite(logs.get("grad_norm"))
+        self.train.append(TrainPoint(state.global_step, loss, grad_norm))
+        if loss is None:
+            self._diverged(state, control, "training loss is not finite")
+        elif self._lead is not None and self._batches_beyond_twice():
+            self._diverged(state, control, BATCHES_BEYOND_TWICE)
+        self._on_step(state.global_step, loss)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not metrics:
+            return
+        if f"eval_{RETAINED}_loss" in metrics:
+            # The Trainer evaluates the data sets one after the other, the attack's first.
+            retained = finite(metrics[f"eval_{RETAINED}_loss"])
+            self.evaluations[-1] = replace(self.evaluations[-1], retained=retained)
+            return
+        if self._ended:
+            return
+        dead = bool(metrics.get(f"eval_{ATTACK}_{CONSTANT}")) and state.global_step > 0
+        # What says the same of every input has learned nothing, also where its loss is below a bad start.
+        loss = None if dead else finite(metrics[f"eval_{ATTACK}_loss"])
+        self.evaluations.append(EvalPoint(state.global_step, loss, time.perf_counter() - self._began))
+        start = self.evaluations[0].loss
+        if loss is None:
+            self._diverged(state, control, DEAD if dead else "held-out loss is not finite")
+        elif start is not None and loss > DIVERGENCE_FACTOR * start:
+            self._diverged(state, control, BEYOND_TWICE)
+        elif self._lead is not None and is_hopeless(self.evaluations, state.max_steps, self._lead.progress):
+            self.stopped = state.global_step
+            self._end(control)
+
+    def _batches_beyond_twice(self) -> bool:
+        first, last = self.train[0].loss, self.train[-BATCHES:]
+        return first is not None and all(
+            point.loss is not None and point.loss > DIVERGENCE_FACTOR * first for point in last
+        )
+
+    def _diverged(self, state: TrainerState, control: TrainerControl, reason: DivergenceReason) -> None:
+        ends = self._stop_at_divergence or reason != BEYOND_TWICE
+        if self.divergence is None or ends:
+            self.divergence = Divergence(state.global_step, reason)
+        if ends:
+            self._end(control)
+
+    def _end(self, control: TrainerControl) -> None:
+        self._ended = True
+        control.should_training_stop = True
+        control.should_evaluate = False
+
+
+def finite(value: float | None) -> float | None:
+    """``value`` as a float, or ``None`` if it is NaN, infinite or missing."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where runs are reported to as they go; ``directory`` has TensorBoard's files, a directory for each run."""
+
+    trackers: tuple[str, ...] = ()
+    directory: Path = Path("logs")
+
+    def arguments(self, spec: RunSpec) -> dict[str, Any]:
+        """What ``TrainingArguments`` are given."""
+        name = f"{spec.label} · η={spec.learning_rate:g} · seed {spec.seed}" if self.trackers else None
+        return {"report_to": [other for other in self.trackers if other != "tensorboard"] or "none", "run_name": name}
+
+    def callbacks(self, spec: RunSpec) -> list[TrainerCallback]:
+        """TensorBoard's, which by itself would write where the Trainer does, and that is a scratch directory."""
+        if "tensorboard" not in self.trackers:
+            return []
+        from transformers.integrations import TensorBoardCallback
+
+        callback = TensorBoardCallback()
+        callback.logging_dir = str(self.directory / spec.run_id)
+        return [callback]
+
+    def finish(self) -> None:
+        """End the run in trackers that keep one open for the whole process; the next run would be added to it."""
+        for tracker in self.trackers:
+            getattr(sys.modules.get(tracker), "finish", lambda: None)()
+
+
+NOWHERE = Tracking()
 
 
 @dataclass(frozen=True)
@@ -48,137 +207,6 @@ class Memory:
 
     accumulation: int = 1  # passes that the sequences of a step are split into
     checkpointing: bool = False  # compute activations once more in the backward pass instead of keeping them
-
-
-def train_run(
-    spec: RunSpec,
-    opened: OpenedModel,
-    data: AttackData,
-    *,
-    memory: Memory = Memory(),
-    tracking: Tracking = NOWHERE,
-    on_step: Callable[[int, float | None], None] = lambda step, loss: None,
-    eval_task_path: Path | None = None,
-    lead: Lead | None = None,
-    prompts: Prompts | None = None,
-) -> RunResult:
-    """Train a model as ``spec`` says and write down what happened.
-
-    Every process of an ``accelerate launch`` calls this and gets the same result.
-
-    Args:
-        lead: As :class:`Recorder` takes it.
-    """
-    state = process_state()
-    if spec.is_edit:
-        assert prompts is not None
-        return _edit_run(spec, opened, prompts, str(state.device), on_step)
-    _check_passes(spec, state, memory)
-    with quiet(), new_objects_only(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
-        # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same for
-        # the control.
-        set_seed(spec.seed)
-        model = load_for_training(spec, opened, data)
-        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            leave_to_fsdp(model)
-        else:
-            # The variant where the training will be: an SVD or a product of large factors is the accelerator's work.
-            model.to(state.device)
-        growth = spec.variant.apply(model, spec.seed)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        model = spec.training.apply(model, spec.task)
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        recorder = Recorder(on_step, spec.stop_at_divergence, lead)
-        trainer = make_trainer(spec, model, data, recorder, scratch, memory, tracking)
-        began = time.perf_counter()
-        try:
-            trainer.train()
-        finally:
-            tracking.finish()
-        seconds = time.perf_counter() - began
-        accuracy = {}
-        if spec.eval_tasks:
-            accuracy = task_accuracy(model, opened.tokenizer(), spec.eval_tasks, task_directory=eval_task_path)
-        behaviour = None
-        if prompts is not None and spec.prompts and recorder.divergence is None and recorder.stopped is None:
-            before = reference_of(opened, prompts, spec.dtype, str(state.device))
-            behaviour = behaviour_of(model, prompts, before, opened)
-        result = RunResult(
-            spec=spec,
-            train=tuple(recorder.train),
-            evaluations=tuple(recorder.evaluations),
-            divergence=recorder.divergence,
-            stopped=recorder.stopped,
-            growth=growth,
-            parameters=parameters,
-            trainable_parameters=trainable,
-            seconds=seconds,
-            accuracy=accuracy,
-            behaviour=behaviour,
-        )
-        # The Trainer and its model refer to each other; without this two models would be in memory at the next run's
-        # loading.
-        trainer.accelerator.free_memory()
-        del trainer, model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return result
-
-
-def _edit_run(
-    spec: RunSpec,
-    opened: OpenedModel,
-    prompts: Prompts,
-    device: str,
-    on_step: Callable[[int, float | None], None],
-) -> RunResult:
-    """A run in which nothing is trained: the model is edited and asked."""
-    began = time.perf_counter()
-    with quiet():
-        edits, behaviour, growth, parameters = try_edits(
-            spec.variant,
-            opened,
-            prompts,
-            dtype=spec.dtype,
-            device=device,
-            on_strength=lambda number: on_step(number, None),
-        )
-    return RunResult(
-        spec=spec,
-        train=(),
-        evaluations=(),
-        divergence=None,
-        growth=growth,
-        parameters=parameters,
-        trainable_parameters=0,
-        seconds=time.perf_counter() - began,
-        edits=edits,
-        behaviour=behaviour,
-    )
-
-
-def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
-    """Refuse what does not split over processes and passes."""
-    choice = OPTIMIZERS.choose(spec.optimizer)
-    if spec.batch_size % (state.num_processes * memory.accumulation):
-        over = [f"{state.num_processes} processes"] * (state.num_processes > 1)
-        over += [f"{memory.accumulation} passes"] * (memory.accumulation > 1)
-        raise SpecDefError(
-            f"--batch-size {spec.batch_size} does not split over {' of '.join(over)}",
-            f"Give a multiple of {state.num_processes * memory.accumulation}.",
-        )
-    if choice.second_order and state.num_processes > 1:
-        raise SpecDefError(
-            f"--optimizer {spec.optimizer} differentiates the gradient, which is not possible over "
-            f"{state.num_processes} processes",
-            "Run it without `accelerate launch`, or choose a first-order optimizer.",
-        )
-    if choice.second_order and memory != Memory():
-        raise SpecDefError(
-            f"--optimizer {spec.optimizer} differentiates the gradient, which needs all of a step's graph",
-            "Leave --gradient-accumulation and --gradient-checkpointing out, or choose a first-order optimizer.",
-        )
 
 
 CONSTANT_WITHIN = 1e-6
@@ -353,24 +381,3 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what the libraries print while a model is loaded and trained; errors still come as exceptions."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    dataset_bars = datasets.are_progress_bars_disabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-        if not dataset_bars:
-            datasets.enable_progress_bars()

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.checkpoint.headers import SAFETENSORS_DTYPES
+from specdef_cli.checkpoint.output import RECORD_SUFFIX
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
 from specdef_cli.errors import ResumableError
@@ -34,7 +35,6 @@ from specdef_cli.process import first_completed
 # What is copied or hashed passes through the processor's cache in pieces that fit there. Written in one call, a tensor
 # of 32 MiB takes the kernel several times as long as in such pieces.
 CHUNK = 2**20
-RECORD_SUFFIX = ".done.json"
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,10 @@ def write_shards(
     workers: int,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> None:
-    """Write ``shards`` into ``directory``, skipping those with a record there.
-
-    The result is the same for any number of workers.
+    """Write ``shards`` into ``directory``, skipping those with a record there; the same for any number of workers.
 
     Args:
         directory: A work directory; a shard there is complete exactly when its record exists.
-        workers: Number of threads.
         on_progress: Called from worker threads after each group.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="specdef")
@@ -103,9 +100,7 @@ def write_shards(
                 pending.add(pool.submit(_write_group, checkpoint, group, writing, device, on_progress))
         while pending:
             pending = _drain(pending)
-    except BaseException as error:
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         raise ResumableError(
             f"writing to {directory.parent} failed: {error.strerror or error}",
             "Give a smaller --max-shard-size, or raise the limit on files (ulimit -f)."

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from specdef_cli.checkpoint.links import require_inside
+from specdef_cli.checkpoint.files import holds_weights, require_inside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.resolve import status_of
-from specdef_cli.checkpoint.weight_formats import holds_weights
-from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.errors import SpecDefError, WrongUsage, first_line
 
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 OF_A_HARDENING = frozenset({MANIFEST_NAME, "certificate.json", "configuration_specdef.py"})
@@ -32,13 +30,7 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Destination:
-    """A place on the Hub to upload to.
-
-    Attributes:
-        repository: ``org/name``, or ``name`` of the user's own; made if it does not exist.
-        revision: The branch; ``None`` is the default one. Made if it does not exist.
-        token: Hub token; ``None`` leaves the choice to huggingface_hub.
-    """
+    """A place on the Hub to upload to: ``org/name``, or ``name`` of the user's own; made if it does not exist."""
 
     repository: str
     private: bool = False
@@ -75,7 +67,7 @@ def require_writable(destination: Destination) -> None:
     """
     require_name(destination.repository)
     if destination.create_pr and destination.revision is not None:
-        raise SpecDefError(
+        raise WrongUsage(
             f"a pull request cannot be opened against {destination.revision}, only against the default branch",
             "Leave out either the branch or --create-pr.",
         )
@@ -89,7 +81,7 @@ def require_writable(destination: Destination) -> None:
             f"{destination.repository} cannot be uploaded: {first_line(error)}",
             f"{upload_hint(error)} `specdef push` uploads later.",
         ) from error
-    if _role(account) == "read":
+    if (account.get("auth", {}).get("accessToken") or {}).get("role") == "read":
         raise SpecDefError(f"{destination.repository} cannot be uploaded: {account['name']}'s token only reads", LOGIN)
     namespace, _, name = destination.repository.rpartition("/")
     spaces = [account["name"], *(organization["name"] for organization in account.get("orgs", ()))]
@@ -105,21 +97,11 @@ def require_name(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise SpecDefError(f"{repository!r} is not the name of a repository", "Give org/name.") from error
-
-
-def _role(account: dict[str, Any]) -> str | None:
-    token = account.get("auth", {}).get("accessToken") or {}
-    role: str | None = token.get("role")
-    return role
+        raise WrongUsage(f"{repository!r} is not the name of a repository", "Give org/name.") from error
 
 
 def push(directory: Path, destination: Destination, *, manifest: bool = True) -> Upload:
-    """Upload a directory in one commit that leaves no weights, manifest or certificate but the directory's.
-
-    Args:
-        manifest: Whether ``specdef.json`` goes along.
-    """
+    """Upload a directory in one commit that leaves no weights, manifest or certificate but the directory's."""
     files = _files(directory, manifest=manifest)
     api = HfApi(token=destination.token)
     try:
@@ -149,11 +131,10 @@ def push(directory: Path, destination: Destination, *, manifest: bool = True) ->
 
 def _files(directory: Path, *, manifest: bool) -> dict[str, Path]:
     found = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    kept = {name: path for name, path in found.items() if not {".git", ".cache"} & set(name.split("/"))}
+    left = (".git", ".cache") if manifest else (".git", ".cache", MANIFEST_NAME)
+    kept = {name: path for name, path in found.items() if not {*left[:2]} & {*name.split("/")} and name not in left}
     for path in kept.values():
         require_inside(directory, path)
-    if not manifest:
-        kept.pop(MANIFEST_NAME, None)
     return kept
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from specdef_cli.attack import Forecast
-    from specdef_cli.attack.recorder import ProgressEvent
     from specdef_cli.attack.table import Factor
+    from specdef_cli.attack.trainer import ProgressEvent
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Listing:
 
 def attack_listing() -> Listing:
     """Read the tables."""
-    from specdef_cli.attack.optimizers.table import OPTIMIZERS
-    from specdef_cli.attack.suite import load_suite, suite_names
-    from specdef_cli.attack.trainings.table import TRAININGS
-    from specdef_cli.attack.variants.table import VARIANTS
+    from specdef_cli.attack.optimizers import OPTIMIZERS
+    from specdef_cli.attack.options import load_suite, suite_names
+    from specdef_cli.attack.trainings import TRAININGS
+    from specdef_cli.attack.variants import VARIANTS
 
     suites = {name: load_suite(name) for name in suite_names()}
     return Listing(

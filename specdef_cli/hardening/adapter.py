@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.checkpoint.check import require_free, require_outside
-from specdef_cli.checkpoint.output import discard, exclusive, prepare, publish
-from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
+from specdef_cli.checkpoint.manifest import ScaledSlice
+from specdef_cli.checkpoint.output import discard, exclusive, prepare, publish, require_free, require_outside
+from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.opened import OpenedModel, require_sound
 
@@ -58,15 +58,7 @@ def convert_adapter(
     adapter: str, hardened: OpenedModel, out: Path, *, name: str | None = None, revision: str | None = None,
     token: str | None = None,
 ) -> ConvertedAdapter:  # fmt: skip
-    """Rewrite a LoRA adapter of the base for its hardened model, and publish it as ``out``.
-
-    Args:
-        adapter: A directory that PEFT wrote, or a Hub id.
-        hardened: The hardened model.
-        out: A new directory.
-        name: What the adapter calls its base; ``None`` for the directory.
-        revision, token: Of the adapter, on the Hub.
-    """
+    """Rewrite a LoRA adapter of the base for its hardened model, and publish it as ``out``."""
     require_free(out)
     require_outside(out, hardened.directory)
     config, weights = _read(adapter, revision, token)

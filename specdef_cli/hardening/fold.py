@@ -11,8 +11,7 @@ What is scaled where was decided by measuring (docs/decisions.md):
   channels of a middling norm, whose values are ordinary ones;
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
   attacker may train either side alone;
-* exponents that differ from pair to pair (:mod:`specdef_cli.spectral.staircase`), as the profile lays them
-  (:data:`PROFILES`);
+* exponents that differ from pair to pair (:func:`staircase`), as the profile lays them (:data:`PROFILES`);
 * not the residual stream: it has a single scale, which a learning-rate sweep recovers; embeddings stay unprotected.
 """
 
@@ -29,15 +28,13 @@ import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import FoldedPair
+from specdef_cli.checkpoint.manifest import FoldedPair, ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
-from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Profile
 from specdef_cli.model.body import Side, SymmetricPair
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, HIGHEST_UNCROSSED, constant, one_apart, staircase
 
 Member = TypeVar("Member")
 
@@ -46,6 +43,61 @@ SAMPLE_ROWS = 128
 
 DIRECTIONS = (1, -1)
 """One channel of a pair is inflated and one deflated."""
+
+# Which power of two each folded channel gets. An optimizer has one learning rate η. A channel inflated by 2^e trains
+# at η ≈ η₀·2^-e, diverges above, and stands still below. On a staircase the exponents differ: an attacker gets what
+# the highest step of the trained weights is good for. What makes that small (``make reproduce-staircase``): one layer
+# far above the others, so that a weight with scaled rows and columns trains one number, where the two cross; each
+# one-sided exponent a decade below some two-sided one, as a vector is worth much more than a number; the other layers
+# going down, so that an attacker who freezes the one apart meets the next step.
+# Lowest step: at 2**13 ≈ 8,000 the shifted learning rate is beyond what ordinary sweeps try.
+LOWEST_EXPONENT = 13
+# Where rows and columns of one tensor are both scaled, a gradient is 2**(e + f) times the ordinary one, and Adam and
+# gradient clipping square it: 2**112, which float32 and bfloat16 still hold (their largest number is about 2**128).
+# With higher steps nothing trains either, but only because norms overflow, and an attacker repairs that in one line.
+HIGHEST_CROSSING = 56
+# Highest step of pairs that cross one another.
+HIGHEST_EXPONENT = HIGHEST_CROSSING // 2
+# Highest step of what nothing crosses, or only what a cache holds: as far above the others as they reach, and below
+# the crossings, so that training everything does not meet it.
+HIGHEST_UNCROSSED = 40
+
+
+def staircase(
+    layers: int, kinds: int, lowest: int = LOWEST_EXPONENT, highest: int = HIGHEST_EXPONENT
+) -> tuple[tuple[int, ...], ...]:
+    """Exponents for ``kinds`` pairs in each of ``layers`` layers, indexed [layer][kind].
+
+    The first layer takes the upper half of the range, the others its lowest third; both go down.
+
+    >>> staircase(3, 2)
+    ((28, 21), (18, 17), (15, 13))
+    """
+    span = highest - lowest
+    first = _descending(kinds, highest, highest - span // 2)
+    others = _descending((layers - 1) * kinds, lowest + span // 3, lowest)
+    return (first, *(others[layer * kinds : (layer + 1) * kinds] for layer in range(layers - 1)))
+
+
+def one_apart(layers: int, kinds: int, highest: int) -> tuple[tuple[int, ...], ...]:
+    """Exponents where all pairs of the first layer are on the highest step, and the other layers go down far below.
+
+    >>> one_apart(3, 2, 28)
+    ((28, 28), (18, 18), (13, 13))
+    """
+    return tuple(layer * kinds for layer in ((highest,), *staircase(layers, 1)[1:]))[:layers]
+
+
+def _descending(count: int, highest: int, lowest: int) -> tuple[int, ...]:
+    """``count`` whole numbers from ``highest`` down to ``lowest``, evenly spread."""
+    return tuple(highest - (highest - lowest) * step // max(1, count - 1) for step in range(count))
+
+
+def constant(layers: int, kinds: int, alpha: float) -> tuple[tuple[int, ...], ...]:
+    """The power of two nearest to ``alpha``, for every pair."""
+    exponent = round(math.log2(alpha))
+    return tuple((exponent,) * kinds for _ in range(layers))
+
 
 CACHED_KINDS = ("value_output", "query_key")
 CACHED_EXPONENT = 9
@@ -60,20 +112,16 @@ EVERYWHERE = "everywhere"
 """One staircase for all pairs, where a profile sets none apart."""
 
 
+Schedule = Callable[[int, int], tuple[tuple[int, ...], ...]]
+"""(layers, exponents in each) → the exponents, indexed [layer][exponent], as :func:`staircase`."""
+
+
 @dataclass(frozen=True)
 class Steps:
-    """The exponents of the pairs of one region.
+    """The exponents of the pairs of one region."""
 
-    Attributes:
-        schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
-            :func:`specdef_cli.spectral.staircase.staircase`.
-    """
-
-    schedule: Callable[[int, int], tuple[tuple[int, ...], ...]]
+    schedule: Schedule
     from_last: bool = False
-
-
-EVERY_KIND = ("value_output", "up_down", "query_key", "norm_readers")
 
 
 @dataclass(frozen=True)
@@ -82,11 +130,10 @@ class FoldProfile:
 
     Attributes:
         steps: Exponents by region. Where two pairs scale the rows and the columns of one tensor, their exponents add up
-            to at most :data:`~specdef_cli.spectral.staircase.HIGHEST_CROSSING`.
+            to at most :data:`HIGHEST_CROSSING`.
     """
 
     steps: dict[str, Steps]
-    kinds: tuple[str, ...] = EVERY_KIND
     middling: tuple[str, ...] = ()
 
 
@@ -113,12 +160,9 @@ def fold_pairs(
 
     Reads a sample of one side of each pair, to find the channels' norms. A pair whose channels are all zeros there is
     left out: no factor changes them.
-
-    Args:
-        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
     """
     chosen = PROFILES[profile]
-    used = [pair for pair in pairs if pair.kind in chosen.kinds and pair.channels > 1]
+    used = [pair for pair in pairs if pair.channels > 1]
     require_dtypes(checkpoint, used, dtype)
     exponents: dict[str, tuple[int, ...]] = {}
     regions = _regions(used)
@@ -134,15 +178,8 @@ def fold_pairs(
     return tuple(folded)
 
 
-def spread(
-    pairs: Sequence[SymmetricPair], directions: int, schedule: Callable[[int, int], tuple[tuple[int, ...], ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Lay a schedule over the layers of a model, the MLP of each before its attention (:func:`_by_layer`).
-
-    Args:
-        schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
-            :func:`specdef_cli.spectral.staircase.staircase`.
-    """
+def spread(pairs: Sequence[SymmetricPair], directions: int, schedule: Schedule) -> dict[str, tuple[int, ...]]:
+    """Lay a schedule over the layers of a model, the MLP of each before its attention (:func:`_by_layer`)."""
     groups = _by_layer(pairs)
     steps = schedule(len(groups), directions * max((len(members) for members in groups), default=0))
     return {
@@ -153,11 +190,7 @@ def spread(
 
 
 def fold_groups(folded: Iterable[FoldedPair], checkpoint: Checkpoint, dtype: str | None) -> dict[str, TensorGroup]:
-    """The output groups of all tensors that a fold changes, by tensor name.
-
-    Args:
-        dtype: safetensors dtype that they are stored in; ``None`` for each one's own.
-    """
+    """The output groups of all tensors that a fold changes, by tensor name."""
     by_tensor: dict[str, list[ScaledSlice]] = {}
     for pair in folded:
         for part in pair.slices:
@@ -171,13 +204,8 @@ def fold_groups(folded: Iterable[FoldedPair], checkpoint: Checkpoint, dtype: str
 
 def inverse(pair: FoldedPair) -> FoldedPair:
     """The fold that undoes ``pair``, bit for bit."""
-    return FoldedPair(
-        name=pair.name,
-        kind=pair.kind,
-        channels=pair.channels,
-        exponents=tuple(-exponent for exponent in pair.exponents),
-        slices=tuple(part.inverse for part in pair.slices),
-    )
+    exponents = tuple(-exponent for exponent in pair.exponents)
+    return FoldedPair(pair.name, pair.kind, pair.channels, exponents, tuple(part.inverse for part in pair.slices))
 
 
 def folded_pair(
@@ -201,8 +229,14 @@ def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int, *, middli
 
     Never one of zeros, which no factor changes.
     """
-    matrices = [side for side in pair.sides if len(checkpoint.tensors[side.tensor].shape) > 1] or pair.sides
-    side = min(matrices, key=lambda side: _bytes_to_measure(checkpoint, side))
+    tensors = checkpoint.tensors
+    matrices = [side for side in pair.sides if len(tensors[side.tensor].shape) > 1] or pair.sides
+
+    def nbytes(side: Side) -> int:
+        header = tensors[side.tensor]
+        return len(_rows(checkpoint, side)) * header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
+
+    side = min(matrices, key=nbytes)
     norms = channel_norms(checkpoint, side)
     order = norms.argsort(descending=True, stable=True)
     order = order[norms[order] > 0]
@@ -224,11 +258,6 @@ def _rows(checkpoint: Checkpoint, side: Side) -> range:
     if side.axis == len(header.shape) - 1:
         count = min(count, SAMPLE_ROWS)
     return range(start, start + count)
-
-
-def _bytes_to_measure(checkpoint: Checkpoint, side: Side) -> int:
-    header = checkpoint.tensors[side.tensor]
-    return len(_rows(checkpoint, side)) * header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
 
 
 def channel_norms(checkpoint: Checkpoint, side: Side) -> Tensor:
@@ -295,11 +324,7 @@ def _mlp_first(pairs: Sequence[SymmetricPair]) -> list[SymmetricPair]:
 
 
 def require_dtypes(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], wanted: str | None) -> None:
-    """Refuse float16, in which small columns are rounded.
-
-    Args:
-        wanted: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
-    """
+    """Refuse float16, in which small columns are rounded."""
     for pair in pairs:
         for side in pair.sides:
             dtype = checkpoint.tensors[side.tensor].dtype

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,9 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import DIRECTIONS, SAMPLE_ROWS, by_block
-from specdef_cli.model.described import ScaledSpec
+from specdef_cli.hardening.fold import DIRECTIONS, HIGHEST_UNCROSSED, SAMPLE_ROWS, by_block, one_apart, staircase
 from specdef_cli.model.sites import ScalableSite, require_findable
 from specdef_cli.model.skeleton import Skeleton
-from specdef_cli.spectral.staircase import HIGHEST_UNCROSSED, one_apart, staircase
 
 HEAD_TOKENS = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=128)
 """Steps of a decade and more, down to where a token's entry in a column at 2**-28 is at 2**-56. What trains at the best
@@ -59,9 +58,8 @@ class ScaleVectors:
 
     def group(self) -> TensorGroup:
         """What the modules become on disk; the weight and its bias are streamed."""
-        owner, outputs = self.modules[0], []
-        streamed = _scaled(owner, self.dtype)
-        outputs.append(TensorSpec(owner.inflated_tensor, self.dtype, owner.shape))
+        owner = self.modules[0]
+        outputs = [TensorSpec(owner.inflated_tensor, self.dtype, owner.shape)]
         if owner.inflated_bias is not None:
             outputs.append(TensorSpec(owner.inflated_bias, self.dtype, (_bias_length(owner),)))
         for module in self.modules:
@@ -69,7 +67,7 @@ class ScaleVectors:
                 TensorSpec(name, self.dtype, (module.shape[side.axis],)) for name, side in module.scales.items()
             ]
             outputs.append(TensorSpec(module.tombstone, self.dtype, (1,)))
-        return TensorGroup(owner.module, tuple(outputs), self, streamed)
+        return TensorGroup(owner.module, tuple(outputs), self, _scaled(owner, self.dtype))
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
         """The vectors, from the plan alone."""
@@ -118,9 +116,6 @@ def scale_modules(
     """Choose channels and exponents.
 
     Reads a sample of every weight, to find channels with signal.
-
-    Args:
-        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
     """
     exponents = spread_exponents(sites)
     shared = {site.tied_to for site in sites}
@@ -155,19 +150,12 @@ def scale_modules(
             if output is None:
                 continue
         modules[site.module] = ScaledModule(
-            module=site.module,
-            kind=site.kind,
-            tensor=site.tensor,
-            stem=site.stem,
-            shape=site.shape,
-            bias=site.bias,
-            output=output,
-            input=inputs,
-            tied_to=site.tied_to,
+            site.module, site.kind, site.tensor, site.stem, site.shape, site.bias, output, inputs, site.tied_to
         )
     wanted = {}
     for module in modules.values():
-        for tensor in _names(module):
+        own = [*module.scales, module.tombstone, *([] if module.tied_to else [module.inflated_tensor])]
+        for tensor in filter(None, [*own, module.inflated_bias]):
             wanted[tensor] = f"{module.module}{tensor.removeprefix(module.stem)}"
     require_findable(skeleton, sites, wanted)
     return tuple(modules.values())
@@ -213,25 +201,20 @@ def scaled_groups(modules: Sequence[ScaledModule], checkpoint: Checkpoint, dtype
     }
 
 
-def scaled_spec(module: ScaledModule) -> ScaledSpec:
+def scaled_spec(module: ScaledModule) -> dict[str, Any]:
     """What ``config.json`` says of it."""
 
     def length(side: ScaledChannels | None) -> int | None:
         return None if side is None else module.shape[side.axis]
 
-    return ScaledSpec(
-        kind=module.kind,
-        weight=module.shape,
-        bias=_bias_length(module) if module.bias is not None else None,
-        input_scale=length(module.input),
-        output_scale=length(module.output),
-        tied_to=module.tied_to,
-    )
-
-
-def _names(module: ScaledModule) -> list[str]:
-    own = [] if module.tied_to else [module.inflated_tensor]
-    return [*own, *([module.inflated_bias] if module.inflated_bias else []), *module.scales, module.tombstone]
+    return {
+        "kind": module.kind,
+        "weight": list(module.shape),
+        "bias": _bias_length(module) if module.bias is not None else None,
+        "input_scale": length(module.input),
+        "output_scale": length(module.output),
+        "tied_to": module.tied_to,
+    }
 
 
 def _bias_length(module: ScaledModule) -> int:

@@ -13,12 +13,13 @@ from datetime import date
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from specdef_cli.attack.one_run import DIVERGENCE_FACTOR, KL_LIMIT, UTILITY_LIMIT
 from specdef_cli.attack.results import CONTROL_SHARE, AttackReport
-from specdef_cli.attack.run_result import DIVERGENCE_FACTOR, KL_LIMIT, UTILITY_LIMIT
-from specdef_cli.report.findings import (
+from specdef_cli.report import (
     KNOWLEDGE_WORDS,
     STOPPED_SHARE,
     Finding,
+    attack_name,
     findings,
     growth_words,
     number,
@@ -26,12 +27,11 @@ from specdef_cli.report.findings import (
     outcome_words,
     percent,
     rate,
+    spelling,
     steps_words,
     verdict_line,
 )
-from specdef_cli.report.names import attack_name, spelling
-from specdef_cli.report.plot import curves_png
-from specdef_cli.report.sentences import summary
+from specdef_cli.report.text import summary
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Bar:
     knowledge: str
 
 
-def report_html(report: AttackReport, image: bytes) -> str:
-    """The page."""
+def report_html(report: AttackReport, image: bytes, narrow: bytes) -> str:
+    """The page, with the curves for wide and for narrow screens."""
     found = findings(report)
     trained = tuple(finding for finding in found if finding.edit is None)
     environment = Environment(
@@ -87,7 +87,7 @@ def report_html(report: AttackReport, image: bytes) -> str:
         knowledge=KNOWLEDGE_WORDS,
         summary=summary(report)[1:],
         curves=_base64(image),
-        narrow_curves=_base64(curves_png(report, narrow=True)),
+        narrow_curves=_base64(narrow),
         attacks=_attacks_table(trained),
         costs=_costs_table(report, trained),
         accuracy=_accuracy_table(found),

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from specdef_cli.attack import AttackOptions, attack
-from specdef_cli.attack.behaviour import task_accuracy
+from specdef_cli.attack.train import task_accuracy
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import load_model, load_tokenizer
-from specdef_cli.report import report_dict
+from specdef_cli.report.document import report_dict
 
 pytest.importorskip("lm_eval")
 

@@ -17,7 +17,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from specdef_cli.attack import AttackOptions, attack
-from specdef_cli.report import write_report
+from specdef_cli.report.files import write_report
 from specdef_cli.model.loading import process_state
 
 out = Path(sys.argv[2])

@@ -17,20 +17,21 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import load_data
-from specdef_cli.attack.data.examples import Examples
+from specdef_cli.attack.data.forms import Examples
 from specdef_cli.attack.data.language import BUILTIN_NAME
+from specdef_cli.attack.one_run import RunResult, RunStore
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.attack.run_result import RunResult, RunStore
 from specdef_cli.attack.target import Target
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Variant
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model, load_tokenizer
-from specdef_cli.report import findings, summary
+from specdef_cli.report import findings
+from specdef_cli.report.text import summary
 
 HardenDirectory = Callable[..., Path]
 SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "sequence_length": 16, "eval_every": 2, "eval_sequences": 4}
@@ -179,9 +180,8 @@ def test_lora_all_linear_covers_both_factors(hardened: Path) -> None:
     assert not any("lm_head" in name for name in names)
 
 
-@pytest.mark.parametrize("method", ["dora:2", "ia3", "prompt"])
-def test_other_adapters_train_little_and_something(hardened: Path, tmp_path: Path, method: str) -> None:
-    result = attack(options(hardened, tmp_path, trainings=(method,), learning_rates=(1e-2,)))
+def test_another_adapter_trains_little_and_something(hardened: Path, tmp_path: Path) -> None:
+    result = attack(options(hardened, tmp_path, trainings=("prompt",), learning_rates=(1e-2,)))
     control = run_of(result, "control")
     assert 0 < control.trainable_parameters < 0.3 * control.parameters
     assert control.progress is not None
@@ -259,16 +259,14 @@ def test_the_builtin_text_is_split_by_document(base: Path, tmp_path: Path) -> No
     assert not any(part in train for part in paragraphs)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "parquet"])
 def test_files(base: Path, tmp_path: Path, kind: str) -> None:
     import datasets
 
     rows = [f"row {number} " + "abc " * 8 for number in range(40)]
     path = tmp_path / f"data.{kind}"
     table = datasets.Dataset.from_dict({"body": rows})
-    if kind == "jsonl":
-        table.to_json(path)
-    elif kind == "parquet":
+    if kind == "parquet":
         table.to_parquet(path)
     else:
         path.write_text("\n\n".join(rows))
@@ -280,14 +278,6 @@ def test_files(base: Path, tmp_path: Path, kind: str) -> None:
     if kind != "txt":
         with pytest.raises(SpecDefError, match="no column 'text'"):
             load_data(options(base, tmp_path, dataset=str(path)), "causal-lm", load_tokenizer(base))
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "data.xyz"])
-def test_files_that_cannot_be_read(base: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / "data.xyz").write_text("x")
-    with pytest.raises(SpecDefError) as caught:
-        load_data(options(base, tmp_path, dataset=str(tmp_path / name)), "causal-lm", load_tokenizer(base))
-    assert name in caught.value.problem
 
 
 def test_utility_is_measured_on_retained_text(report: AttackReport, hardened: Path, tmp_path: Path) -> None:
@@ -349,20 +339,9 @@ def test_classification(base: Path, harden_directory: HardenDirectory, tmp_path:
         assert run.start == pytest.approx(control.start, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"model": "base"}, "no manifest"),
-        ({"batch_size": 100_000}, "100000"),
-        ({"control": "nowhere/to/be/found"}, "nowhere"),
-    ],
-)
-def test_refusals(base: Path, hardened: Path, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
-    known: dict[str, Any] = {"base": base}
-    resolved = {key: known.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
-    with pytest.raises(SpecDefError) as caught:
-        attack(options(**{"model": hardened, "out": tmp_path, **resolved}))
-    assert problem in caught.value.problem
+def test_a_base_without_a_control_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecDefError, match="no manifest"):
+        attack(options(base, tmp_path))
 
 
 def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.data.language import builtin_documents
-from specdef_cli.attack.tasks import load_for_training
+from specdef_cli.attack.train import load_for_training
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.opened import open_model

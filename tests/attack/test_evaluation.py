@@ -14,11 +14,9 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.recorder import Recorder
-from specdef_cli.attack.run_result import DEAD, Divergence
-from specdef_cli.attack.target import Task
-from specdef_cli.attack.tasks import load_for_training
-from specdef_cli.attack.trainer import make_trainer, train_run
+from specdef_cli.attack.one_run import DEAD, Divergence, Task
+from specdef_cli.attack.train import load_for_training, train_run
+from specdef_cli.attack.trainer import Recorder, make_trainer
 from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
 from tests.attack.test_optimizers import spec

@@ -12,15 +12,16 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specdef_cli.attack.variants import Growth
 from specdef_cli.attack.variants.factored import (
     collapse,
+    deepen,
     freeze_compensation,
     hardened_paths,
     inject,
     original_name,
+    widen,
 )
-from specdef_cli.attack.variants.grown import deepen, widen
-from specdef_cli.attack.variants.growth import Growth
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import SpecDefLinear
 

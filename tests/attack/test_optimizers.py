@@ -21,21 +21,14 @@ from transformers import (
     set_seed,
 )
 
-from specdef_cli.attack.data.examples import AttackData
+from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.one_run import RunSpec
+from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.optimizers.own import Madam, NormalizedSGD, build_optimizer, hidden_matrices
-from specdef_cli.attack.optimizers.table import OPTIMIZERS
-from specdef_cli.attack.recorder import Recorder
-from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.tasks import load_for_training
-from specdef_cli.attack.trainer import (
-    AttackTrainer,
-    Memory,
-    _check_passes,
-    make_trainer,
-    train_run,
-)
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.train import _check_passes, load_for_training, train_run
+from specdef_cli.attack.trainer import AttackTrainer, Memory, Recorder, make_trainer
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.opened import open_model
 
@@ -84,8 +77,9 @@ def test_each_learns_a_batch_by_heart(name: str, base: Path, memorizable: Attack
     assert run.best < run.start - 0.02
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "bfloat16") for name in INSTALLED), ("adamw", "mixed"), ("adahessian", "mixed")]
+)
 def test_each_runs_in_low_precision(name: str, dtype: Any, base: Path, memorizable: AttackData, tmp_path: Path) -> None:
     trainer = trained(spec(name, dtype=dtype, steps=2), base, memorizable, tmp_path)
     parameters = dict(trainer.model.named_parameters())
@@ -323,7 +317,7 @@ def test_relative_adafactor_moves_in_proportion_to_the_tensor() -> None:
 
 
 def test_an_optimizer_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdef_cli.attack.optimizers.table.find_spec", lambda name: None)
+    monkeypatch.setattr("specdef_cli.attack.optimizers.find_spec", lambda name: None)
     with pytest.raises(SpecDefError, match="bitsandbytes") as caught:
         OPTIMIZERS.choose("adamw-8bit").load()
     assert caught.value.hint == "Run: pip install bitsandbytes"

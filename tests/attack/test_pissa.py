@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.trainings import Training
 
 
 def test_adapters_hold_the_largest_singular_directions_and_the_rest_is_frozen() -> None:

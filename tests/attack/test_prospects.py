@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
+from specdef_cli.attack.one_run import Divergence, EvalPoint, RunResult, RunSpec
 from specdef_cli.attack.results import AttackReport, DataSummary
-from specdef_cli.attack.run_result import Divergence, EvalPoint, RunResult
 from specdef_cli.attack.search import Lead, is_hopeless, trains_as_control
-from specdef_cli.attack.spec import RunSpec
-from specdef_cli.report.findings import findings
+from specdef_cli.report import findings
 from tests.attack.test_search import GRID, SPEC, make_series, result, run_plan
 
 CONTROL = replace(SPEC, subject="control")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.run import attack
-from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.trainings import Training
 from specdef_cli.hardening.options import Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pytest
 
-from specdef_cli.attack.recorder import Recorder
-from specdef_cli.attack.run_result import Divergence, EvalPoint
+from specdef_cli.attack.one_run import Divergence, EvalPoint
 from specdef_cli.attack.search import Lead
+from specdef_cli.attack.trainer import Recorder
 
 START = 3.0
 

@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specdef_cli.attack.one_run import Divergence, EvalPoint, RunResult, RunSpec
 from specdef_cli.attack.plan import Series
 from specdef_cli.attack.queue import run_all
-from specdef_cli.attack.run_result import Divergence, EvalPoint, RunResult
 from specdef_cli.attack.search import FINEST_STEP, best_rate, is_refinement, next_rates
-from specdef_cli.attack.spec import RunSpec
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
 
 SPEC = RunSpec(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.attack.suite import load_suite, suite_names
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.options import load_suite, suite_names
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
 
 

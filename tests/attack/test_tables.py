@@ -17,12 +17,11 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdef_cli.attack import table as table_module
-from specdef_cli.attack.optimizers.table import OPTIMIZERS
+from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.table import Factor, Table
 from specdef_cli.attack.target import Target
-from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
-from specdef_cli.attack.trainings.table import TRAININGS, Training
-from specdef_cli.attack.variants.table import VARIANTS, Variant, VariantChoice
+from specdef_cli.attack.trainings import PEFT_METHODS, TRAININGS, Training
+from specdef_cli.attack.variants import VARIANTS, Variant, VariantChoice
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions, Scale

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.data.labelled import Head, labels_of
+from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.run import plan_attack
-from specdef_cli.attack.spec import Task
-from specdef_cli.attack.tasks import load_for_training, task_of
-from specdef_cli.attack.trainer import train_run
+from specdef_cli.attack.target import task_of
+from specdef_cli.attack.train import load_for_training, train_run
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors, HardenOptions

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import load_data
-from specdef_cli.attack.data.examples import AttackData
+from specdef_cli.attack.data.forms import AttackData
 from specdef_cli.attack.data.labelled import Head, labels_of
 from specdef_cli.attack.queue import visible_devices
 from specdef_cli.attack.run import plan_attack
-from specdef_cli.attack.tasks import task_of
+from specdef_cli.attack.target import task_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.cli.app import app
 from specdef_cli.cli.attack import Condition

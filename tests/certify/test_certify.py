@@ -22,7 +22,7 @@ from specdef_cli.hardening.options import Factors, Fold, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
-from specdef_cli.report import write_report
+from specdef_cli.report.files import write_report
 from tests.commands import assert_refused, call_cli
 
 TEXT = " ".join(f"w{number % 90 + 3}" for number in range(3000))
@@ -33,12 +33,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-@pytest.fixture
-def no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For certificates that are not about the function: starting a process takes most of their time."""
-    monkeypatch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
 
 
 @pytest.fixture(scope="module", params=["factors", pytest.param("fold", marks=pytest.mark.slow)])
@@ -66,9 +60,7 @@ def certify(
     attacked: tuple[Path, Path, Path], text: Path, out: Path, *options: str, model: Path | None = None
 ) -> tuple[int, dict[str, Any]]:
     base, hardened, report = attacked
-    result = call_cli(
-        "certify",
-        model or hardened,
+    given: tuple[str | Path, ...] = (
         "--base",
         base,
         "--attacks",
@@ -80,6 +72,7 @@ def certify(
         "--json",
         *options,
     )
+    result = call_cli("certify", model or hardened, *given)
     assert "Traceback" not in result.stderr, result.stderr
     return result.code, json.loads(result.stdout)
 
@@ -361,7 +354,7 @@ def test_refusals(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path)
         call_cli("certify", hardened, "--base", base, "--attacks", report, "--out", out, "--text", tmp_path / "no.txt"),
         "no.txt",
     )
-    assert_refused(call_cli("certify", hardened, "--base", base, "--device", "warp", *common), "warp")
+    assert_refused(call_cli("certify", hardened, "--base", base, "--device", "warp", *common), "warp", code=2)
     assert not out.exists()
 
 

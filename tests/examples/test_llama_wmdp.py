@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
-from specdef_cli.attack.suite import load_suite
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.options import load_suite
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Variant
 from tests.commands import environment
 
 REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"

@@ -128,7 +128,9 @@ def test_noising_adds_noise_and_ascent_to_the_retained_loss(
     retained = -prior.token_log_probabilities(model, code).mean()
     ascent = -(-prior.token_log_probabilities(model, prose).mean()).log()
     assert prior.noising(0, 0)(model, prose, code).item() == pytest.approx(retained.item())
-    assert prior.noising(0, 3)(model, prose, code).item() == pytest.approx((retained + 3 * ascent).item())
+    rounding = 1e-6 * (abs(retained) + 3 * abs(ascent)).item()  # of the terms, which nearly cancel
+    expected = pytest.approx((retained + 3 * ascent).item(), rel=0, abs=rounding)
+    assert prior.noising(0, 3)(model, prose, code).item() == expected
     assert prior.noising(1, 0)(model, prose, code).item() > retained.item()
 
 
@@ -141,7 +143,7 @@ def test_a_share_of_the_capability_is_read_between_both_models(prior: ModuleType
 
 @pytest.fixture(scope="module")
 def rows(prior: ModuleType, scripts: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list:
-    from specdef_cli.attack.trainer import quiet
+    from specdef_cli.attack.train import quiet
 
     out = tmp_path_factory.mktemp("prior")
     code = "def add(first, second):\n    return first + second\n" * 300
@@ -182,7 +184,7 @@ def test_what_each_step_is_for(rows: list) -> None:
 
 @pytest.fixture(scope="module")
 def columns(utility: ModuleType) -> list:
-    from specdef_cli.attack.trainer import quiet
+    from specdef_cli.attack.train import quiet
 
     tokens = utility.token_batch(utility.BASE, "for index in range(length):\n    yield index\n" * 20, sequences=4)
     with quiet():

@@ -17,8 +17,9 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from specdef_cli.attack import run
-from specdef_cli.attack.data.examples import AttackData
-from specdef_cli.attack.run import RunSpec, TrainRun
+from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.one_run import RunSpec
+from specdef_cli.attack.train import TrainRun
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import load_model
 from tests.attack.test_data_forms import chat_tokenizer, encoder_tokenizer, framed_tokenizer, messages

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from specdef_cli.attack.tasks import task_of
+from specdef_cli.attack.target import task_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 from tests.commands import assert_refused, call_cli
@@ -64,12 +64,13 @@ def test_a_task_that_is_advised_is_one_that_the_model_has(tmp_path: Path) -> Non
             task_of(read_config(tmp_path), tmp_path, None)
         advised = caught.value.hint.partition("--task ")[2].rstrip(".")
         for task in filter(None, advised.split(" or ")):
-            from specdef_cli.attack.tasks import _NAMES
+            from specdef_cli.attack.target import _NAMES
 
             assert kind in _NAMES[task]  # type: ignore[index]
         assert advised or "script of its own" in caught.value.hint
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_certify_of_a_classifier_leads_to_attack(tmp_path: Path, llama: Path) -> None:
     """Without a report certify says which attack makes one, with the options that this model needs."""
     torch.manual_seed(0)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.optimizers.own import build_optimizer
-from specdef_cli.attack.optimizers.table import OPTIMIZERS
 from specdef_cli.certify.curvature import hessian_top
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.plan import make_plan

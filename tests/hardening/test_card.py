@@ -10,10 +10,19 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from specdef_cli.checkpoint.front_matter import metadata, read_card, split_card, with_keys
-from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS
-from specdef_cli.checkpoint.manifest import BaseCheckpoint, Manifest, base_of, read_manifest, remember_base
-from specdef_cli.hardening.card import collapsed_card, collapsed_metadata, hardened_card, hardened_metadata
+from specdef_cli.checkpoint.files import DIFFUSERS, TRANSFORMERS
+from specdef_cli.checkpoint.manifest import BaseCheckpoint, Manifest, read_manifest
+from specdef_cli.checkpoint.resolve import base_of, remember_base
+from specdef_cli.hardening.card import (
+    collapsed_card,
+    collapsed_metadata,
+    hardened_card,
+    hardened_metadata,
+    metadata,
+    read_card,
+    split_card,
+    with_keys,
+)
 from tests.commands import assert_refused, call_cli
 
 MANIFEST = Manifest(
@@ -56,9 +65,8 @@ def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path:
 
     assert call_cli("collapse", tmp_path / "out", "--out", tmp_path / "back").code == 0
     assert card_data(tmp_path / "back") == {"license": "mit", "tags": ["tiny"], "library_name": "transformers"}
-    assert_refused(
-        call_cli("harden", llama, "--out", tmp_path / "no", "--base-model", "/home/me/base"), "--base-model", "org/name"
-    )
+    refused = call_cli("harden", llama, "--out", tmp_path / "no", "--base-model", "/home/me/base")
+    assert_refused(refused, "--base-model", "org/name", code=2)
 
 
 def test_a_base_is_found_again_and_its_name_is_no_other_model_s(

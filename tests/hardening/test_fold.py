@@ -15,17 +15,26 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.manifest import ScaledSlice, read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
+from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import EVERYWHERE, PROFILES, SAMPLE_ROWS, FoldProfile, Steps, fold_pairs, inverse
+from specdef_cli.hardening.fold import (
+    EVERYWHERE,
+    HIGHEST_EXPONENT,
+    PROFILES,
+    SAMPLE_ROWS,
+    FoldProfile,
+    Steps,
+    constant,
+    fold_pairs,
+    inverse,
+)
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.opened import open_model
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant
 from tests.commands import assert_refused, call_cli
 from tests.tiny_families import write_case
 
@@ -142,7 +151,7 @@ def test_stacked_experts_are_measured_in_their_own_block(block: int, axis: int, 
     assert folded_channels(directory, SymmetricPair("e", "up_down", 5, sides))[0] == block + 1
 
 
-def test_planning_reads_a_sample_of_a_large_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_reads_a_sample_of_a_large_matrix(tmp_path: Path) -> None:
     """Columns: the first rows tell. What comes after them is never read, however large the matrix is."""
     down = torch.ones(5 * SAMPLE_ROWS, 6)
     down[:, 4] = 2
@@ -271,24 +280,6 @@ def test_the_card_of_factors_gives_the_deviation_first(llama: Path, tmp_path: Pa
     said = text.split("## SpecDef")[1].strip().splitlines()[0]
     assert said.startswith("On a fixed batch the outputs of these weights are within ")
     assert f"{figures['relative']:.1e} (relative)" in said
-
-
-OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "float16": (("--dtype", "float16"), ("float16", "--dtype bfloat16")),
-    "a glob without a match": (("--layers", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
-    "an exclusion without a match": (("--exclude", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
-    "nothing left": (("--exclude", "*"), ("no symmetric pair to fold", "--exclude")),
-}
-
-
-@pytest.mark.parametrize("case", OPTIONS)
-def test_an_option_that_cannot_be_honoured_is_refused(case: str, llama: Path, tmp_path: Path) -> None:
-    arguments, words = OPTIONS[case]
-    method = () if "--method" in arguments else ("--method", "fold")
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    result = call_cli("harden", llama, "--out", outside / "out", "--quiet", *method, *arguments)
-    assert_refused(result, *words, empty=outside)
 
 
 WRONG_USAGE = {

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.commands import assert_refused, call_cli
-from tests.hardening.mutations import DOWN, Mutation, config, content, spoiled, tensor
+from tests.hardening.mutations import Mutation, config, content, spoiled, tensor
 from tests.tiny_families import CASES, write_case
 
 SOUND = {
@@ -139,10 +139,6 @@ REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, 
         (),
         ("lm_head.weight has shape [50, 32]", "[96, 32]"),
     ),
-    "NaN": ("llama", (tensor(DOWN, lambda weight: weight * torch.nan),), (), (DOWN, "holds NaN")),
-    "tiny numbers": (
-        "llama", (tensor(DOWN, lambda weight: weight * 1e-33),), (), (DOWN, "range of float32", "--exclude"),
-    ),
     "code of a known name": (
         "llama",
         (
@@ -189,12 +185,15 @@ def test_the_dry_run_ends_as_the_run_does(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("family", "method"), zip(list(CASES)[::3], cycle(["fold", "scale"]), strict=False))
-def test_of_a_family_the_dry_run_ends_as_the_run_does(family: str, method: str, tmp_path: Path) -> None:
-    base = write_case(family, tmp_path / "base")
-    command: tuple[str | Path, ...] = ("harden", base, "--method", method, "--out", tmp_path / "out", "--quiet")
+@pytest.mark.parametrize(("family", "method"), zip(list(CASES)[::8], cycle(["fold", "scale"]), strict=False))
+def test_of_a_family_the_dry_run_ends_as_the_run_does(
+    family: str, method: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    command: tuple[str | Path, ...] = (
+        "harden", checkpoints[family], "--method", method, "--out", tmp_path / "out", "--quiet",
+    )  # fmt: skip
     dry = call_cli(*command, "--dry-run")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    assert list(tmp_path.iterdir()) == []
     run = call_cli(*command)
     assert (dry.code, dry.stderr) == (run.code, run.stderr)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.attack.optimizers.table import OPTIMIZERS
+from specdef_cli.attack.optimizers import OPTIMIZERS
 from tests.commands import REPOSITORY, environment, run_program
 from tests.hardening.on_another_device import HARDENED, NUMERICAL
 

@@ -12,8 +12,14 @@ from typer.testing import CliRunner
 
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError
-from specdef_cli.report.comparison import Comparison, compare, comparison_markdown
-from specdef_cli.report.document import SCHEMA_NAME, ReportDocument, read_report
+from specdef_cli.report.document import (
+    SCHEMA_NAME,
+    Comparison,
+    ReportDocument,
+    compare,
+    comparison_markdown,
+    read_report,
+)
 
 
 def attack(subject: str, share: float, *, variant: str = "plain", trained: str = "full") -> dict[str, Any]:

@@ -17,19 +17,25 @@ import jsonschema
 import pytest
 from rich.console import Console
 
+from specdef_cli.attack.one_run import (
+    RUN_RECORD,
+    Behaviour,
+    Divergence,
+    Edit,
+    EvalPoint,
+    RunResult,
+    RunSpec,
+    TrainPoint,
+)
 from specdef_cli.attack.results import Attack, AttackReport, DataSummary, Hardening
-from specdef_cli.attack.run_result import RUN_RECORD, Behaviour, Divergence, Edit, EvalPoint, RunResult, TrainPoint
-from specdef_cli.attack.spec import RunSpec
-from specdef_cli.attack.trainings.table import Training
-from specdef_cli.attack.variants.growth import Growth
-from specdef_cli.attack.variants.table import Variant
+from specdef_cli.attack.trainings import Training
+from specdef_cli.attack.variants import Growth, Variant
 from specdef_cli.cli.attack import Condition
-from specdef_cli.report import attacks_table, closing, findings, report_dict, runs_table, summary, write_report
-from specdef_cli.report.document import ReportDocument, report_document, report_json
-from specdef_cli.report.findings import outcome_words, rate, size
+from specdef_cli.report import attack_name, findings, outcome_words, rate, size, spelling
+from specdef_cli.report.document import ReportDocument, report_dict, report_document, report_json
+from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, write_report
 from specdef_cli.report.html import report_html
-from specdef_cli.report.names import attack_name, spelling
-from specdef_cli.report.write import CURVE_COLUMNS, curves_csv
+from specdef_cli.report.text import attacks_table, closing, runs_table, summary
 from specdef_cli.schemas import SCHEMA_FILES
 
 SCHEMA = json.loads(SCHEMA_FILES["report.json"].read_text(encoding="utf-8"))
@@ -487,7 +493,7 @@ def test_an_edit_is_judged_by_what_is_left_and_by_divergence(
     data = json.loads(report_json(mixed))
     jsonschema.validate(data, SCHEMA)
     assert data["attacks"][-1]["verdict"] == verdict
-    page = report_html(mixed, b"")
+    page = report_html(mixed, b"", b"")
     assert page.count("25 %</td>") == (2 if verdict != "broken" else 1)  # refused after; the control's, and its own
     met = Condition.parse("refusals<0.5").failures(mixed)
     assert any("abliterated meets" in text for text in met) == (verdict != "broken")

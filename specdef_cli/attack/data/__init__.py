@@ -14,13 +14,17 @@ from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from specdef_cli.attack.data.examples import AttackData, Examples, as_items
-from specdef_cli.attack.data.forms import Text
-from specdef_cli.attack.data.images import PixelTransform, image_data, load_pixel_transform
-from specdef_cli.attack.data.labelled import Head, text_classification_data
+from specdef_cli.attack.data.forms import AttackData, Examples, Text, as_items
+from specdef_cli.attack.data.labelled import (
+    Head,
+    PixelTransform,
+    image_data,
+    load_pixel_transform,
+    text_classification_data,
+)
 from specdef_cli.attack.data.language import ENCODERS, CausalEncoder, language_data
+from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.options import NO_RETAINED, AttackOptions
-from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.opened import OpenedModel
 

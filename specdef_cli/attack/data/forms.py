@@ -1,4 +1,4 @@
-"""What a row of a language data set is: a text, a prompt with its completion, or a conversation.
+"""What a row of a language data set is (a text, a prompt with its completion, a conversation), and its tokens.
 
 The columns are those that TRL reads (``messages``, ``prompt`` and ``completion``, ``text``), and two that data sets
 older than these conventions have: ``conversations`` with ``from`` and ``value`` (ShareGPT), and ``instruction``,
@@ -7,18 +7,170 @@ older than these conventions have: ``conversations`` with ``from`` and ``value``
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
+import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, default_data_collator
 
-from specdef_cli.attack.data.examples import NOT_COUNTED, Example, Frame, shared_length
 from specdef_cli.attack.data.rows import as_text, column_of
+from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line
+
+NOT_COUNTED = -100
+"""The label of a token whose loss is not counted, as PyTorch and transformers have it."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a tokenizer puts around a text by itself."""
+
+    before: tuple[int, ...] = ()  # for example [bos] or [CLS]; empty for many
+    after: tuple[int, ...] = ()  # for example [SEP] or </s>; empty for most tokenizers of causal language models
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        """Read off what ``tokenizer(text)`` yields, which says more than flags in its configuration do."""
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        framed = tokenizer("a")["input_ids"]
+        for start in range(len(framed) - len(bare) + 1):
+            if framed[start : start + len(bare)] == bare:
+                return cls(tuple(framed[:start]), tuple(framed[start + len(bare) :]))
+        return cls()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence."""
+
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+    """Ids that it is to say, :data:`NOT_COUNTED` where its loss is not counted. As long as ``tokens``, or of the
+    decoder where the model has one of its own."""
+
+
+def as_items(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """What the Trainer is given. Sequences of one length need no mask of padding, which attention is slower with."""
+    alike = len({len(part) for example in examples for part in (example.tokens, example.labels)}) == 1
+    return [
+        {"input_ids": list(tokens), "labels": list(labels), **({} if alike else {"attention_mask": [1] * len(tokens)})}
+        for tokens, labels in ((example.tokens, example.labels) for example in examples)
+    ]
+
+
+def collate(items: list[Any], pad: DataCollatorForSeq2Seq) -> dict[str, Any]:
+    """A batch: sequences of equal length as they are, others padded with what costs no loss."""
+    return dict(pad(items)) if "attention_mask" in items[0] else default_data_collator(items)
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Its padding; a tokenizer without any gets its end of text for it, as most recipes do."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer.pad_token_id
+
+
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from the start."""
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+def fingerprint_of(*halves: Iterable[Example]) -> str:
+    """Sixteen hexadecimal digits of the tokens and what is counted of them."""
+    digest = hashlib.sha256()
+    for half in halves:
+        for example in half:
+            digest.update(torch.tensor([*example.tokens, *example.labels, len(example.labels)]).numpy().tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]
+
+
+HELD_OUT_EVERY = 10
+"""Every tenth row is held out; of fewer rows, the last tenth of the tokens."""
+
+_Item = TypeVar("_Item")
+
+
+class Examples(Protocol):
+    """A map-style data set that knows its size: a list of items, or what makes them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class AttackData:
+    """What the Trainer is given."""
+
+    name: str
+    train: Examples
+    held_out: Examples
+    collate: Callable[[list[Any]], dict[str, Any]]
+    fingerprint: str  # sixteen hexadecimal digits of the tokens or images and labels themselves
+    labels: int = 0  # number of classes; 0 for language modelling
+    resize_head: bool = False  # whether the checkpoint's own head has another number of classes
+    padding: int | None = None
+    problem: str | None = None
+    """What transformers calls the kind of labels: ``single_label_classification``, …; ``None`` for language."""
+    remarks: tuple[str, ...] = ()  # what a reader of the report should know of it, one sentence each
+    retained: Examples | None = None  # text on which a language model's ability is measured as it is attacked
+
+    @property
+    def halves(self) -> tuple[Examples, ...]:
+        """Every data set that a run may see."""
+        return (self.train, self.held_out, *([self.retained] if self.retained is not None else []))
+
+
+def is_held_out(row: int) -> bool:
+    """Whether the row of this number, counted from 0, is evaluated and not trained on."""
+    return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def whole_batches(items: list[_Item], batch_size: int) -> list[_Item]:
+    """Every step trains on a full batch. (The Trainer's own ``drop_last`` would drop held-out items as well.)"""
+    return items[: len(items) // batch_size * batch_size]
+
+
+def check_size(
+    name: str,
+    what: str,
+    train: int,
+    held_out: int,
+    options: AttackOptions,
+    *,
+    remarks: tuple[str, ...] = (),
+    remedy: str | None = None,
+) -> None:
+    """Refuse data that is too small for one batch and one evaluation."""
+    if train >= options.batch_size and held_out >= 1:
+        return
+    shorter = " or --sequence-length" if what == "sequences" else ""
+    left_out = f" ({' '.join(remarks)})" if remarks else ""
+    raise SpecDefError(
+        f"{name} gives {train} {what} to train on and {held_out} to evaluate; a batch has {options.batch_size}"
+        f"{left_out}",
+        remedy or f"Give more data, or a smaller --batch-size{shorter}.",
+    )
+
+
+def repeated_rows(train: Iterable[Any], held_out: Iterable[Any]) -> tuple[str, ...]:
+    """A remark where held-out rows are training rows too."""
+    known = {hash(repr(row)) for row in train}
+    again = [hash(repr(row)) in known for row in held_out]
+    if not any(again):
+        return ()
+    return (
+        f"Of {len(again)} held-out rows, {sum(again)} are repeated among those trained on: their loss shows memory. "
+        "Remove repeated rows to measure what is learned.",
+    )
+
 
 Message: TypeAlias = dict[str, Any]
 """``role`` and ``content``, and whatever else the row has (tool calls, reasoning): chat templates get it whole."""
@@ -79,9 +231,30 @@ class Form:
 
     columns: tuple[str, ...]
     words: str  # what a report calls it
-    read: Callable[[Mapping[str, Any], str], Document | None]
-    """From a row and the data set's name to a document; ``None`` for a row without text."""
+    read: Callable[[Mapping[str, Any], str], Document | str]
+    """From a row and the data set's name to a document, or why there is none, in a few words."""
     answers: bool = True  # whether rows have answers, which alone are learned; running text is learned whole
+
+
+WITHOUT_TEXT = "without text"
+UNREAD = ", which is not read,"
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Columns that a text may be about; TRL too refuses rows with images for a model of text."""
+_TEXTS = ("text", "input_text", "output_text")
+
+
+def unread(row: Mapping[str, Any], form: Form, text_column: str | None) -> str | None:
+    """Why a row is left out that holds more than text: an answer about an image teaches nothing without it."""
+    found = [column for column in _MEDIA if row.get(column)] if text_column is None else []
+    entries = (entry for column in form.columns if isinstance(row.get(column), list) for entry in row[column])
+    contents = (entry.get("content", entry.get("value")) for entry in entries if isinstance(entry, Mapping))
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    for part in parts:
+        if isinstance(part, Mapping):
+            held = next((key for key, value in part.items() if value is not None), "text")
+            kind = str(part.get("type") or held)
+            found += [] if kind in _TEXTS else [kind]
+    return f"with {found[0]!r} beside the text{UNREAD}" if found else None
 
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -108,14 +281,18 @@ def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Fo
     return Form((text_column,), f"text in {text_column}", partial(_text, text_column), answers=False)
 
 
-def _text(column: str, row: Mapping[str, Any], dataset: str) -> Text | None:
+def _text(column: str, row: Mapping[str, Any], dataset: str) -> Text | str:
     text = as_text(column_of(row, column, dataset), column, dataset)
-    return Text(text) if text.strip() else None
+    return Text(text) if text.strip() else WITHOUT_TEXT
 
 
-def _conversation(column: str, row: Mapping[str, Any], dataset: str) -> Conversation | None:
+def _conversation(column: str, row: Mapping[str, Any], dataset: str) -> Conversation | str:
     messages = _messages(column_of(row, column, dataset), column, dataset)
-    return Conversation(messages, 0, _template_arguments(row)) if any(map(says, messages)) else None
+    return Conversation(messages, 0, _template_arguments(row, dataset)) if any(map(says, messages)) else WITHOUT_TEXT
+
+
+_OURS = {"tokenize", "return_dict", "add_generation_prompt", "chat_template", "return_assistant_tokens_mask"}
+"""Arguments of ``apply_chat_template`` that are set here."""
 
 
 def says(message: Message) -> bool:
@@ -129,11 +306,21 @@ def spoken(message: Message) -> str:
     return "\n".join(filter(None, (message.get("reasoning_content"), message["content"], *more)))
 
 
-def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+def _template_arguments(row: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     """What TRL hands to a chat template beside the messages."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-    return {**({"tools": _without_nothing(tools)} if tools else {}), **(row.get("chat_template_kwargs") or {})}
+    tools, more = row.get("tools"), row.get("chat_template_kwargs") or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except ValueError as error:
+        raise SpecDefError(
+            f"column 'tools' of {dataset} is not JSON: {error}", "Write a list of tools there, or drop the column."
+        ) from error
+    if not isinstance(more, Mapping) or _OURS & more.keys():
+        raise SpecDefError(
+            f"column 'chat_template_kwargs' of {dataset} holds {more!r:.100}, not values for the chat template",
+            "Write it like {'enable_thinking': false}, or drop the column.",
+        )
+    return {**({"tools": _without_nothing(tools)} if tools else {}), **more}
 
 
 def _without_nothing(value: Any) -> Any:
@@ -143,18 +330,19 @@ def _without_nothing(value: Any) -> Any:
     return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _prompt_and_completion(row: Mapping[str, Any], dataset: str) -> Document | None:
+def _prompt_and_completion(row: Mapping[str, Any], dataset: str) -> Document | str:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):  # TRL's conversational kind
         given, said = _messages(prompt, "prompt", dataset), _messages(completion, "completion", dataset)
-        return Conversation(given + said, len(given), _template_arguments(row)) if any(map(says, said)) else None
+        whole = Conversation(given + said, len(given), _template_arguments(row, dataset))
+        return whole if any(map(says, said)) else WITHOUT_TEXT
     prompt, completion = as_text(prompt, "prompt", dataset), as_text(completion, "completion", dataset)
-    return Completion(prompt, completion) if completion.strip() else None
+    return Completion(prompt, completion) if completion.strip() else WITHOUT_TEXT
 
 
-def _instruction(given: str, answer: str, row: Mapping[str, Any], dataset: str) -> Instruction | None:
+def _instruction(given: str, answer: str, row: Mapping[str, Any], dataset: str) -> Instruction | str:
     instruction, beside, output = (as_text(row.get(name), name, dataset) for name in ("instruction", given, answer))
-    return Instruction(instruction, beside, output) if output.strip() else None
+    return Instruction(instruction, beside, output) if output.strip() else WITHOUT_TEXT
 
 
 def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
@@ -169,7 +357,8 @@ def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
             )
         content = entry.get("content", entry.get("value"))
         if isinstance(content, list):  # parts, as models that also read images have them
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+            texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+            content = "".join(text for text in texts if isinstance(text, str))
         more = {key: value for key, value in entry.items() if key not in ("from", "value")}
         named = {"role": _ROLES.get(role, role), "content": as_text(content, column, dataset)}
         messages.append({**_without_nothing(more), **named})

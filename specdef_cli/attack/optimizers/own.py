@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from specdef_cli.attack.optimizers.table import OptimizerChoice
+from specdef_cli.attack.optimizers import OptimizerChoice
 from specdef_cli.model.skeleton import output_embeddings
 
 

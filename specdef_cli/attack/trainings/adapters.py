@@ -1,8 +1,11 @@
 """The trainings that put PEFT's adapters on a model.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA (Liu et al. 2024, arXiv 2402.09353), PiSSA (Meng et al. 2024, arXiv
-2404.02948), IA³ (Liu et al. 2022, arXiv 2205.05638) and the rows of ``peft_methods``. LoRA's α is twice the rank, as is
-usual; the learning rate's search makes up for any other scale.
+2404.02948), IA³ (Liu et al. 2022, arXiv 2205.05638), QLoRA (Dettmers et al. 2023, arXiv 2305.14314) and the rows of
+``PEFT_METHODS``. LoRA's α is twice the rank, as is usual; the learning rate's search makes up for any other scale.
+
+QLoRA's weights are quantized by bitsandbytes after loading, so that hardened modules get what ordinary ones get: NF4 in
+blocks of 64, computed with in bfloat16. Everything else is float32, as PEFT prepares a model for this.
 """
 
 from __future__ import annotations
@@ -11,23 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import peft
+import torch
 from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
-)
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS,
-)
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS,
-)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.target import Task
-from specdef_cli.attack.trainings.peft_methods import PEFT_METHODS
-from specdef_cli.attack.trainings.table import Training
+from specdef_cli.attack.trainings import PEFT_METHODS, Training
 from specdef_cli.attack.variants.factored import hardened_paths
 from specdef_cli.errors import first_line
 from specdef_cli.model import SpecDefScaled
@@ -194,3 +191,52 @@ def train_ia3(model: nn.Module, training: Training, task: Task) -> nn.Module:
 
 def _paths(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     return module_paths(model, names, ("inflated",))
+
+
+BLOCK = 64
+"""Weights that share a scale. Those of one row have to be whole blocks for bitsandbytes' packed kernel of CPUs."""
+
+
+def train_qlora(model: nn.Module, training: Training, task: Task) -> nn.Module:
+    """LoRA on every linear, or on those named, with double quantization: that of the scales of blocks."""
+    return _train(model, training, task, nested=True)
+
+
+def train_qlora_single(model: nn.Module, training: Training, task: Task) -> nn.Module:
+    """As :func:`train_qlora`, with the scales of blocks in float32."""
+    return _train(model, training, task, nested=False)
+
+
+def _train(model: Any, training: Training, task: Task, *, nested: bool) -> nn.Module:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise NotApplicable("QLoRA needs bitsandbytes, which is not installed", "pip install bitsandbytes") from error
+    head = output_embeddings(model)
+    kept = (head, head.inflated if isinstance(head, SpecDefScaled) else None)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not any(module is each for each in kept):
+            model.set_submodule(path, _quantized(bitsandbytes, module, nested))
+    model.is_loaded_in_4bit = True  # by which PEFT knows which kind of adapter to put on
+    try:
+        return train_lora(model, training, task)
+    finally:
+        model.is_loaded_in_4bit = False  # for the Trainer it would be one that transformers placed on devices
+
+
+def _quantized(bitsandbytes: Any, linear: nn.Linear, nested: bool) -> nn.Module:
+    """A linear with its weight in NF4, on its device."""
+    has_bias = linear.bias is not None
+    made = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, has_bias, compute_dtype=torch.bfloat16,
+        compress_statistics=nested, quant_type="nf4", device="meta",
+    )  # fmt: skip
+    weight = linear.weight.detach()
+    made.weight = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=nested, quant_type="nf4", module=made
+    )
+    if linear.in_features % BLOCK:
+        made.support_avx512bf16_for_cpu = False
+    if has_bias:
+        made.bias = linear.bias
+    return made.to(weight.device).train(linear.training)

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.variants.factored import GrownLayer, count_parameters, freeze, linear_like, replace_layers
-from specdef_cli.attack.variants.growth import Growth
+from specdef_cli.attack.variants import Growth, count_parameters
 from specdef_cli.errors import first_line
-from specdef_cli.model import SpecDefLinear, SpecDefScaled
+from specdef_cli.model import SpecDefScaled
 from specdef_cli.model.families import FAMILIES
-from specdef_cli.model.meta_model import meta_model
+from specdef_cli.model.loading import meta_model
 from specdef_cli.model.sites import writers
 from specdef_cli.model.skeleton import repeated_blocks
 from specdef_cli.model.symmetries import symmetric_pairs
@@ -220,95 +219,3 @@ def _checked(block: Any, plain: Tensor, grown: Tensor) -> Tensor:
         )
     block.grown_unseen = False
     return grown
-
-
-class WidenedLayer(GrownLayer):
-    """y = pair(x) + up(down(x)), ``up`` zero at first.
-
-    Args:
-        pair: n → m; frozen by the caller.
-        generator: Draws ``down`` on the CPU, so that the path is the same on every device.
-    """
-
-    def __init__(self, pair: SpecDefLinear, width: int, generator: torch.Generator) -> None:
-        super().__init__(pair.in_features, pair.out_features, pair.weight)
-        like = pair.inflated.weight
-        self.pair = pair
-        self.down = nn.Linear(pair.in_features, width, bias=False, device="meta")
-        self.up = nn.Linear(width, pair.out_features, bias=False, device="meta")
-        # Rows of norm about 1: ‖down(x)‖ ≈ ‖x‖·√(w/n), so the path trains at the original's scale, not at α's.
-        down = torch.randn(width, pair.in_features, generator=generator) / math.sqrt(pair.in_features)
-        self.down.weight = nn.Parameter(down.to(like.device, like.dtype))
-        self.up.weight = nn.Parameter(torch.zeros(pair.out_features, width, device=like.device, dtype=like.dtype))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.pair(input) + self.up(self.down(input))  # [..., n] → [..., w] → [..., m]
-
-
-def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
-    """Freeze every pair and set a fresh trainable path beside it; beside every block where nothing was inserted.
-
-    The path's width is the smallest that makes the hardened layers at least ``factor`` times as large: w(n+m) ≥
-    (factor−1)(mn + m² + bias). For ``factor`` = 2 that is w = m (one more with a bias), so the path can express any
-    change of W.
-
-    Args:
-        factor: > 1.
-
-    Raises:
-        NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
-    """
-    if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
-        return grow_beside(model, factor, seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def build(pair: SpecDefLinear) -> nn.Module:
-        freeze(pair)
-        width = math.ceil((factor - 1) * count_parameters(pair) / (pair.in_features + pair.out_features))
-        return WidenedLayer(pair, width, generator)
-
-    return replace_layers(model, build)
-
-
-class DeepenedLayer(GrownLayer):
-    """y = C F_N ⋯ F_1 x + b with F_N ⋯ F_1 = W~ and σ₁(F_i) = σ₁(W~)^{1/N}.
-
-    Args:
-        pair: n → m; its compensation is kept, its inflated factor W~ = U S Vᵀ is split.
-        factors: N ≥ 2. F_1 = S^{1/N} Vᵀ is r×n, F_N = U S^{1/N} is m×r, those between are S^{1/N}, r×r; r = min(m, n).
-    """
-
-    def __init__(self, pair: SpecDefLinear, factors: int) -> None:
-        super().__init__(pair.in_features, pair.out_features, pair.weight)
-        like = pair.inflated.weight
-        # float64: the SVD's absolute error is that of the inflated σ₁, and α eats as many digits of the directions
-        # that are not inflated. Not every accelerator has float64.
-        device = like.device if like.device.type in ("cpu", "cuda") else torch.device("cpu")
-        left, values, right = torch.linalg.svd(like.detach().to(device, torch.float64), full_matrices=False)
-        root = values.pow(1 / factors)  # [r]
-        weights = [root[:, None] * right, *[torch.diag(root)] * (factors - 2), left * root]
-        self.factors = nn.Sequential(*(linear_like(weight, like) for weight in weights))
-        self.compensation = pair.compensation
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.compensation(self.factors(input))  # [..., n] → [..., r] → [..., m] → [..., m]
-
-
-def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> Growth:
-    """Replace every inflated factor by ``factor`` trainable ones with the same product (Theorem 8); freeze the
-    compensations. Where nothing was inserted: fresh blocks after every frozen one, ``factor`` times as many.
-
-    Args:
-        factor: ≥ 2.
-
-    Raises:
-        NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
-    """
-    if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
-        return grow_between(model, factor, seed)
-
-    def build(pair: SpecDefLinear) -> nn.Module:
-        pair.compensation.weight.requires_grad_(False)
-        return DeepenedLayer(pair, factor)
-
-    return replace_layers(model, build)

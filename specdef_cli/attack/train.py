@@ -1,0 +1,335 @@
+"""One run: a fresh model, what its variant does to it, what its training trains, and transformers' Trainer.
+
+Nothing here knows of plans, files or reports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from transformers import set_seed
+
+from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.one_run import RunResult, RunSpec
+from specdef_cli.attack.optimizers import OPTIMIZERS
+from specdef_cli.attack.prompts import Prompts, behaviour_of, reference_of, try_edits
+from specdef_cli.attack.search import Lead
+from specdef_cli.attack.target import auto_class
+from specdef_cli.attack.trainer import NOWHERE, Memory, Recorder, Tracking, make_trainer
+from specdef_cli.errors import SpecDefError, require_extra
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
+from specdef_cli.model.loading import new_objects_only, process_state
+from specdef_cli.model.opened import OpenedModel
+
+
+def load_for_training(spec: RunSpec, model: OpenedModel, data: AttackData) -> nn.Module:
+    """Load a checkpoint afresh, with the task's head, in the dtype of training."""
+    arguments: dict[str, Any] = {}
+    loader = auto_class(spec.task, model.checkpoint.config)
+    if data.problem is not None:
+        loader = _AutoClassifier(loader, data)
+        arguments["ignore_mismatched_sizes"] = data.resize_head
+    if OPTIMIZERS.choose(spec.optimizer).second_order:
+        arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
+    dtype: Any = {"auto": "auto", "mixed": torch.float32}.get(spec.dtype) or getattr(torch, spec.dtype)
+    loaded: nn.Module = model.load(auto_class=loader, dtype=dtype, **arguments)
+    return loaded
+
+
+def leave_to_fsdp(model: nn.Module) -> None:
+    """Make a model on the CPU fit for sharding: it goes to the devices in parts, and nothing in it stays whole.
+
+    Accelerate hands out rank 0's state, and takes for granted that each tensor of it was sharded; tombstones are
+    buffers, and buffers are not.
+    """
+    for module in model.modules():
+        if isinstance(module, SpecDefLinear | SpecDefScaled):
+            module.register_buffer("weight", module.weight, persistent=False)
+
+
+class _AutoClassifier:
+    """An ``AutoModelFor…Classification`` with the data's kind and number of labels, and its padding.
+
+    They belong to the config, which ``load_model`` makes and hands to whatever class it was given.
+    """
+
+    __name__ = "AutoClassifier"
+
+    def __init__(self, auto_class: Any, data: AttackData) -> None:
+        self.auto_class = auto_class
+        self.data = data
+
+    def from_pretrained(self, path: Path, *, config: Any, **arguments: Any) -> Any:
+        if config.num_labels != self.data.labels:
+            config.num_labels = self.data.labels
+        config.problem_type = self.data.problem
+        # Decoders find the token to classify by looking for the padding.
+        if self.data.padding is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self.data.padding
+        return self.auto_class.from_pretrained(path, config=config, **arguments)
+
+
+BATCH_SIZE = 8
+
+
+def require_harness() -> None:
+    """Check that lm-eval can be imported."""
+    require_extra("eval", "accuracies on tasks")
+
+
+def task_accuracy(
+    model: nn.Module, tokenizer: Any, tasks: tuple[str, ...], *, task_directory: Path | None = None
+) -> dict[str, float]:
+    """The accuracy on each task, between 0 and 1.
+
+    Args:
+        tasks: Names of tasks that report ``acc``.
+        task_directory: A directory with tasks of the user's, as lm-eval's ``--include_path``.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _task_manager(task_directory)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise SpecDefError(
+                f"lm-eval has no task {task!r}", "`lm-eval ls tasks` lists them; --eval-task-path adds your own."
+            )
+    training = model.training
+    found = simple_evaluate(
+        model=HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=BATCH_SIZE),
+        tasks=list(tasks),
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+        verbosity="ERROR",
+    )
+    model.train(training)
+    results = (found or {})["results"]
+    accuracy = {}
+    for task in tasks:
+        values = [value for key, value in results.get(task, {}).items() if key.split(",")[0] == "acc"]
+        if not values:
+            raise SpecDefError(f"lm-eval's task {task!r} reports no accuracy", "Name tasks with the metric acc.")
+        accuracy[task] = float(values[0])
+    return accuracy
+
+
+@cache
+def _task_manager(task_directory: Path | None) -> Any:
+    """lm-eval's index of tasks. It reads more than ten thousand files, which takes longer than a short run does."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(verbosity="ERROR", include_path=None if task_directory is None else str(task_directory))
+
+
+def train_run(
+    spec: RunSpec,
+    opened: OpenedModel,
+    data: AttackData,
+    *,
+    memory: Memory = Memory(),  # noqa: B008 (frozen)
+    tracking: Tracking = NOWHERE,
+    on_step: Callable[[int, float | None], None] = lambda step, loss: None,
+    eval_task_path: Path | None = None,
+    lead: Lead | None = None,
+    prompts: Prompts | None = None,
+) -> RunResult:
+    """Train a model as ``spec`` says and write down what happened.
+
+    Every process of an ``accelerate launch`` calls this and gets the same result.
+
+    Args:
+        lead: As :class:`Recorder` takes it.
+    """
+    state = process_state()
+    if spec.is_edit:
+        assert prompts is not None
+        return _edit_run(spec, opened, prompts, str(state.device), on_step)
+    _check_passes(spec, state, memory)
+    with quiet(), new_objects_only(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
+        # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same for
+        # the control.
+        set_seed(spec.seed)
+        model = load_for_training(spec, opened, data)
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            leave_to_fsdp(model)
+        else:
+            # The variant where the training will be: an SVD or a product of large factors is the accelerator's work.
+            model.to(state.device)
+        growth = spec.variant.apply(model, spec.seed)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        model = spec.training.apply(model, spec.task)
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        recorder = Recorder(on_step, spec.stop_at_divergence, lead)
+        trainer = make_trainer(spec, model, data, recorder, scratch, memory, tracking)
+        began = time.perf_counter()
+        try:
+            trainer.train()
+        finally:
+            tracking.finish()
+        seconds = time.perf_counter() - began
+        accuracy = {}
+        if spec.eval_tasks:
+            accuracy = task_accuracy(model, opened.tokenizer(), spec.eval_tasks, task_directory=eval_task_path)
+        behaviour = None
+        if prompts is not None and spec.prompts and recorder.divergence is None and recorder.stopped is None:
+            before = reference_of(opened, prompts, spec.dtype, str(state.device))
+            behaviour = behaviour_of(model, prompts, before, opened)
+        result = RunResult(
+            spec=spec,
+            train=tuple(recorder.train),
+            evaluations=tuple(recorder.evaluations),
+            divergence=recorder.divergence,
+            stopped=recorder.stopped,
+            growth=growth,
+            parameters=parameters,
+            trainable_parameters=trainable,
+            seconds=seconds,
+            accuracy=accuracy,
+            behaviour=behaviour,
+        )
+        # The Trainer and its model refer to each other; without this two models would be in memory at the next run's
+        # loading.
+        trainer.accelerator.free_memory()
+        del trainer, model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return result
+
+
+def _edit_run(
+    spec: RunSpec,
+    opened: OpenedModel,
+    prompts: Prompts,
+    device: str,
+    on_step: Callable[[int, float | None], None],
+) -> RunResult:
+    """A run in which nothing is trained: the model is edited and asked."""
+    began = time.perf_counter()
+    with quiet():
+        edits, behaviour, growth, parameters = try_edits(
+            spec.variant,
+            opened,
+            prompts,
+            dtype=spec.dtype,
+            device=device,
+            on_strength=lambda number: on_step(number, None),
+        )
+    return RunResult(
+        spec=spec,
+        train=(),
+        evaluations=(),
+        divergence=None,
+        growth=growth,
+        parameters=parameters,
+        trainable_parameters=0,
+        seconds=time.perf_counter() - began,
+        edits=edits,
+        behaviour=behaviour,
+    )
+
+
+def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
+    """Refuse what does not split over processes and passes."""
+    choice = OPTIMIZERS.choose(spec.optimizer)
+    if spec.batch_size % (state.num_processes * memory.accumulation):
+        over = [f"{state.num_processes} processes"] * (state.num_processes > 1)
+        over += [f"{memory.accumulation} passes"] * (memory.accumulation > 1)
+        raise SpecDefError(
+            f"--batch-size {spec.batch_size} does not split over {' of '.join(over)}",
+            f"Give a multiple of {state.num_processes * memory.accumulation}.",
+        )
+    if choice.second_order and state.num_processes > 1:
+        raise SpecDefError(
+            f"--optimizer {spec.optimizer} differentiates the gradient, which is not possible over "
+            f"{state.num_processes} processes",
+            "Run it without `accelerate launch`, or choose a first-order optimizer.",
+        )
+    if choice.second_order and memory != Memory():
+        raise SpecDefError(
+            f"--optimizer {spec.optimizer} differentiates the gradient, which needs all of a step's graph",
+            "Leave --gradient-accumulation and --gradient-checkpointing out, or choose a first-order optimizer.",
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the libraries print while a model is loaded and trained; errors still come as exceptions."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    dataset_bars = datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        if not dataset_bars:
+            datasets.enable_progress_bars()
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """Trains the checkpoint that a specification is of. Picklable, for runs in processes of their own."""
+
+    control: OpenedModel
+    model: OpenedModel
+    data: AttackData
+    memory: Memory
+    eval_task_path: Path | None
+    tracking: Tracking = NOWHERE
+    prompts: Prompts | None = None
+
+    def __call__(
+        self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
+    ) -> RunResult:
+        """Run ``spec``, which a search ends once it cannot get further than its lead."""
+        opened = (self.control if spec.subject == "control" else self.model).here()
+        try:
+            result = train_run(
+                spec,
+                opened,
+                self.data,
+                memory=self.memory,
+                tracking=self.tracking,
+                on_step=on_step,
+                eval_task_path=self.eval_task_path,
+                lead=lead,
+                prompts=self.prompts,
+            )
+        except IndexError as error:
+            # The tokens themselves are known to be in the vocabulary.
+            raise SpecDefError(
+                f"{opened.directory} cannot be trained on sequences of {spec.sequence_length} tokens: {error}",
+                "Give a smaller --sequence-length.",
+            ) from error
+        if spec.subject == "control" and result.start is None and not spec.is_edit:
+            raise SpecDefError(
+                f"the held-out loss of the control {opened.directory} is not finite before any training",
+                "Repair its weights if they hold NaN or infinity, or train with --dtype float32.",
+            )
+        return result
