@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from specdef_cli.attack.trainer import ProgressEvent, ProgressHook
     from specdef_cli.attack.trainings import Training, TrainingChoice
     from specdef_cli.attack.variants import Growth, Variant, VariantChoice
+    from specdef_cli.certify import CertifyOptions
     from specdef_cli.certify.certificate import Certificate, Claim
-    from specdef_cli.certify.options import CertifyOptions
     from specdef_cli.certify.run import certify
     from specdef_cli.errors import SpecDefError
     from specdef_cli.hardening.options import CollapseOptions, Factors, Fold, HardenOptions, Scale
@@ -60,7 +60,7 @@ _MODULES = {
     "attack.trainings": "Training TrainingChoice",
     "attack.variants": "Growth Variant VariantChoice",
     "certify.certificate": "Certificate Claim",
-    "certify.options": "CertifyOptions",
+    "certify": "CertifyOptions",
     "certify.run": "certify",
     "errors": "SpecDefError",
     "hardening.options": "CollapseOptions Factors Fold HardenOptions Scale",

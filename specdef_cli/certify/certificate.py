@@ -22,8 +22,7 @@ from specdef_cli import __version__
 from specdef_cli.certify.card import Resistance
 from specdef_cli.certify.curvature import CurvatureFigures
 from specdef_cli.certify.formats import FormatFigure
-from specdef_cli.certify.function import FunctionFigures
-from specdef_cli.certify.spectrum import TOLERANCE, SpectrumFigures
+from specdef_cli.certify.function import TOLERANCE, FunctionFigures, SpectrumFigures
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE

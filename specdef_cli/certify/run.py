@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from specdef_cli import __version__
 from specdef_cli.attack.data import standard_library
 from specdef_cli.attack.target import task_of
+from specdef_cli.certify import CERTIFICATE_NAME, CertifyOptions
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, with_section
 from specdef_cli.certify.certificate import (
     FORMAT_VERSION,
@@ -30,9 +31,7 @@ from specdef_cli.certify.certificate import (
 )
 from specdef_cli.certify.curvature import CurvatureFigures, measure_curvature
 from specdef_cli.certify.formats import chosen_formats, measure_formats
-from specdef_cli.certify.function import measure_function
-from specdef_cli.certify.options import CERTIFICATE_NAME, CertifyOptions
-from specdef_cli.certify.spectrum import measure_spectrum
+from specdef_cli.certify.function import measure_function, measure_spectrum
 from specdef_cli.checkpoint.files import takes_files, write_durably
 from specdef_cli.checkpoint.output import require_outside, writable_ancestor
 from specdef_cli.errors import SpecDefError

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from specdef_cli.certify import require_certificate
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, section_like
 from specdef_cli.certify.certificate import (
     CERTIFICATE_RECORD,
@@ -25,7 +26,6 @@ from specdef_cli.certify.certificate import (
     spectrum_claim,
 )
 from specdef_cli.certify.formats import FormatFigure, judge
-from specdef_cli.certify.options import require_certificate
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, manifest_of
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import file_sha256

@@ -18,8 +18,7 @@ from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, 
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
-from specdef_cli.dtypes import DTYPES, dtype_name
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, dtype_name
 from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
 from specdef_cli.hardening.card import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
@@ -34,6 +33,11 @@ from specdef_cli.model.opened import OpenedModel, require_whole
 from specdef_cli.model.sites import linear_sites, scalable_sites
 from specdef_cli.model.skeleton import Skeleton, TensorNames
 from specdef_cli.model.symmetries import symmetries
+
+DTYPES: Mapping[str, torch.dtype] = {
+    dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+"""What ``--dtype`` takes."""
 
 RESIDUAL_WRITERS = ("attention_output", "mlp_down")
 """What the paper's construction takes by default."""

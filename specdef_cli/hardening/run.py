@@ -23,13 +23,12 @@ from specdef_cli.checkpoint.reader import Checkpoint, carry_over
 from specdef_cli.checkpoint.resolve import Resolved, remember_base
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import Progress
-from specdef_cli.dtypes import DTYPES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import collapsed_card, hardened_card, read_card
 from specdef_cli.hardening.execute import Written, compute_devices, published
 from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions
-from specdef_cli.hardening.plan import HardeningPlan, make_plan, plain_group
+from specdef_cli.hardening.plan import DTYPES, HardeningPlan, make_plan, plain_group
 from specdef_cli.hardening.scale import unscaled_group
 from specdef_cli.hardening.survey import PlanSummary, summarize
 from specdef_cli.hardening.verify import Loader, is_loadable_here, rehearse, verify
