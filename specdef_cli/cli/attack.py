@@ -131,7 +131,7 @@ def attack_command(
         from specdef_cli.certify.card import attacks_on_card
         from specdef_cli.report.document import REPORT_NAME
 
-        attacks_on_card(Path(options.model).expanduser(), options.out / REPORT_NAME, options.manifest)
+        attacks_on_card(options, options.out / REPORT_NAME)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
