@@ -48,7 +48,7 @@ def takes(*models: type, without: tuple[str, ...] = ()) -> Callable[[Command], C
             name: _parameter(field, get_type_hints(model)[name])
             for model in (*models, *made.values())
             for name, field in options_of(model).items()
-            if name not in without
+            if model not in models or name not in without
         }
 
         @functools.wraps(command)

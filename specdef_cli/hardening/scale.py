@@ -168,7 +168,7 @@ def scale_modules(
     for module in modules.values():
         for tensor in _names(module):
             wanted[tensor] = f"{module.module}{tensor.removeprefix(module.stem)}"
-    require_findable(skeleton, sites, wanted)
+    require_findable(skeleton, wanted, {site.stem: site.module for site in sites})
     return tuple(modules.values())
 
 
