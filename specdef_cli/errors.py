@@ -111,6 +111,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 EXTRA_MODULES: Mapping[str, tuple[str, ...]] = {
     "attack": ("datasets", "peft", "PIL", "pytorch_optimizer"),
+    "cluster": ("distributed",),
     "deploy": ("bitsandbytes", "torchao"),
     "diffusion": ("diffusers",),
     "eval": ("lm_eval",),

@@ -43,6 +43,7 @@ BUILTIN_PROMPTS = "questions about cooking and about astronomy"
 MAX_SEEDS = 1000
 """Upper bound on --seeds, to catch typos."""
 
+_AT_A_TIME = "Budget / Runs at a time, here or on a cluster."
 _MEMORY = "Budget / To save memory."
 _HUB_DATA = "Data / Part of a Hub data set."
 _COLUMNS = "Data / Columns"
@@ -164,7 +165,10 @@ class AttackOptions(Budget, Source):
         (0,), "Runs of each attack.", metavar="N", shown_default="1", group="Budget", parse=seeds_of
     )
     """One run each, for adapters' and paths' initial values, dropout and data order."""
-    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group="Budget")
+    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
+    dask: str | None = option(
+        None, "Address of a Dask scheduler, whose workers make the runs.", metavar="ADDRESS", group=_AT_A_TIME
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,10 +201,24 @@ class AttackOptions(Budget, Source):
                 raise WrongUsage(
                     f"{_flag(name)} {getattr(self, name)} is not a number of at least 0", "Give 0 or more."
                 )
+        if self.dask is not None and self.jobs > 1:
+            raise WrongUsage(
+                f"--jobs {self.jobs} is of this machine, and --dask makes as many runs at a time as it has workers",
+                "Leave --jobs out.",
+            )
         if not self.seeds:
             raise WrongUsage("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:
             raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
+        if self.dataset is None and self.retained in (None, NO_RETAINED):
+            for name in ("dataset_config", "dataset_split", "text_column", "text_pair_column"):
+                if getattr(self, name) is not None:
+                    raise WrongUsage(
+                        f"{_flag(name)} {getattr(self, name)} is of --dataset, which is not given",
+                        "Give --dataset DATA.",
+                    )
+        if self.eval_task_path is not None and not self.eval_tasks:
+            raise WrongUsage("--eval-task-path needs --eval-task", "Name a task, or leave it out.")
         if self.suite is not None:
             self._refuse_beside_suite()
 
@@ -370,6 +388,12 @@ def require_data(dataset: str | None) -> None:
     """Refuse a data set that is a path to nothing."""
     if dataset is None:
         return
+    if "://" in dataset:
+        address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?datasets/([\w.-]+/[\w.-]+)", dataset)
+        raise SpecDefError(
+            f"{dataset} is an address, not a file, a directory or a Hub id",
+            f"Give {address[1]}." if address else "Download it, and give the file.",
+        )
     path = Path(dataset).expanduser()
     like_a_file = path.suffix.lower() in (*FILE_SUFFIXES, *COMPRESSIONS)
     if not path.exists() and (like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.utils.data import Subset
 
 from specdef_cli.attack.data.forms import AttackData
@@ -237,12 +236,12 @@ def _rank(series: Series) -> int:
     return max(1, known.index(spec.training)) if usual and plain and spec.training in known else 4
 
 
-def default_budget(options: AttackOptions, parameters: int) -> AttackOptions:
+def default_budget(options: AttackOptions, parameters: int, device: str) -> AttackOptions:
     """The options, lowered where ``options.free`` allows it to suit the model's size, the device and the time limit.
 
     The machine's own speed does not matter: the same command gives the same figures on another one of the kind.
     """
-    speed = USUAL_SPEED["accelerator" if torch.accelerator.is_available() else "cpu"]
+    speed = USUAL_SPEED["cpu" if device == "cpu" else "accelerator"]
     seconds = min(RUN_SECONDS, (options.time_limit or math.inf) / RUNS_OF_A_LIMIT)
     lowered = options
     for budget in ({}, *BUDGETS):  # first of all as it is
@@ -346,7 +345,7 @@ class Forecast:
 
 
 def foresee(
-    plan: Sequence[Series], options: AttackOptions, speed: Speed, held_out: int, load: Callable[[RunSpec], object]
+    plan: Sequence[Series], jobs: int, speed: Speed, held_out: int, load: Callable[[RunSpec], object]
 ) -> tuple[PlannedAttack, ...]:
     """What each series of a plan takes; ``load`` finds a finished run, or ``None``."""
     attacks = []
@@ -354,7 +353,7 @@ def foresee(
         grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
         finished = sum(load(spec) is not None for spec in grid)
         missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
-        seconds = missing * speed.run(series.first, held_out) / options.jobs
+        seconds = missing * speed.run(series.first, held_out) / jobs
         attacks.append(
             PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
         )

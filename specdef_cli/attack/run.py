@@ -8,18 +8,16 @@ from specdef_cli.errors import require_extra
 require_extra("attack", "attacks")
 
 # ruff: noqa: E402 (what is imported below needs the extra)
-import importlib.metadata
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
-from specdef_cli import __version__
+from specdef_cli.attack.cluster import Cluster, connected, surroundings
 from specdef_cli.attack.data import load_data, load_preprocessor, retained_sequences
 from specdef_cli.attack.data.forms import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
@@ -36,7 +34,7 @@ from specdef_cli.attack.plan import (
     speed_of,
 )
 from specdef_cli.attack.prompts import Prompts, load_prompts
-from specdef_cli.attack.queue import Deadline, run_all
+from specdef_cli.attack.queue import Deadline, executor, run_all
 from specdef_cli.attack.results import (
     AttackReport,
     DataSummary,
@@ -57,6 +55,7 @@ from specdef_cli.hardening.recognise import recognise
 from specdef_cli.model.inputs import require_in_vocabulary
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_base, open_model, require_sound
+from specdef_cli.process import first_completed
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
 
@@ -77,9 +76,15 @@ def attack(
         on_progress: Called as runs start, step and end.
         on_plan: Called with the plan and what it takes before anything of it is run; measuring that takes two steps.
     """
-    state = process_state()
-    _check_processes(options, state.num_processes)
-    prepared = _prepare(options)
+    _check_processes(options, process_state().num_processes)
+    with connected(options.dask) as cluster:
+        return _attack(_prepare(options, cluster), on_progress, on_plan)
+
+
+def _attack(
+    prepared: _Prepared, on_progress: ProgressHook | None, on_plan: Callable[[Forecast], None] | None
+) -> AttackReport:
+    state, cluster = process_state(), prepared.cluster
     options, plan, data = prepared.options, prepared.plan, prepared.data
     forecast = None if on_plan is None else _forecast(prepared)
     # No process may start the first run while another still looks for its result: they would disagree on what is
@@ -96,10 +101,13 @@ def attack(
             load=prepared.store.load,
             save=prepared.store.save if state.is_main_process else lambda result: None,
             jobs=options.jobs,
+            cluster=cluster,
             order=in_order(plan),
             deadline=None if options.time_limit is None else Deadline(prepared.time_left()),
             on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
         )
+    here = surroundings()
+    device = here.pop("device")
     firsts = [series.first for series in plan if series.first.subject == "model"]
     plain = [first.label for first in firsts if first.variant.knowledge == "none"]
     report = AttackReport(
@@ -110,9 +118,8 @@ def attack(
         runs=outcome.runs,
         assumed=assumptions(options, [run.spec for run in outcome.runs], prepared.control_name, data),
         notes=(),
-        versions={"specdef-cli": __version__}
-        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
+        versions=here,
+        device=device if cluster is None else ", ".join(sorted({*cluster.devices.values()})),
         not_reached=tuple(label for label in outcome.not_reached if label in plain),
         prompts=_prompts(prepared.train.prompts) if any(run.behaviour for run in outcome.runs) else None,
     )
@@ -127,10 +134,11 @@ def _prompts(prompts: Prompts | None) -> PromptSummary | None:
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:
-    if options.jobs > 1 and processes > 1:
+    flag = f"--jobs {options.jobs}" if options.dask is None else f"--dask {options.dask}"
+    if (options.jobs > 1 or options.dask is not None) and processes > 1:
         raise SpecDefError(
-            f"--jobs {options.jobs} starts processes of its own, and this is one of {processes} already",
-            "Use either --jobs or `accelerate launch`.",
+            f"{flag} starts runs in other processes, and this is one of {processes} already",
+            f"Use either {flag.split()[0]} or `accelerate launch`.",
         )
     if options.time_limit is not None and processes > 1:
         raise SpecDefError(
@@ -150,7 +158,8 @@ def _check_engine() -> None:
 
 def plan_attack(options: AttackOptions) -> Forecast:
     """The plan of an attack and what it takes on this machine; two steps of the control run, and nothing is kept."""
-    return _forecast(_prepare(options))
+    with connected(options.dask) as cluster:
+        return _forecast(_prepare(options, cluster))
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,7 @@ class _Prepared:
     train: TrainRun
     store: RunStore
     began: float  # when its time limit began to run, of the monotonic clock
+    cluster: Cluster | None = None
 
     @property
     def held_out(self) -> int:
@@ -176,7 +186,7 @@ class _Prepared:
         return (self.options.time_limit or 0.0) - (time.monotonic() - self.began)
 
 
-def _prepare(options: AttackOptions) -> _Prepared:
+def _prepare(options: AttackOptions, cluster: Cluster | None) -> _Prepared:
     _check_engine()
     began = time.monotonic()
     writable_ancestor(options.out)
@@ -191,7 +201,8 @@ def _prepare(options: AttackOptions) -> _Prepared:
     if options.eval_tasks:
         require_harness()
     sizes = (math.prod(header.shape) for header in control.checkpoint.tensors.values())
-    options = default_budget(options, sum(sizes))
+    device = surroundings()["device"] if cluster is None else next(iter(cluster.devices.values()))
+    options = default_budget(options, sum(sizes), device)
     prompts: Prompts | None = None
     with quiet():
         preprocessor = load_preprocessor(task, control)
@@ -215,16 +226,20 @@ def _prepare(options: AttackOptions) -> _Prepared:
         chat=bool(getattr(preprocessor, "chat_template", None)),
     )
     train = TrainRun(
-        control,
-        model,
+        control.here(),
+        model.here(),
         data,
         Memory(options.gradient_accumulation, options.gradient_checkpointing),
-        options.eval_task_path,
-        Tracking(options.report_to, options.out / LOGS_DIRECTORY),
+        options.eval_task_path and options.eval_task_path.absolute(),
+        Tracking(options.report_to, (options.out / LOGS_DIRECTORY).absolute()),
         prompts,
     )
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
-    return _Prepared(options, control.found.name, target, data, make_plan(options, target), train, store, began)
+    if cluster is not None:
+        directories = [each.directory for each in (train.control, train.model) if each.found.commit is None]
+        cluster.require(*directories, *([train.eval_task_path] if train.eval_task_path else []))
+    plan = make_plan(options, target)
+    return _Prepared(options, control.found.name, target, data, plan, train, store, began, cluster)
 
 
 def _measured(prepared: _Prepared) -> Speed:
@@ -238,14 +253,19 @@ def _measured(prepared: _Prepared) -> Speed:
             return speed_of(finished, prepared.held_out)
 
     def train(spec: RunSpec, data: AttackData) -> RunResult:
-        return replace(prepared.train, data=data, tracking=NOWHERE)(spec, lambda step, loss: None)
+        few = replace(prepared.train, data=data, tracking=NOWHERE)
+        with executor(few, 1, lambda *event, **more: None, prepared.cluster) as submit:
+            future = submit(spec, None)
+            first_completed({future})
+            return future.result()
 
     return measure_speed(control.first, prepared.data, train)
 
 
 def _forecast(prepared: _Prepared) -> Forecast:
     options, data = prepared.options, prepared.data
-    attacks = foresee(prepared.plan, options, _measured(prepared), prepared.held_out, prepared.store.load)
+    jobs = options.jobs if prepared.cluster is None else prepared.cluster.places()
+    attacks = foresee(prepared.plan, jobs, _measured(prepared), prepared.held_out, prepared.store.load)
     grids = [spec for series in prepared.plan for spec in series.runs(series.grid, series.seeds[:1])]
     return Forecast(
         model=str(options.model),

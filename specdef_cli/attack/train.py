@@ -308,7 +308,7 @@ class TrainRun:
         self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
     ) -> RunResult:
         """Run ``spec``, which a search ends once it cannot get further than its lead."""
-        opened = self.control if spec.subject == "control" else self.model
+        opened = (self.control if spec.subject == "control" else self.model).here()
         try:
             result = train_run(
                 spec,

@@ -93,6 +93,16 @@ class OpenedModel:
                 digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
         return digest.hexdigest()[:16]
 
+    def here(self) -> OpenedModel:
+        """The same by an absolute path; on a machine that lacks it, from the Hub if it was found there."""
+        found = self.found
+        if found.commit is not None and not found.directory.is_dir():
+            found = resolve(found.name.partition("@")[0], revision=found.commit, subfolder=found.subfolder)
+        found = dataclasses.replace(found, directory=found.directory.absolute())
+        return dataclasses.replace(
+            self, found=found, checkpoint=dataclasses.replace(self.checkpoint, directory=found.directory)
+        )
+
     def load(self, **arguments: Any) -> Any:
         """Load it, as :func:`specdef_cli.model.load_model` does."""
         return load_model(self.directory, trust_remote_code=self.trust_remote_code, **arguments)
@@ -154,6 +164,18 @@ def open_found(
     trust_remote_code: bool = False,
 ) -> OpenedModel:
     """The same for a model that is on this disk."""
+    try:
+        return _opened(found, hardened, manifest, trust_remote_code)
+    except SpecDefError as error:
+        if found.commit:  # a user knows the id, not where the cache keeps it
+            name = "/".join(filter(None, (found.name, found.subfolder)))
+            error.problem, error.hint = (
+                text.replace(str(found.directory), name) for text in (error.problem, error.hint)
+            )
+        raise
+
+
+def _opened(found: Resolved, hardened: bool | None, manifest: Path | None, trust_remote_code: bool) -> OpenedModel:
     if hardened is False and (manifest is not None or is_hardened(found.directory)):
         raise hardened_already(found.directory)
     described = manifest_of(found.directory, manifest)

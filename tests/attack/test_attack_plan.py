@@ -269,6 +269,7 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
     assert all(getattr(defaults, name) != value for name, value in expected.items())
     assert {field.name for field in dataclasses.fields(AttackOptions)} - set(expected) == {
         "suite", "search", "thorough", "free", "manifest", "subfolder", "control_subfolder",
+        "dask",  # which excludes --jobs
     }  # fmt: skip
     (tmp_path / "hardened" / "inside").mkdir()
     (tmp_path / "hardened" / "inside" / "config.json").write_text("{}")

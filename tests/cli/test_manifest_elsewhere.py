@@ -23,6 +23,7 @@ def hardened(llama: Path, tmp_path: Path) -> tuple[Path, Path]:
     return out, manifest
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_path: Path) -> None:
     out, manifest = hardened
     assert not (out / "specdef.json").exists()

@@ -83,6 +83,7 @@ def test_code_in_a_checkpoint_is_run_only_if_asked_for(llama: Path, hardened: Pa
     assert canary.exists()  # so it would have been seen
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_no_token_is_written_down(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hardened, token = tmp_path / "hardened", ("--token", TOKEN)
