@@ -136,7 +136,11 @@ def test_a_damaged_result_is_run_again(report: AttackReport, tmp_path: Path) -> 
     run = report.runs[0]
     store.save(run)
     assert store.load(run.spec) == run
-    assert store.load(replace(run.spec, seed=1)) is None
+    other = replace(run.spec, seed=1)
+    assert store.load(other) is None
+    store.path(other).write_text(store.path(run.spec).read_text())  # a name that says something else
+    assert store.load(other) is None
+    store.path(other).unlink()
     store.path(run.spec).write_text(store.path(run.spec).read_text()[:-40])
     assert store.load(run.spec) is None
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
