@@ -67,7 +67,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Exit codes: 0 done, 1 failed, 2 wrong usage. SPECDEF_DEBUG=1 shows the traceback of a failure."""
+    """Exit codes: 0 done, 1 failed, 2 wrong usage. A command's --verbose, or SPECDEF_DEBUG=1, shows the traceback."""
 
 
 def main() -> None:
