@@ -6,7 +6,6 @@ compared too, outputs are taken again in a process that imports transformers alo
 
 from __future__ import annotations
 
-import gc
 import math
 import subprocess
 import sys
@@ -29,7 +28,6 @@ from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.scale import scale_vector
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
-from specdef_cli.model import without_progress_bars
 from specdef_cli.model.described import require_as_described
 from specdef_cli.model.inputs import fixed_inputs, model_outputs
 from specdef_cli.model.loading import new_objects_only
@@ -130,18 +128,15 @@ def measure_function(
 
 
 def _observe(opened: OpenedModel, tokens: Tensor | None, on_model: Callable[[PreTrainedModel], None]) -> _Observed:
-    with without_progress_bars():
-        model = opened.load().eval()
-    observed = _Observed(
-        inputs=fixed_inputs(model),
-        outputs=model_outputs(model),
-        loss=None if tokens is None else mean_loss(model, tokens),
-        generated=None if tokens is None else _greedy(model, tokens),
-    )
-    if torch.isfinite(observed.outputs).all():
-        on_model(model)
-    del model
-    gc.collect()
+    with opened.loaded() as model:
+        observed = _Observed(
+            inputs=fixed_inputs(model),
+            outputs=model_outputs(model),
+            loss=None if tokens is None else mean_loss(model, tokens),
+            generated=None if tokens is None else _greedy(model, tokens),
+        )
+        if torch.isfinite(observed.outputs).all():
+            on_model(model)
     return observed
 
 

@@ -22,12 +22,11 @@ from specdef_cli.certify.card import Resistance, attack_section, read_resistance
 from specdef_cli.certify.certificate import (
     FORMAT_VERSION,
     Certificate,
+    Curvatures,
     certificate_section,
-    curvature_claim,
-    function_claim,
+    claims_of,
     no_claim_failed,
     provenance,
-    spectrum_claim,
 )
 from specdef_cli.certify.curvature import CurvatureFigures, measure_curvature
 from specdef_cli.certify.formats import chosen_formats, measure_formats
@@ -150,11 +149,8 @@ class Prepared:
             device=options.device,
             on_figure=lambda figure: on_progress(f"format {figure.format}: {figure.verdict}"),
         )  # fmt: skip
-        claims = (
-            function_claim(function, hardened.hardening),
-            spectrum_claim(spectrum),
-            curvature_claim(*self._both(curvatures)),
-        )
+        both, reason = self._both(curvatures)
+        claims = claims_of(function, spectrum, both, reason, hardened.hardening)
         certificate = Certificate(
             format=FORMAT_VERSION,
             holds=no_claim_failed(claims),
@@ -165,16 +161,14 @@ class Prepared:
             claims=claims,
             function=function,
             spectrum=spectrum,
-            curvature=self._both(curvatures)[0],
+            curvature=both,
             deployment=formats,
             resistance=self.resistance,
         ).sealed()
         self._write(certificate)
         return certificate
 
-    def _both(
-        self, found: list[CurvatureFigures | str]
-    ) -> tuple[tuple[CurvatureFigures, CurvatureFigures] | None, str]:
+    def _both(self, found: list[CurvatureFigures | str]) -> tuple[Curvatures | None, str]:
         """The curvatures of base and hardened model, or why there are none."""
         match found:
             case [CurvatureFigures() as base, CurvatureFigures() as hardened]:

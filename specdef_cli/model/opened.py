@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +109,17 @@ class OpenedModel:
     def load(self, **arguments: Any) -> Any:
         """Load it, as :func:`specdef_cli.model.load_model` does."""
         return load_model(self.directory, trust_remote_code=self.trust_remote_code, **arguments)
+
+    @contextmanager
+    def loaded(self, **arguments: Any) -> Iterator[Any]:
+        """Its model in evaluation mode, without progress bars; its memory is free again afterwards."""
+        with without_progress_bars():
+            model = self.load(**arguments).eval()
+        try:
+            yield model
+        finally:
+            del model
+            gc.collect()
 
     def load_without_weights(self) -> Any:
         """The model on the meta device; one that would lose a tensor is refused."""
