@@ -19,25 +19,23 @@ from torch import Tensor
 from specdef_cli.checkpoint.check import no_config, no_weights, require_plain
 from specdef_cli.checkpoint.files import (
     DIFFUSERS,
+    GIT_LFS,
+    INVALID_JSON,
     OTHER_FORMATS,
     PICKLES,
     SAFETENSORS,
     TRANSFORMERS,
     Library,
-    is_no_weights,
-    library_of,
-    require_inside,
-)
-from specdef_cli.checkpoint.headers import (
-    GIT_LFS,
-    INVALID_JSON,
-    TORCH_DTYPES,
     TensorHeader,
+    is_no_weights,
     lfs_pointer,
+    library_of,
     read_headers,
+    require_inside,
     unique_keys,
 )
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
+from specdef_cli.dtypes import TORCH_DTYPES
 from specdef_cli.errors import ResumableError, SpecDefError
 
 
@@ -96,7 +94,15 @@ class Checkpoint:
     def companions(self) -> Companions:
         """The other files of the directory, and what becomes of them."""
         index = {self.library.index_file} if self.shards != (self.library.single_file,) else set()
-        return _companions(self.directory, {*self.shards, *index}, {n: h.shape for n, h in self.tensors.items()})
+        shapes = {name: header.shape for name, header in self.tensors.items()}
+        carried: list[Path] = []
+        left_out: dict[str, list[Path]] = {}
+        for relative in _entries(self.directory):
+            if relative.as_posix() in {*self.shards, *index, *REWRITTEN}:
+                continue
+            reason = _by_name(self.directory, relative) or _by_content(self.directory, relative, shapes)
+            (carried if reason is None else left_out.setdefault(reason, [])).append(relative)
+        return Companions(tuple(carried), {reason: tuple(paths) for reason, paths in left_out.items()})
 
     @property
     def nbytes(self) -> int:
@@ -226,18 +232,6 @@ class Companions:
             more = [f"{len(paths) - SHOWN} more"] * (len(paths) > SHOWN)
             parts.append(f"{', '.join(names + more)} ({reason})")
         return f"Not carried over: {'; '.join(parts)}." if parts else None
-
-
-def _companions(directory: Path, weights: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Companions:
-    """Divide the files of a checkpoint directory into those to carry over and those to leave out."""
-    carried: list[Path] = []
-    left_out: dict[str, list[Path]] = {}
-    for relative in _entries(directory):
-        if relative.as_posix() in weights or relative.as_posix() in REWRITTEN:
-            continue
-        reason = _by_name(directory, relative) or _by_content(directory, relative, shapes)
-        (carried if reason is None else left_out.setdefault(reason, [])).append(relative)
-    return Companions(tuple(carried), {reason: tuple(paths) for reason, paths in left_out.items()})
 
 
 def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:

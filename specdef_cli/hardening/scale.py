@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import one_thread
+from specdef_cli.dtypes import FLOATING_DTYPES, TORCH_DTYPES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import DIRECTIONS, HIGHEST_UNCROSSED, SAMPLE_ROWS, by_block, one_apart, staircase
 from specdef_cli.model.sites import ScalableSite, require_findable

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from specdef_cli.checkpoint.check import hardened_already, no_base, require_undefended
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, is_hardened, manifest_of, no_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, base_of, resolve
+from specdef_cli.dtypes import FLOATING_DTYPES
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
 from specdef_cli.model.described import (

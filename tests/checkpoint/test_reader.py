@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from specdef_cli.checkpoint.headers import TORCH_DTYPES, read_headers
+from specdef_cli.checkpoint.files import read_headers
 from specdef_cli.checkpoint.reader import INDEX_FILE, open_checkpoint
+from specdef_cli.dtypes import TORCH_DTYPES
 from specdef_cli.errors import ResumableError, SpecDefError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from specdef_cli.checkpoint import stream
-from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.shards import (
@@ -30,6 +29,7 @@ from specdef_cli.checkpoint.shards import (
     streamed,
 )
 from specdef_cli.checkpoint.stream import Progress, file_sha256, read_record, write_shards
+from specdef_cli.dtypes import TORCH_DTYPES
 from specdef_cli.errors import ResumableError, SpecDefError
 from tests.commands import snapshot
 
