@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -90,7 +91,7 @@ class Checkpoint:
         """Names of the safetensors files, in order."""
         return tuple(dict.fromkeys(header.shard for header in self.tensors.values()))
 
-    @property
+    @functools.cached_property
     def companions(self) -> Companions:
         """The other files of the directory, and what becomes of them."""
         index = {self.library.index_file} if self.shards != (self.library.single_file,) else set()
