@@ -190,6 +190,12 @@ MAX_HEADER_BYTES = 100_000_000
 
 # What json.loads raises on data made to be refused (deep nesting is a RecursionError), and what a wrong type then does.
 INVALID_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+DTYPE_BYTES: Mapping[str, int] = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+"""Bytes of an element, by safetensors' names of what is read here."""
+FLOATING_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
@@ -257,19 +263,17 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
 
 
 def _tensor_header(name: str, entry: dict[str, Any], shard: str, data_start: int) -> TensorHeader:
-    from specdef_cli.dtypes import TORCH_DTYPES  # here: `specdef --help` needs no torch
-
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
     dtype = entry["dtype"]
     if not all(isinstance(value, int) and value >= 0 for value in (begin, end, *shape)):
         raise ValueError(f"{name} has an invalid shape or offset")
-    if dtype not in TORCH_DTYPES:
+    if dtype not in DTYPE_BYTES:
         raise SpecDefError(
             f"{name} in {shard} is stored as {dtype}, which is not read here",
             "Give the checkpoint in an ordinary dtype, such as the unquantized one.",
         )
-    expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != expected:
         raise ValueError(f"{name} is {dtype} {list(shape)}, which is {expected} bytes and not {end - begin}")
     return TensorHeader(name, dtype, shape, shard, data_start + begin, data_start + end)

@@ -36,8 +36,7 @@ from specdef_cli.checkpoint.files import (
     unique_keys,
 )
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.dtypes import TORCH_DTYPES
-from specdef_cli.errors import ResumableError, SpecDefError
+from specdef_cli.errors import ResumableError, SpecDefError, dtype_name
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -62,6 +61,21 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 INDEX_FILE = TRANSFORMERS.index_file
+DTYPES: Mapping[str, torch.dtype] = {
+    dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+"""What ``--dtype`` takes."""
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+        "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+        "C64": torch.complex64,
+    }
+)  # fmt: skip
+"""By safetensors' names of :data:`~specdef_cli.checkpoint.files.DTYPE_BYTES`."""
+SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = MappingProxyType({v: k for k, v in TORCH_DTYPES.items()})
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.files import TRANSFORMERS, Library, TensorHeader
+from specdef_cli.checkpoint.files import FLOATING_DTYPES, TRANSFORMERS, Library, TensorHeader
 from specdef_cli.checkpoint.manifest import ScaledSlice
-from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.dtypes import FLOATING_DTYPES, TORCH_DTYPES, dtype_name
-from specdef_cli.errors import SpecDefError
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
+from specdef_cli.errors import SpecDefError, dtype_name
 
 BLOCK = 2**22
 """Bytes of a tensor that are read, scaled and written at a time."""

@@ -28,10 +28,9 @@ import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.manifest import FoldedPair, ScaledSlice
-from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
 from specdef_cli.checkpoint.stream import one_thread
-from specdef_cli.dtypes import TORCH_DTYPES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Profile
 from specdef_cli.model.body import Side, SymmetricPair

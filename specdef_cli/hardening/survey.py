@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from specdef_cli.checkpoint.files import TensorHeader
+from specdef_cli.checkpoint.files import FLOATING_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
-from specdef_cli.dtypes import FLOATING_DTYPES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import lost_formats
 from specdef_cli.hardening.execute import compute_devices

@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from specdef_cli.checkpoint.files import TensorHeader, library_of
+from specdef_cli.checkpoint.files import FLOATING_DTYPES, TensorHeader, library_of
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.dtypes import FLOATING_DTYPES
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.model.symmetries import symmetries

@@ -15,7 +15,7 @@ from specdef_cli.hardening.recognise import channel_exponents
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from specdef_cli.model.body import Side, SymmetricPair
-from tests.tiny_families import CASES, build_config, randomize, write_case
+from tests.tiny_families import CASES, build_config, randomize
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
 
@@ -38,8 +38,8 @@ def octaves(left: torch.nn.Module, right: torch.nn.Module) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_fold_is_undone_from_the_weights_alone(case: str, tmp_path: Path) -> None:
-    base_directory = write_case(case, tmp_path / "base")
+def test_a_fold_is_undone_from_the_weights_alone(case: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    base_directory = checkpoints[case]
     result = harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False))
     assert result is not None
     base, model = load_model(base_directory), load_model(tmp_path / "fold")

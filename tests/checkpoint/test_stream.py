@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from specdef_cli.checkpoint import stream
 from specdef_cli.checkpoint.manifest import ScaledSlice
-from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.shards import (
     OutputShard,
     Produced,
@@ -29,7 +29,6 @@ from specdef_cli.checkpoint.shards import (
     streamed,
 )
 from specdef_cli.checkpoint.stream import Progress, file_sha256, read_record, write_shards
-from specdef_cli.dtypes import TORCH_DTYPES
 from specdef_cli.errors import ResumableError, SpecDefError
 from tests.commands import snapshot
 

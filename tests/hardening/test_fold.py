@@ -151,7 +151,7 @@ def test_stacked_experts_are_measured_in_their_own_block(block: int, axis: int, 
     assert folded_channels(directory, SymmetricPair("e", "up_down", 5, sides))[0] == block + 1
 
 
-def test_planning_reads_a_sample_of_a_large_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_reads_a_sample_of_a_large_matrix(tmp_path: Path) -> None:
     """Columns: the first rows tell. What comes after them is never read, however large the matrix is."""
     down = torch.ones(5 * SAMPLE_ROWS, 6)
     down[:, 4] = 2
