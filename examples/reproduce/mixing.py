@@ -105,7 +105,9 @@ def main() -> None:
                     )
                 )  # fmt: skip
                 found = {
-                    attack.optimizer: report.share(attack) for attack in report.attacks if attack.subject == "model"
+                    each.spec.optimizer: report.share(each)
+                    for attack in report.attacks
+                    if attack.subject == "model"
                 }
                 shares += [f"{found[optimizer] or 0:.0%}" for optimizer in OPTIMIZERS]
             rows.append(

@@ -18,7 +18,7 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Growth, Variant
-from specdef_cli.checkpoint.durable import remove_unfinished, write_durably
+from specdef_cli.checkpoint.durable import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import option
 
@@ -378,7 +378,3 @@ class RunStore:
         """Keep a finished run; atomic, so that a crash leaves either nothing or all of it."""
         record = RUN_RECORD.dump_python(result, mode="json")
         write_durably(self.path(result.spec), json.dumps(record, indent=1, allow_nan=False))
-
-    def remove_unfinished(self) -> None:
-        """Remove the files that killed writes have left. The caller must be the only writer here."""
-        remove_unfinished(self.directory)

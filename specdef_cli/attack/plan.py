@@ -6,18 +6,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch.utils.data import Subset
 
 from specdef_cli.attack.data.forms import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
-from specdef_cli.attack.options import AttackOptions, AttackTable
+from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions, AttackTable
 from specdef_cli.attack.target import Target
+from specdef_cli.attack.train import TrainRun
+from specdef_cli.attack.trainer import NOWHERE
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant, informed_variants
 from specdef_cli.errors import WrongUsage
@@ -30,27 +30,6 @@ SEARCHED_RUNS = 8
 
 SEE_NO_SCALE = ("hira", "adapter")
 """Trainings that a diagonal hardening does not change."""
-
-BUDGETS = (
-    {"steps": 30, "batch_size": 16, "sequence_length": 128, "eval_sequences": 64},
-    {"steps": 30, "batch_size": 8, "sequence_length": 128, "eval_sequences": 32},
-    {"steps": 20, "batch_size": 8, "sequence_length": 96, "eval_sequences": 16},
-    {"steps": 20, "batch_size": 4, "sequence_length": 96, "eval_sequences": 16},
-    {"steps": 15, "batch_size": 4, "sequence_length": 64, "eval_sequences": 8},
-    {"steps": 10, "batch_size": 4, "sequence_length": 64, "eval_sequences": 8},
-    {"steps": 10, "batch_size": 2, "sequence_length": 64, "eval_sequences": 8},
-    {"steps": 6, "batch_size": 2, "sequence_length": 32, "eval_sequences": 4},
-)
-"""Budgets of a run, largest first. Fewer steps than the last one's tell nothing."""
-
-EVALUATIONS = 3
-"""Of a run on a lowered budget, besides the one at step 0."""
-
-RUN_SECONDS, RUNS_OF_A_LIMIT = 60, 45
-"""A run takes at most so long on a usual machine; under a time limit, at most this part of it."""
-
-USUAL_SPEED = {"cpu": 1e11, "accelerator": 1e14}
-"""Floating-point operations a second of training in float32 on a few cores, and on a data centre's GPU."""
 
 
 @dataclass(frozen=True)
@@ -237,31 +216,6 @@ def _rank(series: Series) -> int:
     return max(1, known.index(spec.training)) if usual and plain and spec.training in known else 4
 
 
-def default_budget(options: AttackOptions, parameters: int) -> AttackOptions:
-    """The options, lowered where ``options.free`` allows it to suit the model's size, the device and the time limit.
-
-    The machine's own speed does not matter: the same command gives the same figures on another one of the kind.
-    """
-    speed = USUAL_SPEED["accelerator" if torch.accelerator.is_available() else "cpu"]
-    seconds = min(RUN_SECONDS, (options.time_limit or math.inf) / RUNS_OF_A_LIMIT)
-    lowered = options
-    for budget in ({}, *BUDGETS):  # first of all as it is
-        lowered = _lowered(options, budget)
-        tokens = lowered.steps * lowered.batch_size * lowered.sequence_length
-        if 6 * parameters * tokens <= speed * seconds:
-            break
-    return lowered
-
-
-def _lowered(options: AttackOptions, budget: Mapping[str, int]) -> AttackOptions:
-    changes: dict[str, Any] = {
-        name: min(value, getattr(options, name)) for name, value in budget.items() if name in options.free
-    }
-    if "eval_every" in options.free and budget:
-        changes["eval_every"] = max(1, changes.get("steps", options.steps) // EVALUATIONS)
-    return replace(options, **changes)
-
-
 SHORTENED = 0.6
 """Mean time of a run in a search, which ends what cannot become its best, relative to a full run."""
 
@@ -294,14 +248,24 @@ class Speed:
         return self.load + self.token * spec.sequence_length * (times * spec.steps * spec.batch_size + evaluated)
 
 
-def measure_speed(first: RunSpec, data: AttackData, train: Callable[[RunSpec, AttackData], RunResult]) -> Speed:
-    """Train the control for two steps, each followed by an evaluation; the first pair warms caches up."""
-    count = min(first.batch_size, len(data.held_out))
-    few = replace(data, held_out=Subset(data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
+def measured(plan: Sequence[Series], train: TrainRun, load: Callable[[RunSpec], RunResult | None]) -> Speed:
+    """From a run of the control that is there already, else from two steps of it, each followed by an evaluation; the
+    first pair warms caches up.
+    """
+    control = next((series for series in plan if not series.first.is_edit), None)
+    if control is None:
+        return Speed(0.0, 0.0)
+    for spec in control.runs(control.grid, control.seeds):
+        finished = load(spec)
+        if finished is not None and len(finished.evaluations) > 1:
+            return speed_of(finished, train.data.evaluated)
+    count = min(control.first.batch_size, len(train.data.held_out))
+    few = replace(train.data, held_out=Subset(train.data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
     began = time.perf_counter()
-    result = train(replace(first, steps=2, eval_every=1, warmup_steps=0, eval_tasks=()), few)
-    load = time.perf_counter() - began - result.seconds
-    return Speed(max(load, 0.0), speed_of(result, count).token)
+    two_steps = replace(control.first, steps=2, eval_every=1, warmup_steps=0, eval_tasks=())
+    result = replace(train, data=few, tracking=NOWHERE)(two_steps)
+    load_seconds = time.perf_counter() - began - result.seconds
+    return Speed(max(load_seconds, 0.0), speed_of(result, count).token)
 
 
 def speed_of(finished: RunResult, held_out: int) -> Speed:
@@ -345,17 +309,82 @@ class Forecast:
         return f"about {count}" if any(attack.search for attack in self.attacks) else str(count)
 
 
-def foresee(
-    plan: Sequence[Series], options: AttackOptions, speed: Speed, held_out: int, load: Callable[[RunSpec], object]
-) -> tuple[PlannedAttack, ...]:
+def forecast(
+    plan: Sequence[Series],
+    options: AttackOptions,
+    notes: tuple[str, ...],
+    train: TrainRun,
+    load: Callable[[RunSpec], RunResult | None],
+) -> Forecast:
     """What each series of a plan takes; ``load`` finds a finished run, or ``None``."""
+    speed = measured(plan, train, load)
     attacks = []
     for series in in_order(plan):
         grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
         finished = sum(load(spec) is not None for spec in grid)
         missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
-        seconds = missing * speed.run(series.first, held_out) / options.jobs
+        seconds = missing * speed.run(series.first, train.data.evaluated) / options.jobs
         attacks.append(
             PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
         )
-    return tuple(attacks)
+    grids = [spec for series in plan for spec in series.runs(series.grid, series.seeds[:1])]
+    return Forecast(
+        model=str(options.model),
+        control=train.control.found.name,
+        data=train.data.name,
+        budget=options.in_words,
+        attacks=tuple(attacks),
+        assumed=assumptions(options, grids, train.control.found.name, train.data),
+        notes=notes,
+        seconds=sum(attack.seconds for attack in attacks),
+        time_limit=options.time_limit,
+    )
+
+
+def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
+    """What the user left open and was chosen."""
+    said = []
+    if options.control is None:
+        said.append(f"Control: {control}, the base named in the manifest.")
+    if options.dataset is None:
+        said.append(f"Data: {data.name}.")
+    said += data.remarks
+    trained = [spec for spec in specs if not spec.is_edit]
+    if len(trained) < len(specs) and options.prompts is None:
+        said.append(f"Prompts that edits tell apart: {BUILTIN_PROMPTS}.")
+    if not trained:
+        return tuple(said)
+    if options.suite is not None:
+        said.append(f"Attacks: the suite {options.suite.name}.")
+    elif not options.trainings:
+        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in trained))}.")
+    if not options.learning_rates:
+        said.append(f"Learning rates: {_rates_in_words(options, trained)}.")
+    said.append(f"Budget of every run: {options.in_words}.")
+    return tuple(said)
+
+
+def _rates_in_words(options: AttackOptions, specs: Sequence[RunSpec]) -> str:
+    rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
+    usual = sorted({spec.learning_rate for spec in specs if spec.subject == "control"}, reverse=True)
+    if any(table.learning_rates == "search" for table in options.tables):
+        return f"searched for every attack, between {rates[0]:g} and {rates[-1]:g}"
+    span = f"{usual[0]:g} to {usual[-1]:g}"
+    return f"{span}; the hardened model down to {rates[-1]:g}, below η₀/α" if rates[-1] < usual[-1] else span
+
+
+def plan_notes(options: AttackOptions, target: Target) -> tuple[str, ...]:
+    """What is known before anything is run: how the model was made, and what it has nothing for."""
+    found = target.recognised.sentence or "Nothing in the weights shows that this package hardened it."
+    asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
+    missing = [variant for variant in asked if not variant.applies_to(target.constructions)]
+    untrained = [training for table in options.tables for training in table.trainings if not training.on(target)]
+    words = {"factored": "a layer stored as factors", "folded": "a folded pair", "scaled": "a scaled module"}
+    return (
+        *([f"The model comes without a manifest. {found}"] if target.manifest is None else []),
+        *(f"Not tried: {training}. The model has nothing for it." for training in dict.fromkeys(untrained)),
+        *(
+            f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
+            for variant in missing
+        ),
+    )

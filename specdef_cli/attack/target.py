@@ -12,8 +12,10 @@ from transformers.models.auto import modeling_auto
 
 from specdef_cli.attack.data.labelled import Head
 from specdef_cli.attack.one_run import Task
+from specdef_cli.attack.results import largest_alpha
 from specdef_cli.checkpoint.manifest import Change, Manifest
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.opened import OpenedModel
 from specdef_cli.model.skeleton import is_causal_lm
 
 if TYPE_CHECKING:
@@ -58,21 +60,6 @@ class Target:
     def alpha(self) -> float:
         """The largest factor by which any layer or channel is inflated; 1 for an ordinary model."""
         return max(largest_alpha(self.manifest), self.recognised.alpha)
-
-
-def largest_alpha(manifest: Manifest | None) -> float:
-    """The largest factor by which a manifest says that any layer or channel was inflated; 1 without one."""
-    if manifest is None:
-        return 1.0
-    alphas = [layer.alpha for layer in manifest.factored]
-    alphas += [2.0 ** abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
-    alphas += [
-        2.0 ** abs(exponent)
-        for module in manifest.scaled
-        for side in module.scales.values()
-        for exponent in side.exponents
-    ]
-    return max(alphas, default=1.0)
 
 
 _NAMES: Mapping[Task, Mapping[str, Any]] = {
@@ -170,3 +157,20 @@ def _refuse_attention_both_ways(config: Mapping[str, Any], asked: Task, director
 def _attends_both_ways(config: Mapping[str, Any]) -> bool:
     kind = config.get("model_type")
     return kind in _NAMES["masked-lm"] and kind not in _NAMES["seq2seq-lm"] and not config.get("is_decoder", False)
+
+
+def task_of_both(model: OpenedModel, control: OpenedModel, asked: Task | None) -> tuple[Task, Head]:
+    """The task and the head of a control; a model of another task is refused: nothing would train both alike."""
+    found = task_of(control.checkpoint.config, control.directory, asked)
+    first, second = ((each.checkpoint.config.get("architectures") or [""])[0] for each in (model, control))
+    try:
+        tasks = [task_of(each.checkpoint.config, each.directory, None)[0] for each in (model, control)]
+    except SpecDefError:  # one of them says nothing of a task, and --task decides
+        return found
+    if first != second and tasks[0] != tasks[1]:
+        raise SpecDefError(
+            f"{model.found.name} is a {first} and its control {control.directory.name} a {second}: nothing trains both "
+            "alike",
+            "Name what it was made from with --control.",
+        )
+    return found

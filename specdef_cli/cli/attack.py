@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.attack.options import NO_RETAINED, AttackOptions, seeds_of
+from specdef_cli.attack.options import CHOICES, LOWERED, AttackOptions, load_suite, seeds_of, suite_names
 from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
 from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Subfolder, Token, TrustRemoteCode, takes
 from specdef_cli.cli.output import Output, settle
@@ -20,10 +20,6 @@ from specdef_cli.errors import SpecDefError
 if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
     from specdef_cli.report import Finding
-
-
-CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
-"""Options that say which attacks to run."""
 
 
 @takes(AttackOptions)
@@ -99,8 +95,7 @@ def attack_command(
 
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
-    from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
-    from specdef_cli.checkpoint.check import require_models, writable_ancestor
+    from specdef_cli.checkpoint.check import require_models
     from specdef_cli.checkpoint.links import in_subfolder
     from specdef_cli.errors import WrongUsage
     from specdef_cli.option import parse_duration
@@ -121,7 +116,7 @@ def attack_command(
     if limit is not None and suite is None and not given.keys() & CHOICES:
         suite = "quick"  # what everybody tries, and what usually gets through
     chosen = load_suite(suite) if suite is not None else None
-    budget = {**(chosen.budget if chosen else {}), **given}
+    budget: dict[str, Any] = {str(name): value for name, value in (chosen.budget if chosen else {}).items()} | given
     if chosen is not None and "seeds" in chosen.budget and seeds is None:
         budget["seeds"] = seeds_of(chosen.budget["seeds"])
     # What the user gave stays: by a flag, or in a suite of the user's own.
@@ -130,7 +125,7 @@ def attack_command(
         **budget,
         model=model,
         suite=chosen,
-        free=tuple(name for name in BUDGET if name != "seeds" and name not in kept),
+        free=tuple(name for name in LOWERED if name not in kept),
         time_limit=limit,
         manifest=manifest,
         revision=revision,
@@ -143,13 +138,7 @@ def attack_command(
         from specdef_cli.checkpoint.check import require_card
 
         require_card(model, manifest)
-    require_data(options.dataset)
-    if options.retained != NO_RETAINED:
-        require_data(options.retained)
-    require_data(options.prompts)
-    require_data(options.prompts_harmless)
-    require_trackers(options.report_to)
-    writable_ancestor(options.out)
+    options.require_present()
 
     from rich.console import Group
 
@@ -248,7 +237,7 @@ class Condition:
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
         plain = [found for found in findings(report) if found.attack.subject == "model"]
-        plain = [found for found in plain if found.attack.knowledge == "none" and self._concerns(found)]
+        plain = [found for found in plain if found.attack.spec.variant.knowledge == "none" and self._concerns(found)]
         for finding in plain:
             value = _METRICS[self.metric](finding)
             if value is None:

@@ -86,7 +86,7 @@ def _strongest(report: AttackReport) -> tuple[Attack, ...]:
     for attack in report.attacks:
         if attack.edit is not None:  # which has no curve
             continue
-        kinds.setdefault("control" if attack.subject == "control" else attack.knowledge, []).append(attack)
+        kinds.setdefault("control" if attack.subject == "control" else attack.spec.variant.knowledge, []).append(attack)
     kept = [attack for attacks in kinds.values() for attack in sorted(attacks, key=_loss_reached)[:MAX_CURVES]]
     return tuple(attack for attack in report.attacks if attack in kept)
 
@@ -104,7 +104,7 @@ def _styles(attacks: tuple[Attack, ...]) -> list[dict[str, object]]:
     counts: dict[str, int] = {}
     styles = []
     for attack in attacks:
-        group = "control" if attack.subject == "control" else attack.knowledge
+        group = "control" if attack.subject == "control" else attack.spec.variant.knowledge
         position = counts.get(group, 0)
         counts[group] = position + 1
         if group == "control":
@@ -165,9 +165,6 @@ def write_report(report: AttackReport, out: str | Path) -> tuple[Path, ...]:
     """Write ``report.html``, ``report.json``, ``curves.csv`` and ``curves.png`` into ``out``.
 
     Only the main process of an ``accelerate launch`` writes; the others return the same paths.
-
-    Raises:
-        OSError: ``out`` cannot be written.
     """
     paths = tuple(Path(out) / name for name in ("report.html", "report.json", "curves.csv", "curves.png"))
     if process_state().is_main_process:

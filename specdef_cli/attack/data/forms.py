@@ -18,7 +18,6 @@ import torch
 from jinja2 import TemplateError
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, default_data_collator
 
-from specdef_cli.attack.data.rows import as_text, column_of
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line
 
@@ -123,6 +122,11 @@ class AttackData:
     retained: Examples | None = None  # text on which a language model's ability is measured as it is attacked
 
     @property
+    def evaluated(self) -> int:
+        """Sequences that every evaluation takes."""
+        return len(self.held_out) + (0 if self.retained is None else len(self.retained))
+
+    @property
     def halves(self) -> tuple[Examples, ...]:
         """Every data set that a run may see."""
         return (self.train, self.held_out, *([self.retained] if self.retained is not None else []))
@@ -136,6 +140,27 @@ def is_held_out(row: int) -> bool:
 def whole_batches(items: list[_Item], batch_size: int) -> list[_Item]:
     """Every step trains on a full batch. (The Trainer's own ``drop_last`` would drop held-out items as well.)"""
     return items[: len(items) // batch_size * batch_size]
+
+
+def column_of(row: Any, column: str, dataset: str) -> Any:
+    """One column of a row."""
+    if column not in row:
+        raise SpecDefError(
+            f"{dataset} has no column {column!r}",
+            f"It has {', '.join(map(str, row))}; name one with --text-column, --text-pair-column, --image-column or "
+            "--label-column.",
+        )
+    return row[column]
+
+
+def as_text(value: Any, column: str, dataset: str) -> str:
+    """What a column of text holds; a row without any counts as empty."""
+    if not isinstance(value, str | None):
+        raise SpecDefError(
+            f"column {column!r} of {dataset} holds {type(value).__name__}, not text",
+            "Name a column of text with --text-column.",
+        )
+    return value or ""
 
 
 def check_size(

@@ -30,13 +30,15 @@ from transformers import (
 from specdef_cli.attack.data.forms import (
     AttackData,
     Examples,
+    as_text,
     check_size,
+    column_of,
     is_held_out,
     padding_of,
     repeated_rows,
     whole_batches,
 )
-from specdef_cli.attack.data.rows import as_text, column_of, rows
+from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.opened import OpenedModel

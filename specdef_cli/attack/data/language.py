@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
@@ -21,6 +24,7 @@ from specdef_cli.attack.data.forms import (
     Conversation,
     Document,
     Example,
+    Examples,
     Form,
     Frame,
     Instruction,
@@ -41,7 +45,7 @@ from specdef_cli.attack.data.forms import (
 )
 from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.one_run import Task
-from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.options import NO_RETAINED, AttackOptions
 from specdef_cli.errors import SpecDefError
 
 BUILTIN_NAME = "pydoc_data.topics (English prose of Python's language reference)"
@@ -225,7 +229,36 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
         collate=partial(collate, pad=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_COUNTED)),
         fingerprint=fingerprint_of(examples, others),
         remarks=remarks,
+        retained=_retained(options, tokenizer) if task == "causal-lm" else None,
     )
+
+
+SEQUENCES_OF_A_FILE = 2
+"""So that the text is of many files, however few sequences are evaluated."""
+
+
+def _retained(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
+    """Sequences on which a language model's ability is measured as it is attacked; ``None`` where it is not wanted.
+
+    A quarter as many as held-out ones: they cost time at every evaluation, and the limit of utility is a coarse one.
+    """
+    count = max(1, options.eval_sequences // 4)
+    if options.retained == NO_RETAINED:
+        return None
+    if options.retained is not None:
+        named = replace(
+            options, dataset=options.retained, dataset_config=None, dataset_split=None, retained=NO_RETAINED,
+            eval_sequences=count, steps=1,
+        )  # fmt: skip
+        return language_data(named, "causal-lm", tokenizer).held_out
+    sequences: list[Example] = []
+    for text in standard_library():
+        of_this_file = CausalEncoder(tokenizer, options.sequence_length)
+        of_this_file.add(Text(text))
+        sequences += of_this_file.examples[:SEQUENCES_OF_A_FILE]
+        if len(sequences) >= count:
+            break
+    return as_items(sequences[:count]) if sequences else None
 
 
 def _documents(options: AttackOptions) -> tuple[Form, Iterator[Document | None]]:
@@ -279,3 +312,10 @@ def builtin_documents() -> list[str]:
 def _is_prose(paragraph: str) -> bool:
     plain = sum(character.isalpha() or character in " ,." for character in paragraph)
     return paragraph.endswith((".", ":")) and plain >= 0.9 * len(paragraph)
+
+
+def standard_library() -> Iterator[str]:
+    """The files of Python's standard library, one after the other."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.glob("*.py")):
+        yield path.read_text(encoding="utf-8", errors="replace")

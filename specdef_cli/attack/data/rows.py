@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from datasets.data_files import get_data_patterns
 
-from specdef_cli.attack.options import COMPRESSIONS, AttackOptions, require_data
+from specdef_cli.attack.options import COMPRESSIONS, AttackOptions
 from specdef_cli.checkpoint.durable import takes_files
 from specdef_cli.errors import SpecDefError
 
@@ -128,7 +128,6 @@ def _load(options: AttackOptions, path: Path) -> Any:
         )
     if path.exists():
         raise SpecDefError(f"{path} is not a file", "Give a file, a directory or a Hub id.")
-    require_data(options.dataset)
     return datasets.load_dataset(
         options.dataset, options.dataset_config, split=split, streaming=True, token=options.token
     )
@@ -251,24 +250,3 @@ def _cannot_be_read(options: AttackOptions, path: Path, error: BaseException) ->
 
 def _no_rows(dataset: str) -> SpecDefError:
     return SpecDefError(f"{dataset} has no rows", "Give a data set with something in it.")
-
-
-def column_of(row: Any, column: str, dataset: str) -> Any:
-    """One column of a row."""
-    if column not in row:
-        raise SpecDefError(
-            f"{dataset} has no column {column!r}",
-            f"It has {', '.join(map(str, row))}; name one with --text-column, --text-pair-column, --image-column or "
-            "--label-column.",
-        )
-    return row[column]
-
-
-def as_text(value: Any, column: str, dataset: str) -> str:
-    """What a column of text holds; a row without any counts as empty."""
-    if not isinstance(value, str | None):
-        raise SpecDefError(
-            f"column {column!r} of {dataset} holds {type(value).__name__}, not text",
-            "Name a column of text with --text-column.",
-        )
-    return value or ""

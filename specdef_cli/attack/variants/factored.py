@@ -63,11 +63,7 @@ def hardened_paths(model: nn.Module) -> tuple[str, ...]:
 
 
 def replace_layers(model: nn.Module, build: Callable[[SpecDefLinear], nn.Module]) -> Growth:
-    """Put what ``build`` makes of every hardened layer in its place.
-
-    Raises:
-        NotApplicable: The model has no hardened layer.
-    """
+    """Put what ``build`` makes of every hardened layer in its place."""
     before = after = bytes_added = 0
     layers = hardened_layers(model)
     for name, pair in layers.items():
@@ -102,9 +98,6 @@ def collapse(model: nn.Module) -> Growth:
 
     The product is formed in float64 where the device has it, so that what is lost is only what storing the factors
     had lost.
-
-    Raises:
-        NotApplicable: The model has no hardened layer.
     """
 
     def build(pair: SpecDefLinear) -> nn.Module:
@@ -119,11 +112,7 @@ def collapse(model: nn.Module) -> Growth:
 
 
 def freeze_compensation(model: nn.Module) -> Growth:
-    """Freeze every compensation weight. Its bias is the original layer's and goes on training.
-
-    Raises:
-        NotApplicable: The model has no hardened layer.
-    """
+    """Freeze every compensation weight. Its bias is the original layer's and goes on training."""
 
     def build(pair: SpecDefLinear) -> nn.Module:
         pair.compensation.weight.requires_grad_(False)
@@ -146,11 +135,7 @@ class InjectedLayer(GrownLayer):
 
 
 def inject(model: nn.Module) -> Growth:
-    """Freeze every pair and put a trainable identity layer after it.
-
-    Raises:
-        NotApplicable: The model has no hardened layer.
-    """
+    """Freeze every pair and put a trainable identity layer after it."""
 
     def build(pair: SpecDefLinear) -> nn.Module:
         freeze(pair)
@@ -191,9 +176,6 @@ def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
 
     Args:
         factor: > 1.
-
-    Raises:
-        NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
     """
     if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
         return grow_beside(model, factor, seed)
@@ -237,9 +219,6 @@ def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> Growth:
 
     Args:
         factor: ≥ 2.
-
-    Raises:
-        NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
     """
     if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
         return grow_between(model, factor, seed)
