@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from specdef_cli.certify.options import CertifyOptions
     from specdef_cli.certify.run import certify
     from specdef_cli.errors import SpecDefError
-    from specdef_cli.hardening.collapse import CollapseResult, collapse
     from specdef_cli.hardening.options import CollapseOptions, Factors, Fold, HardenOptions, Scale
-    from specdef_cli.hardening.outlook import PlanSummary
-    from specdef_cli.hardening.run import HardenResult, harden, preview
-    from specdef_cli.hardening.survey import Survey
+    from specdef_cli.hardening.run import CollapseResult, HardenResult, collapse, harden, preview
+    from specdef_cli.hardening.survey import PlanSummary, Survey
     from specdef_cli.hardening.survey import survey as inspect
-    from specdef_cli.model import SpecDefLinear, load_model, load_tokenizer
+    from specdef_cli.model.configuration_specdef import SpecDefLinear
+    from specdef_cli.model.loading import load_model, load_tokenizer
+    from specdef_cli.option import Source
     from specdef_cli.report.files import write_report
 
 
@@ -63,13 +63,12 @@ _MODULES = {
     "certify.options": "CertifyOptions",
     "certify.run": "certify",
     "errors": "SpecDefError",
-    "hardening.collapse": "CollapseResult collapse",
     "hardening.options": "CollapseOptions Factors Fold HardenOptions Scale",
-    "hardening.outlook": "PlanSummary",
-    "hardening.run": "HardenResult harden preview",
-    "hardening.survey": "Survey inspect",
+    "hardening.run": "CollapseResult HardenResult collapse harden preview",
+    "hardening.survey": "PlanSummary Survey inspect",
     "report.files": "write_report",
     "model": "SpecDefLinear load_model load_tokenizer",
+    "option": "Source",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 _ELSEWHERE = {"inspect": "survey"}  # Python's own module has that name

@@ -4,14 +4,14 @@ import os
 import sys
 
 from specdef_cli.cli import app
-from specdef_cli.process import collect_less_garbage, quiet_engines
+from specdef_cli.process import LOUD, collect_less_garbage, quiet_engines
 
 
 def main() -> None:
     """Run the command line in a process of its own."""
     collect_less_garbage()
     if "--verbose" in sys.argv:
-        os.environ["SPECDEF_VERBOSE"] = "1"
+        os.environ[LOUD] = "1"
     quiet_engines()
     app.main()
 

@@ -62,7 +62,7 @@ class SpecDefError(Exception):
 
 
 class WrongUsage(SpecDefError):
-    """Options that come to nothing together."""
+    """A value or options that are wrong by themselves, whatever the files and the Hub hold: exit code 2."""
 
 
 class ResumableError(SpecDefError):
@@ -106,6 +106,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 EXTRA_MODULES: Mapping[str, tuple[str, ...]] = {
     "attack": ("datasets", "peft", "PIL", "pytorch_optimizer"),
+    "cluster": ("distributed",),
     "deploy": ("bitsandbytes", "torchao"),
     "diffusion": ("diffusers",),
     "eval": ("lm_eval",),

@@ -11,12 +11,12 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, WrongUsage, clean_token
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,21 @@ class Spelling:
         metavar: What stands for the value.
         shown_default: What a default of ``None`` or of nothing comes to.
         group: Its group in ``--help``, with words after `` / `` that several options of one row share.
+        envvar: The environment variable that gives it, too.
+        parse: Makes its value of the text or number that people write; its parameter's type says which.
     """
 
     names: tuple[str, ...] = ()
     metavar: str | None = None
     shown_default: str | None = None
     group: str | None = None
+    envvar: str | None = None
+    parse: Callable[[Any], Any] | None = None
+
+    @property
+    def written(self) -> Any:
+        """The type of what people write, where that is another than the field's."""
+        return None if self.parse is None else next(iter(get_type_hints(self.parse).values()))
 
 
 def option(
@@ -43,13 +52,11 @@ def option(
     metavar: str | None = None,
     shown_default: str | None = None,
     group: str | None = None,
+    envvar: str | None = None,
+    parse: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """A field that the command line takes.
-
-    Args:
-        description: A line for ``--help`` and for the schema.
-    """
-    spelling = Spelling(names, metavar, shown_default, group)
+    """A field that the command line takes; ``description`` is its line in ``--help`` and in the schema."""
+    spelling = Spelling(names, metavar, shown_default, group, envvar, parse)
     # pydantic takes the description from here.
     return dataclasses.field(default=default, metadata={"description": description, "spelling": spelling})
 
@@ -72,23 +79,28 @@ def require_positive(options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value < 1:
-            raise SpecDefError(f"{flag_of(type(options), name)} {value} is not positive", "Give 1 or more.")
+            raise WrongUsage(f"{flag_of(type(options), name)} {value} is not positive", "Give 1 or more.")
 
 
 def as_declared(options: Any) -> None:
     """Make the values of a class of options those that its fields declare, as programs write them by hand.
 
-    Text becomes a path where only a path is meant, and the only element where several texts are. The command line
-    checks choices itself; here a word that is none would be taken for the default.
+    Sizes and durations are parsed. Text becomes a path where only a path is meant, and the only element where several
+    texts are. The command line checks choices itself; here a word that is none would be taken for the default.
     """
-    for name, declared in get_type_hints(type(options)).items():
-        value = getattr(options, name)
+    hints = get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        name, declared, value = field.name, hints[field.name], getattr(options, field.name)
+        spelling = field.metadata.get("spelling", Spelling())
+        if spelling.parse is not None and isinstance(value, int if spelling.written is int else str):
+            object.__setattr__(options, name, spelling.parse(value))
+            continue
         if not isinstance(value, str):
             continue
         kinds = (declared,) if get_origin(declared) in (Literal, tuple) else get_args(declared) or (declared,)
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         if choices and value not in choices:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"{flag_of(type(options), name)} {value!r} is unknown", f"Choose one of: {', '.join(choices)}."
             )
         if str in kinds:
@@ -99,13 +111,63 @@ def as_declared(options: Any) -> None:
             object.__setattr__(options, name, (value,))
 
 
-def parse_duration(text: str, option: str) -> float:
+@dataclass(frozen=True)
+class Source:
+    """A model, where it is found, and what it may do: what the options of most commands begin with."""
+
+    model: str | Path
+    """A directory, or a Hub id ``org/name[@revision]``."""
+    _: KW_ONLY
+    manifest: Path | None = option(
+        None, "specdef.json.", metavar="FILE", shown_default="the directory's", group="Model"
+    )
+    """Of a hardened model, where it does not lie in its directory."""
+    revision: str | None = option(
+        None, "Branch, tag or commit.", metavar="NAME", shown_default="main", group="Model / On the Hub."
+    )
+    token: str | None = option(
+        None, "Hub token.", metavar="TOKEN", shown_default="HF_TOKEN, else the login", group="Model / On the Hub.",
+        envvar="HF_TOKEN",
+    )  # fmt: skip
+    subfolder: str | None = option(
+        None, "Folder in MODEL that the model is in.", metavar="DIR", group="Model / In a folder of it."
+    )
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", group="Model")
+
+    def __post_init__(self) -> None:
+        as_declared(self)
+        token = clean_token(self.token)
+        if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+            raise WrongUsage("the token holds white space or characters that no token has", "Check --token, HF_TOKEN.")
+        object.__setattr__(self, "token", token)
+        model, subfolder = in_subfolder(self.model, self.subfolder)
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "subfolder", subfolder)
+
+
+def in_subfolder(model: str | Path, subfolder: str | None) -> tuple[str | Path, str | None]:
+    """A model and the folder of its repository that it is in; of a directory on this disk, that folder itself."""
+    if subfolder is None:
+        return model, None
+    parts = PurePosixPath(subfolder).parts
+    if not parts or ".." in parts or parts[0] == "/" or "\\" in subfolder:
+        raise WrongUsage(f"the subfolder {subfolder!r} does not lie in {model}", "Name a folder of it, such as unet.")
+    inside = "/".join(parts)
+    if not (str(model) and Path(model).expanduser().is_dir()):
+        return model, inside
+    folder = Path(model).expanduser() / inside
+    if not folder.is_dir():
+        raise SpecDefError(f"{model} has no folder {inside}", "Check --subfolder, or leave it out.")
+    return str(folder), None
+
+
+def parse_duration(text: str, option: str = "--time-limit") -> float:
     """Seconds of a duration as users write it: ``45m``, ``1h30m``, ``90s``."""
     match = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)s)?\s*", text)
     parts = match.groups() if match else ()
     seconds = sum(float(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=bool(parts)))
     if not 0 < seconds < math.inf:
-        raise SpecDefError(f"{option} {text!r} is not a duration", "Write it like 45m, 1h30m or 90s.")
+        raise WrongUsage(f"{option} {text!r} is not a duration", "Write it like 45m, 1h30m or 90s.")
     return seconds
 
 
@@ -126,7 +188,7 @@ def parse_size(text: str) -> int:
     try:
         size = int(float(number) * UNITS[unit.strip()])
     except (KeyError, ValueError, OverflowError) as error:
-        raise SpecDefError(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
+        raise WrongUsage(f"{text!r} is not a size", "Write it like 5GB or 500MB.") from error
     if size <= 0:
-        raise SpecDefError(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
+        raise WrongUsage(f"{text!r} is not a positive size", "Write it like 5GB or 500MB.")
     return size

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from specdef_cli.errors import SpecDefError
 
-LOUD = ("SPECDEF_DEBUG", "SPECDEF_VERBOSE")
-"""Environment variables that let everything through, in the workers of ``--jobs`` too."""
+LOUD = "SPECDEF_DEBUG"
+"""Environment variable that lets everything through: ``--verbose`` sets it, for the workers of ``--jobs`` too."""
 
 NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 """They warn of kernels for other machines, of each other's interfaces, and of every cast."""
@@ -26,7 +26,7 @@ NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 def quiet_engines(environ: Mapping[str, str] = os.environ) -> None:
     """Let the libraries that a command imports log errors alone; transformers' and the user's own warnings stay."""
-    if not any(environ.get(name) for name in LOUD):
+    if not environ.get(LOUD):
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
 

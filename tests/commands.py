@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,16 +139,40 @@ def call_cli(*arguments: str | Path, width: int = 300) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def assert_refused(result: Result, *words: str, empty: Path | None = None) -> None:
-    """Exit code 1, one line of what is wrong, one hint that follows it, nothing on stdout and no traceback.
+Die = Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
+
+
+@contextlib.contextmanager
+def dying() -> Iterator[Die]:
+    """Has runs die, and says how each ended; the process that they are forked from imports everything once."""
+    program = REPOSITORY / "tests" / "hardening" / "kill_points.py"
+    process = subprocess.Popen(
+        [sys.executable, program], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def run(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        print(json.dumps(cases), file=stdin, flush=True)
+        return json.loads(stdout.readline())
+
+    with process:
+        yield run
+        stdin.close()
+
+
+def assert_refused(result: Result, *words: str, empty: Path | None = None, code: int = 1) -> None:
+    """The exit code, one line of what is wrong, one hint that follows it, nothing on stdout and no traceback.
 
     Args:
         result: What the command did.
         words: What the two lines must name.
+        code: 1; 2 where no file and nothing on the Hub could make the command line right.
         empty: A directory that the output would have come to lie in: nothing may be in it, not even a hidden file.
     """
     assert "Traceback" not in result.stderr, result.stderr
-    assert result.code == 1, (result.code, result.stdout, result.stderr)
+    assert result.code == code, (result.code, result.stdout, result.stderr)
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if line.startswith(("error:", "hint:"))]
     assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.stderr

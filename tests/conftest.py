@@ -40,3 +40,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def llama(tiny_model: Callable[..., Path]) -> Path:
     """A tiny Llama in float32, in one file."""
     return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directory of a case of ``tiny_families.CASES``, written when it is first asked for; not to be written to."""
+    from tests.tiny_families import write_case
+
+    root = tmp_path_factory.mktemp("families")
+
+    class Written(dict[str, Path]):
+        def __missing__(self, case: str) -> Path:
+            self[case] = write_case(case, root / case)
+            return self[case]
+
+    return Written()

@@ -56,11 +56,16 @@ def write_model(
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     (directory / "README.md").write_text(README, encoding="utf-8")
     if family != "vit":
-        vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
-        tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
-        tokenizer.pre_tokenizer = Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
+        write_tokenizer(directory)
     return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Save a tokenizer of the words w0 to w95."""
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
 
 
 def forward(model: PreTrainedModel) -> torch.Tensor:

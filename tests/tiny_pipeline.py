@@ -29,6 +29,14 @@ def tiny_unet(**changes: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**UNET, **changes})
 
 
+@torch.no_grad()
+def denoise(unet: UNet2DConditionModel) -> torch.Tensor:
+    """What it makes of fixed noise and text."""
+    generator = torch.Generator().manual_seed(5)
+    sample, text = (torch.randn(3, *shape, generator=generator).to(unet.dtype) for shape in ((4, 8, 8), (7, 24)))
+    return unet(sample, torch.tensor([3, 400, 999]), text).sample
+
+
 def write_pipeline(directory: Path) -> Path:
     """A pipeline in float32 around such a UNet."""
     build = runpy.run_path(str(REPOSITORY / "examples" / "reproduce" / "random_pipeline.py"))["random_pipeline"]

@@ -35,3 +35,12 @@ def assert_collapsed(
             assert relative(found[name], tensor) < tolerance
         else:
             assert torch.equal(found[name], tensor)
+
+
+def assert_same_bytes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal names, types, shapes and bits: -0.0 is not 0.0 here."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        left, right = (value.contiguous().reshape(-1).view(torch.uint8) for value in (found[name], tensor))
+        assert torch.equal(left, right), name

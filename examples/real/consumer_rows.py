@@ -26,7 +26,6 @@ from specdef_cli.certify.formats import FORMATS, Format
 from specdef_cli.certify.tools import (
     NotApplicableError,
     RefusedError,
-    Settings,
     Trial,
     gguf_loss,
     load,
@@ -308,8 +307,8 @@ def _scored(description: str, tool: str, score: Callable[[Trial], Score]) -> For
     return _checked(Format(description, tool, score=score))
 
 
-def _llama_cpp(settings: Settings, words: str) -> Format:
-    return Format(f"{settings.kind}{words}", "llama.cpp", score=lambda trial: (gguf_loss(trial, settings), ""))
+def _llama_cpp(kind: str, words: str, **how: Any) -> Format:
+    return Format(f"{kind}{words}", "llama.cpp", score=lambda trial: (gguf_loss(trial, kind, **how), ""))
 
 
 CONVERTED = ("F16", "Q8_0")
@@ -323,13 +322,13 @@ def _llama_cpp_rows() -> dict[str, Format]:
         if row.tool != "llama.cpp":
             continue
         kind = row.description
-        rows[f"{name}/no-flash"] = _llama_cpp(Settings(kind, "f16", False), ", no flash attention")
-        rows[f"{name}/f32-cache"] = _llama_cpp(Settings(kind, "f32", True), ", float32 cache")
+        rows[f"{name}/no-flash"] = _llama_cpp(kind, ", no flash attention", flash_attention=False)
+        rows[f"{name}/f32-cache"] = _llama_cpp(kind, ", float32 cache", cache="f32")
         rows[f"{name}/f32-cache/no-flash"] = _llama_cpp(
-            Settings(kind, "f32", False), ", float32 cache, no flash attention"
+            kind, ", float32 cache, no flash attention", cache="f32", flash_attention=False
         )
         if kind in CONVERTED:
-            rows[f"{name}/converter"] = _llama_cpp(Settings(kind, by_converter=True), ", written by the converter")
+            rows[f"{name}/converter"] = _llama_cpp(kind, ", written by the converter", by_converter=True)
     return rows
 
 

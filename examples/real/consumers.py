@@ -35,10 +35,10 @@ from filelock import FileLock, Timeout
 
 from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_format
 from specdef_cli.certify.tools import Trial
-from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.reader import read_config
-from specdef_cli.hardening.lost_formats import lost_formats
+from specdef_cli.hardening.card import lost_formats
 from specdef_cli.model import load_tokenizer
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model

@@ -32,7 +32,7 @@ from specdef_cli.certify.curvature import (
     model_loss,
     trainable,
 )
-from specdef_cli.spectral.lanczos import top_eigenpairs
+from specdef_cli.spectral.subspace import top_eigenpairs
 
 TOLERANCE = 1e-5
 EXAMPLES = {"MLP": 60, "CNN": 20, "Transformer": 20}

@@ -31,8 +31,7 @@ from specdef_cli.attack.variants.factored import hardened_layers
 from specdef_cli.certify.curvature import HessianProducts, Loss, differentiable_gradient
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import SpecDefLinear
-from specdef_cli.spectral.lanczos import top_eigenpairs
-from specdef_cli.spectral.subspace import layer_seed, top_subspace
+from specdef_cli.spectral.subspace import layer_seed, top_eigenpairs, top_subspace
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,7 @@ from torch import Tensor, nn
 from specdef_cli.attack.variants.factored import hardened_layers
 from specdef_cli.certify.curvature import HessianProducts, Loss, differentiable_gradient, trainable
 from specdef_cli.errors import SpecDefError
-from specdef_cli.spectral.lanczos import top_eigenpairs
-from specdef_cli.spectral.subspace import layer_seed
+from specdef_cli.spectral.subspace import layer_seed, top_eigenpairs
 
 RANK = 6
 """Leading singular pairs of A and C' that the bound chooses its subspaces among."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.hardening.options import Fold, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.report.document import compare, read_report

@@ -34,11 +34,10 @@ from specdef_cli import Fold, HardenOptions, harden, load_tokenizer
 from specdef_cli.attack import AttackOptions, attack
 from specdef_cli.attack.options import AttackTable, Suite
 from specdef_cli.attack.trainings import Training
-from specdef_cli.hardening.fold import spread
+from specdef_cli.hardening.fold import HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, spread, staircase
 from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.model.symmetries import symmetries
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, staircase
 
 BASE = TINY_LLAMA / "model"
 Steps = tuple[tuple[int, ...], ...]

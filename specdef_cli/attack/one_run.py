@@ -18,7 +18,7 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Growth, Variant
-from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import option
 

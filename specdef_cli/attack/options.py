@@ -46,9 +46,9 @@ from specdef_cli.attack.one_run import Budget, Task
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
-from specdef_cli.checkpoint.check import writable_ancestor
-from specdef_cli.errors import SpecDefError, first_violation, require_extra
-from specdef_cli.option import as_declared, flag_of, option, require_positive
+from specdef_cli.checkpoint.output import writable_ancestor
+from specdef_cli.errors import SpecDefError, WrongUsage, first_violation, require_extra
+from specdef_cli.option import Source, flag_of, in_subfolder, option, parse_duration, require_positive
 
 NO_RETAINED = "none"
 """Leaves out what is measured on retained text."""
@@ -85,6 +85,7 @@ RUN_SECONDS, RUNS_OF_A_LIMIT = 60, 45
 USUAL_SPEED = {"cpu": 1e11, "accelerator": 1e14}
 """Floating-point operations a second of training in float32 on a few cores, and on a data centre's GPU."""
 
+_AT_A_TIME = "Budget / Runs at a time, here or on a cluster."
 _MEMORY = "Budget / To save memory."
 _HUB_DATA = "Data / Part of a Hub data set."
 _COLUMNS = "Data / Columns"
@@ -93,15 +94,14 @@ _COLUMNS = "Data / Columns"
 def seeds_of(count: int) -> tuple[int, ...]:
     """The seeds of so many runs of every attack: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
-        raise SpecDefError(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
+        raise WrongUsage(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))
 
 
 @dataclass(frozen=True)
-class AttackOptions(Budget):
+class AttackOptions(Budget, Source):
     """Everything an attack depends on, besides the budget of a run (:class:`Budget`)."""
 
-    model: str | Path
     out: Path = option(
         Path("attack"), "Runs and report; keeps finished runs.", "--out", "-o", metavar="DIR", group="Output"
     )
@@ -182,21 +182,30 @@ class AttackOptions(Budget):
     )
     eval_sequences: int = option(64, "Held-out sequences.", metavar="N", group="Measurements")
     free: tuple[str, ...] = ()  # which of LOWERED may be
-    time_limit: float | None = None
+    time_limit: float | None = option(
+        None, "Stop then; the most telling attacks come first.", metavar="45m", group="Budget", parse=parse_duration
+    )
     """Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first."""
     report_to: tuple[str, ...] = option(
         (), "tensorboard (in OUT/logs), wandb, trackio, mlflow.", metavar="NAME", group="Output"
     )
-    seeds: tuple[int, ...] = (0,)  # one run each for adapters' and paths' initial values, dropout and data order
-    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group="Budget")
-    manifest: Path | None = None
-    trust_remote_code: bool = False
-    revision: str | None = None
-    subfolder: str | None = None
-    token: str | None = None
+    seeds: tuple[int, ...] = option(
+        (0,), "Runs of each attack.", metavar="N", shown_default="1", group="Budget", parse=seeds_of
+    )
+    """One run each, for adapters' and paths' initial values, dropout and data order."""
+    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
+    dask: str | None = option(
+        None, "Address of a Dask scheduler, whose workers make the runs.", metavar="ADDRESS", group=_AT_A_TIME
+    )
 
     def __post_init__(self) -> None:
-        as_declared(self)
+        super().__post_init__()
+        if self.control is not None:
+            control, folder = in_subfolder(self.control, self.control_subfolder)
+            object.__setattr__(self, "control", control)
+            object.__setattr__(self, "control_subfolder", folder)
+        elif self.control_subfolder is not None:
+            raise WrongUsage("--control-subfolder is a folder of --control, which is not given", "Give --control BASE.")
         for optimizer in self.optimizers:
             OPTIMIZERS.choose(optimizer)
         variants = tuple(Variant.parse(asked) if isinstance(asked, str) else asked for asked in self.variants)
@@ -207,26 +216,32 @@ class AttackOptions(Budget):
             self, "steps", "batch_size", "gradient_accumulation", "eval_sequences", "sequence_length", "jobs"
         )
         if self.sequence_length < 2:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--sequence-length {self.sequence_length} leaves no token to predict", "Give 2 or more tokens."
             )
         if self.eval_every is not None:
             require_positive(self, "eval_every")
         for rate in self.learning_rates:
             if not (math.isfinite(rate) and rate > 0):
-                raise SpecDefError(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
+                raise WrongUsage(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
         for name in ("warmup_steps", "max_grad_norm", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise SpecDefError(
-                    f"{flag_of(AttackOptions, name)} {getattr(self, name)} is negative", "Give 0 or more."
+                raise WrongUsage(
+                    f"{flag_of(AttackOptions, name)} {getattr(self, name)} is not a number of at least 0",
+                    "Give 0 or more.",
                 )
+        if self.dask is not None and self.jobs > 1:
+            raise WrongUsage(
+                f"--jobs {self.jobs} is of this machine, and --dask makes as many runs at a time as it has workers",
+                "Leave --jobs out.",
+            )
         if not self.seeds:
-            raise SpecDefError("no seed is given", "Give at least one seed.")
+            raise WrongUsage("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:
-            raise SpecDefError("--prompts-harmless needs --prompts", "Give both, or neither.")
+            raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
         given = next((name for name in CHOICES if getattr(self, name) not in ((), True)), None)
         if self.suite is not None and given is not None:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"{flag_of(AttackOptions, given)} cannot be given with --suite {self.suite.name}, which decides it",
                 "Leave the flag out, or copy the suite's file and edit it.",
             )
@@ -266,12 +281,12 @@ class AttackOptions(Budget):
             require_extra("eval", "accuracies on tasks")
         writable_ancestor(self.out)
 
-    def lowered_for(self, parameters: int, *, accelerator: bool) -> AttackOptions:
+    def lowered_for(self, parameters: int, device: str) -> AttackOptions:
         """These options, lowered where ``free`` allows it to suit the model's size, the device and the time limit.
 
         The machine's own speed does not matter: the same command gives the same figures on another one of the kind.
         """
-        speed = USUAL_SPEED["accelerator" if accelerator else "cpu"]
+        speed = USUAL_SPEED["cpu" if device == "cpu" else "accelerator"]
         seconds = min(RUN_SECONDS, (self.time_limit or math.inf) / RUNS_OF_A_LIMIT)
         lowered = self
         for budget in ({}, *BUDGETS):  # first of all as it is
@@ -354,8 +369,10 @@ def load_suite(name: str) -> Suite:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         return TypeAdapter(Suite).validate_python({**data, "name": Path(name).stem})
+    except WrongUsage as error:  # a value of the file, not of the command line
+        raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
     except OSError as error:
-        raise SpecDefError(
+        raise WrongUsage(
             f"no suite {name!r} found", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
         ) from error
     except (ValueError, TypeError) as error:
@@ -382,7 +399,7 @@ def require_trackers(trackers: tuple[str, ...]) -> None:
     """Refuse trackers that are unknown or not installed."""
     for tracker in trackers:
         if tracker not in TRACKERS:
-            raise SpecDefError(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
+            raise WrongUsage(f"--report-to {tracker!r} is unknown", f"Choose one of: {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(tracker) is None:
             raise SpecDefError(
                 f"--report-to {tracker} needs {tracker}, which is not installed", f"pip install {tracker}"

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.utils.data import Subset
 
@@ -248,7 +249,15 @@ class Speed:
         return self.load + self.token * spec.sequence_length * (times * spec.steps * spec.batch_size + evaluated)
 
 
-def measured(plan: Sequence[Series], train: TrainRun, load: Callable[[RunSpec], RunResult | None]) -> Speed:
+TWO_STEPS: Any = {"steps": 2, "eval_every": 1, "warmup_steps": 0, "eval_tasks": ()}
+
+
+def measured(
+    plan: Sequence[Series],
+    train: TrainRun,
+    load: Callable[[RunSpec], RunResult | None],
+    run: Callable[[TrainRun, RunSpec], RunResult],
+) -> Speed:
     """From a run of the control that is there already, else from two steps of it, each followed by an evaluation; the
     first pair warms caches up.
     """
@@ -262,8 +271,7 @@ def measured(plan: Sequence[Series], train: TrainRun, load: Callable[[RunSpec], 
     count = min(control.first.batch_size, len(train.data.held_out))
     few = replace(train.data, held_out=Subset(train.data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
     began = time.perf_counter()
-    two_steps = replace(control.first, steps=2, eval_every=1, warmup_steps=0, eval_tasks=())
-    result = replace(train, data=few, tracking=NOWHERE)(two_steps)
+    result = run(replace(train, data=few, tracking=NOWHERE), replace(control.first, **TWO_STEPS))
     load_seconds = time.perf_counter() - began - result.seconds
     return Speed(max(load_seconds, 0.0), speed_of(result, count).token)
 
@@ -315,15 +323,23 @@ def forecast(
     notes: tuple[str, ...],
     train: TrainRun,
     load: Callable[[RunSpec], RunResult | None],
+    run: Callable[[TrainRun, RunSpec], RunResult],
+    jobs: int,
 ) -> Forecast:
-    """What each series of a plan takes; ``load`` finds a finished run, or ``None``."""
-    speed = measured(plan, train, load)
+    """What each series of a plan takes.
+
+    Args:
+        load: Finds a finished run, or ``None``.
+        run: Makes one where the others will be made.
+        jobs: How many are made at once.
+    """
+    speed = measured(plan, train, load, run)
     attacks = []
     for series in in_order(plan):
         grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
         finished = sum(load(spec) is not None for spec in grid)
         missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
-        seconds = missing * speed.run(series.first, train.data.evaluated) / options.jobs
+        seconds = missing * speed.run(series.first, train.data.evaluated) / jobs
         attacks.append(
             PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
         )

@@ -1,4 +1,4 @@
-"""Runs series after series, or several at a time in processes of their own.
+"""Runs series after series, or several at a time in processes of their own, here or on a cluster.
 
 A series decides by its results which learning rate comes next (:mod:`specdef_cli.attack.search`), so a finished run may
 add to the queue. What is found finished in the store is never run again.
@@ -12,17 +12,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from specdef_cli.attack.cluster import Cluster
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.plan import Series, expected_runs
 from specdef_cli.attack.search import Lead, best_rate, is_refinement, next_rates, trains_as_control
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.trainer import EventKind, ProgressEvent, ProgressHook
-from specdef_cli.process import first_completed, start_worker
+from specdef_cli.process import LONGEST_SLEEP, start_worker
 
 
 class Deadline:
@@ -130,6 +131,7 @@ def run_all(
     load: Callable[[RunSpec], RunResult | None],
     save: Callable[[RunResult], None],
     jobs: int = 1,
+    cluster: Cluster | None = None,
     order: Sequence[Series] = (),
     deadline: Deadline | None = None,
     on_progress: ProgressHook = lambda event: None,
@@ -148,13 +150,11 @@ def run_all(
     queue = _Queue(searches, load, save, deadline, on_progress)
     for search in searches:
         queue.add(search)
-    with executor(execute, jobs, queue.tell) as submit:
+    with executor(execute, jobs, queue.tell, cluster) as submit:
         while queue.waiting or queue.running:
-            queue.start(submit, jobs)
-            if queue.running:
-                done, _ = first_completed(queue.running)
-                for future in done:
-                    queue.take(future)
+            queue.start(submit, jobs if cluster is None else cluster.places())  # its workers come and go
+            for future in wait(queue.running, LONGEST_SLEEP, FIRST_COMPLETED).done:
+                queue.take(future)
     return _outcome(searches)
 
 
@@ -262,13 +262,15 @@ Submit = Callable[[RunSpec, Lead | None], Future[RunResult]]
 
 
 @contextmanager
-def executor(execute: Execute, jobs: int, tell: Callable[..., None]) -> Iterator[Submit]:
+def executor(
+    execute: Execute, jobs: int, tell: Callable[..., None], cluster: Cluster | None = None
+) -> Iterator[Submit]:
     """A way to start a run: here and now for one job (also under ``accelerate launch``), else in a pool.
 
     Args:
         tell: Called with ``"run-start"`` or ``"step"``, the run, and what there is to say of the step.
     """
-    if jobs == 1:
+    if cluster is None and jobs == 1:
 
         def run_here(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
             tell("run-start", spec)
@@ -281,19 +283,25 @@ def executor(execute: Execute, jobs: int, tell: Callable[..., None]) -> Iterator
 
         yield run_here
         return
+    with _local_pool(jobs) if cluster is None else cluster.pool() as start:
+
+        def run_there(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
+            tell("run-start", spec)
+            return start(execute, spec, lead)
+
+        yield run_there
+
+
+@contextmanager
+def _local_pool(jobs: int) -> Iterator[Callable[[Execute, RunSpec, Lead | None], Future[RunResult]]]:
     context = multiprocessing.get_context("spawn")
     places = context.SimpleQueue()
     for place in range(jobs):
         places.put(place)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(_CLAIM, places, jobs))
-
-    def run_there(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
-        tell("run-start", spec)
-        return pool.submit(execute, spec, _no_step, lead)
-
     try:
-        yield run_there
+        yield lambda execute, spec, lead: pool.submit(execute, spec, _no_step, lead)
     except BaseException:
         # After Ctrl-C the user should not have to wait for runs that may take hours.
         for worker in set(multiprocessing.active_children()) - others:

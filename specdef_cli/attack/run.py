@@ -7,23 +7,21 @@ from specdef_cli.errors import require_extra
 require_extra("attack", "attacks")
 
 # ruff: noqa: E402 (what is imported below needs the extra)
-import importlib.metadata
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-import torch
 from accelerate.utils import parse_flag_from_env
 
-from specdef_cli import __version__
+from specdef_cli.attack.cluster import Cluster, connected, surroundings
 from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.one_run import RunStore
+from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Forecast, Series, assumptions, forecast, in_order, make_plan, plan_notes
 from specdef_cli.attack.prompts import load_prompts
-from specdef_cli.attack.queue import Deadline, run_all
+from specdef_cli.attack.queue import Deadline, executor, run_all
 from specdef_cli.attack.results import (
     AttackReport,
     DataSummary,
@@ -35,14 +33,14 @@ from specdef_cli.attack.results import (
 from specdef_cli.attack.target import Target, task_of_both
 from specdef_cli.attack.train import TrainRun, quiet
 from specdef_cli.attack.trainer import Memory, ProgressHook, Tracking
-from specdef_cli.checkpoint.check import require_outside
-from specdef_cli.checkpoint.durable import remove_unfinished
-from specdef_cli.checkpoint.output import exclusive
+from specdef_cli.checkpoint.files import remove_unfinished
+from specdef_cli.checkpoint.output import exclusive, require_outside
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
 from specdef_cli.model.inputs import require_in_vocabulary
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import open_base, open_model, require_sound
+from specdef_cli.process import first_completed
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
 
@@ -62,9 +60,15 @@ def attack(
         on_progress: Called as runs start, step and end.
         on_plan: Called with the plan and what it takes before anything of it is run; measuring that takes two steps.
     """
-    state = process_state()
-    _check_processes(options, state.num_processes)
-    prepared = _prepare(options)
+    _check_processes(options, process_state().num_processes)
+    with connected(options.dask) as cluster:
+        return _attack(_prepare(options, cluster), on_progress, on_plan)
+
+
+def _attack(
+    prepared: _Prepared, on_progress: ProgressHook | None, on_plan: Callable[[Forecast], None] | None
+) -> AttackReport:
+    state, cluster, options = process_state(), prepared.cluster, prepared.options
     expected = None if on_plan is None else prepared.forecast()
     # No process may start the first run while another still looks for its result: they would disagree on what is
     # finished.
@@ -80,11 +84,14 @@ def attack(
             load=prepared.store.load,
             save=prepared.store.save if state.is_main_process else lambda result: None,
             jobs=options.jobs,
+            cluster=cluster,
             order=in_order(prepared.plan),
             deadline=prepared.deadline(),
             on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
         )
-    options, train, manifest = prepared.options, prepared.train, prepared.target.manifest
+    here = surroundings()
+    device = here.pop("device")
+    train, manifest = prepared.train, prepared.target.manifest
     data, prompts, control = train.data, train.prompts, train.control.found.name
     asked = prompts if any(run.behaviour for run in outcome.runs) else None
     report = AttackReport(
@@ -95,9 +102,8 @@ def attack(
         runs=outcome.runs,
         assumed=assumptions(options, [run.spec for run in outcome.runs], control, data),
         notes=(),
-        versions={"specdef-cli": __version__}
-        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else state.device.type,
+        versions=here,
+        device=device if cluster is None else ", ".join(sorted({*cluster.devices.values()})),
         not_reached=tuple(label for label in outcome.not_reached if label in prepared.plain),
         prompts=None if asked is None else PromptSummary(asked.name, asked.given, len(asked.asked), asked.refusals),
     )
@@ -107,7 +113,8 @@ def attack(
 
 def plan_attack(options: AttackOptions) -> Forecast:
     """The plan of an attack and what it takes on this machine; two steps of the control run, and nothing is kept."""
-    return _prepare(options).forecast()
+    with connected(options.dask) as cluster:
+        return _prepare(options, cluster).forecast()
 
 
 def is_main_process() -> bool:
@@ -126,6 +133,7 @@ class _Prepared:
     train: TrainRun
     store: RunStore
     began: float  # when its time limit began to run, of the monotonic clock
+    cluster: Cluster | None = None
 
     @property
     def plain(self) -> set[str]:
@@ -135,7 +143,15 @@ class _Prepared:
 
     def forecast(self) -> Forecast:
         """The plan, and what is missing of it."""
-        return forecast(self.plan, self.options, self.notes, self.train, self.store.load)
+        jobs = self.options.jobs if self.cluster is None else self.cluster.places()
+        return forecast(self.plan, self.options, self.notes, self.train, self.store.load, self._run, jobs)
+
+    def _run(self, train: TrainRun, spec: RunSpec) -> RunResult:
+        """A run by itself, where the others will be made."""
+        with executor(train, 1, lambda *event, **more: None, self.cluster) as submit:
+            future = submit(spec, None)
+            first_completed({future})
+            return future.result()
 
     def deadline(self) -> Deadline | None:
         """What is left of the time limit."""
@@ -144,10 +160,11 @@ class _Prepared:
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:
-    if options.jobs > 1 and processes > 1:
+    flag = f"--jobs {options.jobs}" if options.dask is None else f"--dask {options.dask}"
+    if (options.jobs > 1 or options.dask is not None) and processes > 1:
         raise SpecDefError(
-            f"--jobs {options.jobs} starts processes of its own, and this is one of {processes} already",
-            "Use either --jobs or `accelerate launch`.",
+            f"{flag} starts runs in other processes, and this is one of {processes} already",
+            f"Use either {flag.split()[0]} or `accelerate launch`.",
         )
     if options.time_limit is not None and processes > 1:
         raise SpecDefError(
@@ -156,7 +173,7 @@ def _check_processes(options: AttackOptions, processes: int) -> None:
         )
 
 
-def _prepare(options: AttackOptions) -> _Prepared:
+def _prepare(options: AttackOptions, cluster: Cluster | None) -> _Prepared:
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise SpecDefError(
@@ -165,21 +182,15 @@ def _prepare(options: AttackOptions) -> _Prepared:
             )
     began = time.monotonic()
     options.require_present()
-    model = open_model(
-        options.model,
-        manifest=options.manifest,
-        revision=options.revision,
-        token=options.token,
-        subfolder=options.subfolder,
-        trust_remote_code=options.trust_remote_code,
-    )
+    model = open_model(options)
     control = open_base(model, options.control, "--control", token=options.token, subfolder=options.control_subfolder)
     for each in (model, control):
         require_sound(each)
         require_outside(options.out, each.directory)
     task, head = task_of_both(model, control, options.task)
     parameters = sum(math.prod(header.shape) for header in control.checkpoint.tensors.values())
-    options = options.lowered_for(parameters, accelerator=torch.accelerator.is_available())
+    device = surroundings()["device"] if cluster is None else next(iter(cluster.devices.values()))
+    options = options.lowered_for(parameters, device)
     with quiet():
         preprocessor = load_preprocessor(task, control)
         data = load_data(options, task, preprocessor, head)
@@ -200,7 +211,12 @@ def _prepare(options: AttackOptions) -> _Prepared:
         chat=bool(getattr(preprocessor, "chat_template", None)),
     )
     memory = Memory(options.gradient_accumulation, options.gradient_checkpointing)
-    tracking = Tracking(options.report_to, options.out / LOGS_DIRECTORY)
-    train = TrainRun(control, model, data, prompts, memory, tracking, options.eval_task_path)
+    tracking = Tracking(options.report_to, (options.out / LOGS_DIRECTORY).absolute())
+    tasks = options.eval_task_path and options.eval_task_path.absolute()
+    train = TrainRun(control.here(), model.here(), data, prompts, memory, tracking, tasks)
+    if cluster is not None:
+        directories = [each.directory for each in (train.control, train.model) if each.found.commit is None]
+        cluster.require(*directories, *([tasks] if tasks else []))
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
-    return _Prepared(options, target, make_plan(options, target), plan_notes(options, target), train, store, began)
+    plan, notes = make_plan(options, target), plan_notes(options, target)
+    return _Prepared(options, target, plan, notes, train, store, began, cluster)

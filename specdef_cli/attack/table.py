@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, Protocol, TypeVar
 
-from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.errors import SpecDefError, WrongUsage, first_line
 
 
 class Row(Protocol):
@@ -64,7 +64,7 @@ class Table(Mapping[str, RowType], Generic[RowType]):
     def choose(self, name: str) -> RowType:
         """The row of a name that a user gave."""
         if name not in self:
-            raise SpecDefError(f"{self.kind} {name!r} is unknown", f"Choose one of: {', '.join(self)}.")
+            raise WrongUsage(f"{self.kind} {name!r} is unknown", f"Choose one of: {', '.join(self)}.")
         return self[name]
 
     def __contains__(self, name: object) -> bool:
@@ -100,14 +100,14 @@ class Factor:
         try:
             value = float(text.strip().rstrip("xX×"))
         except ValueError:
-            raise SpecDefError(f"{self.meaning} {text!r} is not a number", f"Give e.g. {self.default:g}.") from None
+            raise WrongUsage(f"{self.meaning} {text!r} is not a number", f"Give e.g. {self.default:g}.") from None
         return self.check(value)
 
     def check(self, value: float) -> float:
         """``value`` itself, as an ``int`` where it is a whole number."""
         if not (math.isfinite(value) and value > self.above) or (self.whole and value != int(value)):
             kind = "a whole number" if self.whole else "a number"
-            raise SpecDefError(
+            raise WrongUsage(
                 f"{self.meaning} {value:g} is not {kind} above {self.above:g}", f"Give e.g. {self.default:g}."
             )
         return int(value) if value == int(value) else float(value)
@@ -122,7 +122,7 @@ def checked_factor(owner: str, factor: Factor | None, value: float | None) -> fl
     """
     if factor is None:
         if value is not None:
-            raise SpecDefError(f"the {owner} takes no factor, and was given {value:g}", "Leave out the part after ':'.")
+            raise WrongUsage(f"the {owner} takes no factor, and was given {value:g}", "Leave out the part after ':'.")
         return None
     return factor.check(factor.default if value is None else value)
 

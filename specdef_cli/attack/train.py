@@ -206,7 +206,7 @@ class TrainRun:
         lead: Lead | None = None,
     ) -> RunResult:
         """Run ``spec``, which a search ends once it cannot get further than its lead."""
-        opened = self.control if spec.subject == "control" else self.model
+        opened = (self.control if spec.subject == "control" else self.model).here()
         if spec.is_edit:
             return self._edited(spec, opened, on_step)
         try:

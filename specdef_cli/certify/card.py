@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
 from specdef_cli.model.opened import checkpoint_fingerprint
-from specdef_cli.report.document import ReportDocument, read_report
+from specdef_cli.report.document import read_report
 
 HEADING = "### Attacks"
 
@@ -74,34 +74,21 @@ def read_resistance(path: Path, checkpoint: str | None = None) -> Resistance:
             f"{path} is a report on {_public(document.model.name)}, whose weights are others than these",
             "Give the report of an attack on this very directory: `specdef attack` makes one.",
         )
-    return _resistance(document)
-
-
-def _public(name: str) -> str:
-    """A name without the path of a directory or file of this machine."""
-    return Path(name).name if Path(name).expanduser().exists() else name
-
-
-def _resistance(document: ReportDocument) -> Resistance:
     return Resistance(
         model=_public(document.model.name),
         data=_public(document.data.name),
         budget=document.runs[0].spec.in_words,
         attacks=tuple(
-            AttackFigure(
-                label=attack.label,
-                knowledge=attack.knowledge,
-                learning_rate=attack.learning_rate,
-                share=attack.share,
-                share_of_best=attack.share_of_best,
-                verdict=attack.verdict,
-                refusals=attack.refusals,
-                kl=attack.kl,
-            )
+            AttackFigure(**{field.name: getattr(attack, field.name) for field in fields(AttackFigure)})
             for attack in document.attacks
             if attack.subject == "model"
         ),
     )
+
+
+def _public(name: str) -> str:
+    """A name without the path of a directory or file of this machine."""
+    return Path(name).name if Path(name).expanduser().exists() else name
 
 
 def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from specdef_cli.dtypes import dtype_name
 from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.spectral.lanczos import norm, top_eigenpairs
+from specdef_cli.spectral.subspace import norm, top_eigenpairs
 
 Loss = Callable[[], Tensor]
 """Runs the model on a fixed batch and returns the mean loss, shape []."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from specdef_cli.certify import tools
 from specdef_cli.certify.tools import NotApplicableError, Trial, load, mean_over_batches
-from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.errors import SpecDefError, WrongUsage, first_line
 from specdef_cli.model.inputs import fixed_inputs
 from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import OpenedModel
@@ -113,7 +113,7 @@ def _compiled(model: Any, _: Trial) -> Any:
 
 
 def _llama_cpp(kind: str) -> Format:
-    return Format(kind, "llama.cpp", score=lambda trial: (tools.gguf_loss(trial, tools.Settings(kind)), ""))
+    return Format(kind, "llama.cpp", score=lambda trial: (tools.gguf_loss(trial, kind), ""))
 
 
 _torchao = partial(Format, tool="torchao")
@@ -189,7 +189,7 @@ def chosen_formats(wanted: Sequence[str] | None) -> tuple[str, ...]:
         return DEFAULT_FORMATS
     for name in wanted:
         if name not in (*FORMATS, ALL, NONE):
-            raise SpecDefError(f"unknown format {name!r}", f"Choose from {ALL}, {NONE}, {', '.join(FORMATS)}.")
+            raise WrongUsage(f"unknown format {name!r}", f"Choose from {ALL}, {NONE}, {', '.join(FORMATS)}.")
     if NONE in wanted:
         return ()
     return tuple(FORMATS) if ALL in wanted else tuple(dict.fromkeys(wanted))

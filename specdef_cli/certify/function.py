@@ -24,7 +24,6 @@ from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
 from specdef_cli.model import without_progress_bars
-from specdef_cli.model.described import AUTO_MAP, MODEL_TYPE, SHIM_SOURCE
 from specdef_cli.model.inputs import fixed_inputs, model_outputs
 from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import OpenedModel
@@ -97,7 +96,7 @@ def measure_function(
     Args:
         tokens: int64, shape [sequences, length], for a causal language model; ``None`` for others.
     """
-    run_code = _may_run_code(hardened)
+    run_code = hardened.code_may_run
     with new_objects_only():
         before = _observe(base, tokens, on_model)
         if not torch.isfinite(before.outputs).all():
@@ -150,20 +149,6 @@ def _greedy(model: PreTrainedModel, tokens: Tensor) -> Tensor:
             pad_token_id=model.config.get_text_config().pad_token_id or 0,
         )[:, prompt.shape[1] :]
     return torch.nn.functional.pad(generated, (0, CONTINUATION - generated.shape[1]), value=-1)
-
-
-def _may_run_code(model: OpenedModel) -> bool:
-    """Whether a process may run a model's code: if the user allows it, or if it is this release's file."""
-    directory, config = model.directory, model.checkpoint.config
-    if model.trust_remote_code or config.get("model_type") != MODEL_TYPE:
-        return model.trust_remote_code
-    shim = directory / SHIM_SOURCE.name
-    if config.get("auto_map") != AUTO_MAP or not shim.is_file() or shim.read_bytes() != SHIM_SOURCE.read_bytes():
-        raise SpecDefError(
-            f"{directory} brings code of its own: its {shim.name} is not the one that this release writes",
-            "Read that code, then pass --trust-remote-code; or harden the base again.",
-        )
-    return True
 
 
 def _fresh_process(directory: Path, expected: _Observed, run_code: bool) -> tuple[bool, str]:

@@ -6,23 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdef_cli.errors import SpecDefError
-from specdef_cli.option import as_declared, option
+from specdef_cli.option import Source, option
 
 CERTIFICATE_NAME = "certificate.json"
 
 
 @dataclass(frozen=True)
-class CertifyOptions:
+class CertifyOptions(Source):
     """Options of :func:`specdef_cli.certify`.
 
     Attributes:
-        model: The hardened directory or Hub id.
         formats: Names of :data:`specdef_cli.certify.formats.FORMATS`, ``all`` or ``none``.
         device: The function is always compared on the CPU, where a fresh process must give the same bits.
-        manifest: ``specdef.json`` where it does not lie in the model's directory.
     """
 
-    model: str
     out: Path = option(Path("certificate"), "Where the certificate goes.", "--out", "-o", metavar="DIR", group="Output")
     base: str | None = option(
         None, "What it was made from.", metavar="BASE", shown_default="the manifest's", group="Model"
@@ -47,13 +44,6 @@ class CertifyOptions:
     curvature: bool = option(True, "Measure the Hessian.", "--curvature/--no-curvature", group="Measurements")
     card: bool = option(True, "Write it beside the model, and into its card.", "--card/--no-card", group="Output")
     device: str = option("cpu", "Where curvature and formats are measured.", metavar="DEVICE", group="Measurements")
-    manifest: Path | None = None
-    trust_remote_code: bool = False
-    revision: str | None = None
-    token: str | None = None
-
-    def __post_init__(self) -> None:
-        as_declared(self)
 
 
 def require_certificate(directory: Path) -> Path:

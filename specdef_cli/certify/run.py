@@ -33,13 +33,13 @@ from specdef_cli.certify.formats import chosen_formats, measure_formats
 from specdef_cli.certify.function import measure_function
 from specdef_cli.certify.options import CERTIFICATE_NAME, CertifyOptions
 from specdef_cli.certify.spectrum import measure_spectrum
-from specdef_cli.checkpoint.check import require_outside, writable_ancestor
-from specdef_cli.checkpoint.durable import takes_files, write_durably
+from specdef_cli.checkpoint.files import takes_files, write_durably
+from specdef_cli.checkpoint.output import require_outside, writable_ancestor
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.devices import compute_devices
+from specdef_cli.hardening.execute import compute_devices
 from specdef_cli.model.inputs import require_in_vocabulary, token_batch
 from specdef_cli.model.loading import process_state
-from specdef_cli.model.opened import OpenedModel, checkpoint_fingerprint, open_base, open_model, require_sound
+from specdef_cli.model.opened import OpenedModel, open_base, open_model, require_sound
 from specdef_cli.model.skeleton import is_causal_lm
 from specdef_cli.report.document import require_report
 
@@ -48,77 +48,15 @@ FORMAT_SEQUENCES = 16
 CURVATURE_SEQUENCES, CURVATURE_LENGTH = 1, 32
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """Everything that the options name, opened before anything is measured.
-
-    Attributes:
-        text, tokens: What loss is measured on; ``None`` for other models than causal language models.
-        report: The file of the attack report, and ``resistance`` what it says.
-    """
-
-    hardened: OpenedModel
-    base: OpenedModel
-    text: str | None
-    tokens: Tensor | None
-    formats: tuple[str, ...]
-    report: Path | None
-    resistance: Resistance | None
-    carded: bool
-
-
-def plan_certify(options: CertifyOptions) -> tuple[str, ...]:
-    """What :func:`certify` would measure, after everything given was opened."""
-    opened = _open(options)
-    attacks = () if opened.resistance is None else ("attacks, from their report",)
-    curvature = ("curvature",) if options.curvature and opened.tokens is not None else ()
-    return "function", "spectrum", *curvature, *(f"format {name}" for name in opened.formats), *attacks
-
-
 def certify(options: CertifyOptions, on_progress: Callable[[str], None] = lambda _: None) -> Certificate:
-    """Measure a hardened checkpoint against its base.
-
-    Args:
-        options: What to measure.
-        on_progress: Called with a few words as each part begins.
-    """
-    opened = _open(options)
-    base, hardened = opened.base, opened.hardened
-    curvature = _Curvatures(options, opened.tokens, on_progress)
-    on_progress("function")
-    function = measure_function(base, hardened, opened.tokens, on_model=curvature.measure)
-    on_progress("spectrum")
-    spectrum = measure_spectrum(base.checkpoint, hardened.checkpoint, hardened.hardening)
-    formats = measure_formats(
-        base, hardened, None if opened.tokens is None else opened.tokens[:FORMAT_SEQUENCES], opened.formats,
-        device=options.device,
-        on_figure=lambda figure: on_progress(f"format {figure.format}: {figure.verdict}"),
-    )  # fmt: skip
-    claims = (
-        function_claim(function, hardened.hardening),
-        spectrum_claim(spectrum),
-        curvature_claim(curvature.both, curvature.reason or "the outputs are not finite"),
-    )
-    certificate = Certificate(
-        format=FORMAT_VERSION,
-        holds=no_claim_failed(claims),
-        specdef_version=__version__,
-        model=hardened.found.public_name,
-        base=base.found.public_name,
-        provenance=provenance(hardened, base, device=options.device, text=opened.text, attack_report=opened.report),
-        claims=claims,
-        function=function,
-        spectrum=spectrum,
-        curvature=curvature.both,
-        deployment=formats,
-        resistance=opened.resistance,
-    ).sealed()
-    _write(certificate, options.out, hardened.directory if opened.carded else None)
-    return certificate
+    """Measure a hardened checkpoint against its base; ``on_progress`` gets a few words as each part begins."""
+    return prepare(options).certify(on_progress)
 
 
-def _open(options: CertifyOptions) -> _Opened:
-    hardened, base = _models(options)
+def prepare(options: CertifyOptions) -> Prepared:
+    """Open everything that the options name, before anything is measured."""
+    hardened = open_model(options, hardened=True)
+    base = open_base(hardened, options.base, "--base", token=options.token)
     for model in (base, hardened):
         require_sound(model)
         require_outside(options.out, model.directory)
@@ -131,35 +69,13 @@ def _open(options: CertifyOptions) -> _Opened:
         )
     compute_devices(options.device, process_state())
     report = None if options.attacks is None else require_report(options.attacks)
-    resistance = (
-        None
-        if report is None
-        else read_resistance(report, checkpoint_fingerprint(hardened.directory, hardened.manifest))
-    )
+    resistance = None if report is None else read_resistance(report, hardened.fingerprint)
     text = _text(options) if is_causal_lm(base.checkpoint.config) else None
-    tokens = None if text is None else _tokens(base, text)
-    return _Opened(hardened, base, text, tokens, formats, report, resistance, carded)
-
-
-def _models(options: CertifyOptions) -> tuple[OpenedModel, OpenedModel]:
-    """The hardened model, and its base as named or as the manifest names it."""
-    hardened = open_model(
-        options.model,
-        hardened=True,
-        manifest=options.manifest,
-        revision=options.revision,
-        token=options.token,
-        trust_remote_code=options.trust_remote_code,
-    )
-    return hardened, open_base(hardened, options.base, "--base", token=options.token)
-
-
-def _tokens(base: OpenedModel, text: str) -> Tensor:
-    tokens = token_batch(
-        base.directory, text, sequences=SEQUENCES, length=LENGTH, trust_remote_code=base.trust_remote_code
-    )
-    require_in_vocabulary(tokens, base.skeleton.config, base.directory)
-    return tokens
+    tokens = None
+    if text is not None:
+        tokens = token_batch(base.directory, text, sequences=SEQUENCES, length=LENGTH, tokenizer=base.tokenizer())
+        require_in_vocabulary(tokens, base.skeleton.config, base.directory)
+    return Prepared(options, hardened, base, text, tokens, formats, report, resistance, carded)
 
 
 def _text(options: CertifyOptions) -> str:
@@ -171,61 +87,118 @@ def _text(options: CertifyOptions) -> str:
         raise SpecDefError(f"{options.text} cannot be read: {error.strerror}", "Give a text file.") from error
 
 
-def attack_command(options: CertifyOptions) -> str:
-    """The command that makes the report which ``--attacks`` takes."""
-    _, base = _models(options)
-    command = f"specdef attack {options.model} --control {options.base or base.directory}"
-    try:
-        task, _ = task_of(base.checkpoint.config, base.directory, None)
-    except SpecDefError:
-        return f"{command} --task …"
-    return f"{command} --dataset …" if "classification" in task else command
+@dataclass(frozen=True)
+class Prepared:
+    """A certificate that could be measured.
 
+    Attributes:
+        text, tokens: What loss is measured on; ``None`` for other models than causal language models.
+        report: The file of the attack report, and ``resistance`` what it says.
+        carded: Whether the certificate goes into the hardened directory, too.
+    """
 
-class _Curvatures:
-    """The curvature of the base and of the hardened model, measured while each is loaded."""
-
-    def __init__(self, options: CertifyOptions, tokens: Tensor | None, on_progress: Callable[[str], None]) -> None:
-        self._device = options.device
-        self._tokens = tokens
-        self._on_progress = on_progress
-        self._found: list[CurvatureFigures] = []
-        self.reason = "" if options.curvature else "it was left out"
-        if options.curvature and tokens is None:
-            self.reason = "only causal language models are measured on text"
-
-    def measure(self, model: PreTrainedModel) -> None:
-        """Measure one model, the base first."""
-        if self.reason or self._tokens is None:
-            return
-        measured = f"curvature of the {'hardened model' if self._found else 'base'}"
-        self._on_progress(measured)
-        batch = self._tokens[:CURVATURE_SEQUENCES, :CURVATURE_LENGTH]
-        found = measure_curvature(
-            model, batch, device=self._device, on_block=lambda block: self._on_progress(f"{measured}: {block}")
-        )
-        if isinstance(found, str):
-            self.reason = found
-        else:
-            self._found.append(found)
+    options: CertifyOptions
+    hardened: OpenedModel
+    base: OpenedModel
+    text: str | None
+    tokens: Tensor | None
+    formats: tuple[str, ...]
+    report: Path | None
+    resistance: Resistance | None
+    carded: bool
 
     @property
-    def both(self) -> tuple[CurvatureFigures, CurvatureFigures] | None:
-        """Of the base and of the hardened model; ``None`` where one of them was not measured."""
-        return (self._found[0], self._found[1]) if len(self._found) == 2 else None
+    def parts(self) -> tuple[str, ...]:
+        """What would be measured."""
+        attacks = () if self.resistance is None else ("attacks, from their report",)
+        curvature = ("curvature",) if self.options.curvature and self.tokens is not None else ()
+        return "function", "spectrum", *curvature, *(f"format {name}" for name in self.formats), *attacks
 
+    @property
+    def attack_command(self) -> str:
+        """The command that makes the report which ``--attacks`` takes."""
+        folder = "" if self.options.subfolder is None else f" --subfolder {self.options.subfolder}"
+        command = f"specdef attack {self.options.model}{folder} --control {self.options.base or self.base.directory}"
+        try:
+            task, _ = task_of(self.base.checkpoint.config, self.base.directory, None)
+        except SpecDefError:
+            return f"{command} --task …"
+        return f"{command} --dataset …" if "classification" in task else command
 
-def _write(certificate: Certificate, out: Path, directory: Path | None) -> None:
-    """Write the certificate, and where a directory is given into that and its card too."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = certificate.to_json()
-    write_durably(out / CERTIFICATE_NAME, text)
-    if directory is None:
-        return
-    write_durably(directory / CERTIFICATE_NAME, text)
-    card = directory / "README.md"
-    if card.is_file():
-        words = with_section(card.read_text(encoding="utf-8", errors="replace"), certificate_section(certificate))
-        if certificate.resistance is not None:
-            words = with_section(words, attack_section(certificate.resistance))
-        write_durably(card, words)
+    def certify(self, on_progress: Callable[[str], None] = lambda _: None) -> Certificate:
+        """Measure, judge and write."""
+        options, base, hardened, tokens = self.options, self.base, self.hardened, self.tokens
+        curvatures: list[CurvatureFigures | str] = []
+
+        def curvature(model: PreTrainedModel) -> None:  # the base's comes first
+            if tokens is None or not options.curvature or any(isinstance(found, str) for found in curvatures):
+                return
+            measured = f"curvature of the {'hardened model' if curvatures else 'base'}"
+            on_progress(measured)
+            batch = tokens[:CURVATURE_SEQUENCES, :CURVATURE_LENGTH]
+            curvatures.append(
+                measure_curvature(
+                    model, batch, device=options.device, on_block=lambda block: on_progress(f"{measured}: {block}")
+                )
+            )
+
+        on_progress("function")
+        function = measure_function(base, hardened, tokens, on_model=curvature)
+        on_progress("spectrum")
+        spectrum = measure_spectrum(base.checkpoint, hardened.checkpoint, hardened.hardening)
+        formats = measure_formats(
+            base, hardened, None if tokens is None else tokens[:FORMAT_SEQUENCES], self.formats,
+            device=options.device,
+            on_figure=lambda figure: on_progress(f"format {figure.format}: {figure.verdict}"),
+        )  # fmt: skip
+        claims = (
+            function_claim(function, hardened.hardening),
+            spectrum_claim(spectrum),
+            curvature_claim(*self._both(curvatures)),
+        )
+        certificate = Certificate(
+            format=FORMAT_VERSION,
+            holds=no_claim_failed(claims),
+            specdef_version=__version__,
+            model=hardened.found.public_name,
+            base=base.found.public_name,
+            provenance=provenance(hardened, base, device=options.device, text=self.text, attack_report=self.report),
+            claims=claims,
+            function=function,
+            spectrum=spectrum,
+            curvature=self._both(curvatures)[0],
+            deployment=formats,
+            resistance=self.resistance,
+        ).sealed()
+        self._write(certificate)
+        return certificate
+
+    def _both(
+        self, found: list[CurvatureFigures | str]
+    ) -> tuple[tuple[CurvatureFigures, CurvatureFigures] | None, str]:
+        """The curvatures of base and hardened model, or why there are none."""
+        match found:
+            case [CurvatureFigures() as base, CurvatureFigures() as hardened]:
+                return (base, hardened), ""
+            case [*_, str(reason)]:
+                return None, reason
+        if not self.options.curvature:
+            return None, "it was left out"
+        if self.tokens is None:
+            return None, "only causal language models are measured on text"
+        return None, "the outputs are not finite"
+
+    def _write(self, certificate: Certificate) -> None:
+        """Write the certificate, and where it is carded into the hardened directory and its card too."""
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        text = certificate.to_json()
+        write_durably(self.options.out / CERTIFICATE_NAME, text)
+        if not self.carded:
+            return
+        write_durably(self.hardened.directory / CERTIFICATE_NAME, text)
+        card = self.hardened.directory / "README.md"
+        if card.is_file():
+            words = with_section(card.read_text(encoding="utf-8", errors="replace"), certificate_section(certificate))
+            if certificate.resistance is not None:
+                words = with_section(words, attack_section(certificate.resistance))
+            write_durably(card, words)

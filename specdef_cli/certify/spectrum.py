@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest, ScaledModule
+from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest, ScaledModule, ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
+from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.scale import scale_vector
 from specdef_cli.model.described import require_as_described

@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 from specdef_cli.model import without_progress_bars
 from specdef_cli.model.opened import OpenedModel
 
-WORKER = Path(__file__).with_name("llamacpp_worker.py")
+WORKER: tuple[Path | str, ...] = (sys.executable, "-P", Path(__file__).with_name("llamacpp_worker.py"))
+"""-P: this directory's modules are not for the worker to import."""
 
 LLAMA_CPP = "LLAMA_CPP"
 """Environment variable: a directory with llama.cpp's sources, for its converter; else the converter is on the path."""
@@ -111,30 +112,22 @@ def torchao(name: str, **options: Any) -> Callable[[Any, Trial], Any]:
     return quantize
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How llama.cpp runs a file.
+def gguf_loss(
+    trial: Trial, kind: str, cache: str = "f16", *, flash_attention: bool = True, by_converter: bool = False
+) -> float:
+    """The loss of a checkpoint in llama.cpp, in nats a token; may be not finite.
 
-    Attributes:
+    Args:
         kind: A type of ``llama-quantize``: F32, F16, BF16, Q8_0, Q4_0, Q4_K_M …
         cache: The key/value cache's type; float16 is llama.cpp's default.
         by_converter: Whether the converter writes that type itself, which checks no value; else the quantizer does,
             which stops where a block is not finite.
     """
-
-    kind: str
-    cache: str = "f16"
-    flash_attention: bool = True
-    by_converter: bool = False
-
-
-def gguf_loss(trial: Trial, settings: Settings) -> float:
-    """The loss of a checkpoint in llama.cpp, in nats a token; may be not finite."""
     tokens = trial.scratch / "tokens.npy"
     np.save(tokens, trial.required_tokens().numpy(force=True).astype(np.int32))
-    path = gguf_file(trial, settings.kind, by_converter=settings.by_converter)
-    flash_attention = "on" if settings.flash_attention else "off"
-    output = _run("llama.cpp", [*_worker(), "loss", path, tokens, settings.cache, flash_attention])
+    path = gguf_file(trial, kind, by_converter=by_converter)
+    flash = "on" if flash_attention else "off"
+    output = _run("llama.cpp", [*WORKER, "loss", path, tokens, cache, flash])
     return float(json.loads(output.splitlines()[-1])["loss"])
 
 
@@ -150,7 +143,13 @@ def gguf_file(trial: Trial, kind: str, *, by_converter: bool = False) -> Path:
     if refused.is_file():  # the float32 file is asked for by most rows
         raise RefusedError(refused.read_text(encoding="utf-8"))
     try:
-        _write(trial, kind, unfinished, by_converter)
+        if by_converter or kind == "F32":
+            converter = program(CONVERTER)
+            assert converter is not None, "the converter is missing, which was asked before"
+            made: list[Path | str] = ["--outtype", kind.lower(), "--outfile", unfinished]
+            _run("llama.cpp's converter", [sys.executable, converter, trial.directory.resolve(), *made])
+        else:
+            _run("llama.cpp's quantizer", [*WORKER, "quantize", gguf_file(trial, "F32"), unfinished, kind])
     except RefusedError as error:
         refused.write_text(str(error), encoding="utf-8")
         raise
@@ -158,21 +157,7 @@ def gguf_file(trial: Trial, kind: str, *, by_converter: bool = False) -> Path:
     return path
 
 
-def _write(trial: Trial, kind: str, out: Path, by_converter: bool) -> None:
-    if by_converter or kind == "F32":
-        converter = program(CONVERTER)
-        assert converter is not None, "the converter is missing, which was asked before"
-        source, kind = trial.directory.resolve(), kind.lower()
-        _run("llama.cpp's converter", [sys.executable, converter, source, "--outtype", kind, "--outfile", out])
-    else:
-        _run("llama.cpp's quantizer", [*_worker(), "quantize", gguf_file(trial, "F32"), out, kind])
-
-
-def _worker() -> list[Path | str]:
-    return [sys.executable, "-P", WORKER]  # -P: this directory's modules are not for the worker to import
-
-
-def _run(what: str, command: list[Path | str]) -> str:
+def _run(what: str, command: Sequence[Path | str]) -> str:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]

@@ -30,6 +30,7 @@ from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, manifest_of
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError, first_violation
+from specdef_cli.option import Source
 from specdef_cli.report.document import require_report
 
 Result = Literal["matches", "differs", "not checked"]
@@ -44,16 +45,13 @@ class Check:
     detail: str = ""
 
 
-def verify_certificate(
-    model: str, *, base: str | None = None, attacks: Path | None = None, revision: str | None = None,
-    token: str | None = None,
-) -> tuple[Check, ...]:  # fmt: skip
-    """Check the certificate of a hardened directory or Hub id; ``base`` and ``attacks`` are checked where given."""
+def verify_certificate(source: Source, *, base: str | None = None, attacks: Path | None = None) -> tuple[Check, ...]:
+    """Check the certificate of a hardened model; ``base`` and ``attacks`` are checked where given."""
     report = None if attacks is None else require_report(attacks)
-    directory = resolve(model, revision=revision, token=token).directory
+    directory = resolve(str(source.model), revision=source.revision, token=source.token).directory
     recorded, origin = _read(require_certificate(directory))
     manifest = manifest_of(directory)
-    base_directory = None if base is None else resolve(base, token=token).directory
+    base_directory = None if base is None else resolve(base, token=source.token).directory
     return (
         _check("certificate", recorded["digest"] == digest_of(recorded), "its digest is of other figures"),
         _hashes("hardened files", origin.hardened, directory),

@@ -1,31 +1,53 @@
-"""Is what a command names there, and may its output be written? Asked before anything heavy is imported."""
+"""Is what a command names there, and is it a model? Asked before anything heavy is imported."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from specdef_cli.checkpoint.durable import takes_files
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, base_of, find_manifest, is_hardened, read_manifest
-from specdef_cli.checkpoint.other_directories import no_config
+from specdef_cli.checkpoint.files import Library, held_instead
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, find_manifest, is_hardened, read_manifest
 from specdef_cli.errors import SpecDefError
+from specdef_cli.option import Source
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTED_MODULES = frozenset({"Dense", "LayerNorm", "LSTM", "CNN", "WeightedLayerPooling"})
+"""Classes of sentence-transformers whose directories hold weights."""
+SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+A_MODEL = "Give a directory that transformers can load."
+
+_ATTACK = ("it is what `specdef attack` wrote", "Give the model that was attacked.")
+_DATA = ("it is a data set", "Give a model here, and the data to `specdef attack --dataset`.")
+_MARKERS = (
+    ("report.json", *_ATTACK),
+    ("runs", *_ATTACK),
+    ("certificate.json", "it is what `specdef certify` wrote", "Give the model that was certified."),
+    ("dataset_info.json", *_DATA),
+    ("dataset_dict.json", *_DATA),
+    (
+        "zero_to_fp32.py",
+        "it is a training checkpoint of DeepSpeed",
+        "Save the model with save_pretrained, and give that directory.",
+    ),
+    (
+        "params.json",
+        "it is a model in its authors' own format (params.json)",
+        "Give the version that transformers loads, or convert it with transformers' script for the family.",
+    ),
+)
+"""What a file or directory says of the one that it is in, and what to do."""
 
 
-def require_model(model: str, manifest: Path | None = None) -> Path | None:
-    """Refuse a model that is not there.
-
-    Args:
-        manifest: What ``--manifest`` names.
-
-    Returns:
-        Its directory on this disk; ``None`` for a Hub id.
-    """
+def require_model(source: Source) -> Path | None:
+    """Refuse a model that is not there; its directory on this disk, or ``None`` for a Hub id."""
+    model = str(source.model)
     path = Path(model).expanduser()
     if path.is_dir():
-        find_manifest(path, manifest)
+        find_manifest(path, source.manifest)
         if not (path / "config.json").is_file():
             raise no_config(path)
         return path
@@ -36,11 +58,11 @@ def require_model(model: str, manifest: Path | None = None) -> Path | None:
     return None
 
 
-def require_hardened(model: str, manifest: Path | None = None) -> None:
+def require_hardened(source: Source) -> None:
     """Refuse a model that is not there, or that no manifest belongs to."""
-    directory = require_model(model, manifest)
+    directory = require_model(source)
     if directory is not None:
-        read_manifest(directory, manifest)
+        read_manifest(directory, source.manifest)
 
 
 def require_directory(directory: Path) -> None:
@@ -49,20 +71,22 @@ def require_directory(directory: Path) -> None:
         raise SpecDefError(f"{directory} is not a directory", "Give one that `specdef harden` published.")
 
 
-def require_card(model: str, manifest: Path | None = None) -> None:
+def require_card(source: Source) -> None:
     """Refuse a model whose card cannot be written to: a Hub id, what is not hardened, or a directory without one."""
-    directory = Path(model).expanduser()
+    directory = Path(source.model).expanduser()
     card = directory / "README.md"
     if not directory.is_dir():
-        raise SpecDefError(f"--card writes to a directory, and {model} is none", "Leave --card out, or download it.")
-    read_manifest(directory, manifest)
+        raise SpecDefError(
+            f"--card writes to a directory, and {source.model} is none", "Leave --card out, or download it."
+        )
+    read_manifest(directory, source.manifest)
     if not card.is_file() or not os.access(card, os.W_OK):
         raise SpecDefError(f"{card} is not a file that can be written to", "Leave --card out, or restore it.")
 
 
-def require_not_hardened(model: str) -> None:
+def require_not_hardened(source: Source) -> None:
     """Refuse a model that is not there, or whose manifest says that it is hardened."""
-    directory = require_model(model)
+    directory = require_model(source)
     if directory is not None and is_hardened(directory):
         raise hardened_already(directory)
 
@@ -72,27 +96,24 @@ def hardened_already(directory: Path) -> SpecDefError:
     return SpecDefError(f"{directory} is hardened already", "Give the base model, or run `specdef collapse` first.")
 
 
-def require_models(model: str, base: str | None, option: str, manifest: Path | None = None) -> None:
-    """Refuse models that are not there.
-
-    Args:
-        base: The undefended model; ``None`` is the one that the manifest names.
-        manifest: What ``--manifest`` names.
-    """
-    directory = require_model(model, manifest)
+def require_models(source: Source, base: str | Path | None, option: str) -> None:
+    """Refuse models that are not there; without ``base``, the undefended model is the one that the manifest names."""
+    directory = require_model(source)
     if base is not None:
-        found = require_model(base)
+        found = require_model(Source(base))
         if found is not None:
             require_undefended(found, option)
     elif directory is not None:
-        if find_manifest(directory, manifest) is None:
-            raise no_base(model, option)
-        name, _ = base_of(read_manifest(directory, manifest), directory)
+        if find_manifest(directory, source.manifest) is None:
+            raise no_base(source.model, option)
+        from specdef_cli.checkpoint.resolve import base_of  # here: --help needs no huggingface_hub
+
+        name, _ = base_of(read_manifest(directory, source.manifest), directory)
         try:
-            require_model(name)
+            require_model(Source(name))
         except SpecDefError as error:
             raise SpecDefError(
-                f"the base {name} that the manifest of {model} names is not available: {error.problem}",
+                f"the base {name} that the manifest of {source.model} names is not available: {error.problem}",
                 f"Give its directory or Hub id with {option}.",
             ) from error
 
@@ -114,71 +135,122 @@ def no_base(model: str | Path, option: str) -> SpecDefError:
     )
 
 
-WORK_SUFFIX = ".specdef-unfinished"
-LOCK_SUFFIX = ".specdef-lock"
+def no_config(directory: Path) -> SpecDefError:
+    """What to say of a directory without a ``config.json``: what it is instead, and what to do with it."""
+    denoiser = next((name for name in ("unet", "transformer") if (directory / name / "config.json").is_file()), None)
+    snapshots = sorted(directory.glob("snapshots/*/config.json"))
+    below = _model_below(directory)
+    gguf = held_instead((path.name for path in directory.glob("*.gguf")), str(directory))
+    known: tuple[tuple[object, str, str], ...] = (
+        (
+            (directory / "model_index.json").is_file(),
+            "it is a pipeline of diffusers",
+            f"Give its denoiser, {directory / denoiser}."
+            if denoiser
+            else "Fetch the directory of its denoiser, and give that.",
+        ),
+        ((directory / ADAPTER_CONFIG).is_file(), f"it is {_adapter_of(directory)}", _merge(directory)),
+        (
+            (directory / "modules.json").is_file(),
+            "it is a model of sentence-transformers" + ("" if below else " without a transformer"),
+            f"Give its transformer, {below}." if below else "Give a directory with a transformer.",
+        ),
+        *((found, "it is a repository in the Hub's cache", f"Give a snapshot in it, such as {found.parent}.")
+          for found in snapshots[-1:]),
+        *(((directory / name).exists(), what, hint) for name, what, hint in _MARKERS),
+        *((gguf, f"it holds {what}", hint) for what, hint in filter(None, [gguf])),
+        (below, "it holds a directory that has one", f"Give {below}."),
+        (not any(directory.iterdir()), "it is empty", A_MODEL),
+    )  # fmt: skip
+    what, hint = next(((f": {what}", hint) for holds, what, hint in known if holds), ("", A_MODEL))
+    return SpecDefError(f"{directory} has no config.json{what}", hint)
 
 
-def require_usable(final: Path, model: str) -> None:
-    """Refuse an output directory that is taken, or lies in the input where that is a directory."""
-    source = Path(model).expanduser()
-    if model and source.is_dir():
-        require_outside(final, source)
-    require_free(final)
-
-
-def require_outside(final: Path, source: Path) -> None:
-    """Refuse an output that lies in its own input."""
-    if final.resolve().is_relative_to(source.resolve()):
-        raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
-
-
-def require_free(final: Path) -> None:
-    """Refuse an output directory that is taken."""
-    if is_taken(final):
-        raise SpecDefError(f"the output {final} exists already", "Choose another --out, or remove it first.")
-
-
-def is_taken(final: Path) -> bool:
-    """Whether ``final`` is anything but absent or an empty directory; a new volume of ext4 has ``lost+found`` in it."""
-    if final.is_symlink() or final.name in {"", ".."}:
-        return True
-    if not final.is_dir():
-        return final.exists()
-    ours = {f".{final.name}{suffix}" for suffix in (WORK_SUFFIX, LOCK_SUFFIX)}
-    return not {path.name for path in final.iterdir()} <= {*ours, "lost+found"}
-
-
-def require_manifest_place(path: Path, out: Path, model: str = "") -> None:
-    """Refuse a place for a manifest that is taken, in the published directory or the model, or not writable."""
-    if path.exists() or path.is_symlink():
-        raise SpecDefError(f"--manifest-out {path} exists already", "Choose another file, or remove it first.")
-    if path.resolve().is_relative_to(out.resolve()):
-        raise SpecDefError(
-            f"--manifest-out {path} lies in the directory that is published",
-            "Choose a file outside of it, or leave the option out.",
+def no_weights(directory: Path, library: Library) -> SpecDefError:
+    """What to say of a directory with a ``config.json`` and none of the weight files that its library looks for."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        return SpecDefError(f"{directory} has no weights of a model: it is {_adapter_of(directory)}", _merge(directory))
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    shards = [name for name in others if SHARD.fullmatch(name)]
+    if shards:
+        return SpecDefError(
+            f"{directory} has {shards[0]} and no {library.index_file}, which says what is in which shard",
+            f"Fetch {library.index_file} from where the shards came from, or save the model again.",
         )
-    if out.resolve().is_relative_to(path.resolve()):
-        raise SpecDefError(
-            f"--manifest-out {path} is a directory that --out {out} lies in", "Choose a file outside of --out."
+    held = held_instead([path.name for path in directory.iterdir()], str(directory), library)
+    if held is not None:
+        return SpecDefError(f"{directory} has only {held[0]}", held[1])
+    if others:
+        return SpecDefError(
+            f"{directory} has {others[0]} and no {library.single_file}, the name that {library.name} loads",
+            f"If that file holds the weights, rename it to {library.single_file}.",
         )
-    source = Path(model).expanduser()
-    if model and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+    return SpecDefError(
+        f"{directory} has no safetensors weights", f"It needs {library.single_file} or {library.index_file}."
+    )
+
+
+def require_plain(directory: Path, config: dict[str, Any], library: Library) -> None:
+    """Refuse a directory of which transformers would load more, or something else, than the weights of its model."""
+    named = config.get("transformers_weights")
+    if named is not None:
         raise SpecDefError(
-            f"--manifest-out {path} lies in the model {source}, which is not hardened", "Choose a file outside of it."
+            f"{directory}/config.json names {named!r} as its weights (transformers_weights)",
+            f"Rename that file to {library.single_file}, and take transformers_weights out of config.json.",
         )
+    if (directory / ADAPTER_CONFIG).is_file() and list(directory.glob("adapter_model.*")):
+        raise SpecDefError(
+            f"{directory} holds a model and an adapter, and transformers loads both together",
+            f"Move {ADAPTER_CONFIG} and the adapter's weights to a directory of their own, or merge them into the "
+            "model first.",
+        )
+
+
+def require_modules(directory: Path) -> None:
+    """Refuse a model of sentence-transformers of which a module after the transformer would be lost."""
     try:
-        writable_ancestor(path.resolve().parent)
-    except SpecDefError as error:
-        raise SpecDefError(
-            f"--manifest-out {path} cannot be written: {error.problem}", "Choose another file."
-        ) from error
+        modules = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
+        folders = {str(module["path"]): str(module["type"]).rsplit(".", 1)[-1] for module in modules if module["path"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    for name, kind in folders.items():
+        folder = directory / name
+        pickled = any(folder.glob("*.bin")) or kind in WEIGHTED_MODULES
+        if pickled and not any(folder.glob("*.safetensors")):
+            raise SpecDefError(
+                f"the module {name} ({kind}) of {directory} has no safetensors weights, and pickles are not copied",
+                "Convert it first: in sentence-transformers, SentenceTransformer(...).save_pretrained(...) writes "
+                "safetensors.",
+            )
 
 
-def writable_ancestor(directory: Path) -> Path:
-    """The directory itself, or the nearest one above it that exists."""
-    existing = directory.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not takes_files(existing):
-        raise SpecDefError(f"{existing} is not a directory that can be written to", "Choose another --out.")
-    return existing
+def _adapter_of(directory: Path) -> str:
+    try:
+        base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    return f"an adapter of PEFT for {base}" if isinstance(base, str) else "an adapter of PEFT"
+
+
+def _merge(directory: Path) -> str:
+    return (
+        "Give its base model; or merge it first: in peft, AutoPeftModelForCausalLM.from_pretrained"
+        f"('{directory}').merge_and_unload().save_pretrained('merged') (or the class of its task)."
+    )
+
+
+def _model_below(directory: Path) -> Path | None:
+    """A directory with a ``config.json`` of a model right below; of several training checkpoints, the last."""
+    found = []
+    for path in directory.glob("*/config.json"):
+        try:
+            names_a_model = "model_type" in json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, RecursionError):
+            continue
+        if names_a_model:
+            found.append(path.parent)
+
+    def by_number(path: Path) -> list[object]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+    return max(found, key=by_number, default=None)

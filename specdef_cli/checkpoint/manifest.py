@@ -6,10 +6,8 @@ It names every changed tensor, so that undoing the change is arithmetic and not 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -17,10 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
-from specdef_cli.checkpoint.durable import write_durably
-from specdef_cli.checkpoint.slices import LinearLayer, ScaledSlice
 from specdef_cli.errors import SpecDefError, first_violation
-from specdef_cli.spectral.gauges import Gauge
+from specdef_cli.spectral import Gauge
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
@@ -57,6 +53,46 @@ class BaseCheckpoint:
     def public_name(self) -> str:
         """The Hub id, or the last part of a directory's path: what others may read."""
         return self.hub_name or last_part(Path(self.name))
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer y = Wx (+ b), W ∈ R^{m×n}, whose weight is one tensor on disk."""
+
+    module: str
+    """Path of the layer in the transformers model, e.g. ``model.layers.0.self_attn.o_proj``."""
+    tensor: str
+    """Name of the weight on disk; it ends in ``.weight``."""
+    out_features: int
+    """m, the length of y."""
+    in_features: int
+    """n, the length of x."""
+    bias: str | None
+    """Name of the bias on disk, or ``None``."""
+    transposed: bool
+    """Whether the tensor on disk is Wᵀ (transformers' ``Conv1D``)."""
+
+
+@dataclass(frozen=True)
+class ScaledSlice:
+    """Part of one tensor, multiplied by powers of two."""
+
+    tensor: str
+    """Name in the checkpoint's files."""
+    axis: int
+    """The dimension that ``indices`` count along."""
+    block: int | None
+    """Index on dimension 0 of a tensor that stacks experts, or ``None``; ``axis`` counts dimension 0 too."""
+    indices: tuple[int, ...]
+    """Positions along ``axis``."""
+    exponents: tuple[int, ...]
+    """The slice at each of them is scaled by 2**exponent."""
+
+    @property
+    def inverse(self) -> ScaledSlice:
+        """What undoes it, bit for bit."""
+        negated = tuple(-exponent for exponent in self.exponents)
+        return ScaledSlice(self.tensor, self.axis, self.block, self.indices, negated)
 
 
 @dataclass(frozen=True)
@@ -346,31 +382,3 @@ def no_manifest(directory: Path) -> SpecDefError:
 def last_part(directory: Path) -> str:
     """What a directory is called, for others, however it was named here (``..``)."""
     return Path(os.path.abspath(directory.expanduser())).name or "model"  # noqa: PTH100 - a link keeps its own name
-
-
-def remember_base(manifest: Manifest, base: Path) -> None:
-    """Note on this machine where the base of a manifest lies, which the manifest does not say of a directory."""
-    with contextlib.suppress(OSError):  # it will have to be named with --base
-        write_durably(_memory_of(manifest), os.fsencode(base.resolve()))
-
-
-def _memory_of(manifest: Manifest) -> Path:
-    from huggingface_hub import constants  # here: `specdef --help` needs none of it
-
-    digest = hashlib.sha256(manifest.published().to_json().encode()).hexdigest()
-    return Path(constants.HF_HOME) / "specdef" / "bases" / digest[:32]
-
-
-def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
-    """Where to look for the base that a manifest names: a directory or a Hub id, and the revision there."""
-    base = manifest.base
-    if base.commit or base.revision:
-        return base.name, base.commit or base.revision
-    path = Path(base.name).expanduser()
-    places = [path] if path.is_absolute() else [path, *(parent / path for parent in directory.resolve().parents)]
-    with contextlib.suppress(OSError):
-        places.insert(0, Path(os.fsdecode(_memory_of(manifest).read_bytes())))
-    found = next((place for place in places if (place / "config.json").is_file()), None)
-    if found is not None:
-        return str(found), None
-    return base.hub_id or (base.name if path.is_absolute() else f"./{base.name}"), None

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.companions import Companions, companion_files, companions
+from specdef_cli.checkpoint.check import no_config, no_weights, require_plain
+from specdef_cli.checkpoint.files import (
+    DIFFUSERS,
+    OTHER_FORMATS,
+    PICKLES,
+    SAFETENSORS,
+    TRANSFORMERS,
+    Library,
+    is_no_weights,
+    library_of,
+    require_inside,
+)
 from specdef_cli.checkpoint.headers import (
     GIT_LFS,
     INVALID_JSON,
@@ -26,10 +37,7 @@ from specdef_cli.checkpoint.headers import (
     read_headers,
     unique_keys,
 )
-from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS, Library, library_of
-from specdef_cli.checkpoint.links import require_inside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.checkpoint.other_directories import no_config, no_weights, require_plain
 from specdef_cli.errors import ResumableError, SpecDefError
 
 
@@ -50,16 +58,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SpecDefError(f"{path} is not a JSON object", "Fetch the file again.")
     return config
-
-
-def weight_map_of(index_path: Path) -> dict[str, Any]:
-    """Tensor name → shard, as an index has them."""
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
-        set(weight_map.values())
-    except (*INVALID_JSON, OSError) as error:
-        raise SpecDefError(f"{index_path.name} is not a valid index: {error}", "Fetch the file again.") from error
-    return dict(weight_map)
 
 
 INDEX_FILE = TRANSFORMERS.index_file
@@ -96,7 +94,7 @@ class Checkpoint:
     def companions(self) -> Companions:
         """The other files of the directory, and what becomes of them."""
         index = {self.library.index_file} if self.shards != (self.library.single_file,) else set()
-        return companions(self.directory, {*self.shards, *index}, {n: h.shape for n, h in self.tensors.items()})
+        return _companions(self.directory, {*self.shards, *index}, {n: h.shape for n, h in self.tensors.items()})
 
     @property
     def nbytes(self) -> int:
@@ -111,43 +109,37 @@ class Checkpoint:
     def read_rows(self, name: str, rows: range) -> Tensor:
         """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows."""
         header = self.tensors[name]
-        width = header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
-        data = self._read_bytes(header, rows.start * width, len(rows) * width)
-        return data.view(TORCH_DTYPES[header.dtype]).view(len(rows), header.shape[-1])
+        dtype, columns = TORCH_DTYPES[header.dtype], math.prod(header.shape[-1:])
+        width = columns * dtype.itemsize
+        return self._read_bytes(header, rows.start * width, len(rows) * width).view(dtype).view(len(rows), columns)
 
     def row_blocks(self, name: str, nbytes: int) -> Iterator[tuple[int, Tensor]]:
         """All rows of one tensor, at most ``nbytes`` (or one row) at a time: the index of the first, and the rows."""
-        header = self.tensors[name]
-        dtype, columns = TORCH_DTYPES[header.dtype], math.prod(header.shape[-1:])
-        rows, width = math.prod(header.shape[:-1]), columns * dtype.itemsize
+        shape = self.tensors[name].shape
+        rows, width = math.prod(shape[:-1]), math.prod(shape[-1:]) * TORCH_DTYPES[self.tensors[name].dtype].itemsize
         step = max(1, nbytes // max(1, width))
         for first in range(0, rows, step):
-            count = min(step, rows - first)
-            yield first, self._read_bytes(header, first * width, count * width).view(dtype).view(count, columns)
+            yield first, self.read_rows(name, range(first, min(first + step, rows)))
 
     def _read_bytes(self, header: TensorHeader, offset: int, count: int) -> Tensor:
         buffer = torch.empty(count, dtype=torch.uint8)
-        view = buffer.numpy().data
-        done = 0
-        with self._reading(header, offset) as file:
-            while done < count:
-                read = file.readinto(view[done:])
-                if not read:
-                    raise _truncated(header)
-                done += read
-        return buffer
-
-    @contextlib.contextmanager
-    def _reading(self, header: TensorHeader, offset: int = 0) -> Iterator[io.FileIO]:
+        view, done = buffer.numpy().data, 0
         try:
             with (self.directory / header.shard).open("rb", buffering=0) as file:
                 file.seek(header.begin + offset)
-                yield file
+                while done < count:
+                    read = file.readinto(view[done:])
+                    if not read:
+                        raise SpecDefError(
+                            f"{header.shard} ends inside {header.name}", "The file is truncated: fetch it again."
+                        )
+                    done += read
         except OSError as error:
             raise ResumableError(
                 f"{header.shard} cannot be read: {error.strerror or error}",
                 "Check the disk and the file, then run the same command with --resume.",
             ) from error
+        return buffer
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -155,12 +147,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for name in ("config.json", INDEX_FILE, DIFFUSERS.index_file, "README.md", MANIFEST_NAME):
         if (directory / name).exists():
             require_inside(directory, directory / name)
-    for companion in companion_files(directory):
-        require_inside(directory, directory / companion)
+    for entry in _entries(directory):
+        if _by_name(directory, entry) is None:
+            require_inside(directory, directory / entry)
     config = read_config(directory)
     library = library_of(config)
     require_plain(directory, config, library)
-    order = (library.single_file, library.index_file)[:: 1 if library.single_file_first else -1]
+    order = (library.single_file, library.index_file)[:: 1 if library.is_transformers else -1]
     named = next((name for name in order if (directory / name).is_file()), None)
     tensors: Mapping[str, TensorHeader]
     if named == library.index_file:
@@ -175,9 +168,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _read_sharded(directory: Path, index_path: Path) -> dict[str, TensorHeader]:
-    weight_map = weight_map_of(index_path)
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
+        shards = sorted(set(weight_map.values()), key=str)  # what a broken index names may be no text
+    except (*INVALID_JSON, OSError) as error:
+        raise SpecDefError(f"{index_path.name} is not a valid index: {error}", "Fetch the file again.") from error
     tensors: dict[str, TensorHeader] = {}
-    for shard in sorted(set(weight_map.values()), key=str):  # what a broken index names may be no text
+    for shard in shards:
         for name, header in read_headers(_inside(directory, shard, index_path.name)).items():
             if name in tensors:
                 raise SpecDefError(
@@ -206,5 +203,109 @@ def _inside(directory: Path, name: Any, index: str = INDEX_FILE) -> Path:
     return path
 
 
-def _truncated(header: TensorHeader) -> SpecDefError:
-    return SpecDefError(f"{header.shard} ends inside {header.name}", "The file is truncated: fetch it again.")
+# Written anew for every output.
+REWRITTEN = frozenset({"config.json", "README.md", MANIFEST_NAME, "certificate.json"})
+SHOWN = 8
+"""How many files that are left out a note names one by one."""
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What becomes of the files beside the weights; paths relative to the directory."""
+
+    carried: tuple[Path, ...]
+    left_out: Mapping[str, tuple[Path, ...]]
+
+    def note(self) -> str | None:
+        """One line that names what is left out; ``None`` where nothing is."""
+        parts = []
+        for reason, paths in self.left_out.items():
+            names = [path.as_posix() for path in paths[:SHOWN]]
+            more = [f"{len(paths) - SHOWN} more"] * (len(paths) > SHOWN)
+            parts.append(f"{', '.join(names + more)} ({reason})")
+        return f"Not carried over: {'; '.join(parts)}." if parts else None
+
+
+def _companions(directory: Path, weights: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Companions:
+    """Divide the files of a checkpoint directory into those to carry over and those to leave out.
+
+    Args:
+        shapes: Shapes of the tensors in them, by name.
+    """
+    carried: list[Path] = []
+    left_out: dict[str, list[Path]] = {}
+    for relative in _entries(directory):
+        if relative.as_posix() in weights or relative.as_posix() in REWRITTEN:
+            continue
+        reason = _by_name(directory, relative) or _by_content(directory, relative, shapes)
+        (carried if reason is None else left_out.setdefault(reason, [])).append(relative)
+    return Companions(tuple(carried), {reason: tuple(paths) for reason, paths in left_out.items()})
+
+
+def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:
+    """Copy companion files of ``source`` to ``target``."""
+    for relative in files:
+        require_inside(source, source / relative)
+        destination = target / relative
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, destination)
+
+
+def _entries(directory: Path) -> list[Path]:
+    """Everything in a directory that is not a directory; a hidden one counts as one entry, a link to one too."""
+    found: list[Path] = []
+    waiting = [directory]
+    while waiting:
+        for path in waiting.pop().iterdir():
+            if path.is_dir() and not path.is_symlink() and not _hidden(path):
+                waiting.append(path)
+            else:
+                found.append(path.relative_to(directory))
+    return sorted(found)
+
+
+def _hidden(path: PurePath) -> bool:
+    return path.name.startswith(".") or path.name == "__pycache__"
+
+
+def _by_name(directory: Path, relative: Path) -> str | None:
+    """Why a file is left out, as far as its name and kind tell; ``None`` if it may be carried over."""
+    path = directory / relative
+    suffix = PurePath(path.name.removesuffix(".index.json")).suffix.lower()
+    if _hidden(relative):
+        return "hidden"
+    if not path.is_file():
+        return "a link to a directory" if path.is_dir() else "no file"
+    if suffix in PICKLES:
+        return "pickles are neither read nor copied"
+    if suffix in OTHER_FORMATS:
+        return "weights in another format, of the model as it was"
+    if suffix != SAFETENSORS and not is_no_weights(path):
+        return "a binary file that may hold weights of the model as it was"
+    return None
+
+
+def _by_content(directory: Path, relative: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    folder = (directory / relative).parent
+    if (folder / "adapter_config.json").is_file() and relative.stem.startswith("adapter_"):
+        return "an adapter that was trained for the model as it was"
+    if relative.name.endswith(f"{SAFETENSORS}.index.json"):
+        belongs_here = relative.parent != Path() and any(
+            not _is_copy(path, shapes) for path in folder.glob(f"*{SAFETENSORS}")
+        )
+        return None if belongs_here else "it names weights of the model as it was"
+    if relative.suffix == SAFETENSORS and _is_copy(directory / relative, shapes):
+        return "weights of the model as it was, which are not loaded"
+    return None
+
+
+def _is_copy(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a safetensors file holds tensors of the model once more: the same names, or much of the same shapes."""
+    with contextlib.suppress(SpecDefError):  # a damaged file is carried over as it is
+        headers = read_headers(path)
+        if any(shapes.get(name) == header.shape for name, header in headers.items()):
+            return True
+        of_the_model = set(shapes.values())
+        alike = sum(math.prod(header.shape) for header in headers.values() if header.shape in of_the_model)
+        return 2 * alike > sum(map(math.prod, shapes.values()))
+    return False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
+import hashlib
+import os
 import re
 import shutil
 import threading
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import DryRunFileInfo, HfApi, snapshot_download
+from huggingface_hub import DryRunFileInfo, HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     DryRunError,
     GatedRepoError,
@@ -25,11 +28,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from specdef_cli.checkpoint.links import in_subfolder
-from specdef_cli.checkpoint.manifest import last_part
-from specdef_cli.checkpoint.other_directories import held_instead
-from specdef_cli.checkpoint.weight_formats import OTHER_FORMATS, PICKLES, SAFETENSORS
-from specdef_cli.errors import SpecDefError, clean_token, first_line
+from specdef_cli.checkpoint.files import OTHER_FORMATS, PICKLES, SAFETENSORS, held_instead, write_durably
+from specdef_cli.checkpoint.manifest import Manifest, last_part
+from specdef_cli.errors import SpecDefError, WrongUsage, first_line
 from specdef_cli.process import first_completed
 
 
@@ -121,8 +122,6 @@ def resolve(
         subfolder: The folder of the directory or repository that it is in.
         output: Where as much will be written once more.
     """
-    token = clean_token(token)
-    model, subfolder = in_subfolder(model, subfolder)
     place = locate(model, revision)
     if isinstance(place, Path):
         return Resolved(place, model)
@@ -162,7 +161,7 @@ def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | N
         raise SpecDefError(f"{model} is a file", "Give the directory that holds config.json and the safetensors files.")
     repository, _, suffix = model.partition("@")
     if suffix and revision and suffix != revision:
-        raise SpecDefError(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
+        raise WrongUsage(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
         address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?([\w.-]+/[\w.-]+)", model)
         raise SpecDefError(
@@ -252,3 +251,29 @@ class _HiddenBar(tqdm):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{**options, "disable": True})
+
+
+def remember_base(manifest: Manifest, base: Path) -> None:
+    """Note on this machine where the base of a manifest lies, which the manifest does not say of a directory."""
+    with contextlib.suppress(OSError):  # it will have to be named with --base
+        write_durably(_memory_of(manifest), os.fsencode(base.resolve()))
+
+
+def _memory_of(manifest: Manifest) -> Path:
+    digest = hashlib.sha256(manifest.published().to_json().encode()).hexdigest()
+    return Path(constants.HF_HOME) / "specdef" / "bases" / digest[:32]
+
+
+def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
+    """Where to look for the base that a manifest names: a directory or a Hub id, and the revision there."""
+    base = manifest.base
+    if base.commit or base.revision:
+        return base.name, base.commit or base.revision
+    path = Path(base.name).expanduser()
+    places = [path] if path.is_absolute() else [path, *(parent / path for parent in directory.resolve().parents)]
+    with contextlib.suppress(OSError):
+        places.insert(0, Path(os.fsdecode(_memory_of(manifest).read_bytes())))
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is not None:
+        return str(found), None
+    return base.hub_id or (base.name if path.is_absolute() else f"./{base.name}"), None

@@ -11,16 +11,18 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.files import TRANSFORMERS, Library
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.library import TRANSFORMERS, Library
+from specdef_cli.checkpoint.manifest import ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.slices import ScaledSlice, scale_rows
+from specdef_cli.dtypes import dtype_name
+from specdef_cli.errors import SpecDefError
 
 BLOCK = 2**22
 """Bytes of a tensor that are read, scaled and written at a time."""
@@ -196,3 +198,52 @@ def assign_shards(shards: Sequence[OutputShard], processes: int) -> tuple[tuple[
 def _work(shard: OutputShard) -> float:
     # Making a tensor costs about ten times as much as copying it (benchmarks); the estimate need not be good.
     return shard.nbytes + 9 * sum(spec.nbytes for group in shard.groups for spec in group.computed)
+
+
+def scale_rows(rows: Tensor, first: int, shape: tuple[int, ...], part: ScaledSlice) -> None:
+    """Multiply what a slice has in some consecutive rows of its tensor; every dimension but the last counts rows.
+
+    Args:
+        rows: Shape [rows, columns].
+        first: Index of the first of them in the tensor.
+        shape: Of the tensor.
+    """
+    numbers = torch.arange(first, first + len(rows))
+    inside = numbers >= 0 if part.block is None else numbers // math.prod(shape[1:-1]) == part.block
+    if part.axis == len(shape) - 1:
+        positions = inside.nonzero().flatten().tolist()
+        if positions:
+            scale_slice(rows[positions[0] : positions[-1] + 1], replace(part, axis=1, block=None))
+        return
+    along = torch.zeros(shape[part.axis], dtype=torch.int64)
+    along[torch.tensor(part.indices)] = torch.tensor(part.exponents)
+    exponents = along[numbers // math.prod(shape[part.axis + 1 : -1]) % shape[part.axis]] * inside
+    scaled = exponents.nonzero().flatten()
+    if len(scaled):
+        indices, powers = tuple(scaled.tolist()), tuple(exponents[scaled].tolist())
+        scale_slice(rows, replace(part, axis=0, block=None, indices=indices, exponents=powers))
+
+
+def scale_slice(tensor: Tensor, part: ScaledSlice) -> None:
+    """Multiply a slice of ``tensor`` by powers of two in place."""
+    target = tensor if part.block is None else tensor[part.block]
+    axis = part.axis if part.block is None else part.axis - 1
+    factors = torch.tensor([2.0**exponent for exponent in part.exponents], dtype=torch.float64, device=tensor.device)
+    index = torch.tensor(part.indices, device=tensor.device)
+    old = target.index_select(axis, index)
+    wanted = old.double() * factors.reshape([-1 if dimension == axis else 1 for dimension in range(target.dim())])
+    new = wanted.to(tensor.dtype)
+    # A subnormal result may still be stored exactly, but kernels flush subnormals to zero.
+    flushed = (new != 0) & (new.abs().double() < torch.finfo(tensor.dtype).tiny)
+    if not torch.equal(new.double(), wanted) or bool(flushed.any()):
+        leave = f"--exclude '{part.tensor.removesuffix('.weight')}'"
+        if not bool(old.isfinite().all()):
+            raise SpecDefError(f"{part.tensor} holds NaN or infinity", "Repair it: what it computes is NaN already.")
+        nonzero = old[old != 0].abs().double()
+        wider = "" if tensor.dtype in (torch.float32, torch.bfloat16) else "Store float32 (--dtype float32), or "
+        raise SpecDefError(
+            f"{part.tensor} holds numbers from {nonzero.min():.2g} to {nonzero.max():.2g}, and times up to "
+            f"2**{max(map(abs, part.exponents))} they leave the range of {dtype_name(tensor.dtype)}",
+            f"{wider}{'leave' if wider else 'Leave'} it as it is: {leave}.",
+        )
+    target.index_copy_(axis, index, new)

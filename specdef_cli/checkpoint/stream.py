@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.checkpoint.headers import SAFETENSORS_DTYPES
+from specdef_cli.checkpoint.output import RECORD_SUFFIX
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
 from specdef_cli.errors import ResumableError
@@ -34,7 +35,6 @@ from specdef_cli.process import first_completed
 # What is copied or hashed passes through the processor's cache in pieces that fit there. Written in one call, a tensor
 # of 32 MiB takes the kernel several times as long as in such pieces.
 CHUNK = 2**20
-RECORD_SUFFIX = ".done.json"
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from specdef_cli.checkpoint.links import require_inside
+from specdef_cli.checkpoint.files import holds_weights, require_inside
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.resolve import status_of
-from specdef_cli.checkpoint.weight_formats import holds_weights
-from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.errors import SpecDefError, WrongUsage, first_line
 
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 OF_A_HARDENING = frozenset({MANIFEST_NAME, "certificate.json", "configuration_specdef.py"})
@@ -75,7 +74,7 @@ def require_writable(destination: Destination) -> None:
     """
     require_name(destination.repository)
     if destination.create_pr and destination.revision is not None:
-        raise SpecDefError(
+        raise WrongUsage(
             f"a pull request cannot be opened against {destination.revision}, only against the default branch",
             "Leave out either the branch or --create-pr.",
         )
@@ -105,7 +104,7 @@ def require_name(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise SpecDefError(f"{repository!r} is not the name of a repository", "Give org/name.") from error
+        raise WrongUsage(f"{repository!r} is not the name of a repository", "Give org/name.") from error
 
 
 def _role(account: dict[str, Any]) -> str | None:

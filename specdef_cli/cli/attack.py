@@ -11,67 +11,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.attack.options import CHOICES, LOWERED, AttackOptions, load_suite, seeds_of, suite_names
+from specdef_cli.attack.options import CHOICES, LOWERED, AttackOptions, load_suite, suite_names
 from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
-from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Subfolder, Token, TrustRemoteCode, takes
-from specdef_cli.cli.output import Output, settle
-from specdef_cli.errors import SpecDefError
+from specdef_cli.cli.options import takes
+from specdef_cli.cli.output import Output
+from specdef_cli.errors import WrongUsage
+from specdef_cli.option import option
 
 if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
     from specdef_cli.report import Finding
 
 
+@dataclass(frozen=True)
+class Flags:
+    """Options of the command alone."""
+
+    suite: str | None = option(
+        None, "quick, standard, full or a TOML file like theirs.", metavar="NAME", group="Attacks"
+    )
+    expand: str | None = option(None, "Attack a grown model too: --variant width:2.", metavar="2x", group="Attacks")
+    list_all: bool = option(False, "List what these options take, and stop.", "--list", group="Attacks")
+    fail_if: tuple[str, ...] = option(
+        (), "Exit with 1 if an uninformed attack meets this.", metavar="CONDITION", group="Output"
+    )
+    card: bool = option(False, "Write the findings into the model card.", group="Output")
+    dry_run: bool = option(False, "Print the plan and its time here; run nothing.", group="Output")
+
+
 @takes(AttackOptions)
 def attack_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id to attack.")] = ("hardened"),
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="quick, standard, full or a TOML file like theirs.", rich_help_panel="Attacks"
-        ),
-    ] = None,
-    expand: Annotated[
-        str | None,
-        typer.Option(metavar="2x", help="Attack a grown model too: --variant width:2.", rich_help_panel="Attacks"),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Runs of each attack.", show_default="1", rich_help_panel="Budget"),
-    ] = None,
-    time_limit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="45m",
-            help="Stop then; the most telling attacks come first.",
-            rich_help_panel="Budget",
-        ),
-    ] = None,
-    fail_if: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CONDITION…",
-            help="Exit with 1 if an uninformed attack meets this.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    card: Annotated[
-        bool, typer.Option("--card", help="Write the findings into the model card.", rich_help_panel="Output")
-    ] = False,
-    list_all: Annotated[
-        bool, typer.Option("--list", help="List what these options take, and stop.", rich_help_panel="Attacks")
-    ] = False,
-    manifest: Manifest = None,
-    dry_run: DryRun = False,
-    revision: Revision = None,
-    subfolder: Subfolder = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show every run, and what other libraries say.", rich_help_panel="Output")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    flags: Flags,
+    output: Output,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id to attack.")] = "hardened",
     **given: Any,
 ) -> None:
     """Fine-tune a hardened model and its base; report how far each attack got.
@@ -84,8 +56,7 @@ def attack_command(
 
       specdef attack hardened --dataset notes.jsonl --training lora --steps 200
     """
-    output = Output(as_json, quiet)
-    if list_all:
+    if flags.list_all:
         from rich.console import Group
 
         listing = attack_listing()
@@ -96,48 +67,26 @@ def attack_command(
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
     from specdef_cli.checkpoint.check import require_models
-    from specdef_cli.checkpoint.links import in_subfolder
-    from specdef_cli.errors import WrongUsage
-    from specdef_cli.option import parse_duration
 
-    model, subfolder = in_subfolder(model, subfolder)
-    if "control_subfolder" in given:
-        if "control" not in given:
-            raise WrongUsage("--control-subfolder is a folder of --control, which is not given", "Give --control BASE.")
-        given["control"], given["control_subfolder"] = in_subfolder(given["control"], given["control_subfolder"])
-    limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
-    conditions = [Condition.parse(text) for text in fail_if or []]
+    conditions = [Condition.parse(text) for text in flags.fail_if]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
         raise WrongUsage("--fail-if refusals needs prompts that the model refuses", "Give --prompts FILE.")
-    if seeds is not None:
-        given["seeds"] = seeds_of(seeds)
-    if expand is not None:
-        given["variants"] = (*given.get("variants", ()), f"width:{expand}")
-    if limit is not None and suite is None and not given.keys() & CHOICES:
+    if flags.expand is not None:
+        given["variants"] = (*given.get("variants", ()), f"width:{flags.expand}")
+    suite = flags.suite
+    if "time_limit" in given and suite is None and not given.keys() & CHOICES:
         suite = "quick"  # what everybody tries, and what usually gets through
     chosen = load_suite(suite) if suite is not None else None
     budget: dict[str, Any] = {str(name): value for name, value in (chosen.budget if chosen else {}).items()} | given
-    if chosen is not None and "seeds" in chosen.budget and seeds is None:
-        budget["seeds"] = seeds_of(chosen.budget["seeds"])
     # What the user gave stays: by a flag, or in a suite of the user's own.
     kept = given if chosen is None or suite in suite_names() else budget
-    options = AttackOptions(
-        **budget,
-        model=model,
-        suite=chosen,
-        free=tuple(name for name in LOWERED if name not in kept),
-        time_limit=limit,
-        manifest=manifest,
-        revision=revision,
-        subfolder=subfolder,
-        token=token,
-        trust_remote_code=trust_remote_code,
-    )
-    require_models(model, given.get("control"), "--control", manifest)
-    if card:
+    free = tuple(name for name in LOWERED if name not in kept)
+    options = AttackOptions(**budget, model=model, suite=chosen, free=free)
+    require_models(options, options.control, "--control")
+    if flags.card:
         from specdef_cli.checkpoint.check import require_card
 
-        require_card(model, manifest)
+        require_card(options)
     options.require_present()
 
     from rich.console import Group
@@ -148,8 +97,7 @@ def attack_command(
     from specdef_cli.report.files import write_report
     from specdef_cli.report.text import attacks_table, closing, edits_table, runs_table
 
-    settle(output)
-    if dry_run:
+    if flags.dry_run:
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))
         return
@@ -160,27 +108,27 @@ def attack_command(
         output.show(plan_screen(forecast))
 
     with output.progress("attacking") as bar:
-        report = attack(options, on_progress=RunProgress(bar).show, on_plan=None if quiet else show_plan)
+        report = attack(options, on_progress=RunProgress(bar).show, on_plan=None if output.quiet else show_plan)
     written = write_report(report, options.out)
     if not is_main_process():
         return
-    if card:
+    if flags.card:
         from specdef_cli.certify.card import attacks_on_card
         from specdef_cli.report.document import REPORT_NAME
 
-        attacks_on_card(Path(model).expanduser(), options.out / REPORT_NAME, manifest)
+        attacks_on_card(Path(options.model).expanduser(), options.out / REPORT_NAME, options.manifest)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
     for text in report.notes:
         if text not in planned:
             output.note(f"note: {text}")
-    table = runs_table(report) if verbose else attacks_table(report)
+    table = runs_table(report) if output.verbose else attacks_table(report)
     tables = [table] if any(not run.spec.is_edit for run in report.runs) else []
     edits = edits_table(report)
     tables += [edits] if edits is not None else []
     output.data(report_dict(report), Group(*tables, "", *closing(report, written[0])), written=written[0])
-    if as_json:
+    if output.as_json:
         output.note(f"report: {written[0]}")
     failures = dict.fromkeys(line for condition in conditions for line in condition.failures(report))
     for line in failures:
@@ -195,6 +143,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_FRACTIONS = ("share_of_control", "refusals")
 _METRICS: dict[str, Callable[[Finding], float | None]] = {
     "steps_to_control": lambda finding: _steps_to_control(finding),
     "share_of_control": lambda finding: finding.share,
@@ -224,11 +173,15 @@ class Condition:
         try:
             if match is None or match[1] not in _METRICS:
                 raise ValueError
-            return cls(text, match[1], match[2], float(match[3]))
+            condition = cls(text, match[1], match[2], float(match[3]))
+            if condition.metric in _FRACTIONS and abs(condition.value) > 2:  # 20 for 20 % is a gate that never fails
+                raise ValueError
+            return condition
         except ValueError as error:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--fail-if {text!r} is not a condition",
-                f"Write e.g. 'steps_to_control<500'; metrics: {', '.join(_METRICS)}.",
+                f"Write a metric ({', '.join(_METRICS)}), one of {' '.join(_OPERATORS)} and a number, e.g. "
+                f"'steps_to_control<500'; {' and '.join(_FRACTIONS)} are fractions, 0.2 for 20 %.",
             ) from error
 
     def failures(self, report: AttackReport) -> tuple[str, ...]:
@@ -237,7 +190,7 @@ class Condition:
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
         plain = [found for found in findings(report) if found.attack.subject == "model"]
-        plain = [found for found in plain if found.attack.spec.variant.knowledge == "none" and self._concerns(found)]
+        plain = [found for found in plain if found.knowledge == "none" and self._concerns(found)]
         for finding in plain:
             value = _METRICS[self.metric](finding)
             if value is None:

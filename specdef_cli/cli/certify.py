@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdef_cli.certify.options import CertifyOptions
-from specdef_cli.cli.options import DryRun, Json, Manifest, Quiet, Revision, Token, TrustRemoteCode, takes
-from specdef_cli.cli.output import Output, settle
+from specdef_cli.cli.options import takes
+from specdef_cli.cli.output import Output
+from specdef_cli.option import Source, option
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -17,19 +19,20 @@ if TYPE_CHECKING:
     from specdef_cli.certify.certificate import Certificate
 
 
+@dataclass(frozen=True)
+class Flags:
+    """Options of the command alone."""
+
+    dry_run: bool = option(False, "Print what would be measured; measure nothing.", group="Output")
+
+
 @takes(CertifyOptions)
 def certify_command(
+    flags: Flags,
+    output: Output,
     model: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id of `specdef harden`.")
     ] = "hardened",
-    no_deployment: Annotated[bool, typer.Option("--no-deployment", hidden=True, help="--formats none.")] = False,
-    manifest: Manifest = None,
-    dry_run: DryRun = False,
-    revision: Revision = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
     **given: Any,
 ) -> None:
     """Measure a hardened checkpoint: function kept, spectrum as planned, curvature, formats.
@@ -47,35 +50,27 @@ def certify_command(
     """
     from rich.text import Text
 
-    from specdef_cli.checkpoint.check import require_hardened, require_models, writable_ancestor
+    from specdef_cli.checkpoint.check import require_hardened, require_models
+    from specdef_cli.checkpoint.output import writable_ancestor
     from specdef_cli.errors import SpecDefError, require_extra
 
     # Validate first: importing torch takes seconds.
-    require_hardened(model, manifest)
-    require_models(model, given.get("base"), "--base", manifest)
-    if (text := given.get("text")) is not None and not text.is_file():
-        raise SpecDefError(f"--text {text} is not a file", "Check the path.")
-    writable_ancestor(given.get("out", CertifyOptions.out))
+    options = CertifyOptions(model, **given)
+    require_hardened(options)
+    require_models(options, options.base, "--base")
+    if options.text is not None and not options.text.is_file():
+        raise SpecDefError(f"--text {options.text} is not a file", "Check the path.")
+    writable_ancestor(options.out)
     require_extra("attack", "certificates")
-    if (report := given.get("attacks")) is not None:
-        from specdef_cli.report.document import require_report
-
-        report = require_report(report)
+    if options.attacks is not None:
         from specdef_cli.report.document import read_report
 
-        read_report(report)
-    from specdef_cli.certify.run import attack_command, certify, plan_certify
+        read_report(options.attacks)
+    from specdef_cli.certify.run import prepare
 
-    output = Output(as_json, quiet)
-    settle(output)
-    if no_deployment:  # how scripts of earlier versions say it
-        given["formats"] = ("none",)
-    options = CertifyOptions(
-        model, **given, manifest=manifest, trust_remote_code=trust_remote_code, revision=revision, token=token
-    )
-    if dry_run:
-        parts = plan_certify(options)
-        output.data({"measured": parts}, Text(f"measured: {', '.join(parts)}"))
+    prepared = prepare(options)
+    if flags.dry_run:
+        output.data({"measured": prepared.parts}, Text(f"measured: {', '.join(prepared.parts)}"))
         return
     with output.progress("certifying") as bar:
 
@@ -83,12 +78,12 @@ def certify_command(
             bar.advance(name, 0)
             bar.log(name)
 
-        certificate = certify(options, part)
+        certificate = prepared.certify(part)
     output.data(certificate, certificate_tables(certificate), written=options.out / "certificate.json")
     output.note(f"certificate: {options.out / 'certificate.json'}")
     if certificate.resistance is None:
         output.note(
-            f"attacks: no report was given. `{attack_command(options)}` makes one; "
+            f"attacks: no report was given. `{prepared.attack_command}` makes one; "
             "then certify with --attacks attack/report.json."
         )
     if not certificate.holds:
@@ -126,27 +121,24 @@ def certificate_tables(certificate: Certificate) -> Group:
     return Group(*parts)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What a certificate is compared with."""
+
+    base: str | None = option(
+        None, "What it was made from.", metavar="BASE", shown_default="not checked", group="Model"
+    )
+    attacks: Path | None = option(
+        None, "The report.json that it quotes.", metavar="REPORT", shown_default="not checked", group="Model"
+    )
+
+
+@takes(Source, without=("manifest", "subfolder", "trust_remote_code"))
 def verify_certificate_command(
     model: Annotated[str, typer.Argument(metavar="HARDENED", help="Directory or Hub id with a certificate.json.")],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BASE", help="What it was made from.", show_default="not checked", rich_help_panel="Model"
-        ),
-    ] = None,
-    attacks: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="REPORT",
-            help="The report.json that it quotes.",
-            show_default="not checked",
-            rich_help_panel="Model",
-        ),
-    ] = None,
-    revision: Revision = None,
-    token: Token = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    compared: Compared,
+    output: Output,
+    **given: Any,
 ) -> None:
     """Check that files, figures and verdicts still fit a certificate.
 
@@ -166,18 +158,18 @@ def verify_certificate_command(
     from specdef_cli.checkpoint.check import require_model
     from specdef_cli.report.document import require_report
 
-    directory = require_model(model)
+    source = Source(model, **given)
+    directory = require_model(source)
     if directory is not None:
         require_certificate(directory)
-    if base is not None:
-        require_model(base)
-    if attacks is not None:
-        require_report(attacks)
+    if compared.base is not None:
+        require_model(Source(compared.base))
+    if compared.attacks is not None:
+        require_report(compared.attacks)
     from specdef_cli.certify.verification import verify_certificate
 
-    output = Output(as_json, quiet)
     with output.progress("checking"):
-        checks = verify_certificate(model, base=base, attacks=attacks, revision=revision, token=token)
+        checks = verify_certificate(source, base=compared.base, attacks=compared.attacks)
     table = Table("certificate", "", "detail")
     for check in checks:
         table.add_row(check.name, "DIFFERS" if check.result == "differs" else check.result, Text(check.detail))

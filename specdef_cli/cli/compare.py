@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdef_cli.cli.options import Json, Quiet
+from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
+from specdef_cli.option import option
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -16,15 +18,20 @@ if TYPE_CHECKING:
     from specdef_cli.report.document import Comparison
 
 
+@dataclass(frozen=True)
+class Flags:
+    """Options of the command alone."""
+
+    markdown: bool = option(False, "Print Markdown, for a page or a model card.", group="Output")
+
+
+@takes()
 def compare_command(
     reports: Annotated[
         list[Path], typer.Argument(metavar="REPORT…", help="report.json of each model, or the directory it is in.")
     ],
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.", rich_help_panel="Output")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    flags: Flags,
+    output: Output,
 ) -> None:
     """Put attack reports side by side: one row an attack, one column a model.
 
@@ -44,10 +51,10 @@ def compare_command(
     from specdef_cli.report.document import compare, comparison_markdown, read_report
 
     comparison = compare([read_report(path) for path in reports])
-    if markdown and not as_json:
+    if flags.markdown and not output.as_json:
         print(comparison_markdown(comparison), end="")
         return
-    Output(as_json, quiet).data(comparison, comparison_table(comparison, notes=not quiet))
+    output.data(comparison, comparison_table(comparison, notes=not output.quiet))
 
 
 def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specdef_cli.checkpoint.check import require_manifest_place, require_not_hardened, require_usable
-from specdef_cli.checkpoint.links import in_subfolder
-from specdef_cli.checkpoint.manifest import Method
+from specdef_cli.checkpoint.check import require_not_hardened
+from specdef_cli.checkpoint.output import require_manifest_place, require_usable
 from specdef_cli.cli.inspect import summary_lines
-from specdef_cli.cli.options import (
-    CreatePr,
-    Device,
-    Json,
-    MaxShardSize,
-    Model,
-    Private,
-    Quiet,
-    Resume,
-    Revision,
-    Subfolder,
-    Token,
-    TrustRemoteCode,
-    takes,
-)
-from specdef_cli.cli.output import Output, settle
+from specdef_cli.cli.options import Model, Upload, takes
+from specdef_cli.cli.output import Output
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
-from specdef_cli.option import flag_of, options_of, parse_size
+from specdef_cli.option import flag_of, option, options_of
 from specdef_cli.process import prefer_huge_pages
 
 if TYPE_CHECKING:
@@ -40,39 +26,21 @@ if TYPE_CHECKING:
     from specdef_cli.hardening.run import HardenResult
 
 
-@takes(HardenOptions, *CONSTRUCTIONS.values())
-def harden_command(
-    model: Model,
-    construction: Annotated[
-        Method,
-        typer.Option(
-            "--method", metavar="NAME", help="fold; scale and factors need code to load.", rich_help_panel="Method"
-        ),
-    ] = "fold",
-    max_shard_size: MaxShardSize = "5GB",
-    device: Device = None,
-    revision: Revision = None,
-    subfolder: Subfolder = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    resume: Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would change, and write nothing.", rich_help_panel="Output")
-    ] = False,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(metavar="REPO", help="Upload the published directory to org/name.", rich_help_panel="Upload"),
-    ] = None,
-    private: Private = False,
-    push_revision: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Branch to upload to.", show_default="main", rich_help_panel="Upload"),
-    ] = None,
-    create_pr: CreatePr = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    **given: Any,
-) -> None:
+@dataclass(frozen=True)
+class Flags(Upload):
+    """Options of the command alone."""
+
+    push_to_hub: str | None = option(
+        None, "Upload the published directory to org/name.", metavar="REPO", group="Upload"
+    )
+    push_revision: str | None = option(
+        None, "Branch to upload to.", metavar="NAME", shown_default="main", group="Upload"
+    )
+    dry_run: bool = option(False, "Say what would change, and write nothing.", group="Output")
+
+
+@takes(HardenOptions, *CONSTRUCTIONS.values(), without=("manifest",))
+def harden_command(model: Model, flags: Flags, output: Output, **given: Any) -> None:
     """Harden a checkpoint against fine-tuning without changing what it computes.
 
     Examples:
@@ -83,25 +51,13 @@ def harden_command(
 
       specdef harden ./my-model --method factors --layers '*.o_proj' --dry-run
     """
-    kind = _construction(construction, given)
-    model, subfolder = in_subfolder(model, subfolder)
-    options = HardenOptions(
-        model,
-        construction=kind,
-        **given,
-        max_shard_size=parse_size(max_shard_size),
-        device=device,
-        revision=revision,
-        subfolder=subfolder,
-        token=token,
-        trust_remote_code=trust_remote_code,
-        resume=resume,
-    )
-    require_not_hardened(model)
-    if not dry_run:
-        require_usable(options.out, model)
+    construction = _construction(given)
+    options = HardenOptions(model, construction=construction, **given)
+    require_not_hardened(options)
+    if not flags.dry_run:
+        require_usable(options.out, options.model)
     if options.manifest_out is not None:
-        require_manifest_place(options.manifest_out, options.out, model)
+        require_manifest_place(options.manifest_out, options.out, options.model)
     prefer_huge_pages()
 
     from rich.console import Group
@@ -111,16 +67,14 @@ def harden_command(
     from specdef_cli.hardening.plan import HardeningPlan
     from specdef_cli.hardening.run import harden, preview
 
-    output = Output(as_json, quiet)
-    settle(output)
     destination = None
-    if push_to_hub is not None:
-        destination = Destination(push_to_hub, private, push_revision, create_pr, token)
-        if not dry_run:
+    if flags.push_to_hub is not None:
+        destination = Destination(flags.push_to_hub, flags.private, flags.push_revision, flags.create_pr, options.token)
+        if not flags.dry_run:
             require_writable(destination)
-    elif private or create_pr or push_revision is not None:
+    elif flags.private or flags.create_pr or flags.push_revision is not None:
         raise typer.BadParameter("--private, --push-revision and --create-pr need --push-to-hub")
-    with output.progress("planning" if dry_run else "hardening") as bar:
+    with output.progress("planning" if flags.dry_run else "hardening") as bar:
 
         def begin(plan: HardeningPlan) -> None:
             for text in plan.notes:
@@ -130,11 +84,11 @@ def harden_command(
         def advance(event: Progress) -> None:
             bar.advance(event.label, event.nbytes)
 
-        if dry_run:
+        if flags.dry_run:
             shown = preview(options, begin, advance)
         else:
             result = harden(options, begin, advance)
-    if dry_run:
+    if flags.dry_run:
         output.data(shown, Group(*summary_lines(shown), "nothing was written"))
     elif result is not None:
         output.data(result, result_tables(result), written=options.out)
@@ -150,8 +104,9 @@ def harden_command(
                 output.note(upload.note)
 
 
-def _construction(method: Method, given: dict[str, Any]) -> Construction:
-    """Take a construction's own options out of what was given; one of another construction is wrong usage."""
+def _construction(given: dict[str, Any]) -> Construction:
+    """Take the construction and its own options out of what was given; one of another construction is wrong usage."""
+    method = given.pop("construction", "fold")
     owners = {name: kind for kind in CONSTRUCTIONS.values() for name in options_of(kind)}
     own = {name: given.pop(name) for name in tuple(given) if name in owners}
     for name in own:

@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from specdef_cli.checkpoint.check import require_hardened, require_usable
-from specdef_cli.cli.options import (
-    CreatePr,
-    Device,
-    Json,
-    Manifest,
-    MaxShardSize,
-    Model,
-    Out,
-    Private,
-    Quiet,
-    Resume,
-    Revision,
-    Token,
-    TrustRemoteCode,
-)
-from specdef_cli.cli.output import Output, settle
+from specdef_cli.checkpoint.check import require_hardened
+from specdef_cli.checkpoint.output import require_usable
+from specdef_cli.cli.options import Model, Upload, takes
+from specdef_cli.cli.output import Output
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import CollapseOptions
-from specdef_cli.option import parse_size
+from specdef_cli.option import Source, option
 from specdef_cli.process import prefer_huge_pages
 
 
-def collapse_command(
-    model: Model,
-    out: Out,
-    manifest: Manifest = None,
-    max_shard_size: MaxShardSize = "5GB",
-    device: Device = None,
-    revision: Revision = None,
-    token: Token = None,
-    resume: Resume = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@takes(CollapseOptions, without=("trust_remote_code",))
+def collapse_command(model: Model, output: Output, **given: Any) -> None:
     """Give back the original architecture: multiply factors, undo folds and scales. Anyone can do this.
 
     Examples:
@@ -51,17 +29,15 @@ def collapse_command(
 
       specdef collapse org/name --manifest specdef.json --out original
     """
-    options = CollapseOptions(model, out, manifest, parse_size(max_shard_size), device, revision, token, resume)
-    require_hardened(model, manifest)
-    require_usable(out, model)
+    options = CollapseOptions(model, **given)
+    require_hardened(options)
+    require_usable(options.out, options.model)
     prefer_huge_pages()
 
     from rich.text import Text
 
-    from specdef_cli.hardening.collapse import collapse
+    from specdef_cli.hardening.run import collapse
 
-    output = Output(as_json, quiet)
-    settle(output)
     with output.progress("collapsing") as bar:
         result = collapse(
             options,
@@ -87,10 +63,18 @@ def collapse_command(
                 f"{modules} modules unscaled, "
                 f"{result.parameters_removed:,} parameters removed"
             ),
-            written=out,
+            written=options.out,
         )
 
 
+@dataclass(frozen=True)
+class Converted:
+    """Where an adapter goes."""
+
+    out: Path = option(MISSING, "New directory of the adapter.", "--out", "-o", metavar="DIR", group="Output")
+
+
+@takes(Source)
 def convert_adapter_command(
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="Directory or Hub id of a LoRA adapter of the base.")
@@ -98,13 +82,9 @@ def convert_adapter_command(
     hardened: Annotated[
         str, typer.Argument(metavar="HARDENED", help="Directory or Hub id that `specdef harden` made.")
     ],
-    out: Out,
-    manifest: Manifest = None,
-    revision: Revision = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    converted: Converted,
+    output: Output,
+    **given: Any,
 ) -> None:
     """Rewrite a PEFT LoRA adapter of the base so that it does on the hardened model what it did on the base.
 
@@ -112,10 +92,12 @@ def convert_adapter_command(
 
       specdef convert-adapter ./my-lora hardened --out hardened-lora
     """
-    from specdef_cli.checkpoint.check import require_hardened, require_usable
+    from specdef_cli.checkpoint.check import require_hardened
+    from specdef_cli.checkpoint.output import require_usable
     from specdef_cli.errors import SpecDefError, require_extra
 
-    require_hardened(hardened, manifest)
+    source, out = Source(hardened, **given), converted.out
+    require_hardened(source)
     require_usable(out, adapter)
     place = Path(adapter).expanduser()
     if place.exists() and not (place / "adapter_config.json").is_file():
@@ -127,35 +109,27 @@ def convert_adapter_command(
     from specdef_cli.hardening.adapter import convert_adapter
     from specdef_cli.model.opened import open_model
 
-    output = Output(as_json, quiet)
-    model = open_model(
-        hardened, hardened=True, manifest=manifest, revision=revision, token=token, trust_remote_code=trust_remote_code
-    )
-    result = convert_adapter(str(place) if place.exists() else adapter, model, out, name=hardened, token=token)
+    model = open_model(source, hardened=True)
+    result = convert_adapter(str(place) if place.exists() else adapter, model, out, name=hardened, token=source.token)
     output.data(result, Text(f"{out}: {result.rewritten} of {result.modules} modules rewritten"), written=out)
 
 
+@dataclass(frozen=True)
+class Flags(Upload):
+    """Options of the command alone."""
+
+    revision: str | None = option(None, "Branch to upload to.", metavar="NAME", shown_default="main", group="Upload")
+    no_manifest: bool = option(False, "Leave out specdef.json, which says what was changed.", group="Upload")
+    yes: bool = option(False, "Upload a directory that is not hardened too.", "--yes", "-y", group="Upload")
+
+
+@takes(Source, without=("manifest", "revision", "subfolder", "trust_remote_code"))
 def push_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `specdef harden` published.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub; made if it does not exist.")],
-    private: Private = False,
-    revision: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Branch to upload to.", show_default="main", rich_help_panel="Upload"),
-    ] = None,
-    create_pr: CreatePr = False,
-    no_manifest: Annotated[
-        bool,
-        typer.Option(
-            "--no-manifest", help="Leave out specdef.json, which says what was changed.", rich_help_panel="Upload"
-        ),
-    ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Upload a directory that is not hardened too.", rich_help_panel="Upload")
-    ] = False,
-    token: Token = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    flags: Flags,
+    output: Output,
+    **given: Any,
 ) -> None:
     """Upload a hardened directory with its card and certificate: after `specdef certify`, not before.
 
@@ -171,18 +145,18 @@ def push_command(
     from rich.text import Text
 
     from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-    from specdef_cli.checkpoint.resolve import Resolved
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
     from specdef_cli.hardening.card import has_section
-    from specdef_cli.model.opened import open_found
+    from specdef_cli.model.opened import open_model
 
-    output = Output(as_json, quiet)
-    destination = Destination(repository, private, revision, create_pr, token)
-    model = open_found(Resolved(directory, str(directory)))  # what is incomplete is not uploaded
-    if model.manifest is None and not has_section(directory) and not yes:
+    destination = Destination(
+        repository, flags.private, flags.revision, flags.create_pr, Source(directory, **given).token
+    )
+    model = open_model(directory)  # what is incomplete is not uploaded
+    if model.manifest is None and not has_section(directory) and not flags.yes:
         _ask(directory, repository)
     require_writable(destination)
-    if no_manifest:
+    if flags.no_manifest:
         output.note(
             f"{MANIFEST_NAME} was not uploaded: keep it for `specdef collapse --manifest`. "
             "Leaving it out hides little: norms give changed channels away, and names give factors away."
@@ -192,7 +166,7 @@ def push_command(
             f"{MANIFEST_NAME} is uploaded and names every changed weight: `specdef collapse {repository}` gives the "
             "original back. --no-manifest leaves it out, which hides little: norms give changed channels away."
         )
-    upload = push(directory, destination, manifest=not no_manifest)
+    upload = push(directory, destination, manifest=not flags.no_manifest)
     if upload.removed:
         output.note(upload.note)
     output.data(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from specdef_cli.checkpoint.check import require_model
-from specdef_cli.checkpoint.links import in_subfolder
-from specdef_cli.cli.options import Device, Json, Manifest, Model, Quiet, Revision, Subfolder, Token, TrustRemoteCode
-from specdef_cli.cli.output import Output, settle
+from specdef_cli.cli.options import Model, takes
+from specdef_cli.cli.output import Output
+from specdef_cli.option import Source, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,29 +17,23 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
 
-    from specdef_cli.hardening.outlook import Outlook, PlanSummary
-    from specdef_cli.hardening.survey import LayerSurvey, Survey
+    from specdef_cli.hardening.survey import LayerSurvey, Outlook, PlanSummary, Survey
 
 
-def inspect_command(
-    model: Model,
-    every_layer: Annotated[
-        bool,
-        typer.Option(
-            "--layers",
-            help="List every layer, with σ₁ and effective rank (reads all weights).",
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    manifest: Manifest = None,
-    device: Device = None,
-    revision: Revision = None,
-    subfolder: Subfolder = None,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@dataclass(frozen=True)
+class Flags:
+    """Options of the command alone."""
+
+    every_layer: bool = option(
+        False, "List every layer, with σ₁ and effective rank (reads all weights).", "--layers", group="Output"
+    )
+    device: str | None = option(
+        None, "cpu, cuda:0, …", metavar="DEVICE", shown_default="every GPU, else cpu", group="Model"
+    )
+
+
+@takes(Source)
+def inspect_command(model: Model, flags: Flags, output: Output, **given: Any) -> None:
     """Say whether and how a model can be hardened and what that would cost; with --layers, list its linear layers.
 
     Examples:
@@ -51,28 +44,21 @@ def inspect_command(
 
       specdef inspect hardened --json
     """
-    model, subfolder = in_subfolder(model, subfolder)
-    require_model(model, manifest)
+    source = Source(model, **given)
+    require_model(source)
     from rich.console import Group
 
     from specdef_cli.hardening.survey import survey
 
-    output = Output(as_json, quiet)
-    settle(output)
     with output.progress("reading") as bar:
         found = survey(
-            model,
-            manifest=manifest,
-            revision=revision,
-            token=token,
-            subfolder=subfolder,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            spectra=every_layer or as_json,
+            source,
+            device=flags.device,
+            spectra=flags.every_layer or output.as_json,
             on_progress=lambda event: bar.advance(event.label),
         )
     parts = [survey_summary(found)]
-    output.data(found, Group(layers_table(found), *parts) if every_layer else Group(*parts))
+    output.data(found, Group(layers_table(found), *parts) if flags.every_layer else Group(*parts))
 
 
 def survey_summary(found: Survey) -> Group:
@@ -171,7 +157,7 @@ FEW = 0.5
 
 def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
     """What every method would do and cost, and which one to take."""
-    from specdef_cli.hardening.outlook import Obstacle
+    from specdef_cli.hardening.survey import Obstacle
 
     for summary in outlook.methods:
         if isinstance(summary, Obstacle):

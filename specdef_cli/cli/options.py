@@ -7,127 +7,66 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field
-from pathlib import Path
+from dataclasses import MISSING, Field, dataclass, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
-from specdef_cli.errors import clean_token
-from specdef_cli.option import options_of
+from specdef_cli.option import option, options_of
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id org/name[@revision].")]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out", "-o", help="New directory to publish.", metavar="DIR", show_default=False, rich_help_panel="Output"
-    ),
-]
-Manifest = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="specdef.json.", show_default="the directory's", rich_help_panel="Model"),
-]
-MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file, e.g. 500MB.", rich_help_panel="Output")]
-Device = Annotated[
-    str | None,
-    typer.Option(metavar="DEVICE", help="cpu, cuda:0, …", show_default="every GPU, else cpu", rich_help_panel="Model"),
-]
-Revision = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="Branch, tag or commit.", show_default="main", rich_help_panel="Model / On the Hub."
-    ),
-]
-
-Subfolder = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder in MODEL that the model is in.",
-        show_default=False,
-        rich_help_panel="Model / In a folder of it.",
-    ),
-]
 
 
-def _token(value: str | None) -> str | None:
-    token = clean_token(value)
-    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
-        raise typer.BadParameter("it holds white space or characters that no token has")
-    return token
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """Options of commands that upload."""
 
-
-Token = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TOKEN",
-        help="Hub token.",
-        show_default="HF_TOKEN, else the login",
-        envvar="HF_TOKEN",
-        callback=_token,
-        rich_help_panel="Model / On the Hub.",
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel="Model"),
-]
-Private = Annotated[
-    bool, typer.Option("--private", help="If the repository is made, make it private.", rich_help_panel="Upload")
-]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Upload as a pull request.", rich_help_panel="Upload")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on where an interrupted run stopped.", rich_help_panel="Output")
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.", rich_help_panel="Output")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no notes.", rich_help_panel="Output")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the plan and its time here; run nothing.", rich_help_panel="Output")
-]
+    private: bool = option(False, "If the repository is made, make it private.", group="Upload")
+    create_pr: bool = option(False, "Upload as a pull request.", group="Upload")
 
 
 Command = Callable[..., None]
 
 
-def takes(*models: type) -> Callable[[Command], Command]:
-    """Give a command, in place of its ``**given``, a parameter for every option of ``models`` that it does not declare.
+def takes(*models: type, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """Give a command a parameter for every option of ``models``, in place of its ``**given``.
 
     ``given`` then holds what the user gave and nothing else, so that the defaults of ``models`` hold, which ``--help``
-    shows. A list arrives as the tuple that a frozen class holds. A declared parameter stands in ``--help`` where the
-    option of its name does.
+    shows. A list arrives as the tuple that a frozen class holds. A parameter whose type is a class of options
+    (``output: Output``) stands for the options of that class, and gets one that is made of them.
     """
 
     def decorate(command: Command) -> Command:
-        declared = [
-            parameter
-            for parameter in inspect.signature(command, eval_str=True).parameters.values()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-        own = {parameter.name: parameter for parameter in declared}
-        derived = [
-            own.get(name) or _parameter(field, get_type_hints(model)[name])
-            for model in models
+        declared = inspect.signature(command, eval_str=True).parameters
+        made: dict[str, Any] = {
+            name: each.annotation for name, each in declared.items() if is_dataclass(each.annotation)
+        }
+        own = {name: each for name, each in declared.items() if name not in made and name != "given"}
+        derived = {
+            name: _parameter(field, get_type_hints(model)[name])
+            for model in (*models, *made.values())
             for name, field in options_of(model).items()
-        ]
-        derived += [parameter for parameter in declared if parameter not in derived]
+            if name not in without
+        }
 
         @functools.wraps(command)
         def run(context: typer.Context, **arguments: Any) -> None:
-            given = {
+            given: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) and name not in own else value
                 for name, value in arguments.items()
                 if name in own or context.get_parameter_source(name).name != "DEFAULT"  # type: ignore[union-attr]
             }
+            for name, kind in made.items():
+                given[name] = kind(**{each: given.pop(each) for each in options_of(kind) if each in given})
+            given["output"].begin()
             command(**given)
 
         context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (context, *derived)]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in {**derived, **own}.values()]
+        run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in (context, *parameters)}
         return run
 
     return decorate
@@ -135,7 +74,7 @@ def takes(*models: type) -> Callable[[Command], Command]:
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     spelling, description = field.metadata["spelling"], field.metadata["description"]
-    kind: Any = _first(hint)
+    kind: Any = spelling.written or _first(hint)
     many = get_origin(kind) is tuple
     metavar = spelling.metavar
     if many:
@@ -149,11 +88,15 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
         metavar=metavar,
         show_default=spelling.shown_default or True,
         rich_help_panel=spelling.group,
+        envvar=spelling.envvar,
+        show_envvar=False,
     )
-    default = field.default or None if many else field.default
+    default = None if spelling.parse is not None else field.default or None if many else field.default
     if default is None:
         kind |= None
     annotation: Any = Annotated[kind, shown]
+    if default is MISSING:
+        default = inspect.Parameter.empty
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

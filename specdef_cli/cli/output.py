@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from specdef_cli.errors import SpecDefError, printable, redact
+from specdef_cli.option import option
 from specdef_cli.process import forget_stale_launcher
 
 PIPED_WIDTH = 160
@@ -32,15 +33,19 @@ DAY = 24 * 3600
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """How a command talks.
+    """How a command talks. These are options of every command."""
 
-    Attributes:
-        as_json: Data goes to stdout as one JSON document; tables go to stderr.
-        quiet: No notes and no bars.
-    """
+    as_json: bool = option(False, "Print JSON on stdout, and nothing else there.", "--json", group="Output")
+    quiet: bool = option(False, "No progress bars and no notes.", "--quiet", "-q", group="Output")
+    verbose: bool = option(False, "Show every run, tracebacks and all warnings.", group="Output")
 
-    as_json: bool = False
-    quiet: bool = False
+    def begin(self) -> None:
+        """Ignore what a launch that is over has left in the environment, and keep downloads as quiet as the command."""
+        note = forget_stale_launcher()
+        if note is not None:
+            self.note(f"note: {note}")
+        if self.quiet or self.as_json:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     @property
     def _stderr(self) -> Console:
@@ -108,17 +113,6 @@ class Output:
             yield Bar(columns, columns.add_task(what, total=None, label=""), log)
         finally:
             columns.stop()
-
-
-def settle(output: Output) -> None:
-    """Ignore what a launch that is over has left in the environment, and keep downloads as quiet as the command."""
-    note = forget_stale_launcher()
-    if note is not None:
-        output.note(f"note: {note}")
-    if output.quiet or output.as_json:
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
 
 
 @dataclasses.dataclass(frozen=True)

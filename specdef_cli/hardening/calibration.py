@@ -133,9 +133,7 @@ def calibrate(
     length = min(LENGTH, (getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH + 2) - 2)
     try:
         parts = [
-            token_batch(
-                base.directory, part, sequences=SEQUENCES, length=length, trust_remote_code=base.trust_remote_code
-            )
+            token_batch(base.directory, part, sequences=SEQUENCES, length=length, tokenizer=base.tokenizer())
             for part in (text, *_as_chat(base.tokenizer(), text))
         ]
     except SpecDefError as error:

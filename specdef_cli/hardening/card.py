@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specdef_cli.checkpoint.front_matter import joined, metadata, read_card, split_card, with_keys
-from specdef_cli.checkpoint.library import TRANSFORMERS, Library
-from specdef_cli.checkpoint.manifest import BaseCheckpoint, Manifest
+import yaml
+
+from specdef_cli.checkpoint.files import TRANSFORMERS, Library
+from specdef_cli.checkpoint.manifest import BaseCheckpoint, FoldedPair, Manifest
 from specdef_cli.errors import INSTALLATION
-from specdef_cli.hardening.lost_formats import given_up, lost_formats, serving_advice
+from specdef_cli.hardening.fold import CACHED_EXPONENT, CACHED_KINDS
 
 TAG = "specdef"
 RELATION = "finetune"
@@ -174,7 +176,7 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
     around += around_scales if manifest.folded or manifest.scaled else ""
     measure = "`specdef attack` measures this on this very checkpoint."
     around += "Edits without training, which take a direction out of the weights, work as on the base. "
-    if not library.is_attacked:
+    if not library.is_transformers:
         unchanged = (*unchanged, "convolutions")  # no construction reaches them
         measure = "No attack was measured on this very checkpoint."
     free = f"Trained alone as fast as before: {', '.join(unchanged)}. " if unchanged else ""
@@ -191,7 +193,7 @@ def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
     advice = serving_advice(lost)
     if not manifest.factored and not manifest.scaled:
         return [f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"]
-    if not library.runs_code:
+    if not library.is_transformers:
         return [
             "Load it, alone or in the place of the base in its pipeline, with diffusers "
             f"installed, after {INSTALLATION} and `import specdef_cli`; without that, diffusers refuses it. {advice}"
@@ -200,3 +202,151 @@ def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
         "Load it with `trust_remote_code=True` (the code is `configuration_specdef.py` in this repository), or without "
         f"after {INSTALLATION} and `import specdef_cli`. {advice}"
     ]
+
+
+FLOAT16 = "float16 weights"
+BLOCKS = "8- and 4-bit quantization (bitsandbytes, torchao, GGUF)"
+DOUBLE = "double quantization (bitsandbytes)"
+FLOAT8 = "float8"
+CACHE = "a float16 key/value cache or llama.cpp's flash attention (its defaults)"
+MERGES = "merging with models that are not hardened alike"
+LLAMA_CPP_BLOCKS = "llama.cpp's quantized files (Q8_0, Q4_0, Q4_K_M)"
+LLAMA_CPP_4_BITS = "llama.cpp's 4-bit files (Q4_K_M: 4 % of SmolLM2's perplexity)"
+W8A8 = "engines that quantize activations by token (w8a8)"
+
+SCALED_LOADERS = (
+    "It brings code to load, with trust_remote_code=True or `import specdef_cli`. What does not run it stops with an "
+    "error: llama.cpp, bitsandbytes, mergekit, and the defaults of PEFT's LoRA and TRL's SFTTrainer."
+)
+"""Of scaled modules, as measured; none of it is silent."""
+
+NARROW_EXPONENT = CACHED_EXPONENT
+"""Factors up to this power of two leave weights within float16, and within float8 with a scale a row."""
+
+
+def lost_formats(folded: Sequence[FoldedPair], profile: str | None, *, with_code: bool) -> tuple[str, ...]:
+    """The formats in which the result is not expected to compute what the base does."""
+    if folded and not with_code and all(pair.given_up is not None for pair in folded):
+        return (LLAMA_CPP_4_BITS if profile == "gguf" else LLAMA_CPP_BLOCKS, DOUBLE, W8A8, MERGES)
+    wide = with_code or _beyond(folded, NARROW_EXPONENT)
+    columns = wide or any(pair.kind != "query_key" for pair in folded)
+    cached = [pair for pair in folded if pair.kind in CACHED_KINDS]
+    expected = {
+        FLOAT16: wide,
+        BLOCKS: columns,
+        DOUBLE: not columns,
+        FLOAT8: wide,
+        CACHE: _beyond(cached, CACHED_EXPONENT),
+        MERGES: True,
+    }
+    return tuple(name for name, lost in expected.items() if lost)
+
+
+def serving_advice(lost: Sequence[str]) -> str:
+    """What :func:`lost_formats` found, in a sentence or two."""
+    dtype = "Serve it in float32 or bfloat16. " if FLOAT16 in lost or CACHE in lost else ""
+    return f"{dtype}It does not survive: {', '.join(lost)}."
+
+
+def given_up(folded: Sequence[FoldedPair]) -> str:
+    """What formats lose that round the smallest columns to zero, in a sentence; empty where nothing is known of it."""
+    shares = {pair.name: pair.given_up for pair in folded if pair.given_up}
+    if not shares:
+        return ""
+    worst = max(shares, key=lambda name: shares[name])
+    return (
+        f"Quantized, it loses {len(shares)} channels, one a pair: at most {shares[worst]:.2%} of what the pair's "
+        f"readers put out ({worst}), as energy."
+    )
+
+
+def _beyond(folded: Sequence[FoldedPair], limit: int) -> bool:
+    return any(abs(exponent) > limit for pair in folded for exponent in pair.exponents)
+
+
+_FRONT = re.compile(r"\A\s*---[ \t]*\n(.*?)(?m:^)---[ \t]*(?:\n|\Z)", re.DOTALL)
+_BLOCKS = re.compile(r"^(?=[^\s#\-\]}])", re.MULTILINE)
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_card(path: Path) -> str:
+    """A card's text, whatever its encoding and line ends; empty where there is none."""
+    data = path.read_bytes() if path.is_file() else b""
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", errors="replace")  # what Windows writes without a mark
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def split_card(card: str) -> tuple[str, str]:
+    """The front matter, as valid YAML of a mapping, and the body. Lines that are no YAML become comments."""
+    found = _FRONT.match(card)
+    if found is None:
+        return "", card
+    front = found[1].strip("\n")
+    if front.startswith("{") and isinstance(data := _loaded(front), dict):
+        front = yaml.safe_dump(data, allow_unicode=True, sort_keys=False).strip("\n")
+    if _mapping(front) is None:
+        blocks = [block for block in _BLOCKS.split(front) if block]
+        if not any(_mapping(block) for block in blocks):  # text between two rules
+            return ("", card) if front.strip() else ("", card[found.end() :])
+        front = "\n".join(
+            block.rstrip("\n") if _mapping(block) is not None else re.sub(r"^", "# ", block.rstrip("\n"), flags=re.M)
+            for block in blocks
+        )
+    return front, card[found.end() :]
+
+
+def metadata(front: str) -> dict[str, Any]:
+    """What front matter says; every scalar is text, so that ``no`` stays Norwegian."""
+    return dict(_loaded(front) or {})
+
+
+def with_keys(front: str, changes: Mapping[str, Any]) -> str:
+    """Set top-level keys of front matter; ``None`` removes one. No other character changes."""
+    for key, value in changes.items():
+        line = "" if value is None else yaml.safe_dump({key: value}, allow_unicode=True, sort_keys=False).rstrip("\n")
+        node = _mapping(front)
+        place = next(((k, v) for k, v in (node.value if node else ()) if k.value == key), None)
+        if place is None:
+            front = f"{front}\n{line}".strip("\n") if line else front
+            continue
+        begin, end = place[0].start_mark.index, _end(place[1], front)
+        after = front[end:] if line else front[end:].removeprefix("\n")
+        front = (front[:begin] + line + after).strip("\n")
+    return front
+
+
+def joined(front: str, body: str) -> str:
+    """A card of front matter and body."""
+    return (f"---\n{front}\n---\n\n" if front.strip() else "") + body
+
+
+def _loaded(text: str) -> Any:
+    """Text, lists and mappings; ``None`` for what is no YAML."""
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _mapping(text: str) -> yaml.MappingNode | None:
+    """The node of a mapping in block style, or of nothing but comments; ``None`` for anything else."""
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return None
+    if node is None and text.strip():
+        return yaml.MappingNode("tag:yaml.org,2002:map", [])
+    block = isinstance(node, yaml.MappingNode) and not node.flow_style and isinstance(_loaded(text), dict)
+    return node if block else None
+
+
+def _end(node: yaml.Node, text: str) -> int:
+    """Where a value ends in the text: a collection in block style claims what follows it too, comments and all."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last, text)
+    return len(text[: node.end_mark.index].rstrip("\n"))

@@ -20,6 +20,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors
 from specdef_cli.model.sites import LinearSite, require_factorable
 from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.spectral import Gauge
 from specdef_cli.spectral.factors import (
     RECONSTRUCTION_TOLERANCE,
     check_alpha,
@@ -29,7 +30,6 @@ from specdef_cli.spectral.factors import (
     round_down,
     symmetric_factors,
 )
-from specdef_cli.spectral.gauges import Gauge
 from specdef_cli.spectral.subspace import layer_seed, product, top_subspace
 
 

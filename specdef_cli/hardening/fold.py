@@ -11,7 +11,7 @@ What is scaled where was decided by measuring (docs/decisions.md):
   channels of a middling norm, whose values are ordinary ones;
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
   attacker may train either side alone;
-* exponents that differ from pair to pair (:mod:`specdef_cli.spectral.staircase`), as the profile lays them
+* exponents that differ from pair to pair (:mod:`specdef_cli.hardening.fold`), as the profile lays them
   (:data:`PROFILES`);
 * not the residual stream: it has a single scale, which a learning-rate sweep recovers; embeddings stay unprotected.
 """
@@ -29,15 +29,13 @@ import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
-from specdef_cli.checkpoint.manifest import FoldedPair
+from specdef_cli.checkpoint.manifest import FoldedPair, ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
-from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Profile
 from specdef_cli.model.body import Side, SymmetricPair
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, HIGHEST_UNCROSSED, constant, one_apart, staircase
 
 Member = TypeVar("Member")
 
@@ -46,6 +44,61 @@ SAMPLE_ROWS = 128
 
 DIRECTIONS = (1, -1)
 """One channel of a pair is inflated and one deflated."""
+
+# Which power of two each folded channel gets. An optimizer has one learning rate η. A channel inflated by 2^e trains
+# at η ≈ η₀·2^-e, diverges above, and stands still below. On a staircase the exponents differ: an attacker gets what
+# the highest step of the trained weights is good for. What makes that small (``make reproduce-staircase``): one layer
+# far above the others, so that a weight with scaled rows and columns trains one number, where the two cross; each
+# one-sided exponent a decade below some two-sided one, as a vector is worth much more than a number; the other layers
+# going down, so that an attacker who freezes the one apart meets the next step.
+# Lowest step: at 2**13 ≈ 8,000 the shifted learning rate is beyond what ordinary sweeps try.
+LOWEST_EXPONENT = 13
+# Where rows and columns of one tensor are both scaled, a gradient is 2**(e + f) times the ordinary one, and Adam and
+# gradient clipping square it: 2**112, which float32 and bfloat16 still hold (their largest number is about 2**128).
+# With higher steps nothing trains either, but only because norms overflow, and an attacker repairs that in one line.
+HIGHEST_CROSSING = 56
+# Highest step of pairs that cross one another.
+HIGHEST_EXPONENT = HIGHEST_CROSSING // 2
+# Highest step of what nothing crosses, or only what a cache holds: as far above the others as they reach, and below
+# the crossings, so that training everything does not meet it.
+HIGHEST_UNCROSSED = 40
+
+
+def staircase(
+    layers: int, kinds: int, lowest: int = LOWEST_EXPONENT, highest: int = HIGHEST_EXPONENT
+) -> tuple[tuple[int, ...], ...]:
+    """Exponents for ``kinds`` pairs in each of ``layers`` layers, indexed [layer][kind].
+
+    The first layer takes the upper half of the range, the others its lowest third; both go down.
+
+    >>> staircase(3, 2)
+    ((28, 21), (18, 17), (15, 13))
+    """
+    span = highest - lowest
+    first = _descending(kinds, highest, highest - span // 2)
+    others = _descending((layers - 1) * kinds, lowest + span // 3, lowest)
+    return (first, *(others[layer * kinds : (layer + 1) * kinds] for layer in range(layers - 1)))
+
+
+def one_apart(layers: int, kinds: int, highest: int) -> tuple[tuple[int, ...], ...]:
+    """Exponents where all pairs of the first layer are on the highest step, and the other layers go down far below.
+
+    >>> one_apart(3, 2, 28)
+    ((28, 28), (18, 18), (13, 13))
+    """
+    return tuple(layer * kinds for layer in ((highest,), *staircase(layers, 1)[1:]))[:layers]
+
+
+def _descending(count: int, highest: int, lowest: int) -> tuple[int, ...]:
+    """``count`` whole numbers from ``highest`` down to ``lowest``, evenly spread."""
+    return tuple(highest - (highest - lowest) * step // max(1, count - 1) for step in range(count))
+
+
+def constant(layers: int, kinds: int, alpha: float) -> tuple[tuple[int, ...], ...]:
+    """The power of two nearest to ``alpha``, for every pair."""
+    exponent = round(math.log2(alpha))
+    return tuple((exponent,) * kinds for _ in range(layers))
+
 
 CACHED_KINDS = ("value_output", "query_key")
 CACHED_EXPONENT = 9
@@ -66,7 +119,7 @@ class Steps:
 
     Attributes:
         schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
-            :func:`specdef_cli.spectral.staircase.staircase`.
+            :func:`specdef_cli.hardening.fold.staircase`.
     """
 
     schedule: Callable[[int, int], tuple[tuple[int, ...], ...]]
@@ -82,7 +135,7 @@ class FoldProfile:
 
     Attributes:
         steps: Exponents by region. Where two pairs scale the rows and the columns of one tensor, their exponents add up
-            to at most :data:`~specdef_cli.spectral.staircase.HIGHEST_CROSSING`.
+            to at most :data:`~specdef_cli.hardening.fold.HIGHEST_CROSSING`.
     """
 
     steps: dict[str, Steps]
@@ -141,7 +194,7 @@ def spread(
 
     Args:
         schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
-            :func:`specdef_cli.spectral.staircase.staircase`.
+            :func:`specdef_cli.hardening.fold.staircase`.
     """
     groups = _by_layer(pairs)
     steps = schedule(len(groups), directions * max((len(members) for members in groups), default=0))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from specdef_cli.checkpoint.manifest import Method
-from specdef_cli.errors import SpecDefError
-from specdef_cli.option import as_declared, option
-from specdef_cli.spectral.gauges import Gauge
+from specdef_cli.errors import WrongUsage
+from specdef_cli.option import Source, as_declared, option, parse_size
+from specdef_cli.spectral import Gauge
 
 Profile = Literal["float16-cache", "bfloat16", "quantizable", "gguf"]
 BY_WEIGHTS = "none"
@@ -32,12 +33,12 @@ class Fold:
     def __post_init__(self) -> None:
         as_declared(self)
         if self.profile == "gguf" and self.calibration == BY_WEIGHTS:
-            raise SpecDefError(
+            raise WrongUsage(
                 "--profile gguf needs a text: weights do not show how much blocks of activations lose",
                 "Give a text, or leave --calibration out.",
             )
         if self.calibration is not None and self.profile not in ("quantizable", "gguf"):
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--calibration {self.calibration} changes nothing in --profile {self.profile}",
                 "Use --profile quantizable, or leave --calibration out.",
             )
@@ -65,26 +66,50 @@ class Factors:
     def __post_init__(self) -> None:
         as_declared(self)
         if not (math.isfinite(self.alpha) and self.alpha >= 1):
-            raise SpecDefError(
+            raise WrongUsage(
                 f"--alpha is {self.alpha:g}; it must be a finite number of at least 1", "Give e.g. --alpha 1e4."
             )
         if self.top_k < 1:
-            raise SpecDefError(f"--top-k is {self.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
+            raise WrongUsage(f"--top-k is {self.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
 
 
 Construction = Fold | Scale | Factors
 CONSTRUCTIONS: dict[Method, type[Construction]] = {kind.method: kind for kind in get_args(Construction)}
 
 
+def construction_of(method: Method) -> Construction:
+    """The construction of a name, with its defaults."""
+    if method not in CONSTRUCTIONS:
+        raise WrongUsage(f"--method {method!r} is unknown", f"Choose one of: {', '.join(CONSTRUCTIONS)}.")
+    return CONSTRUCTIONS[method]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publishing(Source):
+    """Options of what writes a new directory."""
+
+    max_shard_size: int = option(
+        5 * 10**9, "Largest file, e.g. 500MB.", metavar="SIZE", shown_default="5GB", group="Output", parse=parse_size
+    )
+    device: str | None = option(
+        None, "cpu, cuda:0, …", metavar="DEVICE", shown_default="every GPU, else cpu", group="Model"
+    )
+    resume: bool = option(False, "Go on where an interrupted run stopped.", group="Output")
+
+
 @dataclass(frozen=True)
-class HardenOptions:
+class HardenOptions(Publishing):
     """Options of :func:`specdef_cli.harden`."""
 
-    model: str
-    """A directory, or a Hub id ``org/name[@revision]``."""
     out: Path = option(Path("hardened"), "New directory to publish.", "--out", "-o", metavar="DIR", group="Output")
     construction: Construction = option(
-        Fold(), "fold; scale and factors need code to load.", "--method", group="Method"
+        Fold(),
+        "fold; scale and factors need code to load.",
+        "--method",
+        metavar="NAME",
+        shown_default="fold",
+        group="Method",
+        parse=construction_of,
     )
     layers: tuple[str, ...] = option((), "Glob of what to harden.", metavar="GLOB", group="Method")
     exclude: tuple[str, ...] = option((), "Glob of what to leave alone.", metavar="GLOB", group="Method")
@@ -96,35 +121,19 @@ class HardenOptions:
         None, "Write specdef.json there, not into --out.", metavar="FILE", group="Output"
     )
     verify: bool = option(True, "Compare the outputs.", "--verify/--no-verify", group="Output")
-    max_shard_size: int = 5 * 10**9
-    device: str | None = None
-    revision: str | None = None
-    subfolder: str | None = None
-    token: str | None = None
-    trust_remote_code: bool = False
-    resume: bool = False
 
     def __post_init__(self) -> None:
-        as_declared(self)
+        super().__post_init__()
         if not isinstance(self.construction, Construction):
-            raise SpecDefError(
+            raise WrongUsage(
                 f"construction is {self.construction!r}", "Give Fold(), Scale() or Factors(), of specdef_cli."
             )
+        if self.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
+            raise WrongUsage(f"--base-model {self.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
 
 
 @dataclass(frozen=True)
-class CollapseOptions:
+class CollapseOptions(Publishing):
     """Options of :func:`specdef_cli.collapse`."""
 
-    model: str
-    out: Path
-    manifest: Path | None = None
-    """``specdef.json`` where it does not lie in the model's directory."""
-    max_shard_size: int = 5 * 10**9
-    device: str | None = None
-    revision: str | None = None
-    token: str | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        as_declared(self)
+    out: Path = option(MISSING, "New directory to publish.", "--out", "-o", metavar="DIR", group="Output")

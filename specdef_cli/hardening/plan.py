@@ -13,23 +13,23 @@ from typing import Any, TypeVar
 
 import torch
 
+from specdef_cli.checkpoint.check import require_modules
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
-from specdef_cli.checkpoint.other_directories import require_modules
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
 from specdef_cli.dtypes import DTYPES, dtype_name
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
+from specdef_cli.hardening.card import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
 from specdef_cli.hardening.factors import FactorLayer, factor_layers
 from specdef_cli.hardening.fold import fold_groups, fold_pairs
-from specdef_cli.hardening.lost_formats import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
 from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.body import SymmetricPair
-from specdef_cli.model.described import LayerSpec, ScaledSpec, require_code_allows, shim_config
+from specdef_cli.model.described import require_code_allows, shim_config
 from specdef_cli.model.opened import OpenedModel, require_whole
 from specdef_cli.model.sites import linear_sites, scalable_sites
 from specdef_cli.model.skeleton import Skeleton, TensorNames
@@ -60,10 +60,16 @@ class Changes:
         return {part.tensor for part in slices}
 
     @property
-    def layers(self) -> dict[str, LayerSpec | ScaledSpec]:
+    def layers(self) -> dict[str, dict[str, Any]]:
         """What ``config.json`` says of modules that need code to run, by module path."""
-        sites = [layer.site for layer in self.factored]
-        shapes = {site.module: LayerSpec(site.in_features, site.out_features, site.bias is not None) for site in sites}
+        shapes: dict[str, dict[str, Any]] = {
+            site.module: {
+                "in_features": site.in_features,
+                "out_features": site.out_features,
+                "bias": site.bias is not None,
+            }
+            for site in (layer.site for layer in self.factored)
+        }
         return shapes | {module.module: scaled_spec(module) for module in self.scaled}
 
 
@@ -118,8 +124,6 @@ class HardeningPlan(Changes):
 def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     """Decide what to change in a checkpoint."""
     checkpoint, skeleton = base.checkpoint, base.skeleton
-    if options.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.base_model):
-        raise SpecDefError(f"--base-model {options.base_model!r} is no Hub id", "Give it as org/name, or leave it out.")
     require_modules(checkpoint.directory)
     require_whole(skeleton, checkpoint)
     require_code_allows(skeleton, verify=options.verify, adds_code=not isinstance(options.construction, Fold))
@@ -127,7 +131,7 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
         require_comparable(skeleton)
     changes = _changes(base, options)
     config = dict(checkpoint.config)
-    if checkpoint.library.names_dtype:
+    if checkpoint.library.is_transformers:
         config = _with_dtype(config, options.dtype)
     stored, multiplied = _stored(options.dtype), changes.multiplied
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in changes.factored}
@@ -280,7 +284,7 @@ def _notes(
     """What was decided and why, for the user."""
     notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.layers)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
-    if changes.scaled and checkpoint.library.runs_code:
+    if changes.scaled and checkpoint.library.is_transformers:
         notes.append(SCALED_LOADERS)
     notes += changes.reasons
     if unchanged and not changes.factored:

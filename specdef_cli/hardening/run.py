@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,34 +15,27 @@ import torch
 from torch import Tensor
 
 from specdef_cli import __version__
-from specdef_cli.checkpoint.check import require_manifest_place
-from specdef_cli.checkpoint.companions import carry_over
-from specdef_cli.checkpoint.durable import write_durably
-from specdef_cli.checkpoint.front_matter import read_card
-from specdef_cli.checkpoint.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    BaseCheckpoint,
-    FactoredLayer,
-    Manifest,
-    remember_base,
-)
-from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.resolve import Resolved, resolve
+from specdef_cli.checkpoint.files import write_durably, write_json
+from specdef_cli.checkpoint.headers import TORCH_DTYPES
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
+from specdef_cli.checkpoint.output import require_manifest_place
+from specdef_cli.checkpoint.reader import Checkpoint, carry_over
+from specdef_cli.checkpoint.resolve import Resolved, remember_base
+from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.dtypes import DTYPES
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.card import hardened_card
-from specdef_cli.hardening.devices import compute_devices
-from specdef_cli.hardening.execute import Written, published, write_json
-from specdef_cli.hardening.options import Factors, HardenOptions
-from specdef_cli.hardening.outlook import PlanSummary, summarize
-from specdef_cli.hardening.plan import HardeningPlan, make_plan
-from specdef_cli.hardening.rehearsal import load_empty, rehearse
-from specdef_cli.hardening.verify import Loader, is_loadable_here, verify
-from specdef_cli.model.described import SHIM_SOURCE
+from specdef_cli.hardening.card import collapsed_card, hardened_card, read_card
+from specdef_cli.hardening.execute import Written, compute_devices, published
+from specdef_cli.hardening.fold import fold_groups, inverse
+from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions
+from specdef_cli.hardening.plan import HardeningPlan, make_plan, plain_group
+from specdef_cli.hardening.scale import unscaled_group
+from specdef_cli.hardening.survey import PlanSummary, summarize
+from specdef_cli.hardening.verify import Loader, is_loadable_here, rehearse, verify
+from specdef_cli.model.described import SHIM_SOURCE, unshim_config
 from specdef_cli.model.loading import process_state
-from specdef_cli.model.opened import OpenedModel, open_found, require_attention
+from specdef_cli.model.opened import OpenedModel, open_model, require_attention
 
 
 @dataclass(frozen=True)
@@ -55,21 +49,13 @@ class HardenResult:
     notes: tuple[str, ...]
 
 
-def _planned(options: HardenOptions, output: Path | None = None) -> tuple[OpenedModel, HardeningPlan]:
+def _planned(options: HardenOptions, output: Path | None = None) -> tuple[OpenedModel, HardeningPlan, Any]:
     """Open the base, decide what to change, and load the result without its numbers."""
     with process_state(options.device).main_process_first():  # one downloads, and the others find it in the cache
-        found = resolve(
-            options.model,
-            revision=options.revision,
-            token=options.token,
-            subfolder=options.subfolder,
-            output=output,
-        )
-    base = open_found(found, hardened=False, trust_remote_code=options.trust_remote_code)
+        base = open_model(options, hardened=False, output=output)
     require_attention(base.skeleton)
     plan = make_plan(base, options)
-    rehearse(base, plan)
-    return base, plan
+    return base, plan, rehearse(base, plan.config, plan.groups)
 
 
 def preview(
@@ -78,11 +64,11 @@ def preview(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> PlanSummary:
     """Say what :func:`harden` would do: all is computed and compared in memory, and nothing is written."""
-    base, plan = _planned(options)
+    base, plan, empty = _planned(options)
     checkpoint = base.checkpoint
     on_plan(plan)
     device = compute_devices(options.device, process_state(options.device))[0]
-    fits = options.verify and checkpoint.library.loads_without_weights and is_loadable_here(2 * plan.nbytes)
+    fits = options.verify and checkpoint.library.is_transformers and is_loadable_here(2 * plan.nbytes)
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
         made = dict(group.transform(checkpoint, device).tensors) if group.transform is not None else {}
@@ -94,7 +80,6 @@ def preview(
         tensors |= made if fits else {}
         on_progress(Progress(group.label, group.nbytes))
     if fits:
-        empty = load_empty(base, plan)
 
         def load(dtype: torch.dtype | None, device: str | None) -> Any:
             place = {"dtype": dtype or "auto", "device_map": {"": device or "cpu"}}
@@ -121,7 +106,7 @@ def harden(
     """
     if options.manifest_out is not None:
         require_manifest_place(options.manifest_out, options.out, options.model)
-    base, plan = _planned(options, options.out)
+    base, plan, _ = _planned(options, options.out)
     checkpoint = base.checkpoint
     on_plan(plan)
     with published(
@@ -138,9 +123,8 @@ def harden(
             return None
         manifest = _manifest(base.found, plan, options, written)
         _make_loadable(checkpoint, plan, manifest, written.work)
-        work = Resolved(written.work, str(written.work))
-        hardened = open_found(work, hardened=True, trust_remote_code=options.trust_remote_code)
-        if checkpoint.library.loads_without_weights:
+        hardened = base.beside(written.work)
+        if checkpoint.library.is_transformers:
             hardened.load_without_weights()
         manifest = dataclasses.replace(manifest, verification=_verification(base, plan, options, hardened.load))
         _describe(checkpoint, plan, manifest, written.work)
@@ -196,7 +180,7 @@ def _make_loadable(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manife
     """Add what a loader needs beside the weights: companions, ``config.json``, code, and the manifest."""
     carry_over(checkpoint.directory, work, checkpoint.companions.carried)
     write_json(work / "config.json", plan.config)
-    if (plan.factored or plan.scaled) and checkpoint.library.runs_code:
+    if (plan.factored or plan.scaled) and checkpoint.library.is_transformers:
         shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
     write_durably(work / MANIFEST_NAME, manifest.to_json())
 
@@ -220,3 +204,109 @@ def _describe(checkpoint: Checkpoint, plan: HardeningPlan, manifest: Manifest, w
     write_durably(work / MANIFEST_NAME, manifest.to_json())
     text = read_card(checkpoint.directory / "README.md")
     write_durably(work / "README.md", hardened_card(text, manifest, plan.unchanged, plan.one_sided, checkpoint.library))
+
+
+@dataclass(frozen=True)
+class CollapseLayer:
+    """The transform that multiplies a pair of factors back into one weight."""
+
+    layer: FactoredLayer
+    dtype: str
+
+    def group(self) -> TensorGroup:
+        """What the layer becomes on disk."""
+        layer = self.layer
+        shape = (layer.out_features, layer.in_features)
+        outputs = [TensorSpec(layer.tensor, self.dtype, shape[::-1] if layer.transposed else shape)]
+        if layer.bias is not None:
+            outputs.append(TensorSpec(layer.bias, self.dtype, (layer.out_features,)))
+        return TensorGroup(layer.module, tuple(outputs), self)
+
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        """Compute W = C·W~, in float64: C W~ cancels a factor of α, and float32 would lose that many digits."""
+        layer, stored = self.layer, TORCH_DTYPES[self.dtype]
+        compensation = checkpoint.read(layer.compensation_tensor).to(device).double()
+        weight = compensation @ checkpoint.read(layer.inflated_tensor).to(device).double()
+        tensors = {layer.tensor: (weight.mT.contiguous() if layer.transposed else weight).to(stored)}
+        if layer.bias is not None and layer.compensation_bias is not None:
+            tensors[layer.bias] = checkpoint.read(layer.compensation_bias)
+        return Produced(tensors)
+
+
+@dataclass(frozen=True)
+class CollapseResult:
+    """What :func:`collapse` published."""
+
+    out: Path
+    manifest: Manifest
+    parameters_removed: int
+    notes: tuple[str, ...] = ()
+
+
+def collapse(
+    options: CollapseOptions,
+    on_plan: Callable[[Sequence[TensorGroup]], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> CollapseResult | None:
+    """Undo a hardening and publish the result as ``options.out``.
+
+    Returns:
+        What was published; ``None`` in all but the main process of a distributed run.
+    """
+    with process_state(options.device).main_process_first():
+        model = open_model(options, hardened=True)
+    manifest, checkpoint = model.hardening, model.checkpoint
+    groups = collapse_groups(checkpoint, manifest)
+    on_plan(groups)
+
+    fingerprint = hashlib.sha256(f"collapse {manifest.to_json()} {options.max_shard_size}".encode()).hexdigest()
+    with published(
+        checkpoint,
+        groups,
+        options.out,
+        fingerprint,
+        max_shard_size=options.max_shard_size,
+        device=options.device,
+        resume=options.resume,
+        on_progress=on_progress,
+    ) as written:
+        if written is None:
+            return None
+        _complete(checkpoint, manifest, written.work)
+    notes = tuple(filter(None, [checkpoint.companions.note()]))
+    return CollapseResult(options.out, manifest, manifest.parameters_added, notes)
+
+
+def _complete(checkpoint: Checkpoint, manifest: Manifest, work: Path) -> None:
+    """Add what belongs to the collapsed model beside its weights."""
+    carry_over(checkpoint.directory, work, checkpoint.companions.carried)
+    (work / SHIM_SOURCE.name).unlink(missing_ok=True)
+    write_json(work / "config.json", unshim_config(checkpoint.config))
+    card = checkpoint.directory / "README.md"
+    if card.is_file():
+        write_durably(work / "README.md", collapsed_card(read_card(card), manifest))
+
+
+def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorGroup, ...]:
+    """The tensors of the original architecture."""
+    undone = fold_groups((inverse(pair) for pair in manifest.folded), checkpoint, None)
+    by_inflated = {layer.inflated_tensor: layer for layer in manifest.factored}
+    consumed = {
+        name
+        for layer in manifest.factored
+        for name in (layer.compensation_tensor, layer.compensation_bias, layer.tensor)
+    }
+    by_scaled = {module.inflated_tensor: module for module in manifest.scaled if module.tied_to is None}
+    for module in manifest.scaled:
+        consumed |= {*module.scales, module.tombstone, module.inflated_bias}
+    groups = []
+    for name, header in checkpoint.tensors.items():
+        if name in by_inflated:
+            groups.append(CollapseLayer(by_inflated[name], header.dtype).group())
+        elif name in by_scaled:
+            groups.append(unscaled_group(by_scaled[name], header.dtype))
+        elif name in undone:
+            groups.append(undone[name])
+        elif name not in consumed:
+            groups.append(plain_group(name, header.dtype, header.shape, None))
+    return tuple(groups)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,9 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import DIRECTIONS, SAMPLE_ROWS, by_block
-from specdef_cli.model.described import ScaledSpec
+from specdef_cli.hardening.fold import DIRECTIONS, HIGHEST_UNCROSSED, SAMPLE_ROWS, by_block, one_apart, staircase
 from specdef_cli.model.sites import ScalableSite, require_findable
 from specdef_cli.model.skeleton import Skeleton
-from specdef_cli.spectral.staircase import HIGHEST_UNCROSSED, one_apart, staircase
 
 HEAD_TOKENS = ScaledChannels(axis=0, indices=tuple(range(1, 8)), exponents=tuple(range(-4, -32, -4)), period=128)
 """Steps of a decade and more, down to where a token's entry in a column at 2**-28 is at 2**-56. What trains at the best
@@ -213,20 +212,20 @@ def scaled_groups(modules: Sequence[ScaledModule], checkpoint: Checkpoint, dtype
     }
 
 
-def scaled_spec(module: ScaledModule) -> ScaledSpec:
+def scaled_spec(module: ScaledModule) -> dict[str, Any]:
     """What ``config.json`` says of it."""
 
     def length(side: ScaledChannels | None) -> int | None:
         return None if side is None else module.shape[side.axis]
 
-    return ScaledSpec(
-        kind=module.kind,
-        weight=module.shape,
-        bias=_bias_length(module) if module.bias is not None else None,
-        input_scale=length(module.input),
-        output_scale=length(module.output),
-        tied_to=module.tied_to,
-    )
+    return {
+        "kind": module.kind,
+        "weight": list(module.shape),
+        "bias": _bias_length(module) if module.bias is not None else None,
+        "input_scale": length(module.input),
+        "output_scale": length(module.output),
+        "tied_to": module.tied_to,
+    }
 
 
 def _names(module: ScaledModule) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +16,19 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.devices import compute_devices
+from specdef_cli.hardening.card import lost_formats
+from specdef_cli.hardening.execute import compute_devices
 from specdef_cli.hardening.factors import read_weight
-from specdef_cli.hardening.outlook import Outlook, outlook
-from specdef_cli.hardening.plan import RESIDUAL_WRITERS
+from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
+from specdef_cli.hardening.plan import RESIDUAL_WRITERS, HardeningPlan, make_plan, within_block
 from specdef_cli.hardening.recognise import Recognised, recognise
+from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.described import replaced_stems
 from specdef_cli.model.loading import process_state
-from specdef_cli.model.opened import open_model
+from specdef_cli.model.opened import OpenedModel, open_model, require_unquantized
 from specdef_cli.model.sites import LinearSite, linear_sites
+from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.option import Source
 from specdef_cli.spectral.subspace import effective_rank, layer_seed, top_subspace
 
 
@@ -70,36 +76,21 @@ class Survey:
 
 
 def survey(
-    model: str,
+    model: str | Path | Source,
     *,
-    manifest: str | Path | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    subfolder: str | None = None,
     device: str | None = None,
-    trust_remote_code: bool = False,
     spectra: bool = True,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Survey:
     """Look at every linear layer of a checkpoint, one tensor in memory at a time, and at what hardening would do.
 
     Args:
-        model, revision, token, subfolder: As for :func:`specdef_cli.checkpoint.resolve.resolve`.
-        manifest: ``specdef.json`` where it does not lie in the model's directory.
         device: Where spectra are computed.
-        trust_remote_code: Whether the model's own Python code may run.
         spectra: Whether every layer is read, for its σ₁ and effective rank. Without them headers and a sample are read.
         on_progress: Called after each layer.
     """
     with process_state(device).main_process_first():
-        opened = open_model(
-            model,
-            manifest=manifest,
-            revision=revision,
-            token=token,
-            subfolder=subfolder,
-            trust_remote_code=trust_remote_code,
-        )
+        opened = open_model(model)
     checkpoint, described, skeleton = opened.checkpoint, opened.manifest, opened.skeleton
     if "quantization_config" not in opened.original.config:  # packed weights have shapes of their own
         skeleton.require_complete()
@@ -150,3 +141,102 @@ def _spectrum(
     else:
         weight = checkpoint.read(stored.name).to(place).float()
     return float(top_subspace(weight, 1, seed).singular_values[0]), effective_rank(weight, seed)
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """A plan in the figures that a publisher asks for.
+
+    Attributes:
+        method: ``fold``, ``scale`` or ``factors``.
+    """
+
+    method: str
+    pairs: int
+    layers: int
+    modules: int
+    changed: Mapping[str, int]
+    parameters: int
+    parameters_changed: int
+    parameters_added: int
+    left: Mapping[str, int]
+    bytes_before: int
+    bytes_after: int
+    lost: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a method cannot be used, and what to do about it."""
+
+    method: str
+    problem: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What hardening would do to a checkpoint.
+
+    Attributes:
+        recommended: The first of the methods that can be used; ``None`` where none can.
+    """
+
+    methods: tuple[PlanSummary | Obstacle, ...]
+    recommended: PlanSummary | None
+
+
+def outlook(base: OpenedModel) -> Outlook:
+    """Plan every method, from headers and a sample of the weights; nothing is computed or written."""
+    incomparable = _incomparable(base.skeleton)
+
+    def attempt(construction: Construction) -> PlanSummary | Obstacle:
+        options = HardenOptions(str(base.directory), Path(), construction, verify=False)
+        try:
+            require_unquantized(base.checkpoint)
+            if incomparable is not None:
+                raise incomparable
+            return summarize(make_plan(base, options), base.checkpoint)
+        except SpecDefError as error:
+            return Obstacle(construction.method, error.problem, error.hint)
+
+    methods = tuple(attempt(kind()) for kind in CONSTRUCTIONS.values())
+    return Outlook(methods, next((found for found in methods if isinstance(found, PlanSummary)), None))
+
+
+def _incomparable(skeleton: Skeleton) -> SpecDefError | None:
+    """Why outputs could not be compared, if so; asked once for all methods, as it runs the model on the meta device."""
+    try:
+        require_comparable(skeleton)
+    except SpecDefError as error:
+        return error
+    return None
+
+
+def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
+    """The figures of a plan."""
+    changed: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    for group in plan.groups:
+        name = within_block(group.label)
+        if group.changes:
+            changed[name] += 1
+        else:
+            left[name] += sum(math.prod(spec.shape) for spec in group.outputs)
+    parameters = sum(math.prod(header.shape) for header in checkpoint.tensors.values())
+    return PlanSummary(
+        method=plan.method,
+        pairs=len(plan.folded),
+        layers=len(plan.factored),
+        modules=len(plan.scaled),
+        changed=dict(changed),
+        parameters=parameters,
+        parameters_changed=parameters - left.total(),
+        parameters_added=plan.parameters_added,
+        left=dict(left.most_common()),
+        bytes_before=checkpoint.nbytes,
+        bytes_after=plan.nbytes,
+        lost=lost_formats(plan.folded, plan.profile, with_code=bool(plan.layers)),
+        notes=plan.notes,
+    )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -17,13 +19,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.checkpoint.files import write_json
 from specdef_cli.checkpoint.manifest import Method
+from specdef_cli.checkpoint.reader import Checkpoint, carry_over
+from specdef_cli.checkpoint.shards import TensorGroup, plan_shards, shard_header
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
-from specdef_cli.model import without_progress_bars
+from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.inputs import model_outputs, no_batch
-from specdef_cli.model.loading import new_objects_only
+from specdef_cli.model.loading import new_objects_only, without_progress_bars
 from specdef_cli.model.opened import OpenedModel
-from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.skeleton import Skeleton, try_out
 
 COMPARE_YOURSELF = "With --no-verify it is written unseen: run it, and compare it with the base, before you publish it."
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.
@@ -133,7 +138,7 @@ def verify(
             f"{instead}, {'' if exact else 'another --gauge, '}or --dtype float32; nothing was published.",
         )
     figures = asdict(comparison)
-    if base.checkpoint.library.has_logits:
+    if base.checkpoint.library.is_transformers:
         return figures
     return {name: figures[name] for name in ("max_abs", "relative", "equal")}  # a noise has no classes to agree on
 
@@ -189,3 +194,46 @@ def _outputs(load: Loader, dtype: torch.dtype | None, device: str | None) -> Ten
     del model
     gc.collect()
     return outputs
+
+
+def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[TensorGroup]) -> Any:
+    """The model that a plan would write, on the meta device, and run there if the base runs there.
+
+    ``None`` of a library that cannot load a model without its weights.
+    """
+    if not base.checkpoint.library.is_transformers:
+        return None
+    with TemporaryDirectory() as place:
+        _write_empty(base.checkpoint, config, groups, Path(place))
+        try:
+            model = base.beside(Path(place)).load_without_weights()
+        except SpecDefError as error:
+            raise SpecDefError(error.problem.replace(place, "the hardened model"), error.hint) from error
+        except OSError as error:
+            raise SpecDefError(
+                f"the temporary directory {place} cannot be used: {error.strerror or error}",
+                "Free some space there, or set TMPDIR.",
+            ) from error
+    found = None if base.skeleton.trial.error else try_out(model).error
+    if found is not None:
+        raise SpecDefError(
+            f"the hardened model could not be run: {first_line(found)}",
+            "Leave layers out (--exclude), or fold instead (--method fold).",
+        ) from found
+    return model
+
+
+def _write_empty(
+    checkpoint: Checkpoint, config: Mapping[str, Any], groups: Sequence[TensorGroup], directory: Path
+) -> None:
+    """Write a directory with holes for weights: no byte of them is on disk."""
+    write_json(directory / "config.json", config)
+    (directory / SHIM_SOURCE.name).write_bytes(SHIM_SOURCE.read_bytes())
+    carry_over(
+        checkpoint.directory, directory, [file for file in checkpoint.companions.carried if file.suffix == ".py"]
+    )
+    (shard,) = plan_shards(groups, sum(group.nbytes for group in groups) + 1, checkpoint.library)
+    header, _ = shard_header(shard)
+    with (directory / shard.name).open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + shard.nbytes)

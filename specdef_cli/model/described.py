@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from specdef_cli.checkpoint.files import library_of
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
-from specdef_cli.checkpoint.library import library_of
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
@@ -183,41 +183,7 @@ BASE_AUTO_MAP_KEY = "specdef_base_auto_map"
 AUTO_MAP = {"AutoConfig": "configuration_specdef.SpecDefConfig"}
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """The shape of one replaced linear, y = Wx + b with W ∈ R^{m×n}.
-
-    Attributes:
-        in_features, out_features: n and m.
-        bias: Whether there is a b; it then lives in the compensation layer.
-    """
-
-    in_features: int
-    out_features: int
-    bias: bool
-
-
-@dataclass(frozen=True)
-class ScaledSpec:
-    """The shape of one module that undoes a scale of its weight.
-
-    Attributes:
-        kind: ``linear``, ``embedding``, ``head`` or ``norm``.
-        weight: The weight's shape.
-        bias: Length of the bias.
-        input_scale, output_scale: Lengths of the scale vectors.
-        tied_to: Module whose weight a head shares.
-    """
-
-    kind: str
-    weight: tuple[int, ...]
-    bias: int | None = None
-    input_scale: int | None = None
-    output_scale: int | None = None
-    tied_to: str | None = None
-
-
-def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | ScaledSpec]) -> dict[str, Any]:
+def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The ``config.json`` of a directory of *scale* or *factors*.
 
     Args:
@@ -226,7 +192,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | Scal
             e.g. ``model.layers.0.self_attn.o_proj``.
     """
     library, native = library_of(config), config.get("model_type")
-    if library.has_model_types and not native:
+    if library.is_transformers and not native:
         raise SpecDefError(
             "config.json names no model_type, so transformers cannot tell which model it describes",
             "Add the model_type of the architecture to config.json.",
@@ -245,9 +211,9 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | Scal
     shimmed = copy.deepcopy(dict(config))
     shimmed["quantization_config"] = {
         "quant_method": MODEL_TYPE,
-        "layers": {module: _plain(spec) for module, spec in layers.items()},
+        "layers": {module: dict(spec) for module, spec in layers.items()},
     }
-    if not library.has_model_types:
+    if not library.is_transformers:
         return shimmed
     if "auto_map" in shimmed:
         # The base's own code would be looked up in a directory that does not hold it; transformers' classes serve.
@@ -257,7 +223,7 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec | Scal
 
 def is_shim(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is that of *scale* or *factors*."""
-    if not library_of(config).has_model_types:
+    if not library_of(config).is_transformers:
         listed = config.get("quantization_config")
         return isinstance(listed, Mapping) and listed.get("quant_method") == MODEL_TYPE
     return config.get("model_type") == MODEL_TYPE
@@ -272,41 +238,16 @@ def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if not is_shim(config):
         return plain
     plain.pop("quantization_config", None)
-    if not library_of(config).has_model_types:
+    if not library_of(config).is_transformers:
         return plain
     native = plain.pop(BASE_MODEL_TYPE_KEY, None)
     if not isinstance(native, str) or not native:
-        raise _incomplete(BASE_MODEL_TYPE_KEY)
+        raise SpecDefError(
+            f"a hardened model's config.json has no usable {BASE_MODEL_TYPE_KEY}",
+            "Restore its files, or harden the base model again.",
+        )
     plain["model_type"] = native
     plain.pop("auto_map", None)
     if BASE_AUTO_MAP_KEY in plain:
         plain["auto_map"] = plain.pop(BASE_AUTO_MAP_KEY)
     return plain
-
-
-def shim_layers(config: Mapping[str, Any]) -> dict[str, LayerSpec | ScaledSpec]:
-    """The replaced linears and scaled modules that a shim names; empty for any other config."""
-    if not is_shim(config):
-        return {}
-    try:
-        listed = config["quantization_config"]["layers"]
-        layers = {
-            module: ScaledSpec(**{**spec, "weight": tuple(spec["weight"])}) if "kind" in spec else LayerSpec(**spec)
-            for module, spec in listed.items()
-        }
-    except (AttributeError, KeyError, TypeError) as error:  # another value than JSON of that form
-        raise _incomplete("quantization_config.layers") from error
-    if not layers:
-        raise _incomplete("quantization_config.layers")
-    return layers
-
-
-def _incomplete(key: str) -> SpecDefError:
-    return SpecDefError(
-        f"a hardened model's config.json has no usable {key}", "Restore its files, or harden the base model again."
-    )
-
-
-def _plain(spec: LayerSpec | ScaledSpec) -> dict[str, Any]:
-    """As JSON has it."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(spec).items()}

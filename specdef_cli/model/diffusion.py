@@ -19,8 +19,8 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
-from specdef_cli.checkpoint.reader import open_checkpoint
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES, read_headers
+from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError, swap
 
 
@@ -89,13 +89,11 @@ def load_denoiser(
     """
     import diffusers
 
-    checkpoint = open_checkpoint(directory)
     if dtype is None:
-        stored = {
-            TORCH_DTYPES[header.dtype] for header in checkpoint.tensors.values() if header.dtype in FLOATING_DTYPES
-        }
+        headers = [header for file in directory.glob("*.safetensors") for header in read_headers(file).values()]
+        stored = {TORCH_DTYPES[header.dtype] for header in headers if header.dtype in FLOATING_DTYPES}
         dtype = max(stored, key=lambda dtype: (dtype.itemsize, str(dtype)), default=None)
     if device is not None:
         kwargs.setdefault("device_map", {"": device})
-    model_class = getattr(diffusers, checkpoint.config["_class_name"])
+    model_class = getattr(diffusers, read_config(directory)["_class_name"])
     return model_class.from_pretrained(directory, dtype=dtype, use_safetensors=True, **kwargs)

@@ -150,15 +150,13 @@ def compared_output(outputs: Any) -> Tensor:
     return outputs["logits"] if "logits" in outputs else outputs[0]
 
 
-def token_batch(
-    directory: Path, text: str, *, sequences: int = 32, length: int = 128, trust_remote_code: bool = False
-) -> Tensor:
+def token_batch(directory: Path, text: str, *, sequences: int = 32, length: int = 128, tokenizer: Any = None) -> Tensor:
     """The first tokens of a text as int64, shape [sequences, length]; fewer sequences where the text is short.
 
     Where the tokenizer begins a text with a token of its own (``<bos>``), every sequence does: some models predict
     nothing without it.
     """
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(directory) if tokenizer is None else tokenizer
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         raise SpecDefError(f"{directory} has no tokenizer", "Copy the base model's tokenizer files there.")
     first = first_token(tokenizer)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from specdef_cli.checkpoint.files import DIFFUSERS, TRANSFORMERS, Library, diffusers_missing, library_of
 from specdef_cli.checkpoint.headers import is_lfs_pointer, lfs_pointer
-from specdef_cli.checkpoint.library import diffusers_missing, library_of
-from specdef_cli.checkpoint.reader import read_config
+from specdef_cli.checkpoint.reader import Checkpoint, read_config
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model import register
 from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError
@@ -38,28 +41,44 @@ def new_objects_only() -> Iterator[None]:
         gc.unfreeze()
 
 
-def own_class(config: Any, architecture: str | None, *, trust_remote_code: bool) -> tuple[str, str] | None:
-    """The auto class and the code reference that ``auto_map`` names for a model; ``None`` for transformers' own."""
-    models = {
+def named_class(config: Any, *, trust_remote_code: bool, auto: bool = False) -> Any:
+    """The class of transformers, or of the checkpoint's own code, that ``architectures`` names; else ``AutoModel``.
+
+    Args:
+        auto: Return the auto class in the place of one that comes with the checkpoint.
+    """
+    name = next(iter(config.architectures or ()), None)
+    if name is None:
+        return transformers.AutoModel
+    known = getattr(transformers, name, None)
+    own = {
         auto: reference
         for auto, reference in (getattr(config, "auto_map", None) or {}).items()
         if auto.startswith(("AutoModel", "TFAutoModel", "FlaxAutoModel")) and isinstance(reference, str)
     }
-    found = next(((auto, ref) for auto, ref in models.items() if ref.rpartition(".")[2] == architecture), None)
-    if not models or architecture is None or (found is None and not hasattr(transformers, architecture)):
-        return None
-    if found is None:
-        auto, reference = next(iter(models.items()))
+    found = next(((auto, ref) for auto, ref in own.items() if ref.rpartition(".")[2] == name), None)
+    if found is not None:
+        if not trust_remote_code:
+            hint = "Read that code, then pass --trust-remote-code."
+            if known is not None:
+                hint += " If transformers' class of that name is meant, take auto_map out of config.json."
+            raise SpecDefError(f"architecture {name!r} is defined by code in the checkpoint ({found[1]})", hint)
+        if auto:
+            return getattr(transformers, found[0])
+        return get_class_from_dynamic_module(found[1], config._name_or_path)
+    if not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
         raise SpecDefError(
-            f"config.json names the class {architecture}, and for {auto} the code {reference}: loaders take either",
+            f"transformers {transformers.__version__} has no class {name!r}, which "
+            f"{Path(config._name_or_path, 'config.json')} names",
+            "Install the release of transformers that has it, or correct `architectures` in config.json.",
+        )
+    if own:
+        which, reference = next(iter(own.items()))
+        raise SpecDefError(
+            f"config.json names the class {name}, and for {which} the code {reference}: loaders take either",
             "Take auto_map out of config.json if transformers' class is meant, or name the other in architectures.",
         )
-    if not trust_remote_code:
-        hint = "Read that code, then pass --trust-remote-code."
-        if hasattr(transformers, architecture):
-            hint += " If transformers' class of that name is meant, take auto_map out of config.json."
-        raise SpecDefError(f"architecture {architecture!r} is defined by code in the checkpoint ({found[1]})", hint)
-    return found
+    return known
 
 
 # A process that has written its shards waits for the slowest one: for a large model, longer than any default.
@@ -122,10 +141,12 @@ def load_model(
     path = Path(directory)
     library = library_of(read_config(path))
     try:
-        if not library.has_model_types:
+        if not library.is_transformers:
             return _load_denoiser(path, dtype=None if dtype == "auto" else dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        chosen = _model_class(path, config, auto_class, trust_remote_code)
+        if isinstance(auto_class, str):
+            auto_class = getattr(transformers, auto_class)
+        chosen = auto_class or named_class(config, trust_remote_code=trust_remote_code, auto=True)
         if device is not None:
             kwargs.setdefault("device_map", {"": device})
         if chosen.__name__.startswith("Auto"):
@@ -184,22 +205,6 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     return None
 
 
-def _model_class(path: Path, config: Any, auto_class: Any, trust_remote_code: bool) -> Any:
-    if auto_class is not None and not isinstance(auto_class, str):
-        return auto_class
-    name = auto_class or next(iter(config.architectures or ()), None)
-    if name is None:
-        return transformers.AutoModel
-    own = own_class(config, name, trust_remote_code=trust_remote_code)
-    chosen = getattr(transformers, name if own is None else own[0], None)
-    if chosen is None:
-        raise SpecDefError(
-            f"transformers {transformers.__version__} has no class {name!r}, which {path / 'config.json'} asks for",
-            "Install a release of transformers that has it.",
-        )
-    return chosen
-
-
 def _hint(path: Path) -> str:
     if not any(path.glob("*.safetensors")):
         return "Save it as safetensors; pickled weights (.bin, .pt) can run code and are not loaded."
@@ -207,3 +212,97 @@ def _hint(path: Path) -> str:
     if "auto_map" in config and config.get("model_type") != MODEL_TYPE:
         return "If it needs the code that comes with it, read that code and pass --trust-remote-code."
     return "Check the directory's files and the installed release of transformers."
+
+
+DIFFUSION_MODELS = ("UNet2DConditionModel",)
+"""The classes of diffusers that can be hardened."""
+
+DEEPEST = 1000
+"""Layers that a model may share out among fewer tensors."""
+
+
+def native_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """transformers' config object of a checkpoint; diffusers has none, and ``config.json`` itself serves."""
+    if not checkpoint.library.is_transformers:
+        return checkpoint.config
+    if checkpoint.config.get("quantization_config") == {}:
+        raise SpecDefError(
+            f"{checkpoint.directory}/config.json has an empty quantization_config, which transformers cannot load",
+            "Remove that key if the weights are floating-point numbers.",
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # transformers raises anything from ValueError to pydantic-like validation errors here.
+        if "trust_remote_code" in str(error):
+            raise SpecDefError(
+                f"{checkpoint.directory} needs Python code that comes with the model",
+                "Read that code, then pass --trust-remote-code.",
+            ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SpecDefError(
+            f"{checkpoint.directory}/config.json is not accepted by transformers: {reason[:300]}",
+            "Check model_type and the values in config.json.",
+        ) from error
+
+
+def empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, nn.Module]:
+    """The native config of a checkpoint, and its model without storage."""
+    config = native_config(checkpoint, trust_remote_code=trust_remote_code)
+    layers, tensors = getattr(config, "num_hidden_layers", None), len(checkpoint.tensors)
+    if isinstance(layers, int) and layers > max(tensors, DEEPEST):  # they take minutes to build, and memory without end
+        raise SpecDefError(
+            f"config.json says num_hidden_layers {layers}, and the checkpoint has {tensors} tensors",
+            "Use the config.json that belongs to this checkpoint.",
+        )
+    return config, meta_model(config, trust_remote_code=trust_remote_code)
+
+
+def meta_model(config: PreTrainedConfig | Mapping[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a native config (of diffusers, ``config.json``) on the meta device: modules, names and shapes."""
+    if isinstance(config, Mapping):
+        return _diffusion_model(config)
+    # A copy, because building a model writes into its config; eager, because a config may name an attention kernel that
+    # is not installed here and that has no bearing on names.
+    config = copy.deepcopy(config)
+    with _building((config.architectures or [config.model_type])[0], TRANSFORMERS):
+        chosen = named_class(config, trust_remote_code=trust_remote_code)
+        if chosen is transformers.AutoModel:
+            model = chosen.from_config(config, trust_remote_code=trust_remote_code, attn_implementation="eager")
+        else:
+            model = chosen._from_config(config, attn_implementation="eager")
+    for module in model.modules():  # some are made by `torch.Tensor(size)`, which asks for no device
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    return model
+
+
+def _diffusion_model(config: Mapping[str, Any]) -> nn.Module:
+    name = config["_class_name"]
+    if name not in DIFFUSION_MODELS:
+        raise SpecDefError(
+            f"{name!r} is not among the models of diffusers that can be hardened",
+            f"Give a directory with a {', '.join(DIFFUSION_MODELS)}, such as the unet/ of a Stable Diffusion pipeline.",
+        )
+    try:
+        import diffusers
+    except ImportError as error:
+        raise diffusers_missing(name) from error
+    with _building(name, DIFFUSERS):
+        return getattr(diffusers, name).from_config(dict(config))
+
+
+@contextmanager
+def _building(name: str, library: Library) -> Iterator[None]:
+    """Build on the meta device; any exception from the constructor becomes a :class:`SpecDefError`."""
+    try:
+        with torch.device("meta"):
+            yield
+    except SpecDefError:
+        raise
+    except Exception as error:
+        raise SpecDefError(
+            f"{name} cannot be built from this config.json: {first_line(error)}",
+            f"Check that config.json belongs to this checkpoint and that {library.name} supports the model.",
+        ) from error

@@ -18,13 +18,21 @@ import torch
 
 from specdef_cli.checkpoint.check import hardened_already, no_base, require_undefended
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, base_of, is_hardened, manifest_of, no_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, is_hardened, manifest_of, no_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.resolve import Resolved, resolve
+from specdef_cli.checkpoint.resolve import Resolved, base_of, resolve
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
-from specdef_cli.model.described import as_original, is_shim, require_its_own
+from specdef_cli.model.described import (
+    AUTO_MAP,
+    MODEL_TYPE,
+    SHIM_SOURCE,
+    as_original,
+    is_shim,
+    require_its_own,
+)
 from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.option import Source
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,16 @@ class OpenedModel:
         """Sixteen hexadecimal digits that change when its weights or its configuration do."""
         return checkpoint_fingerprint(self.directory, self.manifest)
 
+    def here(self) -> OpenedModel:
+        """The same by an absolute path; on a machine that lacks it, from the Hub if it was found there."""
+        found = self.found
+        if found.commit is not None and not found.directory.is_dir():
+            found = resolve(found.name.partition("@")[0], revision=found.commit, subfolder=found.subfolder)
+        found = dataclasses.replace(found, directory=found.directory.absolute())
+        return dataclasses.replace(
+            self, found=found, checkpoint=dataclasses.replace(self.checkpoint, directory=found.directory)
+        )
+
     def load(self, **arguments: Any) -> Any:
         """Load it, as :func:`specdef_cli.model.load_model` does."""
         return load_model(self.directory, trust_remote_code=self.trust_remote_code, **arguments)
@@ -89,43 +107,54 @@ class OpenedModel:
             )
         return model
 
+    def beside(self, directory: Path) -> OpenedModel:
+        """Another directory, whose code may run where this one's may."""
+        return open_found(Resolved(directory, str(directory)), trust_remote_code=self.trust_remote_code)
+
+    @property
+    def code_may_run(self) -> bool:
+        """Whether a process may run its code: if the user allows it, or if it is the file that this release writes."""
+        if self.trust_remote_code or self.checkpoint.config.get("model_type") != MODEL_TYPE:
+            return self.trust_remote_code
+        shim = self.directory / SHIM_SOURCE.name
+        known = shim.is_file() and shim.read_bytes() == SHIM_SOURCE.read_bytes()
+        if self.checkpoint.config.get("auto_map") != AUTO_MAP or not known:
+            raise SpecDefError(
+                f"{self.directory} brings code of its own: its {shim.name} is not the one that this release writes",
+                "Read that code, then pass --trust-remote-code; or harden the base again.",
+            )
+        return True
+
     def tokenizer(self) -> Any:
         """Its tokenizer; ``None`` where it has none."""
         return load_tokenizer(self.directory, trust_remote_code=self.trust_remote_code)
 
 
-def open_model(
-    model: str | Path,
-    *,
-    hardened: bool | None = None,
-    manifest: str | Path | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    subfolder: str | None = None,
-    trust_remote_code: bool = False,
-) -> OpenedModel:
+def open_model(model: str | Path | Source, *, hardened: bool | None = None, output: Path | None = None) -> OpenedModel:
     """Find a model and open it.
 
     Args:
-        model: A directory, or a Hub id ``org/name[@revision]``.
         hardened: Whether it has to have a manifest (``True``), must not be hardened (``False``), or may be either.
-        manifest: ``specdef.json`` where it does not lie in the model's directory.
+        output: Where as much will be written once more.
     """
-    found = resolve(str(model), revision=revision, token=token, subfolder=subfolder)
-    return open_found(found, hardened=hardened, manifest=manifest, trust_remote_code=trust_remote_code)
+    source = model if isinstance(model, Source) else Source(model)
+    found = resolve(
+        str(source.model), revision=source.revision, token=source.token, subfolder=source.subfolder, output=output
+    )
+    return open_found(found, hardened=hardened, manifest=source.manifest, trust_remote_code=source.trust_remote_code)
 
 
 def open_found(
     found: Resolved,
     *,
     hardened: bool | None = None,
-    manifest: str | Path | None = None,
+    manifest: Path | None = None,
     trust_remote_code: bool = False,
 ) -> OpenedModel:
     """The same for a model that is on this disk."""
-    if hardened is False and is_hardened(found.directory):
+    if hardened is False and (manifest is not None or is_hardened(found.directory)):
         raise hardened_already(found.directory)
-    described = manifest_of(found.directory, None if manifest is None else Path(manifest))
+    described = manifest_of(found.directory, manifest)
     if hardened and described is None:
         raise no_manifest(found.directory)
     checkpoint = open_checkpoint(found.directory)
@@ -154,9 +183,10 @@ def open_base(
         subfolder: The folder of what is given that it is in; the manifest says it of its own base.
     """
     if given is not None:
-        found = resolve(str(given), token=token, subfolder=subfolder)
+        base = Source(given, token=token, subfolder=subfolder)
+        found = resolve(str(base.model), token=base.token, subfolder=base.subfolder)
         require_undefended(found.directory, option)
-        found = dataclasses.replace(found, name=str(given))
+        found = dataclasses.replace(found, name=str(base.model))
     elif model.manifest is None:
         raise no_base(model.found.name, option)
     else:
@@ -175,7 +205,7 @@ def open_base(
 
 def require_sound(model: OpenedModel) -> None:
     """Refuse a model that transformers could only load as something else than it is. Reads headers only."""
-    if not model.checkpoint.library.is_attacked:
+    if not model.checkpoint.library.is_transformers:
         raise SpecDefError(
             f"{model.directory} is a model of diffusers, and only models of transformers are attacked and certified",
             "Train it in its pipeline, as examples/reproduce/unet.py does.",

@@ -8,13 +8,16 @@ transformers resolves this while it loads; its own conversion mapping is asked h
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -28,7 +31,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.model.meta_model import Trial, meta_model, native_config, try_out
+from specdef_cli.model.inputs import fixed_inputs
+from specdef_cli.model.loading import empty_model, meta_model
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,6 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 WRONG_CONFIG = "Use the config.json that belongs to this checkpoint (of a quantized one, the unquantized checkpoint)."
 
-DEEPEST = 1000
-"""Layers that a model may share out among fewer tensors."""
-
 Shape = tuple[int, ...]
 
 
@@ -153,17 +154,15 @@ class Skeleton:
     tied: frozenset[str]
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Skeleton:
-        """The model that a checkpoint's ``config.json`` describes."""
-        config = native_config(checkpoint, trust_remote_code=trust_remote_code)
-        shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
-        _require_plausible_depth(config, len(shapes))
-        return cls.of(config, shapes, trust_remote_code=trust_remote_code)
+    def read(cls, checkpoint: Checkpoint, **loading: bool) -> Skeleton:
+        """The model that a checkpoint's ``config.json`` describes; ``loading`` is whether its code may run."""
+        config, model = empty_model(checkpoint, **loading)
+        return cls.of(config, {name: header.shape for name, header in checkpoint.tensors.items()}, model)
 
     @classmethod
-    def of(cls, config: Any, shapes: Mapping[str, Shape], *, trust_remote_code: bool = False) -> Skeleton:
+    def of(cls, config: Any, shapes: Mapping[str, Shape], model: nn.Module | None = None) -> Skeleton:
         """The same from a native config and the shapes of the tensors on disk."""
-        model = meta_model(config, trust_remote_code=trust_remote_code)
+        model = model if model is not None else meta_model(config)
         return cls(config, model, shapes, match_names(model, shapes), tied_parameters(model))
 
     @classmethod
@@ -241,11 +240,84 @@ class Skeleton:
                 )
 
 
-def _require_plausible_depth(config: Any, tensors: int) -> None:
-    """Refuse more layers than there are tensors, which take minutes to build and memory without end."""
-    layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > max(tensors, DEEPEST):
-        raise SpecDefError(
-            f"config.json says num_hidden_layers {layers}, and the checkpoint has {tensors} tensors",
-            "Use the config.json that belongs to this checkpoint.",
+@dataclass(frozen=True)
+class Trial:
+    """What came of it."""
+
+    inputs: tuple[str, ...]
+    error: Exception | None
+    certain: bool
+    read_past: frozenset[str]
+
+
+def try_out(model: nn.Module) -> Trial:
+    """Run a model on the meta device once, where it computes shapes alone."""
+    inputs: tuple[str, ...] = ()
+    reads = _Reads(model)
+    training = model.training
+    try:
+        for part in model.modules():  # other ways to run experts ask for values
+            if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+                part.config._experts_implementation_internal = "batched_mm"
+        batch = fixed_inputs(model.eval())
+        inputs = tuple(batch)
+        batch.pop("attention_mask", None)  # all ones, which models look at the values to find out
+        batch = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in batch.items()}
+        with torch.inference_mode(), torch.device("meta"), reads:
+            model(**batch)
+    except Exception as error:
+        certain = not reads.guessed and not isinstance(error, NotImplementedError) and "meta" not in str(error).lower()
+        return Trial(inputs, error, certain, frozenset(reads.found))
+    finally:
+        reads.remove()
+        model.train(training)
+    return Trial(inputs, None, True, frozenset(reads.found))
+
+
+_QUESTIONS = (Tensor.__bool__, Tensor.__contains__, Tensor.item)
+
+
+class _Reads(TorchFunctionMode):
+    """Notices parameters that go into a computation while no module that owns them is running.
+
+    Where a model asks whether a value is so, the answer is no.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.guessed = False
+        self._running: Counter[str] = Counter()
+        self._owners: dict[int, set[str]] = {}
+        self._hooks = []
+        for path, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            for parameter in own:
+                self._owners.setdefault(id(parameter), set()).add(path)
+            if own:
+                self._hooks.append(module.register_forward_pre_hook(partial(self._count, path, 1)))
+                self._hooks.append(module.register_forward_hook(partial(self._count, path, -1)))
+
+    def remove(self) -> None:
+        """Take the hooks off the model again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, path: str, step: int, *_: Any) -> None:
+        self._running[path] += step
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _QUESTIONS and args[0].device.type == "meta":
+            self.guessed = True
+            return False
+        result = func(*args, **(kwargs or {}))
+        computed = isinstance(result, Tensor) or (
+            isinstance(result, tuple | list) and any(map(torch.is_tensor, result))
         )
+        for value in chain(args, (kwargs or {}).values()) if computed else ():  # not its dtype or its shape
+            owners = self._owners.get(id(value), set()) if isinstance(value, nn.Parameter) else set()
+            if not any(self._running[path] for path in owners):
+                self.found |= owners
+        return result

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from specdef_cli.attack.results import Attack, AttackReport
-from specdef_cli.checkpoint.durable import write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.model.loading import process_state
 from specdef_cli.report import attack_name, rate
 from specdef_cli.report.document import report_json

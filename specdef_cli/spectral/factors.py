@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdef_cli.dtypes import dtype_name
 from specdef_cli.errors import SpecDefError
-from specdef_cli.spectral.gauges import Gauge
+from specdef_cli.spectral import Gauge
 from specdef_cli.spectral.subspace import product, row_blocks, transposed_product
 
 # A relative error of y = C(W~x) above this is a different function, not rounding: bfloat16 weights alone give 2e-3.

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.errors import SpecDefError
-from specdef_cli.model.meta_model import meta_model
+from specdef_cli.model.loading import meta_model
 from specdef_cli.model.sites import LinearSite, linear_sites, require_factorable
 from specdef_cli.model.skeleton import Skeleton
 from tests.tiny_families import CASES, build_config, read_config, read_shapes, write_case

@@ -18,7 +18,7 @@ from specdef_cli.attack.data.forms import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.train import TrainRun
 from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
-from specdef_cli.model.described import SHIM_SOURCE, LayerSpec, shim_config
+from specdef_cli.model.described import SHIM_SOURCE, shim_config
 from specdef_cli.model.opened import OpenedModel
 from tests.byte_tokenizer import byte_tokenizer
 
@@ -54,7 +54,7 @@ def harden_directory() -> HardenDirectory:
     def harden(base: Path, out: Path, alpha: float, top_k: int, *globs: str, control: str | None = None) -> Path:
         shutil.copytree(base, out)
         tensors = load_file(base / "model.safetensors")
-        layers: dict[str, LayerSpec] = {}
+        layers: dict[str, dict[str, int | bool]] = {}
         inserted = []
         for name in [name for name in tensors if any(fnmatchcase(name, f"{glob}.weight") for glob in globs)]:
             weight = tensors[name].double()
@@ -66,7 +66,7 @@ def harden_directory() -> HardenDirectory:
             tensors[f"{module}.inflated.weight"] = (scale[:, None] * (left.mT @ weight)).float().contiguous()
             tensors[f"{module}.compensation.weight"] = (left / scale).float().contiguous()
             tensors[name] = torch.zeros(1)
-            layers[module] = LayerSpec(columns, rows, False)
+            layers[module] = {"in_features": columns, "out_features": rows, "bias": False}
             inserted.append(
                 FactoredLayer(
                     module,

@@ -21,8 +21,14 @@ from specdef_cli.attack.plan import Series, default_learning_rates, make_plan
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import VARIANTS, Variant, informed_variants
-from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, FactoredLayer, FoldedPair, Manifest
-from specdef_cli.checkpoint.slices import ScaledSlice
+from specdef_cli.checkpoint.manifest import (
+    FORMAT_VERSION,
+    BaseCheckpoint,
+    FactoredLayer,
+    FoldedPair,
+    Manifest,
+    ScaledSlice,
+)
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import Recognised
@@ -262,6 +268,7 @@ def test_what_the_command_is_given_arrives(tmp_path: Path, monkeypatch: pytest.M
     assert all(getattr(defaults, name) != value for name, value in expected.items())
     assert {field.name for field in dataclasses.fields(AttackOptions)} - set(expected) == {
         "suite", "search", "thorough", "free", "manifest", "subfolder", "control_subfolder",
+        "dask",  # which excludes --jobs
     }  # fmt: skip
     (tmp_path / "hardened" / "inside").mkdir()
     (tmp_path / "hardened" / "inside" / "config.json").write_text("{}")

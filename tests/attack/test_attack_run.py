@@ -180,9 +180,8 @@ def test_lora_all_linear_covers_both_factors(hardened: Path) -> None:
     assert not any("lm_head" in name for name in names)
 
 
-@pytest.mark.parametrize("method", ["dora:2", "ia3", "prompt"])
-def test_other_adapters_train_little_and_something(hardened: Path, tmp_path: Path, method: str) -> None:
-    result = attack(options(hardened, tmp_path, trainings=(method,), learning_rates=(1e-2,)))
+def test_another_adapter_trains_little_and_something(hardened: Path, tmp_path: Path) -> None:
+    result = attack(options(hardened, tmp_path, trainings=("prompt",), learning_rates=(1e-2,)))
     control = run_of(result, "control")
     assert 0 < control.trainable_parameters < 0.3 * control.parameters
     assert control.progress is not None

@@ -321,6 +321,43 @@ def test_a_column_of_text_is_not_said_to_have_answers(tmp_path: Path, task: Task
     assert any("the decoder learns the second" in remark for remark in data.remarks) is (task == "seq2seq-lm")
 
 
+def test_rows_about_an_image_or_a_sound_are_left_out_and_counted(tmp_path: Path) -> None:
+    """As TRL, which refuses them for a model of text: an answer about an image teaches nothing without it."""
+    image, thought = {"type": "image", "text": None}, {"type": "thinking", "thinking": "hm"}
+
+    def chat(number: int, *parts: Any) -> list[dict[str, Any]]:
+        asked, said = messages(number)
+        return [{**asked, "content": [*parts, {"type": "text", "text": asked["content"]}]}, said]
+
+    kinds: list[tuple[Callable[[int], dict[str, Any]], str]] = [
+        (lambda n: {"messages": chat(n, image)}, "'image'"),
+        (lambda n: {"messages": chat(n, thought)}, "'thinking'"),
+        (lambda n: {"messages": chat(n, {"image_url": {"url": "x.png"}})}, "'image_url'"),
+        (lambda n: {"messages": messages(n), "images": ["x.png"]}, "'images'"),
+        (lambda n: {"prompt": chat(n, image)[:1], "completion": messages(n)[1:]}, "'image'"),
+        (lambda n: {"text": answer(n), "image": "x.png"}, "'image'"),
+    ]
+    for number, (row, named) in enumerate(kinds):
+        plain = {key: value for key, value in row(0).items() if key not in ("images", "image")}
+        kept = {"messages": chat(7, "so, ")} if "messages" in plain else {**plain, "prompt": messages(7)[:1]}
+        kept = {"text": answer(7)} if "text" in plain else kept
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(lines([row(n) if n % 2 else kept for n in range(60)]))
+        data = load(path, sequence_length=16 if "text" in plain else 96, eval_sequences=1)
+        (remark,) = [remark for remark in data.remarks if "left out" in remark]
+        assert f"with {named} beside the text, which is not read, left out" in remark
+        assert all(
+            answer(n) not in read_and_counted(half, 0, chat_tokenizer())[0] for half in data.halves for n in (1, 3)
+        )
+        path = tmp_path / f"{number}-all.jsonl"
+        path.write_bytes(lines([row(n) for n in range(60)]))
+        with pytest.raises(SpecDefError, match="Of 60 rows read, 60 with") as caught:
+            load(path)
+        assert "--text-column" in caught.value.hint
+    assert "so, " in read_and_counted(load(tmp_path / "0.jsonl", eval_sequences=1).train, 0, chat_tokenizer())[0]
+    assert len(load(tmp_path / "5-all.jsonl", text_column="text", sequence_length=16).train) == 16
+
+
 def test_answers_that_begin_too_late_are_left_out_and_said(tmp_path: Path) -> None:
     path = a_file("data.jsonl", lines)(tmp_path, [{"messages": messages(n)} for n in range(ROWS)])
     with pytest.raises(SpecDefError, match="24 whose answer begins beyond --sequence-length") as caught:

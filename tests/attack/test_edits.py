@@ -23,7 +23,7 @@ from specdef_cli.model.opened import open_model
 from specdef_cli.report import findings
 from specdef_cli.report.text import summary
 from tests.byte_tokenizer import byte_tokenizer
-from tests.commands import run_cli
+from tests.commands import call_cli
 
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
@@ -188,7 +188,7 @@ def test_refusals_are_counted_after_every_run(base: Path, fold: Path, tmp_path: 
     asked.write_text("".join(f"Question {number}?\n" for number in range(6)))
     common = ["--control", str(base), "--prompts", str(asked), "--lr", "1e-4", "--steps", "2", "--batch-size", "2"]
     common += ["--sequence-length", "16", "--eval-sequences", "2", "--retained", "none", "--training", "full"]
-    ended = run_cli("attack", str(fold), *common, "--variant", "abliterate:1", "--fail-if", "refusals<0.5",
+    ended = call_cli("attack", str(fold), *common, "--variant", "abliterate:1", "--fail-if", "refusals<0.5",
                 "--out", str(tmp_path / "out"))  # fmt: skip
     assert ended.code == 1
     assert "hardened, abliterated at 1 meets refusals<0.5" in ended.stderr

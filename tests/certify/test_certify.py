@@ -361,7 +361,7 @@ def test_refusals(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path)
         call_cli("certify", hardened, "--base", base, "--attacks", report, "--out", out, "--text", tmp_path / "no.txt"),
         "no.txt",
     )
-    assert_refused(call_cli("certify", hardened, "--base", base, "--device", "warp", *common), "warp")
+    assert_refused(call_cli("certify", hardened, "--base", base, "--device", "warp", *common), "warp", code=2)
     assert not out.exists()
 
 

@@ -25,7 +25,7 @@ from specdef_cli.certify.curvature import (
     trainable,
 )
 from specdef_cli.errors import SpecDefError
-from specdef_cli.spectral.lanczos import SUBSPACE, top_eigenpairs
+from specdef_cli.spectral.subspace import SUBSPACE, top_eigenpairs
 
 
 def leaf(*values: float) -> Tensor:

@@ -25,7 +25,7 @@ from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.model.opened import open_base, open_model
 from tests.checkpoint.test_resolve import base_at
 from tests.commands import TWO_PROCESSES, Result, assert_refused, call_cli, environment, snapshot
-from tests.hub_server import COMMITS, Hub, eventually, model_files, serving, variables
+from tests.hub_server import COMMITS, Hub, eventually, here, model_files, serving, variables
 
 Usage = namedtuple("Usage", "total used free")
 TinyModel = Callable[..., Path]
@@ -48,17 +48,9 @@ def shards(directory: Path) -> list[str]:
 
 
 @contextmanager
-def online(hub: Hub, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def online(hub: Hub, directory: Path) -> Iterator[Hub]:
     """Have huggingface_hub take ``hub`` for the Hub in this process, with its cache in ``directory``."""
-    with serving(hub), monkeypatch.context() as patch:
-        # It reads the environment when it is imported, and these whenever it needs them.
-        patch.setattr(constants, "ENDPOINT", hub.address)
-        patch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_CACHE", str(directory / "cache"))
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with serving(hub), here(hub, directory):
         yield hub
 
 
@@ -91,7 +83,7 @@ def test_from_the_hub_as_from_a_directory(
 ) -> None:
     """Each shard is fetched once, and the cache then serves offline."""
     out = tmp_path / "out"
-    with online(Hub(model_files(base)), tmp_path, monkeypatch) as hub:
+    with online(Hub(model_files(base)), tmp_path) as hub:
         assert call_cli("inspect", "org/name", "--quiet").code == 0
         result = harden(method, out)
     assert result.code == 0, result.stderr
@@ -107,7 +99,7 @@ def test_a_model_in_a_folder_of_its_repository(base: Path, tmp_path: Path, monke
     inside = {f"parts/tiny/{name}": data for name, data in model_files(base).items()}
     others = {"config.json": b"{}", "parts/model.safetensors": b"x" * 99, "notes.gguf": b"GGUF"}
     out = tmp_path / "out"
-    with online(Hub({**others, **inside}), tmp_path, monkeypatch) as hub:
+    with online(Hub({**others, **inside}), tmp_path) as hub:
         result = harden("fold", out, "--subfolder", "parts/tiny/")
         assert result.code == 0, result.stderr
         assert {path for _, path, _ in hub.seen if "/resolve/" in path} == {
@@ -115,7 +107,7 @@ def test_a_model_in_a_folder_of_its_repository(base: Path, tmp_path: Path, monke
         }
         for folder, problem in {"absent": "in absent", "parts": "parts", "../x": "does not lie in org/name"}.items():
             refused = call_cli("harden", "org/name", "--subfolder", folder, "--out", tmp_path / "no")
-            assert_refused(refused, problem)
+            assert_refused(refused, problem, code=2 if ".." in folder else 1)
     offline(tmp_path, monkeypatch)
     assert call_cli("inspect", "org/name", "--subfolder", "parts/tiny", "--quiet").code == 0
     assert harden("fold", tmp_path / "other", model=base).code == 0
@@ -132,6 +124,15 @@ def test_a_model_in_a_folder_of_its_repository(base: Path, tmp_path: Path, monke
         open_base(hardened, base.parent, "--control", subfolder=base.name),
     ):
         assert found.checkpoint.shards == tuple(shards(base))
+    monkeypatch.setattr("specdef_cli.certify.run.is_causal_lm", lambda config: False)  # the tiny base has no tokenizer
+    inside = {f"parts/hard/{name}": data for name, data in model_files(out).items()}
+    certify = ("--subfolder", "parts/hard", "--base", base, "--dry-run", "--out", tmp_path / "certificate")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "hard").symlink_to(out)
+    with online(Hub({**others, **inside}), tmp_path / "second"):
+        for model in ("org/name", tmp_path):
+            result = call_cli("certify", model, *certify)
+            assert "measured: function, spectrum" in result.stdout, result.stderr
 
 
 def test_a_pipeline_is_refused_before_it_is_downloaded(
@@ -142,7 +143,7 @@ def test_a_pipeline_is_refused_before_it_is_downloaded(
         {f"{name}/{file}": data for file, data in model_files(base).items()} for name in ("text_encoder", "unet")
     ]
     files = {"model_index.json": b"{}", **folders[0], **folders[1]}
-    with online(Hub(files), tmp_path, monkeypatch) as hub:
+    with online(Hub(files), tmp_path) as hub:
         refused = harden("fold", tmp_path / "out")
         assert_refused(refused, "org/name has no config.json at its root", "--subfolder unet.")
         assert hub.downloaded() == []
@@ -152,7 +153,7 @@ def test_a_pipeline_is_refused_before_it_is_downloaded(
 def test_a_cache_that_huggingface_hub_has_filled(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, it serves offline; with one shard gone, it does not, and that one alone is fetched."""
     last = shards(base)[-1]
-    with online(Hub(model_files(base)), tmp_path, monkeypatch) as hub:
+    with online(Hub(model_files(base)), tmp_path) as hub:
         directory = Path(snapshot_download("org/name", cache_dir=tmp_path / "cache"))
         hub.seen.clear()
         assert harden("factors", tmp_path / "a").code == 0
@@ -163,7 +164,7 @@ def test_a_cache_that_huggingface_hub_has_filled(base: Path, tmp_path: Path, mon
         (directory / last).resolve().unlink()
         (directory / last).unlink()
         assert_refused(harden("factors", tmp_path / "c"), "org/name is not in the local cache")
-    with online(hub, tmp_path, monkeypatch):
+    with online(hub, tmp_path):
         hub.seen.clear()
         assert harden("factors", tmp_path / "d").code == 0
         assert hub.downloaded() == [last]
@@ -184,7 +185,7 @@ def test_a_shard_that_does_not_arrive(fault: str, base: Path, tmp_path: Path, mo
         "disk full": f"org/name could not be fetched: {os.strerror(errno.ENOSPC)}",
     }[fault]
     hub = Hub(model_files(base))
-    with online(hub, tmp_path, monkeypatch), monkeypatch.context() as patch:
+    with online(hub, tmp_path), monkeypatch.context() as patch:
         if fault == "disk full":
             patch.setattr(file_download, "http_get", full_disk(last))
         else:
@@ -194,7 +195,7 @@ def test_a_shard_that_does_not_arrive(fault: str, base: Path, tmp_path: Path, mo
         missing = [name for name in shards(base) if not list((tmp_path / "cache").rglob(name))]
         assert last in missing
     hub.denied = hub.broken = ""
-    with online(hub, tmp_path, monkeypatch):
+    with online(hub, tmp_path):
         hub.seen.clear()
         assert harden("factors", out).code == 0
         assert sorted(name for name in hub.downloaded() if name.endswith(".safetensors")) == missing
@@ -221,7 +222,7 @@ def test_interrupted_while_a_shard_is_downloaded(base: Path, tmp_path: Path, mon
         assert eventually(lambda: last in hub.downloaded())
         os.kill(os.getpid(), signal.SIGINT)
 
-    with online(Hub(model_files(base), seconds=60.0), tmp_path, monkeypatch) as hub:
+    with online(Hub(model_files(base), seconds=60.0), tmp_path) as hub:
         before = set(threading.enumerate())
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
@@ -241,7 +242,7 @@ def test_interrupted_while_a_shard_is_downloaded(base: Path, tmp_path: Path, mon
 def test_a_model_larger_than_the_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by every command before any file is asked for."""
     hub = Hub(model_files(base), sizes={shards(base)[0]: 10**18})
-    with online(hub, tmp_path, monkeypatch):
+    with online(hub, tmp_path):
         for arguments in (
             ("inspect", "org/name"),
             ("harden", "org/name", "--out", tmp_path / "out"),
@@ -255,7 +256,7 @@ def test_a_model_larger_than_the_disk(base: Path, tmp_path: Path, monkeypatch: p
 
 def test_what_is_in_the_cache_needs_no_space(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(model_files(base))
-    with online(hub, tmp_path, monkeypatch):
+    with online(hub, tmp_path):
         snapshot_download("org/name", cache_dir=tmp_path / "cache")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 0))
         assert call_cli("inspect", "org/name").code == 0
@@ -267,7 +268,7 @@ def test_a_disk_that_cannot_hold_both(base: Path, tmp_path: Path, monkeypatch: p
     """Room for the download and room for the output, but not for the two: refused before a shard is downloaded."""
     weights = sum((base / name).stat().st_size for name in shards(base))
     hub = Hub(model_files(base))
-    with online(hub, tmp_path, monkeypatch):
+    with online(hub, tmp_path):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, int(1.7 * weights)))
         assert_refused(
             harden("fold", tmp_path / "out"), f"org/name and the output {tmp_path / 'out'} need", "HF_HOME", "--out"
@@ -284,7 +285,7 @@ def test_two_disks_are_not_added(base: Path, tmp_path: Path, monkeypatch: pytest
         pytest.skip("there is one file system here")
     weights = sum((base / name).stat().st_size for name in shards(base))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, int(1.7 * weights)))
-    with online(Hub(model_files(base)), tmp_path, monkeypatch):
+    with online(Hub(model_files(base)), tmp_path):
         resolve("org/name", output=other / "out")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.checkpoint.output import remove_unfinished, write_durably
+from specdef_cli.checkpoint.files import remove_unfinished, write_durably
 
 
 def names(directory: Path) -> list[str]:

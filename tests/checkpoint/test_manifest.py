@@ -14,8 +14,8 @@ from specdef_cli.checkpoint.manifest import (
     FactoredLayer,
     FoldedPair,
     Manifest,
+    ScaledSlice,
 )
-from specdef_cli.checkpoint.slices import ScaledSlice
 from specdef_cli.errors import SpecDefError
 
 LAYER = FactoredLayer(

@@ -15,9 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.checkpoint.check import require_manifest_place
-from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
-from specdef_cli.checkpoint.stream import RECORD_SUFFIX
+from specdef_cli.checkpoint.output import (
+    RECORD_SUFFIX,
+    check_output,
+    discard,
+    exclusive,
+    prepare,
+    publish,
+    require_manifest_place,
+    work_directory,
+)
 from specdef_cli.errors import ResumableError, SpecDefError
 from tests.commands import environment
 

@@ -4,63 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
-from tests.commands import call_cli, environment, run_cli
-from tests.hub_server import COMMITS, Hub, model_files, serving, variables
+from tests.commands import call_cli
+from tests.hub_server import COMMITS, Hub, here, model_files, serving
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
 
-RESOLVE = """
-import json, sys
-from specdef_cli.checkpoint.resolve import resolve
-from specdef_cli.errors import SpecDefError
-try:
-    found = resolve(sys.argv[1], revision=sys.argv[2] or None, token=sys.argv[3] or None)
-    print(json.dumps([str(found.directory), found.name, found.revision, found.commit]))
-except SpecDefError as error:
-    print(f"error: {error.problem}", file=sys.stderr)
-    print(f"hint: {error.hint}", file=sys.stderr)
-    sys.exit(1)
-"""
+
+def told(model: str, revision: str | None = None, token: str | None = None) -> str:
+    """What is said of a model that is not to be had."""
+    with pytest.raises(SpecDefError) as raised:
+        resolve(model, revision=revision, token=token)
+    assert TOKEN not in str(raised.value) + raised.value.hint
+    return f"{raised.value.problem}\n{raised.value.hint}"
 
 
-@dataclass(frozen=True)
-class Found:
-    """What :func:`resolve` returned in a process of its own."""
-
-    directory: Path
-    name: str
-    revision: str
-    commit: str
-
-
-def resolve_apart(model: str, revision: str = "", token: str = "", **changes: str) -> Found | str:
-    """``resolve`` in a fresh process (huggingface_hub reads the environment once): what it found, or stderr."""
-    process = subprocess.run(
-        [sys.executable, "-c", RESOLVE, model, revision, token],
-        env=environment(HF_HUB_DISABLE_XET="1", HF_HUB_DOWNLOAD_TIMEOUT="2", HF_HUB_ETAG_TIMEOUT="2", **changes),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "Traceback" not in process.stderr, process.stderr
-    assert TOKEN not in process.stdout + process.stderr
-    if process.returncode:
-        lines = process.stderr.rstrip().splitlines()[-2:]
-        assert [line.split(":")[0] for line in lines] == ["error", "hint"], process.stderr
-        return "\n".join(lines)
-    directory, *rest = json.loads(process.stdout)
-    return Found(Path(directory), *rest)
+def found(model: str, revision: str | None = None) -> tuple[Path, str, str | None, str | None]:
+    resolved = resolve(model, revision=revision)
+    return resolved.directory, resolved.name, resolved.revision, resolved.commit
 
 
 def fill_cache(cache: Path, model: Path, repository: str = "org/name") -> dict[str, Path]:
@@ -137,16 +103,10 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("beside", [{}, {"README.md": b"x", "config.json": b"{}"}], ids=["alone", "with a config"])
 def test_a_repository_of_another_format_names_it(
-    name: str, words: tuple[str, ...], beside: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, words: tuple[str, ...], beside: dict[str, bytes], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with serving(Hub({name: b"x" * 9, **beside})) as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
-        template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        with pytest.raises(SpecDefError) as raised:
-            resolve("org/name")
+    with serving(Hub({name: b"x" * 9, **beside})) as hub, here(hub, tmp_path), pytest.raises(SpecDefError) as raised:
+        resolve("org/name")
     assert raised.value.problem.startswith("org/name has only ")
     for word in (*words, name, "'org/name'"):
         assert word in str(raised.value)
@@ -165,23 +125,20 @@ def test_two_revisions_are_refused() -> None:
 # --- out of the cache ------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_serves_offline_and_pins_revisions(llama: Path, tmp_path: Path) -> None:
+def test_the_cache_serves_offline_and_pins_revisions(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     snapshots = fill_cache(tmp_path, llama)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for model, revision, ref in (
-        ("org/name", "", "main"),
-        ("org/name@v1", "", "v1"),
+        ("org/name", None, "main"),
+        ("org/name@v1", None, "v1"),
         ("org/name", "v1", "v1"),
         ("org/name@v1", "v1", "v1"),
     ):
-        found = resolve_apart(model, revision, HF_HUB_CACHE=str(tmp_path))
-        assert found == Found(snapshots[ref], "org/name", ref, COMMITS[ref])
-    pinned = resolve_apart("org/name", COMMITS["v1"], HF_HUB_CACHE=str(tmp_path))
-    assert pinned == Found(snapshots["v1"], "org/name", COMMITS["v1"], COMMITS["v1"])
-
-
-def test_what_is_not_in_the_cache_is_refused_offline(tmp_path: Path) -> None:
-    said = resolve_apart("org/other", HF_HUB_CACHE=str(tmp_path))
-    assert isinstance(said, str)
+        assert found(model, revision) == (snapshots[ref], "org/name", ref, COMMITS[ref])
+    assert found("org/name", COMMITS["v1"]) == (snapshots["v1"], "org/name", COMMITS["v1"], COMMITS["v1"])
+    said = told("org/other")
     assert "org/other" in said
     assert "HF_HUB_OFFLINE" in said
 
@@ -210,42 +167,17 @@ def test_harden_from_the_cache_records_the_commit(llama: Path, tmp_path: Path, m
 # --- from a server ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def online(tmp_path: Path) -> Callable[[Hub], dict[str, Any]]:
-    """The environment in which ``hub`` is the Hub and the cache is empty."""
-    return lambda hub: variables(hub, tmp_path)
-
-
-Online = Callable[[Hub], dict[str, Any]]
-
-
-def test_harden_from_the_hub(llama: Path, tmp_path: Path, online: Online) -> None:
-    files = model_files(llama) | {"pytorch_model.bin": b"a pickle", "model.onnx": b"x", "weights.pt": b"a pickle"}
-    with serving(Hub(files)) as hub:
-        result = run_cli(
-            *("harden", "org/name", "--out", tmp_path / "out", "--method", "factors", "--top-k", "4"),
-            **online(hub),
-            HF_TOKEN=TOKEN,
-        )
-        assert result.code == 0, result.stderr
-        assert not {"pytorch_model.bin", "model.onnx", "weights.pt"} & set(hub.downloaded())
+def test_a_model_is_fetched_once_and_without_pickles(llama: Path, tmp_path: Path) -> None:
+    others = {"pytorch_model.bin": b"a pickle", "model.onnx": b"x", "weights.pt": b"a pickle"}
+    with serving(Hub(model_files(llama) | others)) as hub, here(hub, tmp_path):
+        resolve("org/name", token=TOKEN)
+        assert not others.keys() & set(hub.downloaded())
         assert "model.safetensors" in hub.downloaded()
         assert any(authorization == f"Bearer {TOKEN}" for _, _, authorization in hub.seen)
-        manifest = json.loads((tmp_path / "out" / "specdef.json").read_text())
-        assert manifest["base"] == base_at("main")
-        written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
-        assert TOKEN.encode() not in written
-        assert TOKEN not in result.stdout + result.stderr
-
-        # A second time, nothing is downloaded again; and another revision is another commit.
         count = len(hub.downloaded())
-        found = resolve_apart("org/name", **online(hub))
-        assert isinstance(found, Found)
-        assert found.commit == COMMITS["main"]
+        assert found("org/name")[2:] == ("main", COMMITS["main"])
         assert len(hub.downloaded()) == count
-        other = resolve_apart("org/name@v1", **online(hub))
-        assert isinstance(other, Found)
-        assert (other.revision, other.commit) == ("v1", COMMITS["v1"])
+        assert found("org/name@v1")[2:] == ("v1", COMMITS["v1"])
 
 
 @pytest.mark.parametrize(
@@ -262,41 +194,32 @@ def test_harden_from_the_hub(llama: Path, tmp_path: Path, online: Online) -> Non
     ids=["files-403", "files-401", "api-403-gated", "api-403", "api-401", "api-404", "api-500"],
 )
 def test_what_the_hub_denies_is_one_line_and_a_hint(
-    hub: Hub, words: tuple[str, ...], llama: Path, online: Online
+    hub: Hub, words: tuple[str, ...], llama: Path, tmp_path: Path
 ) -> None:
     hub.files = model_files(llama)
-    with serving(hub):
-        said = resolve_apart("org/name", token=TOKEN, **online(hub))
-    assert isinstance(said, str)
+    with serving(hub), here(hub, tmp_path):
+        said = told("org/name", token=TOKEN)
     for word in words:
         assert word in said
 
 
-def test_an_unknown_repository_and_an_unknown_revision(llama: Path, online: Online) -> None:
-    with serving(Hub(model_files(llama))) as hub:
-        said = resolve_apart("org/misspelt", **online(hub))
-        assert isinstance(said, str)
-        assert "org/misspelt" in said
-        said = resolve_apart("org/name@v9", **online(hub))
-        assert isinstance(said, str)
-        assert "org/name has no revision v9" in said
+def test_an_unknown_repository_and_an_unknown_revision(llama: Path, tmp_path: Path) -> None:
+    with serving(Hub(model_files(llama))) as hub, here(hub, tmp_path):
+        assert "org/misspelt" in told("org/misspelt")
+        assert "org/name has no revision v9" in told("org/name@v9")
 
 
-def test_no_server_at_all(online: Online) -> None:
+def test_no_server_at_all(tmp_path: Path) -> None:
     with serving(Hub({})) as hub:
         pass  # so that nobody listens there any more
-    said = resolve_apart("org/name", **online(hub))
-    assert isinstance(said, str)
-    assert "org/name is not in the local cache and the Hub cannot be reached" in said
+    with here(hub, tmp_path):
+        assert "org/name is not in the local cache and the Hub cannot be reached" in told("org/name")
 
 
-def test_a_download_that_breaks_off(llama: Path, online: Online) -> None:
-    with serving(Hub(model_files(llama), broken="model.safetensors")) as hub:
-        said = resolve_apart("org/name", **online(hub))
-        assert isinstance(said, str)
-        assert "org/name could not be fetched" in said
+def test_a_download_that_breaks_off(llama: Path, tmp_path: Path) -> None:
+    with serving(Hub(model_files(llama), broken="model.safetensors")) as hub, here(hub, tmp_path):
+        assert "org/name could not be fetched" in told("org/name")
         # The next attempt goes on from what is there.
         hub.broken = ""
-        found = resolve_apart("org/name", **online(hub))
-    assert isinstance(found, Found)
-    assert (found.directory / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+        directory, *_ = found("org/name")
+    assert (directory / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,18 @@ from safetensors.torch import save_file
 
 from specdef_cli.checkpoint import stream
 from specdef_cli.checkpoint.headers import TORCH_DTYPES
+from specdef_cli.checkpoint.manifest import ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from specdef_cli.checkpoint.shards import OutputShard, Produced, Rows, TensorGroup, TensorSpec, plan_shards, streamed
-from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
+from specdef_cli.checkpoint.shards import (
+    OutputShard,
+    Produced,
+    Rows,
+    TensorGroup,
+    TensorSpec,
+    plan_shards,
+    scale_slice,
+    streamed,
+)
 from specdef_cli.checkpoint.stream import Progress, file_sha256, read_record, write_shards
 from specdef_cli.errors import ResumableError, SpecDefError
 from tests.commands import snapshot
@@ -264,16 +274,15 @@ def test_a_read_error_in_the_middle_is_worth_a_resume(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = plan(checkpoint, [])
-    read, reads = Checkpoint.read, []
+    opened, reads = Path.open, []
 
-    def failing(self: Checkpoint, name: str) -> torch.Tensor:
-        reads.append(name)
-        if len(reads) == 3:
-            with self._reading(self.tensors[name]):
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(self, name)
+    def failing(self: Path, *arguments: Any, **options: Any) -> Any:
+        reads.append(self.suffix == ".safetensors")
+        if reads[-1] and sum(reads) == 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(self, *arguments, **options)
 
-    monkeypatch.setattr(Checkpoint, "read", failing)
+    monkeypatch.setattr(Path, "open", failing)
     with pytest.raises(ResumableError, match=r"model\.safetensors cannot be read: Input/output error"):
         write(checkpoint, shards, tmp_path / "work")
     monkeypatch.undo()

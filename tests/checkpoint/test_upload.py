@@ -11,8 +11,8 @@ import pytest
 
 from specdef_cli.checkpoint.upload import Destination, push, upload_hint
 from specdef_cli.hardening.card import has_section
-from tests.commands import Result, assert_refused, call_cli, run_cli
-from tests.hub_server import Hub, here, serving, variables
+from tests.commands import Result, assert_refused, call_cli
+from tests.hub_server import Hub, here, serving
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
 
@@ -68,10 +68,12 @@ def test_what_cannot_be_uploaded_is_not_hardened(
 
 
 def test_nobody_is_logged_in(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(Hub({})) as hub:
-        result = run_cli("harden", llama, "--push-to-hub", "org/out", cwd=tmp_path, **variables(hub, tmp_path))
-        assert_refused(result, "nobody is logged in", "hf auth login")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serving(Hub({})) as hub:
+        with here(hub, tmp_path):
+            result = call_cli("harden", llama, "--push-to-hub", "org/out")
+        assert_refused(result, "nobody is logged in", "hf auth login")
     with here(hub, tmp_path):
         result = call_cli("harden", llama, "--push-to-hub", "org/out", "--token", TOKEN)
     assert_refused(result, "org/out cannot be uploaded", "Check the connection")  # nobody listens there any more

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.commands import assert_refused, call_cli, run_cli, snapshot
+from tests.commands import assert_refused, call_cli, snapshot
 from tests.faults.small_attack import SMALL
 
 
@@ -17,7 +17,7 @@ from tests.faults.small_attack import SMALL
 def hardened(llama: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A hardened directory without its manifest, and the manifest."""
     out, manifest = tmp_path / "hardened", tmp_path / "keys" / "hardened.json"
-    done = run_cli("harden", llama, "--out", out, "--manifest-out", manifest)
+    done = call_cli("harden", llama, "--out", out, "--manifest-out", manifest)
     assert done.code == 0, done.stderr
     assert f"specdef collapse {out} --manifest {manifest}" in done.stderr
     return out, manifest
@@ -28,26 +28,26 @@ def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_pa
     assert not (out / "specdef.json").exists()
     assert json.loads(manifest.read_text())["method"] == "fold"
 
-    refused = run_cli("collapse", out, "--out", tmp_path / "plain")
+    refused = call_cli("collapse", out, "--out", tmp_path / "plain")
     assert_refused(refused, f"{out} has no specdef.json", "--manifest")
-    back = run_cli("collapse", out, "--manifest", manifest, "--out", tmp_path / "plain", "--quiet")
+    back = call_cli("collapse", out, "--manifest", manifest, "--out", tmp_path / "plain", "--quiet")
     assert back.code == 0, back.stderr
     found, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "plain", llama))
     assert {name: tensor.numpy().tobytes() for name, tensor in found.items()} == {
         name: tensor.numpy().tobytes() for name, tensor in expected.items()
     }
 
-    without = json.loads(run_cli("inspect", out, "--json").stdout)
-    told = json.loads(run_cli("inspect", out, "--manifest", manifest, "--json").stdout)
+    without = json.loads(call_cli("inspect", out, "--json").stdout)
+    told = json.loads(call_cli("inspect", out, "--manifest", manifest, "--json").stdout)
     assert without["manifest"] is None
     assert told["manifest"]["folded"] == json.loads(manifest.read_text())["folded"]
 
     # The base comes from the manifest, and the report is of these weights to certify too.
-    attacked = run_cli("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", *SMALL)
+    attacked = call_cli("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", *SMALL)
     assert attacked.code == 0, attacked.stderr
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{number % 90 + 3}" for number in range(3000)))
-    certified = run_cli(
+    certified = call_cli(
         "certify", out, "--manifest", manifest, "--attacks", tmp_path / "attack" / "report.json", "--text", text,
         "--formats", "none", "--no-curvature", "--out", tmp_path / "certificate", "--json",
     )  # fmt: skip

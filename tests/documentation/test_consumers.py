@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.hardening import lost_formats
+from specdef_cli.hardening import card
 from tests.consumer_tables import TABLES, generator, measured_tables
 
 consumers = generator("consumers")
@@ -85,17 +85,17 @@ def names(row: tuple[str, str], lost: tuple[str, ...]) -> str:
     """The format that ``harden`` would name a row by, where it names these."""
     tool, what = row
     if tool == "mergekit":
-        return lost_formats.MERGES
+        return card.MERGES
     if what.startswith(("float16", "F16")):
-        return lost_formats.FLOAT16
-    if what.endswith("double quantization") and lost_formats.BLOCKS not in lost:
-        return lost_formats.DOUBLE
+        return card.FLOAT16
+    if what.endswith("double quantization") and card.BLOCKS not in lost:
+        return card.DOUBLE
     if tool == "bitsandbytes" or what.startswith(("Q", "int8", "int4")):
-        return lost_formats.BLOCKS
+        return card.BLOCKS
     if what.startswith("float8"):
-        return lost_formats.FLOAT8
+        return card.FLOAT8
     if tool == "llama.cpp" and not what.endswith("float32 cache, no flash attention"):
-        return lost_formats.CACHE
+        return card.CACHE
     return ""
 
 
@@ -106,7 +106,7 @@ def test_harden_names_what_the_tools_did_not_keep(path: Path) -> None:
     for row, verdicts in table.verdicts.items():
         for way, verdict in verdicts.items():
             if way in WITH_CODE and verdict == "refused":
-                assert any(tool in lost_formats.SCALED_LOADERS for tool in row[0].split(", ")), (path.stem, row, way)
+                assert any(tool in card.SCALED_LOADERS for tool in row[0].split(", ")), (path.stem, row, way)
             elif row not in TRAINED and verdict != "kept":
                 assert names(row, table.lost[way]) in table.lost[way], (path.stem, row, way, verdict)
 

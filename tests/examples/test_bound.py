@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdef_cli.attack.variants.factored import deepen
 from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainable
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import Factors, HardenOptions
-from specdef_cli.hardening.run import harden
-from specdef_cli.model import SpecDefLinear, load_model
+from specdef_cli.model import SpecDefLinear
 
 REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
 
@@ -276,40 +273,6 @@ def test_deepening_grows_with_the_number_of_factors(setting: ModuleType, factors
         deepen(model, factors)
         measured.append(hessian_top(loss, list(trainable(model).values())).value)
     assert setting.slope(alphas, measured) == pytest.approx(2 * (factors - 1) / factors, abs=0.05)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
-def test_a_directory_that_was_hardened(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """Stored and loaded in float32, as `specdef certify` meets it, against the same in float64."""
-    alpha = 1e3
-    harden(HardenOptions(str(tiny_model(family)), tmp_path / "hardened", Factors(alpha=alpha, top_k=1)))
-    found = {}
-    for dtype in (torch.float32, torch.float64):
-        model = load_model(tmp_path / "hardened", dtype=dtype)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, 96, (2, 8), generator=generator)
-        pixels = torch.randn(2, 3, 16, 16, generator=generator)
-        batch = (
-            {"pixel_values": pixels.to(dtype), "labels": torch.tensor([1, 3])}
-            if family == "vit"
-            else {"input_ids": tokens, "labels": tokens}
-        )
-        loss = model_loss(model, batch)
-        measured = hessian_top(loss, list(model.parameters()))
-        bounds = compensation_bounds(model, loss)
-        path = path_bound(model, loss, max(bounds), rank=2)
-        assert measured.converged
-        assert len(bounds) == 4
-        assert all(bound.value <= measured.value * 1.001 for bound in bounds.values())
-        assert path is not None
-        assert 0 < path.value <= measured.value
-        found[dtype] = (measured.value, max(bound.value for bound in bounds.values()))
-    assert found[torch.float32] == pytest.approx(found[torch.float64], rel=1e-3)
-    # α² shows: the bound is most of what is measured, and both are far above the base model's.
-    base = load_model(tiny_model(family), dtype=torch.float64)
-    original = hessian_top(model_loss(base, batch), list(base.parameters())).value
-    assert found[torch.float64][1] > 1e3 * original
-    assert found[torch.float64][1] > 0.05 * found[torch.float64][0]
 
 
 def test_a_layer_that_does_not_run_bounds_nothing_and_one_that_runs_twice_is_refused(setting: ModuleType) -> None:

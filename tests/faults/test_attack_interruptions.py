@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,24 @@ import pytest
 
 from specdef_cli.checkpoint.output import exclusive
 from specdef_cli.errors import SpecDefError
-from tests.commands import REPOSITORY, assert_refused, call_cli, command, environment
+from tests.commands import Die, assert_refused, call_cli, command, dying, environment
 from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, visible
 
 REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
 # Where an attack can die, in order: before a run, while it is kept (before and within the write), in the report.
 POINTS = [
-    *(("specdef_cli.attack.run.train_run", call) for call in (1, 3)),
+    *(("specdef_cli.attack.train.train_run", call) for call in (1, 3)),
     ("specdef_cli.attack.one_run.write_durably", 2),
     ("os.replace", 2),
     ("specdef_cli.report.files.curves_png", 1),
     ("specdef_cli.report.files.write_durably", 3),
 ]
+
+
+@pytest.fixture(scope="module")
+def die() -> Iterator[Die]:
+    with dying() as die:
+        yield die
 
 
 @pytest.fixture(scope="module")
@@ -63,24 +68,11 @@ def go_on(arguments: tuple[str, ...], out: Path, expected: dict[str, Any]) -> in
     return len(before)
 
 
-def die(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    process = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "hardening" / "kill_points.py")],
-        input=json.dumps(cases),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout)
-
-
 def case(arguments: tuple[str, ...], out: Path, point: tuple[str, int], number: signal.Signals) -> dict[str, Any]:
     return {"arguments": [*arguments, str(out)], "target": point[0], "call": point[1], "signal": number, "delay": None}
 
 
-def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path) -> None:
     outs = [tmp_path / str(number) / "out" for number in range(len(POINTS))]
     fates = die([case(arguments, out, point, signal.SIGKILL) for out, point in zip(outs, POINTS, strict=True)])
     kept = 0
@@ -92,7 +84,9 @@ def test_killed_at_every_stage(arguments: tuple[str, ...], expected: dict[str, A
     assert kept >= 2 + 1 + RUNS + RUNS
 
 
-def test_interrupted_from_the_keyboard(arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path) -> None:
+def test_interrupted_from_the_keyboard(
+    die: Die, arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path
+) -> None:
     points = [POINTS[1], POINTS[-1]]
     outs = [tmp_path / str(number) / "out" for number in range(len(points))]
     fates = die([case(arguments, out, point, signal.SIGINT) for out, point in zip(outs, points, strict=True)])

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.checkpoint.output import work_directory
-from specdef_cli.checkpoint.stream import RECORD_SUFFIX
+from specdef_cli.checkpoint.output import RECORD_SUFFIX, work_directory
 from tests.commands import assert_refused, call_cli, snapshot
 from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, visible
 

@@ -130,7 +130,8 @@ def test_what_does_not_fit(case: str, places: dict[str, Path], tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     before = {place: snapshot(place) for place in places.values() if place.is_dir()}
     arguments, words = REFUSED[case]
-    assert_refused(call_cli(*filled(arguments, places, tmp_path / "out")), *words, empty=tmp_path)
+    code = 2 if "org/name" in words else 1  # a name that no repository can have
+    assert_refused(call_cli(*filled(arguments, places, tmp_path / "out")), *words, empty=tmp_path, code=code)
     assert {place: snapshot(place) for place in before} == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.model import load_model
 from tests.commands import Result, assert_refused, call_cli, command, environment, run_cli, snapshot
 from tests.faults.small_attack import SMALL
-from tests.hardening.mutations import REMOVED, Mutation, config, content, edit_json, spoiled, tensor
+from tests.hardening.mutations import GIT_LFS, REMOVED, config, content, edit_json, file_in_place_of, spoiled
 
 FOLD = ("--method", "fold", "--quiet")
 FACTORS = ("--method", "factors", "--top-k", "4", "--quiet")
@@ -27,49 +26,19 @@ TEXT = ("--dataset", "TEXT", *SMALL)
 
 # --- command lines ---------------------------------------------------------------------------------------------------
 
-LINES: dict[str, tuple[tuple[str, ...], str]] = {
-    # What is refused, and a word of why. Options that one class or one parser refuses are tested beside it.
+USAGE: dict[str, tuple[tuple[str, ...], str]] = {
+    # Wrong whatever the files and the Hub hold, and a word of why. What one class or one parser refuses is tested
+    # beside it.
     "alpha a word": (("harden", "BASE", "--alpha", "ten"), "'--alpha'"),
     "alpha tiny": (("harden", "BASE", *FACTORS, "--alpha", "1e-320"), "at least 1"),
-    "alpha beyond any number": (("harden", "BASE", *FACTORS, "--alpha", "1e400"), "--alpha is inf"),
     "alpha with a minus of Unicode": (("harden", "BASE", *FACTORS, "--alpha", "\u22125"), "--alpha"),
-    "alpha of a staircase": (("harden", "BASE", *FOLD, "--alpha", "100"), "--alpha"),
-    "top-k negative": (("harden", "BASE", *FACTORS[:2], "--top-k", "-3"), "--top-k is -3"),
-    "top-k huge": (("harden", "BASE", *FACTORS[:2], "--top-k", str(10**30)), "more than the rank"),
-    "top-k of a fold": (("harden", "BASE", *FOLD, "--top-k", "4"), "--top-k"),
-    "a gauge of a fold": (("harden", "BASE", *FOLD, "--gauge", "symmetric"), "--gauge"),
-    "shards of nothing": (("harden", "BASE", *FOLD, "--max-shard-size", "0GB"), "not a positive size"),
-    "shards without a unit": (("harden", "BASE", *FOLD, "--max-shard-size", "5"), "'5' is not a size"),
-    "a glob that is broken": (("harden", "BASE", *FOLD, "--layers", "[a-"), "'[a-' matches no"),
-    "an empty glob": (("harden", "BASE", *FOLD, "--layers", ""), "'' matches no"),
-    "everything excluded": (("harden", "BASE", *FOLD, "--exclude", "*"), "no symmetric pair"),
-    "globs that cancel": (("harden", "BASE", *FACTORS, "--layers", "*o_proj", "--exclude", "*o_proj"), "no linear"),
     "a device of no kind": (("harden", "BASE", *FOLD, "--device", ""), "device ''"),
-    "the meta device": (("harden", "BASE", *FOLD, "--device", "meta"), "device 'meta'"),
-    "a GPU that is hidden": (("harden", "BASE", *FOLD, "--device", "cuda:77"), "device 'cuda:77'"),
     "a dtype of integers": (("harden", "BASE", *FOLD, "--dtype", "int8"), "int8"),
     "private without a place": (("harden", "BASE", *FOLD, "--private"), "--private"),
-    "an empty model": (("harden", ""), "it is empty"),
-    "a model of blanks": (("harden", "  "), "'  ' is neither"),
-    "a model that is a URL": (("harden", "https://huggingface.co/org/name"), "neither a directory nor a Hub id"),
-    "a model that is a Hub id with a path": (("harden", "org/name/sub"), "neither a directory nor a Hub id"),
-    "a model that is a file": (("harden", "BASE/config.json"), "is a file"),
-    "a model that is the parent": (("harden", "BASE/.."), "holds a directory that has one"),
-    "two revisions": (("harden", "org/name@a", "--revision", "b"), "two revisions"),
-    "a revision that is empty": (("harden", "org/name@"), "org/name"),
-    "an output of too long a name": (("harden", "BASE", *FOLD, "--out", "x" * 300), "x" * 300),
-    "an output at the root": (("harden", "BASE", *FOLD, "--out", "/"), "exists already"),
-    "an output of no name": (("harden", "BASE", *FOLD, "--out", ""), "exists already"),
-    "an output that is a file": (("harden", "BASE", *FOLD, "--out", "TEXT"), "exists already"),
-    "an output in the kernel's files": (("harden", "BASE", *FOLD, "--out", "/proc/out"), "/proc is not a directory"),
-    "collapse of a base": (("collapse", "BASE"), "no specdef.json"),
-    "collapse of shards of nothing": (("collapse", "HARDENED", "--max-shard-size", "x"), "'x' is not a size"),
     "collapse on a device of no kind": (("collapse", "HARDENED", "--device", "quantum"), "'quantum'"),
     "inspect on a device of no kind": (("inspect", "BASE", "--device", "quantum"), "'quantum'"),
     "inspect of two": (("inspect", "BASE", "HARDENED"), "unexpected extra argument"),
     "attack by an unknown suite": ((*ATTACK, "--suite", "nope"), "no suite 'nope'"),
-    "attack by a suite that is weights": ((*ATTACK, "--suite", "BASE/model.safetensors"), "not a suite"),
-    "attack by a suite that is a config": ((*ATTACK, "--suite", "BASE/config.json"), "not a suite"),
     "attack by a suite that is a directory": ((*ATTACK, "--suite", "BASE"), "no suite"),
     "attack at a rate with a minus of Unicode": ((*ATTACK, "--lr", "1e\u22123"), "--lr"),
     "attack at a rate beyond any": ((*ATTACK, "--lr", "1e400"), "--lr inf"),
@@ -80,21 +49,41 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
     "attack with a billion seeds": ((*ATTACK, "--seeds", str(10**9)), "1 to 1000"),
     "attack within a negative time": ((*ATTACK, "--time-limit", "-5m"), "'-5m' is not a duration"),
     "attack within a number": ((*ATTACK, "--time-limit", "5"), "'5' is not a duration"),
-    "attack within longer than any time": ((*ATTACK, "--time-limit", "9" * 400 + "h"), "is not a duration"),
     "attack by growth of NaN": ((*ATTACK, "--expand", "nanx"), "growth nan"),
     "attack by growth to nothing": ((*ATTACK, "--expand", "0x"), "growth 0"),
     "attack by growth in words": ((*ATTACK, "--variant", "width:two"), "growth 'two'"),
     "attack by a rank of nothing": ((*ATTACK, "--training", "lora:0"), "rank 0"),
+    "attack on parameters of an empty name": ((*ATTACK, "--training", "full@"), "names nothing after"),
+    "attack that fails on percent": ((*ATTACK, "--fail-if", "share_of_control>20"), "0.2 for 20 %"),
+    "attack that fails on refusals it never asks for": ((*ATTACK, "--fail-if", "refusals<0.5"), "--prompts FILE"),
+    "attack in a folder above": ((*ATTACK, "--subfolder", "../x"), "the subfolder '../x'"),
+    "a base on the Hub that is none": (("harden", "BASE", *FOLD, "--base-model", "a b"), "'a b' is no Hub id"),
+    "attack that fails on nonsense": ((*ATTACK, "--fail-if", "luck>3"), "'luck>3' is not a condition"),
+    "attack that fails on NaN": ((*ATTACK, "--fail-if", "steps_to_control<nan"), "is not a condition"),
+    "attack that fails on nothing": ((*ATTACK, "--fail-if", ""), "'' is not a condition"),
+    "attack told to nobody": ((*ATTACK, "--report-to", "nobody"), "'nobody' is unknown"),
+    "attack of an unknown task": ((*ATTACK, "--task", "chess"), "chess"),
+    "certify in an unknown format": ((*CERTIFY, "--formats", "jpeg"), "'jpeg'"),
+}  # fmt: skip
+LINES: dict[str, tuple[tuple[str, ...], str]] = {
+    # Wrong for what is there.
+    "top-k huge": (("harden", "BASE", *FACTORS[:2], "--top-k", str(10**30)), "more than the rank"),
+    "a glob that is broken": (("harden", "BASE", *FOLD, "--layers", "[a-"), "'[a-' matches no"),
+    "an empty glob": (("harden", "BASE", *FOLD, "--layers", ""), "'' matches no"),
+    "the meta device": (("harden", "BASE", *FOLD, "--device", "meta"), "device 'meta'"),
+    "an empty model": (("harden", ""), "it is empty"),
+    "a model of blanks": (("harden", "  "), "'  ' is neither"),
+    "a model that is the parent": (("harden", "BASE/.."), "holds a directory that has one"),
+    "an output of too long a name": (("harden", "BASE", *FOLD, "--out", "x" * 300), "x" * 300),
+    "an output at the root": (("harden", "BASE", *FOLD, "--out", "/"), "exists already"),
+    "an output of no name": (("harden", "BASE", *FOLD, "--out", ""), "exists already"),
+    "attack by a suite that is weights": ((*ATTACK, "--suite", "BASE/model.safetensors"), "not a suite"),
+    "attack by a suite that is a config": ((*ATTACK, "--suite", "BASE/config.json"), "not a suite"),
     "attack by a rank that no memory holds": (
         (*ATTACK, *SMALL[2:], "--training", f"lora:{10**12}"), "memory is not enough",
     ),
     "attack by adapters on nothing": ((*ATTACK, *SMALL[2:], "--training", "lora@no"), "cannot be put on no"),
     "attack on parameters of no name": ((*ATTACK, *SMALL[2:], "--training", "full@z*"), "z* names no parameter"),
-    "attack on parameters of an empty name": ((*ATTACK, "--training", "full@"), "names nothing after"),
-    "attack that fails on nonsense": ((*ATTACK, "--fail-if", "luck>3"), "'luck>3' is not a condition"),
-    "attack that fails on NaN": ((*ATTACK, "--fail-if", "steps_to_control<nan"), "is not a condition"),
-    "attack that fails on nothing": ((*ATTACK, "--fail-if", ""), "'' is not a condition"),
-    "attack told to nobody": ((*ATTACK, "--report-to", "nobody"), "'nobody' is unknown"),
     "attack that retains what is nowhere": ((*ATTACK, "--retained", "nowhere.txt"), "no data file nowhere.txt"),
     "attack on data that is nowhere": ((*ATTACK, "--dataset", "./nowhere.jsonl"), "no data file nowhere.jsonl"),
     "attack on a directory of nothing": ((*ATTACK, "--dataset", "EMPTY"), "holds no data"),
@@ -105,7 +94,6 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
         (*ATTACK, *TEXT, "--sequence-length", str(10**12)), "0 sequences to train on",
     ),
     "attack in batches larger than all data": ((*ATTACK, *TEXT, "--batch-size", str(10**12)), "a batch has 1000000000"),
-    "attack of an unknown task": ((*ATTACK, "--task", "chess"), "chess"),
     "attack for a task that the model has not": ((*ATTACK, "--task", "seq2seq-lm"), "--task causal-lm"),
     "attack for classes without data": ((*ATTACK, "--task", "sequence-classification"), "labelled texts"),
     "attack on a control that is nowhere": (("attack", "HARDENED", "--control", "./nowhere"), "'./nowhere' is neither"),
@@ -113,18 +101,13 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
     "attack into its control": ((*ATTACK, "--out", "BASE/attack"), "lies in the input"),
     "attack that says so as JSON": (("attack", "./nowhere", "--control", "BASE", "--json"), "'./nowhere' is neither"),
     "certify that says so as JSON": (("certify", "./nowhere", "--json"), "'./nowhere' is neither"),
-    "certify of a base": (("certify", "BASE"), "no specdef.json"),
     "certify against a base that is nowhere": (("certify", "HARDENED", "--base", "./nowhere"), "'./nowhere'"),
     "certify with a report that is nowhere": ((*CERTIFY, "--attacks", "nowhere.json"), "no attack report nowhere.json"),
-    "certify with a report that is a model": ((*CERTIFY, "--attacks", "BASE/config.json"), "not an attack report"),
-    "certify on text that is nowhere": ((*CERTIFY, "--text", "nowhere.txt"), "--text nowhere.txt"),
     "certify on text that is a directory": ((*CERTIFY, "--text", "BASE"), "is not a file"),
-    "certify in an unknown format": ((*CERTIFY, "--formats", "jpeg"), "'jpeg'"),
-    "certify on a device of no kind": ((*CERTIFY, "--device", "quantum"), "'quantum'"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LINES)
+@pytest.mark.parametrize("case", [*USAGE, *LINES])
 def test_command_lines_are_refused(
     case: str, llama: Path, hardened: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +116,7 @@ def test_command_lines_are_refused(
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     places = {"BASE": str(llama), "HARDENED": str(hardened), "EMPTY": str(tmp_path / "empty"), "TEXT": str(text)}
-    given, word = LINES[case]
+    given, word = {**USAGE, **LINES}[case]
     arguments = [given[0]]
     for argument in given[1:]:
         first, slash, rest = argument.partition("/")
@@ -142,11 +125,12 @@ def test_command_lines_are_refused(
         arguments += ["--out", str(tmp_path / "outside" / "out")]
     before = snapshot(tmp_path), snapshot(llama), snapshot(hardened), text.read_text()
     result = call_cli(*arguments)
-    if result.code == 2:
-        assert "Usage" in result.stderr
+    if "Usage" in result.stderr:  # typer's own words
+        assert result.code == 2
+        assert case in USAGE
         assert word in result.stderr
     else:
-        assert_refused(result, word)
+        assert_refused(result, word, code=2 if case in USAGE else 1)
     assert (snapshot(tmp_path), snapshot(llama), snapshot(hardened), text.read_text()) == before
     assert not (tmp_path / "outside" / "out").exists()
 
@@ -212,10 +196,10 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_environments_in_which_nothing_works(case: str, llama: Path, tmp_path: Path) -> None:
+def test_environments_in_which_nothing_works(case: str, tmp_path: Path) -> None:
     """Told in two lines by whatever command, and the hint leads on."""
     setting, before, named = UNFIT[case]
-    tried = " ".join(command("inspect", llama))
+    tried = " ".join(command("inspect", "./nowhere"))
 
     def run(*lines: str) -> Result:
         done = subprocess.run(
@@ -233,7 +217,7 @@ def test_environments_in_which_nothing_works(case: str, llama: Path, tmp_path: P
     advised = re.search(r"`(unset \w+)`", refused.stderr)
     leaving = [advised[1]] if advised else [f"cd {tmp_path}"]
     followed = run(*before, *([f"export {setting}"] if setting else []), *leaving, tried)
-    assert followed.code == 0, followed.stderr
+    assert_refused(followed, "./nowhere")
 
 
 # --- names and files that are harmless --------------------------------------------------------------------------------
@@ -262,14 +246,6 @@ def test_a_name_that_is_not_utf_8(llama: Path, tmp_path: Path) -> None:
     result = call_cli("harden", directory, *FOLD, "--no-verify", "--out", tmp_path / "out")
     assert result.code == 0, result.stderr
     assert read_manifest(tmp_path / "out").base.name.endswith("caf?")
-
-
-def file_in_place_of(name: str) -> Mutation:
-    def apply(directory: Path) -> None:
-        (directory / name).unlink()
-        (directory / name).mkdir()
-
-    return apply
 
 
 def harmless(directory: Path) -> None:
@@ -312,83 +288,6 @@ def test_files_that_do_not_matter_do_no_harm(
 
 
 # --- directories ------------------------------------------------------------------------------------------------------
-
-GIT_LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-CONFIGS: dict[str, tuple[Mutation, str]] = {
-    # What is refused, and a word of why.
-    "no vocab_size": (edit_json("config.json", vocab_size=REMOVED), "config.json"),
-    "no hidden_size": (edit_json("config.json", hidden_size=REMOVED), "config.json"),
-    "no model_type": (edit_json("config.json", model_type=REMOVED), "model_type"),
-    "a vocabulary too large": (config(vocab_size=200), "[200, 32]"),
-    "a vocabulary in words": (config(vocab_size="96"), "vocab_size"),
-    "a vocabulary below nothing": (config(vocab_size=-1), "config.json"),
-    "a vocabulary with a fraction": (config(vocab_size=96.5), "vocab_size"),
-    "a tie in words": (config(tie_word_embeddings="false"), "tie_word_embeddings"),
-    "positions of an unknown kind": (config(rope_scaling={"type": "nonsense"}), "config.json"),
-    "positions without their factor": (config(rope_parameters={"rope_type": "linear"}), "factor"),
-    "a model of another in it": (config(text_config={"hidden_size": 32}), "config.json"),
-    "quantized by nobody": (config(quantization_config={}), "quantization_config"),
-    "quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
-    "quantized by a list": (config(quantization_config=[1]), "quantized"),
-    "hardened, it says": (config(quantization_config={"quant_method": "specdef"}), "specdef"),
-    "code that is not there": (config(auto_map={"AutoConfig": "a.B"}, model_type="xx"), "--trust-remote-code"),
-    "an unknown type": (config(model_type="xx"), "xx"),
-    "no type": (config(model_type=None), "model_type"),
-    "several types": (config(model_type=["llama"]), "model_type"),
-    "an activation of no name": (config(hidden_act="nonsense"), "nonsense"),
-    "no heads": (config(num_attention_heads=0), "config.json"),
-    "seven heads": (config(num_attention_heads=7), "heads"),
-    "heads of an odd width": (config(head_dim=7), "head_dim"),
-    "a layer too many": (config(num_hidden_layers=3), "layers.2"),
-    "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers 1000000000"),
-    "hidden beyond any memory": (config(hidden_size=10**12), "1000000000000"),
-    "an epsilon in words": (config(rms_norm_eps="1e-6"), "rms_norm_eps"),
-    "padding beyond the vocabulary": (config(pad_token_id=1000), "config.json"),
-    "classes of no number": (config(id2label={"a": "b"}), "config.json"),
-    "a cache in words": (config(use_cache="yes"), "use_cache"),
-    "biases that are not there": (config(attention_bias=True), "bias"),
-    "an architecture with an escape": (config(architectures=["Ll\x1b[31mama"]), "x1b[31m"),
-    "config.json a directory": (file_in_place_of("config.json"), "no config.json"),
-    "the weights a directory": (file_in_place_of("model.safetensors"), "model.safetensors"),
-    "a config with a byte order mark": (content("config.json", b"\xef\xbb\xbf{}"), "BOM"),
-    "a config in UTF-16": (content("config.json", "{}".encode("utf-16")), "not valid JSON"),
-    "a config nested deeply": (content("config.json", "[" * 100_000 + "]" * 100_000), "not valid JSON"),
-    "an unknown dtype": (config(dtype="float12"), "float12"),
-    "a dtype of numbers": (config(dtype=16), "cannot be built from this config.json"),
-    "a dtype of eight bits": (config(dtype="float8_e4m3fn"), "Float8_e4m3fn"),
-    "an architecture in words": (config(architectures="LlamaForCausalLM"), "no architecture 'L'"),
-    "an architecture that is a function": (config(architectures=["pipeline"]), "no architecture 'pipeline'"),
-    "an architecture of another family": (config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel cannot be built"),
-    "a config in gzip": (lambda place: _gzip(place / "config.json"), "not valid JSON"),
-    "weights in gzip": (lambda place: _gzip(place / "model.safetensors"), "not a valid safetensors file"),
-    "weights that are a page": (content("model.safetensors", "<html>404</html>"), "not a valid safetensors file"),
-    "weights cloned without Git LFS": (content("model.safetensors", GIT_LFS), "git lfs pull"),
-    "a config cloned without Git LFS": (content("config.json", GIT_LFS), "git lfs pull"),
-    "weights with a scalar": (tensor("model.norm.weight", lambda weight: weight[0]), "model.norm.weight"),
-    "an attention kernel that is not here": (config(attn_implementation="flash_attention_2"), "flash_attention_2"),
-    "an attention kernel of no name": (config(attn_implementation="nonsense"), "attn_implementation"),
-    "an attention kernel of the Hub": (config(_attn_implementation="kernels-community/x"), "kernels-community/x"),
-}
-
-
-def _gzip(path: Path) -> None:
-    path.write_bytes(gzip.compress(path.read_bytes()))
-
-
-@pytest.mark.parametrize("case", CONFIGS)
-def test_configurations_are_refused_before_the_work(
-    case: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a dry run, and by an attack before it trains."""
-    from specdef_cli.attack import run
-
-    mutation, word = CONFIGS[case]
-    directory = spoiled(llama, tmp_path, mutation)
-    monkeypatch.setattr(run, "train_run", None)
-    assert_refused(call_cli("harden", directory, *FOLD, "--dry-run"), word)
-    attack = ("attack", directory, "--control", directory, *SMALL, "--out", tmp_path / "out")
-    assert_refused(call_cli(*attack), word)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "text"), [("adapter_config.json", "{}"), ("generation_config.json", "[]")])
@@ -438,7 +337,7 @@ def test_memory_that_is_not_enough_is_two_lines(
     llama: Path, hardened: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch says of the machine and of a GPU, and Python of a list."""
-    from specdef_cli.attack import run
+    from specdef_cli.attack import train
 
     attack = ("attack", hardened, "--control", llama, "--dataset", text, *SMALL, "--out", tmp_path / "out")
     for error in (
@@ -450,7 +349,7 @@ def test_memory_that_is_not_enough_is_two_lines(
         def fail(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(run, "train_run", fail)
+        monkeypatch.setattr(train, "train_run", fail)
         assert_refused(call_cli(*attack), "memory is not enough", "--batch-size", "--gradient-checkpointing")
     monkeypatch.undo()
     followed = call_cli(*attack, "--gradient-checkpointing", "--gradient-accumulation", "2")  # as the hint says

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
                 code = 0
             except SystemExit as leaving:
                 code = int(leaving.code or 0)
+            except Exception:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

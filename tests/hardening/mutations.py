@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 Mutation = Callable[[Path], object]
 DOWN = "model.layers.0.mlp.down_proj.weight"
+GIT_LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 REMOVED = object()
 
 
@@ -74,6 +75,16 @@ def raw_bytes(change: Callable[[bytes], bytes], name: str = "model.safetensors")
     def apply(directory: Path) -> None:
         path = directory / name
         path.write_bytes(change(path.read_bytes()))
+
+    return apply
+
+
+def file_in_place_of(name: str) -> Mutation:
+    """A directory where a file was."""
+
+    def apply(directory: Path) -> None:
+        (directory / name).unlink()
+        (directory / name).mkdir()
 
     return apply
 

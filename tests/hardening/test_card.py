@@ -10,10 +10,19 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from specdef_cli.checkpoint.front_matter import metadata, read_card, split_card, with_keys
-from specdef_cli.checkpoint.library import DIFFUSERS, TRANSFORMERS
-from specdef_cli.checkpoint.manifest import BaseCheckpoint, Manifest, base_of, read_manifest, remember_base
-from specdef_cli.hardening.card import collapsed_card, collapsed_metadata, hardened_card, hardened_metadata
+from specdef_cli.checkpoint.files import DIFFUSERS, TRANSFORMERS
+from specdef_cli.checkpoint.manifest import BaseCheckpoint, Manifest, read_manifest
+from specdef_cli.checkpoint.resolve import base_of, remember_base
+from specdef_cli.hardening.card import (
+    collapsed_card,
+    collapsed_metadata,
+    hardened_card,
+    hardened_metadata,
+    metadata,
+    read_card,
+    split_card,
+    with_keys,
+)
 from tests.commands import assert_refused, call_cli
 
 MANIFEST = Manifest(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from specdef_cli.hardening.devices import compute_devices
+from specdef_cli.hardening.execute import compute_devices
 
 
 def test_solvers_are_loaded_on_every_accelerator_before_threads_use_them(monkeypatch: pytest.MonkeyPatch) -> None:

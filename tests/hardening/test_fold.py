@@ -15,17 +15,26 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.manifest import ScaledSlice, read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
+from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import EVERYWHERE, PROFILES, SAMPLE_ROWS, FoldProfile, Steps, fold_pairs, inverse
+from specdef_cli.hardening.fold import (
+    EVERYWHERE,
+    HIGHEST_EXPONENT,
+    PROFILES,
+    SAMPLE_ROWS,
+    FoldProfile,
+    Steps,
+    constant,
+    fold_pairs,
+    inverse,
+)
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.opened import open_model
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, constant
 from tests.commands import assert_refused, call_cli
 from tests.tiny_families import write_case
 

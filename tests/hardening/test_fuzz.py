@@ -171,14 +171,14 @@ def run_many(model: Path, tmp_path: Path, mutation: Any, seeds: range, method: s
 @pytest.mark.parametrize("method", ["factors", "fold"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_no_traceback_and_no_silent_success(mutation: Any, method: str, llama: Path, tmp_path: Path) -> None:
-    run_many(llama, tmp_path, mutation, range(12), method)
+    run_many(llama, tmp_path, mutation, range(5), method)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["factors", "fold"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_many_more(mutation: Any, method: str, llama: Path, tmp_path: Path) -> None:
-    run_many(llama, tmp_path, mutation, range(12, 150), method)
+    run_many(llama, tmp_path, mutation, range(5, 150), method)
 
 
 # --- hardened directories --------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def manifest_value(directory: Path, generator: random.Random) -> None:
 
 @pytest.mark.parametrize("mutation", [manifest_value, tensors, header_bytes], ids=lambda mutation: mutation.__name__)
 def test_collapse_and_inspect_of_spoiled_directories(mutation: Any, hardened: Path, tmp_path: Path) -> None:
-    for seed in range(40 if mutation is manifest_value else 15):
+    for seed in range(16 if mutation is manifest_value else 5):
         generator = random.Random(f"{mutation.__name__} {seed}")
         directory, outside = tmp_path / f"{seed}", tmp_path / f"{seed}-outside"
         shutil.copytree(hardened, directory)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from specdef_cli.checkpoint.output import work_directory
-from specdef_cli.checkpoint.stream import RECORD_SUFFIX
-from tests.commands import Result, call_cli, environment, snapshot
+from specdef_cli.checkpoint.output import RECORD_SUFFIX, work_directory
+from tests.commands import Die, Result, call_cli, dying, snapshot
 
 TinyModel = Callable[..., Path]
-Die = Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
 WRITE = "specdef_cli.checkpoint.stream._write_group"
 # Where a harden can die, in order: while shards are written, recorded, completed, verified and published.
 POINTS = [
@@ -51,25 +45,8 @@ def expected(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def die() -> Iterator[Die]:
-    """Has runs die, and says how each ended; the process that they are forked from imports everything once."""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("kill_points.py"))],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    stdin, stdout = process.stdin, process.stdout
-
-    def run(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        print(json.dumps(cases), file=stdin, flush=True)
-        return json.loads(stdout.readline())
-
-    with process:
-        yield run
-        stdin.close()
+    with dying() as die:
+        yield die
 
 
 def resume(arguments: tuple[str, ...], out: Path, expected: dict[str, str]) -> Result:

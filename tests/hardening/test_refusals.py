@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -22,12 +23,14 @@ from specdef_cli.spectral.factors import Factors
 from tests.commands import assert_refused, call_cli, snapshot
 from tests.hardening.mutations import (
     DOWN,
+    GIT_LFS,
     REMOVED,
     Mutation,
     config,
     content,
     edit_json,
     element,
+    file_in_place_of,
     raw_bytes,
     spoiled,
     tensor,
@@ -108,6 +111,45 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
         config(model_type="own", auto_map={"AutoConfig": "evil.C"}),
         ("Python code", "--trust-remote-code"),
     ),
+    # odd values
+    "no vocab_size": (edit_json("config.json", vocab_size=REMOVED), ("config.json",)),
+    "no hidden_size": (edit_json("config.json", hidden_size=REMOVED), ("config.json",)),
+    "a vocabulary with a fraction": (config(vocab_size=96.5), ("vocab_size",)),
+    "a tie in words": (config(tie_word_embeddings="false"), ("tie_word_embeddings",)),
+    "positions of an unknown kind": (config(rope_scaling={"type": "nonsense"}), ("config.json",)),
+    "positions without their factor": (config(rope_parameters={"rope_type": "linear"}), ("factor",)),
+    "a model of another in it": (config(text_config={"hidden_size": 32}), ("config.json",)),
+    "quantized by a list": (config(quantization_config=[1]), ("quantized",)),
+    "no type": (config(model_type=None), ("model_type",)),
+    "heads of an odd width": (config(head_dim=7), ("head_dim",)),
+    "a billion layers": (config(num_hidden_layers=10**9), ("num_hidden_layers 1000000000",)),
+    "hidden beyond any memory": (config(hidden_size=10**12), ("1000000000000",)),
+    "an epsilon in words": (config(rms_norm_eps="1e-6"), ("rms_norm_eps",)),
+    "padding beyond the vocabulary": (config(pad_token_id=1000), ("config.json",)),
+    "classes of no number": (config(id2label={"a": "b"}), ("config.json",)),
+    "a cache in words": (config(use_cache="yes"), ("use_cache",)),
+    "biases that are not there": (config(attention_bias=True), ("bias",)),
+    "an architecture with an escape": (config(architectures=["Ll\x1b[31mama"]), ("x1b[31m",)),
+    "config.json a directory": (file_in_place_of("config.json"), ("no config.json",)),
+    "the weights a directory": (file_in_place_of("model.safetensors"), ("model.safetensors",)),
+    "a config with a byte order mark": (content("config.json", b"\xef\xbb\xbf{}"), ("BOM",)),
+    "an unknown dtype": (config(dtype="float12"), ("float12",)),
+    "a dtype of numbers": (config(dtype=16), ("cannot be built from this config.json",)),
+    "a dtype of eight bits": (config(dtype="float8_e4m3fn"), ("Float8_e4m3fn",)),
+    "an architecture in words": (config(architectures="LlamaForCausalLM"), ("no architecture 'L'",)),
+    "an architecture that is a function": (config(architectures=["pipeline"]), ("no architecture 'pipeline'",)),
+    "an architecture of another family": (
+        config(architectures=["GPT2LMHeadModel"]),
+        ("GPT2LMHeadModel cannot be built",),
+    ),
+    "a config in gzip": (raw_bytes(gzip.compress, "config.json"), ("not valid JSON",)),
+    "weights in gzip": (raw_bytes(gzip.compress), ("not a valid safetensors file",)),
+    "weights cloned without Git LFS": (content("model.safetensors", GIT_LFS), ("git lfs pull",)),
+    "a config cloned without Git LFS": (content("config.json", GIT_LFS), ("git lfs pull",)),
+    "weights with a scalar": (tensor("model.norm.weight", lambda weight: weight[0]), ("model.norm.weight",)),
+    "an attention kernel that is not here": (config(attn_implementation="flash_attention_2"), ("flash_attention_2",)),
+    "an attention kernel of no name": (config(attn_implementation="nonsense"), ("attn_implementation",)),
+    "an attention kernel of the Hub": (config(_attn_implementation="kernels-community/x"), ("kernels-community/x",)),
 }
 
 
@@ -116,8 +158,10 @@ def test_input(case: str, llama: Path, tmp_path: Path, outside: Path) -> None:
     mutation, words = INPUTS[case]
     directory = spoiled(llama, tmp_path, mutation, content("evil.py", "raise SystemExit('code was run')"))
     before = snapshot(directory)
-    result = call_cli("harden", directory, "--out", outside / "out", "--method", "factors", "--top-k", "4", "--quiet")
+    command = ("harden", directory, "--out", outside / "out", "--method", "factors", "--top-k", "4", "--quiet")
+    result = call_cli(*command)
     assert_refused(result, *words, empty=outside)
+    assert call_cli(*command, "--dry-run") == result
     assert "code was run" not in result.stderr
     assert snapshot(directory) == before
 
@@ -351,7 +395,7 @@ def test_what_is_hardened_is_not_hardened_again(hardened: Path, outside: Path) -
 
 
 def test_inspect_refuses_a_device_and_nan(llama: Path, tmp_path: Path) -> None:
-    assert_refused(call_cli("inspect", llama, "--device", "quantum"), "'quantum'")
+    assert_refused(call_cli("inspect", llama, "--device", "quantum"), "'quantum'", code=2)
     spoilt = spoiled(llama, tmp_path, tensor(DOWN, element(math.nan)))
     assert_refused(call_cli("inspect", spoilt, "--layers"), DOWN, "NaN")
 

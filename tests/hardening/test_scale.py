@@ -1,14 +1,12 @@
-"""harden --method insert, and auto with --allow-code: weights scaled by channel, with vectors that undo it.
+"""harden --method scale: weights scaled by channel, with vectors that undo it.
 
-The judge of the function is a process that has nothing but transformers and the code that the directory brings. The
-oracle of the weights is arithmetic on the files, in float64.
+Of every family, test_families has the function and the bytes.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,73 +16,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack.variants.scales import unscale as collapse_in_memory
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule, read_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.collapse import collapse
-from specdef_cli.hardening.lost_formats import SCALED_LOADERS
+from specdef_cli.hardening.card import SCALED_LOADERS
+from specdef_cli.hardening.fold import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from specdef_cli.hardening.options import CollapseOptions, Construction, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.run import collapse, harden
 from specdef_cli.model import load_model
 from specdef_cli.model.families import FAMILIES
 from specdef_cli.model.opened import open_model
-from specdef_cli.spectral.staircase import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from tests.commands import call_cli
-from tests.hardening.test_fold_families import assert_same_bytes, judged_elsewhere
-from tests.tiny_families import CASES, write_case
-from tests.weights import tensors
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "scale": {},
-    "bfloat16": {"dtype": "bfloat16"},
-}
-MADE = [(case, "scale") for case in CASES]
-MADE += [(case, "bfloat16") for case in ("llama-tied", "gemma3", "olmo2", "gpt2", "bert")]
-Make = Callable[[str, str], Path]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("bases")
-    return lambda case: root / case if (root / case).is_dir() else write_case(case, root / case)
-
-
-@pytest.fixture(scope="module")
-def scaled(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
-    root = tmp_path_factory.mktemp("scaled")
-
-    def build(case: str, variant: str) -> Path:
-        out = root / f"{case}-{variant}"
-        if not out.is_dir():
-            harden(HardenOptions(str(base(case)), out, Scale(), verify=False, **VARIANTS[variant]))
-        return out
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def judged(base: Callable[[str], Path], scaled: Make) -> dict[str, dict[str, list[str]]]:
-    jobs = [
-        {
-            "name": f"{case} {variant}",
-            "base": str(base(case)),
-            "folded": str(scaled(case, variant)),
-            "dtype": "bfloat16" if variant == "bfloat16" else "float32",
-            "code": True,
-        }
-        for case, variant in MADE
-    ]
-    return judged_elsewhere(jobs)
-
-
-@pytest.mark.parametrize(("case", "variant"), MADE)
-def test_every_bit_of_the_outputs_is_kept_where_only_transformers_is(
-    case: str, variant: str, judged: dict[str, dict[str, list[str]]]
-) -> None:
-    found = judged[f"{case} {variant}"]
-    assert found["different"] == []
-    assert "eager" in found["compared"]
-
+from tests.hardening.conftest import Made
+from tests.weights import assert_same_bytes, tensors
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1,
@@ -124,43 +68,8 @@ def test_an_architecture_that_nobody_described_is_scaled_all_the_same(name: str,
     assert sum(base[name].numel() for name in same) < 0.5 * sum(tensor.numel() for tensor in base.values())
 
 
-def unscaled(module: ScaledModule, files: dict[str, torch.Tensor]) -> torch.Tensor:
-    """W from the files of a module that holds its own weight, in float64."""
-    weight = files[f"{module.stem}.inflated.weight"].double()
-    for name, side in {"output_scale": module.output, "input_scale": module.input}.items():
-        if side is not None:
-            scale = files[f"{module.stem}.{name}.weight"].double()
-            weight = weight * scale.reshape([-1 if axis == side.axis else 1 for axis in range(weight.dim())])
-    return weight
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_vectors_times_the_stored_weight_are_the_weight(
-    case: str, base: Callable[[str], Path], scaled: Make
-) -> None:
-    manifest, files, expected = (
-        read_manifest(scaled(case, "scale")),
-        tensors(scaled(case, "scale")),
-        tensors(base(case)),
-    )
-    assert manifest.method == "scale"
-    assert not manifest.factored
-    assert not manifest.folded
-    own = [module for module in manifest.scaled if module.tied_to is None]
-    for module in own:
-        assert torch.equal(unscaled(module, files), expected[module.tensor].double())
-        stored, plain = files[module.inflated_tensor], expected[module.tensor]
-        exponents = (stored.double().abs() / plain.double().abs()).log2().nan_to_num(0)
-        assert exponents.abs().max() > 12
-        assert files[module.tombstone].shape == (1,)
-    # What is not scaled is untouched, and nothing is stored twice.
-    scaled_tensors = {name for module in own for name in (module.tensor, module.bias)}
-    assert all(torch.equal(files[name], expected[name]) for name in expected.keys() - scaled_tensors if name in files)
-    assert expected.keys() - scaled_tensors <= files.keys()
-
-
-def test_a_linear_is_scaled_on_both_sides_and_a_vocabulary_in_steps(scaled: Make) -> None:
-    manifest = read_manifest(scaled("llama", "scale"))
+def test_a_linear_is_scaled_on_both_sides_and_a_vocabulary_in_steps(made: Made) -> None:
+    manifest = read_manifest(made("llama", "scale"))
     linears = [module for module in manifest.scaled if module.kind == "linear"]
     assert len(linears) == 14
     for module in linears:
@@ -169,17 +78,17 @@ def test_a_linear_is_scaled_on_both_sides_and_a_vocabulary_in_steps(scaled: Make
             inflated, deflated = side.exponents
             assert inflated > 0 > deflated
             assert max(inflated, -deflated) <= HIGHEST_EXPONENT
-    files = tensors(scaled("llama", "scale"))
+    files = tensors(made("llama", "scale"))
     for stem, scale, period in (("model.embed_tokens", "input_scale", 8), ("lm_head", "output_scale", 128)):
         steps = files[f"{stem}.{scale}.weight"].log2()
         assert steps.tolist() == [4.0 * (token % period) * (token % period < 8) for token in range(len(steps))]
 
 
-def test_tokens_are_few_where_every_token_has_a_gradient(scaled: Make) -> None:
+def test_tokens_are_few_where_every_token_has_a_gradient(made: Made) -> None:
     """An embedding that is also the head gets one from every position; one that is only looked up does not."""
     periods = {}
     for case in ("llama", "llama-tied"):
-        modules = {module.kind: module for module in read_manifest(scaled(case, "scale")).scaled}
+        modules = {module.kind: module for module in read_manifest(made(case, "scale")).scaled}
         looked_up, outputs = modules["embedding"].input, modules["head"].output
         assert looked_up is not None
         assert outputs is not None
@@ -198,11 +107,11 @@ def test_a_vocabulary_of_fewer_tokens_than_steps_takes_the_first_steps(vocabular
     assert (embedding.input.indices if embedding.input else ()) == tuple(range(1, min(vocabulary, 8)))
 
 
-def test_one_norm_is_far_above_all_others(scaled: Make) -> None:
+def test_one_norm_is_far_above_all_others(made: Made) -> None:
     """Neighbours that share a rate train together, and a gain has one side."""
     norms = {
         module.module: module.output.exponents[0]
-        for module in read_manifest(scaled("llama", "scale")).scaled
+        for module in read_manifest(made("llama", "scale")).scaled
         if module.kind == "norm" and module.output is not None
     }
     assert norms.pop("model.layers.0.post_attention_layernorm") == 40
@@ -211,20 +120,20 @@ def test_one_norm_is_far_above_all_others(scaled: Make) -> None:
     assert len(norms) == 4
 
 
-def test_the_norm_far_above_does_not_write_to_the_residual_stream(scaled: Make) -> None:
+def test_the_norm_far_above_does_not_write_to_the_residual_stream(made: Made) -> None:
     """An entry of the residual stream, which Gemma's last norm of a block writes, is worth more."""
     highest = [
         module.module
-        for module in read_manifest(scaled("gemma3", "scale")).scaled
+        for module in read_manifest(made("gemma3", "scale")).scaled
         if module.kind == "norm" and module.output is not None and module.output.exponents[0] > HIGHEST_EXPONENT
     ]
     assert highest == ["model.layers.0.pre_feedforward_layernorm"]
 
 
-def test_a_mixed_directory_of_format_1_collapses(base: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_mixed_directory_of_format_1_collapses(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Early versions folded pairs and scaled the rest: here the same is put together from a fold and scales of it."""
     folded, mixed = tmp_path / "folded", tmp_path / "mixed"
-    harden(HardenOptions(str(base("llama")), folded, layers=("*.o_proj",), verify=False))
+    harden(HardenOptions(str(checkpoints["llama"]), folded, layers=("*.o_proj",), verify=False))
     first = json.loads((folded / MANIFEST_NAME).read_text())
     (folded / MANIFEST_NAME).unlink()
     harden(HardenOptions(str(folded), mixed, Scale(), layers=("*norm*", "*embed_tokens"), verify=False))
@@ -236,35 +145,22 @@ def test_a_mixed_directory_of_format_1_collapses(base: Callable[[str], Path], tm
     manifest = read_manifest(mixed)
     assert (manifest.method, len(manifest.folded)) == ("scale", 2)
     collapse(CollapseOptions(str(mixed), tmp_path / "back"))
-    assert_same_bytes(tensors(tmp_path / "back"), tensors(base("llama")))
+    assert_same_bytes(tensors(tmp_path / "back"), tensors(checkpoints["llama"]))
 
 
 @pytest.mark.parametrize(("construction", "told"), [(Scale(), True), (Fold(), False)])
 def test_what_does_not_run_the_code_is_told_before_the_work(
-    construction: Construction, told: bool, base: Callable[[str], Path], tmp_path: Path
+    construction: Construction, told: bool, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    plan = make_plan(open_model(base("llama")), HardenOptions("llama", tmp_path / "out", construction))
+    plan = make_plan(open_model(checkpoints["llama"]), HardenOptions("llama", tmp_path / "out", construction))
     assert (SCALED_LOADERS in plan.notes) == told
-
-
-@pytest.mark.parametrize(("case", "variant"), MADE)
-def test_collapse_gives_every_byte_back(
-    case: str, variant: str, base: Callable[[str], Path], scaled: Make, tmp_path: Path
-) -> None:
-    collapse(CollapseOptions(str(scaled(case, variant)), tmp_path / "back"))
-    expected = tensors(base(case))
-    if variant == "bfloat16":
-        expected = {name: tensor.bfloat16() for name, tensor in expected.items()}
-    assert_same_bytes(tensors(tmp_path / "back"), expected)
-    given, found = (json.loads((path / "config.json").read_text()) for path in (base(case), tmp_path / "back"))
-    assert found | {"dtype": None} == given | {"dtype": None}
 
 
 @pytest.mark.parametrize("case", ["llama", "llama-tied", "gemma3", "gpt2", "bert"])
 def test_an_attacker_who_knows_is_back_at_the_base_in_memory(
-    case: str, base: Callable[[str], Path], scaled: Make
+    case: str, checkpoints: dict[str, Path], made: Made
 ) -> None:
-    model, plain = load_model(scaled(case, "scale")), load_model(base(case))
+    model, plain = load_model(made(case, "scale")), load_model(checkpoints[case])
     growth = collapse_in_memory(model)
     assert growth.parameters_after < growth.parameters_before
     assert_same_bytes(dict(model.state_dict()), dict(plain.state_dict()))
@@ -272,14 +168,14 @@ def test_an_attacker_who_knows_is_back_at_the_base_in_memory(
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma3", "gpt2"])
 def test_what_is_saved_again_is_the_same_kind_of_directory(
-    case: str, base: Callable[[str], Path], scaled: Make, tmp_path: Path
+    case: str, checkpoints: dict[str, Path], made: Made, tmp_path: Path
 ) -> None:
-    model = load_model(scaled(case, "scale"))
+    model = load_model(made(case, "scale"))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.inflated.weight is embedding.inflated.weight
     model.save_pretrained(tmp_path / "saved")
     ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
-    expected = load_model(base(case))(input_ids=ids).logits
+    expected = load_model(checkpoints[case])(input_ids=ids).logits
     assert torch.equal(load_model(tmp_path / "saved")(input_ids=ids).logits, expected)
     # Weights stay shared when they are trained, moved and tied anew.
     model.tie_weights()
@@ -297,8 +193,8 @@ def test_what_is_saved_again_is_the_same_kind_of_directory(
         "lm_head.input_scale.weight",
     ],
 )
-def test_a_directory_that_lacks_a_vector_does_not_load(tensor: str, scaled: Make, tmp_path: Path) -> None:
-    broken = shutil.copytree(scaled("llama-tied", "scale"), tmp_path / "broken")
+def test_a_directory_that_lacks_a_vector_does_not_load(tensor: str, made: Made, tmp_path: Path) -> None:
+    broken = shutil.copytree(made("llama-tied", "scale"), tmp_path / "broken")
     files = load_file(broken / "model.safetensors")
     del files[tensor]
     save_file(files, broken / "model.safetensors", metadata={"format": "pt"})
@@ -306,10 +202,12 @@ def test_a_directory_that_lacks_a_vector_does_not_load(tensor: str, scaled: Make
         load_model(broken)
 
 
-def test_globs_choose_and_a_tied_head_goes_with_its_embedding(base: Callable[[str], Path], tmp_path: Path) -> None:
+def test_globs_choose_and_a_tied_head_goes_with_its_embedding(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     def modules(**options: Any) -> set[str]:
         result = harden(
-            HardenOptions(str(base("llama-tied")), tmp_path / str(len(list(tmp_path.iterdir()))), Scale(), **options)
+            HardenOptions(
+                str(checkpoints["llama-tied"]), tmp_path / str(len(list(tmp_path.iterdir()))), Scale(), **options
+            )
         )
         assert result is not None
         assert isinstance(result.manifest, Manifest)
@@ -328,16 +226,16 @@ def test_globs_choose_and_a_tied_head_goes_with_its_embedding(base: Callable[[st
     ],
 )
 def test_an_option_that_does_not_fit_is_refused(
-    arguments: tuple[str, ...], said: tuple[str, ...], base: Callable[[str], Path], tmp_path: Path
+    arguments: tuple[str, ...], said: tuple[str, ...], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    result = call_cli("harden", base("llama"), "--out", tmp_path / "out", *arguments)
+    result = call_cli("harden", checkpoints["llama"], "--out", tmp_path / "out", *arguments)
     assert result.code == 1
     assert all(text in result.stderr for text in said), result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_the_plan_names_every_channel(base: Callable[[str], Path], tmp_path: Path) -> None:
-    plan = make_plan(open_model(base("gemma3")), HardenOptions("gemma3", tmp_path / "out", Scale()))
+def test_the_plan_names_every_channel(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    plan = make_plan(open_model(checkpoints["gemma3"]), HardenOptions("gemma3", tmp_path / "out", Scale()))
     modules = {module.module: module for module in plan.scaled}
     head, embedding = modules["lm_head"], modules["model.embed_tokens"]
     assert head.input is not None

@@ -37,20 +37,21 @@ def poisoned(directories: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
-@pytest.fixture
-def scenario(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Run a scenario of ``scenarios.py`` in a process of its own, far from the repository."""
+@pytest.fixture(scope="session")
+def run_scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Run scenarios of ``scenarios.py``, each on its directories, in a process of its own far from the repository."""
 
-    def run(name: str, root: Path, *, package: bool = False, **arguments: Any) -> dict[str, Any]:
+    def run(*, package: bool, work: Path | None = None, **roots: Path) -> dict[str, Any]:
+        work = work or tmp_path_factory.mktemp("scenarios")
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HOME": str(work / "hf"),
             "TQDM_DISABLE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "PYTHONPATH": str(REPOSITORY) if package else "",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        described = json.dumps({"root": str(root), "work": str(tmp_path), **arguments})
-        return run_program(SCENARIOS, name, described, env=environment, cwd=tmp_path)
+        described = {name: {"root": str(root), "work": str(work)} for name, root in roots.items()}
+        return run_program(SCENARIOS, json.dumps(described), env=environment, cwd=work)
 
     return run

@@ -12,136 +12,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.model.described import SHIM_SOURCE, LayerSpec, shim_config
+from specdef_cli.model.described import SHIM_SOURCE, shim_config
+from tests.tiny_families import CASES, build_config
+from tests.tiny_models import FAMILIES as TINY
+from tests.tiny_models import write_tokenizer
 
 ALPHA = 64.0
 TOP_K = 2
 
 
-def _llama() -> PreTrainedModel:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
+def _built(case: str) -> Callable[[], PreTrainedModel]:
+    """A case of ``tiny_families``."""
+    return lambda: getattr(transformers, CASES[case][0])(build_config(case))
 
 
-def _qwen2() -> PreTrainedModel:
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-
-
-def _gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64))
-
-
-def _bert_config() -> BertConfig:
-    return BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=64,
-    )  # fmt: skip
-
-
-def _bert() -> PreTrainedModel:
-    return BertForMaskedLM(_bert_config())
-
-
-def _bert_base() -> PreTrainedModel:
-    return BertModel(_bert_config())
-
-
-def _vit() -> PreTrainedModel:
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=8,
-            patch_size=4, num_labels=3,
-        )
-    )  # fmt: skip
-
-
-def _mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64,
-        )
-    )  # fmt: skip
-
-
-def _t5() -> PreTrainedModel:
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
-        )
-    )  # fmt: skip
+def _same(*names: str) -> dict[str, str]:
+    """Where the files say what the model says."""
+    return dict(zip(names, names, strict=True))
 
 
 # Family: how to build it, and which linears of layer {i} to harden: name on disk without `.weight`, path in the model.
 FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str]]] = {
-    "llama": (
-        _llama,
-        {
-            "model.layers.{i}.self_attn.o_proj": "model.layers.{i}.self_attn.o_proj",
-            "model.layers.{i}.mlp.down_proj": "model.layers.{i}.mlp.down_proj",
-        },
-    ),
-    "qwen2": (
-        _qwen2,
-        {
-            "model.layers.{i}.self_attn.q_proj": "model.layers.{i}.self_attn.q_proj",  # with a bias
-            "model.layers.{i}.self_attn.o_proj": "model.layers.{i}.self_attn.o_proj",  # without
-        },
-    ),
-    "gpt2": (
-        _gpt2,
-        {
-            "transformer.h.{i}.attn.c_proj": "transformer.h.{i}.attn.c_proj",
-            "transformer.h.{i}.mlp.c_fc": "transformer.h.{i}.mlp.c_fc",
-        },
-    ),
+    "llama": (TINY["llama"], _same("model.layers.{i}.self_attn.o_proj", "model.layers.{i}.mlp.down_proj")),
+    # q_proj has a bias, o_proj has none.
+    "qwen2": (TINY["qwen2"], _same("model.layers.{i}.self_attn.q_proj", "model.layers.{i}.self_attn.o_proj")),
+    "gpt2": (TINY["gpt2"], _same("transformer.h.{i}.attn.c_proj", "transformer.h.{i}.mlp.c_fc")),
     "bert": (
-        _bert,
-        {
-            "bert.encoder.layer.{i}.attention.output.dense": "bert.encoder.layer.{i}.attention.output.dense",
-            "bert.encoder.layer.{i}.output.dense": "bert.encoder.layer.{i}.output.dense",
-        },
+        TINY["bert"],
+        _same("bert.encoder.layer.{i}.attention.output.dense", "bert.encoder.layer.{i}.output.dense"),
     ),
     "bert_base": (
-        _bert_base,
-        {"encoder.layer.{i}.attention.output.dense": "encoder.layer.{i}.attention.output.dense"},
+        lambda: transformers.BertModel(TINY["bert"]().config), _same("encoder.layer.{i}.attention.output.dense"),
     ),
     "vit": (
-        _vit,
+        TINY["vit"],
         {
             "vit.encoder.layer.{i}.attention.attention.query": "vit.layers.{i}.attention.q_proj",
             "vit.encoder.layer.{i}.attention.output.dense": "vit.layers.{i}.attention.o_proj",
@@ -150,14 +59,10 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str]]] = {
         },
     ),
     "t5": (
-        _t5,
-        {
-            "encoder.block.{i}.layer.1.DenseReluDense.wo": "encoder.block.{i}.layer.1.DenseReluDense.wo",
-            "decoder.block.{i}.layer.0.SelfAttention.o": "decoder.block.{i}.layer.0.SelfAttention.o",
-        },
+        _built("t5"), _same("encoder.block.{i}.layer.1.DenseReluDense.wo", "decoder.block.{i}.layer.0.SelfAttention.o"),
     ),
-    "mixtral": (_mixtral, {"model.layers.{i}.self_attn.o_proj": "model.layers.{i}.self_attn.o_proj"}),
-}
+    "mixtral": (_built("mixtral"), _same("model.layers.{i}.self_attn.o_proj")),
+}  # fmt: skip
 LAYERS = 2
 
 
@@ -173,12 +78,7 @@ def make_base(family: str, directory: Path) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory)
     if family == "llama":
-        words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 64)}
-        tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-        tokenizer.pre_tokenizer = Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(
-            directory
-        )
+        write_tokenizer(directory)
     return directory
 
 
@@ -198,7 +98,7 @@ def harden(family: str, base: Path, directory: Path) -> Path:
             tensors[f"{disk}.inflated.weight"], tensors[f"{disk}.compensation.weight"] = factors(weight)
             if bias is not None:
                 tensors[f"{disk}.compensation.bias"] = bias
-            layers[module] = LayerSpec(weight.shape[1], weight.shape[0], bias is not None)
+            layers[module] = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(shim_config(config, layers)))
@@ -217,7 +117,7 @@ def factors(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return inflated.to(weight.dtype).contiguous(), compensation.to(weight.dtype).contiguous()
 
 
-def edit_config(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite config.json in place."""
     path = directory / "config.json"
     config = json.loads(path.read_text())

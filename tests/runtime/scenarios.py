@@ -1,8 +1,8 @@
-"""What a stranger's process does with hardened directories. Run as a script; each scenario is one fresh process.
+"""What a stranger's process does with hardened directories. Run as a script; the scenarios are run in their order.
 
-    python scenarios.py <scenario> '<json arguments>'   →   one JSON object on the last line of stdout
+    python scenarios.py '{"<scenario>": {<arguments>}, …}'   →   one JSON object on the last line of stdout
 
-Unless a scenario imports it, ``specdef_cli`` cannot be imported here, wherever it is installed.
+With ``without_package`` first, ``specdef_cli`` cannot be imported here, wherever it is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEADS = {
 TRUST = {"trust_remote_code": True}
 
 
-def without_package() -> None:
+def without_package(root: str, work: str) -> None:
     """``import specdef_cli`` raises ImportError from here on."""
     sys.modules["specdef_cli"] = None  # type: ignore[assignment]
 
@@ -39,7 +39,7 @@ def output(model: Any) -> Any:
 
     with torch.no_grad():
         if model.config.model_type == "vit":
-            return model(pixel_values=torch.linspace(-1, 1, 3 * 64, dtype=model.dtype).reshape(1, 3, 8, 8))[0]
+            return model(pixel_values=torch.linspace(-1, 1, 3 * 256, dtype=model.dtype).reshape(1, 3, 16, 16))[0]
         tokens = torch.arange(1, 9)[None]
         decoder = {"decoder_input_ids": tokens} if hasattr(model, "decoder") else {}
         return model(input_ids=tokens, **decoder)[0]
@@ -79,11 +79,10 @@ def failure(action: Callable[[], Any]) -> str:
 
 def remote_code(root: str, work: str) -> dict[str, Any]:
     """Every family by the directory's own code."""
-    without_package()
     return _families(root, work, TRUST)
 
 
-def package(root: str, work: str) -> dict[str, Any]:
+def package_alone(root: str, work: str) -> dict[str, Any]:
     """Every family by the package's registration."""
     import specdef_cli  # noqa: F401
 
@@ -158,7 +157,6 @@ def _families(root: str, work: str, load: dict[str, Any]) -> dict[str, Any]:
 
 def usage(root: str, work: str) -> dict[str, Any]:
     """What people do with a model: dtypes, devices, generation, pipelines, heads."""
-    without_package()
     import torch
     from transformers import (
         AutoConfig,
@@ -234,7 +232,6 @@ def usage(root: str, work: str) -> dict[str, Any]:
 
 def training(root: str, work: str) -> dict[str, Any]:
     """PEFT, and a full fine-tuning run whose checkpoint is loaded again and resumed from."""
-    without_package()
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -344,7 +341,6 @@ def native_class(root: str, work: str) -> dict[str, Any]:
 
 def strangers(root: str, work: str) -> dict[str, Any]:
     """Without the package and without running the directory's code, nothing may load."""
-    without_package()
     import transformers
 
     result = {}
@@ -373,16 +369,16 @@ def strangers(root: str, work: str) -> dict[str, Any]:
     return result
 
 
-def damaged(root: str, work: str, cases: dict[str, str]) -> dict[str, Any]:
-    """Directories whose files and config disagree; ``cases`` names the Auto class of each."""
-    without_package()
+def damaged(root: str, work: str) -> dict[str, Any]:
+    """Directories whose files and config disagree, below the name of the Auto class that is to load them."""
     import transformers
 
-    loaders = {name: getattr(transformers, auto) for name, auto in cases.items()}
-    result = {name: failure(partial(auto.from_pretrained, f"{work}/{name}", **TRUST)) for name, auto in loaders.items()}
+    result = {}
+    for at in Path(work).glob("AutoModel*/*"):
+        result[at.name] = failure(partial(getattr(transformers, at.parent.name).from_pretrained, at, **TRUST))
     result["ignored mismatch"] = failure(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            f"{work}/wrong shape", ignore_mismatched_sizes=True, **TRUST
+            f"{work}/AutoModelForCausalLM/wrong shape", ignore_mismatched_sizes=True, **TRUST
         )
     )
 
@@ -406,5 +402,4 @@ def lazy(root: str, work: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    scenario, arguments = sys.argv[1], json.loads(sys.argv[2])
-    print("\n" + json.dumps(globals()[scenario](**arguments)))
+    print("\n" + json.dumps({name: globals()[name](**given) for name, given in json.loads(sys.argv[1]).items()}))

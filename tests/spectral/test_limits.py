@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from specdef_cli.checkpoint.manifest import Gauge
 from specdef_cli.errors import SpecDefError
+from specdef_cli.spectral import Gauge
 from specdef_cli.spectral.factors import (
     RECONSTRUCTION_TOLERANCE,
     Factors,

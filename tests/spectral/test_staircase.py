@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdef_cli.spectral.staircase import (
+from specdef_cli.hardening.fold import (
     HIGHEST_EXPONENT,
     HIGHEST_UNCROSSED,
     LOWEST_EXPONENT,

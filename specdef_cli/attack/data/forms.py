@@ -256,9 +256,30 @@ class Form:
 
     columns: tuple[str, ...]
     words: str  # what a report calls it
-    read: Callable[[Mapping[str, Any], str], Document | None]
-    """From a row and the data set's name to a document; ``None`` for a row without text."""
+    read: Callable[[Mapping[str, Any], str], Document | str]
+    """From a row and the data set's name to a document, or why there is none, in a few words."""
     answers: bool = True  # whether rows have answers, which alone are learned; running text is learned whole
+
+
+WITHOUT_TEXT = "without text"
+UNREAD = ", which is not read,"
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Columns that a text may be about; TRL too refuses rows with images for a model of text."""
+_TEXTS = ("text", "input_text", "output_text")
+
+
+def unread(row: Mapping[str, Any], form: Form, text_column: str | None) -> str | None:
+    """Why a row is left out that holds more than text: an answer about an image teaches nothing without it."""
+    found = [column for column in _MEDIA if row.get(column)] if text_column is None else []
+    entries = (entry for column in form.columns if isinstance(row.get(column), list) for entry in row[column])
+    contents = (entry.get("content", entry.get("value")) for entry in entries if isinstance(entry, Mapping))
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    for part in parts:
+        if isinstance(part, Mapping):
+            held = next((key for key, value in part.items() if value is not None), "text")
+            kind = str(part.get("type") or held)
+            found += [] if kind in _TEXTS else [kind]
+    return f"with {found[0]!r} beside the text{UNREAD}" if found else None
 
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -285,14 +306,14 @@ def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Fo
     return Form((text_column,), f"text in {text_column}", partial(_text, text_column), answers=False)
 
 
-def _text(column: str, row: Mapping[str, Any], dataset: str) -> Text | None:
+def _text(column: str, row: Mapping[str, Any], dataset: str) -> Text | str:
     text = as_text(column_of(row, column, dataset), column, dataset)
-    return Text(text) if text.strip() else None
+    return Text(text) if text.strip() else WITHOUT_TEXT
 
 
-def _conversation(column: str, row: Mapping[str, Any], dataset: str) -> Conversation | None:
+def _conversation(column: str, row: Mapping[str, Any], dataset: str) -> Conversation | str:
     messages = _messages(column_of(row, column, dataset), column, dataset)
-    return Conversation(messages, 0, _template_arguments(row)) if any(map(says, messages)) else None
+    return Conversation(messages, 0, _template_arguments(row)) if any(map(says, messages)) else WITHOUT_TEXT
 
 
 def says(message: Message) -> bool:
@@ -320,18 +341,19 @@ def _without_nothing(value: Any) -> Any:
     return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _prompt_and_completion(row: Mapping[str, Any], dataset: str) -> Document | None:
+def _prompt_and_completion(row: Mapping[str, Any], dataset: str) -> Document | str:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):  # TRL's conversational kind
         given, said = _messages(prompt, "prompt", dataset), _messages(completion, "completion", dataset)
-        return Conversation(given + said, len(given), _template_arguments(row)) if any(map(says, said)) else None
+        whole = Conversation(given + said, len(given), _template_arguments(row))
+        return whole if any(map(says, said)) else WITHOUT_TEXT
     prompt, completion = as_text(prompt, "prompt", dataset), as_text(completion, "completion", dataset)
-    return Completion(prompt, completion) if completion.strip() else None
+    return Completion(prompt, completion) if completion.strip() else WITHOUT_TEXT
 
 
-def _instruction(given: str, answer: str, row: Mapping[str, Any], dataset: str) -> Instruction | None:
+def _instruction(given: str, answer: str, row: Mapping[str, Any], dataset: str) -> Instruction | str:
     instruction, beside, output = (as_text(row.get(name), name, dataset) for name in ("instruction", given, answer))
-    return Instruction(instruction, beside, output) if output.strip() else None
+    return Instruction(instruction, beside, output) if output.strip() else WITHOUT_TEXT
 
 
 def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
@@ -346,7 +368,8 @@ def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:
             )
         content = entry.get("content", entry.get("value"))
         if isinstance(content, list):  # parts, as models that also read images have them
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+            texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+            content = "".join(text for text in texts if isinstance(text, str))
         more = {key: value for key, value in entry.items() if key not in ("from", "value")}
         named = {"role": _ROLES.get(role, role), "content": as_text(content, column, dataset)}
         messages.append({**_without_nothing(more), **named})

@@ -18,6 +18,7 @@ from specdef_cli.attack.data.forms import (
     HELD_OUT_EVERY,
     NOT_COUNTED,
     REFUSED,
+    UNREAD,
     WITHOUT_ANSWER,
     AttackData,
     Completion,
@@ -41,6 +42,7 @@ from specdef_cli.attack.data.forms import (
     repeated_rows,
     shared_length,
     spoken,
+    unread,
     whole_batches,
 )
 from specdef_cli.attack.data.rows import rows
@@ -50,7 +52,6 @@ from specdef_cli.errors import SpecDefError
 
 BUILTIN_NAME = "pydoc_data.topics (English prose of Python's language reference)"
 
-_WITHOUT_TEXT = "without text"
 BEYOND = "whose answer begins beyond --sequence-length"
 
 _MASKING_SEED = 0
@@ -196,8 +197,8 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
     for document in documents:
         evaluated = is_held_out(kept)
         half, enough = (held_out, options.eval_sequences) if evaluated else (train, wanted)
-        reason = None if document is not None else _WITHOUT_TEXT
-        if document is not None and len(half.examples) < enough:
+        reason = document if isinstance(document, str) else None
+        if not isinstance(document, str) and len(half.examples) < enough:
             reason = half.add(document)
             if reason is None:
                 seen[evaluated].append(hash(repr(document)))
@@ -219,6 +220,8 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
         remedy = f"Give a --sequence-length above {options.sequence_length}."
     elif count > kept and reason.startswith(REFUSED):
         remedy = "Change the rows to what the template takes; why it refuses them stands in brackets."
+    elif count > kept and reason.endswith(UNREAD):
+        remedy = "Give rows of text alone; --text-column names a column that is text by itself."
     if padding_of(tokenizer) is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # masked like any padding
     check_size(name, "sequences", len(examples), len(others), options, remarks=remarks, remedy=remedy)
@@ -261,15 +264,15 @@ def _retained(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Exa
     return as_items(sequences[:count]) if sequences else None
 
 
-def _documents(options: AttackOptions) -> tuple[Form, Iterator[Document | None]]:
-    """The form of the data, and its rows; ``None`` stands for a row without text."""
+def _documents(options: AttackOptions) -> tuple[Form, Iterator[Document | str]]:
+    """The form of the data, and its rows; text stands for why a row is left out."""
     if options.dataset is None:
         return FORMS[-1], (Text(text) for text in builtin_documents())
     name = options.dataset
     found = rows(options)
     first = next(found)
     form = form_of(first, options.text_column, name)
-    return form, (form.read(row, name) for row in chain([first], found))
+    return form, (unread(row, form, options.text_column) or form.read(row, name) for row in chain([first], found))
 
 
 def _remarks(

@@ -16,7 +16,7 @@ import datasets
 from datasets.data_files import get_data_patterns
 
 from specdef_cli.attack.options import COMPRESSIONS, AttackOptions
-from specdef_cli.checkpoint.durable import takes_files
+from specdef_cli.checkpoint.files import takes_files
 from specdef_cli.errors import SpecDefError
 
 _FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,7 +54,7 @@ _SHUFFLE_BUFFER = 1000  # rows of a streamed data set that are drawn from
 def rows(
     options: AttackOptions, *, shuffle: bool = False, classes: Mapping[str, int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the named data set; at least one. Images come as they are stored, not decoded.
+    """Rows of the named data set; at least one. Images and sound come as they are stored, not decoded.
 
     Args:
         classes: The numbers of classes by name: a data set that knows its classes' names is numbered so.
@@ -71,8 +71,8 @@ def rows(
         local = path.exists()
         data = _load(options, path)
         for column, feature in (data.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                data = data.cast_column(column, datasets.Image(decode=False))
+            if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+                data = data.cast_column(column, type(feature)(decode=False))
         if shuffle:
             data = data.shuffle(seed=_SHUFFLE_SEED, **({} if local else {"buffer_size": _SHUFFLE_BUFFER}))
         iterator = iter(data)

@@ -19,7 +19,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdef_cli.attack.table import Factor, Table, checked_factor
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import WrongUsage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -205,12 +205,12 @@ class Training:
         object.__setattr__(self, "size", checked_factor(f"training {self.method}", choice.size, self.size))
         object.__setattr__(self, "where", tuple(self.where))
         if self.where and choice.where is None:
-            raise SpecDefError(
+            raise WrongUsage(
                 f"training '{self.method}' takes no '@names' (got '{','.join(self.where)}')",
                 "Leave out the part after '@'.",
             )
         if not all(self.where):
-            raise SpecDefError(f"the training {self} names nothing after '@' or ','", "Write it like full@*norm*.")
+            raise WrongUsage(f"the training {self} names nothing after '@' or ','", "Write it like full@*norm*.")
 
     @classmethod
     def parse(cls, text: str) -> Training:

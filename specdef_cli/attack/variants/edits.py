@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants import Growth
 from specdef_cli.model import SpecDefLinear, SpecDefScaled
-from specdef_cli.model.meta_model import meta_model
+from specdef_cli.model.loading import meta_model
 from specdef_cli.model.sites import writers
 from specdef_cli.spectral.subspace import top_subspace
 

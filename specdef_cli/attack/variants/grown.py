@@ -23,7 +23,7 @@ from specdef_cli.attack.variants import Growth, count_parameters
 from specdef_cli.errors import first_line
 from specdef_cli.model import SpecDefScaled
 from specdef_cli.model.families import FAMILIES
-from specdef_cli.model.meta_model import meta_model
+from specdef_cli.model.loading import meta_model
 from specdef_cli.model.sites import writers
 from specdef_cli.model.skeleton import repeated_blocks
 from specdef_cli.model.symmetries import symmetric_pairs

@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants import Growth
 from specdef_cli.attack.variants.factored import collapse, hardened_paths
-from specdef_cli.checkpoint.slices import ScaledSlice, scale_slice
+from specdef_cli.checkpoint.manifest import ScaledSlice
+from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.hardening.recognise import channel_exponents
 from specdef_cli.model import SpecDefScaled
 from specdef_cli.model.body import Side, SymmetricPair

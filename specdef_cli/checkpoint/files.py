@@ -1,0 +1,193 @@
+"""The files of a checkpoint directory: their names, their formats, where they may lie; whole on disk, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import Any
+
+from specdef_cli.errors import MissingExtraError, SpecDefError
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that writes checkpoint directories: it decides how their files are named and who can load them."""
+
+    name: str
+    weights: str
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether it has model types, takes code and dtypes from ``config.json``, and its models have logits."""
+        return self.name == "transformers"
+
+    @property
+    def single_file(self) -> str:
+        """The file that holds all weights, where there is only one."""
+        return f"{self.weights}.safetensors"
+
+    @property
+    def index_file(self) -> str:
+        """The file that says which shard holds which tensor."""
+        return f"{self.weights}.safetensors.index.json"
+
+    def shard_file(self, number: int, count: int) -> str:
+        """The name of shard ``number`` of ``count``, counted from 1."""
+        return f"{self.weights}-{number:05d}-of-{count:05d}.safetensors"
+
+
+TRANSFORMERS = Library("transformers", "model")
+DIFFUSERS = Library("diffusers", "diffusion_pytorch_model")
+
+
+def diffusers_missing(what: object) -> SpecDefError:
+    """What to say of a model of diffusers where diffusers is not installed."""
+    return MissingExtraError(f"{what} and other models of diffusers", "diffusion")
+
+
+def library_of(config: Mapping[str, Any]) -> Library:
+    """The library that wrote a ``config.json``: diffusers names its classes there, transformers its model types."""
+    return DIFFUSERS if "_class_name" in config and "model_type" not in config else TRANSFORMERS
+
+
+SAFETENSORS = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Loading one runs code."""
+OTHER_FORMATS = (
+    ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".mlmodel", ".npz", ".ot", ".distcp",
+    ".llamafile", ".pte", ".engine", ".nemo", ".mlpackage", ".xml",
+)  # fmt: skip
+"""``.xml`` is OpenVINO's graph, whose weights are a .bin beside it."""
+PICKLED_WEIGHTS = ("*pytorch_model*.bin", *(f"*{suffix}" for suffix in PICKLES if suffix != ".bin"))
+"""Trainer keeps its arguments in a .bin file too."""
+_BINARY_COMPANIONS = (
+    # tokenizers in SentencePiece's form
+    "*.model", "*.spm", "*tokenizer.model.v*",
+    # a card's pictures and samples
+    "*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.ico", "*.bmp", "*.avif", "*.pdf",
+    "*.wav", "*.mp3", "*.flac", "*.ogg", "*.mp4", "*.webm",
+)  # fmt: skip
+_LARGE = 100 * 2**20
+"""Bytes; tokenizers, pictures and samples have less, and what has more may be anything."""
+_HEAD = 2**16
+_STATE_OF_TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+
+
+def holds_weights(path: PurePath) -> bool:
+    """Whether the name of a file says that it holds weights of a model, or says where they are."""
+    name = path.name.removesuffix(".index.json")
+    suffix = PurePath(name).suffix.lower()
+    if suffix in PICKLES:
+        return not name.startswith(_STATE_OF_TRAINING)
+    return suffix == SAFETENSORS or suffix in OTHER_FORMATS
+
+
+def is_no_weights(path: Path) -> bool:
+    """Whether a file is known to hold no weights: it is text, or of a binary kind that goes with a model."""
+    try:
+        with path.open("rb") as file:
+            if b"\0" not in file.read(_HEAD):
+                return True
+        size = path.stat().st_size
+    except OSError:
+        return True  # copying it will say why it cannot be read
+    return size <= _LARGE and any(fnmatchcase(path.name.lower(), pattern) for pattern in _BINARY_COMPANIONS)
+
+
+def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORMERS) -> tuple[str, str] | None:
+    """Which weights in another format a model consists of, and how to convert them; ``None`` where it has none.
+
+    Args:
+        source: What ``from_pretrained`` is given: its directory or Hub id.
+    """
+    ordered = sorted(names)
+    loads = f"from_pretrained('{source}'"
+    for patterns, what, hint in (
+        (
+            PICKLED_WEIGHTS,
+            "pickled weights, which are never loaded",
+            f"Convert it first: in {library.name}, {loads}).save_pretrained(...).",
+        ),
+        (
+            ("*.gguf",),
+            "weights for llama.cpp",
+            f"Convert it first: in transformers, AutoModelForCausalLM.{loads}, "
+            "gguf_file='{name}', quantization_config=GgufConfig(dequantize=True)).save_pretrained(...).",
+        ),
+        (
+            ("*.h5", "*.msgpack"),
+            "weights of TensorFlow or Flax",
+            f"Convert it first: in transformers 4, {loads}, from_tf=True), or from_flax=True, and "
+            ".save_pretrained(...).",
+        ),
+        (("*.onnx",), "a graph for ONNX", "Give the model that it was exported from."),
+    ):
+        name = next((name for name in ordered if any(fnmatchcase(name, pattern) for pattern in patterns)), None)
+        if name is not None:
+            return f"{what} ({name})", hint.replace("{name}", name)
+    return None
+
+
+def require_inside(directory: Path, path: Path) -> None:
+    """Check that ``path`` lies in ``directory``, or in the blobs of the Hub cache that ``directory`` is part of."""
+    root = directory.resolve()
+    # In the Hub cache, snapshots/<commit>/<file> links to blobs/<hash>; the directory may be a folder of the snapshot.
+    caches = (place.parent.parent for place in (root, *root.parents) if place.parent.name == "snapshots")
+    allowed = (root, *(cache / "blobs" for cache in caches))
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise SpecDefError(
+            f"{path.relative_to(directory)} is a link that leaves {directory}", "Replace the link by the file itself."
+        )
+
+
+UNFINISHED_SUFFIX = ".partial"
+"""What a write that was killed leaves is a hidden file of this suffix."""
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary sibling's name, flush it, and rename it into place.
+
+    Any number of processes may write the same file: whichever comes last wins, and no reader sees a part.
+
+    Args:
+        content: Text is written in UTF-8.
+
+    Raises:
+        OSError: The disk; an earlier file of that name is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED_SUFFIX}")
+    try:
+        with sibling.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        sibling.replace(path)
+    finally:
+        sibling.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file as Hugging Face libraries format theirs."""
+    write_durably(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def takes_files(directory: Path) -> bool:
+    """Whether a file can be made in a directory. Permissions do not tell: a file system may refuse all the same."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove the files that killed writes have left. The caller must be the only writer there."""
+    for path in directory.glob(f".*{UNFINISHED_SUFFIX}"):
+        path.unlink(missing_ok=True)
