@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from specdef_cli.attack.data.forms import AttackData
-from specdef_cli.attack.one_run import RunResult, RunSpec
+from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions, AttackTable
 from specdef_cli.attack.target import Target
@@ -249,33 +249,6 @@ class Speed:
         return self.load + self.token * spec.sequence_length * (times * spec.steps * spec.batch_size + evaluated)
 
 
-TWO_STEPS: Any = {"steps": 2, "eval_every": 1, "warmup_steps": 0, "eval_tasks": ()}
-
-
-def measured(
-    plan: Sequence[Series],
-    train: TrainRun,
-    load: Callable[[RunSpec], RunResult | None],
-    run: Callable[[TrainRun, RunSpec], RunResult],
-) -> Speed:
-    """From a run of the control that is there already, else from two steps of it, each followed by an evaluation; the
-    first pair warms caches up.
-    """
-    control = next((series for series in plan if not series.first.is_edit), None)
-    if control is None:
-        return Speed(0.0, 0.0)
-    for spec in control.runs(control.grid, control.seeds):
-        finished = load(spec)
-        if finished is not None and len(finished.evaluations) > 1:
-            return speed_of(finished, train.data.evaluated)
-    count = min(control.first.batch_size, len(train.data.held_out))
-    few = replace(train.data, held_out=Subset(train.data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
-    began = time.perf_counter()
-    result = run(replace(train, data=few, tracking=NOWHERE), replace(control.first, **TWO_STEPS))
-    load_seconds = time.perf_counter() - began - result.seconds
-    return Speed(max(load_seconds, 0.0), speed_of(result, count).token)
-
-
 def speed_of(finished: RunResult, held_out: int) -> Speed:
     """What the last steps of a run with evaluations of ``held_out`` sequences tell; nothing of loading."""
     before, last = finished.evaluations[-2:]
@@ -317,41 +290,66 @@ class Forecast:
         return f"about {count}" if any(attack.search for attack in self.attacks) else str(count)
 
 
-def forecast(
-    plan: Sequence[Series],
-    options: AttackOptions,
-    notes: tuple[str, ...],
-    train: TrainRun,
-    load: Callable[[RunSpec], RunResult | None],
-    run: Callable[[TrainRun, RunSpec], RunResult],
-    jobs: int,
-) -> Forecast:
-    """What each series of a plan takes.
+@dataclass(frozen=True)
+class Prepared:
+    """An attack that could begin."""
 
-    Args:
-        load: Finds a finished run, or ``None``.
-        run: Makes one where the others will be made.
-        jobs: How many are made at once.
+    options: AttackOptions  # the user's, with the budget that was chosen
+    target: Target
+    plan: tuple[Series, ...]
+    notes: tuple[str, ...]  # what is known before anything is run
+    train: TrainRun
+    store: RunStore
+    began: float  # when its time limit began to run, of the monotonic clock
+    run: Callable[[TrainRun, RunSpec], RunResult]  # makes one run where the others will be made
+    jobs: int  # so many are made at once
+
+
+TWO_STEPS: Any = {"steps": 2, "eval_every": 1, "warmup_steps": 0, "eval_tasks": ()}
+
+
+def measured(prepared: Prepared) -> Speed:
+    """From a run of the control that is there already, else from two steps of it, each followed by an evaluation; the
+    first pair warms caches up.
     """
-    speed = measured(plan, train, load, run)
+    train = prepared.train
+    control = next((series for series in prepared.plan if not series.first.is_edit), None)
+    if control is None:
+        return Speed(0.0, 0.0)
+    for spec in control.runs(control.grid, control.seeds):
+        finished = prepared.store.load(spec)
+        if finished is not None and len(finished.evaluations) > 1:
+            return speed_of(finished, train.data.evaluated)
+    count = min(control.first.batch_size, len(train.data.held_out))
+    few = replace(train.data, held_out=Subset(train.data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
+    began = time.perf_counter()
+    result = prepared.run(replace(train, data=few, tracking=NOWHERE), replace(control.first, **TWO_STEPS))
+    load = time.perf_counter() - began - result.seconds
+    return Speed(max(load, 0.0), speed_of(result, count).token)
+
+
+def forecast(prepared: Prepared) -> Forecast:
+    """What each series of a plan takes."""
+    options, data, speed = prepared.options, prepared.train.data, measured(prepared)
     attacks = []
-    for series in in_order(plan):
+    for series in in_order(prepared.plan):
         grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
-        finished = sum(load(spec) is not None for spec in grid)
+        finished = sum(prepared.store.load(spec) is not None for spec in grid)
         missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
-        seconds = missing * speed.run(series.first, train.data.evaluated) / jobs
+        seconds = missing * speed.run(series.first, data.evaluated) / prepared.jobs
         attacks.append(
             PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
         )
-    grids = [spec for series in plan for spec in series.runs(series.grid, series.seeds[:1])]
+    grids = [spec for series in prepared.plan for spec in series.runs(series.grid, series.seeds[:1])]
+    control = prepared.train.control.found.name
     return Forecast(
         model=str(options.model),
-        control=train.control.found.name,
-        data=train.data.name,
+        control=control,
+        data=data.name,
         budget=options.in_words,
         attacks=tuple(attacks),
-        assumed=assumptions(options, grids, train.control.found.name, train.data),
-        notes=notes,
+        assumed=assumptions(options, grids, control, data),
+        notes=prepared.notes,
         seconds=sum(attack.seconds for attack in attacks),
         time_limit=options.time_limit,
     )

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from accelerate.utils import parse_flag_from_env
 
@@ -19,7 +19,7 @@ from specdef_cli.attack.cluster import Cluster, connected, surroundings
 from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.plan import Forecast, Series, assumptions, forecast, in_order, make_plan, plan_notes
+from specdef_cli.attack.plan import Forecast, Prepared, assumptions, forecast, in_order, make_plan, plan_notes
 from specdef_cli.attack.prompts import load_prompts
 from specdef_cli.attack.queue import Deadline, executor, run_all
 from specdef_cli.attack.results import (
@@ -61,39 +61,38 @@ def attack(
         on_plan: Called with the plan and what it takes before anything of it is run; measuring that takes two steps.
     """
     _check_processes(options, process_state().num_processes)
+    state = process_state()
     with connected(options.dask) as cluster:
-        return _attack(_prepare(options, cluster), on_progress, on_plan)
-
-
-def _attack(
-    prepared: _Prepared, on_progress: ProgressHook | None, on_plan: Callable[[Forecast], None] | None
-) -> AttackReport:
-    state, cluster, options = process_state(), prepared.cluster, prepared.options
-    expected = None if on_plan is None else prepared.forecast()
-    # No process may start the first run while another still looks for its result: they would disagree on what is
-    # finished.
-    state.wait_for_everyone()
-    with exclusive(options.out) if state.is_main_process else nullcontext():
-        if state.is_main_process and options.runs is None:  # others may write to runs that are shared
-            remove_unfinished(prepared.store.directory)
-        if on_plan is not None and expected is not None and state.is_main_process:
-            on_plan(expected)
-        outcome = run_all(
-            prepared.plan,
-            prepared.train,
-            load=prepared.store.load,
-            save=prepared.store.save if state.is_main_process else lambda result: None,
-            jobs=options.jobs,
-            cluster=cluster,
-            order=in_order(prepared.plan),
-            deadline=prepared.deadline(),
-            on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
-        )
+        prepared = _prepare(options, cluster)
+        expected = None if on_plan is None else forecast(prepared)
+        order, options, train = in_order(prepared.plan), prepared.options, prepared.train
+        # No process may start the first run while another still looks for its result: they would disagree on what is
+        # finished.
+        state.wait_for_everyone()
+        with exclusive(options.out) if state.is_main_process else nullcontext():
+            if state.is_main_process and options.runs is None:  # others may write to runs that are shared
+                remove_unfinished(prepared.store.directory)
+            if on_plan is not None and expected is not None and state.is_main_process:
+                on_plan(expected)
+            limit = options.time_limit
+            deadline = None if limit is None else Deadline(limit - (time.monotonic() - prepared.began))
+            outcome = run_all(
+                prepared.plan,
+                train,
+                load=prepared.store.load,
+                save=prepared.store.save if state.is_main_process else lambda result: None,
+                jobs=options.jobs,
+                cluster=cluster,
+                order=order,
+                deadline=deadline,
+                on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
+            )
     here = surroundings()
     device = here.pop("device")
-    train, manifest = prepared.train, prepared.target.manifest
-    data, prompts, control = train.data, train.prompts, train.control.found.name
-    asked = prompts if any(run.behaviour for run in outcome.runs) else None
+    manifest, control = prepared.target.manifest, train.control.found.name
+    data, prompts = train.data, train.prompts if any(run.behaviour for run in outcome.runs) else None
+    firsts = (series.first for series in prepared.plan if series.first.subject == "model")
+    plain = {first.label for first in firsts if first.variant.knowledge == "none"}
     report = AttackReport(
         model=str(options.model),
         control=control,
@@ -104,8 +103,10 @@ def _attack(
         notes=(),
         versions=here,
         device=device if cluster is None else ", ".join(sorted({*cluster.devices.values()})),
-        not_reached=tuple(label for label in outcome.not_reached if label in prepared.plain),
-        prompts=None if asked is None else PromptSummary(asked.name, asked.given, len(asked.asked), asked.refusals),
+        not_reached=tuple(label for label in outcome.not_reached if label in plain),
+        prompts=None
+        if prompts is None
+        else PromptSummary(prompts.name, prompts.given, len(prompts.asked), prompts.refusals),
     )
     notes = (*prepared.notes, *outcome_notes(options, outcome))
     return replace(report, notes=(*notes, *report_notes(options, prepared.target, report)))
@@ -114,49 +115,12 @@ def _attack(
 def plan_attack(options: AttackOptions) -> Forecast:
     """The plan of an attack and what it takes on this machine; two steps of the control run, and nothing is kept."""
     with connected(options.dask) as cluster:
-        return _prepare(options, cluster).forecast()
+        return forecast(_prepare(options, cluster))
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return bool(process_state().is_main_process)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """An attack that could begin."""
-
-    options: AttackOptions  # the user's, with the budget that was chosen
-    target: Target
-    plan: tuple[Series, ...]
-    notes: tuple[str, ...]  # what is known before anything is run
-    train: TrainRun
-    store: RunStore
-    began: float  # when its time limit began to run, of the monotonic clock
-    cluster: Cluster | None = None
-
-    @property
-    def plain(self) -> set[str]:
-        """Labels of attacks without knowledge of the construction."""
-        firsts = [series.first for series in self.plan if series.first.subject == "model"]
-        return {first.label for first in firsts if first.variant.knowledge == "none"}
-
-    def forecast(self) -> Forecast:
-        """The plan, and what is missing of it."""
-        jobs = self.options.jobs if self.cluster is None else self.cluster.places()
-        return forecast(self.plan, self.options, self.notes, self.train, self.store.load, self._run, jobs)
-
-    def _run(self, train: TrainRun, spec: RunSpec) -> RunResult:
-        """A run by itself, where the others will be made."""
-        with executor(train, 1, lambda *event, **more: None, self.cluster) as submit:
-            future = submit(spec, None)
-            first_completed({future})
-            return future.result()
-
-    def deadline(self) -> Deadline | None:
-        """What is left of the time limit."""
-        limit = self.options.time_limit
-        return None if limit is None else Deadline(limit - (time.monotonic() - self.began))
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:
@@ -173,7 +137,7 @@ def _check_processes(options: AttackOptions, processes: int) -> None:
         )
 
 
-def _prepare(options: AttackOptions, cluster: Cluster | None) -> _Prepared:
+def _prepare(options: AttackOptions, cluster: Cluster | None) -> Prepared:
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise SpecDefError(
@@ -181,16 +145,17 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> _Prepared:
                 f"Run `unset ACCELERATE_USE_{engine}`, or launch with `accelerate launch --use_fsdp`.",
             )
     began = time.monotonic()
-    options.require_present()
     model = open_model(options)
     control = open_base(model, options.control, "--control", token=options.token, subfolder=options.control_subfolder)
     for each in (model, control):
         require_sound(each)
-        require_outside(options.out, each.directory)
     task, head = task_of_both(model, control, options.task)
     parameters = sum(math.prod(header.shape) for header in control.checkpoint.tensors.values())
     device = surroundings()["device"] if cluster is None else next(iter(cluster.devices.values()))
     options = options.lowered_for(parameters, device)
+    options.require_present()
+    for each in (model, control):
+        require_outside(options.out, each.directory)
     with quiet():
         preprocessor = load_preprocessor(task, control)
         data = load_data(options, task, preprocessor, head)
@@ -219,4 +184,12 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> _Prepared:
         cluster.require(*directories, *([tasks] if tasks else []))
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
     plan, notes = make_plan(options, target), plan_notes(options, target)
-    return _Prepared(options, target, plan, notes, train, store, began, cluster)
+
+    def run(train: TrainRun, spec: RunSpec) -> RunResult:
+        with executor(train, 1, lambda *event, **more: None, cluster) as submit:
+            future = submit(spec, None)
+            first_completed({future})
+            return future.result()
+
+    jobs = options.jobs if cluster is None else cluster.places()
+    return Prepared(options, target, plan, notes, train, store, began, run, jobs)

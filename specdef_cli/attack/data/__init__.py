@@ -6,22 +6,22 @@ set is. Every tenth row is held out: a row is a document, and nothing of it is i
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.forms import AttackData
 from specdef_cli.attack.data.labelled import (
+    MODES,
     Head,
     PixelTransform,
     image_data,
-    load_pixel_transform,
     text_classification_data,
 )
 from specdef_cli.attack.data.language import ENCODERS, language_data
 from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.opened import OpenedModel
 
 Preprocessor: TypeAlias = PreTrainedTokenizerBase | PixelTransform
@@ -55,6 +55,31 @@ def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, he
         )
     if isinstance(preprocessor, PixelTransform):
         return image_data(options, preprocessor, head)
-    if task in ENCODERS:
-        return language_data(options, task, preprocessor)
-    return text_classification_data(options, preprocessor, head)
+    if task not in ENCODERS:
+        return text_classification_data(options, preprocessor, head)
+    return language_data(options, task, preprocessor)
+
+
+_DEFAULT_SIZE = 224
+
+
+def load_pixel_transform(model: OpenedModel) -> PixelTransform:
+    """The transform of a checkpoint: its image processor's, else one that fits its configuration."""
+    directory, processor = model.directory, None
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+        if (directory / "preprocessor_config.json").is_file():
+            processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise SpecDefError(
+            f"how {directory} reads images cannot be found out: {first_line(error)}",
+            "Give a directory with an image classifier's config.json and, where it has one, its image processor.",
+        ) from error
+    channels = int(getattr(config, "num_channels", 3))
+    if channels not in MODES:
+        raise SpecDefError(
+            f"{directory} takes images of {channels} channels", "Give a model of grey (1) or colour (3) images."
+        )
+    size: Any = getattr(config, "image_size", None) or _DEFAULT_SIZE
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return PixelTransform(channels, height, width, processor)

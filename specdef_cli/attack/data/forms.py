@@ -18,6 +18,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, default_data_collator
 
+from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line
 
@@ -259,6 +260,23 @@ class Form:
     read: Callable[[Mapping[str, Any], str], Document | str]
     """From a row and the data set's name to a document, or why there is none, in a few words."""
     answers: bool = True  # whether rows have answers, which alone are learned; running text is learned whole
+
+    def remarks(self, task: Task, has_template: bool) -> list[str]:
+        """What a reader of the report should know of how the data was read, one sentence each."""
+        said = []
+        if self.answers:
+            how = "the loss counts answers alone"
+            if task == "causal-lm" and "conversation" in self.words:
+                own = "the tokenizer's chat template" if has_template else "plain roles, for want of a template"
+                how = f"in {own}; {how}"
+            said.append(f"Data read as {self.words}" + ("." if task == "masked-lm" else f", {how}."))
+        elif self.words != FORMS[-1].words:
+            said.append(f"Data read as {self.words}.")
+        if task == "masked-lm":
+            said.append("Masked language modelling: 15 % of the tokens are predicted, the same ones in every run.")
+        if task == "seq2seq-lm" and not self.answers:
+            said.append("The encoder reads the first half of each piece of text, the decoder learns the second.")
+        return said
 
 
 WITHOUT_TEXT = "without text"

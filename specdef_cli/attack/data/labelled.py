@@ -19,8 +19,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     BaseImageProcessor,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
@@ -40,8 +38,7 @@ from specdef_cli.attack.data.forms import (
 )
 from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.errors import SpecDefError, first_line
-from specdef_cli.model.opened import OpenedModel
+from specdef_cli.errors import SpecDefError
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -239,8 +236,7 @@ def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokeni
     return data
 
 
-_DEFAULT_SIZE = 224
-_MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True)
@@ -258,7 +254,7 @@ class PixelTransform:
         Returns:
             float32, shape [channels, height, width].
         """
-        image = image.convert(_MODES[self.channels])
+        image = image.convert(MODES[self.channels])
         if self.processor is not None:
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         stored = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -280,28 +276,6 @@ class Pixels:
     def __getitem__(self, index: int, /) -> Example:
         example = self.examples[index]
         return {"pixel_values": self.transform(Image.open(io.BytesIO(example["image"]))), "labels": example["label"]}
-
-
-def load_pixel_transform(model: OpenedModel) -> PixelTransform:
-    """The transform of a checkpoint: its image processor's, else one that fits its configuration."""
-    directory, processor = model.directory, None
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
-        if (directory / "preprocessor_config.json").is_file():
-            processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise SpecDefError(
-            f"how {directory} reads images cannot be found out: {first_line(error)}",
-            "Give a directory with an image classifier's config.json and, where it has one, its image processor.",
-        ) from error
-    channels = int(getattr(config, "num_channels", 3))
-    if channels not in _MODES:
-        raise SpecDefError(
-            f"{directory} takes images of {channels} channels", "Give a model of grey (1) or colour (3) images."
-        )
-    size: Any = getattr(config, "image_size", None) or _DEFAULT_SIZE
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return PixelTransform(channels, height, width, processor)
 
 
 def image_data(options: AttackOptions, transform: PixelTransform, head: Head) -> AttackData:

@@ -214,7 +214,9 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
         examples, others = examples[:cut], examples[cut:]
     examples = whole_batches(examples[:wanted], options.batch_size)
     repeated = repeated_rows(seen[False], seen[True]) if seen[True] else repeated_rows(examples, others)
-    remarks = (*_remarks(form, task, tokenizer, kept, left_out), *repeated)
+    total = kept + sum(left_out.values())
+    counts = [f"Of {total} rows read, {count} {reason} left out." for reason, count in left_out.items()]
+    remarks = (*form.remarks(task, has_template(tokenizer)), *counts, *repeated)
     remedy, (reason, count) = None, (left_out.most_common(1) or [("", 0)])[0]
     if count > kept and reason == BEYOND:
         remedy = f"Give a --sequence-length above {options.sequence_length}."
@@ -273,28 +275,6 @@ def _documents(options: AttackOptions) -> tuple[Form, Iterator[Document | str]]:
     first = next(found)
     form = form_of(first, options.text_column, name)
     return form, (unread(row, form, options.text_column) or form.read(row, name) for row in chain([first], found))
-
-
-def _remarks(
-    form: Form, task: Task, tokenizer: PreTrainedTokenizerBase, kept: int, left_out: Counter[str]
-) -> tuple[str, ...]:
-    """What a reader of the report should know of the data, one sentence each."""
-    said = []
-    if form.answers:
-        how = "the loss counts answers alone"
-        if task == "causal-lm" and "conversation" in form.words:
-            own = "the tokenizer's chat template" if has_template(tokenizer) else "plain roles, for want of a template"
-            how = f"in {own}; {how}"
-        said.append(f"Data read as {form.words}" + ("." if task == "masked-lm" else f", {how}."))
-    elif form.words != FORMS[-1].words:
-        said.append(f"Data read as {form.words}.")
-    if task == "masked-lm":
-        said.append("Masked language modelling: 15 % of the tokens are predicted, the same ones in every run.")
-    if task == "seq2seq-lm" and not form.answers:
-        said.append("The encoder reads the first half of each piece of text, the decoder learns the second.")
-    total = kept + sum(left_out.values())
-    said += [f"Of {total} rows read, {count} {reason} left out." for reason, count in left_out.items()]
-    return tuple(said)
 
 
 def builtin_documents() -> list[str]:
