@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions, AttackTable

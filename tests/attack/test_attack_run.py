@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import load_data
-from specdef_cli.attack.data.forms import Examples
 from specdef_cli.attack.data.language import BUILTIN_NAME
+from specdef_cli.attack.data.rows import Examples
 from specdef_cli.attack.one_run import RunResult, RunStore
 from specdef_cli.attack.results import AttackReport
 from specdef_cli.attack.target import Target

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 
-from specdef_cli.attack.data.forms import AttackData
 from specdef_cli.attack.data.labelled import (
     MODES,
     Head,
@@ -19,6 +18,7 @@ from specdef_cli.attack.data.labelled import (
     text_classification_data,
 )
 from specdef_cli.attack.data.language import ENCODERS, language_data
+from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError, first_line

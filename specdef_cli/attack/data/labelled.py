@@ -25,18 +25,18 @@ from transformers import (
     default_data_collator,
 )
 
-from specdef_cli.attack.data.forms import (
+from specdef_cli.attack.data.forms import padding_of
+from specdef_cli.attack.data.rows import (
     AttackData,
     Examples,
     as_text,
     check_size,
     column_of,
     is_held_out,
-    padding_of,
     repeated_rows,
+    rows,
     whole_batches,
 )
-from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.errors import SpecDefError
 

@@ -15,37 +15,39 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from specdef_cli.attack.data.forms import (
     FORMS,
-    HELD_OUT_EVERY,
     NOT_COUNTED,
     REFUSED,
     UNREAD,
     WITHOUT_ANSWER,
-    AttackData,
     Completion,
     Conversation,
     Document,
     Example,
-    Examples,
     Form,
     Frame,
     Instruction,
     Text,
     as_items,
-    check_size,
     collate,
     conversation_example,
     fingerprint_of,
     form_of,
     has_template,
-    is_held_out,
     padding_of,
-    repeated_rows,
     shared_length,
     spoken,
     unread,
+)
+from specdef_cli.attack.data.rows import (
+    HELD_OUT_EVERY,
+    AttackData,
+    Examples,
+    check_size,
+    is_held_out,
+    repeated_rows,
+    rows,
     whole_batches,
 )
-from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.options import NO_RETAINED, AttackOptions
 from specdef_cli.errors import SpecDefError
