@@ -76,21 +76,29 @@ VariantText = Annotated[Variant, PlainValidator(Variant.parse), PlainSerializer(
 TrainingText = Annotated[Training, PlainValidator(Training.parse), PlainSerializer(str, return_type=str)]
 
 
-@dataclass(frozen=True)
-class RunSpec(Budget):
-    """One training run. In a record, variant and training stand as users write them."""
+@dataclass(frozen=True, kw_only=True)
+class SpecPart(Budget):
+    """What was run. Variants and trainings are text here, since a report may name some that another package brought."""
 
     subject: Subject
     checkpoint: str  # fingerprint of the checkpoint (checkpoint_fingerprint)
     data: str  # fingerprint of the tokens that are trained on and evaluated
     task: Task
-    variant: VariantText
-    training: TrainingText
+    variant: str
+    training: str
     optimizer: str
     learning_rate: float
     eval_every: int
     seed: int
     prompts: str = ""  # fingerprint of the prompts that answers are measured on; empty where none are
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(SpecPart):
+    """One training run. In a record, variant and training stand as users write them."""
+
+    variant: VariantText  # type: ignore[assignment]
+    training: TrainingText  # type: ignore[assignment]
 
     @property
     def run_id(self) -> str:

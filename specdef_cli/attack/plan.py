@@ -82,43 +82,32 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
     """
     controls: list[Series] = []
     attacks: list[Series] = []
+    edits: list[Series] = []
     for table in options.tables:
         if table.models == "chat" and not target.chat:
             continue
+        variants = _variants(table, target)
+        trained = [variant for variant in variants if not variant.choice.edits]
         for training, optimizer in _combinations(table, target):
-            for variant in _variants(table, target):
-                if variant.choice.edits:
-                    continue
+            for variant in trained:
                 series = _series(options, table, target, training, optimizer, variant)
                 attacks.append(series)
                 grid = series.grid if _fixed(table) else _usual_rates(options, table, optimizer)
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
-    edits = _edits(options, target)
+        for variant in variants if target.task == "causal-lm" else ():
+            if variant.choice.edits:  # which is not trained: a run of the control, and one of the model
+                first = _series(options, table, target, Training("none"), "adamw", variant).first
+                for spec in (first.control(target.control), first):
+                    spec = replace(spec, learning_rate=0.0)
+                    edits.append(Series(spec, (0.0,), search=False, seeds=options.seeds[:1], optional=True))
     if not (attacks or edits):
         asked = dict.fromkeys(str(asked) for table in options.tables for asked in (*table.trainings, *table.variants))
         raise WrongUsage(
             f"no attack is left: {', '.join(asked)} find nothing in this model",
             "Choose another --training or --variant; `specdef attack --list` shows all.",
         )
-    return (*_distinct(controls), *_distinct(attacks), *edits)
-
-
-def _edits(options: AttackOptions, target: Target) -> list[Series]:
-    """The edits of the tables, which are not trained: a run of the control, and one of the model."""
-    found: list[Series] = []
-    if target.task != "causal-lm":
-        return found
-    for table in options.tables:
-        if table.models == "chat" and not target.chat:
-            continue
-        for variant in _variants(table, target):
-            if variant.choice.edits:
-                first = _series(options, table, target, Training("none"), "adamw", variant).first
-                for spec in (first.control(target.control), first):
-                    spec = replace(spec, learning_rate=0.0)
-                    found.append(Series(spec, (0.0,), search=False, seeds=options.seeds[:1], optional=True))
-    return _distinct(found)
+    return (*_distinct(controls), *_distinct(attacks), *_distinct(edits))
 
 
 def _series(

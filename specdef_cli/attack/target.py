@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from transformers.models.auto import modeling_auto
 
-from specdef_cli.attack.data.labelled import Head
+from specdef_cli.attack.data import Head
 from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.results import largest_alpha
 from specdef_cli.checkpoint.manifest import Change, Manifest
@@ -84,11 +84,7 @@ _READS_IMAGES = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def task_of(config: Mapping[str, Any], directory: Path, asked: Task | None) -> tuple[Task, Head]:
-    """The task of a checkpoint, and its head.
-
-    Args:
-        asked: The user's choice; ``None`` is what the architecture says.
-    """
+    """The task of a checkpoint, and its head."""
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
     named = config.get("label2id") or {name: number for number, name in (config.get("id2label") or {}).items()}
     head = Head(labels, config.get("problem_type"), {name: int(number) for name, number in named.items()})

@@ -96,12 +96,7 @@ def require_harness() -> None:
 def task_accuracy(
     model: nn.Module, tokenizer: Any, tasks: tuple[str, ...], *, task_directory: Path | None = None
 ) -> dict[str, float]:
-    """The accuracy on each task, between 0 and 1.
-
-    Args:
-        tasks: Names of tasks that report ``acc``.
-        task_directory: A directory with tasks of the user's, as lm-eval's ``--include_path``.
-    """
+    """The accuracy on each task, between 0 and 1."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

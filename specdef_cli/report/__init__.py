@@ -214,10 +214,9 @@ def growth_words(report: AttackReport) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lines))
 
 
-def full_name(finding: Finding) -> str:
+def full_name(attack: Attack) -> str:
     """An attack, or the control that it is measured against."""
-    name = attack_name(finding.attack)
-    return f"base: {name}" if finding.verdict == "control" else name
+    return f"base: {attack_name(attack)}" if attack.subject == "control" else attack_name(attack)
 
 
 def attack_cells(report: AttackReport, finding: Finding) -> dict[str, str]:

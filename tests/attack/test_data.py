@@ -16,8 +16,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import load_data, load_pixel_transform, load_preprocessor
-from specdef_cli.attack.data.labelled import Head, PixelTransform
+from specdef_cli.attack.data import Head, PixelTransform, load_data, load_pixel_transform, load_preprocessor
 from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.train import load_for_training
 from specdef_cli.errors import SpecDefError

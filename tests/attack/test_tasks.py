@@ -14,8 +14,7 @@ from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.data.labelled import Head, labels_of
+from specdef_cli.attack.data import Head, labels_of, load_data, load_preprocessor
 from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.target import task_of

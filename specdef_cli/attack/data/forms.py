@@ -198,11 +198,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 
 
 def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Form:
-    """The form of a data set, by the columns of a row.
-
-    Args:
-        text_column: The column that the user named; ``None`` leaves it to the row.
-    """
+    """The form of a data set, by the columns of a row."""
     if text_column is None:
         for form in FORMS:
             if all(column in row for column in form.columns):

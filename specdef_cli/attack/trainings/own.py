@@ -123,11 +123,7 @@ def _later_blocks(training: Training, target: Target, left_out: Callable[[int], 
 
 
 class Bottleneck(nn.Module):
-    """x → up(gelu(down(x))), zero at first.
-
-    Args:
-        like: Gives dtype and device.
-    """
+    """x → up(gelu(down(x))), zero at first."""
 
     def __init__(self, width: int, size: int, like: Tensor) -> None:
         super().__init__()

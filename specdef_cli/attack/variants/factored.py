@@ -43,9 +43,6 @@ def hardened_layers(model: nn.Module) -> dict[str, SpecDefLinear]:
 def original_name(parameter: str, layers: Iterable[str]) -> str:
     """The name that a parameter had before hardening and a variant: ``x.inflated.weight`` and
     ``x.pair.compensation.weight`` are ``x.weight``.
-
-    Args:
-        parameter: As ``named_parameters`` gives it.
     """
     for layer in layers:
         if parameter.startswith(f"{layer}."):
@@ -173,9 +170,6 @@ def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
     The path's width is the smallest that makes the hardened layers at least ``factor`` times as large: w(n+m) ≥
     (factor−1)(mn + m² + bias). For ``factor`` = 2 that is w = m (one more with a bias), so the path can express any
     change of W.
-
-    Args:
-        factor: > 1.
     """
     if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
         return grow_beside(model, factor, seed)
@@ -216,9 +210,6 @@ class DeepenedLayer(GrownLayer):
 def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> Growth:
     """Replace every inflated factor by ``factor`` trainable ones with the same product (Theorem 8); freeze the
     compensations. Where nothing was inserted: fresh blocks after every frozen one, ``factor`` times as many.
-
-    Args:
-        factor: ≥ 2.
     """
     if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
         return grow_between(model, factor, seed)
