@@ -210,7 +210,7 @@ reproduce-wmdp: install  ## the paper's main experiment, on the tiny Llama with 
 
 # Tests that need neither training nor a process of their own.
 QUICK := tests/test_schemas.py tests/spectral tests/report tests/architectures tests/documentation \
-  $(addprefix tests/checkpoint/test_,manifest.py reader.py shards.py stream.py output.py downloads.py)
+  tests/checkpoint
 
 check: lint  ## style, types and the quick tests: before every commit
 	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadfile $(QUICK)

@@ -95,6 +95,8 @@ def as_declared(options: Any) -> None:
         if spelling.parse is not None and isinstance(value, int if spelling.written is int else str):
             object.__setattr__(options, name, spelling.parse(value))
             continue
+        if isinstance(value, Path):  # no shell expands --out=~/here
+            object.__setattr__(options, name, value.expanduser())
         if not isinstance(value, str):
             continue
         kinds = (declared,) if get_origin(declared) in (Literal, tuple) else get_args(declared) or (declared,)
@@ -106,7 +108,7 @@ def as_declared(options: Any) -> None:
         if str in kinds:
             continue
         if Path in kinds:
-            object.__setattr__(options, name, Path(value))
+            object.__setattr__(options, name, Path(value).expanduser())
         elif any(get_origin(kind) is tuple for kind in kinds):
             object.__setattr__(options, name, (value,))
 

@@ -55,3 +55,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             return self[case]
 
     return Written()
+
+
+@pytest.fixture
+def no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For certificates that are not about the function: starting a process takes most of their time."""
+    monkeypatch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))

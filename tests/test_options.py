@@ -17,13 +17,14 @@ from specdef_cli import AttackOptions, CertifyOptions, CollapseOptions, Factors,
         (HardenOptions, {"out": "out", "manifest_out": "keys.json"}),
         (CollapseOptions, {"out": "out", "manifest": "keys.json"}),
         (CertifyOptions, {"out": "out", "attacks": "report.json", "text": "text.txt"}),
-        (AttackOptions, {"out": "out", "runs": "runs", "eval_task_path": "tasks"}),
+        (AttackOptions, {"out": "out", "runs": "runs", "manifest": "keys.json"}),
     ],
 )
 def test_text_is_a_path_where_only_a_path_is_meant(kind: Any, paths: dict[str, str]) -> None:
     options = kind("model", **paths)
     assert {name: getattr(options, name) for name in paths} == {name: Path(text) for name, text in paths.items()}
     assert options.model == "model"
+    assert kind("model", **{**paths, "out": Path("~/x")}).out == Path("~/x").expanduser()  # no shell expands --out=~/x
 
 
 def test_one_text_is_no_sequence_of_letters() -> None:

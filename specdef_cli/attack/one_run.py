@@ -81,7 +81,7 @@ class SpecPart(Budget):
     """What was run. Variants and trainings are text here, since a report may name some that another package brought."""
 
     subject: Subject
-    checkpoint: str  # fingerprint of the checkpoint (checkpoint_fingerprint)
+    checkpoint: str  # its fingerprint (model.opened)
     data: str  # fingerprint of the tokens that are trained on and evaluated
     task: Task
     variant: str

@@ -239,6 +239,15 @@ class AttackOptions(Budget, Source):
             raise WrongUsage("no seed is given", "Give at least one seed.")
         if self.prompts_harmless is not None and self.prompts is None:
             raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
+        if self.dataset is None and self.retained in (None, NO_RETAINED):
+            for name in ("dataset_config", "dataset_split", "text_column", "text_pair_column"):
+                if getattr(self, name) is not None:
+                    raise WrongUsage(
+                        f"{flag_of(AttackOptions, name)} {getattr(self, name)} is of --dataset, which is not given",
+                        "Give --dataset DATA.",
+                    )
+        if self.eval_task_path is not None and not self.eval_tasks:
+            raise WrongUsage("--eval-task-path needs --eval-task", "Name a task, or leave it out.")
         given = next((name for name in CHOICES if getattr(self, name) not in ((), True)), None)
         if self.suite is not None and given is not None:
             raise WrongUsage(
@@ -389,6 +398,12 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 def require_data(dataset: str) -> None:
     """Refuse a data set that is a path to nothing."""
+    if "://" in dataset:
+        address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?datasets/([\w.-]+/[\w.-]+)", dataset)
+        raise SpecDefError(
+            f"{dataset} is an address, not a file, a directory or a Hub id",
+            f"Give {address[1]}." if address else "Download it, and give the file.",
+        )
     path = Path(dataset).expanduser()
     like_a_file = path.suffix.lower() in (*FILE_SUFFIXES, *COMPRESSIONS)
     if not path.exists() and (like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)):

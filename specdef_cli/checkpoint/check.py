@@ -18,7 +18,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTED_MODULES = frozenset({"Dense", "LayerNorm", "LSTM", "CNN", "WeightedLayerPooling"})
 """Classes of sentence-transformers whose directories hold weights."""
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
-A_MODEL = "Give a directory that transformers can load."
+A_MODEL = "Give a model that transformers can load."
 
 _ATTACK = ("it is what `specdef attack` wrote", "Give the model that was attacked.")
 _DATA = ("it is a data set", "Give a model here, and the data to `specdef attack --dataset`.")

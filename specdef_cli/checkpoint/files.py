@@ -101,11 +101,7 @@ def is_no_weights(path: Path) -> bool:
 
 
 def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORMERS) -> tuple[str, str] | None:
-    """Which weights in another format a model consists of, and how to convert them; ``None`` where it has none.
-
-    Args:
-        source: What ``from_pretrained`` is given: its directory or Hub id.
-    """
+    """Which weights in another format a model consists of, and how to convert them; ``None`` where it has none."""
     ordered = sorted(names)
     loads = f"from_pretrained('{source}'"
     for patterns, what, hint in (
@@ -154,9 +150,6 @@ def write_durably(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary sibling's name, flush it, and rename it into place.
 
     Any number of processes may write the same file: whichever comes last wins, and no reader sees a part.
-
-    Args:
-        content: Text is written in UTF-8.
 
     Raises:
         OSError: The disk; an earlier file of that name is as it was.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import struct
@@ -14,34 +13,27 @@ from typing import Any
 
 import torch
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, dtype_name
 
 # The format's own limit on its JSON header; a larger length is a corrupt file.
 MAX_HEADER_BYTES = 100_000_000
 # What json.loads raises on data made to be refused (deep nesting is a RecursionError), and what a wrong type then does.
 INVALID_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
+DTYPES: Mapping[str, torch.dtype] = {
+    dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+"""What ``--dtype`` takes."""
+
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "U16": torch.uint16,
-        "U32": torch.uint32,
-        "U64": torch.uint64,
-        "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E8M0": torch.float8_e8m0fnu,
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+        "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
         "C64": torch.complex64,
     }
-)
+)  # fmt: skip
 SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = MappingProxyType({v: k for k, v in TORCH_DTYPES.items()})
 FLOATING_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -82,13 +74,11 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
 
 
 def parse_headers(read: Callable[[int], bytes], shard: str, size: int) -> dict[str, TensorHeader]:
-    """Check the header of a safetensors file that is read from its start.
+    """Check the header of a safetensors file that is read from its start."""
 
-    Args:
-        read: Reads the next so many bytes.
-        size: Its size in bytes.
-    """
-    corrupt = functools.partial(_corrupt_file, shard)
+    def corrupt(reason: str) -> SpecDefError:
+        return SpecDefError(f"{shard} is not a valid safetensors file: {reason}", "Fetch the file again.")
+
     if size < 8:
         raise corrupt("it is shorter than a header")
     start = read(8)
@@ -156,7 +146,3 @@ def lfs_pointer(name: str) -> SpecDefError:
         f"{name} is a pointer of Git LFS, which stands for the file",
         "Run `git lfs pull` in the clone, or fetch the model with `hf download`.",
     )
-
-
-def _corrupt_file(shard: str, reason: str) -> SpecDefError:
-    return SpecDefError(f"{shard} is not a valid safetensors file: {reason}", "Fetch the file again.")

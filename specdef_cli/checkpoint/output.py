@@ -38,8 +38,10 @@ def check_output(final: Path, source: Path, nbytes: int) -> None:
     require_outside(final, source)
     require_free(final)
     existing = writable_ancestor(work_directory(final).resolve().parent)
-    # What an interrupted run left is either reused or removed.
-    free = shutil.disk_usage(existing).free + _disk_space(work_directory(final))
+    free = shutil.disk_usage(existing).free
+    for path in work_directory(final).rglob("*"):  # what an interrupted run left is either reused or removed
+        with contextlib.suppress(FileNotFoundError):  # the run that it belongs to may be alive
+            free += path.stat().st_blocks * 512
     if nbytes > free:
         raise SpecDefError(
             f"the output needs {nbytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB free",
@@ -118,14 +120,6 @@ def discard(final: Path) -> None:
     shutil.rmtree(work_directory(final), ignore_errors=True)
 
 
-def _disk_space(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # the run that it belongs to may be alive
-            total += path.stat().st_blocks * 512
-    return total
-
-
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -136,9 +130,8 @@ def _flush(path: Path) -> None:
 
 def require_usable(final: Path, model: str | Path) -> None:
     """Refuse an output directory that is taken, or lies in the input where that is a directory."""
-    source = Path(model).expanduser()
-    if str(model) and source.is_dir():
-        require_outside(final, source)
+    if str(model) and Path(model).expanduser().is_dir():
+        require_outside(final, Path(model).expanduser())
     require_free(final)
 
 

@@ -54,7 +54,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise ResumableError(f"{path} cannot be read: {error.strerror or error}", "Check the file.") from error
     except INVALID_JSON as error:
-        raise SpecDefError(f"{path} is not valid JSON: {error}", "Fetch the file again.") from error
+        marked = "BOM" in str(error)  # transformers reads no such file either
+        remedy = "Save it as UTF-8 without a byte order mark." if marked else "Fetch the file again."
+        raise SpecDefError(f"{path} is not valid JSON: {error}", remedy) from error
     if not isinstance(config, dict):
         raise SpecDefError(f"{path} is not a JSON object", "Fetch the file again.")
     return config
@@ -227,11 +229,7 @@ class Companions:
 
 
 def _companions(directory: Path, weights: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Companions:
-    """Divide the files of a checkpoint directory into those to carry over and those to leave out.
-
-    Args:
-        shapes: Shapes of the tensors in them, by name.
-    """
+    """Divide the files of a checkpoint directory into those to carry over and those to leave out."""
     carried: list[Path] = []
     left_out: dict[str, list[Path]] = {}
     for relative in _entries(directory):

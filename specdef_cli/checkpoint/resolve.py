@@ -68,14 +68,10 @@ def not_available(repository: str, revision: str | None, error: Exception) -> Sp
             f"{repository} could not be fetched: {error.strerror}",
             "Free some space, or set HF_HOME to a directory on a larger disk.",
         )
-    said = first_line(error)
-    wrong_address = "protocol" in said or "scheme" in said
-    return SpecDefError(
-        f"{repository} could not be fetched: {said}",
-        "Check HF_ENDPOINT and the proxy in the environment (https_proxy)."
-        if wrong_address
-        else "Try again, or give a directory.",
-    )
+    said, hint = first_line(error), "Try again, or give a directory."
+    if "protocol" in said or "scheme" in said:
+        hint = "Check HF_ENDPOINT and the proxy in the environment (https_proxy)."
+    return SpecDefError(f"{repository} could not be fetched: {said}", hint)
 
 
 # Weights in other formats are neither needed nor wanted: pickles run code when they are loaded. ``consolidated`` are
@@ -116,10 +112,6 @@ def resolve(
     """Find ``model`` on disk, downloading it from the Hub if it is not a directory.
 
     Args:
-        model: A directory, or a Hub id ``org/name``, optionally ``org/name@revision``.
-        revision: Branch, tag or commit; the same as the part after ``@``.
-        token: Hub token; by default huggingface_hub looks for ``HF_TOKEN`` and the stored login.
-        subfolder: The folder of the directory or repository that it is in.
         output: Where as much will be written once more.
     """
     place = locate(model, revision)
@@ -164,10 +156,12 @@ def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | N
         raise WrongUsage(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
         address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?([\w.-]+/[\w.-]+)", model)
-        raise SpecDefError(
-            f"{model!r} is neither a directory nor a Hub id",
-            f"Give {address[1]}." if address else "Check the path, or give org/name; --subfolder names a folder of it.",
-        )
+        hint = "Check the path, or give org/name; --subfolder names a folder of it."
+        if address:
+            hint = f"Give {address[1]}."
+        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+/", model):
+            hint = f"Check the path; a Hub id has no slash at its end: {model[:-1]}."
+        raise SpecDefError(f"{model!r} is neither a directory nor a Hub id", hint)
     return repository, revision or suffix or None
 
 

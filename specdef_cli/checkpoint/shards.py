@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.files import TRANSFORMERS, Library
-from specdef_cli.checkpoint.headers import TORCH_DTYPES
+from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.dtypes import dtype_name
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, dtype_name
 
 BLOCK = 2**22
 """Bytes of a tensor that are read, scaled and written at a time."""
@@ -116,6 +115,12 @@ class TensorGroup:
 def streamed(rows: Rows, shape: tuple[int, ...]) -> TensorGroup:
     """A tensor of the input on its own, under its name."""
     return TensorGroup(rows.tensor, (TensorSpec(rows.tensor, rows.dtype, shape),), streamed={rows.tensor: rows})
+
+
+def plain_group(header: TensorHeader, wanted: str | None) -> TensorGroup:
+    """A tensor that is carried over; where it is a floating one and ``wanted`` another safetensors dtype, cast."""
+    dtype = wanted if wanted and header.dtype in FLOATING_DTYPES else header.dtype
+    return streamed(Rows(header.name, dtype), header.shape)
 
 
 @dataclass(frozen=True)

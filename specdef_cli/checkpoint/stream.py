@@ -74,13 +74,10 @@ def write_shards(
     workers: int,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> None:
-    """Write ``shards`` into ``directory``, skipping those with a record there.
-
-    The result is the same for any number of workers.
+    """Write ``shards`` into ``directory``, skipping those with a record there; the same for any number of workers.
 
     Args:
         directory: A work directory; a shard there is complete exactly when its record exists.
-        workers: Number of threads.
         on_progress: Called from worker threads after each group.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="specdef")
@@ -103,9 +100,7 @@ def write_shards(
                 pending.add(pool.submit(_write_group, checkpoint, group, writing, device, on_progress))
         while pending:
             pending = _drain(pending)
-    except BaseException as error:
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         raise ResumableError(
             f"writing to {directory.parent} failed: {error.strerror or error}",
             "Give a smaller --max-shard-size, or raise the limit on files (ulimit -f)."

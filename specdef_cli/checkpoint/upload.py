@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
@@ -31,13 +30,7 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Destination:
-    """A place on the Hub to upload to.
-
-    Attributes:
-        repository: ``org/name``, or ``name`` of the user's own; made if it does not exist.
-        revision: The branch; ``None`` is the default one. Made if it does not exist.
-        token: Hub token; ``None`` leaves the choice to huggingface_hub.
-    """
+    """A place on the Hub to upload to: ``org/name``, or ``name`` of the user's own; made if it does not exist."""
 
     repository: str
     private: bool = False
@@ -88,7 +81,7 @@ def require_writable(destination: Destination) -> None:
             f"{destination.repository} cannot be uploaded: {first_line(error)}",
             f"{upload_hint(error)} `specdef push` uploads later.",
         ) from error
-    if _role(account) == "read":
+    if (account.get("auth", {}).get("accessToken") or {}).get("role") == "read":
         raise SpecDefError(f"{destination.repository} cannot be uploaded: {account['name']}'s token only reads", LOGIN)
     namespace, _, name = destination.repository.rpartition("/")
     spaces = [account["name"], *(organization["name"] for organization in account.get("orgs", ()))]
@@ -107,18 +100,8 @@ def require_name(repository: str) -> None:
         raise WrongUsage(f"{repository!r} is not the name of a repository", "Give org/name.") from error
 
 
-def _role(account: dict[str, Any]) -> str | None:
-    token = account.get("auth", {}).get("accessToken") or {}
-    role: str | None = token.get("role")
-    return role
-
-
 def push(directory: Path, destination: Destination, *, manifest: bool = True) -> Upload:
-    """Upload a directory in one commit that leaves no weights, manifest or certificate but the directory's.
-
-    Args:
-        manifest: Whether ``specdef.json`` goes along.
-    """
+    """Upload a directory in one commit that leaves no weights, manifest or certificate but the directory's."""
     files = _files(directory, manifest=manifest)
     api = HfApi(token=destination.token)
     try:
@@ -148,11 +131,10 @@ def push(directory: Path, destination: Destination, *, manifest: bool = True) ->
 
 def _files(directory: Path, *, manifest: bool) -> dict[str, Path]:
     found = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    kept = {name: path for name, path in found.items() if not {".git", ".cache"} & set(name.split("/"))}
+    left = (".git", ".cache") if manifest else (".git", ".cache", MANIFEST_NAME)
+    kept = {name: path for name, path in found.items() if not {*left[:2]} & {*name.split("/")} and name not in left}
     for path in kept.values():
         require_inside(directory, path)
-    if not manifest:
-        kept.pop(MANIFEST_NAME, None)
     return kept
 
 

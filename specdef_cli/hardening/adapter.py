@@ -58,15 +58,7 @@ def convert_adapter(
     adapter: str, hardened: OpenedModel, out: Path, *, name: str | None = None, revision: str | None = None,
     token: str | None = None,
 ) -> ConvertedAdapter:  # fmt: skip
-    """Rewrite a LoRA adapter of the base for its hardened model, and publish it as ``out``.
-
-    Args:
-        adapter: A directory that PEFT wrote, or a Hub id.
-        hardened: The hardened model.
-        out: A new directory.
-        name: What the adapter calls its base; ``None`` for the directory.
-        revision, token: Of the adapter, on the Hub.
-    """
+    """Rewrite a LoRA adapter of the base for its hardened model, and publish it as ``out``."""
     require_free(out)
     require_outside(out, hardened.directory)
     config, weights = _read(adapter, revision, token)

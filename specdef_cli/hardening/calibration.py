@@ -67,35 +67,23 @@ class Activations:
         drowned: :func:`drowned_energy`, by the exponents that were asked for; shape [exponents, inputs].
     """
 
-    inputs: Mapping[str, Channels]
-    outputs: Mapping[str, Channels]
-    column_norms: Mapping[str, Tensor]
-    row_largest: Mapping[str, Tensor]
-    drowned: Mapping[str, Tensor]
-
-
-@dataclass
-class _Recorder:
-    """Takes statistics as modules run."""
-
-    exponents: Sequence[int]
     inputs: dict[str, Channels] = field(default_factory=dict)
     outputs: dict[str, Channels] = field(default_factory=dict)
     column_norms: dict[str, Tensor] = field(default_factory=dict)
     row_largest: dict[str, Tensor] = field(default_factory=dict)
     drowned: dict[str, Tensor] = field(default_factory=dict)
 
-    def hook(self, weight: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        """A forward hook for the module with this weight."""
+    def hook(self, weight: str, exponents: Sequence[int]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        """A forward hook that takes the statistics of the module with this weight."""
 
         def record(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if torch.is_tensor(output):
                 self.outputs[weight] = _channels(output)
             if weight in self.column_norms and arguments:
                 self.inputs[weight] = _channels(arguments[0])
-                norms = self.column_norms[weight].to(arguments[0].device)
-                if self.exponents:
-                    self.drowned[weight] = drowned_energy(arguments[0], norms, self.exponents)
+                if exponents:
+                    norms = self.column_norms[weight].to(arguments[0].device)
+                    self.drowned[weight] = drowned_energy(arguments[0], norms, exponents)
 
         return record
 
@@ -140,7 +128,7 @@ def calibrate(
         raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
     tokens = torch.cat([part[: -(-SEQUENCES // len(parts))] for part in parts])
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    recorder = _Recorder(exponents)
+    found = Activations()
     weights = {
         parameter.removesuffix(".weight"): side.tensor
         for pair in pairs
@@ -148,16 +136,16 @@ def calibrate(
         if (parameter := skeleton.names.parameters.get(side.tensor, "")).endswith(".weight")
     }
     streamed = all(_sources(skeleton, name) for name, _ in model.base_model.named_parameters(_path_of(model)))
-    runner = _streamed_model(checkpoint, skeleton, recorder, place) if streamed else _whole_model(base, recorder, place)
+    runner = _streamed_model(checkpoint, skeleton, found, place) if streamed else _whole_model(base, found, place)
     modules = dict(runner.named_modules())
     for path, weight in weights.items():
-        modules[path].register_forward_hook(recorder.hook(weight))
+        modules[path].register_forward_hook(found.hook(weight, exponents))
     inputs: dict[str, Any] = {"input_ids": tokens.to(place), "attention_mask": torch.ones_like(tokens).to(place)}
     if runner.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
         runner.base_model(**inputs)
-    return Activations(recorder.inputs, recorder.outputs, recorder.column_norms, recorder.row_largest, recorder.drowned)
+    return found
 
 
 def _as_chat(tokenizer: Any, text: str) -> list[str]:
@@ -231,8 +219,8 @@ def _sources(skeleton: Skeleton, parameter: str) -> str | None:
 class _Weights(Mapping[str, Tensor]):
     """Every parameter of a skeleton, read when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recorder) -> None:
-        self._checkpoint, self._skeleton, self._recorder = checkpoint, skeleton, recorder
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, found: Activations) -> None:
+        self._checkpoint, self._skeleton, self._found = checkpoint, skeleton, found
 
     def __getitem__(self, parameter: str) -> Tensor:
         tensor = _sources(self._skeleton, parameter)
@@ -241,7 +229,7 @@ class _Weights(Mapping[str, Tensor]):
         value = self._checkpoint.read(tensor)
         path, _, leaf = parameter.rpartition(".")
         if leaf == "weight":
-            self._recorder.weigh(tensor, self._skeleton.modules[path], value)
+            self._found.weigh(tensor, self._skeleton.modules[path], value)
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -251,7 +239,7 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._skeleton.parameters)
 
 
-def _streamed_model(checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recorder, device: torch.device) -> Any:
+def _streamed_model(checkpoint: Checkpoint, skeleton: Skeleton, found: Activations, device: torch.device) -> Any:
     """A model whose modules read their weights as they are called, and drop them afterwards."""
     with torch.device("meta"):
         model: Any = type(skeleton.model)(copy.deepcopy(skeleton.model.config))  # in float32
@@ -266,13 +254,13 @@ def _streamed_model(checkpoint: Checkpoint, skeleton: Skeleton, recorder: _Recor
         model.base_model,
         execution_device=device,
         offload=True,
-        weights_map=_Weights(checkpoint, skeleton, recorder),
+        weights_map=_Weights(checkpoint, skeleton, found),
         module_name=_path_of(model),
     )
     return model.eval()
 
 
-def _whole_model(base: OpenedModel, recorder: _Recorder, device: torch.device) -> Any:
+def _whole_model(base: OpenedModel, found: Activations, device: torch.device) -> Any:
     """A model that stacks or splits tensors as it loads them, in memory."""
     skeleton = base.skeleton
     parameters = sum(parameter.numel() for parameter in skeleton.parameters.values())
@@ -288,7 +276,7 @@ def _whole_model(base: OpenedModel, recorder: _Recorder, device: torch.device) -
     for path, module in model.named_modules():
         tensor = skeleton.names.tensor(f"{path}.weight")
         if tensor is not None:
-            recorder.weigh(tensor, module, module.weight)
+            found.weigh(tensor, module, module.weight)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,7 @@ def hardened_card(
     one_sided: Sequence[str] = (),
     library: Library = TRANSFORMERS,
 ) -> str:
-    """The card's text.
-
-    Args:
-        base_card: ``README.md`` of the base; may be empty.
-    """
+    """The card's text."""
     front, text = split_card(base_card)
     front = with_keys(front, hardened_metadata(metadata(front), manifest.base, library))
     body = _without_section(text) or f"# {manifest.base.hub_name or 'Hardened model'}"
@@ -87,53 +83,48 @@ def _without_section(text: str) -> str:
 
 def section(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> str:
     """The section on SpecDef: what was changed, what it costs, what it does not resist."""
-    parts = (_changes(manifest), _limit(manifest, unchanged, one_sided, library), _loading(manifest, library))
-    return "\n\n".join((HEADING, *("\n".join(lines) for lines in parts)))
+    limit, loading = _limit(manifest, unchanged, one_sided, library), _loading(manifest, library)
+    return "\n\n".join((HEADING, "\n".join(_changes(manifest)), limit, loading))
 
 
-def _changes(manifest: Manifest) -> Sequence[str]:
+def _changes(manifest: Manifest) -> Iterator[str]:
     base = manifest.base
     origin = (base.hub_name or "the base model") + (f" at {base.commit}" if base.commit else "")
     origin += f" (its folder {base.subfolder})" if base.subfolder else ""
-    lines = [
+    yield (
         f"{_agreement(manifest, origin)} They were reparameterized with "
         f"specdef-cli {manifest.specdef_version} (method of [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)) "
         "with the aim that ordinary recipes need far smaller learning rates to fine-tune them, and diverge or make "
         "little progress at their usual ones."
-    ]
+    )
     if manifest.factored:
         added = sum(layer.out_features**2 for layer in manifest.factored)
-        alphas = sorted(layer.alpha for layer in manifest.factored)
         top_k = sorted({layer.top_k for layer in manifest.factored})
-        lines.append(
+        yield (
             f"{len(manifest.factored)} linear layers were each replaced by an inflated layer and its compensation "
-            f"(α = {_range(alphas)}, k = {', '.join(map(str, top_k))}, {manifest.factored[0].gauge} gauge, "
-            f"{manifest.dtype}); this adds {added:,} parameters."
+            f"(α = {_range(layer.alpha for layer in manifest.factored)}, k = {', '.join(map(str, top_k))}, "
+            f"{manifest.factored[0].gauge} gauge, {manifest.dtype}); this adds {added:,} parameters."
         )
     if manifest.folded:
-        exponents = sorted(abs(exponent) for pair in manifest.folded for exponent in pair.exponents)
-        lines.append(
+        exponents = [abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
+        yield (
             f"{len(exponents)} channels in {len(manifest.folded)} symmetric pair{'s' * (len(manifest.folded) > 1)} of "
             f"existing weights were rescaled by powers of two ({_range(exponents, '2^')}, {manifest.profile} profile), "
             "which adds no parameter."
         )
-        lines += [loss] if (loss := given_up(manifest.folded)) else []
+        yield from filter(None, [given_up(manifest.folded)])
     if manifest.scaled:
-        exponents = sorted(
-            abs(exponent)
-            for module in manifest.scaled
-            for side in module.scales.values()
-            for exponent in side.exponents
-        )
+        sides = [side for module in manifest.scaled for side in module.scales.values()]
         added = sum(module.parameters_added for module in manifest.scaled)
-        lines.append(
+        yield (
             f"{len(manifest.scaled)} modules had channels of their own weight scaled by powers of two "
-            f"({_range(exponents, '2^')}), which vectors beside the weight undo; this adds {added:,} parameters."
+            f"({_range((abs(step) for side in sides for step in side.exponents), '2^')}), which vectors beside the "
+            f"weight undo; this adds {added:,} parameters."
         )
-    return lines
 
 
-def _range(ordered: Sequence[float], before: str = "") -> str:
+def _range(values: Iterable[float], before: str = "") -> str:
+    ordered = sorted(values)
     lowest, highest = (f"{before}{value:g}" for value in (ordered[0], ordered[-1]))
     return lowest if lowest == highest else f"{lowest} to {highest}"
 
@@ -157,7 +148,7 @@ def _agreement(manifest: Manifest, origin: str) -> str:
     )
 
 
-def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> Sequence[str]:
+def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> str:
     around_pairs = (
         "Growing the model around the changed layers, freezing the compensation, or sweeping the learning rate "
         "downwards also restores fast fine-tuning (the paper proves a linear cost in model size). "
@@ -182,26 +173,26 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
     free = f"Trained alone as fast as before: {', '.join(unchanged)}. " if unchanged else ""
     if one_sided:
         free += f"Slowed least when trained alone, as one side of them is scaled: {', '.join(one_sided)}. "
-    return [
+    return (
         f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo} (`specdef collapse` "
         f"does it). {around}{free}This raises the cost of unmodified recipes and nothing more. {measure}"
-    ]
+    )
 
 
-def _loading(manifest: Manifest, library: Library) -> Sequence[str]:
+def _loading(manifest: Manifest, library: Library) -> str:
     lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.factored or manifest.scaled))
     advice = serving_advice(lost)
     if not manifest.factored and not manifest.scaled:
-        return [f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"]
+        return f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"
     if not library.is_transformers:
-        return [
+        return (
             "Load it, alone or in the place of the base in its pipeline, with diffusers "
             f"installed, after {INSTALLATION} and `import specdef_cli`; without that, diffusers refuses it. {advice}"
-        ]
-    return [
+        )
+    return (
         "Load it with `trust_remote_code=True` (the code is `configuration_specdef.py` in this repository), or without "
         f"after {INSTALLATION} and `import specdef_cli`. {advice}"
-    ]
+    )
 
 
 FLOAT16 = "float16 weights"
@@ -224,6 +215,9 @@ NARROW_EXPONENT = CACHED_EXPONENT
 """Factors up to this power of two leave weights within float16, and within float8 with a scale a row."""
 
 
+# A factor does harm where a format gives one scale to neighbours, or ends at 65504. Rows of a weight have scales of
+# their own in every format that is common today (but under double quantization); columns share theirs, so that an
+# inflated column takes its neighbours' digits. A merge adds weights: a scaled channel and its plain one give neither.
 def lost_formats(folded: Sequence[FoldedPair], profile: str | None, *, with_code: bool) -> tuple[str, ...]:
     """The formats in which the result is not expected to compute what the base does."""
     if folded and not with_code and all(pair.given_up is not None for pair in folded):

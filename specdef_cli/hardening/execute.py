@@ -22,17 +22,14 @@ from accelerate import PartialState
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.shards import (
-    OutputShard,
-    TensorGroup,
-    assign_shards,
-    plan_shards,
-    shard_header,
-    shard_index,
-)
+from specdef_cli.checkpoint.shards import TensorGroup, assign_shards, plan_shards, shard_header, shard_index
 from specdef_cli.checkpoint.stream import Progress, read_record, write_shards
-from specdef_cli.errors import ResumableError, SpecDefError, WrongUsage
+from specdef_cli.errors import ResumableError, SpecDefError
+from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.model.loading import process_state
+
+# A worker holds one layer: W, W~ and C as they are stored (in float32 at most), and the Krylov space of W.
+LAYER_COPIES_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -48,47 +45,54 @@ class Written:
 def published(
     checkpoint: Checkpoint,
     groups: Sequence[TensorGroup],
-    out: Path,
     fingerprint: str,
-    *,
-    max_shard_size: int,
-    device: str | None,
-    resume: bool,
+    options: HardenOptions | CollapseOptions,
     on_progress: Callable[[Progress], None],
 ) -> Iterator[Written | None]:
-    """Write ``groups`` as shards into a work directory, which is published as ``out`` when the block ends.
+    """Write ``groups`` as shards into a work directory, which is published as ``options.out`` when the block ends.
 
     In the block, the main process adds everything but weights and index, and verifies the result.
 
     Args:
-        groups: What to write, in order.
         fingerprint: Identifies the plan for ``resume``.
-        max_shard_size: Largest shard in bytes.
 
     Yields:
         What was written, in the main process; ``None`` in the others, which have nothing left to do.
     """
-    state = process_state(device)
-    shards = plan_shards(groups, max_shard_size, checkpoint.library)
+    state, out = process_state(options.device), options.out
+    shards = plan_shards(groups, options.max_shard_size, checkpoint.library)
     layout = [(shard.name, shard_header(shard)[0].decode("utf-8", "replace")) for shard in shards]
     fingerprint = hashlib.sha256(f"{fingerprint} {layout}".encode()).hexdigest()
     check_output(out, checkpoint.directory, sum(shard.nbytes for shard in shards))
-    if not state.is_main_process:
+
+    def write() -> None:
         state.wait_for_everyone()  # until the main process has prepared the work directory
-        _write(checkpoint, shards, work_directory(out), state, device, on_progress)
+        mine = assign_shards(shards, state.num_processes)[state.process_index]
+        devices = compute_devices(options.device, state)
+        computed = (spec for shard in mine for group in shard.groups for spec in group.computed)
+        largest = max((math.prod(spec.shape) for spec in computed), default=1)
+        workers = worker_count(devices, state.num_processes, largest)
+        write_shards(checkpoint, mine, work_directory(out), devices=devices, workers=workers, on_progress=on_progress)
         state.wait_for_everyone()
+
+    if not state.is_main_process:
+        write()
         yield None
         return
     with exclusive(out):
         try:
-            work = prepare(out, fingerprint, resume=resume)
-            state.wait_for_everyone()
-            _write(checkpoint, shards, work, state, device, on_progress)
-            state.wait_for_everyone()
+            work = prepare(out, fingerprint, resume=options.resume)
+            write()
             index = shard_index(shards, checkpoint.library)
             if index is not None:
                 write_durably(work / index[0], index[1])
-            yield _collect(work, shards)
+            records = {shard.name: read_record(work, shard.name) for shard in shards}
+            done = {name: record for name, record in records.items() if record is not None}
+            if len(done) < len(records):
+                unfinished = next(name for name in records if name not in done)
+                raise ResumableError(f"{unfinished} was not finished", "Run the same command with --resume.")
+            figures = {label: made for record in done.values() for label, made in record.figures.items()}
+            yield Written(work, {name: record.sha256 for name, record in done.items()}, figures)
             publish(out)
         except ResumableError:
             raise
@@ -102,98 +106,42 @@ def published(
             ) from error
 
 
-def _write(
-    checkpoint: Checkpoint,
-    shards: Sequence[OutputShard],
-    work: Path,
-    state: PartialState,
-    device: str | None,
-    on_progress: Callable[[Progress], None],
-) -> None:
-    mine = assign_shards(shards, state.num_processes)[state.process_index]
-    devices = compute_devices(device, state)
-    largest = max(
-        (math.prod(spec.shape) for shard in mine for group in shard.groups for spec in group.computed), default=1
-    )
-    workers = worker_count(devices, state.num_processes, largest)
-    write_shards(checkpoint, mine, work, devices=devices, workers=workers, on_progress=on_progress)
-
-
-def _collect(work: Path, shards: Sequence[OutputShard]) -> Written:
-    sha256: dict[str, str] = {}
-    figures: dict[str, Mapping[str, Any]] = {}
-    for shard in shards:
-        record = read_record(work, shard.name)
-        if record is None:
-            raise ResumableError(f"{shard.name} was not finished", "Run the same command with --resume.")
-        sha256[shard.name] = record.sha256
-        figures |= record.figures
-    return Written(work, sha256, figures)
-
-
-# A worker holds one layer: W, W~ and C as they are stored (in float32 at most), and the Krylov space of W.
-LAYER_COPIES_PER_WORKER = 4
-
-
 def compute_devices(device: str | None, state: PartialState) -> tuple[torch.device, ...]:
     """The devices of this process: the one asked for; under ``accelerate launch`` its own; else every GPU, or the CPU.
 
     They are ready for several threads.
     """
-    devices = _chosen_devices(device, state)
-    _load_linear_algebra(devices)
-    return devices
-
-
-def _chosen_devices(device: str | None, state: PartialState) -> tuple[torch.device, ...]:
+    devices: tuple[torch.device, ...]
     if device is not None:
         try:
-            chosen = torch.device(device)
-        except RuntimeError as error:
-            raise WrongUsage(f"device {device!r} is unknown", f"Use --device {_there()}.") from error
-        try:
-            torch.empty(1, device=chosen).item()  # the meta device holds no values
+            devices = (torch.device(device),)
+            torch.empty(1, device=devices[0]).item()  # the meta device holds no values
         except (RuntimeError, AssertionError) as error:
-            raise SpecDefError(f"device {device!r} is not available here", f"Use --device {_there()}.") from error
-        return (chosen,)
-    if state.num_processes > 1:
-        return (state.device,)
-    if torch.cuda.is_available():
-        return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
-    return (torch.device("cpu"),)
-
-
-def _there() -> str:
-    """The kinds of device that this machine has, for a hint."""
-    return "cpu or cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _load_linear_algebra(devices: Sequence[torch.device]) -> None:
-    """Use ``torch.linalg`` once on each accelerator, before there are threads.
-
-    torch loads its CUDA solvers at their first use, and where two threads come first together, one of them fails with
-    "lazy wrapper should be called at most once" (pytorch issue 90613).
-    """
-    for device in devices:
-        if device.type != "cpu":
-            torch.linalg.qr(torch.eye(2, device=device))
+            there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+            raise SpecDefError(f"device {device!r} is not available here", f"Use --device {there}.") from error
+    elif state.num_processes > 1:
+        devices = (state.device,)
+    elif torch.cuda.is_available():
+        devices = tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    else:
+        devices = (torch.device("cpu"),)
+    # torch loads its CUDA solvers at their first use, and where two threads come first together, one of them fails with
+    # "lazy wrapper should be called at most once" (pytorch issue 90613).
+    for place in devices:
+        if place.type != "cpu":
+            torch.linalg.qr(torch.eye(2, device=place))
+    return devices
 
 
 def worker_count(devices: Sequence[torch.device], processes: int, largest_tensor: int) -> int:
     """Threads of this process: one more than cores, but never more layers at once than half of the free memory holds.
 
     One waits for the disk while the others compute: with a thread more, factors take a sixth less on two cores.
-
-    Args:
-        devices: The devices of this process.
-        processes: How many processes share this machine.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     by_cores = max(1, cores // processes) + 1
     if devices[0].type != "cpu":
         # Two threads a device: one reads and writes while the other computes.
         by_cores = min(by_cores, 2 * len(devices))
-    by_memory = psutil.virtual_memory().available // (
-        2 * processes * LAYER_COPIES_PER_WORKER * 4 * max(1, largest_tensor)
-    )
-    return max(1, min(by_cores, by_memory))
+    layer = LAYER_COPIES_PER_WORKER * 4 * max(1, largest_tensor)
+    return max(1, min(by_cores, psutil.virtual_memory().available // (2 * processes * layer)))

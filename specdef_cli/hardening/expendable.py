@@ -61,13 +61,7 @@ class Raised:
 def raise_pairs(
     checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], activations: Activations | None, dtype: str | None
 ) -> tuple[FoldedPair, ...]:
-    """Fold every pair in one direction, on what can best be lost.
-
-    Args:
-        activations: What a text makes of them, with what blocks lose where they are to be kept; ``None`` chooses
-            channels by the weights alone.
-        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
-    """
+    """Fold every pair in one direction, on what can best be lost."""
     used = [pair for pair in pairs if pair.channels > 1]
     require_dtypes(checkpoint, used, dtype)
     norms = partial(channel_norms, checkpoint)
@@ -84,9 +78,6 @@ def raise_pairs(
 
 def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: int, norms: NormsOf) -> Raised | None:
     """Choose the channel whose loss costs least, of those that take 2^exponent; else of those that take most.
-
-    Args:
-        activations: What a text makes of it; ``None`` ranks channels by the weights alone.
 
     Returns:
         ``None`` where every channel is zero, which no factor changes, or too large to be raised.
@@ -148,9 +139,8 @@ def energies(pair: SymmetricPair, activations: Activations | None, norms: NormsO
     E[x²]·‖column‖², summed over the consumers; of queries against keys E[q²]·E[k²]. Where x was not seen, the norm of
     the rows that make it stands for it.
     """
-    makers = [side for side in pair.sides if side.power > 0]
     readers = [side for side in pair.sides if side.power < 0]
-    made = _put_out(makers, activations, norms)
+    made = _put_out([side for side in pair.sides if side.power > 0], activations, norms)
     if pair.kind == "query_key":
         return made * _put_out(readers, activations, norms)
     total = torch.zeros(pair.channels, dtype=torch.float64)

@@ -76,7 +76,7 @@ class FactorLayer:
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
         """Compute the factors."""
         entry, stored = self.entry(), TORCH_DTYPES[self.dtype]
-        weight = self.read(checkpoint, device)
+        weight = read_weight(checkpoint, self.site, device)
         seed = layer_seed(self.seed, self.site.tensor)
         subspace = top_subspace(weight, self.top_k, seed)
         build = rotated_factors if self.gauge == "rotated" else symmetric_factors
@@ -93,10 +93,6 @@ class FactorLayer:
             tensors[entry.compensation_bias] = checkpoint.read(entry.bias).to(stored)
         return Produced(tensors, {"singular_values": subspace.singular_values.tolist(), "reconstruction_error": error})
 
-    def read(self, checkpoint: Checkpoint, device: torch.device) -> Tensor:
-        """W as it is stored, shape [out_features, in_features]; refused where it is not finite or zero."""
-        return _read_stored(checkpoint, self.site, device)
-
     def _require_restored(self, error: float) -> None:
         if error <= RECONSTRUCTION_TOLERANCE:  # NaN fails this too
             return
@@ -110,25 +106,46 @@ class FactorLayer:
         )
 
 
+@dataclass(frozen=True)
+class CollapseLayer:
+    """The transform that multiplies a pair of factors back into one weight."""
+
+    layer: FactoredLayer
+    dtype: str
+
+    def group(self) -> TensorGroup:
+        """What the layer becomes on disk."""
+        layer = self.layer
+        shape = (layer.out_features, layer.in_features)
+        outputs = [TensorSpec(layer.tensor, self.dtype, shape[::-1] if layer.transposed else shape)]
+        if layer.bias is not None:
+            outputs.append(TensorSpec(layer.bias, self.dtype, (layer.out_features,)))
+        return TensorGroup(layer.module, tuple(outputs), self)
+
+    def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
+        """Compute W = C·W~, in float64: C W~ cancels a factor of α, and float32 would lose that many digits."""
+        layer, stored = self.layer, TORCH_DTYPES[self.dtype]
+        compensation = checkpoint.read(layer.compensation_tensor).to(device).double()
+        weight = compensation @ checkpoint.read(layer.inflated_tensor).to(device).double()
+        tensors = {layer.tensor: (weight.mT.contiguous() if layer.transposed else weight).to(stored)}
+        if layer.bias is not None and layer.compensation_bias is not None:
+            tensors[layer.bias] = checkpoint.read(layer.compensation_bias)
+        return Produced(tensors)
+
+
 def factor_layers(
     checkpoint: Checkpoint,
     skeleton: Skeleton,
     sites: Sequence[LinearSite],
     wanted: Factors,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     loaded: torch.dtype | None,
 ) -> tuple[FactorLayer, ...]:
-    """Plan the factors of every site, from headers alone.
-
-    Args:
-        wanted: α, k, gauge and seed.
-        dtype: What the result is stored in; ``None`` for each tensor's own.
-        loaded: What ``config.json`` has the model loaded in; ``None`` where it does not say.
-    """
+    """Plan the factors of every site, from headers alone."""
     require_factorable(skeleton, sites)
     layers = []
     for site in sites:
-        stored = dtype or TORCH_DTYPES[checkpoint.tensors[site.tensor].dtype]
+        stored = TORCH_DTYPES[dtype or checkpoint.tensors[site.tensor].dtype]
         check_alpha(wanted.alpha, wanted.gauge, stored)
         if loaded is not None and loaded is not stored:
             check_alpha(wanted.alpha, wanted.gauge, loaded, ", in which config.json has the model loaded,")
@@ -144,12 +161,7 @@ def factor_layers(
 
 
 def read_weight(checkpoint: Checkpoint, site: LinearSite, device: torch.device) -> Tensor:
-    """W of a linear layer, shape [out_features, in_features], in float32 (float64 where it is stored so)."""
-    weight = _read_stored(checkpoint, site, device)
-    return weight if weight.dtype == torch.float64 else weight.float()
-
-
-def _read_stored(checkpoint: Checkpoint, site: LinearSite, device: torch.device) -> Tensor:
+    """W as it is stored, shape [out_features, in_features]; refused where it is not finite or zero."""
     header = checkpoint.tensors[site.tensor]
     if header.dtype not in FLOATING_DTYPES:
         raise SpecDefError(

@@ -11,8 +11,7 @@ What is scaled where was decided by measuring (docs/decisions.md):
   channels of a middling norm, whose values are ordinary ones;
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
   attacker may train either side alone;
-* exponents that differ from pair to pair (:mod:`specdef_cli.hardening.fold`), as the profile lays them
-  (:data:`PROFILES`);
+* exponents that differ from pair to pair (:func:`staircase`), as the profile lays them (:data:`PROFILES`);
 * not the residual stream: it has a single scale, which a learning-rate sweep recovers; embeddings stay unprotected.
 """
 
@@ -113,20 +112,16 @@ EVERYWHERE = "everywhere"
 """One staircase for all pairs, where a profile sets none apart."""
 
 
+Schedule = Callable[[int, int], tuple[tuple[int, ...], ...]]
+"""(layers, exponents in each) → the exponents, indexed [layer][exponent], as :func:`staircase`."""
+
+
 @dataclass(frozen=True)
 class Steps:
-    """The exponents of the pairs of one region.
+    """The exponents of the pairs of one region."""
 
-    Attributes:
-        schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
-            :func:`specdef_cli.hardening.fold.staircase`.
-    """
-
-    schedule: Callable[[int, int], tuple[tuple[int, ...], ...]]
+    schedule: Schedule
     from_last: bool = False
-
-
-EVERY_KIND = ("value_output", "up_down", "query_key", "norm_readers")
 
 
 @dataclass(frozen=True)
@@ -135,11 +130,10 @@ class FoldProfile:
 
     Attributes:
         steps: Exponents by region. Where two pairs scale the rows and the columns of one tensor, their exponents add up
-            to at most :data:`~specdef_cli.hardening.fold.HIGHEST_CROSSING`.
+            to at most :data:`HIGHEST_CROSSING`.
     """
 
     steps: dict[str, Steps]
-    kinds: tuple[str, ...] = EVERY_KIND
     middling: tuple[str, ...] = ()
 
 
@@ -166,12 +160,9 @@ def fold_pairs(
 
     Reads a sample of one side of each pair, to find the channels' norms. A pair whose channels are all zeros there is
     left out: no factor changes them.
-
-    Args:
-        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
     """
     chosen = PROFILES[profile]
-    used = [pair for pair in pairs if pair.kind in chosen.kinds and pair.channels > 1]
+    used = [pair for pair in pairs if pair.channels > 1]
     require_dtypes(checkpoint, used, dtype)
     exponents: dict[str, tuple[int, ...]] = {}
     regions = _regions(used)
@@ -187,15 +178,8 @@ def fold_pairs(
     return tuple(folded)
 
 
-def spread(
-    pairs: Sequence[SymmetricPair], directions: int, schedule: Callable[[int, int], tuple[tuple[int, ...], ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Lay a schedule over the layers of a model, the MLP of each before its attention (:func:`_by_layer`).
-
-    Args:
-        schedule: (layers, exponents in each) → the exponents, indexed [layer][exponent], as
-            :func:`specdef_cli.hardening.fold.staircase`.
-    """
+def spread(pairs: Sequence[SymmetricPair], directions: int, schedule: Schedule) -> dict[str, tuple[int, ...]]:
+    """Lay a schedule over the layers of a model, the MLP of each before its attention (:func:`_by_layer`)."""
     groups = _by_layer(pairs)
     steps = schedule(len(groups), directions * max((len(members) for members in groups), default=0))
     return {
@@ -206,11 +190,7 @@ def spread(
 
 
 def fold_groups(folded: Iterable[FoldedPair], checkpoint: Checkpoint, dtype: str | None) -> dict[str, TensorGroup]:
-    """The output groups of all tensors that a fold changes, by tensor name.
-
-    Args:
-        dtype: safetensors dtype that they are stored in; ``None`` for each one's own.
-    """
+    """The output groups of all tensors that a fold changes, by tensor name."""
     by_tensor: dict[str, list[ScaledSlice]] = {}
     for pair in folded:
         for part in pair.slices:
@@ -224,13 +204,8 @@ def fold_groups(folded: Iterable[FoldedPair], checkpoint: Checkpoint, dtype: str
 
 def inverse(pair: FoldedPair) -> FoldedPair:
     """The fold that undoes ``pair``, bit for bit."""
-    return FoldedPair(
-        name=pair.name,
-        kind=pair.kind,
-        channels=pair.channels,
-        exponents=tuple(-exponent for exponent in pair.exponents),
-        slices=tuple(part.inverse for part in pair.slices),
-    )
+    exponents = tuple(-exponent for exponent in pair.exponents)
+    return FoldedPair(pair.name, pair.kind, pair.channels, exponents, tuple(part.inverse for part in pair.slices))
 
 
 def folded_pair(
@@ -254,8 +229,14 @@ def _channels(checkpoint: Checkpoint, pair: SymmetricPair, count: int, *, middli
 
     Never one of zeros, which no factor changes.
     """
-    matrices = [side for side in pair.sides if len(checkpoint.tensors[side.tensor].shape) > 1] or pair.sides
-    side = min(matrices, key=lambda side: _bytes_to_measure(checkpoint, side))
+    tensors = checkpoint.tensors
+    matrices = [side for side in pair.sides if len(tensors[side.tensor].shape) > 1] or pair.sides
+
+    def nbytes(side: Side) -> int:
+        header = tensors[side.tensor]
+        return len(_rows(checkpoint, side)) * header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
+
+    side = min(matrices, key=nbytes)
     norms = channel_norms(checkpoint, side)
     order = norms.argsort(descending=True, stable=True)
     order = order[norms[order] > 0]
@@ -277,11 +258,6 @@ def _rows(checkpoint: Checkpoint, side: Side) -> range:
     if side.axis == len(header.shape) - 1:
         count = min(count, SAMPLE_ROWS)
     return range(start, start + count)
-
-
-def _bytes_to_measure(checkpoint: Checkpoint, side: Side) -> int:
-    header = checkpoint.tensors[side.tensor]
-    return len(_rows(checkpoint, side)) * header.shape[-1] * TORCH_DTYPES[header.dtype].itemsize
 
 
 def channel_norms(checkpoint: Checkpoint, side: Side) -> Tensor:
@@ -348,11 +324,7 @@ def _mlp_first(pairs: Sequence[SymmetricPair]) -> list[SymmetricPair]:
 
 
 def require_dtypes(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], wanted: str | None) -> None:
-    """Refuse float16, in which small columns are rounded.
-
-    Args:
-        wanted: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
-    """
+    """Refuse float16, in which small columns are rounded."""
     for pair in pairs:
         for side in pair.sides:
             dtype = checkpoint.tensors[side.tensor].dtype

@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 import torch
 
 from specdef_cli.checkpoint.check import require_modules
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
+from specdef_cli.checkpoint.headers import DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
-from specdef_cli.dtypes import DTYPES, dtype_name
-from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
+from specdef_cli.checkpoint.shards import TensorGroup, plain_group
+from specdef_cli.errors import SpecDefError, dtype_name
+from specdef_cli.hardening.calibration import calibrate, default_text, read_text
 from specdef_cli.hardening.card import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
 from specdef_cli.hardening.factors import FactorLayer, factor_layers
@@ -31,7 +30,7 @@ from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.described import require_code_allows, shim_config
 from specdef_cli.model.opened import OpenedModel, require_whole
-from specdef_cli.model.sites import linear_sites, scalable_sites
+from specdef_cli.model.sites import LinearSite, linear_sites, scalable_sites
 from specdef_cli.model.skeleton import Skeleton, TensorNames
 from specdef_cli.model.symmetries import symmetries
 
@@ -106,11 +105,7 @@ class HardeningPlan(Changes):
         return sum(group.nbytes for group in self.groups)
 
     def fingerprint(self, checkpoint: Checkpoint, commit: str | None) -> str:
-        """Identifies this plan on this input, so that ``--resume`` never mixes two.
-
-        Args:
-            commit: The hash of the commit that it is; ``None`` for a directory, whose files may change.
-        """
+        """Identifies this plan on this input, so that ``--resume`` never mixes two."""
         described = {
             "groups": [repr(group) for group in self.groups],
             "config": self.config,
@@ -123,28 +118,46 @@ class HardeningPlan(Changes):
 
 def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     """Decide what to change in a checkpoint."""
-    checkpoint, skeleton = base.checkpoint, base.skeleton
+    checkpoint, skeleton, wanted = base.checkpoint, base.skeleton, options.construction
     require_modules(checkpoint.directory)
     require_whole(skeleton, checkpoint)
-    require_code_allows(skeleton, verify=options.verify, adds_code=not isinstance(options.construction, Fold))
+    require_code_allows(skeleton, verify=options.verify, adds_code=not isinstance(wanted, Fold))
     if options.verify:
         require_comparable(skeleton)
-    changes = _changes(base, options)
+    stored = None if options.dtype is None else SAFETENSORS_DTYPES[DTYPES[options.dtype]]
+    named = DTYPES.get(options.dtype or "", getattr(skeleton.config, "dtype", None))
+    loaded = named if named in DTYPES.values() else None  # as config.json has it, whatever the weights are stored in
+    if isinstance(wanted, Fold):
+        changes = _folded(base, options, wanted, stored)
+    elif isinstance(wanted, Factors):
+        chosen = _select(linear_sites(skeleton), lambda site: {site.module, site.tensor}, options)
+        changes = Changes(factored=factor_layers(checkpoint, skeleton, chosen, wanted, stored, loaded))
+    else:
+        changes = _scaled(base, options, stored)
+    multiplied = changes.multiplied
+    if multiplied and loaded is torch.float16:
+        raise SpecDefError(
+            "config.json has the model loaded in float16, which a fold's powers of two overflow",
+            "Give --dtype bfloat16 or float32, which config.json then names.",
+        )
+    if not (multiplied or changes.factored):
+        raise SpecDefError(
+            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
+        )
     config = dict(checkpoint.config)
-    if checkpoint.library.is_transformers:
+    if options.dtype is not None and checkpoint.library.is_transformers:
         config = _with_dtype(config, options.dtype)
-    stored, multiplied = _stored(options.dtype), changes.multiplied
     dtypes = {TORCH_DTYPES[layer.dtype] for layer in changes.factored}
     dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in multiplied}
     one_sided = _one_sided(checkpoint, changes.folded)
     unchanged = _unchanged(skeleton, multiplied | {layer.site.tensor for layer in changes.factored})
-    profile = options.construction.profile if isinstance(options.construction, Fold) else None
+    profile = wanted.profile if isinstance(wanted, Fold) else None
     return HardeningPlan(
         **vars(changes),
-        method=options.construction.method,
+        method=wanted.method,
         profile=profile,
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
-        groups=_groups(checkpoint, changes, options.dtype),
+        groups=_groups(checkpoint, changes, stored),
         config=shim_config(config, changes.layers) if changes.layers else config,
         notes=(*_notes(checkpoint, changes, profile, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
         unchanged=unchanged,
@@ -152,92 +165,53 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     )
 
 
-def _changes(base: OpenedModel, options: HardenOptions) -> Changes:
-    """What the construction that is asked for makes of this checkpoint."""
-    checkpoint, skeleton = base.checkpoint, base.skeleton
-    wanted, loaded = options.construction, _loaded_dtype(skeleton.config, options)
-    if isinstance(wanted, Factors):
-        sites = linear_sites(skeleton)
-        chosen = _select(sites, lambda site: {site.module, site.tensor}, options, lambda s: s.role in RESIDUAL_WRITERS)
-        dtype = DTYPES[options.dtype] if options.dtype else None
-        changes = Changes(factored=factor_layers(checkpoint, skeleton, chosen, wanted, dtype, loaded))
-    elif isinstance(wanted, Fold):
-        changes = _folded(base, options, wanted)
-    else:
-        modules = scalable_sites(skeleton)
-        if not modules:
-            raise SpecDefError(
-                f"{checkpoint.directory} has no layer to scale: convolutions and heads of classifiers are not scaled",
-                NOTHING_TO_HARDEN,
-            )
-        names: dict[str, set[str]] = {}
-        for module in modules:  # a head and the embedding that it shares go together
-            names.setdefault(module.tensor, {module.tensor}).add(module.module)
-        selected = _select(modules, lambda module: names[module.tensor], options)
-        changes = Changes(scaled=scale_modules(checkpoint, skeleton, selected, _stored(options.dtype)))
-    if changes.multiplied and loaded is torch.float16:
+def _scaled(base: OpenedModel, options: HardenOptions, stored: str | None) -> Changes:
+    modules = scalable_sites(base.skeleton)
+    if not modules:
         raise SpecDefError(
-            "config.json has the model loaded in float16, which a fold's powers of two overflow",
-            "Give --dtype bfloat16 or float32, which config.json then names.",
+            f"{base.directory} has no layer to scale: convolutions and heads of classifiers are not scaled",
+            NOTHING_TO_HARDEN,
         )
-    if not (changes.multiplied or changes.factored):
-        raise SpecDefError(
-            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
-        )
-    return changes
+    names: dict[str, set[str]] = {}
+    for module in modules:  # a head and the embedding that it shares go together
+        names.setdefault(module.tensor, {module.tensor}).add(module.module)
+    selected = _select(modules, lambda module: names[module.tensor], options)
+    return Changes(scaled=scale_modules(base.checkpoint, base.skeleton, selected, stored))
 
 
-def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
+def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold, stored: str | None) -> Changes:
     """The pairs of a fold; where there is none, a refusal that says why."""
-    checkpoint, skeleton = base.checkpoint, base.skeleton
-    found = symmetries(skeleton)
+    found = symmetries(base.skeleton)
     pairs: tuple[SymmetricPair, ...] = ()
+    by_weights = wanted.calibration == BY_WEIGHTS
     if found.pairs:
-        pairs = _select(found.pairs, lambda pair: _pair_names(pair, skeleton.names), options)
-    folded: tuple[FoldedPair, ...]
+        pairs = _select(found.pairs, lambda pair: _pair_names(pair, base.skeleton.names), options)
     if wanted.profile in ("quantizable", "gguf"):
-        activations = _activations(base, pairs, options, wanted) if pairs else None
-        folded = raise_pairs(checkpoint, pairs, activations, _stored(options.dtype))
+        activations = None
+        if pairs and not by_weights:
+            text = default_text() if wanted.calibration is None else read_text(Path(wanted.calibration))
+            exponents = range(1, HIGHEST_IN_BLOCKS + 1) if wanted.profile == "gguf" else ()
+            activations = calibrate(base, pairs, text, exponents=exponents, device=options.device)
+        folded = raise_pairs(base.checkpoint, pairs, activations, stored)
     else:
-        folded = fold_pairs(checkpoint, pairs, wanted.profile, _stored(options.dtype))
+        folded = fold_pairs(base.checkpoint, pairs, wanted.profile, stored)
     reasons = tuple(note.reason for note in found.unpaired)
-    if wanted.calibration == BY_WEIGHTS:
-        reasons = (
-            "The weights alone chose the channels: quantized or in float16, that may cost nats.",
-            *reasons,
-        )
+    if by_weights:
+        reasons = ("The weights alone chose the channels: quantized or in float16, that may cost nats.", *reasons)
     if not folded:
         why = "".join(f"; {reason}" for reason in reasons[:1])
         others = ", or other --layers and --exclude" if found.pairs else ""
         raise SpecDefError(
-            f"{checkpoint.directory} has no symmetric pair to fold{why}",
-            f"Use --method scale{others}." if found.pairs or scalable_sites(skeleton) else NOTHING_TO_HARDEN,
+            f"{base.directory} has no symmetric pair to fold{why}",
+            f"Use --method scale{others}." if found.pairs or scalable_sites(base.skeleton) else NOTHING_TO_HARDEN,
         )
     return Changes(folded=folded, reasons=reasons)
 
 
-def _activations(
-    base: OpenedModel, pairs: Sequence[SymmetricPair], options: HardenOptions, wanted: Fold
-) -> Activations | None:
-    """What passes through the pairs on the text that was asked for."""
-    if wanted.calibration == BY_WEIGHTS:
-        return None
-    return calibrate(
-        base,
-        pairs,
-        default_text() if wanted.calibration is None else read_text(Path(wanted.calibration)),
-        exponents=range(1, HIGHEST_IN_BLOCKS + 1) if wanted.profile == "gguf" else (),
-        device=options.device,
-    )
-
-
 def _select(
-    members: Sequence[Member],
-    names: Callable[[Member], set[str]],
-    options: HardenOptions,
-    by_default: Callable[[Member], bool] = lambda _: True,
+    members: Sequence[Member], names: Callable[[Member], set[str]], options: HardenOptions
 ) -> tuple[Member, ...]:
-    """The members that ``--layers`` names (without it those by default) and ``--exclude`` does not.
+    """The members that ``--layers`` names (without it the method's own) and ``--exclude`` does not.
 
     A glob that names nothing which the method could change is misspelt, and refused.
     """
@@ -252,30 +226,18 @@ def _select(
     def named(member: Member, globs: Sequence[str]) -> bool:
         return any(fnmatch.filter(names(member), glob) for glob in globs)
 
-    return tuple(
-        member
-        for member in members
-        if (named(member, options.layers) if options.layers else by_default(member))
-        and not named(member, options.exclude)
-    )
+    def taken(member: Member) -> bool:
+        if options.layers:
+            return named(member, options.layers)
+        return not isinstance(member, LinearSite) or member.role in RESIDUAL_WRITERS
+
+    return tuple(member for member in members if taken(member) and not named(member, options.exclude))
 
 
 def _pair_names(pair: SymmetricPair, names: TensorNames) -> set[str]:
     """What a user may call the tensors of a pair: as on disk or as in the model, with or without ``.weight``."""
     found = {name for side in pair.sides for name in (side.tensor, names.parameters[side.tensor])}
     return found | {name.removesuffix(".weight") for name in found}
-
-
-def _loaded_dtype(native: Any, options: HardenOptions) -> torch.dtype | None:
-    """The dtype in which ``config.json`` has the model loaded, whatever its weights are stored in."""
-    if options.dtype is not None:
-        return DTYPES[options.dtype]
-    named = getattr(native, "dtype", None)
-    return named if named in DTYPES.values() else None
-
-
-def _stored(dtype: str | None) -> str | None:
-    return None if dtype is None else SAFETENSORS_DTYPES[DTYPES[dtype]]
 
 
 def _notes(
@@ -304,12 +266,8 @@ def _strangers(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
         for name in checkpoint.tensors
         if name not in known and not any(re.search(pattern, name) for pattern in expected)
     ]
-    if not found:
-        return []
-    return [
-        f"Not part of the model that config.json describes, so carried over unchanged and not protected: {len(found)} "
-        f"tensors, {found[0]} for one."
-    ]
+    told = "Not part of the model that config.json describes, so carried over unchanged and not protected"
+    return [f"{told}: {len(found)} tensors, {found[0]} for one."] if found else []
 
 
 def within_block(name: str) -> str:
@@ -339,31 +297,27 @@ def _unchanged(skeleton: Skeleton, changed: set[str]) -> tuple[str, ...]:
     return tuple(name for name in left if name.removesuffix(".bias") == name or name.removesuffix(".bias") not in left)
 
 
-def _groups(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> tuple[TensorGroup, ...]:
+def _groups(checkpoint: Checkpoint, changes: Changes, stored: str | None) -> tuple[TensorGroup, ...]:
     """The output, in the order of the input."""
-    stored = _stored(dtype)
     replaced = {layer.site.tensor: layer.group() for layer in changes.factored}
     replaced |= fold_groups(changes.folded, checkpoint, stored) | scaled_groups(changes.scaled, checkpoint, stored)
     absorbed = {layer.site.bias for layer in changes.factored}
     absorbed |= {name for module in changes.scaled for name in (module.bias, module.tombstone)}
     return tuple(
-        replaced[name] if name in replaced else plain_group(name, header.dtype, header.shape, dtype)
+        replaced[name] if name in replaced else plain_group(header, stored)
         for name, header in checkpoint.tensors.items()
         if name in replaced or name not in absorbed
     )
 
 
-def plain_group(name: str, stored: str, shape: tuple[int, ...], dtype: str | None) -> TensorGroup:
-    """A tensor that is carried over, cast if a floating one is wanted in another dtype."""
-    wanted = SAFETENSORS_DTYPES[DTYPES[dtype]] if dtype and stored in FLOATING_DTYPES else stored
-    return streamed(Rows(name, wanted), shape)
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A ``config.json`` that has the model loaded in a dtype; its text and vision part may name dtypes of their own."""
 
+    def renamed(part: Any) -> Any:
+        return {key: value for key, value in part.items() if key != "torch_dtype"} | {"dtype": dtype}
 
-def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
-        for key, part in config.items():  # the text and the vision part of a model may name dtypes of their own
-            if isinstance(part, dict) and ("dtype" in part or "torch_dtype" in part):
-                config[key] = {k: v for k, v in part.items() if k != "torch_dtype"} | {"dtype": dtype}
-    return config
+    def names_one(part: Any) -> bool:
+        return isinstance(part, dict) and ("dtype" in part or "torch_dtype" in part)
+
+    parts = {key: renamed(part) if names_one(part) else part for key, part in config.items()}
+    return dict(renamed(parts))

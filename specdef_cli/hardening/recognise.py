@@ -10,7 +10,7 @@ other pairs did to single entries of the same row or column does not move a medi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +54,8 @@ class Recognised:
     @property
     def constructions(self) -> frozenset[Change]:
         """How the model was hardened, as far as it shows."""
-        found: set[Change] = {"folded"} if self.folded else set()
-        found |= {"scaled"} if self.scaled else set()
-        return frozenset(found | ({"factored"} if self.factored else set()))
+        found: dict[Change, tuple[str, ...]] = {"folded": self.folded, "scaled": self.scaled, "factored": self.factored}
+        return frozenset(change for change, there in found.items() if there)
 
     @property
     def sentence(self) -> str | None:
@@ -72,37 +71,35 @@ class Recognised:
 
 
 def recognise(checkpoint: Checkpoint, skeleton: Skeleton) -> Recognised:
-    """Look at the weights of a checkpoint, one symmetric pair in memory at a time."""
+    """Look at the weights of a checkpoint, one tensor in memory at a time."""
     expected = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters()}
     shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
-    readable = {name for name, header in checkpoint.tensors.items() if header.dtype in FLOATING_DTYPES}
     replaced = {f"{layer}.weight" for layer, _, _ in _candidates(shapes)}
     replaced |= {f"{module}.weight" for module in _scaled_modules(shapes)}
     # A head that shares the embedding's weight has a tombstone here, and no tensor in the original architecture.
     native = {name: shape for name, shape in shapes.items() if name not in replaced}
     native |= {name: expected[name] for name in replaced if name in expected}
-    pairs = symmetries(skeleton.with_shapes(native)).pairs
-    intact = [
-        pair
-        for pair in pairs
-        if pair.channels > 1 and all(side.tensor in readable and shapes[side.tensor] == native[side.tensor]
-                                     for side in pair.sides)
-    ]  # fmt: skip
-    return recognised_in(_Reading(checkpoint.read, shapes), intact)
+
+    def is_intact(side: Side) -> bool:
+        return checkpoint.tensors[side.tensor].dtype in FLOATING_DTYPES and shapes[side.tensor] == native[side.tensor]
+
+    pairs = [pair for pair in symmetries(skeleton.with_shapes(native)).pairs if pair.channels > 1]
+    return recognised_in(checkpoint.read, shapes, [pair for pair in pairs if all(map(is_intact, pair.sides))])
 
 
-def recognised_in(tensors: Mapping[str, Tensor], pairs: Sequence[SymmetricPair]) -> Recognised:
-    """The same for tensors by name and the symmetric pairs of their model."""
+def recognised_in(
+    read: Callable[[str], Tensor], shapes: Mapping[str, tuple[int, ...]], pairs: Sequence[SymmetricPair]
+) -> Recognised:
+    """The same for tensors that are read by name, their shapes, and the symmetric pairs of their model."""
     folded, octaves = [], 0
     for pair in pairs:
-        largest = int(channel_exponents(pair, tensors, sample=SAMPLE).abs().max())
+        largest = int(channel_exponents(pair, read, sample=SAMPLE).abs().max())
         if largest > (NATURAL_OCTAVES_OF_NORMS if pair.kind == "norm_readers" else NATURAL_OCTAVES):
             folded.append(pair.name)
             octaves = max(octaves, largest)
     factored, alpha = [], 2.0**octaves
-    shapes = tensors.shapes if isinstance(tensors, _Reading) else {n: tuple(t.shape) for n, t in tensors.items()}
     for layer, inflated, compensation in _candidates(shapes):
-        factor = inflation(tensors[inflated], tensors[compensation])
+        factor = inflation(read(inflated), read(compensation))
         if factor > 2**NATURAL_OCTAVES:
             factored.append(layer)
             alpha = max(alpha, factor)
@@ -130,18 +127,15 @@ def inflation(inflated: Tensor, compensation: Tensor) -> float:
     return values[0] * values[1] / values[2] if values[2] > 0 else 1.0
 
 
-def channel_exponents(pair: SymmetricPair, tensors: Mapping[str, Tensor], *, sample: int | None = None) -> Tensor:
+def channel_exponents(pair: SymmetricPair, read: Callable[[str], Tensor], *, sample: int | None = None) -> Tensor:
     """The power of two by which each channel of a pair seems to be scaled, shape [channels], whole numbers.
 
     Half the difference between how far (in octaves) the channel stands out on the sides that a fold multiplies, and
     on those that it divides. What a channel weighs naturally stands out on both and cancels.
-
-    Args:
-        tensors: Parameters by name.
     """
     found: dict[int, list[Tensor]] = {1: [], -1: []}
     for side in pair.sides:
-        sizes = channel_sizes(side, tensors[side.tensor], sample=sample)
+        sizes = channel_sizes(side, read(side.tensor), sample=sample)
         if bool((sizes > 0).all()):
             octaves = sizes.log2()
             found[side.power].append(octaves - octaves.median())
@@ -163,23 +157,6 @@ def channel_sizes(side: Side, tensor: Tensor, *, sample: int | None = None) -> T
     return chosen.reshape(len(side.indices), -1).median(-1).values.cpu()
 
 
-class _Reading(Mapping[str, Tensor]):
-    """A checkpoint's tensors, each read when it is asked for and not kept."""
-
-    def __init__(self, read: Callable[[str], Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.shapes = shapes
-        self._read = read
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
 def _candidates(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, str]]:
     """What may be a pair of factors by its shapes: its path, W~ [m, n] and C [m, m], the only matrices under it."""
     matrices: dict[str, list[str]] = {}
@@ -189,12 +166,11 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, s
             matrices.setdefault(".".join(parts[:-2]), []).append(name)
     found = []
     for path, names in matrices.items():
-        if len(names) == 2:
-            for inflated, compensation in (names, names[::-1]):
-                rows = shapes[inflated][0]
-                # Of two square ones either may be the compensation: the product is the same size, and the order of
-                # their names in this package's files is known.
-                if tuple(shapes[compensation]) == (rows, rows) and not inflated.endswith(".compensation.weight"):
-                    found.append((path, inflated, compensation))
-                    break
+        for inflated, compensation in (names, names[::-1]) if len(names) == 2 else ():
+            square = (shapes[inflated][0],) * 2
+            # Of two square ones either may be the compensation: the product is the same size, and the order of their
+            # names in this package's files is known.
+            if tuple(shapes[compensation]) == square and not inflated.endswith(".compensation.weight"):
+                found.append((path, inflated, compensation))
+                break
     return found

@@ -58,9 +58,8 @@ class ScaleVectors:
 
     def group(self) -> TensorGroup:
         """What the modules become on disk; the weight and its bias are streamed."""
-        owner, outputs = self.modules[0], []
-        streamed = _scaled(owner, self.dtype)
-        outputs.append(TensorSpec(owner.inflated_tensor, self.dtype, owner.shape))
+        owner = self.modules[0]
+        outputs = [TensorSpec(owner.inflated_tensor, self.dtype, owner.shape)]
         if owner.inflated_bias is not None:
             outputs.append(TensorSpec(owner.inflated_bias, self.dtype, (_bias_length(owner),)))
         for module in self.modules:
@@ -68,7 +67,7 @@ class ScaleVectors:
                 TensorSpec(name, self.dtype, (module.shape[side.axis],)) for name, side in module.scales.items()
             ]
             outputs.append(TensorSpec(module.tombstone, self.dtype, (1,)))
-        return TensorGroup(owner.module, tuple(outputs), self, streamed)
+        return TensorGroup(owner.module, tuple(outputs), self, _scaled(owner, self.dtype))
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
         """The vectors, from the plan alone."""
@@ -117,9 +116,6 @@ def scale_modules(
     """Choose channels and exponents.
 
     Reads a sample of every weight, to find channels with signal.
-
-    Args:
-        dtype: safetensors dtype that the result is stored in; ``None`` for each tensor's own.
     """
     exponents = spread_exponents(sites)
     shared = {site.tied_to for site in sites}
@@ -154,21 +150,14 @@ def scale_modules(
             if output is None:
                 continue
         modules[site.module] = ScaledModule(
-            module=site.module,
-            kind=site.kind,
-            tensor=site.tensor,
-            stem=site.stem,
-            shape=site.shape,
-            bias=site.bias,
-            output=output,
-            input=inputs,
-            tied_to=site.tied_to,
+            site.module, site.kind, site.tensor, site.stem, site.shape, site.bias, output, inputs, site.tied_to
         )
     wanted = {}
     for module in modules.values():
-        for tensor in _names(module):
+        own = [*module.scales, module.tombstone, *([] if module.tied_to else [module.inflated_tensor])]
+        for tensor in filter(None, [*own, module.inflated_bias]):
             wanted[tensor] = f"{module.module}{tensor.removeprefix(module.stem)}"
-    require_findable(skeleton, sites, wanted)
+    require_findable(skeleton, wanted, {site.stem: site.module for site in sites})
     return tuple(modules.values())
 
 
@@ -226,11 +215,6 @@ def scaled_spec(module: ScaledModule) -> dict[str, Any]:
         "output_scale": length(module.output),
         "tied_to": module.tied_to,
     }
-
-
-def _names(module: ScaledModule) -> list[str]:
-    own = [] if module.tied_to else [module.inflated_tensor]
-    return [*own, *([module.inflated_bias] if module.inflated_bias else []), *module.scales, module.tombstone]
 
 
 def _bias_length(module: ScaledModule) -> int:

@@ -27,7 +27,6 @@ from specdef_cli.model.described import replaced_stems
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_model, require_unquantized
 from specdef_cli.model.sites import LinearSite, linear_sites
-from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.option import Source
 from specdef_cli.spectral.subspace import effective_rank, layer_seed, top_subspace
 
@@ -136,10 +135,9 @@ def _spectrum(
         raise SpecDefError(
             f"{stored.name} has shape {list(stored.shape)}, and a layer's weight has two dimensions", "Fetch it again."
         )
-    if stored.name == site.tensor:
-        weight = read_weight(checkpoint, site, place)
-    else:
-        weight = checkpoint.read(stored.name).to(place).float()
+    own = stored.name == site.tensor
+    weight = read_weight(checkpoint, site, place) if own else checkpoint.read(stored.name).to(place)
+    weight = weight if weight.dtype == torch.float64 else weight.float()
     return float(top_subspace(weight, 1, seed).singular_values[0]), effective_rank(weight, seed)
 
 
@@ -189,7 +187,11 @@ class Outlook:
 
 def outlook(base: OpenedModel) -> Outlook:
     """Plan every method, from headers and a sample of the weights; nothing is computed or written."""
-    incomparable = _incomparable(base.skeleton)
+    incomparable: SpecDefError | None = None
+    try:
+        require_comparable(base.skeleton)  # once for all methods, as it runs the model on the meta device
+    except SpecDefError as error:
+        incomparable = error
 
     def attempt(construction: Construction) -> PlanSummary | Obstacle:
         options = HardenOptions(str(base.directory), Path(), construction, verify=False)
@@ -203,15 +205,6 @@ def outlook(base: OpenedModel) -> Outlook:
 
     methods = tuple(attempt(kind()) for kind in CONSTRUCTIONS.values())
     return Outlook(methods, next((found for found in methods if isinstance(found, PlanSummary)), None))
-
-
-def _incomparable(skeleton: Skeleton) -> SpecDefError | None:
-    """Why outputs could not be compared, if so; asked once for all methods, as it runs the model on the meta device."""
-    try:
-        require_comparable(skeleton)
-    except SpecDefError as error:
-        return error
-    return None
 
 
 def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:

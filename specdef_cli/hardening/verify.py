@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.checkpoint.files import write_json
+from specdef_cli.checkpoint.headers import DTYPES
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.checkpoint.reader import Checkpoint, carry_over
 from specdef_cli.checkpoint.shards import TensorGroup, plan_shards, shard_header
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
+from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.inputs import model_outputs, no_batch
 from specdef_cli.model.loading import new_objects_only, without_progress_bars
@@ -54,35 +56,6 @@ class OutputComparison:
     equal: bool
 
 
-def compare_models(
-    base: OpenedModel, hardened: Loader, *, dtype: torch.dtype | None = None, device: str | None = None
-) -> OutputComparison:
-    """Load both directories in turn, run the same batch through them, and compare.
-
-    Args:
-        dtype: What to load both in; ``None`` for the dtype they are stored in.
-    """
-    with new_objects_only():
-        try:
-            reference = _outputs(base.load, dtype, device)
-        except (RuntimeError, IndexError, AssertionError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise _base_does_not_run(base.directory, error) from error
-        if not torch.isfinite(reference).all():
-            raise SpecDefError(
-                f"the outputs of {base.directory} hold NaN or infinity before any change",
-                "Repair its weights, or --dtype float32.",
-            )
-        try:
-            outputs = _outputs(hardened, dtype, device)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise _does_not_run(first_line(error), base, dtype) from error
-        return compare_outputs(reference, outputs)
-
-
 def compare_outputs(reference: Tensor, outputs: Tensor) -> OutputComparison:
     """Compare two output tensors, shape [..., classes], in float64."""
     equal = torch.equal(reference, outputs)
@@ -106,26 +79,35 @@ def is_loadable_here(nbytes: int) -> bool:
     return nbytes <= 0.8 * psutil.virtual_memory().available
 
 
-def verify(
-    base: OpenedModel,
-    hardened: Loader,
-    nbytes: int,
-    *,
-    method: Method,
-    dtype: torch.dtype | None,
-    device: str | None,
-) -> dict[str, Any]:
-    """Figures of the comparison for the manifest, or why it was left out.
-
-    Args:
-        dtype: What to load both in; ``None`` for the dtype they are stored in.
-    """
-    available = psutil.virtual_memory().available
+def verify(base: OpenedModel, hardened: Loader, nbytes: int, options: HardenOptions) -> dict[str, Any]:
+    """Run the same batch through both models, one after the other: figures for the manifest, or why there are none."""
+    if not options.verify:
+        return {"skipped": "verification was switched off"}
+    nbytes = max(nbytes, base.checkpoint.nbytes)
     if not is_loadable_here(nbytes):
-        return {
-            "skipped": f"loading the model takes {nbytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
-        }
-    comparison = compare_models(base, hardened, dtype=dtype, device=device)
+        free = psutil.virtual_memory().available
+        return {"skipped": f"loading the model takes {nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"}
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    with new_objects_only():
+        try:
+            reference = _outputs(base.load, dtype, options.device)
+        except (RuntimeError, IndexError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise _base_does_not_run(base.directory, error) from error
+        if not torch.isfinite(reference).all():
+            raise SpecDefError(
+                f"the outputs of {base.directory} hold NaN or infinity before any change",
+                "Repair its weights, or --dtype float32.",
+            )
+        try:
+            outputs = _outputs(hardened, dtype, options.device)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise _does_not_run(first_line(error), base, dtype) from error
+        comparison = compare_outputs(reference, outputs)
+    method = options.construction.method
     exact, instead = method != "factors", INSTEAD[method]
     if not math.isfinite(comparison.max_abs):
         raise SpecDefError(
@@ -166,8 +148,7 @@ def _base_does_not_run(name: object, error: Exception) -> SpecDefError:
 def _does_not_run(reason: str, base: OpenedModel, dtype: torch.dtype | None) -> SpecDefError:
     """The hardened model raises an exception, most likely for a linear layer whose weight is read without running it.
 
-    Args:
-        base: The base, which is run once more to find such layers (Mamba's ``dt_proj``).
+    The base is run once more to find such layers (Mamba's ``dt_proj``).
     """
     with without_progress_bars():
         model = base.load(dtype=dtype).eval()

@@ -62,11 +62,8 @@ def report_html(report: AttackReport, image: bytes, narrow: bytes) -> str:
     )
     attacks, costs = [], []
     for finding in trained:
-        named, cells, flags = (
-            {"attack": full_name(finding.attack)},
-            attack_cells(report, finding),
-            spelling(finding.attack),
-        )
+        named, flags = {"attack": full_name(finding.attack)}, spelling(finding.attack)
+        cells = attack_cells(report, finding)
         usual = {"of its control": _share(finding), "at its control’s η": percent(finding.usual_share)}
         shown = {**named, **{key: cells[key] for key in ATTACKS}, **usual, "verdict": finding.verdict}
         attacks.append(Row(shown, "best" if finding.verdict == "not slowed" else "", flags))

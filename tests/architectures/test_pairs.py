@@ -132,17 +132,14 @@ def outputs(directory: Path, case: str, dtype: torch.dtype) -> dict[str, torch.T
     return results
 
 
-DTYPES = (torch.float32, torch.bfloat16)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_rescaled_checkpoints_keep_every_bit(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
     source = checkpoints[case]
     pairs = pairs_of(source)
     kinds = list(dict.fromkeys(pair.kind for pair in pairs))
-    for dtype in DTYPES:
+    for dtype, chosen in ((torch.float32, (*kinds, "all")), (torch.bfloat16, ("all",))):
         expected = outputs(source, case, dtype)
-        for selected in (*kinds, "all"):
+        for selected in chosen:
             rescale(source, tmp_path, [pair for pair in pairs if selected in (pair.kind, "all")])
             found = outputs(tmp_path, case, dtype)
             for attention, value in expected.items():
@@ -161,18 +158,6 @@ def test_half_a_pair_changes_the_logits(checkpoints: dict[str, Path], case: str,
             rescale(source, tmp_path, [pair], omit=(pair.name, side))
             found = outputs(tmp_path, case, torch.float32)["eager"]
             assert not torch.equal(found, expected), (pair.name, pair.sides[side].tensor)
-
-
-@pytest.mark.parametrize("case", ["llama", "qwen3-tied", "gpt2", "gpt-neox", "t5-untied", "mixtral", "gpt-oss"])
-def test_greedy_generations_are_the_same(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
-    source = checkpoints[case]
-    rescale(source, tmp_path, pairs_of(source))
-    inputs = {name: value for name, value in inputs_of(case).items() if name != "decoder_input_ids"}
-    generations = [
-        load(directory, case, torch.bfloat16).generate(**inputs, max_new_tokens=12, do_sample=False)
-        for directory in (source, tmp_path)
-    ]
-    assert torch.equal(*generations)
 
 
 @pytest.mark.parametrize("case", CASES)

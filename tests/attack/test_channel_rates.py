@@ -14,7 +14,6 @@ from specdef_cli.attack.variants.scales import channel_scales, scale_rates
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
-from tests.tiny_families import write_case
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
 
@@ -30,8 +29,8 @@ def after_training(model: nn.Module, steps: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "qwen2"])
-def test_a_fold_trains_like_its_base(case: str, tmp_path: Path) -> None:
-    base_directory = write_case(case, tmp_path / "base")
+def test_a_fold_trains_like_its_base(case: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    base_directory = checkpoints[case]
     assert harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False)) is not None
     base, plain, scaled = load_model(base_directory), load_model(tmp_path / "fold"), load_model(tmp_path / "fold")
     with torch.no_grad():
@@ -105,8 +104,8 @@ def test_what_is_shared_or_frozen_keeps_one_rate() -> None:
     assert {name for name, _ in model.named_parameters()} == {"0.weight", "2.weight"}
 
 
-def test_a_glob_means_the_same(tmp_path: Path) -> None:
-    model = load_model(write_case("llama", tmp_path / "base"))
+def test_a_glob_means_the_same(checkpoints: dict[str, Path]) -> None:
+    model = load_model(checkpoints["llama"])
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight[1] *= 2**10
     scale_rates(model)

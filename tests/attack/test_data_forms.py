@@ -321,6 +321,23 @@ def test_a_column_of_text_is_not_said_to_have_answers(tmp_path: Path, task: Task
     assert any("the decoder learns the second" in remark for remark in data.remarks) is (task == "seq2seq-lm")
 
 
+@pytest.mark.parametrize(
+    ("beside", "word"),
+    [
+        ({"tools": "weather"}, "'tools'"),
+        ({"chat_template_kwargs": "no"}, "'chat_template_kwargs'"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "tokenize"),
+    ],
+    ids=["tools", "text", "ours"],
+)
+def test_what_no_chat_template_takes_is_refused(beside: dict[str, Any], word: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines([{"messages": messages(n), **beside} for n in range(40)]))
+    with pytest.raises(SpecDefError, match=word) as caught:
+        load(path)
+    assert "drop the column" in caught.value.hint
+
+
 def test_rows_about_an_image_or_a_sound_are_left_out_and_counted(tmp_path: Path) -> None:
     """As TRL, which refuses them for a model of text: an answer about an image teaches nothing without it."""
     image, thought = {"type": "image", "text": None}, {"type": "thinking", "thinking": "hm"}

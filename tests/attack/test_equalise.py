@@ -14,12 +14,12 @@ from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from tests.attack.test_rebalance import logits
-from tests.tiny_families import CASES, build_config, write_case
+from tests.tiny_families import CASES, build_config
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_function_stays_up_to_rounding(case: str, tmp_path: Path) -> None:
-    model = load_model(write_case(case, tmp_path / "base"))
+def test_the_function_stays_up_to_rounding(case: str, checkpoints: dict[str, Path]) -> None:
+    model = load_model(checkpoints[case])
     before = logits(model)
     try:
         growth = equalise(model)
@@ -30,9 +30,11 @@ def test_the_function_stays_up_to_rounding(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 
 
-def test_a_fold_and_its_base_are_converted_to_the_same_weights_but_for_queries_and_keys(tmp_path: Path) -> None:
+def test_a_fold_and_its_base_are_converted_to_the_same_weights_but_for_queries_and_keys(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     """Nothing but the weights says where gains and ranges went: gains are 1, both sides of an MLP range equally."""
-    base_directory = write_case("llama", tmp_path / "base")
+    base_directory = checkpoints["llama"]
     assert harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False)) is not None
     base, fold = load_model(base_directory), load_model(tmp_path / "fold")
     for model in (base, fold):

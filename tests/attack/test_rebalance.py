@@ -15,7 +15,7 @@ from specdef_cli.hardening.recognise import channel_exponents
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from specdef_cli.model.body import Side, SymmetricPair
-from tests.tiny_families import CASES, build_config, randomize, write_case
+from tests.tiny_families import CASES, build_config, randomize
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
 
@@ -38,8 +38,8 @@ def octaves(left: torch.nn.Module, right: torch.nn.Module) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_fold_is_undone_from_the_weights_alone(case: str, tmp_path: Path) -> None:
-    base_directory = write_case(case, tmp_path / "base")
+def test_a_fold_is_undone_from_the_weights_alone(case: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    base_directory = checkpoints[case]
     result = harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False))
     assert result is not None
     base, model = load_model(base_directory), load_model(tmp_path / "fold")
@@ -78,14 +78,14 @@ def test_the_factor_of_a_channel_is_read_off_both_sides() -> None:
     pair = SymmetricPair("mlp", "up_down", 8, (Side("up", 0, each, 1), Side("down", 1, each, -1)))
     expected = torch.zeros(8, dtype=torch.int64)
     expected[2] = 13
-    assert torch.equal(channel_exponents(pair, {"up": up, "down": down}), expected)
+    assert torch.equal(channel_exponents(pair, {"up": up, "down": down}.__getitem__), expected)
 
 
 def test_a_side_of_zeros_says_nothing() -> None:
     each = ((0,), (1,))
     pair = SymmetricPair("p", "up_down", 2, (Side("up", 0, each, 1), Side("down", 1, each, -1)))
     tensors = {"up": torch.zeros(2, 4), "down": torch.tensor([[1.0, 1024.0]] * 4)}
-    assert not channel_exponents(pair, tensors).any()
+    assert not channel_exponents(pair, tensors.__getitem__).any()
 
 
 def test_a_family_without_pairs_is_refused() -> None:

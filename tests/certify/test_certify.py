@@ -35,12 +35,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For certificates that are not about the function: starting a process takes most of their time."""
-    monkeypatch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
-
-
 @pytest.fixture(scope="module", params=["factors", pytest.param("fold", marks=pytest.mark.slow)])
 def attacked(
     request: pytest.FixtureRequest,
@@ -66,9 +60,7 @@ def certify(
     attacked: tuple[Path, Path, Path], text: Path, out: Path, *options: str, model: Path | None = None
 ) -> tuple[int, dict[str, Any]]:
     base, hardened, report = attacked
-    result = call_cli(
-        "certify",
-        model or hardened,
+    given: tuple[str | Path, ...] = (
         "--base",
         base,
         "--attacks",
@@ -80,6 +72,7 @@ def certify(
         "--json",
         *options,
     )
+    result = call_cli("certify", model or hardened, *given)
     assert "Traceback" not in result.stderr, result.stderr
     return result.code, json.loads(result.stdout)
 

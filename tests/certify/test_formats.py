@@ -162,8 +162,8 @@ def test_a_refusal_is_in_the_tools_words_and_names_no_directory(
     assert str(factored) not in refused.note
 
 
-def test_what_is_no_language_model_is_measured_by_its_outputs(tmp_path: Path) -> None:
-    base = write_case("vit", tmp_path / "base")
+def test_what_is_no_language_model_is_measured_by_its_outputs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    base = checkpoints["vit"]
     harden(HardenOptions(str(base), tmp_path / "factors", Factors(alpha=1e3, top_k=4), verify=False))
     names = ["float32", "bfloat16", "gguf-f32"]
     figures = {

@@ -135,9 +135,7 @@ def test_a_model_in_a_folder_of_its_repository(base: Path, tmp_path: Path, monke
             assert "measured: function, spectrum" in result.stdout, result.stderr
 
 
-def test_a_pipeline_is_refused_before_it_is_downloaded(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipeline_is_refused_before_it_is_downloaded(base: Path, tmp_path: Path) -> None:
     """The hint names a folder that can be given."""
     folders = [
         {f"{name}/{file}": data for file, data in model_files(base).items()} for name in ("text_encoder", "unet")
@@ -239,7 +237,7 @@ def test_interrupted_while_a_shard_is_downloaded(base: Path, tmp_path: Path, mon
 # --- disks that are too small ----------------------------------------------------------------------------------------
 
 
-def test_a_model_larger_than_the_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_larger_than_the_disk(base: Path, tmp_path: Path) -> None:
     """Refused by every command before any file is asked for."""
     hub = Hub(model_files(base), sizes={shards(base)[0]: 10**18})
     with online(hub, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
-from tests.commands import call_cli
+from tests.commands import assert_refused, call_cli
 from tests.hub_server import COMMITS, Hub, here, model_files, serving
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
@@ -85,6 +85,34 @@ def test_an_address_is_answered_with_the_hub_id_in_it(typed: str) -> None:
     with pytest.raises(SpecDefError) as raised:
         resolve(typed)
     assert raised.value.hint == "Give org/name."
+
+
+def test_a_hub_id_with_a_slash_at_its_end_is_told_without_it() -> None:
+    assert "slash at its end: org/name." in told("org/name/")
+    assert "slash" not in told("./org/name/")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"README.md": b"x"}, ("org/name has no config.json", "a model that transformers can load")),
+        (
+            {"adapter_config.json": b'{"base_model_name_or_path": "org/base"}', "adapter_model.safetensors": b"x"},
+            ("org/name has no config.json: it is an adapter of PEFT for org/base", "from_pretrained('org/name')"),
+        ),
+        ({"config.json": b"{}"}, ("org/name has no safetensors weights",)),
+        ({"config.json": b"\xef\xbb\xbf{}"}, ("org/name/config.json is not valid JSON", "without a byte order mark")),
+    ],
+    ids=["card", "adapter", "config", "marked config"],
+)
+def test_a_repository_without_a_model_is_called_by_its_id(
+    files: dict[str, bytes], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    hub = Hub(files)
+    with serving(hub), here(hub, tmp_path):
+        refused = call_cli("harden", "org/name", "--out", tmp_path / "out")
+    assert_refused(refused, *words)
+    assert "snapshots" not in refused.stderr
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:

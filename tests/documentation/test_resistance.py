@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.report.test_comparison import attack, report
 
 GENERATOR = Path(__file__).parents[2] / "docs/generators/resistance.py"
 
 
-def test_cells_hold_a_share_for_each_way(tmp_path: Path) -> None:
+def test_cells_hold_a_share_for_each_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     unsettled = attack("model", 0.02) | {"verdict": "not settled"}
     for name, attacks in {
         "small-fold": [attack("model", 0.01), attack("model", 1.0, trained="HiRA")],
@@ -21,19 +25,10 @@ def test_cells_hold_a_share_for_each_way(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(report(name, *attacks)), encoding="utf-8")
-    command = [
-        sys.executable,
-        str(GENERATOR),
-        str(tmp_path),
-        "--models",
-        "small",
-        "deep",
-        "absent",
-        "--ways",
-        "fold",
-        "scale",
-    ]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
+    given = [str(tmp_path), "--models", "small", "deep", "absent", "--ways", "fold", "scale"]
+    monkeypatch.setattr(sys, "argv", ["resistance.py", *given])
+    runpy.run_path(str(GENERATOR), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "| trained, with AdamW | small | deep |"
     assert printed[2:4] == ["| full | 1 % / 3 % | 2 % **?** / – |", "| HiRA | 100 % / – | – |"]
     assert printed[4] == "| undone first: full | – / 90 % | – |"

@@ -70,6 +70,7 @@ def test_a_task_that_is_advised_is_one_that_the_model_has(tmp_path: Path) -> Non
         assert advised or "script of its own" in caught.value.hint
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_certify_of_a_classifier_leads_to_attack(tmp_path: Path, llama: Path) -> None:
     """Without a report certify says which attack makes one, with the options that this model needs."""
     torch.manual_seed(0)

@@ -56,6 +56,9 @@ USAGE: dict[str, tuple[tuple[str, ...], str]] = {
     "attack on parameters of an empty name": ((*ATTACK, "--training", "full@"), "names nothing after"),
     "attack that fails on percent": ((*ATTACK, "--fail-if", "share_of_control>20"), "0.2 for 20 %"),
     "attack that fails on refusals it never asks for": ((*ATTACK, "--fail-if", "refusals<0.5"), "--prompts FILE"),
+    "attack on a split of no data": ((*ATTACK, "--dataset-split", "test"), "--dataset-split test is of --dataset"),
+    "attack on a column of no data": ((*ATTACK, "--text-column", "body"), "--text-column body is of --dataset"),
+    "attack with tasks of one's own and none named": ((*ATTACK, "--eval-task-path", "EMPTY"), "needs --eval-task"),
     "attack in a folder above": ((*ATTACK, "--subfolder", "../x"), "the subfolder '../x'"),
     "a base on the Hub that is none": (("harden", "BASE", *FOLD, "--base-model", "a b"), "'a b' is no Hub id"),
     "attack that fails on nonsense": ((*ATTACK, "--fail-if", "luck>3"), "'luck>3' is not a condition"),
@@ -85,6 +88,10 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
     "attack by adapters on nothing": ((*ATTACK, *SMALL[2:], "--training", "lora@no"), "cannot be put on no"),
     "attack on parameters of no name": ((*ATTACK, *SMALL[2:], "--training", "full@z*"), "z* names no parameter"),
     "attack that retains what is nowhere": ((*ATTACK, "--retained", "nowhere.txt"), "no data file nowhere.txt"),
+    "attack on a data set's address": (
+        (*ATTACK, "--dataset", "https://huggingface.co/datasets/org/name"), "Give org/name.",
+    ),
+    "attack on an address": ((*ATTACK, "--dataset", "https://x.org/a.jsonl"), "https://x.org/a.jsonl is an address"),
     "attack on data that is nowhere": ((*ATTACK, "--dataset", "./nowhere.jsonl"), "no data file nowhere.jsonl"),
     "attack on a directory of nothing": ((*ATTACK, "--dataset", "EMPTY"), "holds no data"),
     "attack on a configuration of a file": ((*ATTACK, *TEXT, "--dataset-config", "de"), "--dataset-config 'de'"),
@@ -268,11 +275,10 @@ def harmless(directory: Path) -> None:
     (deep / "x.txt").write_text("x")
 
 
-@pytest.mark.parametrize("dtype", ["float64", None])
-def test_files_that_do_not_matter_do_no_harm(
-    dtype: str | None, llama: Path, hardened: Path, text: Path, tmp_path: Path
-) -> None:
-    directory = spoiled(llama, tmp_path, harmless, config(dtype=dtype, torch_dtype=None))
+def test_files_that_do_not_matter_do_no_harm(llama: Path, hardened: Path, text: Path, tmp_path: Path) -> None:
+    plain = spoiled(llama, tmp_path / "plain", config(dtype=None, torch_dtype=None))
+    assert call_cli("harden", plain, *FOLD, "--dry-run").code == 0
+    directory = spoiled(llama, tmp_path, harmless, config(dtype="float64", torch_dtype=None))
     spoilt = spoiled(hardened, tmp_path / "hardened", harmless)
     for arguments in (
         ("harden", directory, *FOLD, "--dry-run"),

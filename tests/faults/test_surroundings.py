@@ -183,7 +183,7 @@ def test_a_result_that_is_lost_is_no_result(monkeypatch: pytest.MonkeyPatch) -> 
         Output(as_json=True).data({"a": 1}, None)
 
 
-def test_an_output_that_is_taken_is_refused_before_anything_is_imported(llama: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_taken_is_refused_before_anything_is_imported(llama: Path) -> None:
     code = (
         "import sys\nsys.argv = ['specdef', 'harden', sys.argv[1], '--out', sys.argv[1] + '/..']\n"
         "import runpy\n"

@@ -21,7 +21,6 @@ from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
 from tests.commands import assert_refused, call_cli
-from tests.tiny_families import write_case
 
 
 def lora(base: Path, out: Path, *, head: bool = False, **settings: Any) -> Path:
@@ -66,8 +65,10 @@ HARDENED: dict[str, Fold | Scale | Factors] = {"fold": Fold(), "scale": Scale(),
     [("llama", "fold"), ("phi3", "fold"), ("gpt2-untied", "fold"), ("gpt-neox", "fold"), ("llama", "factors"),
      ("gpt2", "factors"), ("llama-tied", "scale"), ("gemma3", "scale"), ("gpt2", "scale")],
 )  # fmt: skip
-def test_a_converted_adapter_is_the_same_function(case: str, way: str, tmp_path: Path) -> None:
-    base, hardened = write_case(case, tmp_path / "base"), tmp_path / "hardened"
+def test_a_converted_adapter_is_the_same_function(
+    case: str, way: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    base, hardened = checkpoints[case], tmp_path / "hardened"
     harden(HardenOptions(str(base), hardened, HARDENED[way], verify=False))
     adapter = lora(base, tmp_path / "lora", head=case in ("llama", "llama-tied"))
     converted = convert_adapter(str(adapter), open_model(hardened), tmp_path / "converted")
@@ -81,15 +82,15 @@ def test_a_converted_adapter_is_the_same_function(case: str, way: str, tmp_path:
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * scale)
 
 
-def test_the_adapter_of_the_base_is_another_function_on_a_fold(tmp_path: Path) -> None:
-    base, fold = write_case("llama", tmp_path / "base"), tmp_path / "fold"
+def test_the_adapter_of_the_base_is_another_function_on_a_fold(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    base, fold = checkpoints["llama"], tmp_path / "fold"
     harden(HardenOptions(str(base), fold, verify=False))
     adapter = lora(base, tmp_path / "lora")
     assert not torch.allclose(logits(fold, adapter), logits(base, adapter), rtol=0.1, atol=0.1)
 
 
-def test_ranks_alphas_and_rslora_are_kept(tmp_path: Path) -> None:
-    base, hardened = write_case("llama", tmp_path / "base"), tmp_path / "hardened"
+def test_ranks_alphas_and_rslora_are_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    base, hardened = checkpoints["llama"], tmp_path / "hardened"
     harden(HardenOptions(str(base), hardened, HARDENED["scale"], verify=False))
     adapter = lora(
         base, tmp_path / "lora", target_modules=["q_proj", "up_proj"], layers_to_transform=[1], use_rslora=True,

@@ -18,22 +18,12 @@ from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import collapse
 from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.opened import open_model
+from tests.architectures.test_pairs import EXPECTED
 from tests.commands import call_cli
 from tests.hardening.conftest import Judged, Made
 from tests.tiny_families import CASES
 from tests.weights import assert_same_bytes, tensors
 
-# Case → kinds that a fold uses there. up_down is absent where an activation stands between the two weights,
-# norm_readers where gains are stored as 1+w or do not exist, query_key and value_output where a clamp follows.
-ATTENTION = {"value_output", "query_key"}
-EVERY = ATTENTION | {"up_down", "norm_readers"}
-KINDS = {
-    **dict.fromkeys(CASES, EVERY),
-    **dict.fromkeys(("gpt2", "gpt-neox", "gpt-neox-serial", "bert", "roberta", "vit", "gpt-oss"), EVERY - {"up_down"}),
-    **dict.fromkeys(("gemma2", "olmo", "olmo2-bias"), EVERY - {"norm_readers"}),
-    "gemma3": {"value_output", "up_down"},
-    "olmo-clip": {"up_down"},
-}
 # What depends on how a family stores its weights is seen in each; what depends on the way, in one of each kind.
 SOME = ("llama", "phi3", "gemma3", "gpt2-untied", "gpt-neox", "bert", "t5", "mixtral", "gpt-oss")
 MADE = [(case, "fold") for case in CASES]
@@ -69,7 +59,7 @@ def test_every_pair_of_the_family_is_folded_far(case: str, checkpoints: dict[str
     assert len(plan.notes) == len(set(plan.notes))
     assert all(len(note) < 400 for note in plan.notes)
     assert manifest.verification["equal"]
-    assert {pair.kind for pair in manifest.folded} == KINDS[case]
+    assert {pair.kind for pair in manifest.folded} == set(EXPECTED[case][0])
     assert manifest.method == "fold"
     assert manifest.profile == "float16-cache"
     for pair in manifest.folded:

@@ -151,7 +151,7 @@ def test_stacked_experts_are_measured_in_their_own_block(block: int, axis: int, 
     assert folded_channels(directory, SymmetricPair("e", "up_down", 5, sides))[0] == block + 1
 
 
-def test_planning_reads_a_sample_of_a_large_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_reads_a_sample_of_a_large_matrix(tmp_path: Path) -> None:
     """Columns: the first rows tell. What comes after them is never read, however large the matrix is."""
     down = torch.ones(5 * SAMPLE_ROWS, 6)
     down[:, 4] = 2
@@ -280,24 +280,6 @@ def test_the_card_of_factors_gives_the_deviation_first(llama: Path, tmp_path: Pa
     said = text.split("## SpecDef")[1].strip().splitlines()[0]
     assert said.startswith("On a fixed batch the outputs of these weights are within ")
     assert f"{figures['relative']:.1e} (relative)" in said
-
-
-OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "float16": (("--dtype", "float16"), ("float16", "--dtype bfloat16")),
-    "a glob without a match": (("--layers", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
-    "an exclusion without a match": (("--exclude", "*.qkv"), ("'*.qkv' matches no tensor of a symmetric pair",)),
-    "nothing left": (("--exclude", "*"), ("no symmetric pair to fold", "--exclude")),
-}
-
-
-@pytest.mark.parametrize("case", OPTIONS)
-def test_an_option_that_cannot_be_honoured_is_refused(case: str, llama: Path, tmp_path: Path) -> None:
-    arguments, words = OPTIONS[case]
-    method = () if "--method" in arguments else ("--method", "fold")
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    result = call_cli("harden", llama, "--out", outside / "out", "--quiet", *method, *arguments)
-    assert_refused(result, *words, empty=outside)
 
 
 WRONG_USAGE = {

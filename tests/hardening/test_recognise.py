@@ -77,7 +77,9 @@ def test_two_matrices_that_do_not_cancel_are_no_pair() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(16, size, generator=generator) for size in (24, 16))
     assert inflation(first, second) < 4
-    assert recognised_in({"block.a.weight": first, "block.b.weight": second}, ()) == Recognised()
+    tensors = {"block.a.weight": first, "block.b.weight": second}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert recognised_in(tensors.__getitem__, shapes, ()) == Recognised()
     weight = second.inverse() @ first
     assert inflation(weight, second) > 4
 
@@ -89,10 +91,10 @@ def test_a_channel_that_is_large_by_nature_is_no_fold() -> None:
     down[:, 5] *= 2**10
     each = tuple((channel,) for channel in range(8))
     pair = SymmetricPair("mlp", "up_down", 8, (Side("up", 0, each, 1), Side("down", 1, each, -1)))
-    assert recognised_in({"up": up, "down": down}, [pair]) == Recognised()
+    assert recognised_in({"up": up, "down": down}.__getitem__, {}, [pair]) == Recognised()
     up[2] *= 2**9
     down[:, 2] /= 2**9
-    assert recognised_in({"up": up, "down": down}, [pair]) == Recognised(("mlp",), 9, (), 2.0**9)
+    assert recognised_in({"up": up, "down": down}.__getitem__, {}, [pair]) == Recognised(("mlp",), 9, (), 2.0**9)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma3", "gpt2"])

@@ -26,7 +26,6 @@ from specdef_cli.hardening.run import collapse, harden
 from specdef_cli.model import load_model
 from specdef_cli.model.families import FAMILIES
 from specdef_cli.model.opened import open_model
-from tests.commands import call_cli
 from tests.hardening.conftest import Made
 from tests.weights import assert_same_bytes, tensors
 
@@ -216,22 +215,6 @@ def test_globs_choose_and_a_tied_head_goes_with_its_embedding(checkpoints: dict[
     assert modules(layers=("*.0.mlp.up_proj",)) == {"model.layers.0.mlp.up_proj"}
     assert modules(layers=("lm_head",)) == {"lm_head", "model.embed_tokens"}
     assert not modules(exclude=("model.embed_tokens.weight",)) & {"lm_head", "model.embed_tokens"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--method", "scale", "--dtype", "float16"), ("float16", "--dtype bfloat16")),
-        (("--method", "scale", "--layers", "nothing"), ("'nothing' matches no", "specdef inspect")),
-    ],
-)
-def test_an_option_that_does_not_fit_is_refused(
-    arguments: tuple[str, ...], said: tuple[str, ...], checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    result = call_cli("harden", checkpoints["llama"], "--out", tmp_path / "out", *arguments)
-    assert result.code == 1
-    assert all(text in result.stderr for text in said), result.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_plan_names_every_channel(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -220,7 +220,11 @@ def _text(column: str, row: Mapping[str, Any], dataset: str) -> Text | str:
 
 def _conversation(column: str, row: Mapping[str, Any], dataset: str) -> Conversation | str:
     messages = _messages(column_of(row, column, dataset), column, dataset)
-    return Conversation(messages, 0, _template_arguments(row)) if any(map(says, messages)) else WITHOUT_TEXT
+    return Conversation(messages, 0, _template_arguments(row, dataset)) if any(map(says, messages)) else WITHOUT_TEXT
+
+
+_OURS = {"tokenize", "return_dict", "add_generation_prompt", "chat_template", "return_assistant_tokens_mask"}
+"""Arguments of ``apply_chat_template`` that are set here."""
 
 
 def says(message: Message) -> bool:
@@ -234,11 +238,21 @@ def spoken(message: Message) -> str:
     return "\n".join(filter(None, (message.get("reasoning_content"), message["content"], *more)))
 
 
-def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+def _template_arguments(row: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     """What TRL hands to a chat template beside the messages."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-    return {**({"tools": _without_nothing(tools)} if tools else {}), **(row.get("chat_template_kwargs") or {})}
+    tools, more = row.get("tools"), row.get("chat_template_kwargs") or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except ValueError as error:
+        raise SpecDefError(
+            f"column 'tools' of {dataset} is not JSON: {error}", "Write a list of tools there, or drop the column."
+        ) from error
+    if not isinstance(more, Mapping) or _OURS & more.keys():
+        raise SpecDefError(
+            f"column 'chat_template_kwargs' of {dataset} holds {more!r:.100}, not values for the chat template",
+            "Write it like {'enable_thinking': false}, or drop the column.",
+        )
+    return {**({"tools": _without_nothing(tools)} if tools else {}), **more}
 
 
 def _without_nothing(value: Any) -> Any:
@@ -252,7 +266,7 @@ def _prompt_and_completion(row: Mapping[str, Any], dataset: str) -> Document | s
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):  # TRL's conversational kind
         given, said = _messages(prompt, "prompt", dataset), _messages(completion, "completion", dataset)
-        whole = Conversation(given + said, len(given), _template_arguments(row))
+        whole = Conversation(given + said, len(given), _template_arguments(row, dataset))
         return whole if any(map(says, said)) else WITHOUT_TEXT
     prompt, completion = as_text(prompt, "prompt", dataset), as_text(completion, "completion", dataset)
     return Completion(prompt, completion) if completion.strip() else WITHOUT_TEXT

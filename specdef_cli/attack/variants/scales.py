@@ -111,7 +111,7 @@ def rebalance(model: PreTrainedModel) -> Growth:
             "Leave --rebalance out: this model was not folded.",
         )
     # All are measured before any is changed: they share tensors.
-    exponents = {pair: channel_exponents(pair, parameters) for pair in pairs}
+    exponents = {pair: channel_exponents(pair, parameters.__getitem__) for pair in pairs}
     changed = {pair: found for pair, found in exponents.items() if bool(found.any())}
     for pair, found in changed.items():
         for side in pair.sides:
