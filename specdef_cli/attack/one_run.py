@@ -49,10 +49,7 @@ class Budget:
         group="Measurements / Accuracy on tasks of lm-eval.",
     )
     stop_at_divergence: bool = option(
-        True,
-        "End a run at twice its first loss.",
-        "--stop-at-divergence/--no-stop-at-divergence",
-        group="Budget",
+        True, "End a run at twice its first loss.", "--stop-at-divergence/--no-stop-at-divergence", group="Budget"
     )
 
     @property

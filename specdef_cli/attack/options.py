@@ -27,19 +27,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PlainValidator,
-    PositiveFloat,
-    PositiveInt,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-)
+import pydantic
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from specdef_cli.attack.one_run import Budget, Task
@@ -50,34 +38,25 @@ from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.errors import SpecDefError, WrongUsage, first_violation, require_extra
 from specdef_cli.option import Source, flag_of, in_subfolder, option, parse_duration, require_positive
 
-NO_RETAINED = "none"
-"""Leaves out what is measured on retained text."""
+NO_RETAINED = "none"  # leaves out what is measured on retained text
 
 BUILTIN_PROMPTS = "questions about cooking and about astronomy"
 
-MAX_SEEDS = 1000
-"""Upper bound on --seeds, to catch typos."""
+MAX_SEEDS = 1000  # to catch typos
 
 CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
 """Options that say which attacks to run."""
 
-BUDGETS = (
-    {"steps": 30, "batch_size": 16, "sequence_length": 128, "eval_sequences": 64},
-    {"steps": 30, "batch_size": 8, "sequence_length": 128, "eval_sequences": 32},
-    {"steps": 20, "batch_size": 8, "sequence_length": 96, "eval_sequences": 16},
-    {"steps": 20, "batch_size": 4, "sequence_length": 96, "eval_sequences": 16},
-    {"steps": 15, "batch_size": 4, "sequence_length": 64, "eval_sequences": 8},
-    {"steps": 10, "batch_size": 4, "sequence_length": 64, "eval_sequences": 8},
-    {"steps": 10, "batch_size": 2, "sequence_length": 64, "eval_sequences": 8},
-    {"steps": 6, "batch_size": 2, "sequence_length": 32, "eval_sequences": 4},
+_ROWS = ((30, 16, 128, 64), (30, 8, 128, 32), (20, 8, 96, 16), (20, 4, 96, 16), (15, 4, 64, 8), (10, 4, 64, 8),
+         (10, 2, 64, 8), (6, 2, 32, 4))  # fmt: skip
+BUDGETS = tuple(
+    dict(zip(("steps", "batch_size", "sequence_length", "eval_sequences"), row, strict=True)) for row in _ROWS
 )
 """Budgets of a run, largest first. Fewer steps than the last one's tell nothing."""
 
-LOWERED = (*BUDGETS[0], "eval_every")
-"""What may be lowered to suit the size of the model and the time limit."""
+LOWERED = (*BUDGETS[0], "eval_every")  # to suit the size of the model and the time limit
 
-EVALUATIONS = 3
-"""Of a run on a lowered budget, besides the one at step 0."""
+EVALUATIONS = 3  # of a run on a lowered budget, besides the one at step 0
 
 RUN_SECONDS, RUNS_OF_A_LIMIT = 60, 45
 """A run takes at most so long on a usual machine; under a time limit, at most this part of it."""
@@ -325,22 +304,25 @@ def _training(asked: str | Mapping[str, str] | Training) -> Training:
     return replace(Training.parse(asked["training"]), name=asked["name"])
 
 
-def _all_of(rows: Iterable[str]) -> BeforeValidator:
+def _all_of(rows: Iterable[str]) -> pydantic.BeforeValidator:
     """Puts the names of all rows in the place of ``every``."""
-    return BeforeValidator(lambda asked: [name for each in asked for name in (rows if each == "every" else (each,))])
+    return pydantic.BeforeValidator(
+        lambda asked: [name for each in asked for name in (rows if each == "every" else (each,))]
+    )
 
 
-_Training = Annotated[Training, PlainValidator(_training)]
-_Variant = Annotated[Variant | Literal["informed"], PlainValidator(_variant)]
-_Optimizer = Annotated[str, AfterValidator(lambda name: OPTIMIZERS.choose(name).name)]
+_Training = Annotated[Training, pydantic.PlainValidator(_training)]
+_Variant = Annotated[Variant | Literal["informed"], pydantic.PlainValidator(_variant)]
+_Optimizer = Annotated[str, pydantic.AfterValidator(lambda name: OPTIMIZERS.choose(name).name)]
 
 _Rates = Annotated[
-    Annotated[tuple[PositiveFloat, ...], Field(min_length=1), Tag("list")] | Annotated[RatePolicy, Tag("name")],
-    Discriminator(lambda asked: "name" if isinstance(asked, str) else "list"),
+    Annotated[tuple[pydantic.PositiveFloat, ...], pydantic.Field(min_length=1), pydantic.Tag("list")]
+    | Annotated[RatePolicy, pydantic.Tag("name")],
+    pydantic.Discriminator(lambda asked: "name" if isinstance(asked, str) else "list"),
 ]
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class AttackTable:
     """One ``[[attacks]]`` table: every combination of its lists."""
 
@@ -353,17 +335,14 @@ class AttackTable:
     models: Literal["any", "chat"] = "any"  # chat for models with a chat template alone
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class Suite:
     """Attacks and their budget."""
 
     name: str
-    attacks: Annotated[tuple[AttackTable, ...], Field(min_length=1)]
-    budget: dict[BudgetName, PositiveInt] = field(default_factory=dict)
+    attacks: Annotated[tuple[AttackTable, ...], pydantic.Field(min_length=1)]
+    budget: dict[BudgetName, pydantic.PositiveInt] = field(default_factory=dict)
     description: str = ""  # one line for --list
-
-
-COPY = "Copy one of the package's suites (attack/suites/) and edit it."
 
 
 def suite_names() -> tuple[str, ...]:
@@ -377,7 +356,7 @@ def load_suite(name: str) -> Suite:
     path: Any = files("specdef_cli.attack") / "suites" / f"{name}.toml" if own else Path(name)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-        return TypeAdapter(Suite).validate_python({**data, "name": Path(name).stem})
+        return pydantic.TypeAdapter(Suite).validate_python({**data, "name": Path(name).stem})
     except WrongUsage as error:  # a value of the file, not of the command line
         raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
     except OSError as error:
@@ -385,8 +364,8 @@ def load_suite(name: str) -> Suite:
             f"no suite {name!r} found", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
         ) from error
     except (ValueError, TypeError) as error:
-        reason = first_violation(error) if isinstance(error, ValidationError) else error
-        raise SpecDefError(f"{name} is not a suite: {reason}", COPY) from error
+        reason = first_violation(error) if isinstance(error, pydantic.ValidationError) else error
+        raise SpecDefError(f"{name} is not a suite: {reason}", "Copy one of attack/suites/ and edit it.") from error
 
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".md", ".parquet", ".arrow")

@@ -22,14 +22,7 @@ from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.plan import Forecast, Prepared, assumptions, forecast, in_order, make_plan, plan_notes
 from specdef_cli.attack.prompts import load_prompts
 from specdef_cli.attack.queue import Deadline, executor, run_all
-from specdef_cli.attack.results import (
-    AttackReport,
-    DataSummary,
-    Hardening,
-    PromptSummary,
-    outcome_notes,
-    report_notes,
-)
+from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary, outcome_notes, report_notes
 from specdef_cli.attack.target import Target, task_of_both
 from specdef_cli.attack.train import TrainRun, quiet
 from specdef_cli.attack.trainer import Memory, ProgressHook, Tracking

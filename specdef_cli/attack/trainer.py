@@ -78,10 +78,7 @@ class Recorder(TrainerCallback):
     """
 
     def __init__(
-        self,
-        on_step: Callable[[int, float | None], None],
-        stop_at_divergence: bool = True,
-        lead: Lead | None = None,
+        self, on_step: Callable[[int, float | None], None], stop_at_divergence: bool = True, lead: Lead | None = None
     ) -> None:
         self.train: list[TrainPoint] = []
         self.evaluations: list[EvalPoint] = [lead.start] if lead is not None and lead.start is not None else []

@@ -121,8 +121,7 @@ def _fresh_block(model: PreTrainedModel, path: str, number: int, share: float, e
         fresh = type(block)(config, **index)
     except (TypeError, ValueError, AttributeError) as error:
         raise NotApplicable(
-            f"a fresh {type(block).__name__} cannot be made: {first_line(error)}",
-            "Leave --expand out for this model.",
+            f"a fresh {type(block).__name__} cannot be made: {first_line(error)}", "Leave --expand out for this model."
         ) from error
     fresh.apply(model._init_weights)
     for end in ends:
