@@ -81,7 +81,7 @@ class RunSpec(Budget):
     """One training run. In a record, variant and training stand as users write them."""
 
     subject: Subject
-    checkpoint: str  # fingerprint of the checkpoint (checkpoint_fingerprint)
+    checkpoint: str  # its fingerprint (model.opened)
     data: str  # fingerprint of the tokens that are trained on and evaluated
     task: Task
     variant: VariantText

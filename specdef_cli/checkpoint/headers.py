@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, dtype_name
 
 # The format's own limit on its JSON header; a larger length is a corrupt file.
 MAX_HEADER_BYTES = 100_000_000
 # What json.loads raises on data made to be refused (deep nesting is a RecursionError), and what a wrong type then does.
 INVALID_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+DTYPES: Mapping[str, torch.dtype] = {
+    dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+"""What ``--dtype`` takes."""
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {

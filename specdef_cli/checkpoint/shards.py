@@ -21,8 +21,7 @@ from specdef_cli.checkpoint.files import TRANSFORMERS, Library
 from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.dtypes import dtype_name
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, dtype_name
 
 BLOCK = 2**22
 """Bytes of a tensor that are read, scaled and written at a time."""

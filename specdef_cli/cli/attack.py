@@ -1,4 +1,4 @@
-"""``specdef attack``, and the conditions of its ``--fail-if``."""
+"""``specdef attack``, the conditions of its ``--fail-if``, and ``specdef compare``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from specdef_cli.errors import WrongUsage
 from specdef_cli.option import option
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from specdef_cli.attack.results import AttackReport
     from specdef_cli.report import Finding
+    from specdef_cli.report.document import Comparison
 
 
 CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
@@ -128,7 +131,7 @@ def attack_command(
         from specdef_cli.certify.card import attacks_on_card
         from specdef_cli.report.document import REPORT_NAME
 
-        attacks_on_card(Path(options.model).expanduser(), options.out / REPORT_NAME, options.manifest)
+        attacks_on_card(options, options.out / REPORT_NAME)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
@@ -222,3 +225,64 @@ def _why(finding: Finding) -> str:
     if finding.start is not None and finding.share is not None:
         return "its best run diverged, or no --prompts were given"
     return "its start is not finite" if finding.start is None else "the control learned nothing by the same recipe"
+
+
+@takes()
+def compare_command(
+    reports: Annotated[
+        list[Path], typer.Argument(metavar="REPORT…", help="report.json of each model, or the directory it is in.")
+    ],
+    output: Output,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Put attack reports side by side: one row an attack, one column a model.
+
+    Examples:
+
+      specdef compare fold-attack scale-attack
+
+      specdef compare fold-attack/report.json scale-attack/report.json --markdown
+    """
+    from specdef_cli.errors import require_extra
+
+    require_extra("report", "reports")
+    from specdef_cli.report.document import require_report
+
+    for path in reports:
+        require_report(path)
+    from specdef_cli.report.document import compare, comparison_markdown, read_report
+
+    comparison = compare([read_report(path) for path in reports])
+    if markdown and not output.as_json:
+        print(comparison_markdown(comparison), end="")
+        return
+    output.data(comparison, comparison_table(comparison, notes=not output.quiet))
+
+
+def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:
+    """The comparison as the terminal shows it, with or without what there is to know about the reports."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from specdef_cli.report import percent
+
+    table = Table(pad_edge=False)
+    table.add_column("attack")
+    table.add_column("control", justify="right")
+    for model in comparison.models:
+        table.add_column(model, justify="right", no_wrap=True)
+    for row in comparison.rows:
+        cells = [
+            Text("–" if cell is None else cell.text, style="bold" if cell and cell.verdict == "not slowed" else "")
+            for cell in row.cells
+        ]
+        table.add_row(Text(row.attack), Text(f"{row.control}, {percent(row.control_share)}"), *cells)
+    lines = [f"{model}: {text}" for model, text in zip(comparison.models, comparison.verdicts, strict=True)]
+    caption = (
+        "control: held-out loss (best η), share of the best control's progress. Models: share of its own control's."
+    )
+    said = (*lines, *comparison.notes) if notes else lines
+    return Group(table, Text(caption), *(Text(line) for line in said))

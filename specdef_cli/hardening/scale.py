@@ -157,7 +157,7 @@ def scale_modules(
         own = [*module.scales, module.tombstone, *([] if module.tied_to else [module.inflated_tensor])]
         for tensor in filter(None, [*own, module.inflated_bias]):
             wanted[tensor] = f"{module.module}{tensor.removeprefix(module.stem)}"
-    require_findable(skeleton, sites, wanted)
+    require_findable(skeleton, wanted, {site.stem: site.module for site in sites})
     return tuple(modules.values())
 
 

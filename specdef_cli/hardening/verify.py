@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.checkpoint.files import write_json
+from specdef_cli.checkpoint.headers import DTYPES
 from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.checkpoint.reader import Checkpoint, carry_over
 from specdef_cli.checkpoint.shards import TensorGroup, plan_shards, shard_header
-from specdef_cli.dtypes import DTYPES
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.model.described import SHIM_SOURCE
