@@ -20,9 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli.certify.tools import mean_loss
-from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest, ScaledModule, ScaledSlice
-from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError

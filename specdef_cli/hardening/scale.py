@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
+from specdef_cli.checkpoint.files import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
-from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError

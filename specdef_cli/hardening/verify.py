@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.checkpoint.files import write_json
-from specdef_cli.checkpoint.headers import DTYPES
 from specdef_cli.checkpoint.manifest import Method
-from specdef_cli.checkpoint.reader import Checkpoint, carry_over
+from specdef_cli.checkpoint.reader import DTYPES, Checkpoint, carry_over
 from specdef_cli.checkpoint.shards import TensorGroup, plan_shards, shard_header
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
 from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.model.described import SHIM_SOURCE
+from specdef_cli.model.described import SHIM_SOURCE, is_shim
 from specdef_cli.model.inputs import model_outputs, no_batch
 from specdef_cli.model.loading import new_objects_only, without_progress_bars
 from specdef_cli.model.opened import OpenedModel
@@ -178,7 +177,7 @@ def _outputs(load: Loader, dtype: torch.dtype | None, device: str | None) -> Ten
 
 
 def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[TensorGroup]) -> Any:
-    """The model that a plan would write, on the meta device, and run there if the base runs there.
+    """The model that a plan would write, on the meta device; one with code is run there if the base runs there.
 
     ``None`` of a library that cannot load a model without its weights.
     """
@@ -195,7 +194,8 @@ def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[Tens
                 f"the temporary directory {place} cannot be used: {error.strerror or error}",
                 "Free some space there, or set TMPDIR.",
             ) from error
-    found = None if base.skeleton.trial.error else try_out(model).error
+    # A fold runs as its base does: the same class, and tensors of the same shapes.
+    found = None if not is_shim(config) or base.skeleton.trial.error else try_out(model).error
     if found is not None:
         raise SpecDefError(
             f"the hardened model could not be run: {first_line(found)}",

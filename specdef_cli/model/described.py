@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from specdef_cli.checkpoint.files import library_of
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
+from specdef_cli.checkpoint.files import FLOATING_DTYPES, TensorHeader, library_of
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError

@@ -19,8 +19,8 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES, read_headers
-from specdef_cli.checkpoint.reader import read_config
+from specdef_cli.checkpoint.files import FLOATING_DTYPES, read_headers
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, read_config
 from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError, swap
 
 

@@ -18,8 +18,15 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from specdef_cli.checkpoint.files import DIFFUSERS, TRANSFORMERS, Library, diffusers_missing, library_of
-from specdef_cli.checkpoint.headers import is_lfs_pointer, lfs_pointer
+from specdef_cli.checkpoint.files import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    Library,
+    diffusers_missing,
+    is_lfs_pointer,
+    lfs_pointer,
+    library_of,
+)
 from specdef_cli.checkpoint.reader import Checkpoint, read_config
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model import register

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from specdef_cli.checkpoint.check import hardened_already, no_base, require_undefended
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, is_hardened, manifest_of, no_manifest
+from specdef_cli.checkpoint.files import FLOATING_DTYPES
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, find_manifest, manifest_of, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, base_of, resolve
 from specdef_cli.errors import SpecDefError, first_line
@@ -190,11 +190,9 @@ def open_found(
 
 
 def _opened(found: Resolved, hardened: bool | None, manifest: Path | None, trust_remote_code: bool) -> OpenedModel:
-    if hardened is False and (manifest is not None or is_hardened(found.directory)):
+    if hardened is False and (manifest is not None or find_manifest(found.directory) is not None):
         raise hardened_already(found.directory)
-    described = manifest_of(found.directory, manifest)
-    if hardened and described is None:
-        raise no_manifest(found.directory)
+    described = (read_manifest if hardened else manifest_of)(found.directory, manifest)
     checkpoint = open_checkpoint(found.directory)
     if hardened is False:
         if is_shim(checkpoint.config):
