@@ -113,15 +113,15 @@ def compute_devices(device: str | None, state: PartialState) -> tuple[torch.devi
     """
     devices: tuple[torch.device, ...]
     if device is not None:
-        there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        hint = f"Use --device {'cpu or cuda' if torch.cuda.is_available() else 'cpu'}."
         try:
             devices = (torch.device(device),)
         except RuntimeError as error:
-            raise WrongUsage(f"device {device!r} is unknown", f"Use --device {there}.") from error
+            raise WrongUsage(f"device {device!r} is unknown", hint) from error
         try:
             torch.empty(1, device=devices[0]).item()  # the meta device holds no values
         except (RuntimeError, AssertionError) as error:
-            raise SpecDefError(f"device {device!r} is not available here", f"Use --device {there}.") from error
+            raise SpecDefError(f"device {device!r} is not available here", hint) from error
     elif state.num_processes > 1:
         devices = (state.device,)
     elif torch.cuda.is_available():
