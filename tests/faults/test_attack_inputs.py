@@ -245,6 +245,7 @@ def test_a_report_that_is_none(
     assert_refused(call_cli("certify", hardened, *options), "changed.json", "specdef attack", empty=outside)
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_weights_that_became_nan_fail_the_certificate(
     report: Path, hardened: Path, llama: Path, text: Path, tmp_path: Path
 ) -> None:

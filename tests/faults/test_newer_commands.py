@@ -31,7 +31,9 @@ def places(hardened: Path, text: Path, tiny_model: object, tmp_path_factory: pyt
             *("--attacks", root / "attack" / "report.json"),
         ),
     ):
-        result = call_cli(*command)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
+            result = call_cli(*command)
         assert result.code == 0, result.stderr
     names = ("certified", "fold", "apart", "apart.json", "attack", "certificate")
     return {"BASE": base, "HARDENED": hardened, "TEXT": text, **{name.upper(): root / name for name in names}}
