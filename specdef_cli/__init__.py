@@ -14,7 +14,9 @@ The commands are functions here, each with its options and its result:
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from specdef_cli.model import register
 
 __version__ = "0.1.0"
 
-# ruff: noqa: F401 (the names of _PUBLIC, once more for type checkers, which do not see them looked up)
+# ruff: noqa: F401 (looked up when they are first used)
 if TYPE_CHECKING:
     from specdef_cli.attack.one_run import RunResult
     from specdef_cli.attack.optimizers import OptimizerChoice
@@ -34,44 +36,26 @@ if TYPE_CHECKING:
     from specdef_cli.attack.trainer import ProgressEvent, ProgressHook
     from specdef_cli.attack.trainings import Training, TrainingChoice
     from specdef_cli.attack.variants import Growth, Variant, VariantChoice
+    from specdef_cli.certify import CertifyOptions
     from specdef_cli.certify.certificate import Certificate, Claim
-    from specdef_cli.certify.options import CertifyOptions
     from specdef_cli.certify.run import certify
     from specdef_cli.errors import SpecDefError
     from specdef_cli.hardening.options import CollapseOptions, Factors, Fold, HardenOptions, Scale
     from specdef_cli.hardening.run import CollapseResult, HardenResult, collapse, harden, preview
     from specdef_cli.hardening.survey import PlanSummary, Survey
     from specdef_cli.hardening.survey import survey as inspect
-    from specdef_cli.model.configuration_specdef import SpecDefLinear
-    from specdef_cli.model.loading import load_model, load_tokenizer
+    from specdef_cli.model import SpecDefLinear, load_model, load_tokenizer
     from specdef_cli.option import Source
     from specdef_cli.report.files import write_report
 
-
-_MODULES = {
-    "attack.table": "NotApplicable Factor",
-    "attack.one_run": "RunResult",
-    "attack.optimizers": "OptimizerChoice",
-    "attack.options": "AttackOptions",
-    "attack.plan": "Forecast",
-    "attack.results": "Attack AttackReport",
-    "attack.run": "attack is_main_process plan_attack",
-    "attack.trainer": "ProgressEvent ProgressHook",
-    "attack.trainings": "Training TrainingChoice",
-    "attack.variants": "Growth Variant VariantChoice",
-    "certify.certificate": "Certificate Claim",
-    "certify.options": "CertifyOptions",
-    "certify.run": "certify",
-    "errors": "SpecDefError",
-    "hardening.options": "CollapseOptions Factors Fold HardenOptions Scale",
-    "hardening.run": "CollapseResult HardenResult collapse harden preview",
-    "hardening.survey": "PlanSummary Survey inspect",
-    "report.files": "write_report",
-    "model": "SpecDefLinear load_model load_tokenizer",
-    "option": "Source",
+_PUBLIC = {
+    alias.asname or alias.name: (node.module or "", alias.name)
+    for block in ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+    for node in (block.body if isinstance(block, ast.If) else ())
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
 }
-_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
-_ELSEWHERE = {"inspect": "survey"}  # Python's own module has that name
+"""Module and name there of what is public: the imports above are the only list, which type checkers read, too."""
 
 __all__ = ["__version__", *_PUBLIC]
 
@@ -79,7 +63,8 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), _ELSEWHERE.get(name, name))
+    module, there = _PUBLIC[name]
+    return getattr(importlib.import_module(module), there)
 
 
 def __dir__() -> list[str]:

@@ -89,6 +89,11 @@ def first_violation(error: ValidationError) -> str:
     return f"{where}: {first['msg']}{there}"
 
 
+def dtype_name(dtype: object) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def printable(text: str) -> str:
     """Text with the control characters spelled out that a name of a file may hold and a terminal would obey."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)

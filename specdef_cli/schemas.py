@@ -19,8 +19,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
+from specdef_cli.certify import CERTIFICATE_NAME
 from specdef_cli.certify.certificate import CERTIFICATE_RECORD
-from specdef_cli.certify.options import CERTIFICATE_NAME
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, manifest_record
 from specdef_cli.report.document import REPORT_NAME, ReportDocument
 

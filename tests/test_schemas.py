@@ -10,13 +10,12 @@ from typing import Any
 import jsonschema
 import pytest
 
+from specdef_cli.certify import CERTIFICATE_NAME
 from specdef_cli.certify.card import AttackFigure, Resistance
 from specdef_cli.certify.certificate import Certificate, Claim, Provenance
 from specdef_cli.certify.curvature import Curvature, CurvatureFigures
 from specdef_cli.certify.formats import FormatFigure
-from specdef_cli.certify.function import FunctionFigures
-from specdef_cli.certify.options import CERTIFICATE_NAME
-from specdef_cli.certify.spectrum import LayerSpectrum, SpectrumFigures
+from specdef_cli.certify.function import FunctionFigures, LayerSpectrum, SpectrumFigures
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, ScaledChannels, ScaledModule
 from specdef_cli.hardening.verify import OutputComparison
 from specdef_cli.schemas import SCHEMA_FILES, schema_text

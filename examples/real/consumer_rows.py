@@ -28,7 +28,6 @@ from specdef_cli.certify.tools import (
     RefusedError,
     Trial,
     gguf_loss,
-    load,
     mean_loss,
     mean_over_batches,
     next_token_loss,
@@ -125,7 +124,7 @@ def lora_round_trip(trial: Trial) -> Score:
         adapted.eval()
         trained = mean_loss(adapted, held_out)
         adapted.merge_and_unload().save_pretrained(out)
-    with load(open_model(out), torch.float32, trial.device) as model:
+    with open_model(out).loaded(dtype=torch.float32, device=trial.device) as model:
         reloaded = mean_loss(model, held_out)
     return reloaded, f"loss {before:.4f} before training, {trained:.4f} attached, {reloaded:.4f} merged, reloaded"
 
@@ -209,7 +208,7 @@ def merged_with_base(trial: Trial) -> Score:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise RefusedError(f"mergekit: {lines[-1] if lines else f'exit status {done.returncode}'}")
-    with load(open_model(out), torch.float32, trial.device) as model:
+    with open_model(out).loaded(dtype=torch.float32, device=trial.device) as model:
         return mean_loss(model, trial.required_tokens()), ""
 
 

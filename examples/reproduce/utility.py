@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from specdef_cli import Factors, Fold, HardenOptions, SpecDefError, harden, load_model, load_tokenizer
 from specdef_cli.attack.train import quiet
 from specdef_cli.certify.tools import next_token_loss
-from specdef_cli.dtypes import dtype_name
+from specdef_cli.errors import dtype_name
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.spectral import Gauge

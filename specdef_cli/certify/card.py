@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from specdef_cli.checkpoint.files import write_durably
-from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
-from specdef_cli.model.opened import checkpoint_fingerprint
+from specdef_cli.model.opened import open_model
+from specdef_cli.option import Source
 from specdef_cli.report.document import read_report
 
 HEADING = "### Attacks"
@@ -178,9 +178,9 @@ def _places(parts: Sequence[str], section: str) -> list[int]:
     return [number for number, part in enumerate(parts) if part.splitlines()[:1] == [heading]]
 
 
-def attacks_on_card(directory: Path, report: Path, manifest: Path | None = None) -> None:
+def attacks_on_card(source: Source, report: Path) -> None:
     """Write what an attack report says into the card of the hardened directory that was attacked."""
-    card = directory / "README.md"
-    fingerprint = checkpoint_fingerprint(directory, read_manifest(directory, manifest))
-    section = attack_section(read_resistance(report, fingerprint))
+    hardened = open_model(source, hardened=True)
+    card = hardened.directory / "README.md"
+    section = attack_section(read_resistance(report, hardened.fingerprint))
     write_durably(card, with_section(card.read_text(encoding="utf-8", errors="replace"), section))

@@ -22,8 +22,7 @@ from specdef_cli import __version__
 from specdef_cli.certify.card import Resistance
 from specdef_cli.certify.curvature import CurvatureFigures
 from specdef_cli.certify.formats import FormatFigure
-from specdef_cli.certify.function import FunctionFigures
-from specdef_cli.certify.spectrum import TOLERANCE, SpectrumFigures
+from specdef_cli.certify.function import TOLERANCE, FunctionFigures, SpectrumFigures
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE
@@ -31,6 +30,9 @@ from specdef_cli.model.opened import OpenedModel
 
 FORMAT_VERSION: Final = 3
 PACKAGES = ("torch", "transformers", "safetensors", "peft", "pytorch_optimizer")
+Curvatures = tuple[CurvatureFigures, CurvatureFigures]
+"""Before and after."""
+
 LOSS_TOLERANCE = 0.01
 """Nats by which the loss of a model with factors may differ from the base's: 1 % of perplexity."""
 
@@ -91,7 +93,7 @@ class Certificate:
     """What was put to the test."""
     function: FunctionFigures
     spectrum: SpectrumFigures
-    curvature: tuple[CurvatureFigures, CurvatureFigures] | None
+    curvature: Curvatures | None
     """Before and after; ``None`` where it was not measured."""
     deployment: tuple[FormatFigure, ...]
     """Formats that were measured."""
@@ -123,6 +125,13 @@ def digest_of(data: Mapping[str, Any]) -> str:
 def no_claim_failed(claims: Sequence[Claim]) -> bool:
     """Whether a certificate with these claims holds."""
     return all(claim.holds is not False for claim in claims)
+
+
+def claims_of(
+    function: FunctionFigures, spectrum: SpectrumFigures, curvature: Curvatures | None, reason: str, manifest: Manifest
+) -> tuple[Claim, ...]:
+    """What follows from the figures; ``reason`` says why there is no curvature."""
+    return function_claim(function, manifest), spectrum_claim(spectrum), curvature_claim(curvature, reason)
 
 
 def function_claim(figures: FunctionFigures, manifest: Manifest) -> Claim:
@@ -174,7 +183,7 @@ def spectrum_claim(figures: SpectrumFigures) -> Claim:
     return Claim("spectrum", figures.as_planned, f"Of the stored weights, {'; '.join(parts)}.")
 
 
-def curvature_claim(figures: tuple[CurvatureFigures, CurvatureFigures] | None, reason: str) -> Claim:
+def curvature_claim(figures: Curvatures | None, reason: str) -> Claim:
     """That σ₁ of the loss Hessian grew."""
     if figures is None:
         return Claim("curvature", None, f"The Hessian was not measured: {reason}.")

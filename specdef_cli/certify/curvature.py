@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from specdef_cli.dtypes import dtype_name
-from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.errors import SpecDefError, dtype_name, first_line
 from specdef_cli.spectral.subspace import norm, top_eigenpairs
 
 Loss = Callable[[], Tensor]

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from specdef_cli.certify import tools
-from specdef_cli.certify.tools import NotApplicableError, Trial, load, mean_over_batches
+from specdef_cli.certify.tools import NotApplicableError, Trial, mean_over_batches
 from specdef_cli.errors import SpecDefError, WrongUsage, first_line
-from specdef_cli.model.inputs import fixed_inputs
+from specdef_cli.model.inputs import compared_output, fixed_inputs
 from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import OpenedModel
 from specdef_cli.model.skeleton import is_causal_lm
@@ -204,8 +204,10 @@ def measure_format(trial: Trial, wanted: Format) -> Outcome:
         value, note = wanted.score(trial) if wanted.score is not None else (_by_forward_pass(trial, wanted), "")
     except NotApplicableError as error:
         return Outcome("skipped", note=str(error))
+    except SpecDefError as error:  # without the directory: checkpoints that are refused alike read alike
+        return Outcome("refused", note=error.problem.removeprefix(f"{trial.directory} cannot be loaded: "))
     except Exception as error:  # whatever the tool raises is its way to refuse
-        return Outcome("refused", note=_refusal(error, trial.directory))
+        return Outcome("refused", note=first_line(error))
     return Outcome("measured", value if math.isfinite(value) else None, note)
 
 
@@ -250,13 +252,6 @@ def compare(name: str, tool: str, measure: Measure, base: Outcome, hardened: Out
     return FormatFigure(name, tool, measure, base.value, hardened.value, status, note)
 
 
-def _refusal(error: Exception, directory: Path) -> str:
-    """A tool's message in one line, without the directory: checkpoints that are refused alike read alike."""
-    if isinstance(error, SpecDefError):
-        return error.problem.removeprefix(f"{directory} cannot be loaded: ")
-    return first_line(error)
-
-
 def _by_forward_pass(trial: Trial, wanted: Format) -> float:
     with trial.loaded(wanted.dtype, **wanted.loading()) as model:
         changed = model if wanted.change is None else wanted.change(model, trial)
@@ -265,15 +260,10 @@ def _by_forward_pass(trial: Trial, wanted: Format) -> float:
                 trial.tokens, model.config, lambda batch: _outputs(changed, {"input_ids": batch.to(model.device)})
             )
         found = _outputs(changed, fixed_inputs(model))
-    reference = _reference(trial, wanted.reference)
+    with trial.base.loaded(dtype=torch.float32, device=trial.device) as model:
+        changed = model if wanted.reference is None else wanted.reference(model, replace(trial, model=trial.base))
+        reference = _outputs(changed, fixed_inputs(model))
     return float(torch.linalg.vector_norm(found - reference) / torch.linalg.vector_norm(reference))
-
-
-def _reference(trial: Trial, change: Change | None) -> Tensor:
-    """The base's outputs in float32."""
-    with load(trial.base, torch.float32, trial.device) as model:
-        changed = model if change is None else change(model, replace(trial, model=trial.base))
-        return _outputs(changed, fixed_inputs(model))
 
 
 def _outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -283,5 +273,4 @@ def _outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         inputs = inputs | {"pixel_values": inputs["pixel_values"].to(next(floating, torch.float32))}
     with torch.inference_mode():
         outputs = model(**inputs)
-    first: Tensor = outputs["logits"] if "logits" in outputs else outputs[0]
-    return first.double().cpu()
+    return compared_output(outputs).double().cpu()

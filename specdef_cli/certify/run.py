@@ -15,24 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli import __version__
-from specdef_cli.attack.data import standard_library
+from specdef_cli.attack.data.language import standard_library
 from specdef_cli.attack.target import task_of
+from specdef_cli.certify import CERTIFICATE_NAME, CertifyOptions
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, with_section
 from specdef_cli.certify.certificate import (
     FORMAT_VERSION,
     Certificate,
+    Curvatures,
     certificate_section,
-    curvature_claim,
-    function_claim,
+    claims_of,
     no_claim_failed,
     provenance,
-    spectrum_claim,
 )
 from specdef_cli.certify.curvature import CurvatureFigures, measure_curvature
 from specdef_cli.certify.formats import chosen_formats, measure_formats
-from specdef_cli.certify.function import measure_function
-from specdef_cli.certify.options import CERTIFICATE_NAME, CertifyOptions
-from specdef_cli.certify.spectrum import measure_spectrum
+from specdef_cli.certify.function import measure_function, measure_spectrum
 from specdef_cli.checkpoint.files import takes_files, write_durably
 from specdef_cli.checkpoint.output import require_outside, writable_ancestor
 from specdef_cli.errors import SpecDefError
@@ -151,11 +149,8 @@ class Prepared:
             device=options.device,
             on_figure=lambda figure: on_progress(f"format {figure.format}: {figure.verdict}"),
         )  # fmt: skip
-        claims = (
-            function_claim(function, hardened.hardening),
-            spectrum_claim(spectrum),
-            curvature_claim(*self._both(curvatures)),
-        )
+        both, reason = self._both(curvatures)
+        claims = claims_of(function, spectrum, both, reason, hardened.hardening)
         certificate = Certificate(
             format=FORMAT_VERSION,
             holds=no_claim_failed(claims),
@@ -166,16 +161,14 @@ class Prepared:
             claims=claims,
             function=function,
             spectrum=spectrum,
-            curvature=self._both(curvatures)[0],
+            curvature=both,
             deployment=formats,
             resistance=self.resistance,
         ).sealed()
         self._write(certificate)
         return certificate
 
-    def _both(
-        self, found: list[CurvatureFigures | str]
-    ) -> tuple[tuple[CurvatureFigures, CurvatureFigures] | None, str]:
+    def _both(self, found: list[CurvatureFigures | str]) -> tuple[Curvatures | None, str]:
         """The curvatures of base and hardened model, or why there are none."""
         match found:
             case [CurvatureFigures() as base, CurvatureFigures() as hardened]:

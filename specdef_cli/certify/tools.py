@@ -6,8 +6,6 @@ Each runs in a process of its own, because a failed assertion in llama.cpp ends 
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib
 import importlib.util
 import json
@@ -16,7 +14,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from specdef_cli.model import without_progress_bars
 from specdef_cli.model.opened import OpenedModel
 
 WORKER: tuple[Path | str, ...] = (sys.executable, "-P", Path(__file__).with_name("llamacpp_worker.py"))
@@ -199,39 +196,15 @@ class Trial:
         """Where the model's files are, for tools that take a path."""
         return self.model.directory
 
-    @contextlib.contextmanager
-    def loaded(self, dtype: torch.dtype | None = None, **loading: Any) -> Iterator[PreTrainedModel]:
-        """The checkpoint's model in evaluation mode; its memory is free again afterwards.
-
-        Args:
-            dtype: What to load the weights as; ``None`` for the dtype that they are stored in.
-            loading: Passed on to ``from_pretrained``.
-        """
-        with load(self.model, dtype, self.device, **loading) as model:
-            yield model
+    def loaded(self, dtype: torch.dtype | None = None, **loading: Any) -> AbstractContextManager[Any]:
+        """The checkpoint's model while it is needed, in ``dtype`` or the dtype that it is stored in."""
+        return self.model.loaded(dtype=dtype, device=self.device, **loading)
 
     def required_tokens(self) -> Tensor:
         """The tokens; raises :class:`NotApplicableError` where there are none."""
         if self.tokens is None:
             raise NotApplicableError("only causal language models are measured")
         return self.tokens
-
-
-@contextlib.contextmanager
-def load(
-    opened: OpenedModel,
-    dtype: torch.dtype | None,
-    device: str | None = None,
-    **loading: Any,
-) -> Iterator[PreTrainedModel]:
-    """A model in evaluation mode, without progress bars; its memory is free again afterwards."""
-    with without_progress_bars():
-        model = opened.load(dtype=dtype, device=device, **loading)
-    try:
-        yield model.eval()
-    finally:
-        del model
-        gc.collect()
 
 
 def mean_loss(model: Any, tokens: Tensor) -> float:

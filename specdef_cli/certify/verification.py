@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from specdef_cli.certify import require_certificate
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, section_like
 from specdef_cli.certify.certificate import (
     CERTIFICATE_RECORD,
@@ -16,16 +17,14 @@ from specdef_cli.certify.certificate import (
     Certificate,
     Provenance,
     certificate_section,
+    claims_of,
     curvature_claim,
     digest_of,
     file_hashes,
-    function_claim,
     manifest_sha256,
     no_claim_failed,
-    spectrum_claim,
 )
 from specdef_cli.certify.formats import FormatFigure, judge
-from specdef_cli.certify.options import require_certificate
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, manifest_of
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.checkpoint.stream import file_sha256
@@ -123,12 +122,9 @@ def _figures(recorded: dict[str, Any], manifest: Manifest | None, report: Path |
 def _verdicts(name: str, certificate: Certificate, manifest: Manifest) -> Check:
     reason_before, reason_after = curvature_claim(None, "\0").sentence.split("\0")
     said = certificate.claims[-1].sentence if certificate.claims else ""
-    derived = (
-        function_claim(certificate.function, manifest),
-        spectrum_claim(certificate.spectrum),
-        # No figure says why there is no curvature, so those words stand for themselves.
-        curvature_claim(certificate.curvature, said.removeprefix(reason_before).removesuffix(reason_after)),
-    )
+    # No figure says why there is no curvature, so those words stand for themselves.
+    reason = said.removeprefix(reason_before).removesuffix(reason_after)
+    derived = claims_of(certificate.function, certificate.spectrum, certificate.curvature, reason, manifest)
     differing = [claim.name for claim, other in zip(certificate.claims, derived, strict=False) if claim != other]
     if len(certificate.claims) != len(derived) or certificate.holds != no_claim_failed(certificate.claims):
         differing.append("whether all hold")

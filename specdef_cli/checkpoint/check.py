@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specdef_cli.checkpoint.files import Library, held_instead
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, find_manifest, is_hardened, read_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, find_manifest, read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import Source
 
@@ -87,7 +87,7 @@ def require_card(source: Source) -> None:
 def require_not_hardened(source: Source) -> None:
     """Refuse a model that is not there, or whose manifest says that it is hardened."""
     directory = require_model(source)
-    if directory is not None and is_hardened(directory):
+    if directory is not None and find_manifest(directory) is not None:
         raise hardened_already(directory)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
+import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,10 +38,6 @@ class Library:
     def index_file(self) -> str:
         """The file that says which shard holds which tensor."""
         return f"{self.weights}.safetensors.index.json"
-
-    def shard_file(self, number: int, count: int) -> str:
-        """The name of shard ``number`` of ``count``, counted from 1."""
-        return f"{self.weights}-{number:05d}-of-{count:05d}.safetensors"
 
 
 TRANSFORMERS = Library("transformers", "model")
@@ -184,3 +182,123 @@ def remove_unfinished(directory: Path) -> None:
     """Remove the files that killed writes have left. The caller must be the only writer there."""
     for path in directory.glob(f".*{UNFINISHED_SUFFIX}"):
         path.unlink(missing_ok=True)
+
+
+# The format's own limit on its JSON header; a larger length is a corrupt file.
+MAX_HEADER_BYTES = 100_000_000
+
+
+# What json.loads raises on data made to be refused (deep nesting is a RecursionError), and what a wrong type then does.
+INVALID_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+DTYPE_BYTES: Mapping[str, int] = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+"""Bytes of an element, by safetensors' names of what is read here."""
+FLOATING_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor as its shard's header describes it.
+
+    Attributes:
+        dtype: As safetensors names it, e.g. ``BF16``.
+        begin, end: Its bytes, counted from the start of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.end - self.begin
+
+
+GIT_LFS = b"version https://git-lfs.github.com/"
+"""First bytes of a Git LFS pointer."""
+
+
+def read_headers(path: Path) -> dict[str, TensorHeader]:
+    """The header of a safetensors file, checked to describe exactly its bytes: tensors in the order of their data."""
+    shard = path.name
+
+    def corrupt(reason: str) -> SpecDefError:
+        return SpecDefError(f"{shard} is not a valid safetensors file: {reason}", "Fetch the file again.")
+
+    try:
+        with path.open("rb") as file:
+            size, start = path.stat().st_size, file.read(8)
+            if len(start) < 8:
+                raise corrupt("it is shorter than a header")
+            if start == GIT_LFS[:8]:
+                raise lfs_pointer(shard)
+            (length,) = struct.unpack("<Q", start)
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise corrupt(f"its header claims {length} bytes")
+            text = file.read(length)
+    except OSError as error:
+        raise SpecDefError(f"{shard} cannot be read: {error}", "Check the disk and the file.") from error
+    try:
+        entries = json.loads(text, object_pairs_hook=unique_keys)
+        headers = [
+            _tensor_header(name, entry, shard, 8 + length) for name, entry in entries.items() if name != "__metadata__"
+        ]
+    except INVALID_JSON as error:
+        raise corrupt(f"its header is invalid: {error}") from error
+    headers.sort(key=lambda header: (header.begin, header.end))
+    position = 8 + length
+    for header in headers:
+        if header.begin != position:
+            raise corrupt(f"the data of {header.name} does not follow the tensor before it")
+        position = header.end
+    if position != size:
+        raise corrupt(f"its header describes {position} bytes and the file has {size}")
+    return {header.name: header for header in headers}
+
+
+def _tensor_header(name: str, entry: dict[str, Any], shard: str, data_start: int) -> TensorHeader:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    dtype = entry["dtype"]
+    if not all(isinstance(value, int) and value >= 0 for value in (begin, end, *shape)):
+        raise ValueError(f"{name} has an invalid shape or offset")
+    if dtype not in DTYPE_BYTES:
+        raise SpecDefError(
+            f"{name} in {shard} is stored as {dtype}, which is not read here",
+            "Give the checkpoint in an ordinary dtype, such as the unquantized one.",
+        )
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != expected:
+        raise ValueError(f"{name} is {dtype} {list(shape)}, which is {expected} bytes and not {end - begin}")
+    return TensorHeader(name, dtype, shape, shard, data_start + begin, data_start + end)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
+    return result
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is there, and is such a pointer."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GIT_LFS)) == GIT_LFS
+    except OSError:
+        return False
+
+
+def lfs_pointer(name: str) -> SpecDefError:
+    """What is said of a file that was cloned without Git LFS."""
+    return SpecDefError(
+        f"{name} is a pointer of Git LFS, which stands for the file",
+        "Run `git lfs pull` in the clone, or fetch the model with `hf download`.",
+    )

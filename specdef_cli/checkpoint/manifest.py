@@ -343,11 +343,6 @@ def find_manifest(directory: Path, elsewhere: Path | None = None) -> Path | None
     return elsewhere
 
 
-def is_hardened(directory: Path) -> bool:
-    """Whether ``directory`` has a manifest."""
-    return find_manifest(directory) is not None
-
-
 def manifest_of(directory: Path, elsewhere: Path | None = None) -> Manifest | None:
     """The manifest of a directory; ``None`` where it has none."""
     path = find_manifest(directory, elsewhere)
@@ -356,9 +351,8 @@ def manifest_of(directory: Path, elsewhere: Path | None = None) -> Manifest | No
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise SpecDefError(
-            f"{path} is not a valid manifest: {error}", "Give the file that `specdef harden` wrote."
-        ) from error
+        hint = "Give the file that `specdef harden` wrote."
+        raise SpecDefError(f"{path} is not a valid manifest: {error}", hint) from error
     return Manifest.from_json(text, str(path))
 
 
@@ -366,17 +360,12 @@ def read_manifest(directory: Path, elsewhere: Path | None = None) -> Manifest:
     """The manifest of a directory that has to have one."""
     manifest = manifest_of(directory, elsewhere)
     if manifest is None:
-        raise no_manifest(directory)
+        raise SpecDefError(
+            f"{directory} has no {MANIFEST_NAME}, so it is not a hardened checkpoint",
+            f"Give a directory that `specdef harden` wrote. A {MANIFEST_NAME} that lies elsewhere is named with "
+            "--manifest; after save_pretrained, copy it along.",
+        )
     return manifest
-
-
-def no_manifest(directory: Path) -> SpecDefError:
-    """What is said of a directory that has to be hardened and has no manifest."""
-    return SpecDefError(
-        f"{directory} has no {MANIFEST_NAME}, so it is not a hardened checkpoint",
-        f"Give a directory that `specdef harden` wrote. A {MANIFEST_NAME} that lies elsewhere is named with "
-        "--manifest; after save_pretrained, copy it along.",
-    )
 
 
 def last_part(directory: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -19,26 +20,23 @@ from torch import Tensor
 from specdef_cli.checkpoint.check import no_config, no_weights, require_plain
 from specdef_cli.checkpoint.files import (
     DIFFUSERS,
+    GIT_LFS,
+    INVALID_JSON,
     OTHER_FORMATS,
     PICKLES,
     SAFETENSORS,
     TRANSFORMERS,
     Library,
-    is_no_weights,
-    library_of,
-    require_inside,
-)
-from specdef_cli.checkpoint.headers import (
-    GIT_LFS,
-    INVALID_JSON,
-    TORCH_DTYPES,
     TensorHeader,
+    is_no_weights,
     lfs_pointer,
+    library_of,
     read_headers,
+    require_inside,
     unique_keys,
 )
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.errors import ResumableError, SpecDefError
+from specdef_cli.errors import ResumableError, SpecDefError, dtype_name
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -63,6 +61,21 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 INDEX_FILE = TRANSFORMERS.index_file
+DTYPES: Mapping[str, torch.dtype] = {
+    dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+"""What ``--dtype`` takes."""
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+        "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+        "C64": torch.complex64,
+    }
+)  # fmt: skip
+"""By safetensors' names of :data:`~specdef_cli.checkpoint.files.DTYPE_BYTES`."""
+SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = MappingProxyType({v: k for k, v in TORCH_DTYPES.items()})
 
 
 @dataclass(frozen=True)
@@ -92,11 +105,19 @@ class Checkpoint:
         """Names of the safetensors files, in order."""
         return tuple(dict.fromkeys(header.shard for header in self.tensors.values()))
 
-    @property
+    @functools.cached_property
     def companions(self) -> Companions:
         """The other files of the directory, and what becomes of them."""
         index = {self.library.index_file} if self.shards != (self.library.single_file,) else set()
-        return _companions(self.directory, {*self.shards, *index}, {n: h.shape for n, h in self.tensors.items()})
+        shapes = {name: header.shape for name, header in self.tensors.items()}
+        carried: list[Path] = []
+        left_out: dict[str, list[Path]] = {}
+        for relative in _entries(self.directory):
+            if relative.as_posix() in {*self.shards, *index, *REWRITTEN}:
+                continue
+            reason = _by_name(self.directory, relative) or _by_content(self.directory, relative, shapes)
+            (carried if reason is None else left_out.setdefault(reason, [])).append(relative)
+        return Companions(tuple(carried), {reason: tuple(paths) for reason, paths in left_out.items()})
 
     @property
     def nbytes(self) -> int:
@@ -226,18 +247,6 @@ class Companions:
             more = [f"{len(paths) - SHOWN} more"] * (len(paths) > SHOWN)
             parts.append(f"{', '.join(names + more)} ({reason})")
         return f"Not carried over: {'; '.join(parts)}." if parts else None
-
-
-def _companions(directory: Path, weights: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Companions:
-    """Divide the files of a checkpoint directory into those to carry over and those to leave out."""
-    carried: list[Path] = []
-    left_out: dict[str, list[Path]] = {}
-    for relative in _entries(directory):
-        if relative.as_posix() in weights or relative.as_posix() in REWRITTEN:
-            continue
-        reason = _by_name(directory, relative) or _by_content(directory, relative, shapes)
-        (carried if reason is None else left_out.setdefault(reason, [])).append(relative)
-    return Companions(tuple(carried), {reason: tuple(paths) for reason, paths in left_out.items()})
 
 
 def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:

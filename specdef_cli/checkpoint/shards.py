@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.files import TRANSFORMERS, Library
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES, TensorHeader
+from specdef_cli.checkpoint.files import FLOATING_DTYPES, TRANSFORMERS, Library, TensorHeader
 from specdef_cli.checkpoint.manifest import ScaledSlice
-from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.dtypes import dtype_name
-from specdef_cli.errors import SpecDefError
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
+from specdef_cli.errors import SpecDefError, dtype_name
 
 BLOCK = 2**22
 """Bytes of a tensor that are read, scaled and written at a time."""
@@ -152,7 +150,7 @@ def plan_shards(
     if len(bins) == 1:
         return (OutputShard(library.single_file, tuple(bins[0])),)
     return tuple(
-        OutputShard(library.shard_file(number, len(bins)), tuple(members))
+        OutputShard(f"{library.weights}-{number:05d}-of-{len(bins):05d}.safetensors", tuple(members))
         for number, members in enumerate(bins, start=1)
     )
 

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.files import write_durably
-from specdef_cli.checkpoint.headers import SAFETENSORS_DTYPES
 from specdef_cli.checkpoint.output import RECORD_SUFFIX
-from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.reader import SAFETENSORS_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import OutputShard, TensorGroup, shard_header
 from specdef_cli.errors import ResumableError
 from specdef_cli.process import first_completed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -65,7 +64,10 @@ def require_writable(destination: Destination) -> None:
 
     A fine-grained token may still lack the right; the Hub tells that at the upload.
     """
-    require_name(destination.repository)
+    try:
+        validate_repo_id(destination.repository)
+    except HFValidationError as error:
+        raise SpecDefError(f"{destination.repository!r} is not the name of a repository", "Give org/name.") from error
     if destination.create_pr and destination.revision is not None:
         raise WrongUsage(
             f"a pull request cannot be opened against {destination.revision}, only against the default branch",
@@ -92,14 +94,6 @@ def require_writable(destination: Destination) -> None:
         )
 
 
-def require_name(repository: str) -> None:
-    """Refuse what no repository can be called, before anybody is asked."""
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise WrongUsage(f"{repository!r} is not the name of a repository", "Give org/name.") from error
-
-
 def push(directory: Path, destination: Destination, *, manifest: bool = True) -> Upload:
     """Upload a directory in one commit that leaves no weights, manifest or certificate but the directory's."""
     files = _files(directory, manifest=manifest)
@@ -109,7 +103,9 @@ def push(directory: Path, destination: Destination, *, manifest: bool = True) ->
         if destination.revision is not None:
             api.create_branch(repository, branch=destination.revision, exist_ok=True)
         there = api.model_info(repository, revision=destination.revision)
-        stale = [file.rfilename for file in there.siblings or () if _is_stale(file.rfilename, files)]
+        # What would stand beside the upload and speak of, or be, other weights.
+        others = [file.rfilename for file in there.siblings or () if file.rfilename not in files]
+        stale = [name for name in others if name in OF_A_HARDENING or holds_weights(PurePosixPath(name))]
         commit = api.create_commit(
             repository,
             [
@@ -136,8 +132,3 @@ def _files(directory: Path, *, manifest: bool) -> dict[str, Path]:
     for path in kept.values():
         require_inside(directory, path)
     return kept
-
-
-def _is_stale(name: str, files: Collection[str]) -> bool:
-    """Whether a file of the repository would stand beside an upload and speak of, or be, other weights."""
-    return name not in files and (name in OF_A_HARDENING or holds_weights(PurePosixPath(name)))

@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from specdef_cli import __version__
-from specdef_cli.cli.attack import attack_command
+from specdef_cli.cli.attack import attack_command, compare_command
 from specdef_cli.cli.certify import certify_command, verify_certificate_command
-from specdef_cli.cli.compare import compare_command
 from specdef_cli.cli.harden import harden_command
 from specdef_cli.cli.hardened import collapse_command, convert_adapter_command, push_command
 from specdef_cli.cli.inspect import inspect_command
@@ -68,7 +67,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Exit codes: 0 done, 1 failed, 2 wrong usage. SPECDEF_DEBUG=1 shows the traceback of a failure."""
+    """Exit codes: 0 done, 1 failed, 2 wrong usage. A command's --verbose, or SPECDEF_DEBUG=1, shows the traceback."""
 
 
 def main() -> None:

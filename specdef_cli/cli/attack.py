@@ -1,4 +1,4 @@
-"""``specdef attack``, and the conditions of its ``--fail-if``."""
+"""``specdef attack``, the conditions of its ``--fail-if``, and ``specdef compare``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.attack.options import NO_RETAINED, AttackOptions
+from specdef_cli.attack.options import CHOICES, LOWERED, AttackOptions, load_suite, suite_names
 from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
 from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
@@ -19,12 +19,11 @@ from specdef_cli.errors import WrongUsage
 from specdef_cli.option import option
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from specdef_cli.attack.results import AttackReport
     from specdef_cli.report import Finding
-
-
-CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
-"""Options that say which attacks to run."""
+    from specdef_cli.report.document import Comparison
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ def attack_command(
 
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
-    from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
     from specdef_cli.checkpoint.check import require_models
-    from specdef_cli.checkpoint.output import writable_ancestor
 
     conditions = [Condition.parse(text) for text in flags.fail_if]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
@@ -83,23 +80,17 @@ def attack_command(
     if "time_limit" in given and suite is None and not given.keys() & CHOICES:
         suite = "quick"  # what everybody tries, and what usually gets through
     chosen = load_suite(suite) if suite is not None else None
-    budget = {**(chosen.budget if chosen else {}), **given}
+    budget: dict[str, Any] = {str(name): value for name, value in (chosen.budget if chosen else {}).items()} | given
     # What the user gave stays: by a flag, or in a suite of the user's own.
     kept = given if chosen is None or suite in suite_names() else budget
-    free = tuple(name for name in BUDGET if name != "seeds" and name not in kept)
+    free = tuple(name for name in LOWERED if name not in kept)
     options = AttackOptions(**budget, model=model, suite=chosen, free=free)
     require_models(options, options.control, "--control")
     if flags.card:
         from specdef_cli.checkpoint.check import require_card
 
         require_card(options)
-    require_data(options.dataset)
-    if options.retained != NO_RETAINED:
-        require_data(options.retained)
-    require_data(options.prompts)
-    require_data(options.prompts_harmless)
-    require_trackers(options.report_to)
-    writable_ancestor(options.out)
+    options.require_present()
 
     from rich.console import Group
 
@@ -128,7 +119,7 @@ def attack_command(
         from specdef_cli.certify.card import attacks_on_card
         from specdef_cli.report.document import REPORT_NAME
 
-        attacks_on_card(Path(options.model).expanduser(), options.out / REPORT_NAME, options.manifest)
+        attacks_on_card(options, options.out / REPORT_NAME)
     for text in report.assumed:
         if text not in planned:
             output.note(f"assumed: {text}")
@@ -202,7 +193,7 @@ class Condition:
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
         plain = [found for found in findings(report) if found.attack.subject == "model"]
-        plain = [found for found in plain if found.attack.knowledge == "none" and self._concerns(found)]
+        plain = [found for found in plain if found.knowledge == "none" and self._concerns(found)]
         for finding in plain:
             value = _METRICS[self.metric](finding)
             if value is None:
@@ -222,3 +213,64 @@ def _why(finding: Finding) -> str:
     if finding.start is not None and finding.share is not None:
         return "its best run diverged, or no --prompts were given"
     return "its start is not finite" if finding.start is None else "the control learned nothing by the same recipe"
+
+
+@takes()
+def compare_command(
+    reports: Annotated[
+        list[Path], typer.Argument(metavar="REPORT…", help="report.json of each model, or the directory it is in.")
+    ],
+    output: Output,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Put attack reports side by side: one row an attack, one column a model.
+
+    Examples:
+
+      specdef compare fold-attack scale-attack
+
+      specdef compare fold-attack/report.json scale-attack/report.json --markdown
+    """
+    from specdef_cli.errors import require_extra
+
+    require_extra("report", "reports")
+    from specdef_cli.report.document import require_report
+
+    for path in reports:
+        require_report(path)
+    from specdef_cli.report.document import compare, comparison_markdown, read_report
+
+    comparison = compare([read_report(path) for path in reports])
+    if markdown and not output.as_json:
+        print(comparison_markdown(comparison), end="")
+        return
+    output.data(comparison, comparison_table(comparison, notes=not output.quiet))
+
+
+def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:
+    """The comparison as the terminal shows it, with or without what there is to know about the reports."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from specdef_cli.report import percent
+
+    table = Table(pad_edge=False)
+    table.add_column("attack")
+    table.add_column("control", justify="right")
+    for model in comparison.models:
+        table.add_column(model, justify="right", no_wrap=True)
+    for row in comparison.rows:
+        cells = [
+            Text("–" if cell is None else cell.text, style="bold" if cell and cell.verdict == "not slowed" else "")
+            for cell in row.cells
+        ]
+        table.add_row(Text(row.attack), Text(f"{row.control}, {percent(row.control_share)}"), *cells)
+    lines = [f"{model}: {text}" for model, text in zip(comparison.models, comparison.verdicts, strict=True)]
+    caption = (
+        "control: held-out loss (best η), share of the best control's progress. Models: share of its own control's."
+    )
+    said = (*lines, *comparison.notes) if notes else lines
+    return Group(table, Text(caption), *(Text(line) for line in said))

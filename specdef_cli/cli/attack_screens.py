@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from specdef_cli.cli.output import Bar
@@ -18,38 +17,33 @@ if TYPE_CHECKING:
     from specdef_cli.attack.trainer import ProgressEvent
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One thing that an option takes: its spelling, with its usual number, and what it is."""
+Listing = dict[str, list[dict[str, str]]]
+"""What an option takes, by the table: its spelling (``name``), with its usual number, and what it is (``help``)."""
 
-    name: str
-    help: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Everything that ``attack`` can run, by the option that takes it."""
-
-    variants: tuple[Entry, ...]
-    trainings: tuple[Entry, ...]
-    optimizers: tuple[Entry, ...]
-    suites: tuple[Entry, ...]
+_HEADINGS = {
+    "variants": "--variant: what is done to the model first",
+    "trainings": "--training: what is trained: NAME, NAME:SIZE or NAME@NAMES",
+    "optimizers": "--optimizer",
+    "suites": "--suite",
+}
 
 
 def attack_listing() -> Listing:
-    """Read the tables."""
+    """Everything that ``attack`` can run."""
     from specdef_cli.attack.optimizers import OPTIMIZERS
     from specdef_cli.attack.options import load_suite, suite_names
     from specdef_cli.attack.trainings import TRAININGS
     from specdef_cli.attack.variants import VARIANTS
 
-    suites = {name: load_suite(name) for name in suite_names()}
-    return Listing(
-        variants=tuple(Entry(_numbered(row.name, row.factor), row.help) for row in VARIANTS.values()),
-        trainings=tuple(Entry(_numbered(row.name, row.size), row.help) for row in TRAININGS.values()),
-        optimizers=tuple(Entry(row.name, row.help) for row in OPTIMIZERS.values()),
-        suites=tuple(Entry(name, suite.description) for name, suite in suites.items()),
-    )
+    def entry(name: str, number: Factor | None, help: str) -> dict[str, str]:
+        return {"name": name if number is None else f"{name}:{number.default:g}", "help": help}
+
+    return {
+        "variants": [entry(row.name, row.factor, row.help) for row in VARIANTS.values()],
+        "trainings": [entry(row.name, row.size, row.help) for row in TRAININGS.values()],
+        "optimizers": [entry(row.name, None, row.help) for row in OPTIMIZERS.values()],
+        "suites": [entry(name, None, load_suite(name).description) for name in suite_names()],
+    }
 
 
 def listing_tables(listing: Listing) -> Iterable[Table | str]:
@@ -57,24 +51,14 @@ def listing_tables(listing: Listing) -> Iterable[Table | str]:
     from rich.table import Table
     from rich.text import Text
 
-    headings = (
-        ("--variant", "what is done to the model first", listing.variants),
-        ("--training", "what is trained: NAME, NAME:SIZE or NAME@NAMES", listing.trainings),
-        ("--optimizer", "", listing.optimizers),
-        ("--suite", "", listing.suites),
-    )
-    for flag, words, entries in headings:
+    for key, entries in listing.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         for entry in entries:
-            table.add_row(Text(f"  {entry.name}"), Text(entry.help))
-        yield f"{flag}: {words}" if words else flag
+            table.add_row(Text(f"  {entry['name']}"), Text(entry["help"]))
+        yield _HEADINGS[key]
         yield table
         yield ""
-
-
-def _numbered(name: str, number: Factor | None) -> str:
-    return name if number is None else f"{name}:{number.default:g}"
 
 
 def plan_screen(forecast: Forecast) -> Group:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.certify.options import CertifyOptions
+from specdef_cli.certify import CertifyOptions
 from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
 from specdef_cli.option import Source, option
@@ -154,7 +154,7 @@ def verify_certificate_command(
     from rich.table import Table
     from rich.text import Text
 
-    from specdef_cli.certify.options import require_certificate
+    from specdef_cli.certify import require_certificate
     from specdef_cli.checkpoint.check import require_model
     from specdef_cli.report.document import require_report
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from specdef_cli.checkpoint.check import require_not_hardened
+from specdef_cli.checkpoint.manifest import FoldedPair, ScaledModule
 from specdef_cli.checkpoint.output import require_manifest_place, require_usable
 from specdef_cli.cli.inspect import summary_lines
 from specdef_cli.cli.options import Model, Upload, takes
-from specdef_cli.cli.output import Output
+from specdef_cli.cli.output import Output, table_of
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
 from specdef_cli.option import flag_of, option, options_of
 from specdef_cli.process import prefer_huge_pages
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from rich.console import Group
-    from rich.table import Table
+    from rich.console import Group, RenderableType
 
-    from specdef_cli.checkpoint.manifest import FoldedPair, ScaledModule
     from specdef_cli.hardening.run import HardenResult
+
+Kinded = TypeVar("Kinded", FoldedPair, ScaledModule)
 
 
 @dataclass(frozen=True)
@@ -129,62 +130,42 @@ def result_tables(result: HardenResult) -> Group:
         verified = "outputs bit-identical to the base's"
     else:
         verified = f"outputs within {figures['relative']:.1e} of the base's"
-    table = layer_table(last="error")
-    for layer in manifest.factored:
-        table.add_row(
-            layer.module,
-            f"{layer.out_features}×{layer.in_features}",
-            f"{layer.alpha:g}",
-            f"{layer.singular_values[0]:.4g}",
-            f"{layer.singular_values[0] * layer.alpha:.4g}",
-            f"{layer.reconstruction_error:.1e}",
-        )
-    headline = f"{result.out}: {manifest.method}, adds {result.parameters_added:,} parameters; {verified}"
-    tables = [table] if manifest.factored else []
-    tables += [pairs_table(manifest.folded)] if manifest.folded else []
-    tables += [scaled_table(manifest.scaled)] if manifest.scaled else []
-    return Group(headline, *tables)
+    parts: list[RenderableType] = [
+        f"{result.out}: {manifest.method}, adds {result.parameters_added:,} parameters; {verified}"
+    ]
+    if manifest.factored:
+        layers = table_of("layer", "shape", "α", "σ₁ before", "σ₁ after", "error")
+        for layer in manifest.factored:
+            sigma = layer.singular_values[0]
+            layers.add_row(
+                layer.module,
+                f"{layer.out_features}×{layer.in_features}",
+                f"{layer.alpha:g}",
+                *(f"{value:.4g}" for value in (sigma, sigma * layer.alpha)),
+                f"{layer.reconstruction_error:.1e}",
+            )
+        parts.append(layers)
+    if manifest.folded:
+        pairs = table_of("symmetric pairs", "count", "channels", "factors")
+        for kind, folded in _by_kind(manifest.folded):
+            channels = sum(len(pair.channels) for pair in folded)
+            powers = _powers(exponent for pair in folded for exponent in pair.exponents)
+            pairs.add_row(kind.replace("_", "/"), str(len(folded)), str(channels), powers)
+        parts.append(pairs)
+    if manifest.scaled:
+        modules = table_of("scaled modules", "count", "factors")
+        for kind, scaled in _by_kind(manifest.scaled):
+            sides = [side for module in scaled for side in module.scales.values()]
+            modules.add_row(kind, str(len(scaled)), _powers(value for side in sides for value in side.exponents))
+        parts.append(modules)
+    return Group(*parts)
 
 
-def layer_table(last: str) -> Table:
-    """An empty table of replaced layers and their σ₁."""
-    from rich.table import Table
-
-    table = Table("layer")
-    table.columns[0].no_wrap = True
-    for heading in ("shape", "α", "σ₁ before", "σ₁ after", last):
-        table.add_column(heading, justify="right")
-    return table
+def _by_kind(changed: Sequence[Kinded]) -> Iterator[tuple[str, list[Kinded]]]:
+    for kind in dict.fromkeys(each.kind for each in changed):
+        yield kind, [each for each in changed if each.kind == kind]
 
 
-def pairs_table(pairs: Sequence[FoldedPair]) -> Table:
-    """Rescaled pairs by kind: how many, and by which powers of two. ``--json`` lists every one."""
-    from rich.table import Table
-
-    table = Table("symmetric pairs")
-    for heading in ("count", "channels", "factors"):
-        table.add_column(heading, justify="right")
-    for kind in dict.fromkeys(pair.kind for pair in pairs):
-        alike = [pair for pair in pairs if pair.kind == kind]
-        exponents = [exponent for pair in alike for exponent in pair.exponents]
-        table.add_row(
-            kind.replace("_", "/"),
-            str(len(alike)),
-            str(sum(len(pair.channels) for pair in alike)),
-            f"2^{min(exponents)} to 2^{max(exponents)}",
-        )
-    return table
-
-
-def scaled_table(modules: Sequence[ScaledModule]) -> Table:
-    """Scaled modules by kind: how many, and by which powers of two. ``--json`` lists every one."""
-    from rich.table import Table
-
-    table = Table("scaled modules")
-    for heading in ("count", "factors"):
-        table.add_column(heading, justify="right")
-    for kind in dict.fromkeys(module.kind for module in modules):
-        alike = [module for module in modules if module.kind == kind]
-        exponents = [value for module in alike for side in module.scales.values() for value in side.exponents]
-        table.add_row(kind, str(len(alike)), f"2^{min(exponents)} to 2^{max(exponents)}")
-    return table
+def _powers(exponents: Iterable[int]) -> str:
+    found = list(exponents)
+    return f"2^{min(found)} to 2^{max(found)}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from specdef_cli.checkpoint.check import require_model
 from specdef_cli.cli.options import Model, takes
-from specdef_cli.cli.output import Output
+from specdef_cli.cli.output import Output, table_of
 from specdef_cli.option import Source, option
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def survey_summary(found: Survey) -> Group:
     """One screen: what the model is made of, what each method would do and cost, and what to do."""
     from rich.console import Group
     from rich.filesize import decimal
-    from rich.table import Table
+
+    from specdef_cli.hardening.plan import within_block
 
     shown = [found.recognised.sentence] if found.recognised.sentence else []
     state = f"hardened ({found.manifest.method})" if found.manifest else "not hardened"
@@ -76,10 +77,11 @@ def survey_summary(found: Survey) -> Group:
         f"{found.model.name}: {found.architecture}, {found.parameters:,} parameters, {decimal(found.nbytes)} in "
         f"{dtypes}, {state}"
     )
-    table = Table("linear layers")
-    for heading in ("count", "shape", "parameters", "σ₁"):
-        table.add_column(heading, justify="right")
-    for name, layers in by_name(found.layers).items():
+    table = table_of("linear layers", "count", "shape", "parameters", "σ₁")
+    named: dict[str, list[LayerSurvey]] = {}
+    for layer in found.layers:
+        named.setdefault(within_block(layer.module), []).append(layer)
+    for name, layers in named.items():
         shapes = dict.fromkeys(f"{layer.out_features}×{layer.in_features}" for layer in layers)
         sigmas = [layer.sigma for layer in layers if layer.sigma is not None]
         table.add_row(
@@ -97,16 +99,6 @@ def survey_summary(found: Survey) -> Group:
     if found.outlook is not None:
         return Group(headline, table, "", *outlook_lines(found.outlook))
     return Group(headline, table, "", *_hardened_lines(found))
-
-
-def by_name(layers: Sequence[LayerSurvey]) -> dict[str, list[LayerSurvey]]:
-    """Layers by their name within a block, in order."""
-    from specdef_cli.hardening.plan import within_block
-
-    found: dict[str, list[LayerSurvey]] = {}
-    for layer in layers:
-        found.setdefault(within_block(layer.module), []).append(layer)
-    return found
 
 
 def _hardened_lines(found: Survey) -> Iterable[str]:
@@ -127,13 +119,9 @@ def _hardened_lines(found: Survey) -> Iterable[str]:
 
 def layers_table(found: Survey) -> Table:
     """Every linear layer; those that the paper's construction takes by default are marked."""
-    from rich.table import Table
-
-    table = Table(caption="•: writes to the residual stream; the paper hardens these", caption_justify="left")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("")
-    for heading in ("shape", "dtype", "σ₁", "effective rank", "α", "m² of a compensation"):
-        table.add_column(heading, justify="right")
+    headings = ("", "shape", "dtype", "σ₁", "effective rank", "α", "m² of a compensation")
+    marks = "•: writes to the residual stream; the paper hardens these"
+    table = table_of("layer", *headings, caption=marks, caption_justify="left")
     for layer in found.layers:
         table.add_row(
             layer.module,

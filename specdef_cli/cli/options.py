@@ -48,7 +48,7 @@ def takes(*models: type, without: tuple[str, ...] = ()) -> Callable[[Command], C
             name: _parameter(field, get_type_hints(model)[name])
             for model in (*models, *made.values())
             for name, field in options_of(model).items()
-            if name not in without
+            if model not in models or name not in without
         }
 
         @functools.wraps(command)
@@ -194,19 +194,12 @@ def _default(parameter: Any, ctx: Any) -> str:
 
 def _write_row(formatter: Any, flags: str, text: str) -> None:
     """Write flags and text on one line if they fit, else the text below, behind the column of flags."""
-    indent = formatter.current_indent
-    column = indent + WIDEST_FLAG + 2
-    lines = textwrap.wrap(text, formatter.width - column, break_on_hyphens=False)
-    head = f"{'':>{indent}}{flags}"
-    if len(head) + 2 > column:
-        if len(head) + 2 + len(text) <= formatter.width:  # the column is left for a line that would not fit otherwise
-            formatter.write(f"{head}  {text}\n")
-            return
-        for part in textwrap.wrap(
-            flags, formatter.width, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False
-        ):
-            formatter.write(f"{part}\n")
+    indent = " " * formatter.current_indent
+    column = " " * (len(indent) + WIDEST_FLAG + 2)
+    fill = functools.partial(textwrap.fill, width=formatter.width, subsequent_indent=column, break_on_hyphens=False)
+    head = f"{indent}{flags}  "
+    if len(head) <= len(column) or len(head + text) <= formatter.width:
+        formatter.write(fill(text, initial_indent=head.ljust(len(column))) + "\n")
     else:
-        formatter.write(f"{head:<{column}}{lines.pop(0)}\n")
-    for line in lines:
-        formatter.write(f"{'':>{column}}{line}\n")
+        formatter.write(fill(flags, initial_indent=indent, subsequent_indent=indent) + "\n")
+        formatter.write(fill(text, initial_indent=column) + "\n")

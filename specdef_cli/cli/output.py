@@ -20,12 +20,23 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from specdef_cli.errors import SpecDefError, printable, redact
 from specdef_cli.option import option
 from specdef_cli.process import forget_stale_launcher
 
 PIPED_WIDTH = 160
+
+
+def table_of(names: str, *numbers: str, **options: Any) -> Table:
+    """A table whose first column holds names, and the others numbers."""
+    table = Table(**options)
+    table.add_column(names, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
+
 
 DAY = 24 * 3600
 """Seconds over which speed is averaged: a single step may take longer than the half minute that is usual."""

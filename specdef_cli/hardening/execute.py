@@ -24,7 +24,7 @@ from specdef_cli.checkpoint.output import check_output, discard, exclusive, prep
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.shards import TensorGroup, assign_shards, plan_shards, shard_header, shard_index
 from specdef_cli.checkpoint.stream import Progress, read_record, write_shards
-from specdef_cli.errors import ResumableError, SpecDefError
+from specdef_cli.errors import ResumableError, SpecDefError, WrongUsage
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.model.loading import process_state
 
@@ -113,12 +113,15 @@ def compute_devices(device: str | None, state: PartialState) -> tuple[torch.devi
     """
     devices: tuple[torch.device, ...]
     if device is not None:
+        hint = f"Use --device {'cpu or cuda' if torch.cuda.is_available() else 'cpu'}."
         try:
             devices = (torch.device(device),)
+        except RuntimeError as error:
+            raise WrongUsage(f"device {device!r} is unknown", hint) from error
+        try:
             torch.empty(1, device=devices[0]).item()  # the meta device holds no values
         except (RuntimeError, AssertionError) as error:
-            there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
-            raise SpecDefError(f"device {device!r} is not available here", f"Use --device {there}.") from error
+            raise SpecDefError(f"device {device!r} is not available here", hint) from error
     elif state.num_processes > 1:
         devices = (state.device,)
     elif torch.cuda.is_available():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -43,40 +42,21 @@ NormsOf = Callable[[Side], Tensor]
 """The squared norm of each channel's slices on one side of a pair, shape [channels]."""
 
 
-@dataclass(frozen=True)
-class Raised:
-    """The channels of a pair that are raised.
-
-    Attributes:
-        exponents: log2 of their factors.
-        given_up: Share of what the pair's readers put out, as energy, that a format loses which loses the channels;
-            ``None`` where only the weights are known.
-    """
-
-    channels: tuple[int, ...]
-    exponents: tuple[int, ...]
-    given_up: float | None
-
-
 def raise_pairs(
-    checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], activations: Activations | None, dtype: str | None
+    checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], activations: Activations, dtype: str | None
 ) -> tuple[FoldedPair, ...]:
-    """Fold every pair in one direction, on what can best be lost."""
+    """Fold every pair in one direction, on what can best be lost; without activations, the weights alone choose."""
     used = [pair for pair in pairs if pair.channels > 1]
     require_dtypes(checkpoint, used, dtype)
     norms = partial(channel_norms, checkpoint)
-    if activations is not None and activations.drowned:
-        found = [(pair, raise_within_blocks(pair, activations, norms, BLOCK_LOSS / len(used))) for pair in used]
+    if activations.drowned:
+        found = (raise_within_blocks(pair, activations, norms, BLOCK_LOSS / len(used)) for pair in used)
     else:
-        found = [(pair, raise_pair(pair, activations, EXPONENT, norms)) for pair in used]
-    return tuple(
-        folded_pair(pair, raised.channels, raised.exponents, raised.given_up)
-        for pair, raised in found
-        if raised is not None
-    )
+        found = (raise_pair(pair, activations, EXPONENT, norms) for pair in used)
+    return tuple(pair for pair in found if pair is not None)
 
 
-def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: int, norms: NormsOf) -> Raised | None:
+def raise_pair(pair: SymmetricPair, activations: Activations, exponent: int, norms: NormsOf) -> FoldedPair | None:
     """Choose the channel whose loss costs least, of those that take 2^exponent; else of those that take most.
 
     Returns:
@@ -84,8 +64,7 @@ def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: i
     """
     costs = energies(pair, activations, norms)
     allowed = torch.full_like(costs, exponent)
-    if activations is not None:
-        allowed = allowed.minimum(_room(pair, activations))
+    allowed = allowed.minimum(_room(pair, activations))
     allowed = torch.where(costs > 0, allowed, -math.inf)
     best = allowed.max()
     if best < LOWEST_EXPONENT:
@@ -99,10 +78,12 @@ def raise_pair(pair: SymmetricPair, activations: Activations | None, exponent: i
         chosen = [int(torch.where(allowed == best, costs, math.inf).argmin())]
     lost = 0.0 if rows_alone else float(costs[chosen].sum() / costs.sum())
     exponents = tuple(int(allowed[channel]) for channel in chosen)
-    return Raised(tuple(chosen), exponents, None if activations is None else lost)
+    return folded_pair(pair, chosen, exponents, lost if activations.outputs else None)
 
 
-def raise_within_blocks(pair: SymmetricPair, activations: Activations, norms: NormsOf, loss: float) -> Raised | None:
+def raise_within_blocks(
+    pair: SymmetricPair, activations: Activations, norms: NormsOf, loss: float
+) -> FoldedPair | None:
     """Choose what becomes largest beside its neighbours while the blocks of its readers lose no more than ``loss``.
 
     Returns:
@@ -125,7 +106,7 @@ def raise_within_blocks(pair: SymmetricPair, activations: Activations, norms: No
         return None
     best = int(torch.where(allowed, mean_square * 4.0**exponents, -1).argmax())
     row, channel = divmod(best, pair.channels)
-    return Raised((channel,), (row + 1,), float(lost[row, channel]))
+    return folded_pair(pair, (channel,), (row + 1,), float(lost[row, channel]))
 
 
 def _room(pair: SymmetricPair, activations: Activations) -> Tensor:
@@ -133,7 +114,7 @@ def _room(pair: SymmetricPair, activations: Activations) -> Tensor:
     return (LARGEST / largest(pair, activations)).log2().floor()
 
 
-def energies(pair: SymmetricPair, activations: Activations | None, norms: NormsOf) -> Tensor:
+def energies(pair: SymmetricPair, activations: Activations, norms: NormsOf) -> Tensor:
     """What each channel contributes to what the pair's consumers put out, as energy; shape [channels], float64.
 
     E[x²]·‖column‖², summed over the consumers; of queries against keys E[q²]·E[k²]. Where x was not seen, the norm of
@@ -145,8 +126,8 @@ def energies(pair: SymmetricPair, activations: Activations | None, norms: NormsO
         return made * _put_out(readers, activations, norms)
     total = torch.zeros(pair.channels, dtype=torch.float64)
     for side in readers:
-        seen = None if activations is None else activations.inputs.get(side.tensor)
-        if activations is None or seen is None:
+        seen = activations.inputs.get(side.tensor)
+        if seen is None:
             total += made * norms(side).double()
         else:
             energy = seen.mean_square.double() * activations.column_norms[side.tensor]
@@ -167,11 +148,11 @@ def largest(pair: SymmetricPair, activations: Activations) -> Tensor:
     return found
 
 
-def _put_out(sides: Sequence[Side], activations: Activations | None, norms: NormsOf) -> Tensor:
+def _put_out(sides: Sequence[Side], activations: Activations, norms: NormsOf) -> Tensor:
     """Mean square of what passes through each channel, shape [channels]; the norm of its rows where that is not known.
 
     A bias is part of what its linear puts out, and only counts where that is not known.
     """
-    seen = {} if activations is None else activations.outputs
+    seen = activations.outputs
     known = [seen[side.tensor].mean_square[torch.tensor(side.indices)].sum(-1) for side in sides if side.tensor in seen]
     return torch.stack(known or [norms(side) for side in sides]).double().sum(0)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
+from specdef_cli.checkpoint.files import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import FactoredLayer
-from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.reader import SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors

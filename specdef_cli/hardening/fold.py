@@ -27,9 +27,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.headers import TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair, ScaledSlice
-from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError

@@ -14,13 +14,11 @@ from typing import Any, TypeVar
 import torch
 
 from specdef_cli.checkpoint.check import require_modules
-from specdef_cli.checkpoint.headers import SAFETENSORS_DTYPES, TORCH_DTYPES
 from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
-from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.reader import DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import TensorGroup, plain_group
-from specdef_cli.dtypes import DTYPES, dtype_name
-from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.calibration import calibrate, default_text, read_text
+from specdef_cli.errors import SpecDefError, dtype_name
+from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
 from specdef_cli.hardening.card import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
 from specdef_cli.hardening.factors import FactorLayer, factor_layers
@@ -188,7 +186,7 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold, stored: str
     if found.pairs:
         pairs = _select(found.pairs, lambda pair: _pair_names(pair, base.skeleton.names), options)
     if wanted.profile in ("quantizable", "gguf"):
-        activations = None
+        activations = Activations()
         if pairs and not by_weights:
             text = default_text() if wanted.calibration is None else read_text(Path(wanted.calibration))
             exponents = range(1, HIGHEST_IN_BLOCKS + 1) if wanted.profile == "gguf" else ()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES
+from specdef_cli.checkpoint.files import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import Change
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.model.body import Side, SymmetricPair
@@ -135,7 +135,14 @@ def channel_exponents(pair: SymmetricPair, read: Callable[[str], Tensor], *, sam
     """
     found: dict[int, list[Tensor]] = {1: [], -1: []}
     for side in pair.sides:
-        sizes = channel_sizes(side, read(side.tensor), sample=sample)
+        tensor, axis = read(side.tensor), side.axis
+        if side.block is not None:
+            tensor, axis = tensor[side.block], axis - 1
+        index = torch.tensor(side.indices, device=tensor.device)  # [channels, entries]
+        rows = tensor.movedim(axis, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
+        stride = 1 if sample is None else max(1, rows.shape[1] // sample)
+        chosen = rows[:, ::stride][index.flatten()].float().abs()
+        sizes = chosen.reshape(len(side.indices), -1).median(-1).values.cpu()
         if bool((sizes > 0).all()):
             octaves = sizes.log2()
             found[side.power].append(octaves - octaves.median())
@@ -143,18 +150,6 @@ def channel_exponents(pair: SymmetricPair, read: Callable[[str], Tensor], *, sam
         return torch.zeros(pair.channels, dtype=torch.int64)
     multiplied, divided = (torch.stack(found[power]).mean(0) for power in (1, -1))
     return ((multiplied - divided) / 2).round().long()
-
-
-def channel_sizes(side: Side, tensor: Tensor, *, sample: int | None = None) -> Tensor:
-    """The median absolute weight of each channel, shape [channels]."""
-    axis = side.axis
-    if side.block is not None:
-        tensor, axis = tensor[side.block], axis - 1
-    index = torch.tensor(side.indices, device=tensor.device)  # [channels, entries]
-    rows = tensor.movedim(axis, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
-    stride = 1 if sample is None else max(1, rows.shape[1] // sample)
-    chosen = rows[:, ::stride][index.flatten()].float().abs()
-    return chosen.reshape(len(side.indices), -1).median(-1).values.cpu()
 
 
 def _candidates(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, str]]:

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES
+from specdef_cli.checkpoint.files import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
-from specdef_cli.checkpoint.reader import Checkpoint
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import one_thread
 from specdef_cli.errors import SpecDefError
@@ -157,7 +157,7 @@ def scale_modules(
         own = [*module.scales, module.tombstone, *([] if module.tied_to else [module.inflated_tensor])]
         for tensor in filter(None, [*own, module.inflated_bias]):
             wanted[tensor] = f"{module.module}{tensor.removeprefix(module.stem)}"
-    require_findable(skeleton, sites, wanted)
+    require_findable(skeleton, wanted, {site.stem: site.module for site in sites})
     return tuple(modules.values())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TensorHeader
+from specdef_cli.checkpoint.files import FLOATING_DTYPES, TensorHeader
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.resolve import Resolved

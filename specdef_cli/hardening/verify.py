@@ -6,10 +6,12 @@ formula does: names, dtypes, the loader. Both models are loaded one after the ot
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,12 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.checkpoint.files import write_json
 from specdef_cli.checkpoint.manifest import Method
-from specdef_cli.checkpoint.reader import Checkpoint, carry_over
+from specdef_cli.checkpoint.reader import DTYPES, Checkpoint, carry_over
 from specdef_cli.checkpoint.shards import TensorGroup, plan_shards, shard_header
-from specdef_cli.dtypes import DTYPES
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
 from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.model.described import SHIM_SOURCE
+from specdef_cli.model.described import SHIM_SOURCE, is_shim
 from specdef_cli.model.inputs import model_outputs, no_batch
 from specdef_cli.model.loading import new_objects_only, without_progress_bars
 from specdef_cli.model.opened import OpenedModel
@@ -177,10 +178,11 @@ def _outputs(load: Loader, dtype: torch.dtype | None, device: str | None) -> Ten
     return outputs
 
 
-def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[TensorGroup]) -> Any:
-    """The model that a plan would write, on the meta device, and run there if the base runs there.
+def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[TensorGroup]) -> Loader | None:
+    """Load what a plan would write on the meta device; with code, run it there if the base runs there.
 
-    ``None`` of a library that cannot load a model without its weights.
+    Returns:
+        What makes the model of its tensors; ``None`` of a library that cannot load a model without its weights.
     """
     if not base.checkpoint.library.is_transformers:
         return None
@@ -195,13 +197,15 @@ def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[Tens
                 f"the temporary directory {place} cannot be used: {error.strerror or error}",
                 "Free some space there, or set TMPDIR.",
             ) from error
-    found = None if base.skeleton.trial.error else try_out(model).error
+    load = partial(type(model).from_pretrained, None, config=copy.deepcopy(model.config))  # a run writes into a config
+    # A fold runs as its base does: the same class, and tensors of the same shapes.
+    found = None if not is_shim(config) or base.skeleton.trial.error else try_out(model).error
     if found is not None:
         raise SpecDefError(
             f"the hardened model could not be run: {first_line(found)}",
             "Leave layers out (--exclude), or fold instead (--method fold).",
         ) from found
-    return model
+    return load
 
 
 def _write_empty(

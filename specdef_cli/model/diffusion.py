@@ -19,8 +19,8 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES, TORCH_DTYPES, read_headers
-from specdef_cli.checkpoint.reader import read_config
+from specdef_cli.checkpoint.files import FLOATING_DTYPES, read_headers
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, read_config
 from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError, swap
 
 
@@ -79,7 +79,7 @@ class SpecDefDiffusersQuantizer(DiffusersQuantizer):
 
 
 def load_denoiser(
-    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, **kwargs: Any
+    directory: Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None, **kwargs: Any
 ) -> Any:
     """Load a model of diffusers, hardened or not, in evaluation mode.
 
@@ -89,7 +89,7 @@ def load_denoiser(
     """
     import diffusers
 
-    if dtype is None:
+    if dtype in (None, "auto"):
         headers = [header for file in directory.glob("*.safetensors") for header in read_headers(file).values()]
         stored = {TORCH_DTYPES[header.dtype] for header in headers if header.dtype in FLOATING_DTYPES}
         dtype = max(stored, key=lambda dtype: (dtype.itemsize, str(dtype)), default=None)

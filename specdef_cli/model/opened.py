@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +20,8 @@ from typing import Any
 import torch
 
 from specdef_cli.checkpoint.check import hardened_already, no_base, require_undefended
-from specdef_cli.checkpoint.headers import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, is_hardened, manifest_of, no_manifest
+from specdef_cli.checkpoint.files import FLOATING_DTYPES
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, find_manifest, manifest_of, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, base_of, resolve
 from specdef_cli.errors import SpecDefError, first_line
@@ -78,8 +81,20 @@ class OpenedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that change when its weights or its configuration do."""
-        return checkpoint_fingerprint(self.directory, self.manifest)
+        """Sixteen hexadecimal digits that change when its weights or its configuration do.
+
+        A manifest names the hash of every shard; elsewhere names, sizes and times of weight files stand for contents,
+        because to hash tens of gigabytes would cost more than many a run that is looked up by it.
+        """
+        digest = hashlib.sha256()
+        if self.manifest is not None:
+            digest.update(f"{MANIFEST_NAME}\0{self.manifest.to_json()}".encode())
+        digest.update(b"config.json\0" + (self.directory / "config.json").read_bytes())
+        if self.manifest is None:
+            for path in sorted(self.directory.glob("*.safetensors")):
+                stat = path.stat()
+                digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        return digest.hexdigest()[:16]
 
     def here(self) -> OpenedModel:
         """The same by an absolute path; on a machine that lacks it, from the Hub if it was found there."""
@@ -94,6 +109,17 @@ class OpenedModel:
     def load(self, **arguments: Any) -> Any:
         """Load it, as :func:`specdef_cli.model.load_model` does."""
         return load_model(self.directory, trust_remote_code=self.trust_remote_code, **arguments)
+
+    @contextmanager
+    def loaded(self, **arguments: Any) -> Iterator[Any]:
+        """Its model in evaluation mode, without progress bars; its memory is free again afterwards."""
+        with without_progress_bars():
+            model = self.load(**arguments).eval()
+        try:
+            yield model
+        finally:
+            del model
+            gc.collect()
 
     def load_without_weights(self) -> Any:
         """The model on the meta device; one that would lose a tensor is refused."""
@@ -164,11 +190,9 @@ def open_found(
 
 
 def _opened(found: Resolved, hardened: bool | None, manifest: Path | None, trust_remote_code: bool) -> OpenedModel:
-    if hardened is False and (manifest is not None or is_hardened(found.directory)):
+    if hardened is False and (manifest is not None or find_manifest(found.directory) is not None):
         raise hardened_already(found.directory)
-    described = manifest_of(found.directory, manifest)
-    if hardened and described is None:
-        raise no_manifest(found.directory)
+    described = (read_manifest if hardened else manifest_of)(found.directory, manifest)
     checkpoint = open_checkpoint(found.directory)
     if hardened is False:
         if is_shim(checkpoint.config):
@@ -268,23 +292,3 @@ def require_unquantized(checkpoint: Checkpoint) -> None:
             f"{checkpoint.directory} is quantized ({method})",
             "Harden the unquantized checkpoint, and quantize the result.",
         )
-
-
-def checkpoint_fingerprint(directory: Path, manifest: Manifest | None) -> str:
-    """Sixteen hexadecimal digits that change when the weights or the configuration of a checkpoint directory do.
-
-    A manifest names the hash of every shard, so it is enough; elsewhere names, sizes and times of the weight files
-    stand for their contents, because hashing tens of gigabytes to look up a finished run would cost more than many a
-    run.
-    """
-    digest = hashlib.sha256()
-    if manifest is not None:
-        digest.update(f"{MANIFEST_NAME}\0{manifest.to_json()}".encode())
-    config = directory / "config.json"
-    if config.is_file():
-        digest.update(config.name.encode() + b"\0" + config.read_bytes())
-    if manifest is None:
-        for path in sorted(directory.glob("*.safetensors")):
-            stat = path.stat()
-            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return digest.hexdigest()[:16]

@@ -44,11 +44,11 @@ def linear_sites(skeleton: Skeleton) -> tuple[LinearSite, ...]:
     tensors (Mixtral's experts).
     """
     model, names = skeleton.model, skeleton.names
-    roles = _roles(model)
+    roles, head = _roles(model), output_embeddings(model)
     sites = []
     for path, module in skeleton.modules.items():
         # Exactly these: of a subclass (nn.MultiheadAttention's out_proj) the model reads the weight, past its forward.
-        if type(module) not in (nn.Linear, Conv1D) or _is_head(model, path, module):
+        if type(module) not in (nn.Linear, Conv1D) or module is head or is_classifier(model, path):
             continue
         parameter = f"{path}.weight"
         tensor = names.tensor(parameter)
@@ -77,23 +77,13 @@ def require_factorable(skeleton: Skeleton, sites: Sequence[LinearSite]) -> None:
         for part in ("inflated.weight", "compensation.weight", *(("compensation.bias",) if site.bias else ())):
             wanted[f"{site.tensor.removesuffix('.weight')}.{part}"] = f"{site.module}.{part}"
         wanted[site.tensor] = f"{site.module}.weight"
-    found = match_names(skeleton.model, wanted, added=wanted.values()).parameters
-    for tensor, parameter in wanted.items():
-        if found.get(tensor) != parameter:
-            raise SpecDefError(
-                f"transformers would load {tensor} as {found.get(tensor, 'nothing')}, not as {parameter}",
-                "Exclude this layer (--exclude), or fold instead (--method fold).",
-            )
+    stems = {site.tensor.removesuffix(".weight"): site.module for site in sites}
+    require_findable(skeleton, wanted, stems)
 
 
 def writers(model: nn.Module) -> tuple[str, ...]:
     """Module paths of the linears that write to the residual stream: the last of each attention and each MLP."""
     return tuple(_roles(model))
-
-
-def _is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
-    """Whether ``module`` turns hidden states into an output, so that it is what an attacker replaces anyway."""
-    return module is output_embeddings(model) or is_classifier(model, path)
 
 
 def is_classifier(model: nn.Module, path: str) -> bool:
@@ -208,7 +198,10 @@ def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
     transformers merges from or splits into several tensors (Mixtral's experts).
     """
     model, names, tied = skeleton.model, skeleton.names, skeleton.tied
-    embedding = _input_embeddings(model)
+    try:
+        embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:  # raised for models of several inputs: none of them is the input
+        embedding = None
     head = output_embeddings(model)
     looked_up = next((path for path, module in skeleton.modules.items() if module is embedding), "")
     writing = output_norms(model)
@@ -246,13 +239,6 @@ def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
     return tuple(sites)
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    try:
-        return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    except NotImplementedError:  # raised for models of several inputs: none of them is the input
-        return None
-
-
 def _kind(
     model: nn.Module, path: str, module: nn.Module, embedding: nn.Module | None, head: nn.Module | None
 ) -> ScaledKind | None:
@@ -270,17 +256,18 @@ def _kind(
     return None
 
 
-def require_findable(skeleton: Skeleton, sites: Sequence[ScalableSite], wanted: Mapping[str, str]) -> None:
+def require_findable(skeleton: Skeleton, wanted: Mapping[str, str], stems: Mapping[str, str]) -> None:
     """Check that transformers will find the new tensors under the names that are written.
 
     Args:
         wanted: Tensor name on disk → the parameter that it must become.
+        stems: What a module's tensors on disk begin with → the module.
     """
-    found = match_names(skeleton.model, wanted, added=wanted.values())
+    found = match_names(skeleton.model, wanted, added=wanted.values()).parameters
     for tensor, parameter in wanted.items():
-        if found.parameters.get(tensor) != parameter:
-            module = next((site.module for site in sites if tensor.startswith(f"{site.stem}.")), tensor)
+        if found.get(tensor) != parameter:
+            module = next((module for stem, module in stems.items() if tensor.startswith(f"{stem}.")), tensor)
             raise SpecDefError(
-                f"transformers would load {tensor} as {found.parameters.get(tensor, 'nothing')}, not as {parameter}",
+                f"transformers would load {tensor} as {found.get(tensor, 'nothing')}, not as {parameter}",
                 f"--exclude '{module}', or fold instead (--method fold).",
             )

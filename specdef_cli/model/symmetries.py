@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,18 +39,13 @@ class _Heads:
     dim: int
     fused: Literal["stacked", "per_head"] | None
 
-    def query_row(self, head: int, offset: int) -> int:
-        return head * (3 * self.dim if self.fused == "per_head" else self.dim) + offset
-
-    def key_row(self, head: int, offset: int) -> int:
+    def row(self, part: Literal["query", "key", "value"], head: int, offset: int) -> int:
+        """Of a dimension of a head, the row of the projection that the part has, or shares with others."""
+        place = ("query", "key", "value").index(part)
         if self.fused == "per_head":
-            return (3 * head + 1) * self.dim + offset
-        return (self.queries * self.dim if self.fused else 0) + head * self.dim + offset
-
-    def value_row(self, head: int, offset: int) -> int:
-        if self.fused == "per_head":
-            return (3 * head + 2) * self.dim + offset
-        return ((self.queries + self.keys) * self.dim if self.fused else 0) + head * self.dim + offset
+            return (3 * head + place) * self.dim + offset
+        before = (0, self.queries, self.queries + self.keys)[place] if self.fused else 0
+        return (before + head) * self.dim + offset
 
     def group(self, key_head: int) -> range:
         """The query heads that attend with a key head."""
@@ -68,7 +64,7 @@ def value_output(body: Body, block: str, layer: Attention) -> Found:
     module = join(block, layer.path)
     heads = _heads(body, module, layer)
     channels = [(head, offset) for head in range(heads.keys) for offset in range(heads.dim)]
-    values = tuple((heads.value_row(head, offset),) for head, offset in channels)
+    values = tuple((heads.row("value", head, offset),) for head, offset in channels)
     outputs = tuple(tuple(query * heads.dim + offset for query in heads.group(head)) for head, offset in channels)
     sides = (
         *body.rows(join(module, layer.value), values, 1),
@@ -92,7 +88,9 @@ def query_key(body: Body, block: str, layer: Attention) -> Found:
     if _clips(body, layer):
         return
     heads = _heads(body, module, layer)
-    rotated = _rotated_dimensions(body) if layer.rope else 0
+    rotated = 0
+    if layer.rope:  # two channels of a head for each frequency that the model keeps
+        rotated = 2 * body.module.get_submodule("rotary_emb").get_buffer("inv_freq").numel()
     planes = [(offset, offset + rotated // 2) for offset in range(rotated // 2)]
     free = [(offset,) for offset in range(rotated, heads.dim)]
     for suffix, offsets in (("query_key", planes), ("query_key_unrotated" if rotated else "query_key", free)):
@@ -104,12 +102,12 @@ def query_key(body: Body, block: str, layer: Attention) -> Found:
             keys: Indices = queries
         else:
             queries = tuple(
-                tuple(heads.query_row(query, offset) for query in heads.group(head) for offset in plane)
+                tuple(heads.row("query", query, offset) for query in heads.group(head) for offset in plane)
                 for head in range(heads.keys)
                 for plane in offsets
             )
             keys = tuple(
-                tuple(heads.key_row(head, offset) for offset in plane)
+                tuple(heads.row("key", head, offset) for offset in plane)
                 for head in range(heads.keys)
                 for plane in offsets
             )
@@ -132,12 +130,6 @@ def _heads(body: Body, module: str, layer: Attention) -> _Heads:
     if layer.fused is None:
         keys = body.out_features(join(module, layer.key)) // dim
     return _Heads(queries, keys, dim, layer.fused)
-
-
-def _rotated_dimensions(body: Body) -> int:
-    """How many channels of a head RoPE rotates: two for each frequency that the model keeps."""
-    frequencies = body.module.get_submodule("rotary_emb").get_buffer("inv_freq")
-    return 2 * int(frequencies.numel())
 
 
 def symmetries(skeleton: Skeleton) -> Symmetries:
@@ -170,7 +162,8 @@ def _in_body(body: Body) -> Found:
         for block in body.blocks(stack):
             for layer in body.sublayers(stack, block):
                 yield from _in_sublayer(body, block, layer)
-            for norm in norms_of(body, stack, block):
+            norms = (layer.norm for layer in body.sublayers(stack, block) if layer.norm is not None)
+            for norm in dict.fromkeys(norms):
                 yield from _attempt("norm_readers", norm_readers(body, stack, block, norm))
     for stack in body.family.stacks:
         yield from _attempt("norm_readers", final_norm(body, stack))
@@ -201,8 +194,7 @@ def _attempt(kind: PairKind, search: Found) -> Found:
     """What a search finds; where it misses a tensor on disk, a note on that in the place of its pairs."""
     found: list[SymmetricPair | Unpaired] = []
     try:
-        for part in search:
-            found.append(part)
+        found.extend(search)
     except NotOnDisk as missing:
         found = [part for part in found if isinstance(part, Unpaired)]
         parameter = generic(str(missing))
@@ -239,11 +231,6 @@ def _parts(layer: Attention | Mlp | Experts) -> list[str]:
     return [join(layer.path, part) for part in (layer.gate, layer.up, layer.down) if part]
 
 
-def norms_of(body: Body, stack: Stack, block: str) -> list[str]:
-    """The norms that a block's sublayers read, relative to the block."""
-    return list(dict.fromkeys(layer.norm for layer in body.sublayers(stack, block) if layer.norm is not None))
-
-
 def norm_readers(body: Body, stack: Stack, block: str, norm: str) -> Found:
     """gain → D gain (and bias), every linear that reads the norm → W D⁻¹."""
     module = join(block, norm)
@@ -251,18 +238,17 @@ def norm_readers(body: Body, stack: Stack, block: str, norm: str) -> Found:
     if obstacle is not None:
         yield obstacle
         return
-    width = _width(body, module)
-    sides = body.rows(module, singles(width), 1)
-    for layer in body.sublayers(stack, block):
-        if layer.norm == norm:
-            sides += _reading(body, block, layer)
-    yield SymmetricPair(join(module, "norm_readers"), "norm_readers", width, tuple(sides))
+    layers = (layer for layer in body.sublayers(stack, block) if layer.norm == norm)
+    yield _norm_pair(body, module, (side for layer in layers for side in _reading(body, block, layer)))
 
 
 def final_norm(body: Body, stack: Stack) -> Found:
     """The norm after the last block, and what reads it: the head, or every cross-attention of the decoder."""
-    path = _final_norm_path(body, stack)
-    if path is None or path not in body.skeleton.modules:
+    if stack.final_norm is not None:
+        path = join(body.path, stack.final_norm)
+    else:
+        path = next((join(block, body.family.output_norms[-1]) for block in reversed(body.blocks(stack))), "")
+    if path not in body.skeleton.modules or not path:
         return
     obstacle = _gain_obstacle(body)
     if obstacle is not None:
@@ -272,11 +258,7 @@ def final_norm(body: Body, stack: Stack) -> Found:
     if not readers:
         yield Unpaired("norm_readers", f"{path} has no pair: {reason}.")
         return
-    width = _width(body, path)
-    sides = body.rows(path, singles(width), 1)
-    for reader in readers:
-        sides += body.columns(reader, singles(width), -1)
-    yield SymmetricPair(join(path, "norm_readers"), "norm_readers", width, tuple(sides))
+    yield _norm_pair(body, path, (side for reader in readers for side in _columns(body, reader)))
 
 
 def masked_head_norm(body: Body) -> Found:
@@ -295,9 +277,7 @@ def masked_head_norm(body: Body) -> Found:
     if body.is_tied(decoder):
         yield Unpaired("norm_readers", f"{norm} has no pair: {decoder} is tied to the embeddings.")
         return
-    width = body.in_features(decoder)
-    sides = (*body.rows(norm, singles(width), 1), *body.columns(decoder, singles(width), -1))
-    yield SymmetricPair(join(norm, "norm_readers"), "norm_readers", width, sides)
+    yield _norm_pair(body, norm, _columns(body, decoder))
 
 
 def _gain_obstacle(body: Body) -> Unpaired | None:
@@ -310,8 +290,15 @@ def _gain_obstacle(body: Body) -> Unpaired | None:
     return None
 
 
-def _width(body: Body, norm: str) -> int:
-    return int(body.skeleton.parameters[f"{norm}.weight"].shape[0])
+def _norm_pair(body: Body, norm: str, readers: Iterable[Side]) -> SymmetricPair:
+    width = int(body.skeleton.parameters[f"{norm}.weight"].shape[0])
+    sides = (*body.rows(norm, singles(width), 1), *readers)
+    return SymmetricPair(join(norm, "norm_readers"), "norm_readers", width, sides)
+
+
+def _columns(body: Body, linear: str) -> list[Side]:
+    """How a linear reads all of its channels."""
+    return body.columns(linear, singles(body.in_features(linear)), -1)
 
 
 def _reading(body: Body, block: str, layer: Attention | Mlp | Experts) -> list[Side]:
@@ -322,11 +309,7 @@ def _reading(body: Body, block: str, layer: Attention | Mlp | Experts) -> list[S
         parts = [layer.gate, layer.up] if layer.gate else [layer.up]
     else:
         return _experts_reading(body, block, layer)
-    sides: list[Side] = []
-    for part in dict.fromkeys(parts):
-        linear = join(block, layer.path, part)
-        sides += body.columns(linear, singles(body.in_features(linear)), -1)
-    return sides
+    return [side for part in dict.fromkeys(parts) for side in _columns(body, join(block, layer.path, part))]
 
 
 def _experts_reading(body: Body, block: str, layer: Experts) -> list[Side]:
@@ -343,13 +326,6 @@ def _experts_reading(body: Body, block: str, layer: Experts) -> list[Side]:
     if layer.shared is not None:
         sides += _reading(body, block, layer.shared)
     return sides
-
-
-def _final_norm_path(body: Body, stack: Stack) -> str | None:
-    if stack.final_norm is not None:
-        return join(body.path, stack.final_norm)
-    blocks = body.blocks(stack)
-    return join(blocks[-1], body.family.output_norms[-1]) if blocks else None
 
 
 def _final_readers(body: Body, stack: Stack) -> tuple[list[str], str]:

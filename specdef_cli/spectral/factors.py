@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdef_cli.dtypes import dtype_name
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, dtype_name
 from specdef_cli.spectral import Gauge
 from specdef_cli.spectral.subspace import product, row_blocks, transposed_product
 

@@ -29,10 +29,11 @@ from specdef_cli.checkpoint.manifest import (
     Manifest,
     ScaledSlice,
 )
+from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import Recognised
-from specdef_cli.model.opened import checkpoint_fingerprint
+from specdef_cli.model.opened import OpenedModel
 
 LAYER = FactoredLayer("a", "a.weight", 4, 4, None, False, 1e4, 1, "rotated", (1.0,), 0.0)
 FACTORS = Manifest(FORMAT_VERSION, "0", "factors", BaseCheckpoint("base"), "float32", 0, factored=(LAYER,))
@@ -190,10 +191,10 @@ def test_equal_runs_have_one_identity() -> None:
 def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = checkpoint_fingerprint(tmp_path, None)
-    assert checkpoint_fingerprint(tmp_path, None) == before
+    one, same, other = (OpenedModel(Resolved(tmp_path, "model"), None) for _ in range(3))  # type: ignore[arg-type]
+    assert one.fingerprint == same.fingerprint
     (tmp_path / "model.safetensors").write_bytes(b"22")
-    assert checkpoint_fingerprint(tmp_path, None) != before
+    assert one.fingerprint != other.fingerprint
 
 
 @pytest.mark.parametrize(

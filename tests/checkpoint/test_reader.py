@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from specdef_cli.checkpoint.headers import TORCH_DTYPES, read_headers
-from specdef_cli.checkpoint.reader import INDEX_FILE, open_checkpoint
+from specdef_cli.checkpoint.files import DTYPE_BYTES, read_headers
+from specdef_cli.checkpoint.reader import INDEX_FILE, TORCH_DTYPES, open_checkpoint
 from specdef_cli.errors import ResumableError, SpecDefError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]
@@ -395,3 +395,7 @@ def test_reading_changes_nothing(make: Callable[[Path], Path], tmp_path: Path) -
     for name in checkpoint.tensors:
         checkpoint.read(name)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_the_bytes_of_a_dtype_are_torch_s() -> None:
+    assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == DTYPE_BYTES

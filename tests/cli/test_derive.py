@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.certify.options import CertifyOptions
+from specdef_cli.certify import CertifyOptions
 from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
 from specdef_cli.hardening.options import Factors, Fold, HardenOptions, Scale

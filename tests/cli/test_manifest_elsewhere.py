@@ -44,8 +44,9 @@ def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_pa
     assert told["manifest"]["folded"] == json.loads(manifest.read_text())["folded"]
 
     # The base comes from the manifest, and the report is of these weights to certify too.
-    attacked = call_cli("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", *SMALL)
+    attacked = call_cli("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", "--card", *SMALL)
     assert attacked.code == 0, attacked.stderr
+    assert "### Attacks" in (out / "README.md").read_text()
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{number % 90 + 3}" for number in range(3000)))
     certified = call_cli(

@@ -29,7 +29,7 @@ from tests.hardening.mutations import (
     spoiled,
     tensor,
 )
-from tests.hardening.test_fuzz import MUTATIONS, ODD_VALUES
+from tests.hardening.test_fuzz import MUTATIONS, ODD_VALUES, run_many
 from tests.hardening.test_refusals import INPUTS
 
 INFLATED = "model.layers.0.mlp.down_proj.inflated.weight"
@@ -245,6 +245,7 @@ def test_a_report_that_is_none(
     assert_refused(call_cli("certify", hardened, *options), "changed.json", "specdef attack", empty=outside)
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_weights_that_became_nan_fail_the_certificate(
     report: Path, hardened: Path, llama: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -288,18 +289,6 @@ def check_spoiled_base(model: Path, where: Path, mutation: Any, seed: int) -> No
     assert not loading["mismatched_keys"]
     report = json.loads((where / "out" / "report.json").read_text())
     assert math.isfinite(report["runs"][0]["loss"]["start"])
-
-
-def run_many(model: Path, tmp_path: Path, mutation: Any, seeds: range, check: Callable[..., None]) -> None:
-    for seed in seeds:
-        where = tmp_path / str(seed)
-        where.mkdir()
-        try:
-            check(model, where, mutation, seed)
-        except Exception as error:
-            error.add_note(f"seed {seed} of {mutation.__name__}; the directory is {where}")
-            raise
-        shutil.rmtree(where)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)

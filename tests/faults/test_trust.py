@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -111,40 +109,3 @@ def test_no_token_is_written_down(llama: Path, text: Path, tmp_path: Path, monke
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 20
     assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
-
-
-class Page(HTMLParser):
-    """Tags and their attributes, and the text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_names_are_text_in_the_report(
-    hardened: Path, tiny_model: Callable[..., Path], text: Path, tmp_path: Path
-) -> None:
-    """Of the model, the control and the data; the directories are called what an attacker would call them."""
-    nasty = "<img src=x onerror=alert(1)>&\"'[red]"
-    model = copied(hardened, tmp_path / f"model {nasty}")
-    control = copied(tiny_model("llama"), tmp_path / f"control {nasty}")
-    data = tmp_path / f"data {nasty}.txt"
-    data.write_text(text.read_text())
-    out = tmp_path / "out"
-    result = call_cli("attack", model, "--control", control, "--dataset", data, *SMALL, "--out", out)
-    assert result.code == 0, result.stderr
-    page = Page()
-    page.feed((out / "report.html").read_text())
-    for shown in (model, control, data):
-        assert str(shown) in page.text
-    for tag, attributes in page.tags:
-        assert tag != "script"
-        assert not any(name.startswith("on") for name in attributes)
-        assert tag != "img" or (attributes["src"] or "").startswith("data:image/png;base64,")

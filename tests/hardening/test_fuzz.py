@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +157,14 @@ def check(model: Path, where: Path, mutation: Callable[[Path, random.Random], No
     return True
 
 
-def run_many(model: Path, tmp_path: Path, mutation: Any, seeds: range, method: str) -> None:
+def run_many(model: Path, tmp_path: Path, mutation: Any, seeds: range, check: Callable[..., object]) -> None:
     for seed in seeds:
         where = tmp_path / str(seed)
         where.mkdir()
         try:
-            check(model, where, mutation, seed, method)
+            check(model, where, mutation, seed)
         except Exception as error:
-            error.add_note(f"seed {seed} of {mutation.__name__}, --method {method}; the directory is {where}")
+            error.add_note(f"seed {seed} of {mutation.__name__}; the directory is {where}")
             raise
         shutil.rmtree(where)
 
@@ -171,14 +172,14 @@ def run_many(model: Path, tmp_path: Path, mutation: Any, seeds: range, method: s
 @pytest.mark.parametrize("method", ["factors", "fold"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_no_traceback_and_no_silent_success(mutation: Any, method: str, llama: Path, tmp_path: Path) -> None:
-    run_many(llama, tmp_path, mutation, range(5), method)
+    run_many(llama, tmp_path, mutation, range(5), partial(check, method=method))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["factors", "fold"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_many_more(mutation: Any, method: str, llama: Path, tmp_path: Path) -> None:
-    run_many(llama, tmp_path, mutation, range(5, 150), method)
+    run_many(llama, tmp_path, mutation, range(5, 150), partial(check, method=method))
 
 
 # --- hardened directories --------------------------------------------------------------------------------------------

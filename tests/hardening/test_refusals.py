@@ -136,8 +136,8 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "an unknown dtype": (config(dtype="float12"), ("float12",)),
     "a dtype of numbers": (config(dtype=16), ("cannot be built from this config.json",)),
     "a dtype of eight bits": (config(dtype="float8_e4m3fn"), ("Float8_e4m3fn",)),
-    "an architecture in words": (config(architectures="LlamaForCausalLM"), ("no architecture 'L'",)),
-    "an architecture that is a function": (config(architectures=["pipeline"]), ("no architecture 'pipeline'",)),
+    "an architecture in words": (config(architectures="LlamaForCausalLM"), ("no class 'L'",)),
+    "an architecture that is a function": (config(architectures=["pipeline"]), ("no class 'pipeline'",)),
     "an architecture of another family": (
         config(architectures=["GPT2LMHeadModel"]),
         ("GPT2LMHeadModel cannot be built",),

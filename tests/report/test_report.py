@@ -299,10 +299,12 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.fetched: list[str] = []
+        self.handlers: list[str] = []
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
         self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
 
     def handle_data(self, data: str) -> None:
@@ -311,7 +313,8 @@ class Page(HTMLParser):
 
 def test_files(report: AttackReport, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("old")
-    paths = write_report(report, tmp_path / "deep" / "out")
+    hostile = "<img src=x onerror=alert(1)>&\"'[red]"
+    paths = write_report(replace(report, control=hostile), tmp_path / "deep" / "out")
     assert {path.name for path in (tmp_path / "deep" / "out").iterdir()} == {path.name for path in paths}
     png = (tmp_path / "deep" / "out" / "curves.png").read_bytes()
     assert png.startswith(b"\x89PNG")
@@ -319,6 +322,8 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     page = Page()
     page.feed(html)
     assert "script" not in page.tags
+    assert page.handlers == []
+    assert hostile in page.text
     assert page.fetched
     assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
     assert NASTY in page.text  # shown as it is
