@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -119,7 +120,7 @@ def last_line(said: str) -> str:
 def words(found: dict[str, Any], base: dict[str, Any]) -> str:
     """A cell in words."""
     if "refused" in found:
-        return f"refused: {found['refused']}".replace("|", "/")
+        return "refused: " + shorten(found["refused"], 80, placeholder=" …").replace("|", "/")
     if "kl" in found:
         values = ", ".join(f"{value:.3f}" for value in found["kl"])
         pairs = list(zip(found["kl"], base.get("kl", []), strict=False))
