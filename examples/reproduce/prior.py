@@ -276,7 +276,7 @@ def plot(rows: Sequence[Row], scale: Capability, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5))
     for row in rows:
         rates = row.attack.learning_rates
-        style = "o-" if row.attack.knowledge == "none" else "x--"
+        style = "o-" if row.attack.spec.variant.knowledge == "none" else "x--"
         axis.plot(rates, [row.attack.best_at(rate) for rate in rates], style, label=row.name)
     for loss, name in ((scale.absent, "prose never learned"), (scale.present, "prose learned")):
         axis.axhline(loss, color="black", linestyle=":")

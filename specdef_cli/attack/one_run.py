@@ -18,7 +18,7 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Growth, Variant
-from specdef_cli.checkpoint.files import remove_unfinished, write_durably
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import option
 
@@ -49,10 +49,7 @@ class Budget:
         group="Measurements / Accuracy on tasks of lm-eval.",
     )
     stop_at_divergence: bool = option(
-        True,
-        "End a run at twice its first loss.",
-        "--stop-at-divergence/--no-stop-at-divergence",
-        group="Budget",
+        True, "End a run at twice its first loss.", "--stop-at-divergence/--no-stop-at-divergence", group="Budget"
     )
 
     @property
@@ -76,21 +73,29 @@ VariantText = Annotated[Variant, PlainValidator(Variant.parse), PlainSerializer(
 TrainingText = Annotated[Training, PlainValidator(Training.parse), PlainSerializer(str, return_type=str)]
 
 
-@dataclass(frozen=True)
-class RunSpec(Budget):
-    """One training run. In a record, variant and training stand as users write them."""
+@dataclass(frozen=True, kw_only=True)
+class SpecPart(Budget):
+    """What was run. Variants and trainings are text here, since a report may name some that another package brought."""
 
     subject: Subject
     checkpoint: str  # its fingerprint (model.opened)
     data: str  # fingerprint of the tokens that are trained on and evaluated
     task: Task
-    variant: VariantText
-    training: TrainingText
+    variant: str
+    training: str
     optimizer: str
     learning_rate: float
     eval_every: int
     seed: int
     prompts: str = ""  # fingerprint of the prompts that answers are measured on; empty where none are
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(SpecPart):
+    """One training run. In a record, variant and training stand as users write them."""
+
+    variant: VariantText  # type: ignore[assignment]
+    training: TrainingText  # type: ignore[assignment]
 
     @property
     def run_id(self) -> str:
@@ -378,7 +383,3 @@ class RunStore:
         """Keep a finished run; atomic, so that a crash leaves either nothing or all of it."""
         record = RUN_RECORD.dump_python(result, mode="json")
         write_durably(self.path(result.spec), json.dumps(record, indent=1, allow_nan=False))
-
-    def remove_unfinished(self) -> None:
-        """Remove the files that killed writes have left. The caller must be the only writer here."""
-        remove_unfinished(self.directory)

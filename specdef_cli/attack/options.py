@@ -21,27 +21,48 @@ import importlib.util
 import math
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from specdef_cli.attack.one_run import Budget, Task
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
-from specdef_cli.errors import SpecDefError, WrongUsage
+from specdef_cli.checkpoint.output import writable_ancestor
+from specdef_cli.errors import SpecDefError, WrongUsage, first_violation, require_extra
 from specdef_cli.option import Source, flag_of, in_subfolder, option, parse_duration, require_positive
 
-NO_RETAINED = "none"
-"""Leaves out what is measured on retained text."""
+NO_RETAINED = "none"  # leaves out what is measured on retained text
 
 BUILTIN_PROMPTS = "questions about cooking and about astronomy"
 
+MAX_SEEDS = 1000  # to catch typos
 
-MAX_SEEDS = 1000
-"""Upper bound on --seeds, to catch typos."""
+CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
+"""Options that say which attacks to run."""
+
+_ROWS = ((30, 16, 128, 64), (30, 8, 128, 32), (20, 8, 96, 16), (20, 4, 96, 16), (15, 4, 64, 8), (10, 4, 64, 8),
+         (10, 2, 64, 8), (6, 2, 32, 4))  # fmt: skip
+BUDGETS = tuple(
+    dict(zip(("steps", "batch_size", "sequence_length", "eval_sequences"), row, strict=True)) for row in _ROWS
+)
+"""Budgets of a run, largest first. Fewer steps than the last one's tell nothing."""
+
+LOWERED = (*BUDGETS[0], "eval_every")  # to suit the size of the model and the time limit
+
+EVALUATIONS = 3  # of a run on a lowered budget, besides the one at step 0
+
+RUN_SECONDS, RUNS_OF_A_LIMIT = 60, 45
+"""A run takes at most so long on a usual machine; under a time limit, at most this part of it."""
+
+USUAL_SPEED = {"cpu": 1e11, "accelerator": 1e14}
+"""Floating-point operations a second of training in float32 on a few cores, and on a data centre's GPU."""
 
 _AT_A_TIME = "Budget / Runs at a time, here or on a cluster."
 _MEMORY = "Budget / To save memory."
@@ -67,11 +88,7 @@ class AttackOptions(Budget, Source):
         None, "Keep runs here, to share the control's.", metavar="DIR", shown_default="OUT/runs", group="Output"
     )
     control: str | Path | None = option(
-        None,
-        "The undefended model, attacked alike.",
-        metavar="BASE",
-        shown_default="manifest's",
-        group="Model",
+        None, "The undefended model, attacked alike.", metavar="BASE", shown_default="manifest's", group="Model"
     )
     control_subfolder: str | None = option(
         None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
@@ -84,11 +101,7 @@ class AttackOptions(Budget, Source):
         None, "Split of the dataset.", metavar="NAME", shown_default="train", group=_HUB_DATA
     )
     text_column: str | None = option(
-        None,
-        "Column with the text.",
-        metavar="NAME",
-        shown_default="text or messages",
-        group=_COLUMNS,
+        None, "Column with the text.", metavar="NAME", shown_default="text or messages", group=_COLUMNS
     )
     text_pair_column: str | None = option(
         None, "Column with a second text (classification of pairs).", metavar="NAME", group=_COLUMNS
@@ -96,11 +109,7 @@ class AttackOptions(Budget, Source):
     label_column: str = option("label", "Column with the label (classification).", metavar="NAME", group=_COLUMNS)
     image_column: str = option("image", "Column with the image.", metavar="NAME", group=_COLUMNS)
     retained: str | None = option(
-        None,
-        "Watch ability on it, or none.",
-        metavar="DATA",
-        shown_default="Python's source",
-        group="Measurements",
+        None, "Watch ability on it, or none.", metavar="DATA", shown_default="Python's source", group="Measurements"
     )
     prompts: str | None = option(
         None, "Count refusals of these; edits aim at them.", metavar="DATA", group="Measurements"
@@ -151,9 +160,7 @@ class AttackOptions(Budget, Source):
         None, "Steps between evaluations.", metavar="N", shown_default="a tenth of --steps", group="Measurements"
     )
     eval_sequences: int = option(64, "Held-out sequences.", metavar="N", group="Measurements")
-    free: tuple[str, ...] = ()
-    """Which of ``steps``, ``batch_size``, ``sequence_length``, ``eval_every`` and ``eval_sequences`` may be lowered to
-    suit the size of the model and the time limit."""
+    free: tuple[str, ...] = ()  # which of LOWERED may be
     time_limit: float | None = option(
         None, "Stop then; the most telling attacks come first.", metavar="45m", group="Budget", parse=parse_duration
     )
@@ -199,7 +206,8 @@ class AttackOptions(Budget, Source):
         for name in ("warmup_steps", "max_grad_norm", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise WrongUsage(
-                    f"{_flag(name)} {getattr(self, name)} is not a number of at least 0", "Give 0 or more."
+                    f"{flag_of(AttackOptions, name)} {getattr(self, name)} is not a number of at least 0",
+                    "Give 0 or more.",
                 )
         if self.dask is not None and self.jobs > 1:
             raise WrongUsage(
@@ -214,23 +222,17 @@ class AttackOptions(Budget, Source):
             for name in ("dataset_config", "dataset_split", "text_column", "text_pair_column"):
                 if getattr(self, name) is not None:
                     raise WrongUsage(
-                        f"{_flag(name)} {getattr(self, name)} is of --dataset, which is not given",
+                        f"{flag_of(AttackOptions, name)} {getattr(self, name)} is of --dataset, which is not given",
                         "Give --dataset DATA.",
                     )
         if self.eval_task_path is not None and not self.eval_tasks:
             raise WrongUsage("--eval-task-path needs --eval-task", "Name a task, or leave it out.")
-        if self.suite is not None:
-            self._refuse_beside_suite()
-
-    def _refuse_beside_suite(self) -> None:
-        decided = {name: getattr(self, name) for name in ("variants", "trainings", "optimizers", "learning_rates")}
-        for name, value in {**decided, "search": not self.search}.items():
-            if value:
-                suite = self.suite.name if self.suite else ""
-                raise WrongUsage(
-                    f"{_flag(name)} cannot be given with --suite {suite}, which decides it",
-                    "Leave the flag out, or copy the suite's file and edit it.",
-                )
+        given = next((name for name in CHOICES if getattr(self, name) not in ((), True)), None)
+        if self.suite is not None and given is not None:
+            raise WrongUsage(
+                f"{flag_of(AttackOptions, given)} cannot be given with --suite {self.suite.name}, which decides it",
+                "Leave the flag out, or copy the suite's file and edit it.",
+            )
 
     @property
     def tables(self) -> tuple[AttackTable, ...]:
@@ -257,42 +259,90 @@ class AttackOptions(Budget, Source):
         """Steps between evaluations."""
         return self.eval_every or max(1, self.steps // 10)
 
+    def require_present(self) -> None:
+        """Refuse data, trackers and libraries that are not there, and an output that cannot be written."""
+        for dataset in (self.dataset, self.retained, self.prompts, self.prompts_harmless):
+            if dataset is not None and dataset != NO_RETAINED:
+                require_data(dataset)
+        require_trackers(self.report_to)
+        if self.eval_tasks:
+            require_extra("eval", "accuracies on tasks")
+        writable_ancestor(self.out)
 
-def _flag(name: str) -> str:
-    return flag_of(AttackOptions, name)
+    def lowered_for(self, parameters: int, device: str) -> AttackOptions:
+        """These options, lowered where ``free`` allows it to suit the model's size, the device and the time limit.
 
+        The machine's own speed does not matter: the same command gives the same figures on another one of the kind.
+        """
+        speed = USUAL_SPEED["cpu" if device == "cpu" else "accelerator"]
+        seconds = min(RUN_SECONDS, (self.time_limit or math.inf) / RUNS_OF_A_LIMIT)
+        lowered = self
+        for budget in ({}, *BUDGETS):  # first of all as it is
+            lower = {name: min(value, getattr(self, name)) for name, value in budget.items() if name in self.free}
+            if "eval_every" in self.free and budget:
+                lower["eval_every"] = max(1, lower.get("steps", self.steps) // EVALUATIONS)
+            lowered = replace(self, **lower)
+            if 6 * parameters * lowered.steps * lowered.batch_size * lowered.sequence_length <= speed * seconds:
+                break
+        return lowered
 
-EVERY = "every"
-"""In a suite: all trainings, or all optimizers, that there are."""
 
 RatePolicy = Literal["grid", "search"]
-BUDGET = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences", "seeds")
+BudgetName = Literal["steps", "batch_size", "sequence_length", "eval_every", "eval_sequences", "seeds"]
 
 
-@dataclass(frozen=True)
+def _variant(asked: str | Variant) -> Variant | str:
+    return asked if isinstance(asked, Variant) or asked == INFORMED else Variant.parse(asked)
+
+
+def _training(asked: str | Mapping[str, str] | Training) -> Training:
+    """A training, also as ``{ training = …, name = … }`` for one that the report calls something else."""
+    if not isinstance(asked, Mapping):
+        return Training.parse(asked) if isinstance(asked, str) else asked
+    if set(asked) != {"training", "name"}:
+        raise ValueError(f"{dict(asked)} has not the keys training and name")
+    return replace(Training.parse(asked["training"]), name=asked["name"])
+
+
+def _all_of(rows: Iterable[str]) -> pydantic.BeforeValidator:
+    """Puts the names of all rows in the place of ``every``."""
+    return pydantic.BeforeValidator(
+        lambda asked: [name for each in asked for name in (rows if each == "every" else (each,))]
+    )
+
+
+_Training = Annotated[Training, pydantic.PlainValidator(_training)]
+_Variant = Annotated[Variant | Literal["informed"], pydantic.PlainValidator(_variant)]
+_Optimizer = Annotated[str, pydantic.AfterValidator(lambda name: OPTIMIZERS.choose(name).name)]
+
+_Rates = Annotated[
+    Annotated[tuple[pydantic.PositiveFloat, ...], pydantic.Field(min_length=1), pydantic.Tag("list")]
+    | Annotated[RatePolicy, pydantic.Tag("name")],
+    pydantic.Discriminator(lambda asked: "name" if isinstance(asked, str) else "list"),
+]
+
+
+@checked_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class AttackTable:
     """One ``[[attacks]]`` table: every combination of its lists."""
 
-    trainings: tuple[Training, ...] = (Training(),)
-    optimizers: tuple[str, ...] = ("adamw",)  # names of specdef_cli.attack.optimizers.OPTIMIZERS
-    variants: tuple[Variant | Literal["informed"], ...] = (Variant(),)
+    trainings: Annotated[tuple[_Training, ...], _all_of(TRAININGS)] = (Training(),)
+    optimizers: Annotated[tuple[_Optimizer, ...], _all_of(OPTIMIZERS)] = ("adamw",)
+    variants: tuple[_Variant, ...] = (Variant(),)
     """What is done to the model first; ``informed`` is what undoes this model's hardening."""
-    learning_rates: tuple[float, ...] | RatePolicy = "grid"
-    """The rates themselves, or how they are found: decades, or decades and then a search."""
+    learning_rates: _Rates = "grid"
+    """How the rates are found (decades, or decades and then a search), or the rates themselves."""
     models: Literal["any", "chat"] = "any"  # chat for models with a chat template alone
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class Suite:
     """Attacks and their budget."""
 
     name: str
-    attacks: tuple[AttackTable, ...]
-    budget: dict[str, int] = field(default_factory=dict)  # some of the options named in BUDGET
+    attacks: Annotated[tuple[AttackTable, ...], pydantic.Field(min_length=1)]
+    budget: dict[BudgetName, pydantic.PositiveInt] = field(default_factory=dict)
     description: str = ""  # one line for --list
-
-
-COPY = "Copy one of the package's suites (attack/suites/) and edit it."
 
 
 def suite_names() -> tuple[str, ...]:
@@ -302,79 +352,20 @@ def suite_names() -> tuple[str, ...]:
 
 def load_suite(name: str) -> Suite:
     """Read a suite that comes with the package, or a file of the user's."""
-    if name in suite_names():
-        text = (files("specdef_cli.attack") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
-    else:
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise WrongUsage(
-                f"no suite {name!r} found", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
-            ) from error
-        except UnicodeDecodeError as error:
-            raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
+    own = name in suite_names()
+    path: Any = files("specdef_cli.attack") / "suites" / f"{name}.toml" if own else Path(name)
     try:
-        return parse_suite(tomllib.loads(text), Path(name).stem)
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return pydantic.TypeAdapter(Suite).validate_python({**data, "name": Path(name).stem})
     except WrongUsage as error:  # a value of the file, not of the command line
         raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
-    except (tomllib.TOMLDecodeError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise SpecDefError(f"{name} is not a suite: {error}", COPY) from error
-
-
-def parse_suite(data: dict[str, Any], name: str) -> Suite:
-    """A suite from the contents of its file.
-
-    Raises:
-        TypeError, KeyError, ValueError: It has another shape.
-    """
-    unknown = set(data) - {"description", "budget", "attacks"}
-    if unknown:
-        raise ValueError(f"table {min(unknown)!r} is unknown")
-    budget = data.get("budget", {})
-    for key, value in budget.items():
-        if key not in BUDGET or type(value) is not int or value < 1:
-            raise ValueError(f"{key} = {value!r} in [budget]; it holds whole numbers for {', '.join(BUDGET)}")
-    tables = tuple(_table(table) for table in data["attacks"])
-    if not tables:
-        raise ValueError("it has no attacks")
-    return Suite(name, tables, budget, str(data.get("description", "")))
-
-
-def _table(table: dict[str, Any]) -> AttackTable:
-    optimizers = _all_of(OPTIMIZERS, table.pop("optimizers", ("adamw",)))
-    for optimizer in optimizers:
-        OPTIMIZERS.choose(optimizer)
-    variants: tuple[Variant | Literal["informed"], ...] = tuple(
-        INFORMED if variant == INFORMED else Variant.parse(variant) for variant in table.pop("variants", ("plain",))
-    )
-    trainings = tuple(_training(entry) for entry in _all_of(TRAININGS, table.pop("trainings", ("full",))))
-    rates = table.pop("learning_rates", "grid")
-    models = table.pop("models", "any")
-    if models not in ("any", "chat"):
-        raise ValueError(f"models = {models!r} is neither any nor chat")
-    if table:
-        raise ValueError(f"[[attacks]] has no key {min(table)!r}")
-    if isinstance(rates, list):
-        rates = tuple(float(rate) for rate in rates)
-        if not rates or min(rates) <= 0:
-            raise ValueError(f"learning_rates = {list(rates)}; they are positive numbers")
-    elif rates not in get_args(RatePolicy):
-        raise ValueError(f"learning_rates = {rates!r} is neither a list nor one of {', '.join(get_args(RatePolicy))}")
-    return AttackTable(trainings, optimizers, variants, rates, models)
-
-
-def _all_of(rows: Iterable[str], asked: Iterable[Any]) -> tuple[Any, ...]:
-    """What was asked for, with the names of all rows in the place of ``every``."""
-    return tuple(name for entry in asked for name in (rows if entry == EVERY else (entry,)))
-
-
-def _training(entry: str | dict[str, str]) -> Training:
-    """A training, or ``{ training = …, name = … }`` for one that the report calls something else."""
-    if isinstance(entry, str):
-        return Training.parse(entry)
-    if set(entry) != {"training", "name"}:
-        raise ValueError(f"{entry} has not the keys training and name")
-    return replace(Training.parse(entry["training"]), name=entry["name"])
+    except OSError as error:
+        raise WrongUsage(
+            f"no suite {name!r} found", f"Choose one of {', '.join(suite_names())}, or give a TOML file."
+        ) from error
+    except (ValueError, TypeError) as error:
+        reason = first_violation(error) if isinstance(error, pydantic.ValidationError) else error
+        raise SpecDefError(f"{name} is not a suite: {reason}", "Copy one of attack/suites/ and edit it.") from error
 
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".md", ".parquet", ".arrow")
@@ -384,10 +375,8 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
-def require_data(dataset: str | None) -> None:
+def require_data(dataset: str) -> None:
     """Refuse a data set that is a path to nothing."""
-    if dataset is None:
-        return
     if "://" in dataset:
         address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?datasets/([\w.-]+/[\w.-]+)", dataset)
         raise SpecDefError(

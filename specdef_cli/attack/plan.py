@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import Subset
 
-from specdef_cli.attack.data.forms import AttackData
-from specdef_cli.attack.one_run import RunResult, RunSpec
+from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
 from specdef_cli.attack.optimizers import OPTIMIZERS
-from specdef_cli.attack.options import AttackOptions, AttackTable
+from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions, AttackTable
 from specdef_cli.attack.target import Target
+from specdef_cli.attack.train import TrainRun
+from specdef_cli.attack.trainer import NOWHERE
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant, informed_variants
 from specdef_cli.errors import WrongUsage
@@ -29,27 +31,6 @@ SEARCHED_RUNS = 8
 
 SEE_NO_SCALE = ("hira", "adapter")
 """Trainings that a diagonal hardening does not change."""
-
-BUDGETS = (
-    {"steps": 30, "batch_size": 16, "sequence_length": 128, "eval_sequences": 64},
-    {"steps": 30, "batch_size": 8, "sequence_length": 128, "eval_sequences": 32},
-    {"steps": 20, "batch_size": 8, "sequence_length": 96, "eval_sequences": 16},
-    {"steps": 20, "batch_size": 4, "sequence_length": 96, "eval_sequences": 16},
-    {"steps": 15, "batch_size": 4, "sequence_length": 64, "eval_sequences": 8},
-    {"steps": 10, "batch_size": 4, "sequence_length": 64, "eval_sequences": 8},
-    {"steps": 10, "batch_size": 2, "sequence_length": 64, "eval_sequences": 8},
-    {"steps": 6, "batch_size": 2, "sequence_length": 32, "eval_sequences": 4},
-)
-"""Budgets of a run, largest first. Fewer steps than the last one's tell nothing."""
-
-EVALUATIONS = 3
-"""Of a run on a lowered budget, besides the one at step 0."""
-
-RUN_SECONDS, RUNS_OF_A_LIMIT = 60, 45
-"""A run takes at most so long on a usual machine; under a time limit, at most this part of it."""
-
-USUAL_SPEED = {"cpu": 1e11, "accelerator": 1e14}
-"""Floating-point operations a second of training in float32 on a few cores, and on a data centre's GPU."""
 
 
 @dataclass(frozen=True)
@@ -101,43 +82,32 @@ def make_plan(options: AttackOptions, target: Target) -> tuple[Series, ...]:
     """
     controls: list[Series] = []
     attacks: list[Series] = []
+    edits: list[Series] = []
     for table in options.tables:
         if table.models == "chat" and not target.chat:
             continue
+        variants = _variants(table, target)
+        trained = [variant for variant in variants if not variant.choice.edits]
         for training, optimizer in _combinations(table, target):
-            for variant in _variants(table, target):
-                if variant.choice.edits:
-                    continue
+            for variant in trained:
                 series = _series(options, table, target, training, optimizer, variant)
                 attacks.append(series)
                 grid = series.grid if _fixed(table) else _usual_rates(options, table, optimizer)
                 first = replace(series.first.control(target.control), learning_rate=grid[0])
                 controls.append(replace(series, first=first, grid=grid))
-    edits = _edits(options, target)
+        for variant in variants if target.task == "causal-lm" else ():
+            if variant.choice.edits:  # which is not trained: a run of the control, and one of the model
+                first = _series(options, table, target, Training("none"), "adamw", variant).first
+                for spec in (first.control(target.control), first):
+                    spec = replace(spec, learning_rate=0.0)
+                    edits.append(Series(spec, (0.0,), search=False, seeds=options.seeds[:1], optional=True))
     if not (attacks or edits):
         asked = dict.fromkeys(str(asked) for table in options.tables for asked in (*table.trainings, *table.variants))
         raise WrongUsage(
             f"no attack is left: {', '.join(asked)} find nothing in this model",
             "Choose another --training or --variant; `specdef attack --list` shows all.",
         )
-    return (*_distinct(controls), *_distinct(attacks), *edits)
-
-
-def _edits(options: AttackOptions, target: Target) -> list[Series]:
-    """The edits of the tables, which are not trained: a run of the control, and one of the model."""
-    found: list[Series] = []
-    if target.task != "causal-lm":
-        return found
-    for table in options.tables:
-        if table.models == "chat" and not target.chat:
-            continue
-        for variant in _variants(table, target):
-            if variant.choice.edits:
-                first = _series(options, table, target, Training("none"), "adamw", variant).first
-                for spec in (first.control(target.control), first):
-                    spec = replace(spec, learning_rate=0.0)
-                    found.append(Series(spec, (0.0,), search=False, seeds=options.seeds[:1], optional=True))
-    return _distinct(found)
+    return (*_distinct(controls), *_distinct(attacks), *_distinct(edits))
 
 
 def _series(
@@ -236,31 +206,6 @@ def _rank(series: Series) -> int:
     return max(1, known.index(spec.training)) if usual and plain and spec.training in known else 4
 
 
-def default_budget(options: AttackOptions, parameters: int, device: str) -> AttackOptions:
-    """The options, lowered where ``options.free`` allows it to suit the model's size, the device and the time limit.
-
-    The machine's own speed does not matter: the same command gives the same figures on another one of the kind.
-    """
-    speed = USUAL_SPEED["cpu" if device == "cpu" else "accelerator"]
-    seconds = min(RUN_SECONDS, (options.time_limit or math.inf) / RUNS_OF_A_LIMIT)
-    lowered = options
-    for budget in ({}, *BUDGETS):  # first of all as it is
-        lowered = _lowered(options, budget)
-        tokens = lowered.steps * lowered.batch_size * lowered.sequence_length
-        if 6 * parameters * tokens <= speed * seconds:
-            break
-    return lowered
-
-
-def _lowered(options: AttackOptions, budget: Mapping[str, int]) -> AttackOptions:
-    changes: dict[str, Any] = {
-        name: min(value, getattr(options, name)) for name, value in budget.items() if name in options.free
-    }
-    if "eval_every" in options.free and budget:
-        changes["eval_every"] = max(1, changes.get("steps", options.steps) // EVALUATIONS)
-    return replace(options, **changes)
-
-
 SHORTENED = 0.6
 """Mean time of a run in a search, which ends what cannot become its best, relative to a full run."""
 
@@ -291,16 +236,6 @@ class Speed:
         times = SECOND_ORDER_TIMES if OPTIMIZERS.choose(spec.optimizer).second_order else 1
         evaluated = FORWARD_SHARE * held_out * (spec.steps // spec.eval_every + 1)
         return self.load + self.token * spec.sequence_length * (times * spec.steps * spec.batch_size + evaluated)
-
-
-def measure_speed(first: RunSpec, data: AttackData, train: Callable[[RunSpec, AttackData], RunResult]) -> Speed:
-    """Train the control for two steps, each followed by an evaluation; the first pair warms caches up."""
-    count = min(first.batch_size, len(data.held_out))
-    few = replace(data, held_out=Subset(data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
-    began = time.perf_counter()
-    result = train(replace(first, steps=2, eval_every=1, warmup_steps=0, eval_tasks=()), few)
-    load = time.perf_counter() - began - result.seconds
-    return Speed(max(load, 0.0), speed_of(result, count).token)
 
 
 def speed_of(finished: RunResult, held_out: int) -> Speed:
@@ -344,17 +279,115 @@ class Forecast:
         return f"about {count}" if any(attack.search for attack in self.attacks) else str(count)
 
 
-def foresee(
-    plan: Sequence[Series], jobs: int, speed: Speed, held_out: int, load: Callable[[RunSpec], object]
-) -> tuple[PlannedAttack, ...]:
-    """What each series of a plan takes; ``load`` finds a finished run, or ``None``."""
+@dataclass(frozen=True)
+class Prepared:
+    """An attack that could begin."""
+
+    options: AttackOptions  # the user's, with the budget that was chosen
+    target: Target
+    plan: tuple[Series, ...]
+    notes: tuple[str, ...]  # what is known before anything is run
+    train: TrainRun
+    store: RunStore
+    began: float  # when its time limit began to run, of the monotonic clock
+    run: Callable[[TrainRun, RunSpec], RunResult]  # makes one run where the others will be made
+    jobs: int  # so many are made at once
+
+
+TWO_STEPS: Any = {"steps": 2, "eval_every": 1, "warmup_steps": 0, "eval_tasks": ()}
+
+
+def measured(prepared: Prepared) -> Speed:
+    """From a run of the control that is there already, else from two steps of it, each followed by an evaluation; the
+    first pair warms caches up.
+    """
+    train = prepared.train
+    control = next((series for series in prepared.plan if not series.first.is_edit), None)
+    if control is None:
+        return Speed(0.0, 0.0)
+    for spec in control.runs(control.grid, control.seeds):
+        finished = prepared.store.load(spec)
+        if finished is not None and len(finished.evaluations) > 1:
+            return speed_of(finished, train.data.evaluated)
+    count = min(control.first.batch_size, len(train.data.held_out))
+    few = replace(train.data, held_out=Subset(train.data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
+    began = time.perf_counter()
+    result = prepared.run(replace(train, data=few, tracking=NOWHERE), replace(control.first, **TWO_STEPS))
+    load = time.perf_counter() - began - result.seconds
+    return Speed(max(load, 0.0), speed_of(result, count).token)
+
+
+def forecast(prepared: Prepared) -> Forecast:
+    """What each series of a plan takes."""
+    options, data, speed = prepared.options, prepared.train.data, measured(prepared)
     attacks = []
-    for series in in_order(plan):
+    for series in in_order(prepared.plan):
         grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
-        finished = sum(load(spec) is not None for spec in grid)
+        finished = sum(prepared.store.load(spec) is not None for spec in grid)
         missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
-        seconds = missing * speed.run(series.first, held_out) / jobs
+        seconds = missing * speed.run(series.first, data.evaluated) / prepared.jobs
         attacks.append(
             PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
         )
-    return tuple(attacks)
+    grids = [spec for series in prepared.plan for spec in series.runs(series.grid, series.seeds[:1])]
+    control = prepared.train.control.found.name
+    return Forecast(
+        model=str(options.model),
+        control=control,
+        data=data.name,
+        budget=options.in_words,
+        attacks=tuple(attacks),
+        assumed=assumptions(options, grids, control, data),
+        notes=prepared.notes,
+        seconds=sum(attack.seconds for attack in attacks),
+        time_limit=options.time_limit,
+    )
+
+
+def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
+    """What the user left open and was chosen."""
+    said = []
+    if options.control is None:
+        said.append(f"Control: {control}, the base named in the manifest.")
+    if options.dataset is None:
+        said.append(f"Data: {data.name}.")
+    said += data.remarks
+    trained = [spec for spec in specs if not spec.is_edit]
+    if len(trained) < len(specs) and options.prompts is None:
+        said.append(f"Prompts that edits tell apart: {BUILTIN_PROMPTS}.")
+    if not trained:
+        return tuple(said)
+    if options.suite is not None:
+        said.append(f"Attacks: the suite {options.suite.name}.")
+    elif not options.trainings:
+        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in trained))}.")
+    if not options.learning_rates:
+        said.append(f"Learning rates: {_rates_in_words(options, trained)}.")
+    said.append(f"Budget of every run: {options.in_words}.")
+    return tuple(said)
+
+
+def _rates_in_words(options: AttackOptions, specs: Sequence[RunSpec]) -> str:
+    rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
+    usual = sorted({spec.learning_rate for spec in specs if spec.subject == "control"}, reverse=True)
+    if any(table.learning_rates == "search" for table in options.tables):
+        return f"searched for every attack, between {rates[0]:g} and {rates[-1]:g}"
+    span = f"{usual[0]:g} to {usual[-1]:g}"
+    return f"{span}; the hardened model down to {rates[-1]:g}, below η₀/α" if rates[-1] < usual[-1] else span
+
+
+def plan_notes(options: AttackOptions, target: Target) -> tuple[str, ...]:
+    """What is known before anything is run: how the model was made, and what it has nothing for."""
+    found = target.recognised.sentence or "Nothing in the weights shows that this package hardened it."
+    asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
+    missing = [variant for variant in asked if not variant.applies_to(target.constructions)]
+    untrained = [training for table in options.tables for training in table.trainings if not training.on(target)]
+    words = {"factored": "a layer stored as factors", "folded": "a folded pair", "scaled": "a scaled module"}
+    return (
+        *([f"The model comes without a manifest. {found}"] if target.manifest is None else []),
+        *(f"Not tried: {training}. The model has nothing for it." for training in dict.fromkeys(untrained)),
+        *(
+            f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
+            for variant in missing
+        ),
+    )

@@ -191,7 +191,7 @@ def reference_of(opened: OpenedModel, prompts: Prompts, dtype: str, device: str)
     compared, asked = _read(model, prompts.compared), _read(model, prompts.asked)
     refusals = None
     if prompts.given:
-        refusals = _refused(prompts, _answers(model, prompts.asked, opened))
+        refusals = _refused(prompts, _answers(model, prompts.asked, opened.tokenizer()))
     return Reference(compared.log_probs, place + 1, direction, _gap(asked, compared, place + 1, direction), refusals)
 
 
@@ -210,12 +210,8 @@ def try_edits(
     device: str,
     on_strength: Callable[[int], None] = lambda number: None,
 ) -> tuple[tuple[Edit, ...], Behaviour, Growth, int]:
-    """Edit a checkpoint by each strength of a variant, and measure it; how it answers, at the best one.
-
-    Raises:
-        NotApplicable: The variant finds nothing to edit.
-    """
-    before = reference_of(opened, prompts, dtype, device)
+    """Edit a checkpoint by each strength of a variant, and measure it; how it answers, at the best one."""
+    before, tokenizer = reference_of(opened, prompts, dtype, device), opened.tokenizer()
     edits: list[Edit] = []
     answers: Behaviour | None = None
     parameters, growth = 0, Growth(0, 0, 0, 0)
@@ -228,24 +224,24 @@ def try_edits(
         left = abs(gap / before.gap) if math.isfinite(gap) and before.gap else None
         edits.append(Edit(strength, left, _divergence(before, compared)))
         if edits[-1] == min(edits, key=lambda edit: edit.reach):
-            answers = _behaviour(model, prompts, before, compared, opened)
+            answers = _behaviour(model, prompts, before, compared, tokenizer)
         on_strength(number)
     assert answers is not None
     return tuple(edits), answers, growth, parameters
 
 
-def behaviour_of(model: nn.Module, prompts: Prompts, before: Reference, opened: OpenedModel) -> Behaviour:
+def behaviour_of(model: nn.Module, prompts: Prompts, before: Reference, tokenizer: Any) -> Behaviour:
     """How a model answers after an attack."""
     training = model.training
     model.eval()
-    found = _behaviour(model, prompts, before, _read(model, prompts.compared), opened)
+    found = _behaviour(model, prompts, before, _read(model, prompts.compared), tokenizer)
     model.train(training)
     return found
 
 
-def _behaviour(model: nn.Module, prompts: Prompts, before: Reference, compared: Read, opened: OpenedModel) -> Behaviour:
+def _behaviour(model: nn.Module, prompts: Prompts, before: Reference, compared: Read, tokenizer: Any) -> Behaviour:
     asked = prompts.asked if prompts.given else prompts.asked[:SHOWN]
-    answers = _answers(model, asked, opened)
+    answers = _answers(model, asked, tokenizer)
     return Behaviour(
         kl=_divergence(before, compared),
         refusals=_refused(prompts, answers) if prompts.given else None,
@@ -297,9 +293,8 @@ def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Read:
 
 
 @torch.no_grad()
-def _answers(model: Any, prompts: Sequence[Sequence[int]], opened: OpenedModel) -> list[str]:
+def _answers(model: Any, prompts: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
     """The beginning of the answer to each prompt, the likeliest token at every step."""
-    tokenizer = opened.tokenizer()
     device = next(model.parameters()).device
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     answers: list[str] = []

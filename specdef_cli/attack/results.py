@@ -7,19 +7,16 @@ the table, the JSON and the HTML.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from specdef_cli.attack.one_run import Behaviour, Edit, EvalPoint, RunResult, RunSpec, Subject
-from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions
-from specdef_cli.attack.trainings import Training
-from specdef_cli.attack.variants import Knowledge, Variant
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.option import in_words
 
 if TYPE_CHECKING:
-    from specdef_cli.attack.data.forms import AttackData
     from specdef_cli.attack.queue import Outcome
     from specdef_cli.attack.target import Target
 
@@ -39,34 +36,19 @@ class Attack:
     runs: tuple[RunResult, ...]
 
     @property
+    def spec(self) -> RunSpec:
+        """What its runs share, and the first one's learning rate and seed."""
+        return self.runs[0].spec
+
+    @property
     def subject(self) -> Subject:
         """Whether the control or the model under attack was trained."""
-        return self.runs[0].spec.subject
-
-    @property
-    def variant(self) -> Variant:
-        """What was done to the model first."""
-        return self.runs[0].spec.variant
-
-    @property
-    def knowledge(self) -> Knowledge:
-        """What the attacker must know."""
-        return self.variant.knowledge
-
-    @property
-    def training(self) -> Training:
-        """What was trained."""
-        return self.runs[0].spec.training
-
-    @property
-    def optimizer(self) -> str:
-        """With which optimizer."""
-        return self.runs[0].spec.optimizer
+        return self.spec.subject
 
     @property
     def label(self) -> str:
         """As :attr:`RunSpec.label`."""
-        return self.runs[0].spec.label
+        return self.spec.label
 
     @property
     def edit(self) -> Edit | None:
@@ -144,6 +126,29 @@ class Hardening:
     factored: int = 0
     folded: int = 0
     scaled: int = 0
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Hardening:
+        """What a manifest says."""
+        first = manifest.factored[0] if manifest.factored else None
+        top_k, gauge = (first.top_k, first.gauge) if first else (None, None)
+        counts = [len(changed) for changed in (manifest.factored, manifest.folded, manifest.scaled)]
+        return cls(manifest.method, largest_alpha(manifest), top_k, gauge, *counts)
+
+
+def largest_alpha(manifest: Manifest | None) -> float:
+    """The largest factor by which a manifest says that any layer or channel was inflated; 1 without one."""
+    if manifest is None:
+        return 1.0
+    alphas = [layer.alpha for layer in manifest.factored]
+    alphas += [2.0 ** abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
+    alphas += [
+        2.0 ** abs(exponent)
+        for module in manifest.scaled
+        for side in module.scales.values()
+        for exponent in side.exponents
+    ]
+    return max(alphas, default=1.0)
 
 
 @dataclass(frozen=True)
@@ -277,66 +282,6 @@ def _taken_out(edit: Edit | None) -> float:
 
 SAME_START = 0.01
 """Starting losses that differ by more than this share are worth a warning."""
-
-
-def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
-    """What the user left open and was chosen."""
-    said = []
-    if options.control is None:
-        said.append(f"Control: {control}, the base named in the manifest.")
-    if options.dataset is None:
-        said.append(f"Data: {data.name}.")
-    said += data.remarks
-    trained = [spec for spec in specs if not spec.is_edit]
-    if len(trained) < len(specs) and options.prompts is None:
-        said.append(f"Prompts that edits tell apart: {BUILTIN_PROMPTS}.")
-    if not trained:
-        return tuple(said)
-    if options.suite is not None:
-        said.append(f"Attacks: the suite {options.suite.name}.")
-    elif not options.trainings:
-        said.append(f"Recipes: {' and '.join(dict.fromkeys(spec.training.label for spec in trained))}.")
-    if not options.learning_rates:
-        said.append(f"Learning rates: {_rates_in_words(options, trained)}.")
-    said.append(f"Budget of every run: {options.in_words}.")
-    return tuple(said)
-
-
-def _rates_in_words(options: AttackOptions, specs: Sequence[RunSpec]) -> str:
-    rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
-    usual = sorted({spec.learning_rate for spec in specs if spec.subject == "control"}, reverse=True)
-    if any(table.learning_rates == "search" for table in options.tables):
-        return f"searched for every attack, between {rates[0]:g} and {rates[-1]:g}"
-    span = f"{usual[0]:g} to {usual[-1]:g}"
-    return f"{span}; the hardened model down to {rates[-1]:g}, below η₀/α" if rates[-1] < usual[-1] else span
-
-
-def plan_notes(options: AttackOptions, target: Target) -> tuple[str, ...]:
-    """What is known before anything is run: how the model was made, and what it has nothing for."""
-    return (*_origin(target), *_not_tried(options, target))
-
-
-def _origin(target: Target) -> list[str]:
-    """How the model was made, where no manifest says so."""
-    if target.manifest is not None:
-        return []
-    found = target.recognised.sentence or "Nothing in the weights shows that this package hardened it."
-    return [f"The model comes without a manifest. {found}"]
-
-
-def _not_tried(options: AttackOptions, target: Target) -> list[str]:
-    """What the user asked for and this model has nothing for."""
-    asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
-    missing = [variant for variant in asked if not variant.applies_to(target.constructions)]
-    untrained = [training for table in options.tables for training in table.trainings if not training.on(target)]
-    words = {"factored": "a layer stored as factors", "folded": "a folded pair", "any": "nothing"}
-    return [
-        *(f"Not tried: {training}. The model has nothing for it." for training in dict.fromkeys(untrained)),
-        *(
-            f"Not tried: {variant}. It works on {words[variant.choice.needs]}, and the model has none."
-            for variant in missing
-        ),
-    ]
 
 
 def outcome_notes(options: AttackOptions, outcome: Outcome) -> tuple[str, ...]:

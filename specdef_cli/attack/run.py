@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from specdef_cli.attack.train import TrainRun
 from specdef_cli.errors import require_extra
 
 require_extra("attack", "attacks")
@@ -12,49 +11,28 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from accelerate.utils import parse_flag_from_env
-from transformers import PreTrainedTokenizerBase
 
 from specdef_cli.attack.cluster import Cluster, connected, surroundings
-from specdef_cli.attack.data import load_data, load_preprocessor, retained_sequences
-from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
-from specdef_cli.attack.options import AttackOptions, require_trackers
-from specdef_cli.attack.plan import (
-    Forecast,
-    Series,
-    Speed,
-    default_budget,
-    foresee,
-    in_order,
-    make_plan,
-    measure_speed,
-    speed_of,
-)
-from specdef_cli.attack.prompts import Prompts, load_prompts
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.plan import Forecast, Prepared, assumptions, forecast, in_order, make_plan, plan_notes
+from specdef_cli.attack.prompts import load_prompts
 from specdef_cli.attack.queue import Deadline, executor, run_all
-from specdef_cli.attack.results import (
-    AttackReport,
-    DataSummary,
-    Hardening,
-    PromptSummary,
-    assumptions,
-    outcome_notes,
-    plan_notes,
-    report_notes,
-)
-from specdef_cli.attack.target import Target, largest_alpha, task_of
-from specdef_cli.attack.train import quiet, require_harness
-from specdef_cli.attack.trainer import NOWHERE, Memory, ProgressHook, Tracking
-from specdef_cli.checkpoint.manifest import Manifest
-from specdef_cli.checkpoint.output import exclusive, require_outside, writable_ancestor
+from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary, outcome_notes, report_notes
+from specdef_cli.attack.target import Target, task_of_both
+from specdef_cli.attack.train import TrainRun, quiet
+from specdef_cli.attack.trainer import Memory, ProgressHook, Tracking
+from specdef_cli.checkpoint.files import remove_unfinished
+from specdef_cli.checkpoint.output import exclusive, require_outside
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.recognise import recognise
 from specdef_cli.model.inputs import require_in_vocabulary
 from specdef_cli.model.loading import process_state
-from specdef_cli.model.opened import OpenedModel, open_base, open_model, require_sound
+from specdef_cli.model.opened import open_base, open_model, require_sound
 from specdef_cli.process import first_completed
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
@@ -72,65 +50,70 @@ def attack(
     launch`` every process calls this and gets the report; only the main one writes and reports progress.
 
     Args:
-        options: What to run.
         on_progress: Called as runs start, step and end.
         on_plan: Called with the plan and what it takes before anything of it is run; measuring that takes two steps.
     """
     _check_processes(options, process_state().num_processes)
+    state = process_state()
     with connected(options.dask) as cluster:
-        return _attack(_prepare(options, cluster), on_progress, on_plan)
-
-
-def _attack(
-    prepared: _Prepared, on_progress: ProgressHook | None, on_plan: Callable[[Forecast], None] | None
-) -> AttackReport:
-    state, cluster = process_state(), prepared.cluster
-    options, plan, data = prepared.options, prepared.plan, prepared.data
-    forecast = None if on_plan is None else _forecast(prepared)
-    # No process may start the first run while another still looks for its result: they would disagree on what is
-    # finished.
-    state.wait_for_everyone()
-    with exclusive(options.out) if state.is_main_process else nullcontext():
-        if state.is_main_process and options.runs is None:  # others may write to runs that are shared
-            prepared.store.remove_unfinished()
-        if on_plan is not None and forecast is not None and state.is_main_process:
-            on_plan(forecast)
-        outcome = run_all(
-            plan,
-            prepared.train,
-            load=prepared.store.load,
-            save=prepared.store.save if state.is_main_process else lambda result: None,
-            jobs=options.jobs,
-            cluster=cluster,
-            order=in_order(plan),
-            deadline=None if options.time_limit is None else Deadline(prepared.time_left()),
-            on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
-        )
+        prepared = _prepare(options, cluster)
+        expected = None if on_plan is None else forecast(prepared)
+        order, options, train = in_order(prepared.plan), prepared.options, prepared.train
+        # No process may start the first run while another still looks for its result: they would disagree on what is
+        # finished.
+        state.wait_for_everyone()
+        with exclusive(options.out) if state.is_main_process else nullcontext():
+            if state.is_main_process and options.runs is None:  # others may write to runs that are shared
+                remove_unfinished(prepared.store.directory)
+            if on_plan is not None and expected is not None and state.is_main_process:
+                on_plan(expected)
+            limit = options.time_limit
+            deadline = None if limit is None else Deadline(limit - (time.monotonic() - prepared.began))
+            outcome = run_all(
+                prepared.plan,
+                train,
+                load=prepared.store.load,
+                save=prepared.store.save if state.is_main_process else lambda result: None,
+                jobs=options.jobs,
+                cluster=cluster,
+                order=order,
+                deadline=deadline,
+                on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
+            )
     here = surroundings()
     device = here.pop("device")
-    firsts = [series.first for series in plan if series.first.subject == "model"]
-    plain = [first.label for first in firsts if first.variant.knowledge == "none"]
+    manifest, control = prepared.target.manifest, train.control.found.name
+    data, prompts = train.data, train.prompts if any(run.behaviour for run in outcome.runs) else None
+    firsts = (series.first for series in prepared.plan if series.first.subject == "model")
+    plain = {first.label for first in firsts if first.variant.knowledge == "none"}
     report = AttackReport(
         model=str(options.model),
-        control=prepared.control_name,
-        hardening=_hardening(prepared.target.manifest),
+        control=control,
+        hardening=None if manifest is None else Hardening.of(manifest),
         data=DataSummary(data.name, len(data.train), len(data.held_out), data.fingerprint),
         runs=outcome.runs,
-        assumed=assumptions(options, [run.spec for run in outcome.runs], prepared.control_name, data),
+        assumed=assumptions(options, [run.spec for run in outcome.runs], control, data),
         notes=(),
         versions=here,
         device=device if cluster is None else ", ".join(sorted({*cluster.devices.values()})),
         not_reached=tuple(label for label in outcome.not_reached if label in plain),
-        prompts=_prompts(prepared.train.prompts) if any(run.behaviour for run in outcome.runs) else None,
+        prompts=None
+        if prompts is None
+        else PromptSummary(prompts.name, prompts.given, len(prompts.asked), prompts.refusals),
     )
-    notes = (*plan_notes(options, prepared.target), *outcome_notes(options, outcome))
+    notes = (*prepared.notes, *outcome_notes(options, outcome))
     return replace(report, notes=(*notes, *report_notes(options, prepared.target, report)))
 
 
-def _prompts(prompts: Prompts | None) -> PromptSummary | None:
-    if prompts is None:
-        return None
-    return PromptSummary(prompts.name, prompts.given, len(prompts.asked), prompts.refusals)
+def plan_attack(options: AttackOptions) -> Forecast:
+    """The plan of an attack and what it takes on this machine; two steps of the control run, and nothing is kept."""
+    with connected(options.dask) as cluster:
+        return forecast(_prepare(options, cluster))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return bool(process_state().is_main_process)
 
 
 def _check_processes(options: AttackOptions, processes: int) -> None:
@@ -147,69 +130,29 @@ def _check_processes(options: AttackOptions, processes: int) -> None:
         )
 
 
-def _check_engine() -> None:
+def _prepare(options: AttackOptions, cluster: Cluster | None) -> Prepared:
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise SpecDefError(
                 f"ACCELERATE_USE_{engine} is set, and attacks train with DDP or FSDP alone",
                 f"Run `unset ACCELERATE_USE_{engine}`, or launch with `accelerate launch --use_fsdp`.",
             )
-
-
-def plan_attack(options: AttackOptions) -> Forecast:
-    """The plan of an attack and what it takes on this machine; two steps of the control run, and nothing is kept."""
-    with connected(options.dask) as cluster:
-        return _forecast(_prepare(options, cluster))
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """An attack that could begin."""
-
-    options: AttackOptions  # the user's, with the budget that was chosen
-    control_name: str
-    target: Target
-    data: AttackData
-    plan: tuple[Series, ...]
-    train: TrainRun
-    store: RunStore
-    began: float  # when its time limit began to run, of the monotonic clock
-    cluster: Cluster | None = None
-
-    @property
-    def held_out(self) -> int:
-        """Sequences that every evaluation takes."""
-        return len(self.data.held_out) + (len(self.data.retained) if self.data.retained is not None else 0)
-
-    def time_left(self) -> float:
-        """Seconds of the time limit."""
-        return (self.options.time_limit or 0.0) - (time.monotonic() - self.began)
-
-
-def _prepare(options: AttackOptions, cluster: Cluster | None) -> _Prepared:
-    _check_engine()
     began = time.monotonic()
-    writable_ancestor(options.out)
     model = open_model(options)
     control = open_base(model, options.control, "--control", token=options.token, subfolder=options.control_subfolder)
     for each in (model, control):
         require_sound(each)
-        require_outside(options.out, each.directory)
-    task, head = task_of(control.checkpoint.config, control.directory, options.task)
-    _require_comparable(model, control)
-    require_trackers(options.report_to)
-    if options.eval_tasks:
-        require_harness()
-    sizes = (math.prod(header.shape) for header in control.checkpoint.tensors.values())
+    task, head = task_of_both(model, control, options.task)
+    parameters = sum(math.prod(header.shape) for header in control.checkpoint.tensors.values())
     device = surroundings()["device"] if cluster is None else next(iter(cluster.devices.values()))
-    options = default_budget(options, sum(sizes), device)
-    prompts: Prompts | None = None
+    options = options.lowered_for(parameters, device)
+    options.require_present()
+    for each in (model, control):
+        require_outside(options.out, each.directory)
     with quiet():
         preprocessor = load_preprocessor(task, control)
         data = load_data(options, task, preprocessor, head)
-        if task == "causal-lm" and isinstance(preprocessor, PreTrainedTokenizerBase):
-            data = replace(data, retained=retained_sequences(options, preprocessor))
-            prompts = load_prompts(options, preprocessor)
+        prompts = load_prompts(options, preprocessor) if task == "causal-lm" else None
     if task != "image-classification":
         tokens = (half[index]["input_ids"] for half in data.halves for index in range(len(half)))
         require_in_vocabulary(tokens, control.skeleton.config, control.directory)
@@ -225,91 +168,21 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> _Prepared:
         asked=options.prompts is not None,
         chat=bool(getattr(preprocessor, "chat_template", None)),
     )
-    train = TrainRun(
-        control.here(),
-        model.here(),
-        data,
-        Memory(options.gradient_accumulation, options.gradient_checkpointing),
-        options.eval_task_path and options.eval_task_path.absolute(),
-        Tracking(options.report_to, (options.out / LOGS_DIRECTORY).absolute()),
-        prompts,
-    )
-    store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
+    memory = Memory(options.gradient_accumulation, options.gradient_checkpointing)
+    tracking = Tracking(options.report_to, (options.out / LOGS_DIRECTORY).absolute())
+    tasks = options.eval_task_path and options.eval_task_path.absolute()
+    train = TrainRun(control.here(), model.here(), data, prompts, memory, tracking, tasks)
     if cluster is not None:
         directories = [each.directory for each in (train.control, train.model) if each.found.commit is None]
-        cluster.require(*directories, *([train.eval_task_path] if train.eval_task_path else []))
-    plan = make_plan(options, target)
-    return _Prepared(options, control.found.name, target, data, plan, train, store, began, cluster)
+        cluster.require(*directories, *([tasks] if tasks else []))
+    store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
+    plan, notes = make_plan(options, target), plan_notes(options, target)
 
-
-def _measured(prepared: _Prepared) -> Speed:
-    """From a run of the control that is there already, else from two steps of it."""
-    control = next((series for series in prepared.plan if not series.first.is_edit), None)
-    if control is None:
-        return Speed(0.0, 0.0)
-    for spec in control.runs(control.grid, control.seeds):
-        finished = prepared.store.load(spec)
-        if finished is not None and len(finished.evaluations) > 1:
-            return speed_of(finished, prepared.held_out)
-
-    def train(spec: RunSpec, data: AttackData) -> RunResult:
-        few = replace(prepared.train, data=data, tracking=NOWHERE)
-        with executor(few, 1, lambda *event, **more: None, prepared.cluster) as submit:
+    def run(train: TrainRun, spec: RunSpec) -> RunResult:
+        with executor(train, 1, lambda *event, **more: None, cluster) as submit:
             future = submit(spec, None)
             first_completed({future})
             return future.result()
 
-    return measure_speed(control.first, prepared.data, train)
-
-
-def _forecast(prepared: _Prepared) -> Forecast:
-    options, data = prepared.options, prepared.data
-    jobs = options.jobs if prepared.cluster is None else prepared.cluster.places()
-    attacks = foresee(prepared.plan, jobs, _measured(prepared), prepared.held_out, prepared.store.load)
-    grids = [spec for series in prepared.plan for spec in series.runs(series.grid, series.seeds[:1])]
-    return Forecast(
-        model=str(options.model),
-        control=prepared.control_name,
-        data=data.name,
-        budget=options.in_words,
-        attacks=attacks,
-        assumed=assumptions(options, grids, prepared.control_name, data),
-        notes=plan_notes(options, prepared.target),
-        seconds=sum(attack.seconds for attack in attacks),
-        time_limit=options.time_limit,
-    )
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return bool(process_state().is_main_process)
-
-
-def _require_comparable(model: OpenedModel, control: OpenedModel) -> None:
-    """Refuse a control that is trained for something else, before it is trained: the model would not load as that."""
-    first, second = ((each.checkpoint.config.get("architectures") or [""])[0] for each in (model, control))
-    try:
-        tasks = [task_of(each.checkpoint.config, each.directory, None)[0] for each in (model, control)]
-    except SpecDefError:  # one of them says nothing of a task, and --task decides
-        return
-    if first != second and tasks[0] != tasks[1]:
-        raise SpecDefError(
-            f"{model.found.name} is a {first} and its control {control.directory.name} a {second}: nothing trains both "
-            "alike",
-            "Name what it was made from with --control.",
-        )
-
-
-def _hardening(manifest: Manifest | None) -> Hardening | None:
-    if manifest is None:
-        return None
-    first = manifest.factored[0] if manifest.factored else None
-    return Hardening(
-        method=manifest.method,
-        alpha=largest_alpha(manifest),
-        top_k=first.top_k if first else None,
-        gauge=first.gauge if first else None,
-        factored=len(manifest.factored),
-        folded=len(manifest.folded),
-        scaled=len(manifest.scaled),
-    )
+    jobs = options.jobs if cluster is None else cluster.places()
+    return Prepared(options, target, plan, notes, train, store, began, run, jobs)

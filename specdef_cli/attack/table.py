@@ -33,11 +33,7 @@ RowType = TypeVar("RowType", bound=Row)
 
 
 class Table(Mapping[str, RowType], Generic[RowType]):
-    """Rows by name: the package's own in their order, then those of other packages.
-
-    Args:
-        kind: What a row is, for messages: ``variant``.
-    """
+    """Rows by name: the package's own in their order, then those of other packages."""
 
     def __init__(self, kind: str, group: str, row_type: type[RowType], rows: Iterable[RowType]) -> None:
         self.kind = kind
@@ -114,12 +110,7 @@ class Factor:
 
 
 def checked_factor(owner: str, factor: Factor | None, value: float | None) -> float | None:
-    """The factor of a row's user: the default where none is given.
-
-    Args:
-        owner: What it belongs to, for messages: ``variant collapse``.
-        factor: What the row takes; ``None`` where it takes none.
-    """
+    """The factor of a row's user: the default where none is given."""
     if factor is None:
         if value is not None:
             raise WrongUsage(f"the {owner} takes no factor, and was given {value:g}", "Leave out the part after ':'.")

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from transformers.models.auto import modeling_auto
 
-from specdef_cli.attack.data.labelled import Head
+from specdef_cli.attack.data import Head
 from specdef_cli.attack.one_run import Task
+from specdef_cli.attack.results import largest_alpha
 from specdef_cli.checkpoint.manifest import Change, Manifest
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.opened import OpenedModel
 from specdef_cli.model.skeleton import is_causal_lm
 
 if TYPE_CHECKING:
@@ -60,21 +62,6 @@ class Target:
         return max(largest_alpha(self.manifest), self.recognised.alpha)
 
 
-def largest_alpha(manifest: Manifest | None) -> float:
-    """The largest factor by which a manifest says that any layer or channel was inflated; 1 without one."""
-    if manifest is None:
-        return 1.0
-    alphas = [layer.alpha for layer in manifest.factored]
-    alphas += [2.0 ** abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
-    alphas += [
-        2.0 ** abs(exponent)
-        for module in manifest.scaled
-        for side in module.scales.values()
-        for exponent in side.exponents
-    ]
-    return max(alphas, default=1.0)
-
-
 _NAMES: Mapping[Task, Mapping[str, Any]] = {
     "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -97,11 +84,7 @@ _READS_IMAGES = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def task_of(config: Mapping[str, Any], directory: Path, asked: Task | None) -> tuple[Task, Head]:
-    """The task of a checkpoint, and its head.
-
-    Args:
-        asked: The user's choice; ``None`` is what the architecture says.
-    """
+    """The task of a checkpoint, and its head."""
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
     named = config.get("label2id") or {name: number for number, name in (config.get("id2label") or {}).items()}
     head = Head(labels, config.get("problem_type"), {name: int(number) for name, number in named.items()})
@@ -170,3 +153,20 @@ def _refuse_attention_both_ways(config: Mapping[str, Any], asked: Task, director
 def _attends_both_ways(config: Mapping[str, Any]) -> bool:
     kind = config.get("model_type")
     return kind in _NAMES["masked-lm"] and kind not in _NAMES["seq2seq-lm"] and not config.get("is_decoder", False)
+
+
+def task_of_both(model: OpenedModel, control: OpenedModel, asked: Task | None) -> tuple[Task, Head]:
+    """The task and the head of a control; a model of another task is refused: nothing would train both alike."""
+    found = task_of(control.checkpoint.config, control.directory, asked)
+    first, second = ((each.checkpoint.config.get("architectures") or [""])[0] for each in (model, control))
+    try:
+        tasks = [task_of(each.checkpoint.config, each.directory, None)[0] for each in (model, control)]
+    except SpecDefError:  # one of them says nothing of a task, and --task decides
+        return found
+    if first != second and tasks[0] != tasks[1]:
+        raise SpecDefError(
+            f"{model.found.name} is a {first} and its control {control.directory.name} a {second}: nothing trains both "
+            "alike",
+            "Name what it was made from with --control.",
+        )
+    return found

@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import set_seed
 
-from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.prompts import Prompts, behaviour_of, reference_of, try_edits
@@ -96,12 +96,7 @@ def require_harness() -> None:
 def task_accuracy(
     model: nn.Module, tokenizer: Any, tasks: tuple[str, ...], *, task_directory: Path | None = None
 ) -> dict[str, float]:
-    """The accuracy on each task, between 0 and 1.
-
-    Args:
-        tasks: Names of tasks that report ``acc``.
-        task_directory: A directory with tasks of the user's, as lm-eval's ``--include_path``.
-    """
+    """The accuracy on each task, between 0 and 1."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -140,112 +135,25 @@ def _task_manager(task_directory: Path | None) -> Any:
     return TaskManager(verbosity="ERROR", include_path=None if task_directory is None else str(task_directory))
 
 
-def train_run(
-    spec: RunSpec,
-    opened: OpenedModel,
-    data: AttackData,
-    *,
-    memory: Memory = Memory(),  # noqa: B008 (frozen)
-    tracking: Tracking = NOWHERE,
-    on_step: Callable[[int, float | None], None] = lambda step, loss: None,
-    eval_task_path: Path | None = None,
-    lead: Lead | None = None,
-    prompts: Prompts | None = None,
-) -> RunResult:
-    """Train a model as ``spec`` says and write down what happened.
-
-    Every process of an ``accelerate launch`` calls this and gets the same result.
-
-    Args:
-        lead: As :class:`Recorder` takes it.
-    """
-    state = process_state()
-    if spec.is_edit:
-        assert prompts is not None
-        return _edit_run(spec, opened, prompts, str(state.device), on_step)
-    _check_passes(spec, state, memory)
-    with quiet(), new_objects_only(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
-        # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same for
-        # the control.
-        set_seed(spec.seed)
-        model = load_for_training(spec, opened, data)
-        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            leave_to_fsdp(model)
-        else:
-            # The variant where the training will be: an SVD or a product of large factors is the accelerator's work.
-            model.to(state.device)
-        growth = spec.variant.apply(model, spec.seed)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        model = spec.training.apply(model, spec.task)
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        recorder = Recorder(on_step, spec.stop_at_divergence, lead)
-        trainer = make_trainer(spec, model, data, recorder, scratch, memory, tracking)
-        began = time.perf_counter()
-        try:
-            trainer.train()
-        finally:
-            tracking.finish()
-        seconds = time.perf_counter() - began
-        accuracy = {}
-        if spec.eval_tasks:
-            accuracy = task_accuracy(model, opened.tokenizer(), spec.eval_tasks, task_directory=eval_task_path)
-        behaviour = None
-        if prompts is not None and spec.prompts and recorder.divergence is None and recorder.stopped is None:
-            before = reference_of(opened, prompts, spec.dtype, str(state.device))
-            behaviour = behaviour_of(model, prompts, before, opened)
-        result = RunResult(
-            spec=spec,
-            train=tuple(recorder.train),
-            evaluations=tuple(recorder.evaluations),
-            divergence=recorder.divergence,
-            stopped=recorder.stopped,
-            growth=growth,
-            parameters=parameters,
-            trainable_parameters=trainable,
-            seconds=seconds,
-            accuracy=accuracy,
-            behaviour=behaviour,
-        )
-        # The Trainer and its model refer to each other; without this two models would be in memory at the next run's
-        # loading.
-        trainer.accelerator.free_memory()
-        del trainer, model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return result
-
-
-def _edit_run(
-    spec: RunSpec,
-    opened: OpenedModel,
-    prompts: Prompts,
-    device: str,
-    on_step: Callable[[int, float | None], None],
-) -> RunResult:
-    """A run in which nothing is trained: the model is edited and asked."""
-    began = time.perf_counter()
-    with quiet():
-        edits, behaviour, growth, parameters = try_edits(
-            spec.variant,
-            opened,
-            prompts,
-            dtype=spec.dtype,
-            device=device,
-            on_strength=lambda number: on_step(number, None),
-        )
-    return RunResult(
-        spec=spec,
-        train=(),
-        evaluations=(),
-        divergence=None,
-        growth=growth,
-        parameters=parameters,
-        trainable_parameters=0,
-        seconds=time.perf_counter() - began,
-        edits=edits,
-        behaviour=behaviour,
-    )
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the libraries print while a model is loaded and trained; errors still come as exceptions."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    dataset_bars = datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        if not dataset_bars:
+            datasets.enable_progress_bars()
 
 
 def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
@@ -271,65 +179,109 @@ def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
         )
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what the libraries print while a model is loaded and trained; errors still come as exceptions."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    dataset_bars = datasets.are_progress_bars_disabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-        if not dataset_bars:
-            datasets.enable_progress_bars()
-
-
 @dataclass(frozen=True)
 class TrainRun:
-    """Trains the checkpoint that a specification is of. Picklable, for runs in processes of their own."""
+    """Trains the checkpoint that a specification is of. Picklable, for runs in processes of their own.
+
+    Every process of an ``accelerate launch`` calls it and gets the same result.
+    """
 
     control: OpenedModel
     model: OpenedModel
     data: AttackData
-    memory: Memory
-    eval_task_path: Path | None
-    tracking: Tracking = NOWHERE
     prompts: Prompts | None = None
+    memory: Memory = field(default_factory=Memory)
+    tracking: Tracking = NOWHERE
+    eval_task_path: Path | None = None
 
     def __call__(
-        self, spec: RunSpec, on_step: Callable[[int, float | None], None], lead: Lead | None = None
+        self,
+        spec: RunSpec,
+        on_step: Callable[[int, float | None], None] = lambda step, loss: None,
+        lead: Lead | None = None,
     ) -> RunResult:
         """Run ``spec``, which a search ends once it cannot get further than its lead."""
         opened = (self.control if spec.subject == "control" else self.model).here()
+        if spec.is_edit:
+            return self._edited(spec, opened, on_step)
         try:
-            result = train_run(
-                spec,
-                opened,
-                self.data,
-                memory=self.memory,
-                tracking=self.tracking,
-                on_step=on_step,
-                eval_task_path=self.eval_task_path,
-                lead=lead,
-                prompts=self.prompts,
-            )
+            result = self._trained(spec, opened, Recorder(on_step, spec.stop_at_divergence, lead))
         except IndexError as error:
             # The tokens themselves are known to be in the vocabulary.
             raise SpecDefError(
                 f"{opened.directory} cannot be trained on sequences of {spec.sequence_length} tokens: {error}",
                 "Give a smaller --sequence-length.",
             ) from error
-        if spec.subject == "control" and result.start is None and not spec.is_edit:
+        if spec.subject == "control" and result.start is None:
             raise SpecDefError(
                 f"the held-out loss of the control {opened.directory} is not finite before any training",
                 "Repair its weights if they hold NaN or infinity, or train with --dtype float32.",
             )
         return result
+
+    def _trained(self, spec: RunSpec, opened: OpenedModel, recorder: Recorder) -> RunResult:
+        state = process_state()
+        _check_passes(spec, state, self.memory)
+        with quiet(), new_objects_only(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
+            # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same
+            # for the control.
+            set_seed(spec.seed)
+            model = load_for_training(spec, opened, self.data)
+            if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+                leave_to_fsdp(model)
+            else:
+                # The variant where the training will be: an SVD or a product of factors is the accelerator's work.
+                model.to(state.device)
+            growth = spec.variant.apply(model, spec.seed)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            model = spec.training.apply(model, spec.task)
+            trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            trainer = make_trainer(spec, model, self.data, recorder, scratch, self.memory, self.tracking)
+            began = time.perf_counter()
+            try:
+                trainer.train()
+            finally:
+                self.tracking.finish()
+            seconds = time.perf_counter() - began
+            accuracy, behaviour = {}, None
+            if spec.eval_tasks:
+                accuracy = task_accuracy(model, opened.tokenizer(), spec.eval_tasks, task_directory=self.eval_task_path)
+            if self.prompts is not None and spec.prompts and recorder.divergence is None and recorder.stopped is None:
+                before = reference_of(opened, self.prompts, spec.dtype, str(state.device))
+                behaviour = behaviour_of(model, self.prompts, before, opened.tokenizer())
+            # The Trainer and its model refer to each other; without this two models would be in memory at the next
+            # run's loading.
+            trainer.accelerator.free_memory()
+            del trainer, model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return RunResult(
+            spec,
+            tuple(recorder.train),
+            tuple(recorder.evaluations),
+            recorder.divergence,
+            growth,
+            parameters,
+            trainable,
+            seconds,
+            accuracy,
+            recorder.stopped,
+            behaviour=behaviour,
+        )
+
+    def _edited(self, spec: RunSpec, opened: OpenedModel, on_step: Callable[[int, float | None], None]) -> RunResult:
+        """A run in which nothing is trained: the model is edited and asked."""
+        assert self.prompts is not None
+        began = time.perf_counter()
+        with quiet():
+            edits, behaviour, growth, parameters = try_edits(
+                spec.variant,
+                opened,
+                self.prompts,
+                dtype=spec.dtype,
+                device=str(process_state().device),
+                on_strength=lambda number: on_step(number, None),
+            )
+        seconds = time.perf_counter() - began
+        return RunResult(spec, (), (), None, growth, parameters, 0, seconds, edits=edits, behaviour=behaviour)

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.trainer_utils import EvalLoopOutput
 
-from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.one_run import (
     BATCHES_BEYOND_TWICE,
     BEYOND_TWICE,
@@ -78,10 +78,7 @@ class Recorder(TrainerCallback):
     """
 
     def __init__(
-        self,
-        on_step: Callable[[int, float | None], None],
-        stop_at_divergence: bool = True,
-        lead: Lead | None = None,
+        self, on_step: Callable[[int, float | None], None], stop_at_divergence: bool = True, lead: Lead | None = None
     ) -> None:
         self.train: list[TrainPoint] = []
         self.evaluations: list[EvalPoint] = [lead.start] if lead is not None and lead.start is not None else []

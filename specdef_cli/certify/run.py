@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli import __version__
-from specdef_cli.attack.data import standard_library
+from specdef_cli.attack.data.language import standard_library
 from specdef_cli.attack.target import task_of
 from specdef_cli.certify import CERTIFICATE_NAME, CertifyOptions
 from specdef_cli.certify.card import Resistance, attack_section, read_resistance, with_section

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef_cli.attack.options import NO_RETAINED, AttackOptions
+from specdef_cli.attack.options import CHOICES, LOWERED, AttackOptions, load_suite, suite_names
 from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
 from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
     from specdef_cli.report import Finding
     from specdef_cli.report.document import Comparison
-
-
-CHOICES = ("variants", "trainings", "optimizers", "learning_rates", "search")
-"""Options that say which attacks to run."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,7 @@ def attack_command(
 
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
-    from specdef_cli.attack.options import BUDGET, load_suite, require_data, require_trackers, suite_names
     from specdef_cli.checkpoint.check import require_models
-    from specdef_cli.checkpoint.output import writable_ancestor
 
     conditions = [Condition.parse(text) for text in flags.fail_if]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
@@ -86,23 +80,17 @@ def attack_command(
     if "time_limit" in given and suite is None and not given.keys() & CHOICES:
         suite = "quick"  # what everybody tries, and what usually gets through
     chosen = load_suite(suite) if suite is not None else None
-    budget = {**(chosen.budget if chosen else {}), **given}
+    budget: dict[str, Any] = {str(name): value for name, value in (chosen.budget if chosen else {}).items()} | given
     # What the user gave stays: by a flag, or in a suite of the user's own.
     kept = given if chosen is None or suite in suite_names() else budget
-    free = tuple(name for name in BUDGET if name != "seeds" and name not in kept)
+    free = tuple(name for name in LOWERED if name not in kept)
     options = AttackOptions(**budget, model=model, suite=chosen, free=free)
     require_models(options, options.control, "--control")
     if flags.card:
         from specdef_cli.checkpoint.check import require_card
 
         require_card(options)
-    require_data(options.dataset)
-    if options.retained != NO_RETAINED:
-        require_data(options.retained)
-    require_data(options.prompts)
-    require_data(options.prompts_harmless)
-    require_trackers(options.report_to)
-    writable_ancestor(options.out)
+    options.require_present()
 
     from rich.console import Group
 
@@ -205,7 +193,7 @@ class Condition:
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
         plain = [found for found in findings(report) if found.attack.subject == "model"]
-        plain = [found for found in plain if found.attack.knowledge == "none" and self._concerns(found)]
+        plain = [found for found in plain if found.knowledge == "none" and self._concerns(found)]
         for finding in plain:
             value = _METRICS[self.metric](finding)
             if value is None:

@@ -232,12 +232,8 @@ class Skeleton:
                     f"by config.json the model has {parameter}, but no tensor of the checkpoint becomes it",
                     "Fetch the checkpoint again, or use the config.json that belongs to it.",
                 )
-            if tensor is not None and tuple(self.shapes[tensor]) != tuple(expected.shape):
-                raise SpecDefError(
-                    f"tensor {tensor} has shape {list(self.shapes[tensor])}, but config.json asks for "
-                    f"{list(expected.shape)}",
-                    WRONG_CONFIG,
-                )
+            if tensor is not None:
+                self.require_shape(tensor, tuple(expected.shape), "the model")
 
 
 @dataclass(frozen=True)

@@ -19,27 +19,27 @@ from specdef_cli.attack.variants import Knowledge
 
 def training_name(attack: Attack) -> str:
     """What is trained and by what, as people say it: ``full fine-tuning with SGD``."""
-    label = attack.training.label
-    if attack.training.method == "full" and not attack.training.name:
+    label = attack.spec.training.label
+    if attack.spec.training.method == "full" and not attack.spec.training.name:
         label = "full fine-tuning" + label.removeprefix("full")
     name = label.replace(" all-linear", " on every linear")
-    return name if attack.optimizer == "adamw" else f"{name} with {attack.optimizer}"
+    return name if attack.spec.optimizer == "adamw" else f"{name} with {attack.spec.optimizer}"
 
 
 def attack_name(attack: Attack) -> str:
     """The whole attack as people say it: ``undone first (rebalanced), full fine-tuning``."""
-    variant = attack.variant.label
+    variant = attack.spec.variant.label
     if not variant:
         return training_name(attack)
-    first = f"undone first ({variant})" if attack.variant.choice.informed is not None else variant
+    first = f"undone first ({variant})" if attack.spec.variant.choice.informed is not None else variant
     return first if attack.edit is not None else f"{first}, {training_name(attack)}"
 
 
 def spelling(attack: Attack) -> str:
     """The flags that run an attack alone."""
-    parts = [f"--training {attack.training}"]
-    parts += [f"--variant {attack.variant}"] if attack.variant.label else []
-    parts += [f"--optimizer {attack.optimizer}"] if attack.optimizer != "adamw" else []
+    parts = [f"--training {attack.spec.training}"]
+    parts += [f"--variant {attack.spec.variant}"] if attack.spec.variant.label else []
+    parts += [f"--optimizer {attack.spec.optimizer}"] if attack.spec.optimizer != "adamw" else []
     return " ".join(parts)
 
 
@@ -162,8 +162,8 @@ def verdict_line(found: Sequence[Finding]) -> str:
     """The report in one line: how many recipes it holds against, which it does not slow, and what undoes it."""
     attacks = [finding for finding in found if finding.verdict not in ("control", "unknown")]
     trained = [finding for finding in attacks if finding.edit is None]
-    plain = [finding for finding in trained if finding.attack.knowledge == "none"]
-    informed = [finding for finding in trained if finding.attack.knowledge != "none"]
+    plain = [finding for finding in trained if finding.attack.spec.variant.knowledge == "none"]
+    informed = [finding for finding in trained if finding.attack.spec.variant.knowledge != "none"]
     parts = []
     if plain:
         held = sum(finding.verdict == "stopped" for finding in plain)
@@ -173,12 +173,12 @@ def verdict_line(found: Sequence[Finding]) -> str:
         names = [attack_name(finding.attack) for finding in plain if finding.verdict == verdict]
         if names:
             parts.append(f"{words}: {_listed(names)}")
-    undone = [finding.attack.variant.label for finding in informed if finding.verdict == "not slowed"]
+    undone = [finding.attack.spec.variant.label for finding in informed if finding.verdict == "not slowed"]
     if undone:
         parts.append(f"undone: {_listed(undone)}")
     elif not informed and plain:
         parts.append("no attack that knows the construction was tried")
-    edits = [f"{each.attack.variant.label} {each.verdict}" for each in of_edits(attacks)]
+    edits = [f"{each.attack.spec.variant.label} {each.verdict}" for each in of_edits(attacks)]
     if edits:
         parts.append(f"{'edits' if parts else 'Edits'}: {', '.join(edits)}")
     return "; ".join(parts or ["The control learned nothing, so there is nothing to compare"]) + "."
@@ -208,10 +208,53 @@ def growth_words(report: AttackReport) -> tuple[str, ...]:
         growth = attack.runs[0].growth
         if growth is not None and attack.edit is None:
             lines.append(
-                f"{attack.variant.label}: {growth.parameters_added:+,} parameters, {size(growth.bytes_added)}, "
+                f"{attack.spec.variant.label}: {growth.parameters_added:+,} parameters, {size(growth.bytes_added)}, "
                 f"in {growth.layers} layers, which are {growth.layers_times:.2f}× as large"
             )
     return tuple(dict.fromkeys(lines))
+
+
+def full_name(attack: Attack) -> str:
+    """An attack, or the control that it is measured against."""
+    return f"base: {attack_name(attack)}" if attack.subject == "control" else attack_name(attack)
+
+
+def attack_cells(report: AttackReport, finding: Finding) -> dict[str, str]:
+    """What an attack came to, in words, by the headings of the report's tables."""
+    return {
+        "the attacker": "–" if finding.verdict == "control" else KNOWLEDGE_WORDS[finding.knowledge],
+        "best η": rate(finding.learning_rate),
+        "loss before": number(finding.start),
+        "after": number(finding.best),
+        "of its control": percent(finding.share),
+        "of the best control": percent(finding.share_of_best),
+        "with utility kept": percent(finding.useful_share),
+        "control, with utility kept": percent(finding.control_useful_share),
+        "diverges": "–" if finding.divergent_rate is None else f"≥ {rate(finding.divergent_rate)}",
+        "steps to control": steps_words(report, finding.attack.best_run),
+        "time to control": "–" if finding.seconds_to_control is None else f"{finding.seconds_to_control:.1f} s",
+        "parameters": f"{finding.parameters_times:.2f}×",
+        "operations": f"{finding.flops_times:.2f}×",
+        "verdict": finding.verdict,
+        "refusals": percent(finding.refusals),
+    }
+
+
+def run_cells(report: AttackReport, run: RunResult) -> dict[str, str]:
+    """One run in words, by the headings of the report's tables."""
+    return {
+        "run": run.spec.label,
+        "η": rate(run.spec.learning_rate),
+        "seed": str(run.spec.seed),
+        "start": number(run.start),
+        "best": number(run.best),
+        "final": number(run.final),
+        "steps to control": steps_words(report, run),
+        "gradient norm, step 1": "–" if run.first_grad_norm is None else f"{run.first_grad_norm:.3g}",
+        "parameters": f"{report.parameters_times(run):.2f}×",
+        "trainable": f"{run.trainable_parameters:,}",
+        "outcome": outcome_words(run),
+    }
 
 
 def percent(share: float | None) -> str:
@@ -253,11 +296,11 @@ def _finding(report: AttackReport, attack: Attack) -> Finding:
     finding = Finding(
         label=attack.label,
         subject=attack.subject,
-        variant=str(attack.variant),
-        knowledge=attack.knowledge,
-        training=str(attack.training),
-        trained=attack.training.label,
-        optimizer=attack.optimizer,
+        variant=str(attack.spec.variant),
+        knowledge=attack.spec.variant.knowledge,
+        training=str(attack.spec.training),
+        trained=attack.spec.training.label,
+        optimizer=attack.spec.optimizer,
         learning_rates=attack.learning_rates,
         best=Best(learning_rate=attack.best_learning_rate, loss=attack.best),
         start=best.start,

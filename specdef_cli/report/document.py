@@ -20,14 +20,12 @@ from specdef_cli.attack.one_run import (
     KL_LIMIT,
     UTILITY_LIMIT,
     Behaviour,
-    Budget,
     Divergence,
     Edit,
     EvalPoint,
     RunOutcome,
     RunResult,
-    Subject,
-    Task,
+    SpecPart,
     TrainPoint,
 )
 from specdef_cli.attack.results import CONTROL_SHARE, AttackReport, DataSummary, Hardening, PromptSummary
@@ -66,23 +64,6 @@ class Definitions(Part):
     """Utility is kept while perplexity on retained text is at most this share above the start's."""
     kl_limit: float = 1.0
     """An edit whose KL divergence on harmless prompts is beyond this has broken the model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpecPart(Budget):
-    """What was run. Variants and trainings are text here, since a report may name some that another package brought."""
-
-    subject: Subject
-    checkpoint: str
-    data: str
-    task: Task
-    variant: str
-    training: str
-    optimizer: str
-    learning_rate: float
-    eval_every: int
-    seed: int
-    prompts: str = ""
 
 
 class RunLoss(Part):
@@ -246,11 +227,7 @@ REPORT_NAME = "report.json"
 
 
 def require_report(path: Path) -> Path:
-    """The file of an attack report.
-
-    Args:
-        path: A ``report.json``, or the directory that it is in.
-    """
+    """The file of an attack report."""
     file = path / REPORT_NAME if path.is_dir() else path
     if not file.is_file():
         raise SpecDefError(f"no attack report {file} found", "Give the report.json that `specdef attack` wrote.")
@@ -299,11 +276,7 @@ class Comparison:
 
 
 def compare(reports: Sequence[ReportDocument]) -> Comparison:
-    """Put reports side by side.
-
-    Args:
-        reports: Their contents (:func:`specdef_cli.report.document.read_report`), one for each model.
-    """
+    """Put reports side by side."""
     controls: dict[str, Finding] = {}
     columns: list[dict[str, Finding]] = []
     for report in reports:

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from specdef_cli.attack.results import Attack, AttackReport
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.model.loading import process_state
-from specdef_cli.report import attack_name, rate
+from specdef_cli.report import full_name, rate
 from specdef_cli.report.document import report_json
 from specdef_cli.report.html import report_html
 
@@ -47,7 +47,7 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
         left.plot(
             [point.step for point in points],
             [point.loss for point in points],
-            label=f"{_named(attack)} (η = {rate(attack.best_learning_rate)})",
+            label=f"{full_name(attack)} (η = {rate(attack.best_learning_rate)})",
             **style,
         )
         frontier = [(value, attack.best_at(value)) for value in attack.learning_rates]
@@ -86,13 +86,9 @@ def _strongest(report: AttackReport) -> tuple[Attack, ...]:
     for attack in report.attacks:
         if attack.edit is not None:  # which has no curve
             continue
-        kinds.setdefault("control" if attack.subject == "control" else attack.knowledge, []).append(attack)
+        kinds.setdefault("control" if attack.subject == "control" else attack.spec.variant.knowledge, []).append(attack)
     kept = [attack for attacks in kinds.values() for attack in sorted(attacks, key=_loss_reached)[:MAX_CURVES]]
     return tuple(attack for attack in report.attacks if attack in kept)
-
-
-def _named(attack: Attack) -> str:
-    return f"base: {attack_name(attack)}" if attack.subject == "control" else attack_name(attack)
 
 
 def _loss_reached(attack: Attack) -> float:
@@ -104,7 +100,7 @@ def _styles(attacks: tuple[Attack, ...]) -> list[dict[str, object]]:
     counts: dict[str, int] = {}
     styles = []
     for attack in attacks:
-        group = "control" if attack.subject == "control" else attack.knowledge
+        group = "control" if attack.subject == "control" else attack.spec.variant.knowledge
         position = counts.get(group, 0)
         counts[group] = position + 1
         if group == "control":
@@ -165,9 +161,6 @@ def write_report(report: AttackReport, out: str | Path) -> tuple[Path, ...]:
     """Write ``report.html``, ``report.json``, ``curves.csv`` and ``curves.png`` into ``out``.
 
     Only the main process of an ``accelerate launch`` writes; the others return the same paths.
-
-    Raises:
-        OSError: ``out`` cannot be written.
     """
     paths = tuple(Path(out) / name for name in ("report.html", "report.json", "curves.csv", "curves.png"))
     if process_state().is_main_process:

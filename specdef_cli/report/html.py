@@ -7,9 +7,9 @@ there by jinja2.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import date
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -19,55 +19,35 @@ from specdef_cli.report import (
     KNOWLEDGE_WORDS,
     STOPPED_SHARE,
     Finding,
-    attack_name,
+    attack_cells,
     findings,
+    full_name,
     growth_words,
     number,
     of_edits,
-    outcome_words,
     percent,
-    rate,
+    run_cells,
     spelling,
-    steps_words,
     verdict_line,
 )
 from specdef_cli.report.text import summary
 
+WORDS = ("the attacker", "verdict", "outcome")
+"""Headings of columns whose cells are text and not figures."""
 
-@dataclass(frozen=True)
-class Column:
-    """One column of a table; ``words`` where its cells are text and not figures."""
+ATTACKS = ("the attacker", "best η", "loss before", "after", "of its control", "of the best control")
+COSTS = (
+    "with utility kept", "control, with utility kept", "diverges", "steps to control", "time to control", "parameters",
+    "operations",
+)  # fmt: skip
 
-    heading: str
-    words: bool = False
 
+class Row(NamedTuple):
+    """A row of a table: cells by heading, classes that the style sheet knows, and how the command line spells it."""
 
-@dataclass(frozen=True)
-class Row:
-    """One row: its cells, the classes that the style sheet knows, and how the command line spells it."""
-
-    cells: tuple[str, ...]
+    cells: dict[str, str]
     emphasis: str = ""
     title: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page. On a narrow screen each row becomes a card whose lines carry the headings."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """How much of its control's progress an attack made: ``width`` in percent."""
-
-    name: str
-    spelling: str
-    width: float
-    figure: str
-    knowledge: str
 
 
 def report_html(report: AttackReport, image: bytes, narrow: bytes) -> str:
@@ -80,53 +60,44 @@ def report_html(report: AttackReport, image: bytes, narrow: bytes) -> str:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
+    attacks, costs = [], []
+    for finding in trained:
+        named, flags = {"attack": full_name(finding.attack)}, spelling(finding.attack)
+        cells = attack_cells(report, finding)
+        usual = {"of its control": _share(finding), "at its control’s η": percent(finding.usual_share)}
+        shown = {**named, **{key: cells[key] for key in ATTACKS}, **usual, "verdict": finding.verdict}
+        attacks.append(Row(shown, "best" if finding.verdict == "not slowed" else "", flags))
+        costs.append(Row({**named, **{key: cells[key] for key in COSTS}}, title=flags))
     return environment.get_template("template.html").render(
         title=f"Fine-tuning attacks on {report.model}",
         verdict=verdict_line(found),
-        bars=_bars(trained),
+        # The longest bar first; an attack whose control learned nothing has none.
+        bars=sorted(
+            (each for each in trained if each.share is not None and each.verdict != "control"),
+            key=lambda each: -(each.share or 0.0),
+        ),
+        name=full_name,
+        spelling=spelling,
+        percent=percent,
         knowledge=KNOWLEDGE_WORDS,
+        words=WORDS,
         summary=summary(report)[1:],
-        curves=_base64(image),
-        narrow_curves=_base64(narrow),
-        attacks=_attacks_table(trained),
-        costs=_costs_table(report, trained),
-        accuracy=_accuracy_table(found),
-        edits=_edits_table(found),
-        behaviour=_behaviour_table(found),
+        curves=base64.b64encode(image).decode("ascii"),
+        narrow_curves=base64.b64encode(narrow).decode("ascii"),
+        attacks=attacks,
+        costs=costs,
+        accuracy=_accuracy_rows(found),
+        edits=_edit_rows(found),
+        behaviour=_behaviour_rows(found),
         answers=_answers(found),
         asked=_asked(report),
-        runs=_runs_table(report),
+        runs=_run_rows(report),
         definitions=_definitions(),
         growth=growth_words(report),
         setting=_setting(report),
         notes=report.notes,
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
     )
-
-
-def _base64(image: bytes) -> str:
-    return base64.b64encode(image).decode("ascii")
-
-
-def _table(headings: Sequence[str], words: Iterable[str], rows: Iterable[Row]) -> Table:
-    texts = set(words)
-    return Table(tuple(Column(heading, heading in texts) for heading in headings), tuple(rows))
-
-
-def _bars(found: Sequence[Finding]) -> list[Bar]:
-    """One bar an attack, the longest first; an attack whose control learned nothing has none."""
-    attacks = sorted((each for each in found if each.share is not None), key=lambda each: -(each.share or 0.0))
-    return [
-        Bar(
-            attack_name(finding.attack),
-            spelling(finding.attack),
-            min(max(100 * (finding.share or 0.0), 0.5), 100),
-            percent(finding.share) + (" (not settled)" if finding.verdict == "not settled" else ""),
-            finding.attack.knowledge,
-        )
-        for finding in attacks
-        if finding.verdict != "control"
-    ]
 
 
 def _definitions() -> str:
@@ -172,109 +143,46 @@ def _setting(report: AttackReport) -> list[str]:
     return lines
 
 
-def _attacks_table(found: Sequence[Finding]) -> Table:
-    rows = [
-        Row(
-            (
-                _named(finding),
-                "–" if finding.verdict == "control" else KNOWLEDGE_WORDS[finding.attack.knowledge],
-                rate(finding.learning_rate),
-                number(finding.start),
-                number(finding.best),
-                _share(finding),
-                percent(finding.share_of_best),
-                percent(finding.usual_share),
-                finding.verdict,
-            ),
-            "best" if finding.verdict == "not slowed" else "",
-            spelling(finding.attack),
-        )
-        for finding in found
-    ]
-    headings = (
-        "attack", "the attacker", "best η", "loss before", "after", "of its control", "of the best control",
-        "at its control’s η", "verdict",
-    )  # fmt: skip
-    return _table(headings, ("the attacker", "verdict"), rows)
-
-
-def _named(finding: Finding) -> str:
-    """An attack, or the control that it is measured against."""
-    name = attack_name(finding.attack)
-    return f"base: {name}" if finding.verdict == "control" else name
-
-
-def _costs_table(report: AttackReport, found: Sequence[Finding]) -> Table:
-    rows = [
-        Row(
-            (
-                _named(finding),
-                percent(finding.useful_share),
-                percent(finding.control_useful_share),
-                "–" if finding.divergent_rate is None else f"≥ {rate(finding.divergent_rate)}",
-                steps_words(report, finding.attack.best_run),
-                "–" if finding.seconds_to_control is None else f"{finding.seconds_to_control:.1f} s",
-                f"{finding.parameters_times:.2f}×",
-                f"{finding.flops_times:.2f}×",
-            ),
-            title=spelling(finding.attack),
-        )
-        for finding in found
-    ]
-    headings = (
-        "attack", "with utility kept", "control, with utility kept", "diverges", "steps to control", "time to control",
-        "parameters", "operations",
-    )  # fmt: skip
-    return _table(headings, (), rows)
-
-
-def _accuracy_table(found: Sequence[Finding]) -> Table:
-    """Accuracy on tasks, of each attack's run at its best learning rate; no rows where none was measured."""
+def _accuracy_rows(found: Sequence[Finding]) -> list[Row]:
+    """Accuracy on tasks, of each attack's run at its best learning rate; none where none was measured."""
     tasks = sorted({task for finding in found for task in finding.attack.best_run.accuracy})
-    rows = [
-        Row((finding.attack.label, *(number(finding.attack.best_run.accuracy.get(task)) for task in tasks)))
-        for finding in found
-    ]
-    return _table(("attack", *tasks), (), rows if tasks else ())
+    measured = [(finding.attack.label, finding.attack.best_run.accuracy) for finding in found if tasks]
+    return [Row({"attack": label, **{task: number(each.get(task)) for task in tasks}}) for label, each in measured]
 
 
-def _edits_table(found: Sequence[Finding]) -> Table:
+def _edit_rows(found: Sequence[Finding]) -> list[Row]:
     """Every strength of every edit; the best one of each stands out."""
-    rows = [
+    return [
         Row(
-            (
-                finding.attack.label,
-                f"{edit.strength:g}",
-                percent(edit.left),
-                number(edit.kl, 3),
-                percent(finding.share) if edit == finding.edit else "",
-                finding.verdict if edit == finding.edit else "broken" if edit.broken else "",
-            ),
+            {
+                "edit": finding.attack.label,
+                "strength": f"{edit.strength:g}",
+                "of the direction left": percent(edit.left),
+                "KL, harmless prompts": number(edit.kl),
+                "of its control": percent(finding.share) if edit == finding.edit else "",
+                "verdict": finding.verdict if edit == finding.edit else "broken" if edit.broken else "",
+            },
             " ".join(["first"] * (place == 0) + ["best"] * (edit == finding.edit)),
         )
         for finding in of_edits(found)
         for place, edit in enumerate(finding.attack.best_run.edits)
     ]
-    headings = ("edit", "strength", "of the direction left", "KL, harmless prompts", "of its control", "verdict")
-    return _table(headings, ("verdict",), rows)
 
 
-def _behaviour_table(found: Sequence[Finding]) -> Table:
-    """Refusals after every attack that was followed by questions; no rows where no prompts were given."""
-    asked = [(finding, finding.attack.behaviour) for finding in found]
-    rows = [
+def _behaviour_rows(found: Sequence[Finding]) -> list[Row]:
+    """Refusals after every attack that was followed by questions; none where no prompts were given."""
+    return [
         Row(
-            (
-                finding.attack.label,
-                percent(behaviour.refusals_before),
-                percent(finding.refusals),
-                number(behaviour.kl, 3),
-            )
+            {
+                "attack": finding.attack.label,
+                "refused before": percent(finding.refusals_before),
+                "refused after": percent(finding.refusals),
+                "KL, harmless prompts": number(finding.kl),
+            }
         )
-        for finding, behaviour in asked
-        if behaviour is not None and behaviour.refusals is not None
+        for finding in found
+        if finding.attack.behaviour is not None and finding.attack.behaviour.refusals is not None
     ]
-    return _table(("attack", "refused before", "refused after", "KL, harmless prompts"), (), rows)
 
 
 def _answers(found: Sequence[Finding]) -> list[str]:
@@ -308,27 +216,10 @@ def _share(finding: Finding) -> str:
     return f"{percent(finding.share)} ({100 * least:.0f} to {100 * most:.0f})"
 
 
-def _runs_table(report: AttackReport) -> Table:
+def _run_rows(report: AttackReport) -> list[Row]:
     rows = []
     for attack in report.attacks:
         for position, run in enumerate(attack.runs):
-            cells = (
-                run.spec.label,
-                rate(run.spec.learning_rate),
-                str(run.spec.seed),
-                number(run.start),
-                number(run.best),
-                number(run.final),
-                steps_words(report, run),
-                "–" if run.first_grad_norm is None else f"{run.first_grad_norm:.3g}",
-                f"{report.parameters_times(run):.2f}×",
-                f"{run.trainable_parameters:,}",
-                outcome_words(run),
-            )
             classes = ["first"] * (position == 0) + ["best"] * (run.spec.learning_rate == attack.best_learning_rate)
-            rows.append(Row(cells, " ".join(classes)))
-    headings = (
-        "run", "η", "seed", "start", "best", "final", "steps to control", "gradient norm, step 1", "parameters",
-        "trainable", "outcome",
-    )  # fmt: skip
-    return _table(headings, ("outcome",), rows)
+            rows.append(Row(run_cells(report, run), " ".join(classes)))
+    return rows

@@ -8,43 +8,49 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from specdef_cli.attack.one_run import UTILITY_LIMIT, RunResult
-from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport
+from specdef_cli.attack.one_run import UTILITY_LIMIT
+from specdef_cli.attack.results import CONTROL_SHARE, AttackReport
 from specdef_cli.report import (
     Finding,
+    attack_cells,
     attack_name,
     edit_words,
     findings,
     growth_words,
     number,
     of_edits,
-    outcome_words,
     percent,
-    rate,
-    steps_words,
+    run_cells,
     training_name,
     verdict_line,
 )
 
+ATTACKS = {
+    "best η": "best η", "after": "loss", "of its control": "of its\ncontrol", "of the best control": "of best\ncontrol",
+    "steps to control": "steps", "verdict": "verdict",
+}  # fmt: skip
+"""From the headings of the page to those of the terminal, which has 80 columns."""
+
+RUNS = {
+    "η": "η", "start": "start", "best": "best", "final": "final", "steps to control": "steps",
+    "gradient norm, step 1": "|g|", "parameters": "params", "outcome": "outcome",
+}  # fmt: skip
+
 
 def attacks_table(report: AttackReport) -> Table:
-    """One line for each attack at its best learning rate, in 80 columns. Cells are :class:`Text`, so nothing in a name
-    is taken for markup.
-    """
+    """One line for each attack at its best learning rate, in 80 columns."""
     found = [finding for finding in findings(report) if finding.edit is None]
-    table = _table(report, "attack", "best η", "loss", "of its\ncontrol", "of best\ncontrol", "steps")
-    table.add_column("verdict", no_wrap=True)
+    asked = {"refusals": "refusals"} if any(finding.refusals is not None for finding in found) else {}
+    headings = {**ATTACKS, **asked}
+    table = _table(_caption(report), "attack", headings.values())
     previous = None
-    asked = any(finding.refusals is not None for finding in found)
-    if asked:
-        table.add_column("refusals", justify="right", no_wrap=True)
     for finding in found:
-        group = (finding.attack.subject, finding.attack.knowledge)
+        group = (finding.subject, finding.knowledge)
         if previous not in (None, group):
             table.add_section()
         previous = group
-        cells = _attack_cells(report, finding) + ((percent(finding.refusals),) if asked else ())
-        _add(table, cells, "bold" if finding.verdict == "not slowed" else "")
+        cells = attack_cells(report, finding)
+        _add(table, [_name(finding), *(cells[key] for key in headings)], finding.verdict == "not slowed")
     return table
 
 
@@ -54,78 +60,53 @@ def edits_table(report: AttackReport) -> Table | None:
     if not found:
         return None
     caption = "left: of the direction between the two kinds of prompts. KL: of the next token, on harmless prompts."
-    table = Table(caption=Text(caption), caption_justify="left", pad_edge=False)
-    table.add_column("edit, nothing trained")
-    asked = any(finding.refusals is not None for finding in found)
-    for heading in ("strength", "left", "KL", "of its\ncontrol", *(["refusals"] if asked else [])):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    asked = ["refusals"] if any(finding.refusals is not None for finding in found) else []
+    headings = ("strength", "left", "KL", "of its\ncontrol", *asked, "verdict")
+    table = _table(caption, "edit, nothing trained", headings)
     for finding in found:
         edit = finding.edit
         assert edit is not None
         cells = [_name(finding), f"{edit.strength:g}", percent(edit.left), number(edit.kl), percent(finding.share)]
         cells += [percent(finding.refusals)] if asked else []
-        _add(table, [*cells, finding.verdict], "bold" if finding.verdict == "not slowed" else "")
+        _add(table, [*cells, finding.verdict], finding.verdict == "not slowed")
     return table
 
 
 def runs_table(report: AttackReport) -> Table:
     """One line for each run; the best of each attack is bold."""
-    table = _table(report, "run", "η", "start", "best", "final", "steps", "|g|", "params")
-    table.add_column("outcome")
+    caption = _caption(report, " |g|: gradient norm at step 1. params: model parameters over the control's.")
+    table = _table(caption, "run", RUNS.values())
     for attack in report.attacks:
         for run in attack.runs:
+            cells = run_cells(report, run)
+            seed = f" · seed {run.spec.seed}" if len(attack.at(run.spec.learning_rate)) > 1 else ""
             strongest = run.spec.learning_rate == attack.best_learning_rate
-            _add(table, _run_cells(report, attack, run), "bold" if strongest else "")
+            _add(table, [cells["run"] + seed, *(cells[key] for key in RUNS)], strongest)
         table.add_section()
     return table
-
-
-def _attack_cells(report: AttackReport, finding: Finding) -> tuple[str, ...]:
-    return (
-        _name(finding),
-        rate(finding.learning_rate),
-        number(finding.best),
-        percent(finding.share),
-        percent(finding.share_of_best),
-        steps_words(report, finding.attack.best_run),
-        finding.verdict,
-    )
 
 
 def _name(finding: Finding) -> str:
     return finding.attack.label.removeprefix("hardened, ").removeprefix("hardened · ")
 
 
-def _run_cells(report: AttackReport, attack: Attack, run: RunResult) -> tuple[str, ...]:
-    return (
-        run.spec.label + (f" · seed {run.spec.seed}" if len(attack.at(run.spec.learning_rate)) > 1 else ""),
-        rate(run.spec.learning_rate),
-        number(run.start),
-        number(run.best),
-        number(run.final),
-        steps_words(report, run),
-        "–" if run.first_grad_norm is None else f"{run.first_grad_norm:.2g}",
-        f"{report.parameters_times(run):.2f}×",
-        outcome_words(run),
-    )
+def _caption(report: AttackReport, more: str = "") -> str:
+    share = f"until {percent(CONTROL_SHARE)} of the control's best progress is made."
+    return "\n".join([f"loss: held-out, the lowest. steps: {share}{more}", *growth_words(report)])
 
 
-def _table(report: AttackReport, first: str, *headings: str) -> Table:
-    lines = [
-        f"loss: held-out, the lowest. steps: until {percent(CONTROL_SHARE)} of the control's best progress is made. "
-        + ("|g|: gradient norm at step 1. params: model parameters over the control's." if "|g|" in headings else ""),
-        *growth_words(report),
-    ]
-    table = Table(caption=Text("\n".join(line.strip() for line in lines)), caption_justify="left", pad_edge=False)
+def _table(caption: str, first: str, headings: Iterable[str]) -> Table:
+    """Cells are :class:`Text`, so nothing in a name is taken for markup."""
+    table = Table(caption=Text(caption), caption_justify="left", pad_edge=False)
     table.add_column(first)
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        words = heading in ("verdict", "outcome")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "outcome")
     return table
 
 
-def _add(table: Table, cells: Iterable[str], style: str) -> None:
-    table.add_row(*(Text(cell, style=style) for cell in cells))
+def _add(table: Table, cells: Iterable[str], bold: bool) -> None:
+    table.add_row(*(Text(cell, style="bold" if bold else "") for cell in cells))
 
 
 KNOWN_TO_GET_THROUGH = {"hira": "HiRA", "ia3": "IA³", "adapter": "adapters"}
@@ -151,8 +132,8 @@ def closing(report: AttackReport, page: Path | None = None) -> tuple[str, ...]:
     """What was done, what ordinary fine-tuning gets, what gets through, how it is undone, and where the page is."""
     every = findings(report)
     found = [finding for finding in every if finding.edit is None and finding.verdict != "control"]
-    plain = [finding for finding in found if finding.attack.knowledge == "none"]
-    informed = [finding for finding in found if finding.attack.knowledge != "none"]
+    plain = [finding for finding in found if finding.attack.spec.variant.knowledge == "none"]
+    informed = [finding for finding in found if finding.attack.spec.variant.knowledge != "none"]
     edits = [finding for finding in of_edits(every) if finding.verdict != "control"]
     lines = [f"Done: {_done(report)}"]
     lines += [f"Ordinary fine-tuning: {_ordinary(plain)}"] if plain else []
@@ -187,7 +168,7 @@ def _ordinary(plain: Sequence[Finding]) -> str:
 def _through(plain: Sequence[Finding]) -> str:
     through = [finding for finding in plain if finding.verdict == "not slowed"]
     unsettled = [finding for finding in plain if finding.verdict == "not settled"]
-    tried = {finding.attack.training.method for finding in plain}
+    tried = {finding.attack.spec.training.method for finding in plain}
     missing = [name for method, name in KNOWN_TO_GET_THROUGH.items() if method not in tried]
     limit = f"at least {percent(CONTROL_SHARE)}"
     text = f"{_shares(through)} ({limit} counts)." if through else f"none of these recipes ({limit} would count)."
@@ -205,7 +186,7 @@ def _undone(informed: Sequence[Finding]) -> str:
         return "no attack here knew the construction, so nothing here bounds an attacker who does."
     names = []
     for finding in known:
-        variant = finding.attack.variant
+        variant = finding.attack.spec.variant
         first = f"{variant.label} first" if variant.choice.informed is not None else variant.label
         names.append(f"{first}, {training_name(finding.attack)} gets {percent(finding.share)}")
     text = f"{'; '.join(names[:MAX_NAMED])}."

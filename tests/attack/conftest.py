@@ -7,17 +7,27 @@ import shutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.one_run import RunResult, RunSpec
+from specdef_cli.attack.train import TrainRun
 from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
 from specdef_cli.model.described import SHIM_SOURCE, shim_config
+from specdef_cli.model.opened import OpenedModel
 from tests.byte_tokenizer import byte_tokenizer
 
 HardenDirectory = Callable[..., Path]
+
+
+def train_run(spec: RunSpec, model: OpenedModel, data: AttackData, **how: Any) -> RunResult:
+    """A run of a model that stands for its control too."""
+    return TrainRun(model, model, data, **how)(spec)
 
 
 @pytest.fixture(scope="session")

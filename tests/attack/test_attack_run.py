@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import load_data
-from specdef_cli.attack.data.forms import Examples
 from specdef_cli.attack.data.language import BUILTIN_NAME
+from specdef_cli.attack.data.rows import Examples
 from specdef_cli.attack.one_run import RunResult, RunStore
 from specdef_cli.attack.results import AttackReport
 from specdef_cli.attack.target import Target
@@ -364,7 +364,7 @@ def test_a_fold_that_comes_without_its_manifest_is_undone_all_the_same(base: Pat
         options(tmp_path / "fold", tmp_path / "out", control=base, trainings=("full",), learning_rates=(1e-3,))
     )
     _, plain, rebalanced = findings(result)
-    assert str(rebalanced.attack.variant) == "rebalance"
+    assert str(rebalanced.attack.spec.variant) == "rebalance"
     assert (rebalanced.share or 0) >= 0.95
     assert (plain.share or 0) < 0.5
     assert "The weights show a fold" in result.notes[0]
@@ -378,7 +378,7 @@ def test_inserted_layers_without_their_manifest_are_collapsed(base: Path, harden
     result = attack(
         options(tmp_path / "bare", tmp_path / "out", control=base, trainings=("full",), learning_rates=(1e-3,))
     )
-    shares = {str(finding.attack.variant): finding.share for finding in findings(result)[1:]}
+    shares = {str(finding.attack.spec.variant): finding.share for finding in findings(result)[1:]}
     assert {"collapse", "rebalance"} <= set(shares)
     assert shares["collapse"] == pytest.approx(1, abs=0.05)
     assert "The weights show factors: 4 layers" in result.notes[0]

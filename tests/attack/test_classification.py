@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from specdef_cli.attack import AttackOptions, attack
-from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.data.labelled import Head
+from specdef_cli.attack.data import Head, load_data, load_preprocessor
 from specdef_cli.attack.data.language import builtin_documents
 from specdef_cli.attack.train import load_for_training
 from specdef_cli.hardening.options import Factors, HardenOptions

@@ -12,7 +12,8 @@ import pytest
 
 from specdef_cli.attack import AttackOptions, attack, plan_attack
 from specdef_cli.attack.one_run import RunResult, RunSpec
-from specdef_cli.attack.plan import BUDGETS, SEARCHED_RUNS, Series, Speed, default_budget, expected_runs, in_order
+from specdef_cli.attack.options import BUDGETS
+from specdef_cli.attack.plan import SEARCHED_RUNS, Series, Speed, expected_runs, in_order
 from specdef_cli.attack.queue import Deadline
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
@@ -49,15 +50,15 @@ def test_the_most_telling_attacks_come_first_and_each_after_its_control() -> Non
 def test_the_default_budget_shrinks_with_the_model_and_with_the_time() -> None:
     options = AttackOptions(model="m", out=Path("o"), free=FREE)
     longer = replace(options, steps=150)
-    assert default_budget(longer, 10**5, "cpu") == longer, "nothing is lowered that a small model can afford"
-    assert default_budget(options, 10**12, "cpu").steps == BUDGETS[-1]["steps"]
-    assert default_budget(replace(options, free=()), 10**12, "cpu") == replace(options, free=())
-    assert default_budget(replace(options, steps=4), 10**12, "cpu").steps == 4, "never raised"
-    fixed = default_budget(replace(options, steps=25, free=FREE[1:]), 10**12, "cpu")
+    assert longer.lowered_for(10**5, "cpu") == longer, "nothing is lowered that a small model can afford"
+    assert options.lowered_for(10**12, "cpu").steps == BUDGETS[-1]["steps"]
+    assert replace(options, free=()).lowered_for(10**12, "cpu") == replace(options, free=())
+    assert replace(options, steps=4).lowered_for(10**12, "cpu").steps == 4, "never raised"
+    fixed = replace(options, steps=25, free=FREE[1:]).lowered_for(10**12, "cpu")
     assert (fixed.steps, fixed.batch_size) == (25, BUDGETS[-1]["batch_size"])
     # 45 runs of 6·10⁸·steps·batch·length operations at 10¹¹ a second.
     for minutes in (5, 20, 60):
-        chosen = default_budget(replace(options, time_limit=60.0 * minutes), 10**8, "cpu")
+        chosen = replace(options, time_limit=60.0 * minutes).lowered_for(10**8, "cpu")
         taken = 45 * 6e8 * chosen.steps * chosen.batch_size * chosen.sequence_length / 1e11
         assert minutes / 8 < taken / 60 < minutes
 
@@ -156,7 +157,7 @@ def test_a_finished_run_of_the_control_is_not_measured_again(
         sequence_length=16, eval_sequences=2,
     )  # fmt: skip
     report = attack(options)
-    monkeypatch.setattr("specdef_cli.attack.run.measure_speed", None)  # would fail
+    monkeypatch.setattr("specdef_cli.attack.plan.TWO_STEPS", None)  # would fail
     forecast = plan_attack(options)
     assert [planned.finished for planned in forecast.attacks] == [planned.runs for planned in forecast.attacks]
     assert forecast.seconds == 0

@@ -16,12 +16,12 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.data.forms import AttackData
-from specdef_cli.attack.data.labelled import Head, PixelTransform, load_pixel_transform
-from specdef_cli.attack.train import load_for_training, train_run
+from specdef_cli.attack.data import Head, PixelTransform, load_data, load_pixel_transform, load_preprocessor
+from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.train import load_for_training
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.opened import open_model
+from tests.attack.conftest import train_run
 from tests.attack.test_optimizers import spec
 from tests.byte_tokenizer import byte_tokenizer
 

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.one_run import DEAD, Divergence, Task
-from specdef_cli.attack.train import load_for_training, train_run
+from specdef_cli.attack.train import load_for_training
 from specdef_cli.attack.trainer import Recorder, make_trainer
 from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
+from tests.attack.conftest import train_run
 from tests.attack.test_optimizers import spec
 from tests.attack.test_tasks import DECODER
 from tests.byte_tokenizer import byte_tokenizer

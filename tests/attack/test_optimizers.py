@@ -21,16 +21,17 @@ from transformers import (
     set_seed,
 )
 
-from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.one_run import RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.optimizers.own import Madam, NormalizedSGD, build_optimizer, hidden_matrices
-from specdef_cli.attack.train import _check_passes, load_for_training, train_run
+from specdef_cli.attack.train import _check_passes, load_for_training
 from specdef_cli.attack.trainer import AttackTrainer, Memory, Recorder, make_trainer
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.opened import open_model
+from tests.attack.conftest import train_run
 
 SECOND_ORDER = [name for name, choice in OPTIMIZERS.items() if choice.second_order]
 STEPS = 3

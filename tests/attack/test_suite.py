@@ -59,7 +59,7 @@ learning_rates = [1e-3, 1e-5]
         ("[[attacks]]\ntrainings = ['last-half@x']", "last-half"),
         ("[budget]\nsteps = 0\n[[attacks]]", "steps"),
         ("[budget]\npatience = 3\n[[attacks]]", "patience"),
-        ("attacks = []", "no attacks"),
+        ("attacks = []", "at least 1 item"),
         ("[budget]\nsteps = 3", "attacks"),
         ("[[attacks]\n", "not a suite"),
         ("[more]\n[[attacks]]", "more"),

@@ -14,17 +14,17 @@ from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.data.labelled import Head, labels_of
+from specdef_cli.attack.data import Head, labels_of, load_data, load_preprocessor
 from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.target import task_of
-from specdef_cli.attack.train import load_for_training, train_run
+from specdef_cli.attack.train import load_for_training
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.opened import open_model
+from tests.attack.conftest import train_run
 from tests.attack.test_data_forms import encoder_tokenizer
 from tests.attack.test_optimizers import spec
 from tests.byte_tokenizer import byte_tokenizer

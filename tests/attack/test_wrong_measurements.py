@@ -13,9 +13,8 @@ import transformers
 from typer.testing import CliRunner
 
 from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import load_data
-from specdef_cli.attack.data.forms import AttackData
-from specdef_cli.attack.data.labelled import Head, labels_of
+from specdef_cli.attack.data import Head, labels_of, load_data
+from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.queue import visible_devices
 from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.target import task_of

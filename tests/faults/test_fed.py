@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from specdef_cli.attack import run
-from specdef_cli.attack.data.forms import AttackData
+from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.one_run import RunSpec
 from specdef_cli.attack.train import TrainRun
 from specdef_cli.errors import SpecDefError

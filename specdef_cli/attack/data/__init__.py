@@ -1,32 +1,315 @@
-"""What an attack trains on, cut and split once, for the control and every attack alike.
+"""What an attack trains on, cut and split once, for the control and every attack alike; classes of texts and of images.
 
 A budget of S steps of B sequences never sees more than S·B of them, so no more are prepared, however large the data
 set is. Every tenth row is held out: a row is a document, and nothing of it is in both halves.
+
+Labels are classes, several classes at a time, or numbers: what transformers calls a classifier's ``problem_type``, by
+which its models choose their loss. Images are kept as they are stored, and decoded when a batch needs them.
 """
 
 from __future__ import annotations
 
-import sysconfig
-from collections.abc import Iterator
-from dataclasses import replace
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from transformers import PreTrainedTokenizerBase
-
-from specdef_cli.attack.data.forms import AttackData, Examples, Text, as_items
-from specdef_cli.attack.data.labelled import (
-    Head,
-    PixelTransform,
-    image_data,
-    load_pixel_transform,
-    text_classification_data,
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    default_data_collator,
 )
-from specdef_cli.attack.data.language import ENCODERS, CausalEncoder, language_data
+
+from specdef_cli.attack.data.forms import padding_of
+from specdef_cli.attack.data.language import ENCODERS, language_data
+from specdef_cli.attack.data.rows import (
+    AttackData,
+    Examples,
+    as_text,
+    check_size,
+    column_of,
+    is_held_out,
+    repeated_rows,
+    rows,
+    whole_batches,
+)
 from specdef_cli.attack.one_run import Task
-from specdef_cli.attack.options import NO_RETAINED, AttackOptions
-from specdef_cli.errors import SpecDefError
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.opened import OpenedModel
+
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+MAX_CLASSES = 1_000_000
+"""A larger number in the column of labels is no class, and a head of that size would not fit into memory."""
+
+
+_UNNAMED = re.compile(r"LABEL_\d+")
+"""What transformers calls the classes of a head that nobody named."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A checkpoint's own head, by its configuration."""
+
+    labels: int = 0
+    problem: Problem | None = None  # None where the configuration leaves it to the labels
+    names: Mapping[str, int] = field(default_factory=dict)
+    """The number of each class by its name; empty where the configuration names none."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels are read."""
+
+    problem: Problem
+    outputs: int  # of the model's head. A checkpoint whose head has room for every class keeps its head.
+    classes: dict[Any, int]
+    """From a label to the number of its class; empty where labels are numbers for the outputs themselves."""
+    remark: str = ""
+
+    def encoded(self, label: Any) -> int | list[float]:
+        """A label as the loss takes it: a class, or a number for each output of the head."""
+        if self.problem == "single_label_classification":
+            return self.classes[label]
+        values = label if isinstance(label, list) else [label]
+        if not self.classes:
+            return [*map(float, values), *[0.0] * (self.outputs - len(values))]
+        present = {self.classes[value] for value in values}
+        return [float(number in present) for number in range(self.outputs)]
+
+
+def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> Labels:
+    """What the labels of a data set are.
+
+    Numbers with a fraction are to be predicted themselves (regression), and so are whole ones where the head has one
+    output; lists hold several classes at a time, as their numbers, their names, or a 0 or 1 for each class.
+    """
+    labels = list(found)
+    lists = [label for label in labels if isinstance(label, list)]
+    flat = [value for label in labels for value in (label if isinstance(label, list) else [label])]
+    numbers = bool(flat) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in flat)
+    fractions = numbers and any(isinstance(value, float) and value != int(value) for value in flat)
+    if (lists and len(lists) < len(labels)) or any(value is None or isinstance(value, list | dict) for value in flat):
+        raise SpecDefError(
+            f"column {column!r} of {dataset} does not hold classes",
+            "Name a column of whole numbers, names, lists of them, or numbers to predict with --label-column.",
+        )
+    if lists and not flat:
+        raise SpecDefError(
+            f"no row of {dataset} has a label in column {column!r}", "Name the column of labels with --label-column."
+        )
+    widths = {len(label) for label in lists} or {1}
+    alike = len(widths) == 1
+    if alike and (fractions or (numbers and (head.problem == "regression" or (head.labels == 1 and not lists)))):
+        return Labels("regression", widths.pop(), {})
+    several = bool(lists) or head.problem == "multi_label_classification"
+    if lists and numbers and alike and max(widths) > 1 and set(flat) <= {0, 1}:
+        return Labels("multi_label_classification", max(*widths, head.labels), {})
+    if numbers:
+        flat = [int(value) for value in flat]
+    by_head = _by_head(flat, head.names)
+    classes = by_head or _numbered(flat, column, dataset)
+    count = max(classes.values()) + 1
+    outputs = head.labels if head.labels >= count and head.labels > 1 else count
+    remark = ""
+    if not by_head and not numbers and outputs == head.labels and not all(map(_UNNAMED.fullmatch, head.names)):
+        remark = (
+            f"The checkpoint's classes have other names ({', '.join(head.names)}), so those of {dataset} were numbered "
+            "in alphabetical order. Name them as the checkpoint does if its head is to be kept."
+        )
+    kind: Problem = "multi_label_classification" if several else "single_label_classification"
+    return Labels(kind, outputs, classes, remark)
+
+
+def _by_head(labels: list[Any], names: Mapping[str, int]) -> dict[Any, int]:
+    """Class numbers of names that the checkpoint's head knows, all of them; else none."""
+    return {label: names[label] for label in labels} if all(label in names for label in labels) else {}
+
+
+def _numbered(labels: list[Any], column: str, dataset: str) -> dict[Any, int]:
+    """Class numbers: labels that are numbers stand for themselves, others are numbered in sorted order."""
+    if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
+        if min(labels, default=0) < 0:
+            raise SpecDefError(
+                f"{dataset} has the label {min(labels)}; classes count from 0",
+                "Use a labelled split (test splits often hide their labels as -1).",
+            )
+        if max(labels, default=0) >= MAX_CLASSES:
+            raise SpecDefError(
+                f"{dataset} has the label {max(labels)}, which is too large for a class; they count from 0",
+                "Name a column of classes with --label-column, or number them from 0.",
+            )
+        return {label: label for label in labels} or {0: 0}
+    return {label: number for number, label in enumerate(sorted(set(labels), key=str))}
+
+
+Example = dict[str, Any]
+
+
+def labelled_data(
+    options: AttackOptions,
+    what: str,
+    columns: tuple[str, ...],
+    encode: Callable[..., Example | None],
+    head: Head,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    *,
+    prepared: Callable[[list[Example]], Examples] = list,
+    padding: int | None = None,
+) -> AttackData:
+    """Read as many rows as a run needs, in a random order.
+
+    Args:
+        encode: Makes an example of those columns' values; ``None`` where there is nothing in them.
+        prepared: From examples, whose ``label`` is what the loss takes, to what batches are made of.
+    """
+    if options.dataset is None:
+        raise SpecDefError(
+            f"an attack on a classifier needs labelled {what}, and no data set is given",
+            f"Give --dataset with a column of {what} and one of labels (--{what[:-1]}-column, --label-column).",
+        )
+    wanted = options.steps * options.batch_size
+    train: list[Example] = []
+    held_out: list[Example] = []
+    found: list[Any] = []
+    kept = empty = 0
+    for row in rows(options, shuffle=True, classes=head.names):
+        *values, label = (column_of(row, name, options.dataset) for name in (*columns, options.label_column))
+        half, enough = (held_out, options.eval_sequences) if is_held_out(kept) else (train, wanted)
+        if len(half) < enough:
+            example = encode(*values)
+            if example is None:
+                empty += 1
+                continue
+            half.append({**example, "label": label})
+        elif len(train) >= wanted and len(held_out) >= options.eval_sequences:
+            break
+        kept += 1
+        found.append(label)
+    if not held_out and len(train) > 1:
+        train, held_out = train[:-1], train[-1:]
+    check_size(options.dataset, what, len(train), len(held_out), options)
+    train = whole_batches(train, options.batch_size)
+    labels = labels_of(found, head, options.label_column, options.dataset)
+    digest = hashlib.sha256()
+    for half in (train, held_out):
+        for example in half:
+            example["label"] = labels.encoded(example["label"])
+            digest.update(repr(example).encode())
+        digest.update(b"|")
+    left_out = [f"Of {kept + empty} rows read, {empty} without {what[:-1]} left out."] if empty else []
+    return AttackData(
+        name=options.dataset,
+        train=prepared(train),
+        held_out=prepared(held_out),
+        collate=collate,
+        fingerprint=digest.hexdigest()[:16],
+        labels=labels.outputs,
+        problem=labels.problem,
+        resize_head=labels.outputs != head.labels,
+        padding=padding,
+        remarks=(*left_out, *filter(None, [labels.remark]), *repeated_rows(train, held_out)),
+    )
+
+
+def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokenizerBase, head: Head) -> AttackData:
+    """Tokenized texts of the named data set, or pairs of them, cut off at the sequence length."""
+    columns = (options.text_column or "text", *filter(None, [options.text_pair_column]))
+    padding = padding_of(tokenizer)
+
+    def encode(*values: object) -> Example | None:
+        texts = [as_text(value, name, str(options.dataset)) for value, name in zip(values, columns, strict=True)]
+        if not any(text.strip() for text in texts):
+            return None
+        return dict(tokenizer(*texts, truncation=True, max_length=options.sequence_length))
+
+    collate = DataCollatorWithPadding(tokenizer)
+    data = labelled_data(options, "texts", columns, encode, head, collate, padding=padding)
+    if padding is None:  # after what is wrong with the rows
+        raise SpecDefError(
+            "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
+            'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
+        )
+    return data
+
+
+MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class PixelTransform:
+    """From an image to a model's input."""
+
+    channels: int  # 1 or 3
+    height: int
+    width: int  # and height: pixels of the input, of no effect where there is a processor
+    processor: BaseImageProcessor | None = None  # the checkpoint's own, where it has one
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Resize, and bring pixels to [−1, 1]; or whatever the processor does.
+
+        Returns:
+            float32, shape [channels, height, width].
+        """
+        image = image.convert(MODES[self.channels])
+        if self.processor is not None:
+            return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        stored = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = stored.view(1, image.height, image.width, self.channels).permute(0, 3, 1, 2).float()
+        resized = functional.interpolate(pixels, (self.height, self.width), mode="bilinear", antialias=True)
+        return resized[0] / 127.5 - 1.0
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A map-style data set of images, which are decoded when a batch needs them."""
+
+    examples: list[Example]
+    transform: PixelTransform
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int, /) -> Example:
+        example = self.examples[index]
+        return {"pixel_values": self.transform(Image.open(io.BytesIO(example["image"]))), "labels": example["label"]}
+
+
+def image_data(options: AttackOptions, transform: PixelTransform, head: Head) -> AttackData:
+    """Images of the named data set: a directory of a folder for each class, a parquet file, a Hub id."""
+    encode, prepared = partial(_stored, options=options), partial(Pixels, transform=transform)
+    columns = (options.image_column,)
+    return labelled_data(options, "images", columns, encode, head, default_data_collator, prepared=prepared)
+
+
+def _stored(value: Any, options: AttackOptions) -> Example:
+    """The file of an image, as `datasets` hands it out undecoded: its bytes, or where they are."""
+    stored = value if isinstance(value, dict) else {}
+    content = stored.get("bytes")
+    try:
+        if content is None and stored.get("path"):
+            content = Path(stored["path"]).read_bytes()
+        if content is None:
+            raise UnidentifiedImageError
+        Image.open(io.BytesIO(content)).verify()
+    except (OSError, SyntaxError) as error:  # what Pillow says of broken files; UnidentifiedImageError is an OSError
+        raise SpecDefError(
+            f"column {options.image_column!r} of {options.dataset} does not hold images that can be read",
+            "Name a column of images (PNG, JPEG, …) with --image-column.",
+        ) from error
+    return {"image": content}
+
 
 Preprocessor: TypeAlias = PreTrainedTokenizerBase | PixelTransform
 """Makes tensors of a row: a tokenizer for text, a transform for images."""
@@ -46,11 +329,7 @@ def load_preprocessor(task: Task, model: OpenedModel) -> Preprocessor:
 
 
 def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, head: Head | None = None) -> AttackData:
-    """Read, prepare and split what the options name.
-
-    Args:
-        preprocessor: The control's, from :func:`load_preprocessor`.
-    """
+    """Read, prepare and split what the options name."""
     head = head or Head()
     if options.text_pair_column is not None and task != "sequence-classification":
         raise SpecDefError(
@@ -59,40 +338,31 @@ def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, he
         )
     if isinstance(preprocessor, PixelTransform):
         return image_data(options, preprocessor, head)
-    if task in ENCODERS:
-        return language_data(options, task, preprocessor)
-    return text_classification_data(options, preprocessor, head)
+    if task not in ENCODERS:
+        return text_classification_data(options, preprocessor, head)
+    return language_data(options, task, preprocessor)
 
 
-SEQUENCES_OF_A_FILE = 2
-"""So that the text is of many files, however few sequences are evaluated."""
+_DEFAULT_SIZE = 224
 
 
-def retained_sequences(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
-    """Sequences on which a language model's ability is measured as it is attacked; ``None`` where it is not wanted.
-
-    A quarter as many as held-out ones: they cost time at every evaluation, and the limit of utility is a coarse one.
-    """
-    count = max(1, options.eval_sequences // 4)
-    if options.retained == NO_RETAINED:
-        return None
-    if options.retained is not None:
-        named = replace(
-            options, dataset=options.retained, dataset_config=None, dataset_split=None, eval_sequences=count, steps=1
+def load_pixel_transform(model: OpenedModel) -> PixelTransform:
+    """The transform of a checkpoint: its image processor's, else one that fits its configuration."""
+    directory, processor = model.directory, None
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+        if (directory / "preprocessor_config.json").is_file():
+            processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise SpecDefError(
+            f"how {directory} reads images cannot be found out: {first_line(error)}",
+            "Give a directory with an image classifier's config.json and, where it has one, its image processor.",
+        ) from error
+    channels = int(getattr(config, "num_channels", 3))
+    if channels not in MODES:
+        raise SpecDefError(
+            f"{directory} takes images of {channels} channels", "Give a model of grey (1) or colour (3) images."
         )
-        return load_data(named, "causal-lm", tokenizer).held_out
-    sequences = []
-    for text in standard_library():
-        of_this_file = CausalEncoder(tokenizer, options.sequence_length)
-        of_this_file.add(Text(text))
-        sequences += of_this_file.examples[:SEQUENCES_OF_A_FILE]
-        if len(sequences) >= count:
-            break
-    return as_items(sequences[:count]) if sequences else None
-
-
-def standard_library() -> Iterator[str]:
-    """The files of Python's standard library, one after the other."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.glob("*.py")):
-        yield path.read_text(encoding="utf-8", errors="replace")
+    size: Any = getattr(config, "image_size", None) or _DEFAULT_SIZE
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return PixelTransform(channels, height, width, processor)

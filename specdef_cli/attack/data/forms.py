@@ -12,14 +12,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from jinja2 import TemplateError
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, default_data_collator
 
 from specdef_cli.attack.data.rows import as_text, column_of
-from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.one_run import Task
 from specdef_cli.errors import SpecDefError, first_line
 
 NOT_COUNTED = -100
@@ -91,87 +91,6 @@ def fingerprint_of(*halves: Iterable[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-HELD_OUT_EVERY = 10
-"""Every tenth row is held out; of fewer rows, the last tenth of the tokens."""
-
-_Item = TypeVar("_Item")
-
-
-class Examples(Protocol):
-    """A map-style data set that knows its size: a list of items, or what makes them when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class AttackData:
-    """What the Trainer is given."""
-
-    name: str
-    train: Examples
-    held_out: Examples
-    collate: Callable[[list[Any]], dict[str, Any]]
-    fingerprint: str  # sixteen hexadecimal digits of the tokens or images and labels themselves
-    labels: int = 0  # number of classes; 0 for language modelling
-    resize_head: bool = False  # whether the checkpoint's own head has another number of classes
-    padding: int | None = None
-    problem: str | None = None
-    """What transformers calls the kind of labels: ``single_label_classification``, …; ``None`` for language."""
-    remarks: tuple[str, ...] = ()  # what a reader of the report should know of it, one sentence each
-    retained: Examples | None = None  # text on which a language model's ability is measured as it is attacked
-
-    @property
-    def halves(self) -> tuple[Examples, ...]:
-        """Every data set that a run may see."""
-        return (self.train, self.held_out, *([self.retained] if self.retained is not None else []))
-
-
-def is_held_out(row: int) -> bool:
-    """Whether the row of this number, counted from 0, is evaluated and not trained on."""
-    return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-
-
-def whole_batches(items: list[_Item], batch_size: int) -> list[_Item]:
-    """Every step trains on a full batch. (The Trainer's own ``drop_last`` would drop held-out items as well.)"""
-    return items[: len(items) // batch_size * batch_size]
-
-
-def check_size(
-    name: str,
-    what: str,
-    train: int,
-    held_out: int,
-    options: AttackOptions,
-    *,
-    remarks: tuple[str, ...] = (),
-    remedy: str | None = None,
-) -> None:
-    """Refuse data that is too small for one batch and one evaluation."""
-    if train >= options.batch_size and held_out >= 1:
-        return
-    shorter = " or --sequence-length" if what == "sequences" else ""
-    left_out = f" ({' '.join(remarks)})" if remarks else ""
-    raise SpecDefError(
-        f"{name} gives {train} {what} to train on and {held_out} to evaluate; a batch has {options.batch_size}"
-        f"{left_out}",
-        remedy or f"Give more data, or a smaller --batch-size{shorter}.",
-    )
-
-
-def repeated_rows(train: Iterable[Any], held_out: Iterable[Any]) -> tuple[str, ...]:
-    """A remark where held-out rows are training rows too."""
-    known = {hash(repr(row)) for row in train}
-    again = [hash(repr(row)) in known for row in held_out]
-    if not any(again):
-        return ()
-    return (
-        f"Of {len(again)} held-out rows, {sum(again)} are repeated among those trained on: their loss shows memory. "
-        "Remove repeated rows to measure what is learned.",
-    )
-
-
 Message: TypeAlias = dict[str, Any]
 """``role`` and ``content``, and whatever else the row has (tool calls, reasoning): chat templates get it whole."""
 
@@ -235,6 +154,23 @@ class Form:
     """From a row and the data set's name to a document, or why there is none, in a few words."""
     answers: bool = True  # whether rows have answers, which alone are learned; running text is learned whole
 
+    def remarks(self, task: Task, has_template: bool) -> list[str]:
+        """What a reader of the report should know of how the data was read, one sentence each."""
+        said = []
+        if self.answers:
+            how = "the loss counts answers alone"
+            if task == "causal-lm" and "conversation" in self.words:
+                own = "the tokenizer's chat template" if has_template else "plain roles, for want of a template"
+                how = f"in {own}; {how}"
+            said.append(f"Data read as {self.words}" + ("." if task == "masked-lm" else f", {how}."))
+        elif self.words != FORMS[-1].words:
+            said.append(f"Data read as {self.words}.")
+        if task == "masked-lm":
+            said.append("Masked language modelling: 15 % of the tokens are predicted, the same ones in every run.")
+        if task == "seq2seq-lm" and not self.answers:
+            said.append("The encoder reads the first half of each piece of text, the decoder learns the second.")
+        return said
+
 
 WITHOUT_TEXT = "without text"
 UNREAD = ", which is not read,"
@@ -262,11 +198,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 
 
 def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Form:
-    """The form of a data set, by the columns of a row.
-
-    Args:
-        text_column: The column that the user named; ``None`` leaves it to the row.
-    """
+    """The form of a data set, by the columns of a row."""
     if text_column is None:
         for form in FORMS:
             if all(column in row for column in form.columns):

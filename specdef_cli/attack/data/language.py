@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.forms import (
     FORMS,
-    HELD_OUT_EVERY,
     NOT_COUNTED,
     REFUSED,
     UNREAD,
     WITHOUT_ANSWER,
-    AttackData,
     Completion,
     Conversation,
     Document,
@@ -27,23 +28,28 @@ from specdef_cli.attack.data.forms import (
     Instruction,
     Text,
     as_items,
-    check_size,
     collate,
     conversation_example,
     fingerprint_of,
     form_of,
     has_template,
-    is_held_out,
     padding_of,
-    repeated_rows,
     shared_length,
     spoken,
     unread,
+)
+from specdef_cli.attack.data.rows import (
+    HELD_OUT_EVERY,
+    AttackData,
+    Examples,
+    check_size,
+    is_held_out,
+    repeated_rows,
+    rows,
     whole_batches,
 )
-from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.one_run import Task
-from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.options import NO_RETAINED, AttackOptions
 from specdef_cli.errors import SpecDefError
 
 BUILTIN_NAME = "pydoc_data.topics (English prose of Python's language reference)"
@@ -210,7 +216,9 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
         examples, others = examples[:cut], examples[cut:]
     examples = whole_batches(examples[:wanted], options.batch_size)
     repeated = repeated_rows(seen[False], seen[True]) if seen[True] else repeated_rows(examples, others)
-    remarks = (*_remarks(form, task, tokenizer, kept, left_out), *repeated)
+    total = kept + sum(left_out.values())
+    counts = [f"Of {total} rows read, {count} {reason} left out." for reason, count in left_out.items()]
+    remarks = (*form.remarks(task, has_template(tokenizer)), *counts, *repeated)
     remedy, (reason, count) = None, (left_out.most_common(1) or [("", 0)])[0]
     if count > kept and reason == BEYOND:
         remedy = f"Give a --sequence-length above {options.sequence_length}."
@@ -228,7 +236,36 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
         collate=partial(collate, pad=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_COUNTED)),
         fingerprint=fingerprint_of(examples, others),
         remarks=remarks,
+        retained=_retained(options, tokenizer) if task == "causal-lm" else None,
     )
+
+
+SEQUENCES_OF_A_FILE = 2
+"""So that the text is of many files, however few sequences are evaluated."""
+
+
+def _retained(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
+    """Sequences on which a language model's ability is measured as it is attacked; ``None`` where it is not wanted.
+
+    A quarter as many as held-out ones: they cost time at every evaluation, and the limit of utility is a coarse one.
+    """
+    count = max(1, options.eval_sequences // 4)
+    if options.retained == NO_RETAINED:
+        return None
+    if options.retained is not None:
+        named = replace(
+            options, dataset=options.retained, dataset_config=None, dataset_split=None, retained=NO_RETAINED,
+            eval_sequences=count, steps=1,
+        )  # fmt: skip
+        return language_data(named, "causal-lm", tokenizer).held_out
+    sequences: list[Example] = []
+    for text in standard_library():
+        of_this_file = CausalEncoder(tokenizer, options.sequence_length)
+        of_this_file.add(Text(text))
+        sequences += of_this_file.examples[:SEQUENCES_OF_A_FILE]
+        if len(sequences) >= count:
+            break
+    return as_items(sequences[:count]) if sequences else None
 
 
 def _documents(options: AttackOptions) -> tuple[Form, Iterator[Document | str]]:
@@ -240,28 +277,6 @@ def _documents(options: AttackOptions) -> tuple[Form, Iterator[Document | str]]:
     first = next(found)
     form = form_of(first, options.text_column, name)
     return form, (unread(row, form, options.text_column) or form.read(row, name) for row in chain([first], found))
-
-
-def _remarks(
-    form: Form, task: Task, tokenizer: PreTrainedTokenizerBase, kept: int, left_out: Counter[str]
-) -> tuple[str, ...]:
-    """What a reader of the report should know of the data, one sentence each."""
-    said = []
-    if form.answers:
-        how = "the loss counts answers alone"
-        if task == "causal-lm" and "conversation" in form.words:
-            own = "the tokenizer's chat template" if has_template(tokenizer) else "plain roles, for want of a template"
-            how = f"in {own}; {how}"
-        said.append(f"Data read as {form.words}" + ("." if task == "masked-lm" else f", {how}."))
-    elif form.words != FORMS[-1].words:
-        said.append(f"Data read as {form.words}.")
-    if task == "masked-lm":
-        said.append("Masked language modelling: 15 % of the tokens are predicted, the same ones in every run.")
-    if task == "seq2seq-lm" and not form.answers:
-        said.append("The encoder reads the first half of each piece of text, the decoder learns the second.")
-    total = kept + sum(left_out.values())
-    said += [f"Of {total} rows read, {count} {reason} left out." for reason, count in left_out.items()]
-    return tuple(said)
 
 
 def builtin_documents() -> list[str]:
@@ -282,3 +297,10 @@ def builtin_documents() -> list[str]:
 def _is_prose(paragraph: str) -> bool:
     plain = sum(character.isalpha() or character in " ,." for character in paragraph)
     return paragraph.endswith((".", ":")) and plain >= 0.9 * len(paragraph)
+
+
+def standard_library() -> Iterator[str]:
+    """The files of Python's standard library, one after the other."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.glob("*.py")):
+        yield path.read_text(encoding="utf-8", errors="replace")

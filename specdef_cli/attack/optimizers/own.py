@@ -71,12 +71,7 @@ class WeightwiseOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Change ``weight`` in place.
-
-        Args:
-            weight: Of any shape.
-            gradient: In float32, of the weight's shape.
-        """
+        """Change ``weight`` in place."""
 
 
 class Madam(WeightwiseOptimizer):

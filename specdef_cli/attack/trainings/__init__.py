@@ -247,11 +247,7 @@ class Training:
         return resolve_name(self.choice.stands_for)(self, target)
 
     def apply(self, model: nn.Module, task: Task) -> nn.Module:
-        """Set what trains. What a variant has frozen stays frozen.
-
-        Raises:
-            NotApplicable: A name matches nothing, or nothing is left to train.
-        """
+        """Set what trains. What a variant has frozen stays frozen."""
         assert self.choice.function is not None, f"{self} stands for other trainings"
         function: Callable[..., nn.Module] = resolve_name(self.choice.function)
         return function(model, self, task)

@@ -40,11 +40,7 @@ PEFT_TASKS: Mapping[Task, TaskType | None] = {
 
 
 def with_adapters(model: nn.Module, training: Training, make_config: Callable[[], PeftConfig]) -> nn.Module:
-    """PEFT's wrapper around a model, in which the adapters alone train.
-
-    Raises:
-        NotApplicable: PEFT has no place for these adapters on this model.
-    """
+    """PEFT's wrapper around a model, in which the adapters alone train."""
     try:
         return get_peft_model(model, make_config())
     except (ValueError, NotImplementedError, TypeError, AttributeError, KeyError, AssertionError) as error:

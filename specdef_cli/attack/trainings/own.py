@@ -27,11 +27,7 @@ from specdef_cli.model import SpecDefLinear
 
 
 def train_parameters(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """Freeze every parameter that the training does not name.
-
-    Raises:
-        NotApplicable: A glob names no parameter, or nothing is left to train.
-    """
+    """Freeze every parameter that the training does not name."""
     if training.where:
         train_only(model, training.where)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -47,9 +43,6 @@ def train_only(model: nn.Module, globs: Iterable[str]) -> None:
 
     Factors answer to the original layer's name too, so that one glob means the same on the control and on the
     hardened model.
-
-    Raises:
-        NotApplicable: A glob names no parameter.
     """
     layers = hardened_paths(model)
     patterns = tuple(globs)
@@ -130,11 +123,7 @@ def _later_blocks(training: Training, target: Target, left_out: Callable[[int], 
 
 
 class Bottleneck(nn.Module):
-    """x → up(gelu(down(x))), zero at first.
-
-    Args:
-        like: Gives dtype and device.
-    """
+    """x → up(gelu(down(x))), zero at first."""
 
     def __init__(self, width: int, size: int, like: Tensor) -> None:
         super().__init__()
@@ -148,22 +137,14 @@ class Bottleneck(nn.Module):
 
 
 def train_serial(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """An adapter on the output of every attention and every MLP, before it is added to the residual stream.
-
-    Raises:
-        NotApplicable: The model has no blocks, or none with a sublayer as wide as the residual stream.
-    """
+    """An adapter on the output of every attention and every MLP, before it is added to the residual stream."""
     width = _width(model)
     places = [layer for block in outermost_blocks(model) for layer in _sublayers(block) if _writes(layer, width)]
     return _put(model, training, places, _after)
 
 
 def train_parallel(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """An adapter beside every block: it reads the residual stream before the block, and adds to it after.
-
-    Raises:
-        NotApplicable: The model has no blocks.
-    """
+    """An adapter beside every block: it reads the residual stream before the block, and adds to it after."""
     return _put(model, training, list(outermost_blocks(model)), _beside)
 
 

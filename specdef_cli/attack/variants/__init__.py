@@ -225,9 +225,6 @@ class Variant:
 
         Returns:
             What it cost; ``None`` for the model as it is.
-
-        Raises:
-            NotApplicable: The model has nothing that the variant works on.
         """
         if self.choice.function is None:
             return None
@@ -237,11 +234,7 @@ class Variant:
         return self.choice.load()(model, **arguments)
 
     def edit(self, model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
-        """Take a direction out of ``model`` in place, by an edit.
-
-        Raises:
-            NotApplicable: Nothing is known to write to its residual stream.
-        """
+        """Take a direction out of ``model`` in place, by an edit."""
         return self.choice.load()(model, direction, strength)
 
 

@@ -43,11 +43,7 @@ class Written:
 
 @torch.no_grad()
 def ablate(model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
-    """Take ``direction`` out of everything that writes to the residual stream, in place.
-
-    Raises:
-        NotApplicable: Nothing is known to write to the residual stream.
-    """
+    """Take ``direction`` out of everything that writes to the residual stream, in place."""
     found = _linears(model)
     embedding = model.get_input_embeddings()
     inside = embedding.inflated if isinstance(embedding, SpecDefScaled) else embedding
@@ -67,9 +63,6 @@ def ablate(model: PreTrainedModel, direction: Tensor, strength: float) -> Growth
 def ablate_rows(model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
     """As :func:`ablate`, of the linears alone, with the norms of their rows kept and a difference of rank
     :data:`RANK`.
-
-    Raises:
-        NotApplicable: Nothing is known to write to the residual stream.
     """
     found = _linears(model)
     for written in found:
@@ -88,11 +81,7 @@ def ablate_rows(model: PreTrainedModel, direction: Tensor, strength: float) -> G
 
 
 def _linears(model: PreTrainedModel) -> list[Written]:
-    """The last linear of every attention and MLP; of an inserted pair, the compensation.
-
-    Raises:
-        NotApplicable: There is none.
-    """
+    """The last linear of every attention and MLP; of an inserted pair, the compensation."""
     hardened = any(isinstance(module, SpecDefLinear | SpecDefScaled) for module in model.modules())
     found = []
     for path in writers(meta_model(model.config) if hardened else model):

@@ -43,9 +43,6 @@ def hardened_layers(model: nn.Module) -> dict[str, SpecDefLinear]:
 def original_name(parameter: str, layers: Iterable[str]) -> str:
     """The name that a parameter had before hardening and a variant: ``x.inflated.weight`` and
     ``x.pair.compensation.weight`` are ``x.weight``.
-
-    Args:
-        parameter: As ``named_parameters`` gives it.
     """
     for layer in layers:
         if parameter.startswith(f"{layer}."):
@@ -63,11 +60,7 @@ def hardened_paths(model: nn.Module) -> tuple[str, ...]:
 
 
 def replace_layers(model: nn.Module, build: Callable[[SpecDefLinear], nn.Module]) -> Growth:
-    """Put what ``build`` makes of every hardened layer in its place.
-
-    Raises:
-        NotApplicable: The model has no hardened layer.
-    """
+    """Put what ``build`` makes of every hardened layer in its place."""
     before = after = bytes_added = 0
     layers = hardened_layers(model)
     for name, pair in layers.items():
@@ -102,9 +95,6 @@ def collapse(model: nn.Module) -> Growth:
 
     The product is formed in float64 where the device has it, so that what is lost is only what storing the factors
     had lost.
-
-    Raises:
-        NotApplicable: The model has no hardened layer.
     """
 
     def build(pair: SpecDefLinear) -> nn.Module:
@@ -119,11 +109,7 @@ def collapse(model: nn.Module) -> Growth:
 
 
 def freeze_compensation(model: nn.Module) -> Growth:
-    """Freeze every compensation weight. Its bias is the original layer's and goes on training.
-
-    Raises:
-        NotApplicable: The model has no hardened layer.
-    """
+    """Freeze every compensation weight. Its bias is the original layer's and goes on training."""
 
     def build(pair: SpecDefLinear) -> nn.Module:
         pair.compensation.weight.requires_grad_(False)
@@ -146,11 +132,7 @@ class InjectedLayer(GrownLayer):
 
 
 def inject(model: nn.Module) -> Growth:
-    """Freeze every pair and put a trainable identity layer after it.
-
-    Raises:
-        NotApplicable: The model has no hardened layer.
-    """
+    """Freeze every pair and put a trainable identity layer after it."""
 
     def build(pair: SpecDefLinear) -> nn.Module:
         freeze(pair)
@@ -188,12 +170,6 @@ def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
     The path's width is the smallest that makes the hardened layers at least ``factor`` times as large: w(n+m) ≥
     (factor−1)(mn + m² + bias). For ``factor`` = 2 that is w = m (one more with a bias), so the path can express any
     change of W.
-
-    Args:
-        factor: > 1.
-
-    Raises:
-        NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
     """
     if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
         return grow_beside(model, factor, seed)
@@ -234,12 +210,6 @@ class DeepenedLayer(GrownLayer):
 def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> Growth:
     """Replace every inflated factor by ``factor`` trainable ones with the same product (Theorem 8); freeze the
     compensations. Where nothing was inserted: fresh blocks after every frozen one, ``factor`` times as many.
-
-    Args:
-        factor: ≥ 2.
-
-    Raises:
-        NotApplicable: The model has neither a hardened layer nor a block that could be made afresh.
     """
     if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
         return grow_between(model, factor, seed)

@@ -44,20 +44,12 @@ def outermost_block_paths(model: nn.Module) -> tuple[str, ...]:
 
 
 def grow_beside(model: PreTrainedModel, factor: float, seed: int) -> Growth:
-    """A second path beside every block: block(x) + fresh(x) − x, so that the blocks are ``factor`` times as large.
-
-    Raises:
-        NotApplicable: The model has no block that could be made afresh.
-    """
+    """A second path beside every block: block(x) + fresh(x) − x, so that the blocks are ``factor`` times as large."""
     return _grow(model, factor, seed, lambda block, fresh: _attach(block, fresh, _beside))
 
 
 def grow_between(model: PreTrainedModel, factor: float, seed: int) -> Growth:
-    """Fresh blocks after every block, so that there are ``factor`` times as many.
-
-    Raises:
-        NotApplicable: The model has no block that could be made afresh.
-    """
+    """Fresh blocks after every block, so that there are ``factor`` times as many."""
     return _grow(model, factor, seed, lambda block, fresh: _attach(block, fresh, _after))
 
 
@@ -129,8 +121,7 @@ def _fresh_block(model: PreTrainedModel, path: str, number: int, share: float, e
         fresh = type(block)(config, **index)
     except (TypeError, ValueError, AttributeError) as error:
         raise NotApplicable(
-            f"a fresh {type(block).__name__} cannot be made: {first_line(error)}",
-            "Leave --expand out for this model.",
+            f"a fresh {type(block).__name__} cannot be made: {first_line(error)}", "Leave --expand out for this model."
         ) from error
     fresh.apply(model._init_weights)
     for end in ends:
@@ -207,11 +198,7 @@ def _after(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
 
 
 def _checked(block: Any, plain: Tensor, grown: Tensor) -> Tensor:
-    """``grown``, which at the first call is ``plain``: in a family that is not described, a norm may stand in the way.
-
-    Raises:
-        NotApplicable: It is not.
-    """
+    """``grown``, which at the first call is ``plain``: where a family is not described, a norm may stand in the way."""
     if block.grown_unseen and not torch.equal(plain, grown):
         raise NotApplicable(
             f"a fresh {type(block).__name__} changes what the model computes before it is trained",

@@ -56,11 +56,7 @@ def _target(side: Side, tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def unscale(model: nn.Module) -> Growth:
-    """Put the module inside of every :class:`SpecDefScaled` in its place, its weight unscaled.
-
-    Raises:
-        NotApplicable: The model has no scaled module.
-    """
+    """Put the module inside of every :class:`SpecDefScaled` in its place, its weight unscaled."""
     wrapped = {path: module for path, module in model.named_modules() if isinstance(module, SpecDefScaled)}
     if not wrapped:
         raise NotApplicable(
@@ -101,9 +97,6 @@ def rebalance(model: PreTrainedModel) -> Growth:
     inserted layers collapsed first.
 
     The factors are powers of two, so the function is kept bit for bit.
-
-    Raises:
-        NotApplicable: The model's family has no symmetric pair that is known here.
     """
     collapsed = Growth(0, 0, 0, 0)
     if any(isinstance(module, SpecDefScaled) for module in model.modules()):
@@ -137,11 +130,7 @@ def undoing_slice(side: Side, exponents: Tensor) -> ScaledSlice:
 
 
 def equalise(model: PreTrainedModel) -> Growth:
-    """Merge gains and equalise ranges in place. The function stays up to rounding.
-
-    Raises:
-        NotApplicable: The model's family has no such pair that is known here.
-    """
+    """Merge gains and equalise ranges in place. The function stays up to rounding."""
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     found = symmetric_pairs(model)
     # Gains first, as converters do: afterwards a column of up weighs what it does to its input.
