@@ -215,7 +215,7 @@ QUICK := tests/test_schemas.py tests/spectral tests/report tests/architectures t
 check: lint  ## style, types and the quick tests: before every commit
 	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadfile $(QUICK)
 
-test: install  ## the test suite (about ten minutes on two cores)
+test: install  ## the test suite (about six minutes on two idle cores)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: install  ## the test suite with the long ones

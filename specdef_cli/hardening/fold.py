@@ -300,14 +300,14 @@ def _regions(pairs: Sequence[SymmetricPair]) -> dict[str, str]:
     """
     cached = {side.tensor for pair in pairs if pair.kind in CACHED_KINDS for side in pair.sides}
     others = {side.tensor for pair in pairs if pair.kind == "up_down" for side in pair.sides}
-    found = {}
-    for pair in pairs:
+
+    def region(pair: SymmetricPair) -> str:
         tensors = {side.tensor for side in pair.sides}
         if pair.kind in CACHED_KINDS:
-            found[pair.name] = CACHED
-        else:
-            found[pair.name] = ATTENTION if tensors & cached and not tensors & others else MLP
-    return found
+            return CACHED
+        return ATTENTION if tensors & cached and not tensors & others else MLP
+
+    return {pair.name: region(pair) for pair in pairs}
 
 
 def _mlp_first(pairs: Sequence[SymmetricPair]) -> list[SymmetricPair]:

@@ -35,7 +35,7 @@ from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOption
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.scale import unscaled_group
 from specdef_cli.hardening.survey import PlanSummary, summarize
-from specdef_cli.hardening.verify import is_loadable_here, rehearse, verify
+from specdef_cli.hardening.verify import Loader, is_loadable_here, rehearse, verify
 from specdef_cli.model.described import SHIM_SOURCE, unshim_config
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_model, require_attention
@@ -55,7 +55,7 @@ class HardenResult:
     notes: tuple[str, ...]
 
 
-def _planned(options: HardenOptions, output: Path | None = None) -> tuple[OpenedModel, HardeningPlan, Any]:
+def _planned(options: HardenOptions, output: Path | None = None) -> tuple[OpenedModel, HardeningPlan, Loader | None]:
     """Open the base, decide what to change, and load the result without its numbers."""
     with process_state(options.device).main_process_first():  # one downloads, and the others find it in the cache
         base = open_model(options, hardened=False, output=output)
@@ -68,26 +68,25 @@ def preview(
     options: HardenOptions, on_plan: OnPlan = lambda _: None, on_progress: OnProgress = lambda _: None
 ) -> PlanSummary:
     """Say what :func:`harden` would do: all is computed and compared in memory, and nothing is written."""
-    base, plan, empty = _planned(options)
+    base, plan, make = _planned(options)
     checkpoint = base.checkpoint
     on_plan(plan)
     device = compute_devices(options.device, process_state(options.device))[0]
-    fits = options.verify and empty is not None and is_loadable_here(2 * plan.nbytes)
+    make = make if options.verify and is_loadable_here(2 * plan.nbytes) else None
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
         made = dict(group.transform(checkpoint, device).tensors) if group.transform is not None else {}
         for name, rows in group.streamed.items():
-            if fits:
+            if make is not None:
                 made[name] = rows.whole(checkpoint)
             elif rows.slices:  # what cannot be scaled is refused
                 deque(rows.blocks(checkpoint), maxlen=0)
-        tensors |= made if fits else {}
+        tensors |= {} if make is None else made
         on_progress(Progress(group.label, group.nbytes))
-    if fits:
+    if make is not None:
 
         def load(dtype: torch.dtype | None, device: str | None) -> Any:
-            place = {"dtype": dtype or "auto", "device_map": {"": device or "cpu"}}
-            return type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **place)
+            return make(state_dict=tensors, dtype=dtype or "auto", device_map={"": device or "cpu"})
 
         verify(base, load, plan.nbytes, options)
     return summarize(plan, checkpoint)

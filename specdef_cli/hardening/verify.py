@@ -6,10 +6,12 @@ formula does: names, dtypes, the loader. Both models are loaded one after the ot
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -176,10 +178,11 @@ def _outputs(load: Loader, dtype: torch.dtype | None, device: str | None) -> Ten
     return outputs
 
 
-def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[TensorGroup]) -> Any:
-    """The model that a plan would write, on the meta device; one with code is run there if the base runs there.
+def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[TensorGroup]) -> Loader | None:
+    """Load what a plan would write on the meta device; with code, run it there if the base runs there.
 
-    ``None`` of a library that cannot load a model without its weights.
+    Returns:
+        What makes the model of its tensors; ``None`` of a library that cannot load a model without its weights.
     """
     if not base.checkpoint.library.is_transformers:
         return None
@@ -194,6 +197,7 @@ def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[Tens
                 f"the temporary directory {place} cannot be used: {error.strerror or error}",
                 "Free some space there, or set TMPDIR.",
             ) from error
+    load = partial(type(model).from_pretrained, None, config=copy.deepcopy(model.config))  # a run writes into a config
     # A fold runs as its base does: the same class, and tensors of the same shapes.
     found = None if not is_shim(config) or base.skeleton.trial.error else try_out(model).error
     if found is not None:
@@ -201,7 +205,7 @@ def rehearse(base: OpenedModel, config: Mapping[str, Any], groups: Sequence[Tens
             f"the hardened model could not be run: {first_line(found)}",
             "Leave layers out (--exclude), or fold instead (--method fold).",
         ) from found
-    return model
+    return load
 
 
 def _write_empty(

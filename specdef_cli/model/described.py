@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specdef_cli.checkpoint.files import FLOATING_DTYPES, TensorHeader, library_of
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledModule
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledChannels, ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.skeleton import Skeleton
@@ -119,7 +119,10 @@ def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
         if layer.compensation_bias is not None:
             wanted[layer.compensation_bias] = (layer.out_features,)
     for module in manifest.scaled:
-        _require_scaled(module)
+        for side in module.scales.values():
+            periodic = side.period is None or side.period >= 1
+            if not (_lies_in(module.shape, side) and _is_a_scale(side) and periodic):
+                raise SpecDefError(f"{MANIFEST_NAME} scales {module.tensor} by 2**{list(side.exponents)}", RESTORE)
         if module.tied_to is None:
             wanted[module.inflated_tensor] = module.shape
         wanted |= {name: (module.shape[side.axis],) for name, side in module.scales.items()}
@@ -137,26 +140,18 @@ def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
             )
     for part in slices:
         shape = checkpoint.tensors[part.tensor].shape
-        inside = 0 <= part.axis < len(shape) and (part.block is None or 0 <= part.block < shape[0])
-        if not inside or not all(0 <= index < shape[part.axis] for index in part.indices):
+        if not _lies_in(shape, part) or not (part.block is None or 0 <= part.block < shape[0]):
             raise SpecDefError(f"{part.tensor} is {list(shape)}, smaller than {MANIFEST_NAME} says", RESTORE)
-        if len(part.exponents) != len(part.indices) or any(abs(power) > MAX_EXPONENT for power in part.exponents):
+        if not _is_a_scale(part):
             raise SpecDefError(f"{MANIFEST_NAME} scales {part.tensor} by 2**{list(part.exponents)}", RESTORE)
 
 
-def _require_scaled(module: ScaledModule) -> None:
-    """Check that what the manifest says of a scaled module makes sense."""
-    for side in module.scales.values():
-        inside = 0 <= side.axis < len(module.shape) and all(
-            0 <= index < module.shape[side.axis] for index in side.indices
-        )
-        if (
-            not inside
-            or len(side.exponents) != len(side.indices)
-            or any(abs(exponent) > MAX_EXPONENT for exponent in side.exponents)
-            or (side.period is not None and side.period < 1)
-        ):
-            raise SpecDefError(f"{MANIFEST_NAME} scales {module.tensor} by 2**{list(side.exponents)}", RESTORE)
+def _lies_in(shape: tuple[int, ...], part: ScaledSlice | ScaledChannels) -> bool:
+    return 0 <= part.axis < len(shape) and all(0 <= index < shape[part.axis] for index in part.indices)
+
+
+def _is_a_scale(part: ScaledSlice | ScaledChannels) -> bool:
+    return len(part.exponents) == len(part.indices) and all(abs(power) <= MAX_EXPONENT for power in part.exponents)
 
 
 def _transpose(tensors: dict[str, TensorHeader], skeleton: Skeleton) -> None:

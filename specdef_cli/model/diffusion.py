@@ -79,7 +79,7 @@ class SpecDefDiffusersQuantizer(DiffusersQuantizer):
 
 
 def load_denoiser(
-    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, **kwargs: Any
+    directory: Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None, **kwargs: Any
 ) -> Any:
     """Load a model of diffusers, hardened or not, in evaluation mode.
 
@@ -89,7 +89,7 @@ def load_denoiser(
     """
     import diffusers
 
-    if dtype is None:
+    if dtype in (None, "auto"):
         headers = [header for file in directory.glob("*.safetensors") for header in read_headers(file).values()]
         stored = {TORCH_DTYPES[header.dtype] for header in headers if header.dtype in FLOATING_DTYPES}
         dtype = max(stored, key=lambda dtype: (dtype.itemsize, str(dtype)), default=None)

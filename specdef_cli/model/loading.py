@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 from collections.abc import Iterator, Mapping
@@ -34,7 +33,7 @@ from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError
 from specdef_cli.process import forget_stale_launcher
 
 
-@contextlib.contextmanager
+@contextmanager
 def new_objects_only() -> Iterator[None]:
     """Have garbage collections look only at objects made from now on.
 
@@ -149,7 +148,11 @@ def load_model(
     library = library_of(read_config(path))
     try:
         if not library.is_transformers:
-            return _load_denoiser(path, dtype=None if dtype == "auto" else dtype, device=device, **kwargs)
+            try:
+                from specdef_cli.model.diffusion import load_denoiser
+            except ImportError as error:
+                raise diffusers_missing(path) from error
+            return load_denoiser(path, dtype=dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if isinstance(auto_class, str):
             auto_class = getattr(transformers, auto_class)
@@ -169,14 +172,6 @@ def load_model(
         # Unknown model types, damaged files, tensors of another shape, code that may not run: transformers raises
         # anything from OSError to what its libraries raise.
         raise SpecDefError(f"{directory} cannot be loaded: {first_line(error)}", _hint(path)) from error
-
-
-def _load_denoiser(path: Path, **kwargs: Any) -> Any:
-    try:
-        from specdef_cli.model.diffusion import load_denoiser
-    except ImportError as error:
-        raise diffusers_missing(path) from error
-    return load_denoiser(path, **kwargs)
 
 
 @contextmanager

@@ -232,12 +232,8 @@ class Skeleton:
                     f"by config.json the model has {parameter}, but no tensor of the checkpoint becomes it",
                     "Fetch the checkpoint again, or use the config.json that belongs to it.",
                 )
-            if tensor is not None and tuple(self.shapes[tensor]) != tuple(expected.shape):
-                raise SpecDefError(
-                    f"tensor {tensor} has shape {list(self.shapes[tensor])}, but config.json asks for "
-                    f"{list(expected.shape)}",
-                    WRONG_CONFIG,
-                )
+            if tensor is not None:
+                self.require_shape(tensor, tuple(expected.shape), "the model")
 
 
 @dataclass(frozen=True)
@@ -255,10 +251,12 @@ def try_out(model: nn.Module) -> Trial:
     inputs: tuple[str, ...] = ()
     reads = _Reads(model)
     training = model.training
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    mixtures = [part.config for part in parts if part._can_set_experts_implementation()]
+    usual = [config._experts_implementation_internal for config in mixtures]
     try:
-        for part in model.modules():  # other ways to run experts ask for values
-            if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
-                part.config._experts_implementation_internal = "batched_mm"
+        for config in mixtures:  # other ways to run experts ask for values
+            config._experts_implementation_internal = "batched_mm"
         batch = fixed_inputs(model.eval())
         inputs = tuple(batch)
         batch.pop("attention_mask", None)  # all ones, which models look at the values to find out
@@ -271,6 +269,8 @@ def try_out(model: nn.Module) -> Trial:
     finally:
         reads.remove()
         model.train(training)
+        for config, implementation in zip(mixtures, usual, strict=True):
+            config._experts_implementation_internal = implementation
     return Trial(inputs, None, True, frozenset(reads.found))
 
 

@@ -104,12 +104,9 @@ def householder_completion(basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotated_factors(weight: Tensor, basis: Tensor, alpha: float, dtype: torch.dtype | None = None) -> Factors:
-    """W~ = D Qᵀ W and C = Q D⁻¹, computed in the precision of ``basis``.
+    """W~ = D Qᵀ W and C = Q D⁻¹ of W [m, n], computed in the precision of the orthonormal ``basis`` U_k [m, k].
 
     Args:
-        weight: W, shape [m, n], in any floating dtype.
-        basis: U_k, shape [m, k], orthonormal columns.
-        alpha: α > 0.
         dtype: What the factors are stored in; ``None`` keeps the precision of the computation.
     """
     top_k = basis.shape[1]
@@ -124,15 +121,9 @@ def rotated_factors(weight: Tensor, basis: Tensor, alpha: float, dtype: torch.dt
 
 
 def symmetric_factors(weight: Tensor, basis: Tensor, alpha: float, dtype: torch.dtype | None = None) -> Factors:
-    """W~ = (I + (α−1)P) W and C = I − (1−1/α)P, computed in float64.
+    """W~ = (I + (α−1)P) W and C = I − (1−1/α)P, computed in float64, which they keep where ``dtype`` is ``None``.
 
     ``basis`` is orthonormalized again in float64: the error of C W~ = W is α times the defect of its orthogonality.
-
-    Args:
-        weight: W, shape [m, n], in any floating dtype.
-        basis: U_k, shape [m, k].
-        alpha: α > 0.
-        dtype: What the factors are stored in; ``None`` keeps float64.
     """
     exact = torch.linalg.qr(basis.double()).Q
     unscaled = exact.new_ones(exact.shape[0])
@@ -169,7 +160,6 @@ def reconstruction_error(reference: Tensor, factors: Factors, probes: Tensor) ->
 
     Args:
         reference: W X, shape [m, p], float32 or better.
-        probes: X, shape [n, p].
     """
     hidden = product(factors.inflated, probes).to(factors.inflated.dtype).to(probes.dtype)
     restored = product(factors.compensation, hidden)

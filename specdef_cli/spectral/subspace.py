@@ -21,22 +21,12 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def product(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """M X, shape [m, p], in the precision of X.
-
-    Args:
-        matrix: M, shape [m, n], in any floating dtype.
-        vectors: X, shape [n, p].
-    """
+    """M X, shape [m, p], in the precision of X; M [m, n] is of any floating dtype."""
     return torch.cat([matrix[rows].to(vectors.dtype) @ vectors for rows in row_blocks(*matrix.shape)])
 
 
 def transposed_product(vectors: Tensor, matrix: Tensor) -> Tensor:
-    """Xᵀ M, shape [p, n], in the precision of X.
-
-    Args:
-        vectors: X, shape [m, p].
-        matrix: M, shape [m, n], in any floating dtype.
-    """
+    """Xᵀ M, shape [p, n], in the precision of X [m, p]; M [m, n] is of any floating dtype."""
     total = vectors.new_zeros(vectors.shape[1], matrix.shape[1])
     for rows in row_blocks(*matrix.shape):
         total.addmm_(vectors[rows].mT, matrix[rows].to(vectors.dtype))
@@ -51,9 +41,6 @@ def effective_rank(weight: Tensor, seed: int) -> float:
 
     Σσ⁴ = ‖W Wᵀ‖_F² is estimated with Gaussian probes (Hutchinson), so that no decomposition is needed; where the
     matrix is no larger than the probes it is exact.
-
-    Args:
-        weight: W, shape [m, n].
     """
     total = weight.double().square().sum()
     rows = weight.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -52,3 +53,12 @@ def test_the_same_shapes_are_matched_once(checkpoints: dict[str, Path]) -> None:
     skeleton = Skeleton.read(open_checkpoint(checkpoints["llama"]))
     assert skeleton.with_shapes(dict(skeleton.shapes)) is skeleton
     assert skeleton.with_shapes({}).model is skeleton.model
+
+
+def test_a_trial_leaves_the_way_that_experts_are_run(checkpoints: dict[str, Path]) -> None:
+    """A dry run loads by the same config, and another way rounds otherwise."""
+    skeleton = Skeleton.read(open_checkpoint(checkpoints["gpt-oss"]))
+    config: Any = skeleton.model.config
+    before = config._experts_implementation
+    assert skeleton.trial.error is None
+    assert config._experts_implementation == before != "batched_mm"

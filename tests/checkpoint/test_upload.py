@@ -172,4 +172,4 @@ def test_what_to_do_about_an_upload_that_failed(status: int | None, word: str) -
 
 def test_a_pull_request_against_a_branch_is_refused(llama: Path) -> None:
     refused = call_cli("push", llama, "org/out", "--yes", "--create-pr", "--revision", "v1", "--token", TOKEN)
-    assert_refused(refused, "against v1", "--create-pr")
+    assert_refused(refused, "against v1", "--create-pr", code=2)

@@ -62,7 +62,7 @@ def _needs_its_own_code(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem", "hint"),
     [
-        (lambda at: (at / "config.json").unlink(), "has no config.json", "directory"),
+        (lambda at: (at / "config.json").unlink(), "has no config.json", "Give a model"),
         (_only_pickles, "safetensors", "pickled weights"),
         (_needs_its_own_code, "custom code", "--trust-remote-code"),
         (lambda at: edit_config(at, lambda c: c.update(architectures=["NewForLM"])), "'NewForLM'", "Install"),
