@@ -152,7 +152,8 @@ def run_all(
         queue.add(search)
     with executor(execute, jobs, queue.tell, cluster) as submit:
         while queue.waiting or queue.running:
-            queue.start(submit, jobs if cluster is None else cluster.places())  # its workers come and go
+            places = jobs if cluster is None else cluster.places()  # its workers come and go
+            queue.start(submit, places)
             for future in wait(queue.running, LONGEST_SLEEP, FIRST_COMPLETED).done:
                 queue.take(future)
     return _outcome(searches)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from specdef_cli.attack import AttackOptions
 from specdef_cli.attack.one_run import RunSpec
 from specdef_cli.attack.options import load_suite, suite_names
-from specdef_cli.attack.plan import Series, default_learning_rates, make_plan
+from specdef_cli.attack.plan import Series, default_learning_rates, make_plan, plan_notes
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import VARIANTS, Variant, informed_variants
@@ -160,6 +160,12 @@ def test_a_training_that_finds_nothing_is_refused() -> None:
     one_block = dataclasses.replace(target(FOLD), control_model=lambda: control_model(layers=1))
     with pytest.raises(SpecDefError, match="last-half"):
         make_plan(AttackOptions(model="m", out=Path("o"), trainings=("last-half",)), one_block)
+
+
+@pytest.mark.parametrize(("variant", "lacking"), [("unscale", "a scaled module"), ("collapse", "a layer stored")])
+def test_what_a_variant_lacks_is_named(variant: str, lacking: str) -> None:
+    (note,) = plan_notes(AttackOptions(model="m", out=Path("o"), variants=(variant,)), target(FOLD))
+    assert lacking in note
 
 
 def test_a_name_does_not_make_another_run() -> None:

@@ -13,7 +13,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -30,7 +30,6 @@ from transformers import (
     default_data_collator,
 )
 
-from specdef_cli.attack.data.forms import padding_of
 from specdef_cli.attack.data.language import ENCODERS, language_data
 from specdef_cli.attack.data.rows import (
     AttackData,
@@ -39,6 +38,7 @@ from specdef_cli.attack.data.rows import (
     check_size,
     column_of,
     is_held_out,
+    padding_of,
     repeated_rows,
     rows,
     whole_batches,
@@ -166,7 +166,6 @@ def labelled_data(
     collate: Callable[[list[Any]], dict[str, Any]],
     *,
     prepared: Callable[[list[Example]], Examples] = list,
-    padding: int | None = None,
 ) -> AttackData:
     """Read as many rows as a run needs, in a random order.
 
@@ -218,7 +217,6 @@ def labelled_data(
         labels=labels.outputs,
         problem=labels.problem,
         resize_head=labels.outputs != head.labels,
-        padding=padding,
         remarks=(*left_out, *filter(None, [labels.remark]), *repeated_rows(train, held_out)),
     )
 
@@ -226,22 +224,24 @@ def labelled_data(
 def text_classification_data(options: AttackOptions, tokenizer: PreTrainedTokenizerBase, head: Head) -> AttackData:
     """Tokenized texts of the named data set, or pairs of them, cut off at the sequence length."""
     columns = (options.text_column or "text", *filter(None, [options.text_pair_column]))
+    encode = partial(_tokenized, tokenizer, options.sequence_length, columns, str(options.dataset))
+    data = labelled_data(options, "texts", columns, encode, head, DataCollatorWithPadding(tokenizer))
     padding = padding_of(tokenizer)
-
-    def encode(*values: object) -> Example | None:
-        texts = [as_text(value, name, str(options.dataset)) for value, name in zip(values, columns, strict=True)]
-        if not any(text.strip() for text in texts):
-            return None
-        return dict(tokenizer(*texts, truncation=True, max_length=options.sequence_length))
-
-    collate = DataCollatorWithPadding(tokenizer)
-    data = labelled_data(options, "texts", columns, encode, head, collate, padding=padding)
-    if padding is None:  # after what is wrong with the rows
+    if padding is None:
         raise SpecDefError(
             "the tokenizer has neither padding nor an end of text, so texts of different lengths make no batch",
             'Add a line "pad_token": "…" with one of its tokens to tokenizer_config.json.',
         )
-    return data
+    return replace(data, padding=padding)
+
+
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, length: int, columns: tuple[str, ...], dataset: str, *values: object
+) -> Example | None:
+    texts = [as_text(value, name, dataset) for value, name in zip(values, columns, strict=True)]
+    if not any(text.strip() for text in texts):
+        return None
+    return dict(tokenizer(*texts, truncation=True, max_length=length))
 
 
 MODES = {1: "L", 3: "RGB"}

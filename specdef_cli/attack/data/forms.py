@@ -68,13 +68,6 @@ def collate(items: list[Any], pad: DataCollatorForSeq2Seq) -> dict[str, Any]:
     return dict(pad(items)) if "attention_mask" in items[0] else default_data_collator(items)
 
 
-def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Its padding; a tokenizer without any gets its end of text for it, as most recipes do."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.pad_token_id
-
-
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences have in common from the start."""
     pairs = zip(first, second, strict=False)

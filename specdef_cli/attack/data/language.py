@@ -33,7 +33,6 @@ from specdef_cli.attack.data.forms import (
     fingerprint_of,
     form_of,
     has_template,
-    padding_of,
     shared_length,
     spoken,
     unread,
@@ -44,6 +43,7 @@ from specdef_cli.attack.data.rows import (
     Examples,
     check_size,
     is_held_out,
+    padding_of,
     repeated_rows,
     rows,
     whole_batches,
@@ -215,6 +215,8 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
         cut = len(examples) - max(1, min(len(examples) // HELD_OUT_EVERY, options.eval_sequences))
         examples, others = examples[:cut], examples[cut:]
     examples = whole_batches(examples[:wanted], options.batch_size)
+    if padding_of(tokenizer) is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # masked like any padding
     repeated = repeated_rows(seen[False], seen[True]) if seen[True] else repeated_rows(examples, others)
     total = kept + sum(left_out.values())
     counts = [f"Of {total} rows read, {count} {reason} left out." for reason, count in left_out.items()]
@@ -226,8 +228,6 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
         remedy = "Change the rows to what the template takes; why it refuses them stands in brackets."
     elif count > kept and reason.endswith(UNREAD):
         remedy = "Give rows of text alone; --text-column names a column that is text by itself."
-    if padding_of(tokenizer) is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # masked like any padding
     check_size(name, "sequences", len(examples), len(others), options, remarks=remarks, remedy=remedy)
     return AttackData(
         name=name,

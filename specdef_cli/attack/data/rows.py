@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import datasets
 from datasets.data_files import get_data_patterns
+from transformers import PreTrainedTokenizerBase
 
 from specdef_cli.attack.options import COMPRESSIONS, AttackOptions
 from specdef_cli.checkpoint.files import takes_files
@@ -359,3 +360,10 @@ def repeated_rows(train: Iterable[Any], held_out: Iterable[Any]) -> tuple[str, .
         f"Of {len(again)} held-out rows, {sum(again)} are repeated among those trained on: their loss shows memory. "
         "Remove repeated rows to measure what is learned.",
     )
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Its padding; a tokenizer without any gets its end of text for it, as most recipes do."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer.pad_token_id
