@@ -247,7 +247,7 @@ format: install  ## rewrite the code as ruff formats it
 	$(BIN)/ruff format .
 
 schema: install  ## the JSON Schemas of specdef.json, report.json and certificate.json, from their definitions
-	$(BIN)/python -m specdef_cli.schemas
+	$(BIN)/python docs/generators/json_schemas.py
 
 size:  ## lines and files of the package, room by room; LIMITS=1 fails beyond what was agreed on
 	$(PYTHON) docs/generators/size.py $(if $(LIMITS),--limits)

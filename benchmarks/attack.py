@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from specdef_cli.attack import AttackOptions
+from specdef_cli import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.one_run import RunSpec

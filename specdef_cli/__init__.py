@@ -17,12 +17,10 @@ from __future__ import annotations
 import ast
 import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from specdef_cli.model import register
-
-__version__ = "0.1.0"
+from specdef_cli.version import __version__
 
 # ruff: noqa: F401 (looked up when they are first used)
 if TYPE_CHECKING:
@@ -69,15 +67,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
-
-
-class CallablePackage(ModuleType):
-    """``specdef_cli.attack`` as a package that is called like its function: importing one binds its name here."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Call the function of ``run`` that is named as the package is."""
-        name = self.__name__.rpartition(".")[2]
-        return getattr(importlib.import_module(f"{self.__name__}.run"), name)(*arguments, **options)
 
 
 register()

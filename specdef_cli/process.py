@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, MutableMapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pkgutil import resolve_name
+from types import ModuleType
 from typing import Any, TypeVar
 
 from specdef_cli.errors import SpecDefError
@@ -119,3 +120,12 @@ def require_surroundings(environ: Mapping[str, str] = os.environ) -> None:
             f"{PRECISION} is {precision!r} in the environment, which accelerate does not know",
             f"Run `unset {PRECISION}`, or set it to one of {', '.join(PRECISIONS)}.",
         )
+
+
+class CallablePackage(ModuleType):
+    """``specdef_cli.attack`` as a package that is called like its function: its import binds its name."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call the function of ``run`` that is named as the package is."""
+        name = self.__name__.rpartition(".")[2]
+        return resolve_name(f"{self.__name__}.run:{name}")(*arguments, **options)

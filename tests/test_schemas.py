@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import runpy
 from typing import Any
 
 import jsonschema
@@ -18,9 +19,11 @@ from specdef_cli.certify.formats import FormatFigure
 from specdef_cli.certify.function import FunctionFigures, LayerSpectrum, SpectrumFigures
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, ScaledChannels, ScaledModule
 from specdef_cli.hardening.verify import OutputComparison
-from specdef_cli.schemas import SCHEMA_FILES, schema_text
 from tests.checkpoint.test_manifest import MANIFEST
+from tests.commands import REPOSITORY
 
+WRITER = runpy.run_path(str(REPOSITORY / "docs/generators/json_schemas.py"))
+SCHEMA_FILES, schema_text = WRITER["SCHEMA_FILES"], WRITER["schema_text"]
 CURVATURE = CurvatureFigures(Curvature(-3.0, 1e-4, True, 20, 10), "model.layers.1", 0.6)
 CERTIFICATE = Certificate(
     format=3,

@@ -18,8 +18,7 @@ from unittest.mock import patch
 
 from setting import TINY_LLAMA, markdown, output_directory
 
-from specdef_cli import Factors, HardenOptions, harden
-from specdef_cli.attack import AttackOptions, attack
+from specdef_cli import AttackOptions, Factors, HardenOptions, attack, harden
 from specdef_cli.attack.options import AttackTable, Suite
 from specdef_cli.attack.trainings import Training
 from specdef_cli.checkpoint.manifest import read_manifest

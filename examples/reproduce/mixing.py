@@ -27,7 +27,7 @@ from setting import TINY_LLAMA, attack_batch, markdown, tiny_llama
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdef_cli.attack import AttackOptions, Training, attack
+from specdef_cli import AttackOptions, Training, attack
 from specdef_cli.model import load_model, load_tokenizer
 
 CONDITIONS = (1.0, 2.0**6, 2.0**12, 2.0**18)

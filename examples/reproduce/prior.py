@@ -37,8 +37,17 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from specdef_cli import Factors, HardenOptions, harden, load_model, load_tokenizer
-from specdef_cli.attack import Attack, AttackOptions, AttackReport, attack
+from specdef_cli import (
+    Attack,
+    AttackOptions,
+    AttackReport,
+    Factors,
+    HardenOptions,
+    attack,
+    harden,
+    load_model,
+    load_tokenizer,
+)
 from specdef_cli.attack.data import load_data
 from specdef_cli.attack.train import quiet
 from specdef_cli.certify.tools import mean_loss

@@ -30,8 +30,7 @@ from setting import TINY_LLAMA, markdown
 from torch import Tensor
 from transformers import AutoConfig
 
-from specdef_cli import Fold, HardenOptions, harden, load_tokenizer
-from specdef_cli.attack import AttackOptions, attack
+from specdef_cli import AttackOptions, Fold, HardenOptions, attack, harden, load_tokenizer
 from specdef_cli.attack.options import AttackTable, Suite
 from specdef_cli.attack.trainings import Training
 from specdef_cli.hardening.fold import HIGHEST_EXPONENT, LOWEST_EXPONENT, constant, spread, staircase

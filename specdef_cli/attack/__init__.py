@@ -4,6 +4,6 @@ each gets.
 
 import sys
 
-from specdef_cli import CallablePackage, __getattr__  # noqa: F401 (public names of this room are found there, too)
+from specdef_cli.process import CallablePackage
 
 sys.modules[__name__].__class__ = CallablePackage

@@ -16,13 +16,13 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
+from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Growth, Variant
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import option
 
-Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float16", "mixed", "auto"]
 

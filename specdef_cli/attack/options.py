@@ -30,8 +30,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from specdef_cli.attack.one_run import Budget, Task
+from specdef_cli.attack.one_run import Budget
 from specdef_cli.attack.optimizers import OPTIMIZERS
+from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
 from specdef_cli.checkpoint.output import writable_ancestor

@@ -133,22 +133,7 @@ class Hardening:
         first = manifest.factored[0] if manifest.factored else None
         top_k, gauge = (first.top_k, first.gauge) if first else (None, None)
         counts = [len(changed) for changed in (manifest.factored, manifest.folded, manifest.scaled)]
-        return cls(manifest.method, largest_alpha(manifest), top_k, gauge, *counts)
-
-
-def largest_alpha(manifest: Manifest | None) -> float:
-    """The largest factor by which a manifest says that any layer or channel was inflated; 1 without one."""
-    if manifest is None:
-        return 1.0
-    alphas = [layer.alpha for layer in manifest.factored]
-    alphas += [2.0 ** abs(exponent) for pair in manifest.folded for exponent in pair.exponents]
-    alphas += [
-        2.0 ** abs(exponent)
-        for module in manifest.scaled
-        for side in module.scales.values()
-        for exponent in side.exponents
-    ]
-    return max(alphas, default=1.0)
+        return cls(manifest.method, manifest.largest_alpha, top_k, gauge, *counts)
 
 
 @dataclass(frozen=True)

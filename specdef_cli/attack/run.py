@@ -23,7 +23,8 @@ from specdef_cli.attack.plan import Forecast, Prepared, assumptions, forecast, i
 from specdef_cli.attack.prompts import load_prompts
 from specdef_cli.attack.queue import Deadline, executor, run_all
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary, outcome_notes, report_notes
-from specdef_cli.attack.target import Target, task_of_both
+from specdef_cli.attack.target import Target
+from specdef_cli.attack.tasks import task_of_both
 from specdef_cli.attack.train import TrainRun, quiet
 from specdef_cli.attack.trainer import Memory, ProgressHook, Tracking
 from specdef_cli.checkpoint.files import remove_unfinished

@@ -30,7 +30,7 @@ from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.prompts import Prompts, behaviour_of, reference_of, try_edits
 from specdef_cli.attack.search import Lead
-from specdef_cli.attack.target import auto_class
+from specdef_cli.attack.tasks import auto_class
 from specdef_cli.attack.trainer import NOWHERE, Memory, Recorder, Tracking, make_trainer
 from specdef_cli.errors import SpecDefError, require_extra
 from specdef_cli.model import SpecDefLinear, SpecDefScaled

@@ -30,12 +30,12 @@ from specdef_cli.attack.one_run import (
     DivergenceReason,
     EvalPoint,
     RunSpec,
-    Task,
     TrainPoint,
 )
 from specdef_cli.attack.optimizers import OPTIMIZERS, OptimizerChoice
 from specdef_cli.attack.optimizers.own import build_optimizer
 from specdef_cli.attack.search import Lead, is_hopeless
+from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.loading import process_state
 

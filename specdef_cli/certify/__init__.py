@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdef_cli import CallablePackage, __getattr__  # noqa: F401 (public names of this room are found there, too)
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import Source, option
+from specdef_cli.process import CallablePackage
 
 sys.modules[__name__].__class__ = CallablePackage
 

@@ -18,7 +18,6 @@ from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter
 
-from specdef_cli import __version__
 from specdef_cli.certify.card import Resistance
 from specdef_cli.certify.curvature import CurvatureFigures
 from specdef_cli.certify.formats import FormatFigure
@@ -27,6 +26,7 @@ from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE
 from specdef_cli.model.opened import OpenedModel
+from specdef_cli.version import __version__
 
 FORMAT_VERSION: Final = 3
 PACKAGES = ("torch", "transformers", "safetensors", "peft", "pytorch_optimizer")

@@ -271,6 +271,13 @@ class Manifest:
         """Parameters that the compensation layers and the scale vectors add."""
         return added_parameters(self.factored, self.scaled)
 
+    @property
+    def largest_alpha(self) -> float:
+        """The largest factor by which any layer or channel was inflated."""
+        exponents = [exponent for pair in self.folded for exponent in pair.exponents]
+        exponents += [each for module in self.scaled for side in module.scales.values() for each in side.exponents]
+        return max([1.0, *(layer.alpha for layer in self.factored), *(2.0 ** abs(each) for each in exponents)])
+
     def published(self) -> Manifest:
         """The manifest as it leaves this machine: a base that was a directory keeps the last part of its path."""
         return dataclasses.replace(self, base=dataclasses.replace(self.base, name=self.base.public_name))

@@ -94,7 +94,7 @@ def attack_command(
 
     from rich.console import Group
 
-    from specdef_cli.attack import Forecast, attack, is_main_process, plan_attack
+    from specdef_cli import Forecast, attack, is_main_process, plan_attack
     from specdef_cli.cli.attack_screens import plan_screen
     from specdef_cli.report.document import report_dict
     from specdef_cli.report.files import write_report

@@ -1,5 +1,5 @@
 """The shape of ``report.json``: what is written, what is read, and ``schema.json``
-(:mod:`specdef_cli.schemas`) follow from it; and several of them side by side.
+(`make schema`) follow from it; and several of them side by side.
 
 Keys are only ever added under one schema name, with a default, so that reports of earlier releases are still read; keys
 of later releases are ignored.

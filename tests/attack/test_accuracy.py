@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdef_cli.attack import AttackOptions, attack
+from specdef_cli import AttackOptions, attack
 from specdef_cli.attack.train import task_accuracy
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import load_model, load_tokenizer

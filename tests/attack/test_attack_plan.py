@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from specdef_cli.attack import AttackOptions
+from specdef_cli import AttackOptions
 from specdef_cli.attack.one_run import RunSpec
 from specdef_cli.attack.options import load_suite, suite_names
 from specdef_cli.attack.plan import Series, default_learning_rates, make_plan, plan_notes

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli.attack import AttackOptions, attack
+from specdef_cli import AttackOptions, attack
 from tests.commands import TWO_PROCESSES
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from specdef_cli.attack import AttackOptions, attack
+from specdef_cli import AttackOptions, attack
 from specdef_cli.report.files import write_report
 from specdef_cli.model.loading import process_state
 

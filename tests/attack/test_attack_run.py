@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from specdef_cli.attack import AttackOptions, ProgressEvent, attack
+from specdef_cli import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import load_data
 from specdef_cli.attack.data.language import BUILTIN_NAME
 from specdef_cli.attack.data.rows import Examples

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdef_cli.attack import AttackOptions, attack
-from specdef_cli.attack.data import Head, load_data, load_preprocessor
+from specdef_cli import AttackOptions, attack
+from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.data.language import builtin_documents
+from specdef_cli.attack.target import Head
 from specdef_cli.attack.train import load_for_training
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden

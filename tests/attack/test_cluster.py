@@ -17,7 +17,7 @@ from typing import Any
 import distributed
 import pytest
 
-from specdef_cli.attack import AttackOptions, ProgressEvent, attack
+from specdef_cli import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.cluster import Cluster, connected
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.errors import MissingExtraError, SpecDefError

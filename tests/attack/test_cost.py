@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.attack import AttackOptions, attack, plan_attack
+from specdef_cli import AttackOptions, attack, plan_attack
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.options import BUDGETS
 from specdef_cli.attack.plan import SEARCHED_RUNS, Series, Speed, expected_runs, in_order

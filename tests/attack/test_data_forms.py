@@ -19,10 +19,10 @@ import zstandard
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from specdef_cli.attack import AttackOptions
+from specdef_cli import AttackOptions
 from specdef_cli.attack.data import load_data
 from specdef_cli.attack.data.rows import AttackData
-from specdef_cli.attack.one_run import Task
+from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 from tests.byte_tokenizer import byte_tokenizer
 

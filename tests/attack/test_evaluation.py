@@ -12,9 +12,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel, TrainerCallback
 
-from specdef_cli.attack import AttackOptions
+from specdef_cli import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.one_run import DEAD, Divergence, Task
+from specdef_cli.attack.one_run import DEAD, Divergence
+from specdef_cli.attack.target import Task
 from specdef_cli.attack.train import load_for_training
 from specdef_cli.attack.trainer import Recorder, make_trainer
 from specdef_cli.model import load_model

@@ -13,11 +13,11 @@ import transformers
 from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import Head, labels_of, load_data, load_preprocessor
-from specdef_cli.attack.one_run import Task
+from specdef_cli import AttackOptions
+from specdef_cli.attack.data import labels_of, load_data, load_preprocessor
 from specdef_cli.attack.run import plan_attack
-from specdef_cli.attack.target import task_of
+from specdef_cli.attack.target import Head, Task
+from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.train import load_for_training
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from specdef_cli.attack import AttackOptions, attack
+from specdef_cli import AttackOptions, attack
 from specdef_cli.attack.options import require_trackers
 from specdef_cli.errors import SpecDefError
 

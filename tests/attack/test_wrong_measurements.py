@@ -12,12 +12,13 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
-from specdef_cli.attack import AttackOptions
-from specdef_cli.attack.data import Head, labels_of, load_data
+from specdef_cli import AttackOptions
+from specdef_cli.attack.data import labels_of, load_data
 from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.queue import visible_devices
 from specdef_cli.attack.run import plan_attack
-from specdef_cli.attack.target import task_of
+from specdef_cli.attack.target import Head
+from specdef_cli.attack.tasks import task_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.cli.app import app
 from specdef_cli.cli.attack import Condition

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specdef_cli.attack import AttackOptions, attack
+from specdef_cli import AttackOptions, attack
 from specdef_cli.certify import curvature as curvature_module
 from specdef_cli.certify.certificate import digest_of
 from specdef_cli.certify.curvature import CurvatureFigures, measure_curvature

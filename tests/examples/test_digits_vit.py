@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import ViTForImageClassification
 
-from specdef_cli.attack import AttackOptions, attack
+from specdef_cli import AttackOptions, attack
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "digits_vit" / "train.py"
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdef_cli.attack import AttackOptions
+from specdef_cli import AttackOptions
 from specdef_cli.checkpoint.manifest import read_manifest
 from tests.weights import tensors
 

@@ -36,9 +36,9 @@ from specdef_cli.report.document import ReportDocument, report_dict, report_docu
 from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, write_report
 from specdef_cli.report.html import report_html
 from specdef_cli.report.text import attacks_table, closing, runs_table, summary
-from specdef_cli.schemas import SCHEMA_FILES
+from tests.commands import REPOSITORY
 
-SCHEMA = json.loads(SCHEMA_FILES["report.json"].read_text(encoding="utf-8"))
+SCHEMA = json.loads((REPOSITORY / "specdef_cli/report/schema.json").read_text(encoding="utf-8"))
 NASTY = "<script>alert('x')</script> & \"[bold]quoted[/bold]\""
 
 

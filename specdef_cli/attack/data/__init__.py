@@ -13,10 +13,10 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -43,12 +43,10 @@ from specdef_cli.attack.data.rows import (
     rows,
     whole_batches,
 )
-from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.target import Head, Problem, Task
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.opened import OpenedModel
-
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 MAX_CLASSES = 1_000_000
 """A larger number in the column of labels is no class, and a head of that size would not fit into memory."""
@@ -56,16 +54,6 @@ MAX_CLASSES = 1_000_000
 
 _UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls the classes of a head that nobody named."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """A checkpoint's own head, by its configuration."""
-
-    labels: int = 0
-    problem: Problem | None = None  # None where the configuration leaves it to the labels
-    names: Mapping[str, int] = field(default_factory=dict)
-    """The number of each class by its name; empty where the configuration names none."""
 
 
 @dataclass(frozen=True)

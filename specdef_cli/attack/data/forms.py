@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, default_data_collator
 
 from specdef_cli.attack.data.rows import as_text, column_of
-from specdef_cli.attack.one_run import Task
+from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError, first_line
 
 NOT_COUNTED = -100

@@ -48,8 +48,8 @@ from specdef_cli.attack.data.rows import (
     rows,
     whole_batches,
 )
-from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.options import NO_RETAINED, AttackOptions
+from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 
 BUILTIN_NAME = "pydoc_data.topics (English prose of Python's language reference)"

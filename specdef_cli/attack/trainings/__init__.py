@@ -24,8 +24,7 @@ from specdef_cli.errors import WrongUsage
 if TYPE_CHECKING:
     from torch import nn
 
-    from specdef_cli.attack.one_run import Task
-    from specdef_cli.attack.target import Target
+    from specdef_cli.attack.target import Target, Task
 
 
 @dataclass(frozen=True)

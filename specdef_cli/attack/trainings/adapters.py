@@ -22,8 +22,8 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.table import NotApplicable
+from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings import PEFT_METHODS, Training
 from specdef_cli.attack.variants.factored import hardened_paths
 from specdef_cli.errors import first_line

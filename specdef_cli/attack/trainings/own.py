@@ -15,9 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.attack.one_run import Task
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.target import Target
+from specdef_cli.attack.target import Target, Task
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants.factored import hardened_paths, original_name
 from specdef_cli.attack.variants.grown import first_tensor, outermost_block_paths, outermost_blocks, with_first_tensor

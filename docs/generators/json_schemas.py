@@ -1,6 +1,6 @@
 """The JSON Schemas of the files that specdef writes, for programs that validate: generated from the definitions.
 
-python -m specdef_cli.schemas    # writes the schemas again
+python docs/generators/json_schemas.py    # `make schema`: writes them again
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specdef_cli.certify.certificate import CERTIFICATE_RECORD
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, manifest_record
 from specdef_cli.report.document import REPORT_NAME, ReportDocument
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[2] / "specdef_cli"
 
 SCHEMA_FILES: Mapping[str, Path] = {
     MANIFEST_NAME: _PACKAGE / "checkpoint/schema.json",
