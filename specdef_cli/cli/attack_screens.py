@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from specdef_cli.attack import Forecast
+    from specdef_cli import Forecast
     from specdef_cli.attack.table import Factor
     from specdef_cli.attack.trainer import ProgressEvent
 
