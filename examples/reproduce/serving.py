@@ -8,6 +8,7 @@ Finished cells and runs are kept in ``--work``: what was cut off goes on where i
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -49,7 +50,7 @@ def main() -> None:
             if given.only != "formats" and left(end) > 0:
                 attack(base, fold, given.work, left(end))
         parts.append(attacks([given.work / "attacks" / fold.name / "report.json" for fold in folds], given.profiles))
-    text = "\n\n".join(parts) + "\n"
+    text = "\n\n".join(filter(None, parts)) + "\n"
     print(text)
     if given.out is not None:
         write_durably(given.out, text)
@@ -82,7 +83,8 @@ def formats(base: Path, folds: Sequence[Path], work: Path, minutes: float) -> st
         text=True,
         check=True,
     )
-    return done.stdout.strip()
+    measured = len(re.findall(r"^\|", done.stdout, re.MULTILINE)) > 2  # more than a head
+    return done.stdout.strip() if measured else ""
 
 
 def is_small(base: Path) -> bool:
