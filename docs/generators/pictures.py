@@ -159,8 +159,10 @@ def curves_figure(report: ReportDocument, theme: Theme) -> Figure:
         points = [(point.step, point.loss) for point in best.curve.evaluations if point.loss is not None]
         losses = sorted((run.spec.learning_rate, run.loss.best) for run in runs)
         whose = "not hardened" if attack in controls else "hardened"
+        first = "" if attack.variant == "plain" else f", {attack.variant} first"
+        trained = "full fine-tuning" if attack.trained == "full" else NAMES.get(attack.trained, attack.trained)
         style = {"color": colour, "marker": ".", "ms": 4, "lw": 5 if attack in controls else 1.6, "alpha": 0.7}
-        steps.plot(*zip(*points, strict=True), label=f"{whose}: {attack.label.split(' · ', 1)[1]}", **style)
+        steps.plot(*zip(*points, strict=True), label=f"{whose}{first}: {trained}", **style)
         rates.plot(*zip(*losses, strict=True), **style)
     steps.set(xlabel="step, at the best learning rate", ylabel="held-out loss (nats)")
     rates.set(xlabel="learning rate", xscale="log", title="best loss at each rate")
