@@ -22,7 +22,7 @@ from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, vi
 REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
 # Where an attack can die, in order: before a run, while it is kept (before and within the write), in the report.
 POINTS = [
-    *(("specdef_cli.attack.train.train_run", call) for call in (1, 3)),
+    *(("specdef_cli.attack.train.make_trainer", call) for call in (1, 3)),
     ("specdef_cli.attack.one_run.write_durably", 2),
     ("os.replace", 2),
     ("specdef_cli.report.files.curves_png", 1),

@@ -355,7 +355,7 @@ def test_memory_that_is_not_enough_is_two_lines(
         def fail(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(train, "train_run", fail)
+        monkeypatch.setattr(train, "make_trainer", fail)
         assert_refused(call_cli(*attack), "memory is not enough", "--batch-size", "--gradient-checkpointing")
     monkeypatch.undo()
     followed = call_cli(*attack, "--gradient-checkpointing", "--gradient-accumulation", "2")  # as the hint says
