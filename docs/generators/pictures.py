@@ -148,8 +148,8 @@ def curves_figure(report: ReportDocument, theme: Theme) -> Figure:
     found = [each for each in report.attacks if each.edit is None and each.best is not None]
     plain = [each for each in found if each.subject == "model" and each.knowledge == "none"][:2]
     informed = sorted((each for each in found if each.knowledge != "none"), key=lambda each: each.best or 0)[:1]
-    trained = [(each.training, each.optimizer) for each in plain]
-    controls = [each for each in found if each.subject == "control" and (each.training, each.optimizer) in trained]
+    recipes = [(each.training, each.optimizer) for each in plain]
+    controls = [each for each in found if each.subject == "control" and (each.training, each.optimizer) in recipes]
     figure = Figure(figsize=(8.2, 3.9), layout="constrained")
     steps, rates = figure.subplots(1, 2, sharey=True)
     colours = (*(theme.methods[-1] for _ in controls), *theme.curves)
@@ -160,7 +160,7 @@ def curves_figure(report: ReportDocument, theme: Theme) -> Figure:
         losses = sorted((run.spec.learning_rate, run.loss.best) for run in runs)
         whose = "not hardened" if attack in controls else "hardened"
         first = "" if attack.variant == "plain" else f", {attack.variant} first"
-        trained = "full fine-tuning" if attack.trained == "full" else NAMES.get(attack.trained, attack.trained)
+        trained = NAMES.get(attack.trained, attack.trained)
         style = {"color": colour, "marker": ".", "ms": 4, "lw": 5 if attack in controls else 1.6, "alpha": 0.7}
         steps.plot(*zip(*points, strict=True), label=f"{whose}{first}: {trained}", **style)
         rates.plot(*zip(*losses, strict=True), **style)
