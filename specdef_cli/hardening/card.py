@@ -98,7 +98,7 @@ def _changes(manifest: Manifest) -> Iterator[str]:
         "little progress at their usual ones."
     )
     if manifest.factored:
-        added = sum(layer.out_features**2 for layer in manifest.factored)
+        added = sum(layer.parameters_added for layer in manifest.factored)
         top_k = sorted({layer.top_k for layer in manifest.factored})
         yield (
             f"{len(manifest.factored)} linear layers were each replaced by an inflated layer and its compensation "

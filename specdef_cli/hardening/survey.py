@@ -49,11 +49,6 @@ class LayerSurvey(LinearSite):
     alpha: float | None
     default: bool
 
-    @property
-    def compensation_parameters(self) -> int:
-        """Parameters that factors of this layer add (or added)."""
-        return self.out_features**2
-
 
 @dataclass(frozen=True)
 class Survey:

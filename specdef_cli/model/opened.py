@@ -33,6 +33,7 @@ from specdef_cli.model.described import (
     as_original,
     is_shim,
     require_its_own,
+    transposed_back,
 )
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.option import Source
@@ -72,12 +73,12 @@ class OpenedModel:
     @cached_property
     def original(self) -> Checkpoint:
         """The checkpoint as its original architecture describes it."""
-        return as_original(self.checkpoint, self.manifest)
+        return as_original(self.checkpoint)
 
     @cached_property
     def skeleton(self) -> Skeleton:
         """The model of its original architecture, without weights."""
-        return Skeleton.read(self.original, trust_remote_code=self.trust_remote_code)
+        return transposed_back(Skeleton.read(self.original, trust_remote_code=self.trust_remote_code))
 
     @cached_property
     def fingerprint(self) -> str:
