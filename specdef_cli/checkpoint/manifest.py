@@ -153,6 +153,15 @@ class FactoredLayer(LinearLayer):
         bias = {self.compensation_bias: (m,)} if self.compensation_bias else {}
         return {self.inflated_tensor: (m, n), self.compensation_tensor: (m, m), **bias, self.tensor: (1,)}
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
+
 
 @dataclass(frozen=True)
 class FoldedPair:
@@ -262,6 +271,21 @@ class ScaledModule:
         bias = {self.inflated_bias: self._length} if self.inflated_bias else {}
         vectors = {name: (self.shape[side.axis],) for name, side in self.scales.items()}
         return {**own, **bias, **vectors, self.tombstone: (1,)}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+        input_scale, output_scale = (
+            None if side is None else self.shape[side.axis] for side in (self.input, self.output)
+        )
+        return {
+            "kind": self.kind,
+            "weight": list(self.shape),
+            "bias": self._length[0] if self.bias is not None else None,
+            "input_scale": input_scale,
+            "output_scale": output_scale,
+            "tied_to": self.tied_to,
+        }
 
     @property
     def _length(self) -> tuple[int, ...]:

@@ -180,9 +180,9 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
 
 
 def _loading(manifest: Manifest, library: Library) -> str:
-    lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.factored or manifest.scaled))
+    lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.replaced))
     advice = serving_advice(lost)
-    if not manifest.factored and not manifest.scaled:
+    if not manifest.replaced:
         return f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"
     if not library.is_transformers:
         return (

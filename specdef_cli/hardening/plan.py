@@ -22,7 +22,7 @@ from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
 from specdef_cli.hardening.factors import factor_groups, factor_layers
 from specdef_cli.hardening.fold import fold_groups, fold_pairs
 from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
-from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
+from specdef_cli.hardening.scale import scale_modules, scaled_groups
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.described import require_code_allows, shim_config
@@ -59,19 +59,6 @@ class Changes(Changed):
     def changed(self) -> set[str]:
         """Tensors of the base with other numbers afterwards."""
         return self.multiplied | {layer.tensor for layer in self.factored}
-
-    @property
-    def layers(self) -> dict[str, dict[str, Any]]:
-        """What ``config.json`` says of modules that need code to run, by module path."""
-        shapes: dict[str, dict[str, Any]] = {
-            layer.module: {
-                "in_features": layer.in_features,
-                "out_features": layer.out_features,
-                "bias": layer.bias is not None,
-            }
-            for layer in self.factored
-        }
-        return shapes | {module.module: scaled_spec(module) for module in self.scaled}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +123,7 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     dtypes = {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in changes.changed}
     one_sided = _one_sided(checkpoint, changes.folded_slices)
     unchanged = _unchanged(skeleton, changes.changed)
+    replaced = changes.replaced
     profile = wanted.profile if isinstance(wanted, Fold) else None
     return HardeningPlan(
         **vars(changes),
@@ -143,7 +131,7 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
         profile=profile,
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
         groups=_groups(checkpoint, changes, stored),
-        config=shim_config(config, changes.layers) if changes.layers else config,
+        config=shim_config(config, {layer.module: layer.spec for layer in replaced}) if replaced else config,
         notes=(*_notes(checkpoint, changes, profile, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
         unchanged=unchanged,
         one_sided=one_sided,
@@ -180,7 +168,7 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold, stored: str
         folded = raise_pairs(base.checkpoint, pairs, activations, stored)
     else:
         folded = fold_pairs(base.checkpoint, pairs, wanted.profile, stored)
-    reasons = tuple(note.reason for note in found.unpaired)
+    reasons = found.unpaired
     if by_weights:
         reasons = ("The weights alone chose the channels: quantized or in float16, that may cost nats.", *reasons)
     if not folded:
@@ -229,7 +217,7 @@ def _notes(
     checkpoint: Checkpoint, changes: Changes, profile: str | None, unchanged: Sequence[str], one_sided: Sequence[str]
 ) -> tuple[str, ...]:
     """What was decided and why, for the user."""
-    notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.layers)))]
+    notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.replaced)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
     if changes.scaled and checkpoint.library.is_transformers:
         notes.append(SCALED_LOADERS)

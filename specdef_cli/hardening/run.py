@@ -113,7 +113,7 @@ def harden(
         work = written.work
         carry_over(checkpoint.directory, work, checkpoint.companions.carried)
         write_json(work / "config.json", plan.config)
-        if plan.layers and checkpoint.library.is_transformers:
+        if plan.replaced and checkpoint.library.is_transformers:
             shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
         manifest = _manifest(base.found, plan, options, written)
         write_durably(work / MANIFEST_NAME, manifest.to_json())

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,22 +186,6 @@ def scaled_groups(modules: Sequence[ScaledModule], checkpoint: Checkpoint, dtype
     return {
         tensor: ScaleVectors(tuple(members), dtype or checkpoint.tensors[tensor].dtype).group()
         for tensor, members in by_tensor.items()
-    }
-
-
-def scaled_spec(module: ScaledModule) -> dict[str, Any]:
-    """What ``config.json`` says of it."""
-
-    def length(side: ScaledChannels | None) -> int | None:
-        return None if side is None else module.shape[side.axis]
-
-    return {
-        "kind": module.kind,
-        "weight": list(module.shape),
-        "bias": module.original[module.bias][0] if module.bias else None,
-        "input_scale": length(module.input),
-        "output_scale": length(module.output),
-        "tied_to": module.tied_to,
     }
 
 

@@ -225,6 +225,6 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
         left=dict(left.most_common()),
         bytes_before=checkpoint.nbytes,
         bytes_after=plan.nbytes,
-        lost=lost_formats(plan.folded, plan.profile, with_code=bool(plan.layers)),
+        lost=lost_formats(plan.folded, plan.profile, with_code=bool(plan.replaced)),
         notes=plan.notes,
     )

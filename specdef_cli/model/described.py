@@ -16,6 +16,7 @@ from specdef_cli.checkpoint.files import FLOATING_DTYPES, library_of
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledChannels, ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.configuration_specdef import AUTO_MAP, BASE_MODEL_TYPE_KEY, MODEL_TYPE
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.model.symmetries import symmetries
 
@@ -146,17 +147,14 @@ def replaced_stems(names: Iterable[str]) -> list[str]:
 SHIM_SOURCE = Path(__file__).with_name("configuration_specdef.py")
 """The file to copy, verbatim and under the same name, into every directory of transformers that brings code."""
 
-MODEL_TYPE = "specdef"
-BASE_MODEL_TYPE_KEY = "specdef_base_model_type"
 BASE_AUTO_MAP_KEY = "specdef_base_auto_map"
-AUTO_MAP = {"AutoConfig": "configuration_specdef.SpecDefConfig"}
 
 
 def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The ``config.json`` of a directory of *scale* or *factors*.
 
     Args:
-        config: The base model's ``config.json``. It is not changed.
+        config: The base model's ``config.json``, of a model that is neither hardened nor quantized. It is not changed.
         layers: The replaced linears and scaled modules by module path in the class that ``architectures`` names,
             e.g. ``model.layers.0.self_attn.o_proj``.
     """
@@ -165,17 +163,6 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
         raise SpecDefError(
             "config.json names no model_type, so transformers cannot tell which model it describes",
             "Add the model_type of the architecture to config.json.",
-        )
-    if is_shim(config):
-        raise SpecDefError(
-            "config.json names 'specdef': these layers were replaced already",
-            "Harden the base model, or run `specdef collapse` first.",
-        )
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unnamed")
-        raise SpecDefError(
-            f"config.json has a quantization_config ({method}); the factors of a quantized weight cannot be stored",
-            "Harden the unquantized checkpoint.",
         )
     shimmed = copy.deepcopy(dict(config))
     shimmed["quantization_config"] = {

@@ -26,15 +26,8 @@ from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, base_of, resolve
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
-from specdef_cli.model.described import (
-    AUTO_MAP,
-    MODEL_TYPE,
-    SHIM_SOURCE,
-    as_original,
-    is_shim,
-    require_its_own,
-    transposed_back,
-)
+from specdef_cli.model.configuration_specdef import AUTO_MAP, MODEL_TYPE
+from specdef_cli.model.described import SHIM_SOURCE, as_original, is_shim, require_its_own, transposed_back
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.option import Source
 
