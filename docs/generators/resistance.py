@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from specdef_cli.attack.variants import VARIANTS
-from specdef_cli.report import percent
-from specdef_cli.report.document import Cell, Comparison, compare, read_report
+from specdef_cli.report import Finding, percent
+from specdef_cli.report.document import Comparison, compare, read_report
 
 SEPARATOR = " / "
 
@@ -38,7 +38,7 @@ def resistance_table(compared: Mapping[str, tuple[Sequence[str], Comparison]], w
         compared: By model, the ways in the order of the comparison's columns.
         ways: In the order of a cell.
     """
-    cells: dict[str, dict[str, dict[str, Cell]]] = {}
+    cells: dict[str, dict[str, dict[str, Finding]]] = {}
     for model, (there, comparison) in compared.items():
         for row in comparison.rows:
             by_way = {way: cell for way, cell in zip(there, row.cells, strict=True) if cell is not None}
@@ -62,7 +62,7 @@ def _shortened(attack: str) -> str:
     return f"{'undone first' if undone else first}{colon}{trained}"
 
 
-def _share(cell: Cell | None) -> str:
+def _share(cell: Finding | None) -> str:
     if cell is None:
         return "–"
     return percent(cell.share) + (" **?**" if cell.verdict == "not settled" else "")

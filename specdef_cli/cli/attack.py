@@ -255,7 +255,6 @@ def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from specdef_cli.report import percent
 
     table = Table(pad_edge=False)
     table.add_column("attack")
@@ -263,11 +262,9 @@ def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:
     for model in comparison.models:
         table.add_column(model, justify="right", no_wrap=True)
     for row in comparison.rows:
-        cells = [
-            Text("–" if cell is None else cell.text, style="bold" if cell and cell.verdict == "not slowed" else "")
-            for cell in row.cells
-        ]
-        table.add_row(Text(row.attack), Text(f"{row.control}, {percent(row.control_share)}"), *cells)
+        through = (None, None, *(cell is not None and cell.verdict == "not slowed" for cell in row.cells))
+        cells = zip(row.texts, through, strict=True)
+        table.add_row(*(Text(text, style="bold" if bold else "") for text, bold in cells))
     lines = [f"{model}: {text}" for model, text in zip(comparison.models, comparison.verdicts, strict=True)]
     caption = (
         "control: held-out loss (best η), share of the best control's progress. Models: share of its own control's."

@@ -140,6 +140,15 @@ class Finding(Part):
         """The lowest held-out loss at that rate."""
         return self.at.loss
 
+    @property
+    def cell(self) -> str:
+        """``77 % (3e-7)``: share of its own control's progress, and the rate; ``?`` where that is not settled."""
+        if self.share is None:
+            return "–"
+        if self.learning_rate == 0:  # an edit, which is not trained
+            return f"{percent(self.share)}, {self.verdict}"
+        return f"{percent(self.share)} ({rate(self.learning_rate)}){' ?' if self.verdict == 'not settled' else ''}"
+
 
 def findings(report: AttackReport) -> tuple[Finding, ...]:
     """Every attack of a report, in its order."""
