@@ -64,9 +64,7 @@ def test_a_task_that_is_advised_is_one_that_the_model_has(tmp_path: Path) -> Non
             task_of(read_config(tmp_path), tmp_path, None)
         advised = caught.value.hint.partition("--task ")[2].rstrip(".")
         for task in filter(None, advised.split(" or ")):
-            from specdef_cli.attack.tasks import _NAMES
-
-            assert kind in _NAMES[task]  # type: ignore[index]
+            assert kind in _CLASSES[task][1]  # type: ignore[index]
         assert advised or "script of its own" in caught.value.hint
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
-from specdef_cli.attack.table import Factor, Table, checked_factor
+from specdef_cli.attack.table import Factor, Table, checked_factor, parse_number
 from specdef_cli.errors import WrongUsage
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ class Training:
         """Read a training: a name of the table, ``:`` and a number, ``@`` and names with commas between."""
         head, at, names = text.partition("@")
         method, colon, number = head.partition(":")
-        size = (TRAININGS.choose(method).size or _NO_SIZE).parse(number) if colon else None
+        TRAININGS.choose(method)
+        size = parse_number(method, number) if colon else None
         return cls(method, size, tuple(name.strip() for name in names.split(",")) if at else ())
 
     def __str__(self) -> str:
@@ -236,7 +237,3 @@ class Training:
         assert self.choice.function is not None, f"{self} stands for other trainings"
         function: Callable[..., nn.Module] = resolve_name(self.choice.function)
         return function(model, self, task)
-
-
-_NO_SIZE = Factor("size", 16)
-"""Reads the number that is given to a training that takes none, so that the message can name it."""
