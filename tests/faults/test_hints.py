@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from specdef_cli.attack.tasks import task_of
+from specdef_cli.attack.tasks import _CLASSES, task_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 from tests.commands import assert_refused, call_cli
