@@ -202,11 +202,11 @@ def outcome_words(run: RunResult) -> str:
     return "ended above its start" if run.outcome == "worse" else "finished"
 
 
-def steps_words(report: AttackReport, run: RunResult) -> str:
+def steps_words(attack: Attack, run: RunResult) -> str:
     """Steps to the control's loss, or ``>N`` for a budget of N that did not get there."""
-    if report.control_loss(Attack((run,))) is None:
+    if attack.control_loss is None:
         return "–"
-    reached = report.reached_control(run)
+    reached = attack.reached_control(run)
     return f">{run.spec.steps}" if reached is None else str(reached.step)
 
 
@@ -228,7 +228,7 @@ def full_name(attack: Attack) -> str:
     return f"base: {attack_name(attack)}" if attack.subject == "control" else attack_name(attack)
 
 
-def attack_cells(report: AttackReport, finding: Finding) -> dict[str, str]:
+def attack_cells(finding: Finding) -> dict[str, str]:
     """What an attack came to, in words, by the headings of the report's tables."""
     return {
         "the attacker": "–" if finding.verdict == "control" else KNOWLEDGE_WORDS[finding.knowledge],
@@ -240,7 +240,7 @@ def attack_cells(report: AttackReport, finding: Finding) -> dict[str, str]:
         "with utility kept": percent(finding.useful_share),
         "control, with utility kept": percent(finding.control_useful_share),
         "diverges": "–" if finding.divergent_rate is None else f"≥ {rate(finding.divergent_rate)}",
-        "steps to control": steps_words(report, finding.attack.best_run),
+        "steps to control": steps_words(finding.attack, finding.attack.best_run),
         "time to control": "–" if finding.seconds_to_control is None else f"{finding.seconds_to_control:.1f} s",
         "parameters": f"{finding.parameters_times:.2f}×",
         "operations": f"{finding.flops_times:.2f}×",
@@ -249,7 +249,7 @@ def attack_cells(report: AttackReport, finding: Finding) -> dict[str, str]:
     }
 
 
-def run_cells(report: AttackReport, run: RunResult) -> dict[str, str]:
+def run_cells(attack: Attack, run: RunResult) -> dict[str, str]:
     """One run in words, by the headings of the report's tables."""
     return {
         "run": run.spec.label,
@@ -258,9 +258,9 @@ def run_cells(report: AttackReport, run: RunResult) -> dict[str, str]:
         "start": number(run.start),
         "best": number(run.best),
         "final": number(run.final),
-        "steps to control": steps_words(report, run),
+        "steps to control": steps_words(attack, run),
         "gradient norm, step 1": "–" if run.first_grad_norm is None else f"{run.first_grad_norm:.3g}",
-        "parameters": f"{report.parameters_times(run):.2f}×",
+        "parameters": f"{attack.parameters_times:.2f}×",
         "trainable": f"{run.trainable_parameters:,}",
         "outcome": outcome_words(run),
     }
@@ -295,13 +295,12 @@ def size(count: int) -> str:
 
 
 def _finding(report: AttackReport, attack: Attack) -> Finding:
-    share = report.share(attack)
-    control = report.control_of(attack)
+    share, control = attack.share(), attack.control
     usual = set(control.learning_rates) if control else set()
-    shares = [report.share(attack, value) for value in attack.learning_rates if value in usual]
+    shares = [attack.share(value) for value in attack.learning_rates if value in usual]
     best, said = attack.best_run, attack.behaviour
-    reached = report.reached_control(best)
-    spread = tuple(report.of_control(attack, report.gain(attack, progress)) for progress in attack.progress_range or ())
+    reached = attack.reached_control(best)
+    spread = tuple(attack.of_control(attack.gain(progress)) for progress in attack.progress_range or ())
     finding = Finding(
         label=attack.label,
         subject=attack.subject,
@@ -314,19 +313,19 @@ def _finding(report: AttackReport, attack: Attack) -> Finding:
         best=Best(learning_rate=attack.best_learning_rate, loss=attack.best),
         start=best.start,
         share_of_control=share,
-        share_of_best_control=report.of_best_control(report.gain(attack, attack.progress())),
+        share_of_best_control=report.of_best_control(attack.gain(attack.progress())),
         share_of_control_over_seeds=(spread[0], spread[1])
         if spread and spread[0] is not None and spread[1] is not None
         else None,
         share_of_control_at_its_rates=max((value for value in shares if value is not None), default=None),
-        share_of_control_with_utility_kept=report.of_control(attack, report.gain(attack, attack.useful_progress)),
-        control_share_with_utility_kept=report.of_control(attack, control.useful_progress) if control else None,
+        share_of_control_with_utility_kept=attack.of_control(attack.gain(attack.useful_progress)),
+        control_share_with_utility_kept=attack.of_control(control.useful_progress) if control else None,
         divergent_learning_rate=attack.divergent_rate,
         steps_to_control=None if reached is None else reached.step,
         seconds_to_control=None if reached is None else reached.seconds,
-        parameters_times=report.parameters_times(best),
+        parameters_times=attack.parameters_times,
         flops_times=best.flops_per_step / (control.runs[0].flops_per_step if control else best.flops_per_step),
-        verdict=_verdict(attack, share) if attack.edit is None else _edit_verdict(report, attack, share),
+        verdict=_verdict(attack, share) if attack.edit is None else _edit_verdict(attack, share),
         edit=attack.edit,
         refusals=None if said is None or _is_broken(attack) else said.refusals,
         refusals_before=None if said is None else said.refusals_before,
@@ -341,8 +340,8 @@ def _is_broken(attack: Attack) -> bool:
     return attack.edit is not None and attack.edit.broken
 
 
-def _edit_verdict(report: AttackReport, attack: Attack, share: float | None) -> Verdict:
-    edit, control = attack.edit, report.control_of(attack)
+def _edit_verdict(attack: Attack, share: float | None) -> Verdict:
+    edit, control = attack.edit, attack.control
     if attack.subject == "control":
         return "control"
     if share is None or edit is None or control is None or control.edit is None:

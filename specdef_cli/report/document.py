@@ -28,7 +28,7 @@ from specdef_cli.attack.one_run import (
     SpecPart,
     TrainPoint,
 )
-from specdef_cli.attack.results import CONTROL_SHARE, AttackReport, DataSummary, Hardening, PromptSummary
+from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport, DataSummary, Hardening, PromptSummary
 from specdef_cli.attack.variants import Growth
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.report import STOPPED_SHARE, Finding, Part, findings, number, percent, rate
@@ -174,7 +174,7 @@ def report_document(report: AttackReport) -> ReportDocument:
         versions=report.versions,
         device=report.device,
         attacks=findings(report),
-        runs=tuple(_run(report, run) for run in report.runs),
+        runs=tuple(_run(attack, run) for attack in report.attacks for run in attack.runs),
     )
 
 
@@ -188,8 +188,8 @@ def report_json(report: AttackReport) -> str:
     return json.dumps(report_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _run(report: AttackReport, run: RunResult) -> RunPart:
-    reached = report.reached_control(run)
+def _run(attack: Attack, run: RunResult) -> RunPart:
+    reached = attack.reached_control(run)
     return RunPart(
         id=run.spec.run_id,
         label=run.spec.label,
@@ -199,7 +199,7 @@ def _run(report: AttackReport, run: RunResult) -> RunPart:
         steps_to_control=None if reached is None else reached.step,
         first_grad_norm=run.first_grad_norm,
         parameters=RunParameters(
-            total=run.parameters, trainable=run.trainable_parameters, times=report.parameters_times(run)
+            total=run.parameters, trainable=run.trainable_parameters, times=attack.parameters_times
         ),
         growth=run.growth,
         flops_per_step=run.flops_per_step,

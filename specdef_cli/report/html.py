@@ -62,7 +62,7 @@ def report_html(report: AttackReport, image: bytes, narrow: bytes) -> str:
     attacks, costs = [], []
     for finding in trained:
         named, flags = {"attack": full_name(finding.attack)}, spelling(finding.attack)
-        cells = attack_cells(report, finding)
+        cells = attack_cells(finding)
         usual = {"of its control": _share(finding), "at its control’s η": percent(finding.usual_share)}
         shown = {**named, **{key: cells[key] for key in ATTACKS}, **usual, "verdict": finding.verdict}
         attacks.append(Row(shown, "best" if finding.verdict == "not slowed" else "", flags))
@@ -151,5 +151,5 @@ def _run_rows(report: AttackReport) -> list[Row]:
     for attack in report.attacks:
         for position, run in enumerate(attack.runs):
             classes = ["first"] * (position == 0) + ["best"] * (run.spec.learning_rate == attack.best_learning_rate)
-            rows.append(Row(run_cells(report, run), " ".join(classes)))
+            rows.append(Row(run_cells(attack, run), " ".join(classes)))
     return rows

@@ -49,7 +49,7 @@ def attacks_table(report: AttackReport) -> Table:
         if previous not in (None, group):
             table.add_section()
         previous = group
-        cells = attack_cells(report, finding)
+        cells = attack_cells(finding)
         _add(table, [_name(finding), *(cells[key] for key in headings)], finding.verdict == "not slowed")
     return table
 
@@ -78,7 +78,7 @@ def runs_table(report: AttackReport) -> Table:
     table = _table(caption, "run", RUNS.values())
     for attack in report.attacks:
         for run in attack.runs:
-            cells = run_cells(report, run)
+            cells = run_cells(attack, run)
             seed = f" · seed {run.spec.seed}" if len(attack.at(run.spec.learning_rate)) > 1 else ""
             strongest = run.spec.learning_rate == attack.best_learning_rate
             _add(table, [cells["run"] + seed, *(cells[key] for key in RUNS)], strongest)
@@ -140,7 +140,7 @@ def closing(report: AttackReport, page: Path | None = None) -> tuple[str, ...]:
     lines += [f"Gets through: {_through(plain)}"] if plain else []
     if informed or report.hardening is not None:
         lines.append(f"Undone: {_undone(informed)}")
-    lines += [f"Edited: {_edit_sentence(report, finding)}" for finding in edits]
+    lines += [f"Edited: {_edit_sentence(finding)}" for finding in edits]
     return (*lines, *([f"Report: {page}"] if page is not None else []))
 
 
@@ -208,9 +208,9 @@ def _listed(names: Sequence[str]) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def _edit_sentence(report: AttackReport, finding: Finding) -> str:
+def _edit_sentence(finding: Finding) -> str:
     """What an edit did to the model and to its control, with an answer of a model that it broke."""
-    attack, control = finding.attack, report.control_of(finding.attack)
+    attack, control = finding.attack, finding.attack.control
     text = f"{attack_name(attack)}, the model has {edit_words(finding)}"
     if control is not None and control.edit is not None:
         text += f"; the base has {percent(control.edit.left)} and {number(control.edit.kl, 2)}"
