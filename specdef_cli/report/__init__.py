@@ -46,9 +46,6 @@ def spelling(attack: Attack) -> str:
 STOPPED_SHARE = 0.05
 """At or below this share of the control's progress an attack counts as stopped, within its budget."""
 
-MAX_NAMED = 6
-"""Attacks that the verdict names; more are counted."""
-
 KL_SLACK = 0.02
 """A KL divergence within a quarter and this much (nats) of the control's is the control's."""
 
@@ -165,32 +162,6 @@ def edit_words(finding: Finding) -> str:
 def of_edits(found: Sequence[Finding]) -> tuple[Finding, ...]:
     """Those of edits, the control's among them."""
     return tuple(finding for finding in found if finding.edit is not None)
-
-
-def verdict_line(found: Sequence[Finding]) -> str:
-    """The report in one line: how many recipes it holds against, which it does not slow, and what undoes it."""
-    attacks = [finding for finding in found if finding.verdict not in ("control", "unknown")]
-    trained = [finding for finding in attacks if finding.edit is None]
-    plain = [finding for finding in trained if finding.attack.spec.variant.knowledge == "none"]
-    informed = [finding for finding in trained if finding.attack.spec.variant.knowledge != "none"]
-    parts = []
-    if plain:
-        held = sum(finding.verdict == "stopped" for finding in plain)
-        parts.append(f"Holds against {held} of {len(plain)} recipes tried")
-    shown = (("not slowed", "not slowed"), ("slowed", "only slowed"), ("not settled", "rate not bracketed"))
-    for verdict, words in shown:
-        names = [attack_name(finding.attack) for finding in plain if finding.verdict == verdict]
-        if names:
-            parts.append(f"{words}: {_listed(names)}")
-    undone = [finding.attack.spec.variant.label for finding in informed if finding.verdict == "not slowed"]
-    if undone:
-        parts.append(f"undone: {_listed(undone)}")
-    elif not informed and plain:
-        parts.append("no attack that knows the construction was tried")
-    edits = [f"{each.attack.spec.variant.label} {each.verdict}" for each in of_edits(attacks)]
-    if edits:
-        parts.append(f"{'edits' if parts else 'Edits'}: {', '.join(edits)}")
-    return "; ".join(parts or ["The control learned nothing, so there is nothing to compare"]) + "."
 
 
 def outcome_words(run: RunResult) -> str:
@@ -374,10 +345,3 @@ def _bracketed(attack: Attack) -> bool:
     first = attack.runs[0].spec.seed
     runs = {run.spec.learning_rate: run for run in attack.runs if run.spec.seed == first}
     return bool(runs) and not next_rates(attack.learning_rates, runs)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Each name once, the first :data:`MAX_NAMED` of them."""
-    distinct = list(dict.fromkeys(names))
-    more = len(distinct) - MAX_NAMED
-    return ", ".join(distinct[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

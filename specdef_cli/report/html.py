@@ -26,10 +26,9 @@ from specdef_cli.report import (
     percent,
     run_cells,
     spelling,
-    verdict_line,
 )
 from specdef_cli.report.document import DEFINITIONS
-from specdef_cli.report.text import summary
+from specdef_cli.report.text import summary, verdict_line
 
 WORDS = ("the attacker", "verdict", "outcome")
 """Headings of columns whose cells are text and not figures."""
