@@ -42,7 +42,9 @@ def channel_values(side: Side, tensor: Tensor) -> Tensor:
 def multiply_channels(side: Side, tensor: Tensor, factors: Tensor) -> None:
     """Multiply each channel's slice in place."""
     rows, index = _rows(side, tensor)
-    spread = factors.to(tensor.device)[:, None].expand(index.shape).reshape(-1, *[1] * (rows.ndim - 1))
+    factors = factors.to(tensor.device)
+    index, factors = index[factors != 1], factors[factors != 1]  # a fold has few, and the product is a copy in float64
+    spread = factors[:, None].expand(index.shape).reshape(-1, *[1] * (rows.ndim - 1))
     rows[index.flatten()] = (rows[index.flatten()].double() * spread).to(rows.dtype)
 
 
