@@ -179,10 +179,10 @@ def expected_runs(series: Series) -> int:
 
 def in_order(plan: Sequence[Series]) -> tuple[Series, ...]:
     """A plan as it is run: likely bypasses, then common recipes, then the rest; each after its control."""
-    controls = {series.first.control("").attack: series for series in plan if series.first.subject == "control"}
+    controls = {series.first.recipe: series for series in plan if series.first.subject == "control"}
     ordered: dict[int, Series] = {}
     for attack in sorted((series for series in plan if series.first.subject == "model"), key=_rank):
-        for series in (controls.get(attack.first.control("").attack), attack):
+        for series in (controls.get(attack.first.recipe), attack):
             if series is not None:
                 ordered.setdefault(id(series), series)
     return tuple(ordered.values())

@@ -240,13 +240,9 @@ class AttackReport:
         groups: dict[RunSpec, list[RunResult]] = {}
         for run in self.runs:
             groups.setdefault(run.spec.attack, []).append(run)
-        controls = {
-            spec.control("").attack: Attack(tuple(runs)) for spec, runs in groups.items() if spec.subject == "control"
-        }
+        controls = {spec.recipe: Attack(tuple(runs)) for spec, runs in groups.items() if spec.subject == "control"}
         return tuple(
-            controls[spec.control("").attack]
-            if spec.subject == "control"
-            else Attack(tuple(runs), controls.get(spec.control("").attack))
+            Attack(tuple(runs), controls.get(spec.recipe) if spec.subject == "model" else None)
             for spec, runs in groups.items()
         )
 
