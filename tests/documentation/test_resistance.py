@@ -1,35 +1,49 @@
-"""The table of shares over models of all kinds: ways in the order asked for, a dash for what is missing."""
+"""Tables of shares over models and methods: one share a cell, a dash for what is missing, figures of docs/tables."""
 
 from __future__ import annotations
 
-import json
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.report.test_comparison import attack, report
+from tests.commands import REPOSITORY
+from tests.consumer_tables import generator
 
-GENERATOR = Path(__file__).parents[2] / "docs/generators/resistance.py"
+SMALL = """\
+| attack | control | small-fold | small-scale |
+|---|---|---|---|
+| full, adamw | 2 → 1 (1e-3) | 1 % (1e-9) | 3 % (1e-9) ? |
+| HiRA, adamw | 2 → 1 (1e-3) | 100 % (1e-3) | – |
+| unscale: full, adamw | 2 → 1 (1e-3) | – | 90 % (1e-3) |
+
+| hardened | size |
+|---|---|
+| small-fold | +0.0 MB |
+"""
+DEEP = """\
+| attack | control | deep-scale | deep-fold |
+|---|---|---|---|
+| full, adamw | 2 → 1 (1e-3) | 4 % (1e-9) | 2 % (1e-9) ? |
+"""
 
 
-def test_cells_hold_a_share_for_each_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    unsettled = attack("model", 0.02) | {"verdict": "not settled"}
-    for name, attacks in {
-        "small-fold": [attack("model", 0.01), attack("model", 1.0, trained="HiRA")],
-        "small-scale": [attack("model", 0.03), attack("model", 0.9, variant="collapse")],
-        "deep-fold": [unsettled],
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "report.json").write_text(json.dumps(report(name, *attacks)), encoding="utf-8")
-    given = [str(tmp_path), "--models", "small", "deep", "absent", "--ways", "fold", "scale"]
-    monkeypatch.setattr(sys, "argv", ["resistance.py", *given])
-    runpy.run_path(str(GENERATOR), run_name="__main__")
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "| trained, with AdamW | small | deep |"
-    assert printed[2:4] == ["| full | 1 % / 3 % | 2 % **?** / – |", "| HiRA | 100 % / – | – |"]
-    assert printed[4] == "| undone first: full | – / 90 % | – |"
-    assert printed[-1].startswith("Each cell: fold / scale.")
+def test_cells_hold_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "docs/generators")
+    resistance = generator("resistance")
+    texts = {"a small one": SMALL, "a deep one": DEEP}
+    assert resistance.method_table(texts, "fold").splitlines() == [
+        "| `fold` | a small one | a deep one |",
+        "| --- | --- | --- |",
+        "| HiRA | 100 % | – |",
+        "| full fine-tuning | 1 % | 2 % ? |",
+    ]
+    assert "| undone first, then full | 90 % | – |" in resistance.method_table(texts, "scale")
+    assert resistance.readme_table(SMALL).splitlines()[2:] == [
+        "| HiRA | 100 % | – |",
+        "| undone first, then full | – | 90 % |",
+        "| full fine-tuning | 1 % | 3 % ? |",
+    ]
+
+
+def test_the_tables_are_those_of_the_tables_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "docs/generators")
+    for path, text in generator("resistance").written().items():
+        assert path.read_text(encoding="utf-8") == text, "`make pictures` writes it"
