@@ -99,7 +99,7 @@ def report_html(report: AttackReport, image: bytes, narrow: bytes) -> str:
 def _accuracy_rows(found: Sequence[Finding]) -> list[Row]:
     """Accuracy on tasks, of each attack's run at its best learning rate; none where none was measured."""
     tasks = sorted({task for finding in found for task in finding.attack.best_run.accuracy})
-    measured = [(finding.attack.label, finding.attack.best_run.accuracy) for finding in found if tasks]
+    measured = [(full_name(finding.attack), finding.attack.best_run.accuracy) for finding in found if tasks]
     return [Row({"attack": label, **{task: number(each.get(task)) for task in tasks}}) for label, each in measured]
 
 
@@ -108,7 +108,7 @@ def _edit_rows(found: Sequence[Finding]) -> list[Row]:
     return [
         Row(
             {
-                "edit": finding.attack.label,
+                "edit": full_name(finding.attack),
                 "strength": f"{edit.strength:g}",
                 "of the direction left": percent(edit.left),
                 "KL, harmless prompts": number(edit.kl),
@@ -127,7 +127,7 @@ def _behaviour_rows(found: Sequence[Finding]) -> list[Row]:
     return [
         Row(
             {
-                "attack": finding.attack.label,
+                "attack": full_name(finding.attack),
                 "refused before": percent(finding.refusals_before),
                 "refused after": percent(finding.refusals),
                 "KL, harmless prompts": number(finding.kl),
