@@ -92,7 +92,8 @@ def test_parameters(report: AttackReport) -> None:
     assert width.growth is not None
     assert (width.growth.parameters_before, width.growth.parameters_after) == (pairs, 2 * pairs)
     assert width.trainable_parameters == width.parameters - pairs
-    assert report.parameters_times(width) == width.parameters / original
+    attacked = next(attack for attack in report.attacks if width in attack.runs)
+    assert attacked.parameters_times == width.parameters / original
 
 
 def test_divergence_is_an_outcome(hardened: Path, tmp_path: Path) -> None:
@@ -278,11 +279,11 @@ def test_a_search_brackets_the_best_rate(hardened: Path, tmp_path: Path) -> None
     found = attack(options(hardened, tmp_path, trainings=("full",), search=True, steps=2))
     for tried in found.attacks:
         best, rates = tried.best_learning_rate, tried.learning_rates
-        control = found.control_of(tried)
+        control = tried.control
         if len(rates) == 1:  # what undoes the hardening trains as the control does
             assert control is not None
             assert best == control.best_learning_rate
-            assert found.share(tried) == pytest.approx(1, abs=0.02)
+            assert tried.share() == pytest.approx(1, abs=0.02)
             continue
         position = rates.index(best)
         assert 0 < position < len(rates) - 1
@@ -314,7 +315,7 @@ def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Pat
     assert [(run.spec.subject, str(run.spec.variant)) for run in result.runs] == [
         ("control", "plain"), ("model", "plain"), ("model", "rebalance"),
     ]  # fmt: skip
-    assert result.share(result.attacks[1]) == pytest.approx(1.0)
+    assert result.attacks[1].share() == pytest.approx(1.0)
     assert "Nothing in the weights" in result.notes[0]
 
 

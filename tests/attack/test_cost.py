@@ -137,7 +137,7 @@ def test_a_finished_run_of_the_control_is_not_measured_again(
         sequence_length=16, eval_sequences=2,
     )  # fmt: skip
     report = attack(options)
-    monkeypatch.setattr("specdef_cli.attack.plan.TWO_STEPS", None)  # would fail
+    monkeypatch.setattr("specdef_cli.attack.run.TWO_STEPS", None)  # would fail
     forecast = plan_attack(options)
     assert [planned.finished for planned in forecast.attacks] == [planned.runs for planned in forecast.attacks]
     assert forecast.seconds == 0
