@@ -275,15 +275,12 @@ class ScaledModule:
     @property
     def spec(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""
-        input_scale, output_scale = (
-            None if side is None else self.shape[side.axis] for side in (self.input, self.output)
-        )
         return {
             "kind": self.kind,
             "weight": list(self.shape),
-            "bias": self._length[0] if self.bias is not None else None,
-            "input_scale": input_scale,
-            "output_scale": output_scale,
+            "bias": None if self.bias is None else self._length[0],
+            "input_scale": None if self.input is None else self.shape[self.input.axis],
+            "output_scale": None if self.output is None else self.shape[self.output.axis],
             "tied_to": self.tied_to,
         }
 
@@ -452,7 +449,7 @@ def read_manifest(directory: Path, elsewhere: Path | None = None) -> Manifest:
     manifest = manifest_of(directory, elsewhere)
     if manifest is None:
         raise SpecDefError(
-            f"{directory} has no {MANIFEST_NAME}, so it is not a hardened checkpoint",
+            f"{directory} has no {MANIFEST_NAME}, which says how a model was hardened",
             f"Give a directory that `specdef harden` wrote. A {MANIFEST_NAME} that lies elsewhere is named with "
             "--manifest; after save_pretrained, copy it along.",
         )

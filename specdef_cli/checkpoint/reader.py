@@ -127,30 +127,41 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Read one tensor into memory of its own, on the CPU, in its stored dtype."""
         header = self.tensors[name]
-        return self._read_bytes(header, 0, header.nbytes).view(TORCH_DTYPES[header.dtype]).view(header.shape)
+        buffer = torch.empty(header.nbytes, dtype=torch.uint8)
+        return self._read_into(buffer, header, 0).view(TORCH_DTYPES[header.dtype]).view(header.shape)
 
-    def read_rows(self, name: str, rows: range) -> Tensor:
-        """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows."""
+    def read_rows(self, name: str, rows: range, buffer: Tensor | None = None) -> Tensor:
+        """Read consecutive rows of one tensor, shape [rows, columns]; every dimension but the last counts rows.
+
+        Args:
+            buffer: Bytes to read into; memory of its own by default.
+        """
         header = self.tensors[name]
         dtype, columns = TORCH_DTYPES[header.dtype], math.prod(header.shape[-1:])
         width = columns * dtype.itemsize
-        return self._read_bytes(header, rows.start * width, len(rows) * width).view(dtype).view(len(rows), columns)
+        if buffer is None:
+            buffer = torch.empty(len(rows) * width, dtype=torch.uint8)
+        read = self._read_into(buffer[: len(rows) * width], header, rows.start * width)
+        return read.view(dtype).view(len(rows), columns)
 
     def row_blocks(self, name: str, nbytes: int) -> Iterator[tuple[int, Tensor]]:
-        """All rows of one tensor, at most ``nbytes`` (or one row) at a time: the index of the first, and the rows."""
+        """All rows of one tensor, at most ``nbytes`` (or one row) at a time: the index of the first, and the rows.
+
+        All pass through one buffer, as fresh memory costs as much as a read: rows are valid until the next are read.
+        """
         shape = self.tensors[name].shape
         rows, width = math.prod(shape[:-1]), math.prod(shape[-1:]) * TORCH_DTYPES[self.tensors[name].dtype].itemsize
-        step = max(1, nbytes // max(1, width))
+        step = max(1, min(rows, nbytes // max(1, width)))
+        buffer = torch.empty(step * width, dtype=torch.uint8)
         for first in range(0, rows, step):
-            yield first, self.read_rows(name, range(first, min(first + step, rows)))
+            yield first, self.read_rows(name, range(first, min(first + step, rows)), buffer)
 
-    def _read_bytes(self, header: TensorHeader, offset: int, count: int) -> Tensor:
-        buffer = torch.empty(count, dtype=torch.uint8)
+    def _read_into(self, buffer: Tensor, header: TensorHeader, offset: int) -> Tensor:
         view, done = buffer.numpy().data, 0
         try:
             with (self.directory / header.shard).open("rb", buffering=0) as file:
                 file.seek(header.begin + offset)
-                while done < count:
+                while done < len(view):
                     read = file.readinto(view[done:])
                     if not read:
                         raise SpecDefError(

@@ -56,7 +56,7 @@ def value_output(body: Body, block: str, layer: Attention) -> Found:
     """v_h → D v_h, o_h → o_h D⁻¹ for every key/value head; all query heads of its group read the same D."""
     if _clips(body, layer):
         clamp = f"{layer.clip} = {getattr(body.config, str(layer.clip))}"
-        yield (f"value_output and query_key do not hold: {clamp} clamps queries, keys and values.")
+        yield f"value_output and query_key do not hold: {clamp} clamps queries, keys and values."
         return
     module = join(block, layer.path)
     heads = _heads(body, module, layer)
@@ -134,8 +134,7 @@ def symmetries(skeleton: Skeleton) -> Symmetries:
     bodies = [Body(skeleton, path, family) for path, family in described_bodies(skeleton.model)]
     if not bodies:
         name = type(skeleton.model).__name__
-        reason = f"{name}: this family is not described, so no symmetric pairs are known in it."
-        found.append(reason)
+        found.append(f"{name}: this family is not described, so no symmetric pairs are known in it.")
     for body in bodies:
         found += _in_body(body)
     pairs = tuple(part for part in found if isinstance(part, SymmetricPair))
@@ -168,7 +167,7 @@ def _in_body(body: Body) -> Found:
         if any(name.endswith(f".{suffix}") for name in body.skeleton.parameters):
             yield f"{suffix.removesuffix('.weight')} has no pair: {reason}."
     if body.family.is_post_norm:
-        yield ("Norms inside the blocks have no readers' pair: their output is also added to the residual stream.")
+        yield "Norms inside the blocks have no readers' pair: their output is also added to the residual stream."
 
 
 def _in_sublayer(body: Body, block: str, layer: Attention | Mlp | Experts) -> Found:
@@ -276,8 +275,7 @@ def masked_head_norm(body: Body) -> Found:
 def _gain_obstacle(body: Body) -> str | None:
     """Why no gain of this family can be scaled exactly, if so."""
     if body.family.gain == "one_plus":
-        reason = "norm_readers does not hold: norms store their gain as 1+w, and scaling that rounds."
-        return reason
+        return "norm_readers does not hold: norms store their gain as 1+w, and scaling that rounds."
     if body.family.gain == "none":
         return "norm_readers does not exist: the norms have no gain."
     return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from specdef_cli import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import load_data
@@ -33,7 +34,6 @@ from specdef_cli.model import load_model, load_tokenizer
 from specdef_cli.report import findings
 from specdef_cli.report.text import summary
 
-HardenDirectory = Callable[..., Path]
 SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "sequence_length": 16, "eval_every": 2, "eval_sequences": 4}
 
 
@@ -92,7 +92,8 @@ def test_parameters(report: AttackReport) -> None:
     assert width.growth is not None
     assert (width.growth.parameters_before, width.growth.parameters_after) == (pairs, 2 * pairs)
     assert width.trainable_parameters == width.parameters - pairs
-    assert report.parameters_times(width) == width.parameters / original
+    attacked = next(attack for attack in report.attacks if width in attack.runs)
+    assert attacked.parameters_times == width.parameters / original
 
 
 def test_divergence_is_an_outcome(hardened: Path, tmp_path: Path) -> None:
@@ -175,21 +176,26 @@ def trainable(model: torch.nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_lora_all_linear_covers_both_factors(hardened: Path) -> None:
-    model = Training("lora", 2).apply(load_model(hardened), "causal-lm")
-    names = trainable(model)
+FACTORS = {f"{layer}.{part}" for layer in ("o_proj", "down_proj") for part in ("inflated", "compensation")}
+PLAIN = {f"{name}_proj" for name in ("q", "k", "v", "gate", "up")}
+
+
+@pytest.mark.parametrize(
+    ("training", "places"),
+    [
+        (Training("lora", 2), FACTORS | PLAIN),
+        (Training("lora", 2, ("o_proj",)), {"o_proj.inflated", "o_proj.compensation"}),
+        (Training("lora", 2, ("q_proj", "down_proj")), {"q_proj", "down_proj.inflated", "down_proj.compensation"}),
+        (Training("lora-default", 2), {"q_proj", "v_proj"}),  # where PEFT puts it
+    ],
+    ids=str,
+)
+def test_lora_goes_on_both_factors(training: Training, places: set[str], hardened: Path) -> None:
+    names = trainable(training.apply(load_model(hardened), "causal-lm"))
     assert all("lora_" in name for name in names)
-    for part in ("o_proj.inflated", "o_proj.compensation", "down_proj.inflated", "down_proj.compensation", "q_proj"):
-        assert sum(f"{part}.lora_A" in name for name in names) == 2
-    assert not any("lm_head" in name for name in names)
-
-
-def test_another_adapter_trains_little_and_something(hardened: Path, tmp_path: Path) -> None:
-    result = attack(options(hardened, tmp_path, trainings=("prompt",), learning_rates=(1e-2,)))
-    control = run_of(result, "control")
-    assert 0 < control.trainable_parameters < 0.3 * control.parameters
-    assert control.progress is not None
-    assert control.progress > 0
+    found = {place for name in names for place in re.findall(r"(\w+_proj(?:\.[a-z]+)?)\.lora_", name)}
+    assert found == places
+    assert len(names) == 2 * 2 * len(places)
 
 
 def test_parameter_groups_cover_every_parameter_once(base: Path, hardened: Path) -> None:
@@ -208,23 +214,6 @@ def test_parameter_groups_cover_every_parameter_once(base: Path, hardened: Path)
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("targets", [("o_proj",), ("q_proj", "down_proj")])
-def test_lora_by_name_goes_on_both_factors(hardened: Path, targets: tuple[str, ...]) -> None:
-    model = Training("lora", 2, targets).apply(load_model(hardened), "causal-lm")
-    adapted = {name.split(".lora_")[0].rsplit(".", 2)[-2:][-1] for name in trainable(model)}
-    assert adapted == ({"q_proj"} if "q_proj" in targets else set()) | {"inflated", "compensation"}
-
-
-def test_lora_where_peft_puts_it(hardened: Path) -> None:
-    model = Training("lora-default", 2).apply(load_model(hardened), "causal-lm")
-    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trainable(model)} == {"q_proj", "v_proj"}
-
-
-def test_lora_targets_that_do_not_exist(hardened: Path) -> None:
-    with pytest.raises(SpecDefError, match="query_key_value"):
-        Training("lora", 2, ("query_key_value",)).apply(load_model(hardened), "causal-lm")
-
-
 @pytest.mark.parametrize("variant", [Variant(), Variant("width", 2.0), Variant("collapse")])
 def test_train_globs_mean_the_same_on_every_variant(base: Path, hardened: Path, variant: Variant) -> None:
     model = load_model(hardened)
@@ -237,11 +226,6 @@ def test_train_globs_mean_the_same_on_every_variant(base: Path, hardened: Path, 
     }[variant.kind]
     layers = {f"model.layers.{layer}.self_attn.{part}" for layer in (0, 1) for part in expected}
     assert names == layers | {"model.norm.weight"}
-
-
-def test_train_globs_that_match_nothing(base: Path) -> None:
-    with pytest.raises(SpecDefError, match=r"\*\.experts\.\*"):
-        Training(where=("model.norm.*", "*.experts.*")).apply(load_model(base), "causal-lm")
 
 
 def test_a_variant_that_leaves_nothing_to_train(hardened: Path) -> None:
@@ -261,27 +245,6 @@ def test_the_builtin_text_is_split_by_document(base: Path, tmp_path: Path) -> No
     paragraphs = [part for part in held_out.split("\n\n") if len(part) > 80]
     assert len(paragraphs) > 5
     assert not any(part in train for part in paragraphs)
-
-
-@pytest.mark.parametrize("kind", ["txt", "parquet"])
-def test_files(base: Path, tmp_path: Path, kind: str) -> None:
-    import datasets
-
-    rows = [f"row {number} " + "abc " * 8 for number in range(40)]
-    path = tmp_path / f"data.{kind}"
-    table = datasets.Dataset.from_dict({"body": rows})
-    if kind == "parquet":
-        table.to_parquet(path)
-    else:
-        path.write_text("\n\n".join(rows))
-    column = "text" if kind == "txt" else "body"
-    data = load_data(options(base, tmp_path, dataset=str(path), text_column=column, steps=2), "causal-lm",
-                     load_tokenizer(base))  # fmt: skip
-    decoded = load_tokenizer(base).decode(sequences(data.held_out)[0])
-    assert decoded.startswith("row 9 ")
-    if kind != "txt":
-        with pytest.raises(SpecDefError, match="no column 'text'"):
-            load_data(options(base, tmp_path, dataset=str(path)), "causal-lm", load_tokenizer(base))
 
 
 def test_utility_is_measured_on_retained_text(report: AttackReport, hardened: Path, tmp_path: Path) -> None:
@@ -316,24 +279,23 @@ def test_a_search_brackets_the_best_rate(hardened: Path, tmp_path: Path) -> None
     found = attack(options(hardened, tmp_path, trainings=("full",), search=True, steps=2))
     for tried in found.attacks:
         best, rates = tried.best_learning_rate, tried.learning_rates
-        control = found.control_of(tried)
+        control = tried.control
         if len(rates) == 1:  # what undoes the hardening trains as the control does
             assert control is not None
             assert best == control.best_learning_rate
-            assert found.share(tried) == pytest.approx(1, abs=0.02)
+            assert tried.share() == pytest.approx(1, abs=0.02)
             continue
         position = rates.index(best)
         assert 0 < position < len(rates) - 1
         assert max(rates[position - 1] / best, best / rates[position + 1]) <= 3.5
 
 
-def test_classification(base: Path, harden_directory: HardenDirectory, tmp_path: Path) -> None:
+def test_classification(hardened: Path, tmp_path: Path) -> None:
     """The base has no head for the task: it is drawn from the seed, the same for control and attack."""
     path = tmp_path / "labelled.jsonl"
     words, labels = ["bad", "good", "so-so"], ["no", "yes", "maybe"]
     rows = [{"text": f"{words[n % 3]} {n}", "label": labels[n % 3]} for n in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hardened = harden_directory(base, tmp_path / "hardened", 1e3, 4, "*.down_proj")
     result = attack(
         options(hardened, tmp_path / "out", dataset=str(path), task="sequence-classification", learning_rates=(1e-3,))
     )
@@ -353,7 +315,7 @@ def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Pat
     assert [(run.spec.subject, str(run.spec.variant)) for run in result.runs] == [
         ("control", "plain"), ("model", "plain"), ("model", "rebalance"),
     ]  # fmt: skip
-    assert result.share(result.attacks[1]) == pytest.approx(1.0)
+    assert result.attacks[1].share() == pytest.approx(1.0)
     assert "Nothing in the weights" in result.notes[0]
 
 
@@ -400,16 +362,6 @@ def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(base: Path, tmp
     assert width.trainable_parameters == width.growth.parameters_added + 258 * 32
 
 
-def test_what_a_model_has_nothing_for_is_said(base: Path, tmp_path: Path) -> None:
-    assert harden(HardenOptions(str(base), tmp_path / "hardened", verify=False)) is not None
-    result = attack(
-        options(tmp_path / "hardened", tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1,
-                variants=("inject",))
-    )  # fmt: skip
-    assert {run.spec.variant.kind for run in result.runs} == {"plain", "rebalance"}
-    assert result.notes[0] == "Not tried: inject. It works on a layer stored as factors, and the model has none."
-
-
 def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) -> None:
     other = shutil.copytree(base, tmp_path / "other")
     weights = load_file(base / "model.safetensors")
@@ -418,6 +370,19 @@ def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) 
     made = options(base, tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1)
     assert "not the model that was hardened" in " ".join(attack(replace(made, control=other)).notes)
     assert "not the model" not in " ".join(attack(replace(made, control=base)).notes)
+
+
+def test_a_tracker_has_a_log_of_every_run(hardened: Path, tmp_path: Path) -> None:
+    """What TensorBoard reads back is what the run recorded."""
+    result = attack(
+        options(hardened, tmp_path, trainings=("full",), learning_rates=(1e-4,), steps=2, report_to=("tensorboard",))
+    )
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {run.spec.run_id for run in result.runs}
+    for run in result.runs:
+        events = EventAccumulator(str(tmp_path / "logs" / run.spec.run_id))
+        events.Reload()
+        logged = [event.value for event in events.Scalars("eval/attack_loss")]
+        assert logged == pytest.approx([point.loss for point in run.evaluations], rel=1e-6)
 
 
 def test_libraries_are_left_as_they_were(base: Path, tmp_path: Path) -> None:

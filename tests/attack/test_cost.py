@@ -17,8 +17,6 @@ from specdef_cli.attack.plan import SEARCHED_RUNS, Series, Speed, expected_runs,
 from specdef_cli.attack.queue import Deadline
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
-from specdef_cli.errors import SpecDefError
-from specdef_cli.option import in_words, parse_duration
 from tests.attack.test_optimizers import spec
 from tests.attack.test_search import GRID, make_series, result, run_plan
 from tests.commands import Result, call_cli
@@ -116,24 +114,6 @@ def test_progress_counts_the_run_under_way_and_what_a_search_still_takes() -> No
     assert expected_runs(make_series("a", seeds=(0, 1, 2))) == SEARCHED_RUNS + 2
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("45m", 2700), ("1h30m", 5400), ("90s", 90), ("1.5h", 5400), ("2h 5min", 7500)]
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert parse_duration(text, "--time-limit") == seconds
-
-
-@pytest.mark.parametrize("text", ["", "45", "m", "-3m", "0s", "1d"])
-def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(SpecDefError, match="not a duration") as caught:
-        parse_duration(text, "--time-limit")
-    assert "45m" in caught.value.hint
-
-
-def test_durations_in_words() -> None:
-    assert [in_words(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
-
-
 def test_a_plan_says_what_will_be_run_and_keeps_nothing(hardened: Path, base: Path, tmp_path: Path) -> None:
     options = AttackOptions(
         model=hardened, control=base, out=tmp_path / "out", steps=4, batch_size=4, sequence_length=32, eval_sequences=4
@@ -157,7 +137,7 @@ def test_a_finished_run_of_the_control_is_not_measured_again(
         sequence_length=16, eval_sequences=2,
     )  # fmt: skip
     report = attack(options)
-    monkeypatch.setattr("specdef_cli.attack.plan.TWO_STEPS", None)  # would fail
+    monkeypatch.setattr("specdef_cli.attack.run.TWO_STEPS", None)  # would fail
     forecast = plan_attack(options)
     assert [planned.finished for planned in forecast.attacks] == [planned.runs for planned in forecast.attacks]
     assert forecast.seconds == 0
@@ -170,16 +150,6 @@ def test_a_finished_run_of_the_control_is_not_measured_again(
 def attack_command(hardened: Path, base: Path, out: Path, *more: str) -> Result:
     budget = ("--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--eval-sequences", "2")
     return call_cli("attack", str(hardened), "--control", str(base), "--out", str(out), *budget, *more)
-
-
-def test_the_command_prints_the_plan_and_stops(hardened: Path, base: Path, tmp_path: Path) -> None:
-    result = attack_command(hardened, base, tmp_path / "out", "--dry-run")
-    assert result.code == 0, result.stderr
-    assert "2 steps of 2 sequences of 16 tokens" in result.stdout
-    assert "hardened, collapsed · full · adamw" in result.stdout
-    assert "about 8 runs" in result.stdout
-    assert " here." in result.stdout
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(

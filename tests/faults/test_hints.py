@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
-from specdef_cli.attack.tasks import task_of
+from specdef_cli.attack.tasks import _CLASSES, task_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 from tests.faults.small_attack import SMALL
 from tests.hardening.mutations import config, edit_json, spoiled
 
@@ -22,8 +22,7 @@ FOLD = ("--method", "fold", "--quiet")
 
 
 def harden(model: Path, out: Path, *options: str) -> Path:
-    result = call_cli("harden", model, "--out", out, *(options or FOLD))
-    assert result.code == 0, result.stderr
+    succeed("harden", model, "--out", out, *(options or FOLD))
     return out
 
 
@@ -64,9 +63,7 @@ def test_a_task_that_is_advised_is_one_that_the_model_has(tmp_path: Path) -> Non
             task_of(read_config(tmp_path), tmp_path, None)
         advised = caught.value.hint.partition("--task ")[2].rstrip(".")
         for task in filter(None, advised.split(" or ")):
-            from specdef_cli.attack.tasks import _NAMES
-
-            assert kind in _NAMES[task]  # type: ignore[index]
+            assert kind in _CLASSES[task][1]  # type: ignore[index]
         assert advised or "script of its own" in caught.value.hint
 
 
@@ -87,8 +84,7 @@ def test_certify_of_a_classifier_leads_to_attack(tmp_path: Path, llama: Path) ->
     attack = ("attack", out, "--control", base, "--dataset", data, *SMALL, "--out", tmp_path / "a")
     assert_refused(call_cli(*attack), "neither padding nor an end of text", '"pad_token"', "tokenizer_config.json")
     edit_json("tokenizer_config.json", pad_token="w0")(base)
-    attacked = call_cli(*attack)
-    assert attacked.code == 0, attacked.stderr
+    succeed(*attack)
     more = ("--attacks", tmp_path / "a" / "report.json", *quick, "--quiet")
     certified = call_cli("certify", out, "--base", base, *more, "--out", tmp_path / "c")
     assert "Traceback" not in certified.stderr
@@ -121,4 +117,4 @@ def test_weights_under_another_name_are_renamed_as_the_hint_says(llama: Path, tm
     config(transformers_weights="model.safetensors")(directory)
     assert_refused(call_cli("inspect", directory), "take transformers_weights out")
     config(transformers_weights=None)(directory)
-    assert call_cli("inspect", directory, "--quiet").code == 0
+    succeed("inspect", directory, "--quiet")

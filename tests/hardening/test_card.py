@@ -23,7 +23,7 @@ from specdef_cli.hardening.card import (
     split_card,
     with_keys,
 )
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 
 MANIFEST = Manifest(
     format=2, specdef_version="1", method="fold", base=BaseCheckpoint("name"), dtype="float32", seed=0,
@@ -36,7 +36,7 @@ def card_data(directory: Path) -> dict[str, object]:
 
 
 def test_a_directory_leaves_no_path_in_its_card(llama: Path, tmp_path: Path) -> None:
-    assert call_cli("harden", llama, "--out", tmp_path / "out", "--no-verify").code == 0
+    succeed("harden", llama, "--out", tmp_path / "out", "--no-verify")
     card = (tmp_path / "out/README.md").read_text()
     assert str(llama.parent) not in card
     assert llama.name not in card
@@ -53,7 +53,7 @@ def test_a_directory_leaves_no_path_in_its_card(llama: Path, tmp_path: Path) -> 
 
 def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path: Path) -> None:
     options = ("--no-verify", "--base-model", "org/base")
-    assert call_cli("harden", llama, "--out", tmp_path / "out", *options).code == 0
+    succeed("harden", llama, "--out", tmp_path / "out", *options)
     data = card_data(tmp_path / "out")
     assert (data["base_model"], data["base_model_relation"]) == ("org/base", "finetune")
     assert "org/base" in (tmp_path / "out/README.md").read_text().split("---\n")[2]
@@ -63,7 +63,7 @@ def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path:
     assert manifest.base.name == "org/base"
     assert base_of(manifest, tmp_path / "out") == (str(llama), None)
 
-    assert call_cli("collapse", tmp_path / "out", "--out", tmp_path / "back").code == 0
+    succeed("collapse", tmp_path / "out", "--out", tmp_path / "back")
     assert card_data(tmp_path / "back") == {"license": "mit", "tags": ["tiny"], "library_name": "transformers"}
     refused = call_cli("harden", llama, "--out", tmp_path / "no", "--base-model", "/home/me/base")
     assert_refused(refused, "--base-model", "org/name", code=2)
@@ -136,6 +136,7 @@ def test_a_card_keeps_every_key_and_word(data: bytes, tmp_path: Path) -> None:
         ("{license: mit, tags: [a]}\n", "license: mit\ntags:\n- a\n"),
         ("# a comment\n", "# a comment\n"),
         ("tags:\n- a # first\n# the licence\nlicense: |\n  mit\n\n", "tags:\n- a\n# the licence\nlicense: |\n  mit\n"),
+        ("tags: tiny\n", "tags:\n- tiny\n- specdef\n"),
         ("", ""),
     ],
 )
@@ -148,8 +149,9 @@ def test_front_matter_of_any_kind_stays_front_matter(front: str, expected: str) 
     assert body.startswith("\ntext\n\n## SpecDef\n")
 
 
-def test_text_that_is_no_front_matter_and_sections_of_others_stay() -> None:
-    text = "---\nbetween two rules\n---\n\n## SpecDefense\n\nmine"
+@pytest.mark.parametrize("between", ["between two rules", "- a", "[a: {"])
+def test_text_that_is_no_front_matter_and_sections_of_others_stay(between: str) -> None:
+    text = f"---\n{between}\n---\n\n## SpecDefense\n\nmine"
     card = hardened_card(text, MANIFEST, ())
     assert text in card
     assert collapsed_card(card + "\n# Appendix\n", MANIFEST).endswith(f"{text}\n\n# Appendix\n")

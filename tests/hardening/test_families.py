@@ -19,7 +19,7 @@ from specdef_cli.hardening.run import collapse
 from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.opened import open_model
 from tests.architectures.test_pairs import EXPECTED
-from tests.commands import call_cli
+from tests.commands import succeed
 from tests.hardening.conftest import Judged, Made
 from tests.tiny_families import CASES
 from tests.weights import assert_same_bytes, tensors
@@ -27,10 +27,11 @@ from tests.weights import assert_same_bytes, tensors
 # What depends on how a family stores its weights is seen in each; what depends on the way, in one of each kind.
 SOME = ("llama", "phi3", "gemma3", "gpt2-untied", "gpt-neox", "bert", "t5", "mixtral", "gpt-oss")
 MADE = [(case, "fold") for case in CASES]
-MADE += [(case, way) for way in ("bfloat16", "bfloat16 profile", "quantizable") for case in SOME]
-MADE += [(case, "sharded") for case in ("llama", "gpt2", "mixtral-stacked")]
+MADE += [(case, "bfloat16") for case in SOME]
+MADE += [(case, way) for way in ("bfloat16 profile", "quantizable") for case in ("llama", "gemma3", "mixtral")]
+MADE += [(case, "sharded") for case in ("llama", "mixtral-stacked")]
 SCALED = [(case, "scale") for case in CASES]
-SCALED += [(case, "scale in bfloat16") for case in ("llama-tied", "gemma3", "olmo2", "gpt2", "bert")]
+SCALED += [(case, "scale in bfloat16") for case in ("llama-tied", "gemma3", "gpt2")]
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +116,7 @@ def test_the_two_tensors_of_a_pair_may_lie_in_different_shards(made: Made) -> No
 
 def test_the_notes_name_what_is_left_and_why(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     def notes(case: str, *arguments: str) -> str:
-        result = call_cli("harden", checkpoints[case], "--out", tmp_path / "x", "--dry-run", "--json", *arguments)
-        assert result.code == 0, result.stderr
+        result = succeed("harden", checkpoints[case], "--out", tmp_path / "x", "--dry-run", "--json", *arguments)
         return "\n".join(json.loads(result.stdout)["notes"])
 
     assert "Not hardened: model.embed_tokens, model.norm. Training these" in notes("llama-tied")
