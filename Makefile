@@ -121,14 +121,13 @@ DEEP := tiny-llama deep-60
 STACKS := $(DEEP) deep-80
 ATTACKED := fold scale factors
 .SECONDARY: $(foreach model,$(REAL_NAMES) $(STACKS),$(ATTACKED:%=$(REAL)/hardened/$(model)-%)) $(STACKS:%=$(REAL)/%)
-# SmolLM2 takes all of it, four times; the tiny Llama and 60 layers end earlier, so that two cores need 75 minutes in all.
+# SmolLM2 takes all of it, three times; the tiny Llama and 60 layers end earlier, so that two cores need 75 minutes in all.
 ATTACK_MINUTES ?= 11
 ATTACK_SUITE ?= examples/real/attack.toml
 # float32 parameters, products in bfloat16: what people fine-tune in, and half the time on a recent CPU.
 ATTACK_BUDGET = --dtype mixed
-real-attack: real-models $(patsubst %,docs/tables/attack-%.md,$(DEEP) $(REAL_NAMES))  ## who gets how far on real models and on 60 layers: docs/tables/attack-*.md and resistance.md; ATTACK_MINUTES=11 a hardened model; goes on where it was stopped
-	$(BIN)/python docs/generators/resistance.py $(REAL)/attacks --models $(DEEP) $(REAL_NAMES) --ways $(ATTACKED) \
-	  | tee docs/tables/resistance.md
+real-attack: real-models $(patsubst %,docs/tables/attack-%.md,$(DEEP) $(REAL_NAMES))  ## who gets how far on real models and on 60 layers: docs/tables/attack-*.md and docs/tables/resistance.md; ATTACK_MINUTES=11 a hardened model; goes on where it was stopped
+	$(BIN)/python docs/generators/resistance.py
 
 $(REAL)/tiny-llama: | install
 	cp -r $(TINY) $@
@@ -240,7 +239,7 @@ lint: install  ## style of code and prose, and types
 SERVED := $(REAL)/serving/attacks/smollm2-135m-instruct-float16-cache/report.json
 pictures: $(DEMO)/attack/report.json  ## docs/assets/*.svg and the README's table, from docs/tables of real models and the demo
 	$(BIN)/python docs/generators/pictures.py curves-demo=$< $(addprefix curves-smollm2-135m-instruct=,$(wildcard $(SERVED)))
-	$(BIN)/python docs/generators/readme.py
+	$(BIN)/python docs/generators/resistance.py
 
 format: install  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .

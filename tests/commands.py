@@ -139,6 +139,13 @@ def call_cli(*arguments: str | Path, width: int = 300) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def succeed(*arguments: str | Path) -> Result:
+    """Run it like ``call_cli``; it must end well."""
+    result = call_cli(*arguments)
+    assert result.code == 0, (arguments[0], result.stderr)
+    return result
+
+
 Die = Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
 
 

@@ -1,4 +1,4 @@
-"""Classes of options as programs fill them, without a command line that would have converted and checked them."""
+"""Options as users write them, and as programs fill them that have no command line to convert and check them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from specdef_cli import AttackOptions, CertifyOptions, CollapseOptions, Factors, Fold, HardenOptions, SpecDefError
+from specdef_cli.option import in_words, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,39 @@ def test_a_word_that_is_no_choice_is_not_taken_for_the_default(kind: Any, choice
     with pytest.raises(SpecDefError, match=f"--{name} '{word}' is unknown") as caught:
         kind(**{"model": "model"} if "model" in options else {}, **choice)
     assert among in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), (" 1.5 kb ", 1500), ("2GiB", 2**31), ("1tb", 10**12)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", "GB", "-5GB", "0GB", "0.0001KB", "5 GBs", "1..5GB", "nanGB", "infGB", "1e3GB", "9" * 400 + "GB"]
+)
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(SpecDefError) as raised:
+        parse_size(text)
+    assert repr(text) in raised.value.problem
+    assert "5GB" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("45m", 2700), ("1h30m", 5400), ("90s", 90), ("1.5h", 5400), ("2h 5min", 7500)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text, "--time-limit") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "45", "m", "-3m", "0s", "1d"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(SpecDefError, match="not a duration") as caught:
+        parse_duration(text, "--time-limit")
+    assert "45m" in caught.value.hint
+
+
+def test_durations_in_words() -> None:
+    assert [in_words(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]

@@ -16,7 +16,6 @@ LANGUAGE_MODELS = "nats a token"
 """What the first line of a language model's table says; an encoder's has other rows."""
 
 SAID = "What `harden` says that each does not survive:"
-SIMULATED = " (simulated)"
 VERDICTS = ("kept", "degraded", "broken, silently", "refused", "skipped")
 
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -84,7 +83,7 @@ def read_table(text: str) -> ConsumerTable:
 
 
 def _verdict(cell: str) -> str:
-    return next(word for word in VERDICTS if cell.startswith(word)) + (SIMULATED if SIMULATED in cell else "")
+    return next(word for word in VERDICTS if cell.startswith(word))
 
 
 def summary(tables: Iterable[ConsumerTable]) -> str:
@@ -92,7 +91,7 @@ def summary(tables: Iterable[ConsumerTable]) -> str:
     read = [table for table in tables if table.language_model]
     ways = list(dict.fromkeys(way for table in read for way in table.lost))
     named = {(tool, row) for tool, rows in GROUPS.values() for row in rows}
-    lines = [f"| tool | what | {' | '.join(_heading(read, way) for way in ways)} |", "|---|---|" + "---|" * len(ways)]
+    lines = [f"| tool | what | {' | '.join(ways)} |", "|---|---|" + "---|" * len(ways)]
     for title, (tools, rows) in GROUPS.items():
         wanted = [
             key
@@ -110,26 +109,10 @@ def summary(tables: Iterable[ConsumerTable]) -> str:
 def _cell(tables: list[ConsumerTable], way: str, rows: list[tuple[str, str]]) -> str:
     with_it = [table for table in tables if way in table.lost]
     found = Counter(table.verdicts[row][way] for table in with_it for row in rows if row in table.verdicts)
-    counts = [
-        (verdict, found[verdict]) for verdict in sorted(found, key=lambda word: VERDICTS.index(word.partition(" (")[0]))
-    ]
-    if not counts:
-        return "not measured"
+    counts = [(found[verdict], verdict) for verdict in VERDICTS if verdict in found]
     if len(counts) == 1:
-        text = counts[0][0]
-    else:
-        text = ", ".join(f"{verdict} {count}" for verdict, count in counts) + f" of {found.total()}"
-    return text
-
-
-def _heading(tables: list[ConsumerTable], way: str) -> str:
-    """The way, and whose it is if not every model's."""
-    having = [table.model for table in tables if way in table.lost]
-    return way if len(having) == len(tables) else f"{way} ({', '.join(having)} alone)"
-
-
-def _severity(verdict: str) -> int:
-    return VERDICTS.index(verdict.removesuffix(SIMULATED))
+        return counts[0][1]
+    return "; ".join(f"{count} {verdict}" for count, verdict in counts) or "not measured"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def rows_of(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
 
 
-def resistance_rows(text: str) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+def resistance_rows(text: str) -> tuple[list[str], list[tuple[str, list[str | None]]]]:
     """Methods, and the share of its control's progress that each attack still makes, the strongest attack first.
 
     Args:
@@ -78,15 +79,21 @@ def resistance_rows(text: str) -> tuple[list[str], list[tuple[str, list[float | 
     head, *body = rows_of(text)
     columns = {method: head.index(name) for name in head for method in METHODS if name.endswith(f"-{method}")}
     methods = [method for method in METHODS if method in columns]
-    found: dict[str, list[float | None]] = {}
+    found: dict[str, list[str | None]] = {}
     for row in body:
         attack = row[0].removesuffix(", adamw")
         name = "undone first, then full" if attack in UNDONE else NAMES.get(attack, attack)
         shares = found.setdefault(name, [None] * len(methods))
         for place, method in enumerate(methods):
-            share = re.match(r"(\d+) %", row[columns[method]])
-            shares[place] = float(share[1]) / 100 if share else shares[place]
-    return methods, sorted(found.items(), key=lambda row: -sum(share or 0 for share in row[1]))
+            share = re.match(r"\d+ %", row[columns[method]])
+            if share:
+                shares[place] = share[0] + (" ?" if row[columns[method]].endswith("?") else "")
+    return methods, sorted(found.items(), key=lambda row: -fmean([number(share) for share in row[1] if share] or [0]))
+
+
+def number(share: str) -> float:
+    """A share such as ``85 %``."""
+    return int(share.partition(" ")[0]) / 100
 
 
 def resistance_figure(text: str, theme: Theme) -> Figure:
@@ -96,20 +103,16 @@ def resistance_figure(text: str, theme: Theme) -> Figure:
     axes = figure.subplots()
     height = 0.8 / len(methods)
     for place, method in enumerate(methods):
-        for position, (_, shares) in enumerate(rows):
-            share = shares[place]
-            top = position + (place - (len(methods) - 1) / 2) * height
-            if share is None:
-                continue
-            axes.barh(top, max(share, 0.004), height * 0.9, color=theme.methods[METHODS.index(method)],
-                      label=method if position == 0 else None)  # fmt: skip
-            axes.text(max(share, 0.004) + 0.008, top, f"{share:.0%}", va="center", fontsize=6.5, color=theme.ink)
+        bars = [(position, shares[place]) for position, (_, shares) in enumerate(rows)]
+        lengths = [max(number(share), 0.004) for _, share in bars if share]
+        tops = [position + (place - (len(methods) - 1) / 2) * height for position, share in bars if share]
+        drawn = axes.barh(tops, lengths, height * 0.9, color=theme.methods[METHODS.index(method)], label=method)
+        axes.bar_label(drawn, [share for _, share in bars if share], padding=3, fontsize=6.5, color=theme.ink)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_xlabel("of the progress that the same attack makes on the model that was not hardened")
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    figure.legend(loc="outside upper right", ncols=len(methods), frameon=False, fontsize=9)
     _plain(axes)
     axes.grid(axis="x", color=theme.line, lw=0.6)
     axes.set_axisbelow(True)
@@ -143,17 +146,17 @@ def formats_figure(text: str, theme: Theme) -> Figure:
 def curves_figure(report: ReportDocument, theme: Theme) -> Figure:
     """Held-out loss of two plain attacks and of the strongest informed one, over steps and over learning rates.
 
-    Each is a line, and what the same plain attacks make of the control lies beneath them, wide and grey.
+    Each is a line. What a plain attack makes of the control lies beneath, wide and pale, in the colour of the attack.
     """
     found = [each for each in report.attacks if each.edit is None and each.best is not None]
     plain = [each for each in found if each.subject == "model" and each.knowledge == "none"][:2]
     informed = sorted((each for each in found if each.knowledge != "none"), key=lambda each: each.best or 0)[:1]
-    recipes = [(each.training, each.optimizer) for each in plain]
-    controls = [each for each in found if each.subject == "control" and (each.training, each.optimizer) in recipes]
+    colour_of = dict(zip(((each.training, each.optimizer) for each in plain), theme.curves, strict=False))
+    controls = [each for each in found if each.subject == "control" and (each.training, each.optimizer) in colour_of]
     figure = Figure(figsize=(8.2, 3.9), layout="constrained")
     steps, rates = figure.subplots(1, 2, sharey=True)
-    colours = (*(theme.methods[-1] for _ in controls), *theme.curves)
-    for attack, colour in zip([*controls, *plain, *informed], colours, strict=False):
+    for attack in [*controls, *plain, *informed]:
+        colour = theme.curves[-1] if attack in informed else colour_of[attack.training, attack.optimizer]
         runs = [run for run in report.runs if run.id in attack.runs and run.loss.best is not None]
         best = min(runs, key=lambda run: run.loss.best or 0)
         points = [(point.step, point.loss) for point in best.curve.evaluations if point.loss is not None]
@@ -161,10 +164,12 @@ def curves_figure(report: ReportDocument, theme: Theme) -> Figure:
         whose = "not hardened" if attack in controls else "hardened"
         first = "" if attack.variant == "plain" else f", {attack.variant} first"
         trained = NAMES.get(attack.trained, attack.trained)
-        style = {"color": colour, "marker": ".", "ms": 4, "lw": 5 if attack in controls else 1.6, "alpha": 0.7}
+        width, alpha = (6, 0.35) if attack in controls else (1.6, 1)
+        style = {"color": colour, "marker": ".", "ms": 4, "lw": width, "alpha": alpha}
         steps.plot(*zip(*points, strict=True), label=f"{whose}{first}: {trained}", **style)
         rates.plot(*zip(*losses, strict=True), **style)
     steps.set(xlabel="step, at the best learning rate", ylabel="held-out loss (nats)")
+    steps.xaxis.get_major_locator().set_params(integer=True)
     rates.set(xlabel="learning rate", xscale="log", title="best loss at each rate")
     for axes in (steps, rates):
         _plain(axes)

@@ -1,77 +1,74 @@
-"""How far attacks get on models of all kinds, in one table: from reports of ``specdef attack``, on standard output.
+"""Write the README's table of attacks and docs/tables/resistance.md, from docs/tables/attack-*.md.
 
-    resistance.py models/attacks --models tiny-llama deep-60 --ways fold scale
-
-reads ``models/attacks/tiny-llama-fold/report.json`` and so on; what is not there yet is a dash. Nothing is measured
-here: ``make real-attack`` does that, and writes the best rates to docs/tables/attack-*.md.
+Nothing is measured here: ``make real-attack`` does that.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from specdef_cli.attack.variants import VARIANTS
-from specdef_cli.report import percent
-from specdef_cli.report.document import Cell, Comparison, compare, read_report
+from pictures import TABLES, resistance_rows
 
-SEPARATOR = " / "
-
-
-def read_comparisons(
-    attacks: Path, models: Sequence[str], ways: Sequence[str]
-) -> dict[str, tuple[list[str], Comparison]]:
-    """By model, which ways of hardening were attacked, and their reports side by side."""
-    found = {}
-    for model in models:
-        there = [way for way in ways if (attacks / f"{model}-{way}" / "report.json").is_file()]
-        if there:
-            found[model] = there, compare([read_report(attacks / f"{model}-{way}" / "report.json") for way in there])
-    return found
+README = Path(__file__).parents[2] / "README.md"
+README_ATTACKS = (
+    "undone first, then full", "HiRA", "adapters", "embeddings alone", "LoRA on every linear", "full fine-tuning",
+)  # fmt: skip
+README_METHODS = {"fold": "`fold` (default)", "scale": "`scale`", "factors": "`factors` (the paper's)"}
+MODELS = {
+    "smollm2-135m-instruct": "SmolLM2-135M-Instruct",
+    "gemma-3-270m": "Gemma-3-270m",
+    "deep-60": "60 layers",
+    "tiny-llama": "the tiny Llama",
+}
 
 
-def resistance_table(compared: Mapping[str, tuple[Sequence[str], Comparison]], ways: Sequence[str]) -> str:
-    """One row an attack, one column a model; a cell has a share for each way of hardening.
-
-    Args:
-        compared: By model, the ways in the order of the comparison's columns.
-        ways: In the order of a cell.
-    """
-    cells: dict[str, dict[str, dict[str, Cell]]] = {}
-    for model, (there, comparison) in compared.items():
-        for row in comparison.rows:
-            by_way = {way: cell for way, cell in zip(there, row.cells, strict=True) if cell is not None}
-            cells.setdefault(_shortened(row.attack), {}).setdefault(model, {}).update(by_way)
-    lines = [f"| trained, with AdamW | {' | '.join(compared)} |", "|---" * (len(compared) + 1) + "|"]
-    for attack, by_model in cells.items():
-        columns = [
-            SEPARATOR.join(_share(by_model[model].get(way)) for way in ways) if model in by_model else "–"
-            for model in compared
-        ]
-        lines.append(f"| {attack} | {' | '.join(columns)} |")
-    named = SEPARATOR.join(ways)
-    note = f"Each cell: {named}. **?**: the rates tried do not bracket the best one. –: not reached in the time."
-    return "\n".join([*lines, "", note]) + "\n"
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def _shortened(attack: str) -> str:
-    """Its name, the same one for what undoes a fold, scales or factors."""
-    first, colon, trained = attack.removesuffix(", adamw").rpartition(": ")
-    undone = first in VARIANTS and VARIANTS[first].informed is not None
-    return f"{'undone first' if undone else first}{colon}{trained}"
+def readme_table(text: str) -> str:
+    """A few attacks, the strongest first, with one share for each method, from a table of ``specdef compare``."""
+    methods, rows = resistance_rows(text)
+    shown = [[name, *(cell or "–" for cell in cells)] for name, cells in rows if name in README_ATTACKS]
+    return table(["attack", *(README_METHODS[method] for method in methods)], shown)
 
 
-def _share(cell: Cell | None) -> str:
-    if cell is None:
-        return "–"
-    return percent(cell.share) + (" **?**" if cell.verdict == "not settled" else "")
+def method_table(texts: Mapping[str, str], method: str) -> str:
+    """What each attack gets of one method, with one share for each model; the first model orders the attacks."""
+    shares: dict[str, list[str]] = {}
+    for place, text in enumerate(texts.values()):
+        methods, rows = resistance_rows(text)
+        for name, cells in rows:
+            cell = cells[methods.index(method)]
+            if cell is not None:
+                shares.setdefault(name, ["–"] * len(texts))[place] = cell
+    return table([f"`{method}`", *texts], [[name, *cells] for name, cells in shares.items()])
+
+
+def summary(texts: Mapping[str, str]) -> str:
+    """The page docs/tables/resistance.md, from the tables of all models."""
+    note = "?: the rates tried do not bracket the best one. –: not tried, or not reached in the time."
+    return "\n\n".join([method_table(texts, "fold"), method_table(texts, "scale"), note]) + "\n"
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with this table between its markers."""
+    place = re.compile(r"(<!-- table: make pictures -->\n).*?(<!-- end of table -->)", re.DOTALL)
+    if not place.search(readme):
+        raise ValueError("README.md has no markers for the table of make pictures")
+    return place.sub(lambda found: f"{found[1]}{table}\n{found[2]}", readme)
+
+
+def written() -> dict[Path, str]:
+    """The files that this script writes, from the tables of this checkout."""
+    texts = {name: (TABLES / f"attack-{stem}.md").read_text(encoding="utf-8") for stem, name in MODELS.items()}
+    readme = with_table(README.read_text(encoding="utf-8"), readme_table(texts["SmolLM2-135M-Instruct"]))
+    return {README: readme, TABLES / "resistance.md": summary(texts)}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("attacks", type=Path, help="the directory that holds MODEL-WAY/report.json")
-    parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--ways", nargs="+", required=True)
-    given = parser.parse_args()
-    print(resistance_table(read_comparisons(given.attacks, given.models, given.ways), given.ways), end="")
+    for path, text in written().items():
+        path.write_text(text, encoding="utf-8")

@@ -202,11 +202,11 @@ def steps_words(report: AttackReport, run: RunResult) -> str:
 
 
 def growth_words(report: AttackReport) -> tuple[str, ...]:
-    """What every variant added to the model, one line each."""
+    """What every variant that grows the model added to it, one line each."""
     lines = []
     for attack in report.attacks:
         growth = attack.runs[0].growth
-        if growth is not None and attack.edit is None:
+        if growth is not None and growth.parameters_added:
             lines.append(
                 f"{attack.spec.variant.label}: {growth.parameters_added:+,} parameters, {size(growth.bytes_added)}, "
                 f"in {growth.layers} layers, which are {growth.layers_times:.2f}× as large"

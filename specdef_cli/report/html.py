@@ -146,7 +146,7 @@ def _setting(report: AttackReport) -> list[str]:
 def _accuracy_rows(found: Sequence[Finding]) -> list[Row]:
     """Accuracy on tasks, of each attack's run at its best learning rate; none where none was measured."""
     tasks = sorted({task for finding in found for task in finding.attack.best_run.accuracy})
-    measured = [(finding.attack.label, finding.attack.best_run.accuracy) for finding in found if tasks]
+    measured = [(full_name(finding.attack), finding.attack.best_run.accuracy) for finding in found if tasks]
     return [Row({"attack": label, **{task: number(each.get(task)) for task in tasks}}) for label, each in measured]
 
 
@@ -155,7 +155,7 @@ def _edit_rows(found: Sequence[Finding]) -> list[Row]:
     return [
         Row(
             {
-                "edit": finding.attack.label,
+                "edit": full_name(finding.attack),
                 "strength": f"{edit.strength:g}",
                 "of the direction left": percent(edit.left),
                 "KL, harmless prompts": number(edit.kl),
@@ -174,7 +174,7 @@ def _behaviour_rows(found: Sequence[Finding]) -> list[Row]:
     return [
         Row(
             {
-                "attack": finding.attack.label,
+                "attack": full_name(finding.attack),
                 "refused before": percent(finding.refusals_before),
                 "refused after": percent(finding.refusals),
                 "KL, harmless prompts": number(finding.kl),
@@ -188,7 +188,7 @@ def _behaviour_rows(found: Sequence[Finding]) -> list[Row]:
 def _answers(found: Sequence[Finding]) -> list[str]:
     """The beginning of the first answer after each attack."""
     return [
-        f"{finding.attack.label}: “{prompt}” – “{answer}”"
+        f"{full_name(finding.attack)}: “{prompt}” – “{answer}”"
         for finding in found
         if finding.attack.behaviour is not None
         for prompt, answer in finding.attack.behaviour.answers[:1]

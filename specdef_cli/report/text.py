@@ -16,6 +16,7 @@ from specdef_cli.report import (
     attack_name,
     edit_words,
     findings,
+    full_name,
     growth_words,
     number,
     of_edits,
@@ -50,7 +51,7 @@ def attacks_table(report: AttackReport) -> Table:
             table.add_section()
         previous = group
         cells = attack_cells(report, finding)
-        _add(table, [_name(finding), *(cells[key] for key in headings)], finding.verdict == "not slowed")
+        _add(table, [full_name(finding.attack), *(cells[key] for key in headings)], finding.verdict == "not slowed")
     return table
 
 
@@ -66,7 +67,8 @@ def edits_table(report: AttackReport) -> Table | None:
     for finding in found:
         edit = finding.edit
         assert edit is not None
-        cells = [_name(finding), f"{edit.strength:g}", percent(edit.left), number(edit.kl), percent(finding.share)]
+        name, strength = full_name(finding.attack), f"{edit.strength:g}"
+        cells = [name, strength, percent(edit.left), number(edit.kl), percent(finding.share)]
         cells += [percent(finding.refusals)] if asked else []
         _add(table, [*cells, finding.verdict], finding.verdict == "not slowed")
     return table
@@ -84,10 +86,6 @@ def runs_table(report: AttackReport) -> Table:
             _add(table, [cells["run"] + seed, *(cells[key] for key in RUNS)], strongest)
         table.add_section()
     return table
-
-
-def _name(finding: Finding) -> str:
-    return finding.attack.label.removeprefix("hardened, ").removeprefix("hardened · ")
 
 
 def _caption(report: AttackReport, more: str = "") -> str:
@@ -191,7 +189,7 @@ def _undone(informed: Sequence[Finding]) -> str:
         names.append(f"{first}, {training_name(finding.attack)} gets {percent(finding.share)}")
     text = f"{'; '.join(names[:MAX_NAMED])}."
     if known[0].verdict == "not slowed":
-        text += " Hardening does not hold up whoever knows of it."
+        text += " Hardening does not stop people who know of it."
     return text
 
 

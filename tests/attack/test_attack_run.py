@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from specdef_cli import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import load_data
@@ -33,7 +33,6 @@ from specdef_cli.model import load_model, load_tokenizer
 from specdef_cli.report import findings
 from specdef_cli.report.text import summary
 
-HardenDirectory = Callable[..., Path]
 SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "sequence_length": 16, "eval_every": 2, "eval_sequences": 4}
 
 
@@ -327,13 +326,12 @@ def test_a_search_brackets_the_best_rate(hardened: Path, tmp_path: Path) -> None
         assert max(rates[position - 1] / best, best / rates[position + 1]) <= 3.5
 
 
-def test_classification(base: Path, harden_directory: HardenDirectory, tmp_path: Path) -> None:
+def test_classification(hardened: Path, tmp_path: Path) -> None:
     """The base has no head for the task: it is drawn from the seed, the same for control and attack."""
     path = tmp_path / "labelled.jsonl"
     words, labels = ["bad", "good", "so-so"], ["no", "yes", "maybe"]
     rows = [{"text": f"{words[n % 3]} {n}", "label": labels[n % 3]} for n in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hardened = harden_directory(base, tmp_path / "hardened", 1e3, 4, "*.down_proj")
     result = attack(
         options(hardened, tmp_path / "out", dataset=str(path), task="sequence-classification", learning_rates=(1e-3,))
     )
@@ -418,6 +416,19 @@ def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) 
     made = options(base, tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1)
     assert "not the model that was hardened" in " ".join(attack(replace(made, control=other)).notes)
     assert "not the model" not in " ".join(attack(replace(made, control=base)).notes)
+
+
+def test_a_tracker_has_a_log_of_every_run(hardened: Path, tmp_path: Path) -> None:
+    """What TensorBoard reads back is what the run recorded."""
+    result = attack(
+        options(hardened, tmp_path, trainings=("full",), learning_rates=(1e-4,), steps=2, report_to=("tensorboard",))
+    )
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {run.spec.run_id for run in result.runs}
+    for run in result.runs:
+        events = EventAccumulator(str(tmp_path / "logs" / run.spec.run_id))
+        events.Reload()
+        logged = [event.value for event in events.Scalars("eval/attack_loss")]
+        assert logged == pytest.approx([point.loss for point in run.evaluations], rel=1e-6)
 
 
 def test_libraries_are_left_as_they_were(base: Path, tmp_path: Path) -> None:

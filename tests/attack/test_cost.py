@@ -17,8 +17,6 @@ from specdef_cli.attack.plan import SEARCHED_RUNS, Series, Speed, expected_runs,
 from specdef_cli.attack.queue import Deadline
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
-from specdef_cli.errors import SpecDefError
-from specdef_cli.option import in_words, parse_duration
 from tests.attack.test_optimizers import spec
 from tests.attack.test_search import GRID, make_series, result, run_plan
 from tests.commands import Result, call_cli
@@ -114,24 +112,6 @@ def test_progress_counts_the_run_under_way_and_what_a_search_still_takes() -> No
     assert events[0].runs == SEARCHED_RUNS
     assert (events[-1].done, events[-1].runs) != (0, 0)
     assert expected_runs(make_series("a", seeds=(0, 1, 2))) == SEARCHED_RUNS + 2
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("45m", 2700), ("1h30m", 5400), ("90s", 90), ("1.5h", 5400), ("2h 5min", 7500)]
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert parse_duration(text, "--time-limit") == seconds
-
-
-@pytest.mark.parametrize("text", ["", "45", "m", "-3m", "0s", "1d"])
-def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(SpecDefError, match="not a duration") as caught:
-        parse_duration(text, "--time-limit")
-    assert "45m" in caught.value.hint
-
-
-def test_durations_in_words() -> None:
-    assert [in_words(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
 
 
 def test_a_plan_says_what_will_be_run_and_keeps_nothing(hardened: Path, base: Path, tmp_path: Path) -> None:

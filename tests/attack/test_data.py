@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from specdef_cli import AttackOptions
 from specdef_cli.attack.data import PixelTransform, load_data, load_pixel_transform, load_preprocessor
 from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.target import Head
-from specdef_cli.attack.train import load_for_training
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.opened import open_model
 from tests.attack.conftest import train_run
@@ -145,23 +143,6 @@ def test_images_train(head_labels: int, vit: Path, parquet: Path) -> None:
     assert result.start is not None
     assert result.best is not None
     assert result.best < 0.9 * result.start
-
-
-def test_images_train_hardened(vit: Path, parquet: Path, tmp_path: Path) -> None:
-    from specdef_cli.hardening.options import Factors, HardenOptions
-    from specdef_cli.hardening.run import harden
-
-    harden(HardenOptions(str(vit), tmp_path / "hardened", Factors(alpha=1e3, top_k=2), verify=False))
-    data = image_data(vit, parquet)
-    run = spec("adamw", task="image-classification", steps=2, eval_every=2)
-    control, hardened = (train_run(run, open_model(directory), data) for directory in (vit, tmp_path / "hardened"))
-    assert hardened.start == pytest.approx(control.start, rel=1e-4)
-
-
-def test_a_head_of_the_wrong_size_is_made_anew(vit: Path, parquet: Path) -> None:
-    data = replace(image_data(vit, parquet), labels=7, resize_head=True)
-    model: Any = load_for_training(spec("adamw", task="image-classification"), open_model(vit), data)
-    assert model.classifier.weight.shape == (7, 8)
 
 
 @pytest.mark.parametrize(

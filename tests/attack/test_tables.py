@@ -24,7 +24,7 @@ from specdef_cli.attack.trainings import PEFT_METHODS, TRAININGS, Training
 from specdef_cli.attack.variants import VARIANTS, Variant, VariantChoice
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions, Scale
+from specdef_cli.hardening.options import Factors, HardenOptions, Scale
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
@@ -50,8 +50,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hardened(base: Path, harden_directory: Callable[..., Path]) -> Path:
-    return harden_directory(base, base.parent / "hardened", 1e3, 4, "*.up_proj", "*.down_proj")
+def hardened(base: Path) -> Path:
+    """Hardened by factors."""
+    directory, chosen = base.parent / "hardened", ("*.up_proj", "*.down_proj")
+    harden(HardenOptions(str(base), directory, Factors(alpha=1e3, top_k=4), layers=chosen, verify=False))
+    return directory
 
 
 @pytest.fixture(scope="module")

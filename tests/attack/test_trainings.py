@@ -18,7 +18,7 @@ from specdef_cli.hardening.options import HardenOptions, Scale
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
-from tests.attack.test_rebalance import logits
+from tests.attack.test_scales import logits
 from tests.tiny_families import CASES
 
 
@@ -101,6 +101,21 @@ def test_hira_moves_a_weight_by_a_share_of_itself(llama: LlamaForCausalLM) -> No
         share = (layer(torch.eye(32)).T - up) / up
         expected = layer.hira_B["default"] @ layer.hira_A["default"]
     torch.testing.assert_close(share, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_pissa_holds_the_largest_singular_directions_and_freezes_the_rest(llama: LlamaForCausalLM) -> None:
+    weight = llama.model.layers[1].mlp.up_proj.weight.detach().clone()
+    before = logits(llama)
+    adapted: Any = Training.parse("pissa:4").apply(llama, "causal-lm")
+    torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-4)
+    layer = adapted.base_model.model.model.layers[1].mlp.up_proj
+    values = torch.linalg.svdvals(weight)
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(torch.linalg.svdvals(product)[:4], values[:4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.linalg.svdvals(layer.base_layer.weight)[0], values[4], rtol=1e-4, atol=1e-5)
+    trained = trained_names(adapted)
+    assert all(".lora_" in name for name in trained)
+    assert len(trained) == 2 * 4 * 7
 
 
 def test_globs_with_an_exclamation_mark_take_away(llama: LlamaForCausalLM) -> None:

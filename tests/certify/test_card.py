@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from specdef_cli.certify.card import AttackFigure, Resistance, attack_section, attack_table, with_section
+import json
+from pathlib import Path
+
+import pytest
+
+from specdef_cli.certify.card import (
+    AttackFigure,
+    Resistance,
+    attack_section,
+    attack_table,
+    read_resistance,
+    with_section,
+)
+from specdef_cli.errors import SpecDefError
+from tests.report.test_comparison import FOLD
 
 CARD = "# A model\n\n### Attacks\n\nThe base's own words.\n\n## SpecDef\n\nWhat was changed.\n"
 
@@ -44,3 +58,11 @@ def test_a_section_takes_the_place_of_its_own_kind_alone() -> None:
     assert newer.index("60 steps") < newer.index("### Certificate")
     assert newer.count("- function: holds.") == 1
     assert "The base's own words." in newer
+
+
+def test_a_report_without_runs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(FOLD))
+    assert read_resistance(tmp_path).model == "somewhere/fold"
+    (tmp_path / "report.json").write_text(json.dumps({**FOLD, "runs": []}))
+    with pytest.raises(SpecDefError, match="an attack report without runs"):
+        read_resistance(tmp_path)

@@ -23,7 +23,7 @@ from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
 from specdef_cli.report.files import write_report
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 
 TEXT = " ".join(f"w{number % 90 + 3}" for number in range(3000))
 
@@ -111,7 +111,7 @@ def test_a_sound_checkpoint(
     card = (hardened / "README.md").read_text()
     assert card.count("### Certificate") == card.count("### Attacks") == card.count("## SpecDef") == 1
     assert "not measured" in card
-    assert call_cli("collapse", hardened, "--out", tmp_path / "back").code == 0
+    succeed("collapse", hardened, "--out", tmp_path / "back")
     assert "Certificate" not in (tmp_path / "back" / "README.md").read_text()
     assert not (tmp_path / "back" / "certificate.json").exists()
 

@@ -24,7 +24,7 @@ from huggingface_hub import constants, file_download, snapshot_download
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.model.opened import open_base, open_model
 from tests.checkpoint.test_resolve import base_at
-from tests.commands import TWO_PROCESSES, Result, assert_refused, call_cli, environment, snapshot
+from tests.commands import TWO_PROCESSES, Result, assert_refused, call_cli, environment, snapshot, succeed
 from tests.hub_server import COMMITS, Hub, eventually, here, model_files, serving, variables
 
 Usage = namedtuple("Usage", "total used free")
@@ -84,7 +84,7 @@ def test_from_the_hub_as_from_a_directory(
     """Each shard is fetched once, and the cache then serves offline."""
     out = tmp_path / "out"
     with online(Hub(model_files(base)), tmp_path) as hub:
-        assert call_cli("inspect", "org/name", "--quiet").code == 0
+        succeed("inspect", "org/name", "--quiet")
         result = harden(method, out)
     assert result.code == 0, result.stderr
     assert sorted(name for name in hub.downloaded() if name.endswith(".safetensors")) == shards(base)
@@ -109,7 +109,7 @@ def test_a_model_in_a_folder_of_its_repository(base: Path, tmp_path: Path, monke
             refused = call_cli("harden", "org/name", "--subfolder", folder, "--out", tmp_path / "no")
             assert_refused(refused, problem, code=2 if ".." in folder else 1)
     offline(tmp_path, monkeypatch)
-    assert call_cli("inspect", "org/name", "--subfolder", "parts/tiny", "--quiet").code == 0
+    succeed("inspect", "org/name", "--subfolder", "parts/tiny", "--quiet")
     assert harden("fold", tmp_path / "other", model=base).code == 0
     assert (out / "model.safetensors.index.json").read_bytes() == (
         tmp_path / "other/model.safetensors.index.json"
@@ -257,9 +257,9 @@ def test_what_is_in_the_cache_needs_no_space(base: Path, tmp_path: Path, monkeyp
     with online(hub, tmp_path):
         snapshot_download("org/name", cache_dir=tmp_path / "cache")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 0))
-        assert call_cli("inspect", "org/name").code == 0
+        succeed("inspect", "org/name")
         # The same contents under another commit: links, and no bytes.
-        assert call_cli("inspect", "org/name@v1").code == 0
+        succeed("inspect", "org/name@v1")
 
 
 def test_a_disk_that_cannot_hold_both(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from specdef_cli.checkpoint.upload import Destination, push, upload_hint
 from specdef_cli.hardening.card import has_section
-from tests.commands import Result, assert_refused, call_cli
+from tests.commands import Result, assert_refused, call_cli, succeed
 from tests.hub_server import Hub, here, serving
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
@@ -94,15 +94,8 @@ def test_a_push_that_the_hub_refuses_leaves_the_directory(llama: Path, tmp_path:
     assert "specdef.json" in published(tmp_path)
 
 
-def test_options_of_an_upload_without_an_upload_are_wrong_usage(llama: Path, tmp_path: Path) -> None:
-    result = call_cli("harden", llama, "--out", tmp_path / "out", "--private")
-    assert result.code == 2
-    assert "--push-to-hub" in result.stderr
-
-
 def test_push_uploads_a_directory_later_with_or_without_the_manifest(llama: Path, tmp_path: Path) -> None:
-    hardened = call_cli("harden", llama, "--out", tmp_path / "out", "--no-verify", "--quiet")
-    assert hardened.code == 0, hardened.stderr
+    succeed("harden", llama, "--out", tmp_path / "out", "--no-verify", "--quiet")
     arguments = ("push", tmp_path / "out", "org/out", "--token", TOKEN)
     with serving(Hub({})) as hub, here(hub, tmp_path):
         whole = call_cli(*arguments, "--json")
@@ -129,7 +122,7 @@ def test_a_push_leaves_only_the_directory_s_weights(
     kept = {"notes.md": b"mine", "images/a.png": b"x", "training_args.bin": b"x", ".gitattributes": b"x"}
     stale = {"pytorch_model.bin": b"x", "onnx/model.onnx": b"x", "original/consolidated.safetensors": b"x"}
     options = ("--no-verify", "--quiet", "--max-shard-size", "50KB")
-    assert call_cli("harden", llama, "--out", tmp_path / "out", *options).code == 0
+    succeed("harden", llama, "--out", tmp_path / "out", *options)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     destination = Destination("org/out", token=TOKEN)
     with serving(Hub({}, pushed={**kept, **stale, "certificate.json": b"{}"})) as hub:
@@ -151,7 +144,7 @@ def test_what_is_not_hardened_is_uploaded_with_a_yes_only(llama: Path) -> None:
 
 
 def test_a_directory_whose_manifest_is_elsewhere_is_hardened(llama: Path, tmp_path: Path) -> None:
-    assert call_cli("harden", llama, "--out", tmp_path / "o", "--no-verify", "--manifest-out", tmp_path / "m").code == 0
+    succeed("harden", llama, "--out", tmp_path / "o", "--no-verify", "--manifest-out", tmp_path / "m")
     assert has_section(tmp_path / "o")
     assert not has_section(llama)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.commands import assert_refused, call_cli, snapshot
+from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.faults.small_attack import SMALL
 
 
@@ -17,8 +17,7 @@ from tests.faults.small_attack import SMALL
 def hardened(llama: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A hardened directory without its manifest, and the manifest."""
     out, manifest = tmp_path / "hardened", tmp_path / "keys" / "hardened.json"
-    done = call_cli("harden", llama, "--out", out, "--manifest-out", manifest)
-    assert done.code == 0, done.stderr
+    done = succeed("harden", llama, "--out", out, "--manifest-out", manifest)
     assert f"specdef collapse {out} --manifest {manifest}" in done.stderr
     return out, manifest
 
@@ -31,8 +30,7 @@ def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_pa
 
     refused = call_cli("collapse", out, "--out", tmp_path / "plain")
     assert_refused(refused, f"{out} has no specdef.json", "--manifest")
-    back = call_cli("collapse", out, "--manifest", manifest, "--out", tmp_path / "plain", "--quiet")
-    assert back.code == 0, back.stderr
+    succeed("collapse", out, "--manifest", manifest, "--out", tmp_path / "plain", "--quiet")
     found, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "plain", llama))
     assert {name: tensor.numpy().tobytes() for name, tensor in found.items()} == {
         name: tensor.numpy().tobytes() for name, tensor in expected.items()
@@ -44,16 +42,14 @@ def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_pa
     assert told["manifest"]["folded"] == json.loads(manifest.read_text())["folded"]
 
     # The base comes from the manifest, and the report is of these weights to certify too.
-    attacked = call_cli("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", "--card", *SMALL)
-    assert attacked.code == 0, attacked.stderr
+    succeed("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", "--card", *SMALL)
     assert "### Attacks" in (out / "README.md").read_text()
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{number % 90 + 3}" for number in range(3000)))
-    certified = call_cli(
+    certified = succeed(
         "certify", out, "--manifest", manifest, "--attacks", tmp_path / "attack" / "report.json", "--text", text,
         "--formats", "none", "--no-curvature", "--out", tmp_path / "certificate", "--json",
     )  # fmt: skip
-    assert certified.code == 0, certified.stderr
     claims = {claim["name"]: claim["holds"] for claim in json.loads(certified.stdout)["claims"]}
     assert True in claims.values(), claims
     assert False not in claims.values(), claims
@@ -87,7 +83,7 @@ def test_manifests_that_are_refused(llama: Path, hardened: tuple[Path, Path], tm
     broken.write_text("{")
     assert_refused(call_cli(*arguments, broken), str(broken), "not a valid manifest")
     os.link(manifest, out / "specdef.json")  # the same one is no contradiction
-    assert call_cli(*arguments, manifest, "--quiet").code == 0
+    succeed(*arguments, manifest, "--quiet")
     other = tmp_path / "other.json"
     other.write_text(manifest.read_text())
     assert_refused(call_cli("inspect", out, "--manifest", other), "a specdef.json of its own", "Leave --manifest out")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import REPOSITORY, call_cli
+from tests.commands import REPOSITORY, succeed
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
@@ -24,8 +24,7 @@ def test_harden_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: pytest
     shutil.copytree(REPOSITORY / "examples/tiny_llama/model", tmp_path / "tiny-llama")
     monkeypatch.chdir(tmp_path)
     ((typed, shown),) = re.findall(r"^```console\n\$ specdef (harden .*)\n([^$]+?)^```", README, re.MULTILINE)
-    result = call_cli(*typed.split())
-    assert result.code == 0, result.stderr
+    result = succeed(*typed.split())
     assert words(f"{result.stderr} {result.stdout}") == words(shown)
 
 

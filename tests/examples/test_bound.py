@@ -1,4 +1,4 @@
-"""Lower bounds of σ₁: never above the measured value, the closed forms, and how each grows with α."""
+"""Lower bounds of σ₁ against closed forms and the measured value, and the rate at which descent diverges."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from specdef_cli.attack.variants.factored import deepen
 from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainable
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import SpecDefLinear
+from tests.certify.test_curvature import leaf, quadratic
 
 REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
 
@@ -322,3 +323,25 @@ def test_a_layer_that_is_not_hardened_is_refused(setting: ModuleType) -> None:
     with pytest.raises(SpecDefError, match="0 is not a hardened layer") as raised:
         path_bound(model, loss, "0")
     assert "2" in raised.value.hint
+
+
+observed_divergence_rate = script("descent").observed_divergence_rate
+
+
+@pytest.mark.parametrize(("largest", "guess"), [(0.3, 1.0), (40.0, 1e-3), (40.0, 500.0)])
+def test_descent_on_a_quadratic_diverges_at_two_over_sigma(largest: float, guess: float) -> None:
+    point, loss = quadratic(torch.tensor([largest, 0.2, 0.1], dtype=torch.float64))
+    before = point.detach().clone()
+    found = observed_divergence_rate(loss, [point], around=guess * 2 / largest, steps=200)
+    assert found.stable < 2 / largest * 1.02
+    assert found.divergent > 2 / largest
+    assert found.divergent / found.stable <= 1.05
+    assert found.value == pytest.approx(2 / largest, rel=0.05)
+    assert torch.equal(point, before)
+
+
+def test_no_divergence_where_there_is_none() -> None:
+    point = leaf(1.0)
+    bounded = observed_divergence_rate(lambda: torch.tanh(point).sum(), [point], around=1.0, steps=3)
+    assert bounded.divergent == math.inf
+    assert bounded.stable == bounded.value > 1e8

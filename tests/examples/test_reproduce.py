@@ -1,12 +1,10 @@
-"""The reproductions of `examples/reproduce`: their objectives against closed forms, their tables on a small budget.
-
-The scripts are no package; they import `setting`, which stands next to them.
-"""
+"""The scripts of `examples/reproduce`: their objectives against closed forms, their tables on a small budget."""
 
 from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -287,3 +285,57 @@ def test_layouts_and_single_channels_are_attacked(
     assert [channels[weight][0] for weight in ("lm_head", "up_proj")] == ["one vector", "one number"]
     for _, _, mean, least, most in (channels["lm_head"], channels["up_proj"]):
         assert mean == least == most
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("serving")
+
+
+def test_a_model_is_called_by_its_directory(serving: Any) -> None:
+    assert serving.model_name(Path("examples/tiny_llama/model")) == "tiny-llama"
+    assert serving.model_name(Path("models/smollm2-135m-instruct")) == "smollm2-135m-instruct"
+
+
+def test_a_small_model_has_a_budget_of_its_own(serving: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    assert serving.is_small(tmp_path)
+    assert serving.attacks([tmp_path / "absent.json"], ["quantizable"]) == "Attacks: not measured yet."
+
+
+def test_every_format_is_one_that_the_tools_table_measures(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS.parent / "real")
+    assert set(serving.FORMATS) <= importlib.import_module("consumer_rows").ROWS.keys()
+
+
+def test_same_images_and_a_row_for_every_attack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import unet  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(unet, "RATES", (1e-2, 1e-9))
+    monkeypatch.setattr(unet, "HELD_OUT", 4)
+    monkeypatch.setattr(unet, "BATCH", 4)
+    arguments = ("unet.py", "--out", str(tmp_path), "--steps", "1", "--base-steps", "2", "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    unet.main()
+    lines = capsys.readouterr().out.splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+    images, attacks = table[2:6], table[8:]
+    assert [row[:2] for row in images] == [
+        ["original", "0"],
+        ["residual writers", "12"],
+        ["every linear of the blocks", "40"],
+        ["every linear of the blocks, collapsed", "0"],
+    ]
+    assert float(images[0][3]) == 0
+    assert all(0 < float(row[3]) < 1e-4 for row in images[1:])
+    assert len(attacks) == 8
+    # The adapters on q, k and v touch no inflated layer of the default hardening: they train as on the original.
+    assert attacks[0][2:] == attacks[1][2:]
+    assert attacks[0][2] == attacks[4][2] == "100%"
+    control, defended = float(attacks[4][4]), float(attacks[6][4])
+    assert control < defended  # at η = 1e-2 the covered model diverges, or stays where it is
+    assert float(attacks[7][4]) == pytest.approx(control, abs=1e-3)  # collapsed, it trains as the original

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import call_cli
+from tests.commands import succeed
 
 
 @pytest.fixture(scope="session")
 def hardened(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with inserted layers."""
     out = tmp_path_factory.mktemp("hardened") / "out"
-    result = call_cli("harden", tiny_model("llama"), "--out", out, "--method", "factors", "--top-k", "4", "--quiet")
-    assert result.code == 0, result.stderr
+    succeed("harden", tiny_model("llama"), "--out", out, "--method", "factors", "--top-k", "4", "--quiet")
     return out
 
 

@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from tests.commands import assert_refused, call_cli, snapshot
+from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.faults.small_attack import SMALL, finished_runs
 from tests.hardening.mutations import (
     DOWN,
     REMOVED,
     Mutation,
-    config,
     content,
     edit_json,
     element,
@@ -36,12 +35,16 @@ INFLATED = "model.layers.0.mlp.down_proj.inflated.weight"
 # Where an attack says something else than `harden` of the same directory.
 OTHERWISE: dict[str, tuple[str, ...]] = {
     "NaN": ("the control", "not finite"),
-    "infinity": ("the control", "not finite"),
     "NaN elsewhere": ("the control", "not finite"),
     "hardened already": ("specdef.json",),
 }
-# A layer of zeros is a sound control, and there is nothing to inflate in it only for `harden`.
-BROKEN = [name for name in INPUTS if name != "zero"]
+# Every command opens a model by the same door, whose refusals `harden` shows: some of every kind.
+BROKEN = (
+    "NaN", "NaN elsewhere", "another shape", "int8", "a missing layer", "GPTQ", "a wider model", "no heads",
+    "an unknown architecture", "config.json not JSON", "truncated", "pickles only", "an index that leaves",
+    "a link that leaves", "hardened already", "code of its own", "a billion layers", "padding beyond the vocabulary",
+    "a dtype of eight bits", "weights cloned without Git LFS", "an attention kernel that is not here",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -103,20 +106,6 @@ def test_a_damaged_hardened_directory(
     if command == "certify" and name.startswith("manifest gone"):
         words = ("specdef.json",)
     assert_refused(result, *words, empty=outside)
-
-
-def test_a_hardened_directory_without_its_manifest(
-    hardened: Path, llama: Path, text: Path, tmp_path: Path, outside: Path
-) -> None:
-    """The weights say enough for an attack; a certificate is of what a manifest claims."""
-    directory = spoiled(hardened, tmp_path, lambda directory: (directory / "specdef.json").unlink())
-    certifying = ("--base", llama, "--text", text, "--quiet")
-    assert_refused(call_cli("certify", directory, *certifying, "--out", outside / "out"), "specdef.json", empty=outside)
-    result = call_cli("attack", directory, "--control", llama, *SMALL, "--out", tmp_path / "attack")
-    assert result.code == 0, result.stderr
-    report = json.loads((tmp_path / "attack" / "report.json").read_text())
-    assert "The weights show factors" in " ".join(report["notes"])
-    assert {attack["variant"] for attack in report["attacks"]} >= {"plain", "collapse"}
 
 
 def unknown_tokens(directory: Path) -> None:
@@ -215,42 +204,10 @@ def test_an_output_that_cannot_be(command: str, hardened: Path, llama: Path, tex
 # --- certify ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def report(hardened: Path, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of an attack on the hardened directory."""
-    out = tmp_path_factory.mktemp("attacked") / "out"
-    result = call_cli("attack", hardened, "--control", tiny_model("llama"), *SMALL, "--out", out)
-    assert result.code == 0, result.stderr
-    return out / "report.json"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"runs": []},
-        {"runs": None},
-        {"attacks": "all"},
-        {"model": None},
-        {"schema": "another/1"},
-        {"attacks": [{"subject": "model", "label": "x", "knowledge": "none", "best": {"learning_rate": "<b>"}}]},
-    ],
-    ids=["no runs", "runs null", "attacks as text", "model null", "another schema", "a rate as text"],
-)
-def test_a_report_that_is_none(
-    change: dict[str, Any], report: Path, hardened: Path, llama: Path, text: Path, tmp_path: Path, outside: Path
-) -> None:
-    path = tmp_path / "changed.json"
-    path.write_text(json.dumps(json.loads(report.read_text()) | change))
-    options = ("--base", llama, "--text", text, "--attacks", path, "--quiet", "--out", outside / "out")
-    assert_refused(call_cli("certify", hardened, *options), "changed.json", "specdef attack", empty=outside)
-
-
 @pytest.mark.usefixtures("no_fresh_process")
-def test_weights_that_became_nan_fail_the_certificate(
-    report: Path, hardened: Path, llama: Path, text: Path, tmp_path: Path
-) -> None:
+def test_weights_that_became_nan_fail_the_certificate(hardened: Path, llama: Path, text: Path, tmp_path: Path) -> None:
     directory = spoiled(hardened, tmp_path, tensor(INFLATED, element(math.nan)))
-    options = ("--attacks", report, "--text", text, "--formats", "none", "--no-curvature", "--no-card", "--json")
+    options = ("--text", text, "--formats", "none", "--no-curvature", "--no-card", "--json")
     result = call_cli("certify", directory, "--base", llama, *options, "--out", tmp_path / "out")
     assert "Traceback" not in result.stderr, result.stderr
     assert result.code == 1
@@ -264,8 +221,8 @@ def test_weights_of_low_rank_are_certified(llama: Path, text: Path, tmp_path: Pa
     base = spoiled(llama, tmp_path, tensor(DOWN, lambda weight: weight[:, :1] @ weight[:1]))
     out = tmp_path / "hardened"
     hardening = ("--method", "factors", "--top-k", "8", "--no-verify", "--quiet")
-    assert call_cli("harden", base, "--out", out, *hardening).code == 0
-    assert call_cli("attack", out, "--control", base, *SMALL, "--out", tmp_path / "attack").code == 0
+    succeed("harden", base, "--out", out, *hardening)
+    succeed("attack", out, "--control", base, *SMALL, "--out", tmp_path / "attack")
     options = ("--attacks", tmp_path / "attack" / "report.json", "--text", text, "--formats", "none", "--no-curvature")
     result = call_cli("certify", out, "--base", base, *options, "--json", "--out", tmp_path / "certificate")
     assert {claim["name"]: claim["holds"] for claim in json.loads(result.stdout)["claims"]}["spectrum"] is True
@@ -306,7 +263,7 @@ def test_spoiled_manifests_are_not_attacked_nor_certified(
     hardened: Path, llama: Path, text: Path, tmp_path: Path
 ) -> None:
     """One value of specdef.json, or of config.json, is another: both commands end in two lines or in a result."""
-    for seed in range(5):
+    for seed in range(4):
         generator = random.Random(seed)
         directory = tmp_path / str(seed)
         shutil.copytree(hardened, directory)
@@ -321,8 +278,3 @@ def test_spoiled_manifests_are_not_attacked_nor_certified(
             if result.code:
                 assert_refused(result)
         assert load_file(directory / "model.safetensors")  # neither has touched it
-
-
-def test_config_changes_are_named(llama: Path, tmp_path: Path, outside: Path) -> None:
-    directory = spoiled(llama, tmp_path, config(id2label=None, num_labels="many"))
-    assert_refused(call_cli("attack", directory, "--control", directory, *SMALL, "--out", outside / "out"))

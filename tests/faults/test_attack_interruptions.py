@@ -16,7 +16,7 @@ import pytest
 
 from specdef_cli.checkpoint.output import exclusive
 from specdef_cli.errors import SpecDefError
-from tests.commands import Die, assert_refused, call_cli, command, dying, environment
+from tests.commands import Die, assert_refused, call_cli, command, dying, environment, succeed
 from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, visible
 
 REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
@@ -45,8 +45,7 @@ def arguments(hardened: Path, tiny_model: Callable[..., Path]) -> tuple[str, ...
 def expected(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What an undisturbed attack finds."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    result = call_cli(*arguments, out)
-    assert result.code == 0, result.stderr
+    succeed(*arguments, out)
     assert len(finished_runs(out)) == RUNS
     return finished_runs(out)
 
@@ -58,8 +57,7 @@ def go_on(arguments: tuple[str, ...], out: Path, expected: dict[str, Any]) -> in
     for name in visible(out) & {"report.json"}:
         json.loads((out / name).read_text())
     before = identities(out)
-    result = call_cli(*arguments, out)
-    assert result.code == 0, result.stderr
+    succeed(*arguments, out)
     assert finished_runs(out) == expected
     assert visible(out) == {"runs", *REPORT}
     after = identities(out)
@@ -120,9 +118,9 @@ def test_what_another_attack_may_be_writing_is_not_removed(arguments: tuple[str,
     with exclusive(tmp_path / "out"):
         assert call_cli(*arguments, tmp_path / "out").code == 1
     assert half.exists()
-    assert call_cli(*arguments, tmp_path / "other", "--runs", half.parent).code == 0
+    succeed(*arguments, tmp_path / "other", "--runs", half.parent)
     assert half.exists()
-    assert call_cli(*arguments, tmp_path / "out").code == 0
+    succeed(*arguments, tmp_path / "out")
     assert not half.exists()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from specdef_cli.checkpoint.output import RECORD_SUFFIX, work_directory
-from tests.commands import assert_refused, call_cli, snapshot
+from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, visible
 
 
@@ -54,8 +54,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 def test_harden_goes_on_when_there_is_room_again(limit: str, llama: Path, disk: SmallDisk, tmp_path: Path) -> None:
     """Full while shards are made (no room for another file), and after them (no room for another page)."""
     arguments = ("harden", llama, "--method", "factors", "--top-k", "4", "--max-shard-size", "20KB", "--quiet", "--out")
-    whole = call_cli(*arguments, tmp_path / "whole")
-    assert whole.code == 0, whole.stderr
+    succeed(*arguments, tmp_path / "whole")
     disk.mount(f"remount,{limit}")
     out = disk.path / "out"
     assert_refused(call_cli(*arguments, out), "No space left on device", "--resume")
@@ -63,8 +62,7 @@ def test_harden_goes_on_when_there_is_room_again(limit: str, llama: Path, disk: 
     finished = {path.name: path.stat().st_ino for path in work_directory(out).glob("*.safetensors")}
     recorded = {path.name.removesuffix(RECORD_SUFFIX) for path in work_directory(out).glob(f"*{RECORD_SUFFIX}")}
     disk.enlarge()
-    resumed = call_cli(*arguments, out, "--resume")
-    assert resumed.code == 0, resumed.stderr
+    succeed(*arguments, out, "--resume")
     assert snapshot(out) == snapshot(tmp_path / "whole")
     kept = {name for name, inode in finished.items() if (out / name).stat().st_ino == inode}
     assert recorded
@@ -81,8 +79,7 @@ def test_attack_goes_on_when_there_is_room_again(
     assert len(finished_runs(disk.path / "out")) <= RUNS  # and every one is whole
     before = identities(disk.path / "out")
     disk.enlarge()
-    again = call_cli(*arguments)
-    assert again.code == 0, again.stderr
+    succeed(*arguments)
     assert len(finished_runs(disk.path / "out")) == RUNS
     after = identities(disk.path / "out")
     assert {name: after[name] for name in before} == before

@@ -24,7 +24,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.model import load_model
 from tests.attack.test_data_forms import chat_tokenizer, encoder_tokenizer, framed_tokenizer, messages
 from tests.attack.test_tasks import DECODER, bert, ending_tokenizer, t5
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 from tests.faults.small_attack import SMALL
 
 PROSE = [{"text": f"{number:03} what comes after {number} is {number + 1}."} for number in range(200)]
@@ -106,8 +106,7 @@ def test_a_model_reads_what_it_was_trained_on(name: str, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("method", [("fold",), ("factors", "--top-k", "4")], ids=["fold", "factors"])
 def test_a_hardened_decoder_starts_with_the_token_of_its_base(method: tuple[str, ...], tmp_path: Path) -> None:
     base, out = write(CASES["end of a source"], tmp_path / "model"), tmp_path / "out"
-    result = call_cli("harden", base, "--method", *method, "--out", out, "--quiet")
-    assert result.code == 0, result.stderr
+    succeed("harden", base, "--method", *method, "--out", out, "--quiet")
     labels = torch.tensor([[3, 4, 256]])
     started = [load_model(place).prepare_decoder_input_ids_from_labels(labels).tolist() for place in (base, out)]
     assert started == [[[257, 3, 4]]] * 2

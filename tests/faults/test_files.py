@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from specdef_cli.model import load_model
-from tests.commands import assert_refused, call_cli, snapshot
+from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.hardening.mutations import Mutation, content, edit_json, spoiled
 from tests.tiny_models import forward
 
@@ -56,8 +56,7 @@ LAYOUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
 def test_the_weights_are_those_that_transformers_loads(case: str, llama: Path, tmp_path: Path) -> None:
     mutation, named = LAYOUTS[case]
     directory, out = spoiled(llama, tmp_path, mutation), tmp_path / "out"
-    result = call_cli("harden", directory, "--out", out, *FOLD, "--no-verify")
-    assert result.code == 0, result.stderr
+    result = succeed("harden", directory, "--out", out, *FOLD, "--no-verify")
     for word in named:
         assert word in result.stderr, result.stderr
     base = LlamaForCausalLM.from_pretrained(directory, dtype="auto").eval()
@@ -156,8 +155,7 @@ COMPANIONS: dict[str, tuple[Mutation, set[str], set[str]]] = {
 def test_every_file_is_carried_over_or_named(case: str, llama: Path, tmp_path: Path) -> None:
     mutation, carried, named = COMPANIONS[case]
     directory, out, back = spoiled(llama, tmp_path, mutation), tmp_path / "out", tmp_path / "back"
-    result = call_cli("harden", directory, "--out", out, *FOLD)
-    assert result.code == 0, result.stderr
+    result = succeed("harden", directory, "--out", out, *FOLD)
     before, after = snapshot(directory), snapshot(out)
     assert {name: before[name] for name in carried} == {name: after.get(name) for name in carried}
     for name in named:
@@ -165,7 +163,7 @@ def test_every_file_is_carried_over_or_named(case: str, llama: Path, tmp_path: P
         assert name not in after
     said = result.stderr
     assert all(name in after or name in said or name == "README.md" for name in before)
-    assert call_cli("collapse", out, "--out", back, "--quiet").code == 0
+    succeed("collapse", out, "--out", back, "--quiet")
     assert {name: snapshot(back).get(name) for name in carried} == {name: before[name] for name in carried}
 
 

@@ -14,7 +14,7 @@ import transformers
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 from tests.faults.small_attack import SMALL
 from tests.hardening.mutations import config, edit_json, spoiled
 
@@ -22,8 +22,7 @@ FOLD = ("--method", "fold", "--quiet")
 
 
 def harden(model: Path, out: Path, *options: str) -> Path:
-    result = call_cli("harden", model, "--out", out, *(options or FOLD))
-    assert result.code == 0, result.stderr
+    succeed("harden", model, "--out", out, *(options or FOLD))
     return out
 
 
@@ -87,8 +86,7 @@ def test_certify_of_a_classifier_leads_to_attack(tmp_path: Path, llama: Path) ->
     attack = ("attack", out, "--control", base, "--dataset", data, *SMALL, "--out", tmp_path / "a")
     assert_refused(call_cli(*attack), "neither padding nor an end of text", '"pad_token"', "tokenizer_config.json")
     edit_json("tokenizer_config.json", pad_token="w0")(base)
-    attacked = call_cli(*attack)
-    assert attacked.code == 0, attacked.stderr
+    succeed(*attack)
     more = ("--attacks", tmp_path / "a" / "report.json", *quick, "--quiet")
     certified = call_cli("certify", out, "--base", base, *more, "--out", tmp_path / "c")
     assert "Traceback" not in certified.stderr
@@ -121,4 +119,4 @@ def test_weights_under_another_name_are_renamed_as_the_hint_says(llama: Path, tm
     config(transformers_weights="model.safetensors")(directory)
     assert_refused(call_cli("inspect", directory), "take transformers_weights out")
     config(transformers_weights=None)(directory)
-    assert call_cli("inspect", directory, "--quiet").code == 0
+    succeed("inspect", directory, "--quiet")

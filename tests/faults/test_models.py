@@ -12,7 +12,7 @@ import transformers
 
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.model import load_model, opened
-from tests.commands import assert_refused, call_cli, snapshot
+from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.hardening.mutations import config, spoiled
 
 TEXT = {
@@ -50,8 +50,7 @@ def write(name: str, directory: Path) -> Path:
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_a_model_of_two_inputs_is_verified_with_both(name: str, tmp_path: Path) -> None:
     model, out = write(name, tmp_path / "model"), tmp_path / "out"
-    result = call_cli("harden", model, "--out", out, *FACTORS, "--json")
-    assert result.code == 0, result.stderr
+    result = succeed("harden", model, "--out", out, *FACTORS, "--json")
     assert 0 < json.loads(result.stdout)["manifest"]["verification"]["relative"] < 1e-4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
@@ -72,7 +71,7 @@ def test_a_linear_whose_weight_is_read_past_it_is_not_planned(tmp_path: Path) ->
     command = ("harden", model, *FACTORS, "--layers", "*out_proj")
     plan = json.loads(call_cli(*command, "--dry-run", "--json").stdout)
     assert (plan["layers"], plan["changed"]) == (2, {"self_attn.out_proj": 2})
-    assert call_cli(*command, "--out", tmp_path / "out").code == 0
+    succeed(*command, "--out", tmp_path / "out")
     assert load_model(tmp_path / "out") is not None
     assert_refused(call_cli(*command[:-1], "head.attention.out_proj", "--dry-run"), "matches no linear layer")
 
@@ -85,8 +84,7 @@ def test_layers_whose_weight_the_model_s_own_code_reads_are_left_out(tmp_path: P
     )
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "model")
     command = ("harden", tmp_path / "model", "--method", "scale", "--json", "--out", tmp_path / "out")
-    result = call_cli(*command)
-    assert result.code == 0, result.stderr
+    result = succeed(*command)
     manifest = json.loads(result.stdout)["manifest"]
     assert manifest["verification"]["equal"]
     scaled = {module["module"].rpartition(".")[2] for module in manifest["scaled"]}
@@ -123,7 +121,7 @@ def test_a_fold_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> Non
     for more in (("--dry-run",), ("--out", tmp_path / "a"), ("--out", tmp_path / "a", "--no-verify")):
         assert_refused(call_cli(*command, *more), "float16", "--dtype bfloat16 or float32")
     for dtype in ("bfloat16", "float32"):  # as the hint says
-        assert call_cli(*command, "--dtype", dtype, "--out", tmp_path / dtype).code == 0
+        succeed(*command, "--dtype", dtype, "--out", tmp_path / dtype)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / dtype, dtype="auto")
         assert str(loaded.dtype) == f"torch.{dtype}"
         assert loaded(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
@@ -135,7 +133,7 @@ def test_factors_of_what_is_loaded_in_float16(llama: Path, tmp_path: Path) -> No
     refused = call_cli(*command, tmp_path / "a")
     assert_refused(refused, "float16, in which config.json has the model loaded", "--alpha 100", "--dtype bfloat16")
     for name, more in (("alpha", ("--alpha", "100")), ("dtype", ("--dtype", "bfloat16"))):  # as the hint says
-        assert call_cli(*command, tmp_path / name, *more).code == 0
+        succeed(*command, tmp_path / name, *more)
 
 
 def test_the_symmetric_gauge_of_what_is_loaded_in_bfloat16(llama: Path, tmp_path: Path) -> None:
@@ -143,7 +141,7 @@ def test_the_symmetric_gauge_of_what_is_loaded_in_bfloat16(llama: Path, tmp_path
     command = ("harden", model, *FACTORS, "--gauge", "symmetric", "--quiet", "--out")
     refused = call_cli(*command, tmp_path / "a")
     assert_refused(refused, "bfloat16, in which config.json has the model loaded", "--dtype float32")
-    assert call_cli(*command, tmp_path / "b", "--dtype", "float32").code == 0  # as the hint says
+    succeed(*command, tmp_path / "b", "--dtype", "float32")  # as the hint says
     assert read_manifest(tmp_path / "b").dtype == "float32"
 
 
@@ -154,7 +152,7 @@ def test_an_alpha_beyond_the_range_is_not_told_to_use_what_it_uses(dtype: str, l
     assert_refused(refused, f"1e+40 would break the function in {dtype}", "--alpha", empty=tmp_path)
     assert "--dtype" not in refused.stderr
     advised = refused.stderr.split("--alpha ")[1].split()[0]
-    assert call_cli(*command, advised).code == 0
+    succeed(*command, advised)
 
 
 def test_outputs_that_are_not_finite_have_a_message_of_their_own(

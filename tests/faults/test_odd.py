@@ -14,7 +14,7 @@ import torch
 
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.model import load_model
-from tests.commands import Result, assert_refused, call_cli, command, environment, run_cli, snapshot
+from tests.commands import Result, assert_refused, call_cli, command, environment, run_cli, snapshot, succeed
 from tests.faults.small_attack import SMALL
 from tests.hardening.mutations import GIT_LFS, REMOVED, config, content, edit_json, file_in_place_of, spoiled
 
@@ -152,8 +152,7 @@ def test_command_lines_are_refused(
     ids=" ".join,
 )
 def test_odd_options_that_harden_takes(options: tuple[str, ...], llama: Path, tmp_path: Path) -> None:
-    result = call_cli("harden", llama, *options, "--out", tmp_path / "out")
-    assert result.code == 0, result.stderr
+    succeed("harden", llama, *options, "--out", tmp_path / "out")
     assert load_model(tmp_path / "out") is not None
 
 
@@ -175,8 +174,7 @@ def test_a_task_that_the_model_has_not_leads_to_one_that_it_has(tmp_path: Path) 
         assert_refused(refused, model.name, asked, "--task")
         assert advised in refused.stderr.split("--task ")[1]
         if asked != "image-classification":
-            result = call_cli(*attack, tmp_path / f"{name} {asked}", "--task", advised)  # as the hint says
-            assert result.code == 0, result.stderr
+            succeed(*attack, tmp_path / f"{name} {asked}", "--task", advised)  # as the hint says
 
 
 # --- environments ----------------------------------------------------------------------------------------------------
@@ -241,8 +239,7 @@ def test_names(name: str, llama: Path, tmp_path: Path) -> None:
         ("inspect", out, "--json"),
         ("collapse", out, "--quiet", "--out", tmp_path / "back" / name),
     ):
-        result = call_cli(*arguments)
-        assert result.code == 0, result.stderr
+        succeed(*arguments)
     assert (tmp_path / "back" / name / "model.safetensors").is_file()
 
 
@@ -250,8 +247,7 @@ def test_a_name_that_is_not_utf_8(llama: Path, tmp_path: Path) -> None:
     """Neither JSON nor transformers can name such a directory: it may be read, and not written."""
     directory = tmp_path / os.fsdecode(b"caf\xe9")
     shutil.copytree(llama, directory)
-    result = call_cli("harden", directory, *FOLD, "--no-verify", "--out", tmp_path / "out")
-    assert result.code == 0, result.stderr
+    succeed("harden", directory, *FOLD, "--no-verify", "--out", tmp_path / "out")
     assert read_manifest(tmp_path / "out").base.name.endswith("caf?")
 
 
@@ -277,7 +273,7 @@ def harmless(directory: Path) -> None:
 
 def test_files_that_do_not_matter_do_no_harm(llama: Path, hardened: Path, text: Path, tmp_path: Path) -> None:
     plain = spoiled(llama, tmp_path / "plain", config(dtype=None, torch_dtype=None))
-    assert call_cli("harden", plain, *FOLD, "--dry-run").code == 0
+    succeed("harden", plain, *FOLD, "--dry-run")
     directory = spoiled(llama, tmp_path, harmless, config(dtype="float64", torch_dtype=None))
     spoilt = spoiled(hardened, tmp_path / "hardened", harmless)
     for arguments in (
@@ -288,8 +284,7 @@ def test_files_that_do_not_matter_do_no_harm(llama: Path, hardened: Path, text: 
         ("attack", directory, "--control", directory, "--dataset", text, *SMALL, "--out", tmp_path / "attack"),
         ("certify", spoilt, "--base", directory, "--dry-run"),
     ):
-        result = call_cli(*arguments)
-        assert result.code == 0, result.stderr
+        succeed(*arguments)
     assert load_model(tmp_path / "out") is not None
 
 
@@ -309,7 +304,7 @@ def test_an_attention_kernel_is_taken_out_as_the_hint_says(llama: Path, tmp_path
     harden = ("harden", model, *FOLD, "--no-verify", "--out", tmp_path / "out")
     assert_refused(call_cli(*harden), "take attn_implementation out of config.json")
     edit_json("config.json", attn_implementation=REMOVED)(model)
-    assert call_cli(*harden).code == 0
+    succeed(*harden)
 
 
 def test_a_tokenizer_cloned_without_git_lfs(llama: Path, tmp_path: Path) -> None:
@@ -358,14 +353,13 @@ def test_memory_that_is_not_enough_is_two_lines(
         monkeypatch.setattr(train, "make_trainer", fail)
         assert_refused(call_cli(*attack), "memory is not enough", "--batch-size", "--gradient-checkpointing")
     monkeypatch.undo()
-    followed = call_cli(*attack, "--gradient-checkpointing", "--gradient-accumulation", "2")  # as the hint says
-    assert followed.code == 0, followed.stderr
+    succeed(*attack, "--gradient-checkpointing", "--gradient-accumulation", "2")  # as the hint says
 
 
 def test_every_file_has_the_permissions_that_the_umask_gives(llama: Path, tmp_path: Path) -> None:
     before = os.umask(0o002)
     try:
-        assert call_cli("harden", llama, "--out", tmp_path / "out", "--no-verify", *FOLD).code == 0
+        succeed("harden", llama, "--out", tmp_path / "out", "--no-verify", *FOLD)
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o664}

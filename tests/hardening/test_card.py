@@ -23,7 +23,7 @@ from specdef_cli.hardening.card import (
     split_card,
     with_keys,
 )
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 
 MANIFEST = Manifest(
     format=2, specdef_version="1", method="fold", base=BaseCheckpoint("name"), dtype="float32", seed=0,
@@ -36,7 +36,7 @@ def card_data(directory: Path) -> dict[str, object]:
 
 
 def test_a_directory_leaves_no_path_in_its_card(llama: Path, tmp_path: Path) -> None:
-    assert call_cli("harden", llama, "--out", tmp_path / "out", "--no-verify").code == 0
+    succeed("harden", llama, "--out", tmp_path / "out", "--no-verify")
     card = (tmp_path / "out/README.md").read_text()
     assert str(llama.parent) not in card
     assert llama.name not in card
@@ -53,7 +53,7 @@ def test_a_directory_leaves_no_path_in_its_card(llama: Path, tmp_path: Path) -> 
 
 def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path: Path) -> None:
     options = ("--no-verify", "--base-model", "org/base")
-    assert call_cli("harden", llama, "--out", tmp_path / "out", *options).code == 0
+    succeed("harden", llama, "--out", tmp_path / "out", *options)
     data = card_data(tmp_path / "out")
     assert (data["base_model"], data["base_model_relation"]) == ("org/base", "finetune")
     assert "org/base" in (tmp_path / "out/README.md").read_text().split("---\n")[2]
@@ -63,7 +63,7 @@ def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path:
     assert manifest.base.name == "org/base"
     assert base_of(manifest, tmp_path / "out") == (str(llama), None)
 
-    assert call_cli("collapse", tmp_path / "out", "--out", tmp_path / "back").code == 0
+    succeed("collapse", tmp_path / "out", "--out", tmp_path / "back")
     assert card_data(tmp_path / "back") == {"license": "mit", "tags": ["tiny"], "library_name": "transformers"}
     refused = call_cli("harden", llama, "--out", tmp_path / "no", "--base-model", "/home/me/base")
     assert_refused(refused, "--base-model", "org/name", code=2)

@@ -19,7 +19,7 @@ from specdef_cli.hardening.run import collapse
 from specdef_cli.model.described import SHIM_SOURCE
 from specdef_cli.model.opened import open_model
 from tests.architectures.test_pairs import EXPECTED
-from tests.commands import call_cli
+from tests.commands import succeed
 from tests.hardening.conftest import Judged, Made
 from tests.tiny_families import CASES
 from tests.weights import assert_same_bytes, tensors
@@ -115,8 +115,7 @@ def test_the_two_tensors_of_a_pair_may_lie_in_different_shards(made: Made) -> No
 
 def test_the_notes_name_what_is_left_and_why(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     def notes(case: str, *arguments: str) -> str:
-        result = call_cli("harden", checkpoints[case], "--out", tmp_path / "x", "--dry-run", "--json", *arguments)
-        assert result.code == 0, result.stderr
+        result = succeed("harden", checkpoints[case], "--out", tmp_path / "x", "--dry-run", "--json", *arguments)
         return "\n".join(json.loads(result.stdout)["notes"])
 
     assert "Not hardened: model.embed_tokens, model.norm. Training these" in notes("llama-tied")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -28,14 +27,13 @@ from specdef_cli.hardening.fold import (
     Steps,
     constant,
     fold_pairs,
-    inverse,
 )
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.opened import open_model
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 from tests.tiny_families import write_case
 
 
@@ -185,24 +183,12 @@ def test_what_would_be_rounded_or_flushed_is_refused_and_left_as_it_was(dtype: t
     assert fits[0, 1] == 8 * tiny
 
 
-def test_a_fold_and_its_inverse_leave_every_bit(tmp_path: Path) -> None:
-    base = write_case("mixtral", tmp_path / "base")
-    plan = make_plan(open_model(base), HardenOptions(str(base), tmp_path / "x"))
-    tensors = load_file(base / "model.safetensors")
-    for pair in (*plan.folded, *map(inverse, plan.folded)):
-        for part in pair.slices:
-            scale_slice(tensors[part.tensor], part)
-    for name, tensor in load_file(base / "model.safetensors").items():
-        assert torch.equal(tensors[name].view(torch.int32), tensor.view(torch.int32)), name
-
-
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = call_cli("harden", llama, "--out", out)
-    assert result.code == 0, result.stderr
+    result = succeed("harden", llama, "--out", out)
     manifest = read_manifest(out)
     assert (manifest.method, manifest.profile) == ("fold", "float16-cache")
     card = (out / "README.md").read_text()
@@ -223,7 +209,7 @@ def test_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
 def test_the_last_mlp_and_the_first_attention_stand_apart(llama: Path, tmp_path: Path) -> None:
     """Elsewhere no side of a pair reaches what two sides that cross have together; a cache holds 2**9."""
     out = tmp_path / "out"
-    assert call_cli("harden", llama, "--out", out, "--method", "fold").code == 0
+    succeed("harden", llama, "--out", out, "--method", "fold")
     steps = {pair.name: {abs(exponent) for exponent in pair.exponents} for pair in read_manifest(out).folded}
     last = max(int(name.split(".")[2]) for name in steps if ".layers." in name)
     assert steps.pop("model.layers.0.input_layernorm.norm_readers") == {40}
@@ -238,8 +224,7 @@ def test_the_last_mlp_and_the_first_attention_stand_apart(llama: Path, tmp_path:
 def test_the_bfloat16_profile_reaches_further_and_says_what_that_costs(llama: Path, tmp_path: Path) -> None:
     """One staircase over all pairs; what a cache holds goes beyond float16, and rows and columns still add up to 56."""
     out = tmp_path / "out"
-    result = call_cli("harden", llama, "--out", out, "--profile", "bfloat16")
-    assert result.code == 0, result.stderr
+    result = succeed("harden", llama, "--out", out, "--profile", "bfloat16")
     manifest = read_manifest(out)
     assert manifest.verification["equal"]
     cached = [pair for pair in manifest.folded if pair.kind in ("value_output", "query_key")]
@@ -261,8 +246,7 @@ def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_p
         ),
     ):
         out = tmp_path / options[1]
-        result = call_cli("harden", llama, "--out", out, *options)
-        assert result.code == 0, result.stderr
+        result = succeed("harden", llama, "--out", out, *options)
         told = " ".join(result.stderr.split())
         assert lost in told
         card = (out / "README.md").read_text()
@@ -273,8 +257,7 @@ def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_p
 
 
 def test_the_card_of_factors_gives_the_deviation_first(llama: Path, tmp_path: Path) -> None:
-    result = call_cli("harden", llama, "--out", tmp_path / "out", "--method", "factors", "--top-k", "4")
-    assert result.code == 0, result.stderr
+    succeed("harden", llama, "--out", tmp_path / "out", "--method", "factors", "--top-k", "4")
     figures = read_manifest(tmp_path / "out").verification
     text = (tmp_path / "out" / "README.md").read_text()
     said = text.split("## SpecDef")[1].strip().splitlines()[0]
@@ -301,8 +284,7 @@ def test_an_option_of_another_method_is_wrong_usage(
     assert result.code == 2
     assert f"{option[0]} is an option of --method {owner}, not of {method}" in " ".join(result.stderr.split())
     assert list(tmp_path.iterdir()) == []
-    followed = call_cli("harden", llama, "--method", owner, *option, "--dry-run")
-    assert followed.code == 0, followed.stderr
+    succeed("harden", llama, "--method", owner, *option, "--dry-run")
 
 
 def test_globs_choose_pairs(llama: Path, tmp_path: Path) -> None:
@@ -331,19 +313,4 @@ def test_a_family_that_is_not_described_is_refused_with_the_reason(tmp_path: Pat
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
     result = call_cli("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "fold", "--quiet")
     assert_refused(result, "no symmetric pair to fold", "OPTForCausalLM", "not described", "--method scale")
-    followed = call_cli("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "scale", "--quiet")
-    assert followed.code == 0, followed.stderr
-
-
-def test_a_weight_that_would_leave_the_range_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "model"
-    shutil.copytree(llama, directory)
-    tensors = load_file(directory / "model.safetensors")
-    name = "model.layers.0.mlp.down_proj.weight"
-    plan = make_plan(open_model(directory), HardenOptions(str(directory), tmp_path / "x"))
-    column = next(pair.channels[0] for pair in plan.folded if pair.name == "model.layers.0.mlp.up_down")
-    tensors[name][0, column] = 1e-37
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    result = call_cli("harden", directory, "--out", tmp_path / "out", "--method", "fold", "--quiet")
-    assert_refused(result, name, "float32", "--exclude")
-    assert not (tmp_path / "out").exists()
+    succeed("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "scale", "--quiet")

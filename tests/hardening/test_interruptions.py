@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from specdef_cli.checkpoint.output import RECORD_SUFFIX, work_directory
-from tests.commands import Die, Result, call_cli, dying, snapshot
+from tests.commands import Die, Result, dying, snapshot, succeed
 
 TinyModel = Callable[..., Path]
 WRITE = "specdef_cli.checkpoint.stream._write_group"
@@ -40,7 +40,7 @@ def arguments(tiny_model: TinyModel) -> tuple[str, ...]:
 def expected(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What an undisturbed run writes."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert call_cli(*arguments, out).code == 0
+    succeed(*arguments, out)
     return dict(snapshot(out))
 
 
@@ -59,8 +59,7 @@ def resume(arguments: tuple[str, ...], out: Path, expected: dict[str, str]) -> R
         for path in work.glob(f"*{RECORD_SUFFIX}")
     }
     planned = (work / ".plan").is_file()
-    result = call_cli(*arguments, out, "--resume")
-    assert result.code == 0, result.stderr
+    result = succeed(*arguments, out, "--resume")
     assert dict(snapshot(out)) == expected
     assert not work.exists()
     if planned:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 from tests.hardening.mutations import Mutation, config, content, spoiled, tensor
 from tests.tiny_families import CASES, write_case
 
@@ -63,11 +63,10 @@ def write(name: str, directory: Path) -> Path:
 def test_a_scaled_model_is_verified_and_given_back_whole(name: str, tmp_path: Path) -> None:
     base = write(name, tmp_path / "base")
     command: tuple[str | Path, ...] = ("harden", base, "--method", "scale", "--out", tmp_path / "out", "--json")
-    assert call_cli(*command, "--dry-run").code == 0
-    result = call_cli(*command)
-    assert result.code == 0, result.stderr
+    succeed(*command, "--dry-run")
+    result = succeed(*command)
     assert json.loads(result.stdout)["manifest"]["verification"]["equal"]
-    assert call_cli("collapse", tmp_path / "out", "--out", tmp_path / "back", "--quiet").code == 0
+    succeed("collapse", tmp_path / "out", "--out", tmp_path / "back", "--quiet")
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -82,9 +81,8 @@ def test_a_head_that_is_stored_beside_a_tied_embedding_comes_back(
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] = change(weights["model.embed_tokens.weight"])
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    result = call_cli("harden", base, "--method", method, "--out", tmp_path / "out", "--quiet")
-    assert result.code == 0, result.stderr
-    assert call_cli("collapse", tmp_path / "out", "--out", tmp_path / "back", "--quiet").code == 0
+    succeed("harden", base, "--method", method, "--out", tmp_path / "out", "--quiet")
+    succeed("collapse", tmp_path / "out", "--out", tmp_path / "back", "--quiet")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == weights.keys()
     assert all(torch.equal(weights[key], back[key]) for key in weights)
@@ -106,9 +104,8 @@ def test_a_hardened_model_without_its_manifest_is_inspected(
         tmp_path / "out",
         "--quiet",
     )
-    assert call_cli(*harden, "--manifest-out", tmp_path / "keys.json").code == 0
-    result = call_cli("inspect", tmp_path / "out")
-    assert result.code == 0, result.stderr
+    succeed(*harden, "--manifest-out", tmp_path / "keys.json")
+    result = succeed("inspect", tmp_path / "out")
     assert "hardened, without a manifest" in " ".join(result.stdout.split())
 
 
@@ -208,10 +205,9 @@ def test_a_config_that_names_no_architecture_is_what_automodel_makes_of_it(metho
     sizes = {**BLOCKS, "vocab_size": 96, "num_key_value_heads": 2}
     transformers.LlamaModel(transformers.LlamaConfig(**sizes)).save_pretrained(base)
     config(architectures=None)(base)
-    result = call_cli("harden", base, "--method", method, "--out", out, "--quiet")
-    assert result.code == 0, result.stderr
+    succeed("harden", base, "--method", method, "--out", out, "--quiet")
     assert json.loads((out / "specdef.json").read_text())["verification"]["equal"]
-    assert call_cli("collapse", out, "--out", back, "--quiet").code == 0
+    succeed("collapse", out, "--out", back, "--quiet")
     expected, found = load_file(base / "model.safetensors"), load_file(back / "model.safetensors")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

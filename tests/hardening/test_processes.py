@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from specdef_cli.checkpoint.manifest import read_manifest
-from tests.commands import TWO_PROCESSES, call_cli, environment, snapshot
+from tests.commands import TWO_PROCESSES, environment, snapshot, succeed
 
 pytestmark = pytest.mark.slow
 
@@ -47,8 +47,7 @@ def test_two_processes_write_the_same_bytes(method: str, tiny_model: Callable[..
     process = launched("harden", str(base), "--out", str(tmp_path / "two"), *options, home=tmp_path / "home")
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.count("adds") == 1  # one process speaks
-    one = call_cli("harden", base, "--out", tmp_path / "one", *options)
-    assert one.code == 0, one.stderr
+    succeed("harden", base, "--out", tmp_path / "one", *options)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
     assert len(read_manifest(tmp_path / "two").shards) > 3
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == ["one", "two"]

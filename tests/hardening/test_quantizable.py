@@ -20,7 +20,7 @@ from specdef_cli.hardening.run import harden
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model
 from specdef_cli.model.symmetries import symmetries
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
 
@@ -28,8 +28,7 @@ TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
 @pytest.fixture(scope="module")
 def hardened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("q") / "hardened"
-    result = call_cli("harden", TINY_LLAMA, "--out", out, "--profile", "quantizable")
-    assert result.code == 0, result.stderr
+    result = succeed("harden", TINY_LLAMA, "--out", out, "--profile", "quantizable")
     return out, result.stderr
 
 

@@ -127,8 +127,17 @@ def test_a_key_of_the_wrong_kind_is_named(tmp_path: Path) -> None:
         read_report(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", json.dumps({"schema": "another/1"})])
-def test_what_is_no_report_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "report.json").write_text(content)
+NO_ATTACK = {"subject": "model", "label": "x", "knowledge": "none", "best": {"learning_rate": "<b>"}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", [1], "no JSON", *({**FOLD, key: value} for key, value in (
+        ("schema", "another/1"), ("runs", None), ("attacks", "all"), ("model", None), ("attacks", [NO_ATTACK]),
+    ))],
+    ids=range(8),
+)  # fmt: skip
+def test_what_is_no_report_is_refused(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "report.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(SpecDefError, match="is not an attack report"):
         read_report(tmp_path)

@@ -211,7 +211,7 @@ def test_five_lines_say_what_wins_next_to_what_loses(report: AttackReport) -> No
     assert "HiRA, IA³ and adapters were not tried and usually get through: --suite quick tries them" in through
     assert undone == (
         "Undone: width 2×, full fine-tuning gets 100 %; collapsed first, full fine-tuning gets 96 %. "
-        "Hardening does not hold up whoever knows of it."
+        "Hardening does not stop people who know of it."
     )
     assert place == "Report: attack/report.html"
     assert "secure" not in " ".join(summary(report)).lower()

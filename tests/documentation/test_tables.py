@@ -1,4 +1,4 @@
-"""Tables of what users' tools make of hardened models: the summary is counted from them, and ``harden`` agrees."""
+"""Tables of the pages: counted from what was measured, in agreement with ``harden``, a dash for what is missing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from specdef_cli.hardening import card
+from tests.commands import REPOSITORY
 from tests.consumer_tables import TABLES, generator, measured_tables
 
 consumers = generator("consumers")
@@ -18,7 +19,7 @@ one: nats a token, 8 tokens.
 |---|---|---|---|---|
 | transformers | float32 | 3.4 | kept: 3.4 | kept: 3.4 |
 | transformers | bfloat16 | 3.4 | degraded: 3.5 | kept: 3.4 |
-| transformers | float16 | 3.4 | broken, silently: not finite | kept (simulated): 3.4 |
+| transformers | float16 | 3.4 | broken, silently: not finite | kept: 3.4 |
 | llama.cpp | Q4_0 | 3.4 | refused | refused |
 
 What `harden` says that each does not survive:
@@ -47,13 +48,12 @@ What `harden` says that each does not survive:
 def test_the_summary_counts_every_verdict_of_every_model() -> None:
     tables = [consumers.read_table(text) for text in (FIRST, SECOND)]
     assert tables[0].lost == {"fold": ("float16 weights", "float8"), "scale": ()}
-    assert tables[0].verdicts["transformers", "float16"] == {"fold": "broken, silently", "scale": "kept (simulated)"}
+    assert tables[0].verdicts["transformers", "float16"] == {"fold": "broken, silently", "scale": "kept"}
     rows = [line for line in consumers.summary(tables).splitlines() if line.startswith("| transformers")]
     assert [[cell.strip() for cell in row.strip("|").split("|")][2:] for row in rows] == [
-        ["kept 2, degraded 1 of 3", "kept"],
-        ["kept 1, broken, silently 1 of 2", "kept (simulated)"],
+        ["2 kept; 1 degraded", "kept"],
+        ["1 kept; 1 broken, silently", "kept"],
     ]
-    assert "| scale (one alone) |" in consumers.summary(tables)
     assert "scale has no column for two." in consumers.summary(tables)
 
 
@@ -118,3 +118,45 @@ def test_harden_names_nothing_that_the_tools_kept(path: Path) -> None:
         for name in lost:
             verdicts = {verdicts[way] for row, verdicts in table.verdicts.items() if names(row, lost) == name}
             assert not verdicts or verdicts != {"kept"}, (path.stem, way, name)
+
+
+SMALL = """\
+| attack | control | small-fold | small-scale |
+|---|---|---|---|
+| full, adamw | 2 → 1 (1e-3) | 1 % (1e-9) | 3 % (1e-9) ? |
+| HiRA, adamw | 2 → 1 (1e-3) | 100 % (1e-3) | – |
+| unscale: full, adamw | 2 → 1 (1e-3) | – | 90 % (1e-3) |
+
+| hardened | size |
+|---|---|
+| small-fold | +0.0 MB |
+"""
+DEEP = """\
+| attack | control | deep-scale | deep-fold |
+|---|---|---|---|
+| full, adamw | 2 → 1 (1e-3) | 4 % (1e-9) | 2 % (1e-9) ? |
+"""
+
+
+def test_cells_hold_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "docs/generators")
+    resistance = generator("resistance")
+    texts = {"a small one": SMALL, "a deep one": DEEP}
+    assert resistance.method_table(texts, "fold").splitlines() == [
+        "| `fold` | a small one | a deep one |",
+        "| --- | --- | --- |",
+        "| HiRA | 100 % | – |",
+        "| full fine-tuning | 1 % | 2 % ? |",
+    ]
+    assert "| undone first, then full | 90 % | – |" in resistance.method_table(texts, "scale")
+    assert resistance.readme_table(SMALL).splitlines()[2:] == [
+        "| HiRA | 100 % | – |",
+        "| undone first, then full | – | 90 % |",
+        "| full fine-tuning | 1 % | 3 % ? |",
+    ]
+
+
+def test_the_tables_are_those_of_the_tables_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "docs/generators")
+    for path, text in generator("resistance").written().items():
+        assert path.read_text(encoding="utf-8") == text, "`make pictures` writes it"
