@@ -92,15 +92,17 @@ def is_small(base: Path) -> bool:
     return sum(path.stat().st_size for path in base.glob("*.safetensors")) < SMALL
 
 
-def attack(base: Path, fold: Path, work: Path, minutes: float) -> None:
-    """Run ordinary recipes on a fold and on its base, whose runs the folds share."""
+def attack(
+    base: Path, fold: Path, work: Path, minutes: float, attacks: str = f"--suite {HERE / 'serving.toml'}"
+) -> None:
+    """Run attacks, ordinary recipes by default, on a fold and on its base, whose runs the folds share."""
     budget = (
         "--steps 30 --batch-size 8 --sequence-length 64"
         if is_small(base)
         else ("--steps 10 --batch-size 4 --sequence-length 96 --eval-sequences 24 --eval-every 5 --dtype mixed")
     )
     out = work / "attacks" / fold.name
-    command = f"-m specdef_cli attack {fold} --control {base} --suite {HERE / 'serving.toml'} --out {out} {budget}"
+    command = f"-m specdef_cli attack {fold} --control {base} {attacks} --out {out} {budget}"
     limit = f"--runs {work / 'runs'} --time-limit {max(1, round(minutes))}m --quiet"
     subprocess.run([sys.executable, *command.split(), *limit.split()], check=True)
 
