@@ -246,11 +246,11 @@ def compare_command(
     if markdown and not output.as_json:
         print(comparison_markdown(comparison), end="")
         return
-    output.data(comparison, comparison_table(comparison, notes=not output.quiet))
+    output.data(comparison, comparison_table(comparison))
 
 
-def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:
-    """The comparison as the terminal shows it, with or without what there is to know about the reports."""
+def comparison_table(comparison: Comparison) -> Group:
+    """The comparison as the terminal shows it."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -272,5 +272,4 @@ def comparison_table(comparison: Comparison, *, notes: bool = True) -> Group:
     caption = (
         "control: held-out loss (best η), share of the best control's progress. Models: share of its own control's."
     )
-    said = (*lines, *comparison.notes) if notes else lines
-    return Group(table, Text(caption), *(Text(line) for line in said))
+    return Group(table, Text(caption), *(Text(line) for line in (*lines, *comparison.notes)))

@@ -128,12 +128,15 @@ class Compared:
     base: str | None = option(
         None, "What it was made from.", metavar="BASE", shown_default="not checked", group="Model"
     )
+    base_subfolder: str | None = option(
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+    )
     attacks: Path | None = option(
         None, "The report.json that it quotes.", metavar="REPORT", shown_default="not checked", group="Model"
     )
 
 
-@takes(Source, without=("manifest", "subfolder", "trust_remote_code"))
+@takes(Source, without=("manifest", "trust_remote_code"))
 def verify_certificate_command(
     model: Annotated[str, typer.Argument(metavar="HARDENED", help="Directory or Hub id with a certificate.json.")],
     compared: Compared,
@@ -162,14 +165,16 @@ def verify_certificate_command(
     directory = require_model(source)
     if directory is not None:
         require_certificate(directory)
+    base = None
     if compared.base is not None:
-        require_model(Source(compared.base))
+        base = Source(compared.base, subfolder=compared.base_subfolder, token=source.token)
+        require_model(base)
     if compared.attacks is not None:
         require_report(compared.attacks)
     from specdef_cli.certify.verification import verify_certificate
 
     with output.progress("checking"):
-        checks = verify_certificate(source, base=compared.base, attacks=compared.attacks)
+        checks = verify_certificate(source, base=base, attacks=compared.attacks)
     table = Table("certificate", "", "detail")
     for check in checks:
         table.add_row(check.name, "DIFFERS" if check.result == "differs" else check.result, Text(check.detail))

@@ -162,8 +162,9 @@ def push_command(
             "Leaving it out hides little: norms give changed channels away, and names give factors away."
         )
     elif model.manifest is not None:
+        there = f"{repository}@{flags.revision}" if flags.revision else repository
         output.note(
-            f"{MANIFEST_NAME} is uploaded and names every changed weight: `specdef collapse {repository}` gives the "
+            f"{MANIFEST_NAME} is uploaded and names every changed weight: `specdef collapse {there}` gives the "
             "original back. --no-manifest leaves it out, which hides little: norms give changed channels away."
         )
     upload = push(directory, destination, manifest=not flags.no_manifest)

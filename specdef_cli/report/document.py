@@ -20,6 +20,7 @@ from specdef_cli.attack.one_run import (
     KL_LIMIT,
     UTILITY_LIMIT,
     Behaviour,
+    Budget,
     Divergence,
     Edit,
     EvalPoint,
@@ -31,6 +32,7 @@ from specdef_cli.attack.one_run import (
 from specdef_cli.attack.results import CONTROL_SHARE, AttackReport, DataSummary, Hardening, PromptSummary
 from specdef_cli.attack.variants import Growth
 from specdef_cli.errors import SpecDefError, first_violation
+from specdef_cli.option import flag_of
 from specdef_cli.report import STOPPED_SHARE, Finding, Part, findings, number, percent, rate
 from specdef_cli.report.text import summary
 
@@ -341,6 +343,15 @@ def _cell(attack: Finding) -> Cell:
     )
 
 
+def _one_control(reports: Sequence[ReportDocument]) -> bool:
+    """Whether the controls, on the same data, have the same loss before they are trained."""
+    starts = [
+        next((run.loss.start for run in report.runs if run.spec.subject == "control"), None) for report in reports
+    ]
+    known = [start for start in starts if start is not None]
+    return not known or max(known) - min(known) < 1e-3 * abs(max(known))
+
+
 def _notes(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
     """What a cell's mark means, and what reports must share to be comparable: the data and the budget."""
     notes = []
@@ -348,10 +359,16 @@ def _notes(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
         notes.append("?: the rates tried do not bracket the best one, so that more may be reached than stands there.")
     if len({report.data.fingerprint for report in reports}) > 1:
         notes.append("The reports were made on different data; their columns cannot be compared.")
-    budgets = {
-        (run.spec.steps, run.spec.batch_size, run.spec.sequence_length) for report in reports for run in report.runs
-    }
-    if len(budgets) > 1:
-        told = "; ".join(f"{steps} steps of {batch} × {length} tokens" for steps, batch, length in sorted(budgets))
-        notes.append(f"The reports had different budgets ({told}); their columns cannot be compared.")
+    elif not _one_control(reports):
+        names = dict.fromkeys(Path(report.control.name).name for report in reports)
+        notes.append(f"The reports have different controls ({', '.join(names)}): the table shows the first one's.")
+    budgets = [run.spec.budget for report in reports for run in report.runs]
+    differing = {name: {str(budget[name]) for budget in budgets} for name in (budgets[0] if budgets else ())}
+    told = [
+        f"{flag_of(Budget, name)} {' or '.join(sorted(values))}"
+        for name, values in differing.items()
+        if len(values) > 1 and name != "eval_tasks"
+    ]
+    if told:
+        notes.append(f"The reports had different budgets ({', '.join(told)}); their columns cannot be compared.")
     return tuple(notes)

@@ -393,12 +393,12 @@ def test_inspect_of_a_damaged_directory(case: str, hardened: Path, tmp_path: Pat
 
 def test_collapse_of_a_base_is_refused(llama: Path, outside: Path) -> None:
     result = call_cli("collapse", llama, "--out", outside / "out")
-    assert_refused(result, str(llama), "not a hardened checkpoint", "specdef harden", empty=outside)
+    assert_refused(result, str(llama), "which says how a model was hardened", "specdef harden", empty=outside)
 
 
 def test_what_is_hardened_is_not_hardened_again(hardened: Path, outside: Path) -> None:
     result = call_cli("harden", hardened, "--out", outside / "out", "--method", "factors", "--top-k", "4")
-    assert_refused(result, str(hardened), "hardened already", empty=outside)
+    assert_refused(result, str(hardened), "hardened already", "needs the specdef.json", empty=outside)
 
 
 def test_inspect_refuses_a_device_and_nan(llama: Path, tmp_path: Path) -> None:
