@@ -18,12 +18,14 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 from specdef_cli.report.document import ReportDocument, read_report
 
 TABLES = Path(__file__).parents[1] / "tables"
 ASSETS = Path(__file__).parents[1] / "assets"
 METHODS = ("fold", "scale", "factors")
+PROFILES = ("float16-cache", "bfloat16", "quantizable", "gguf")
 NAMES = {
     "full": "full fine-tuning",
     "LoRA all-linear": "LoRA on every linear",
@@ -61,9 +63,9 @@ THEMES = {
 }  # fmt: skip
 
 
-def rows_of(text: str) -> list[list[str]]:
-    """The cells of the first Markdown table of a text, its head first."""
-    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
+def rows_of(text: str, first: str = "") -> list[list[str]]:
+    """The cells of the first Markdown table of a text whose head begins with ``first``, the head first."""
+    table = re.search(rf"^\| {first}.*\n(?:^\|.*\n)+", text, re.MULTILINE)
     if table is None:
         raise ValueError("there is no table")
     lines = table[0].splitlines()
@@ -125,8 +127,8 @@ def formats_figure(text: str, theme: Theme) -> Figure:
     Args:
         text: A table of examples/real/consumers.py.
     """
-    head, *body = rows_of(text)
-    ways = [way for way in head[3:] if way in (*METHODS, "bfloat16", "quantizable")]
+    head, *body = rows_of(text, "tool")
+    ways = [way for way in head[3:] if way in (*METHODS, *PROFILES)]
     figure = Figure(figsize=(2.9 + 1.15 * len(ways), 0.27 * len(body) + 0.5), layout="constrained")
     axes = figure.subplots()
     for position, row in enumerate(body):
@@ -140,6 +142,31 @@ def formats_figure(text: str, theme: Theme) -> Figure:
     axes.xaxis.tick_top()
     axes.set_yticks(range(len(body)), [f"{row[0]}: {row[1]}" for row in body], fontsize=7.5)
     _plain(axes)
+    return figure
+
+
+def frontier_figure(text: str, theme: Theme) -> Figure:
+    """Resistance left against what Q4_K_M costs, a point a fold, a line a profile.
+
+    Args:
+        text: The table of examples/reproduce/frontier.py.
+    """
+    _, *body = rows_of(text)
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for profile, colour in zip(dict.fromkeys(row[0] for row in body), theme.curves, strict=False):
+        points = []
+        for _, value, _, nats, progress in (row for row in body if row[0] == profile):
+            before, after = (float(loss) for loss in nats.split(" → "))
+            points.append((max(after - before, 0.001), number(progress)))
+            axes.annotate(f"  {value}", points[-1], fontsize=7.5, color=theme.ink)
+        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=profile, lw=1.2)
+    axes.set(xscale="log", xlabel="nats that Q4_K_M costs", ylabel="of the progress of full fine-tuning")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    _plain(axes)
+    axes.grid(color=theme.line, lw=0.6)
     return figure
 
 
@@ -183,6 +210,8 @@ FIGURES: dict[str, Callable[[str, Theme], Figure]] = {
     "attack-gemma-3-270m": resistance_figure,
     "consumers-smollm2-135m-instruct": formats_figure,
     "consumers-gemma-3-270m": formats_figure,
+    "serving": formats_figure,
+    "frontier": frontier_figure,
 }
 """By table and picture."""
 
