@@ -84,7 +84,7 @@ def formats(base: Path, folds: Sequence[Path], work: Path, minutes: float) -> st
         check=True,
     )
     measured = len(re.findall(r"^\|", done.stdout, re.MULTILINE)) > 2  # more than a head
-    return done.stdout.strip() if measured else ""
+    return done.stdout.strip().replace(f"{model_name(base)}-", "") if measured else ""
 
 
 def is_small(base: Path) -> bool:
