@@ -163,6 +163,19 @@ def in_subfolder(model: str | Path, subfolder: str | None) -> tuple[str | Path, 
     return str(folder), None
 
 
+def into_folder(options: Any, name: str) -> None:
+    """Place the second model that a class of options has under ``name`` in its folder, ``NAME_subfolder``."""
+    model, subfolder = getattr(options, name), getattr(options, f"{name}_subfolder")
+    if model is None and subfolder is not None:
+        raise WrongUsage(
+            f"--{name}-subfolder is a folder of --{name}, which is not given", f"Give --{name} {name.upper()}."
+        )
+    if model is not None:
+        model, subfolder = in_subfolder(model, subfolder)
+        object.__setattr__(options, name, model)
+        object.__setattr__(options, f"{name}_subfolder", subfolder)
+
+
 def parse_duration(text: str, option: str = "--time-limit") -> float:
     """Seconds of a duration as users write it: ``45m``, ``1h30m``, ``90s``."""
     match = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)s)?\s*", text)

@@ -37,7 +37,7 @@ from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
 from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.errors import SpecDefError, WrongUsage, first_violation, require_extra
-from specdef_cli.option import Source, flag_of, in_subfolder, option, parse_duration, require_positive
+from specdef_cli.option import Source, flag_of, into_folder, option, parse_duration, require_positive
 
 NO_RETAINED = "none"  # leaves out what is measured on retained text
 
@@ -180,12 +180,7 @@ class AttackOptions(Budget, Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.control is not None:
-            control, folder = in_subfolder(self.control, self.control_subfolder)
-            object.__setattr__(self, "control", control)
-            object.__setattr__(self, "control_subfolder", folder)
-        elif self.control_subfolder is not None:
-            raise WrongUsage("--control-subfolder is a folder of --control, which is not given", "Give --control BASE.")
+        into_folder(self, "control")
         for optimizer in self.optimizers:
             OPTIMIZERS.choose(optimizer)
         variants = tuple(Variant.parse(asked) if isinstance(asked, str) else asked for asked in self.variants)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdef_cli.errors import SpecDefError
-from specdef_cli.option import Source, option
+from specdef_cli.option import Source, into_folder, option
 from specdef_cli.process import CallablePackage
 
 sys.modules[__name__].__class__ = CallablePackage
@@ -27,6 +27,9 @@ class CertifyOptions(Source):
     out: Path = option(Path("certificate"), "Where the certificate goes.", "--out", "-o", metavar="DIR", group="Output")
     base: str | None = option(
         None, "What it was made from.", metavar="BASE", shown_default="the manifest's", group="Model"
+    )
+    base_subfolder: str | None = option(
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
     )
     attacks: Path | None = option(
         None,
@@ -48,6 +51,10 @@ class CertifyOptions(Source):
     curvature: bool = option(True, "Measure the Hessian.", "--curvature/--no-curvature", group="Measurements")
     card: bool = option(True, "Write it beside the model, and into its card.", "--card/--no-card", group="Output")
     device: str = option("cpu", "Where curvature and formats are measured.", metavar="DEVICE", group="Measurements")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        into_folder(self, "base")
 
 
 def require_certificate(directory: Path) -> Path:

@@ -191,6 +191,8 @@ def chosen_formats(wanted: Sequence[str] | None) -> tuple[str, ...]:
         if name not in (*FORMATS, ALL, NONE):
             raise WrongUsage(f"unknown format {name!r}", f"Choose from {ALL}, {NONE}, {', '.join(FORMATS)}.")
     if NONE in wanted:
+        if set(wanted) != {NONE}:
+            raise WrongUsage(f"--formats {NONE} stands beside {', '.join(sorted({*wanted} - {NONE}))}", "Give either.")
         return ()
     return tuple(FORMATS) if ALL in wanted else tuple(dict.fromkeys(wanted))
 

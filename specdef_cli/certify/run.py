@@ -54,7 +54,7 @@ def certify(options: CertifyOptions, on_progress: Callable[[str], None] = lambda
 def prepare(options: CertifyOptions) -> Prepared:
     """Open everything that the options name, before anything is measured."""
     hardened = open_model(options, hardened=True)
-    base = open_base(hardened, options.base, "--base", token=options.token)
+    base = open_base(hardened, options.base, "--base", token=options.token, subfolder=options.base_subfolder)
     for model in (base, hardened):
         require_sound(model)
         require_outside(options.out, model.directory)

@@ -44,13 +44,13 @@ class Check:
     detail: str = ""
 
 
-def verify_certificate(source: Source, *, base: str | None = None, attacks: Path | None = None) -> tuple[Check, ...]:
+def verify_certificate(source: Source, *, base: Source | None = None, attacks: Path | None = None) -> tuple[Check, ...]:
     """Check the certificate of a hardened model; ``base`` and ``attacks`` are checked where given."""
     report = None if attacks is None else require_report(attacks)
-    directory = resolve(str(source.model), revision=source.revision, token=source.token).directory
+    directory = _directory(source)
     recorded, origin = _read(require_certificate(directory))
     manifest = manifest_of(directory)
-    base_directory = None if base is None else resolve(base, token=source.token).directory
+    base_directory = None if base is None else _directory(base)
     return (
         _check("certificate", recorded["digest"] == digest_of(recorded), "its digest is of other figures"),
         _hashes("hardened files", origin.hardened, directory),
@@ -62,6 +62,12 @@ def verify_certificate(source: Source, *, base: str | None = None, attacks: Path
         Check("outputs, spectrum, curvature, formats", "not checked", "`specdef certify` measures them again"),
         Check("who wrote it", "not checked", "only a signature says so"),
     )
+
+
+def _directory(source: Source) -> Path:
+    return resolve(
+        str(source.model), revision=source.revision, token=source.token, subfolder=source.subfolder
+    ).directory
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Provenance]:

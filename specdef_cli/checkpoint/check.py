@@ -93,7 +93,10 @@ def require_not_hardened(source: Source) -> None:
 
 def hardened_already(directory: Path) -> SpecDefError:
     """What is said of a hardened model that is to be hardened."""
-    return SpecDefError(f"{directory} is hardened already", "Give the base model, or run `specdef collapse` first.")
+    return SpecDefError(
+        f"{directory} is hardened already",
+        f"Give the base model, or have `specdef collapse` make it, which needs the {MANIFEST_NAME} of {directory}.",
+    )
 
 
 def require_models(source: Source, base: str | Path | None, option: str) -> None:

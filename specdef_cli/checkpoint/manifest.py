@@ -368,7 +368,7 @@ def read_manifest(directory: Path, elsewhere: Path | None = None) -> Manifest:
     manifest = manifest_of(directory, elsewhere)
     if manifest is None:
         raise SpecDefError(
-            f"{directory} has no {MANIFEST_NAME}, so it is not a hardened checkpoint",
+            f"{directory} has no {MANIFEST_NAME}, which says how a model was hardened",
             f"Give a directory that `specdef harden` wrote. A {MANIFEST_NAME} that lies elsewhere is named with "
             "--manifest; after save_pretrained, copy it along.",
         )

@@ -67,7 +67,10 @@ def require_writable(destination: Destination) -> None:
     try:
         validate_repo_id(destination.repository)
     except HFValidationError as error:
-        raise WrongUsage(f"{destination.repository!r} is not the name of a repository", "Give org/name.") from error
+        raise WrongUsage(
+            f"{destination.repository!r} is not the name of a repository",
+            "Give org/name; --revision (of harden: --push-revision) names a branch.",
+        ) from error
     if destination.create_pr and destination.revision is not None:
         raise WrongUsage(
             f"a pull request cannot be opened against {destination.revision}, only against the default branch",

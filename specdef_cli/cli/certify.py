@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
-from specdef_cli.certify import CertifyOptions
+from specdef_cli.certify import CertifyOptions, require_certificate
+from specdef_cli.checkpoint.check import require_hardened, require_model, require_models
+from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
+from specdef_cli.errors import SpecDefError, require_extra
 from specdef_cli.option import Source, option
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from specdef_cli.certify.certificate import Certificate
 
 
@@ -48,11 +52,6 @@ def certify_command(
 
       specdef certify hardened --formats nf4 --formats q8_0
     """
-    from rich.text import Text
-
-    from specdef_cli.checkpoint.check import require_hardened, require_models
-    from specdef_cli.checkpoint.output import writable_ancestor
-    from specdef_cli.errors import SpecDefError, require_extra
 
     # Validate first: importing torch takes seconds.
     options = CertifyOptions(model, **given)
@@ -92,9 +91,6 @@ def certify_command(
 
 def certificate_tables(certificate: Certificate) -> Group:
     """The certificate as the terminal shows it."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
     from specdef_cli.certify.card import got_through
 
@@ -128,12 +124,15 @@ class Compared:
     base: str | None = option(
         None, "What it was made from.", metavar="BASE", shown_default="not checked", group="Model"
     )
+    base_subfolder: str | None = option(
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+    )
     attacks: Path | None = option(
         None, "The report.json that it quotes.", metavar="REPORT", shown_default="not checked", group="Model"
     )
 
 
-@takes(Source, without=("manifest", "subfolder", "trust_remote_code"))
+@takes(Source, without=("manifest", "trust_remote_code"))
 def verify_certificate_command(
     model: Annotated[str, typer.Argument(metavar="HARDENED", help="Directory or Hub id with a certificate.json.")],
     compared: Compared,
@@ -151,25 +150,23 @@ def verify_certificate_command(
 
       specdef verify-certificate org/name --base org/base --attacks report.json
     """
-    from rich.table import Table
-    from rich.text import Text
 
-    from specdef_cli.certify import require_certificate
-    from specdef_cli.checkpoint.check import require_model
     from specdef_cli.report.document import require_report
 
     source = Source(model, **given)
     directory = require_model(source)
     if directory is not None:
         require_certificate(directory)
+    base = None
     if compared.base is not None:
-        require_model(Source(compared.base))
+        base = Source(compared.base, subfolder=compared.base_subfolder, token=source.token)
+        require_model(base)
     if compared.attacks is not None:
         require_report(compared.attacks)
     from specdef_cli.certify.verification import verify_certificate
 
     with output.progress("checking"):
-        checks = verify_certificate(source, base=compared.base, attacks=compared.attacks)
+        checks = verify_certificate(source, base=base, attacks=compared.attacks)
     table = Table("certificate", "", "detail")
     for check in checks:
         table.add_row(check.name, "DIFFERS" if check.result == "differs" else check.result, Text(check.detail))

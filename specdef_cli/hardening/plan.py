@@ -158,7 +158,7 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
         groups=_groups(checkpoint, changes, stored),
         config=shim_config(config, changes.layers) if changes.layers else config,
-        notes=(*_notes(checkpoint, changes, profile, unchanged, one_sided), *_strangers(checkpoint, skeleton)),
+        notes=_notes(base, changes, profile, unchanged, one_sided),
         unchanged=unchanged,
         one_sided=one_sided,
     )
@@ -240,9 +240,10 @@ def _pair_names(pair: SymmetricPair, names: TensorNames) -> set[str]:
 
 
 def _notes(
-    checkpoint: Checkpoint, changes: Changes, profile: str | None, unchanged: Sequence[str], one_sided: Sequence[str]
+    base: OpenedModel, changes: Changes, profile: str | None, unchanged: Sequence[str], one_sided: Sequence[str]
 ) -> tuple[str, ...]:
     """What was decided and why, for the user."""
+    checkpoint, strangers = base.checkpoint, base.skeleton.strangers
     notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.layers)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
     if changes.scaled and checkpoint.library.is_transformers:
@@ -252,21 +253,11 @@ def _notes(
         notes.append(f"Not hardened: {', '.join(unchanged)}. Training these alone is as fast as before.")
     if one_sided:
         notes.append(f"Scaled on one side only: {', '.join(one_sided)}. Training these alone is slowed least.")
+    if strangers:
+        told = "Not part of the model that config.json describes, so carried over unchanged and not protected"
+        notes.append(f"{told}: {len(strangers)} tensors, {strangers[0]} for one.")
     left_out = checkpoint.companions.note()
     return (*notes, left_out) if left_out else tuple(notes)
-
-
-def _strangers(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
-    """A note on tensors that the model has no place for: config.json may be that of a smaller model."""
-    known = skeleton.names.parameters.keys() | skeleton.model.state_dict().keys()
-    expected = getattr(skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    found = [
-        name
-        for name in checkpoint.tensors
-        if name not in known and not any(re.search(pattern, name) for pattern in expected)
-    ]
-    told = "Not part of the model that config.json describes, so carried over unchanged and not protected"
-    return [f"{told}: {len(found)} tensors, {found[0]} for one."] if found else []
 
 
 def within_block(name: str) -> str:

@@ -132,6 +132,8 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
+_IN_A_BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+)")
+
 WRONG_CONFIG = "Use the config.json that belongs to this checkpoint (of a quantized one, the unquantized checkpoint)."
 
 Shape = tuple[int, ...]
@@ -210,11 +212,40 @@ class Skeleton:
                 WRONG_CONFIG,
             )
 
+    @cached_property
+    def strangers(self) -> tuple[str, ...]:
+        """Tensors on disk that the model has no place for, and that transformers would warn of."""
+        known = self.names.parameters.keys() | self.model.state_dict().keys()
+        expected = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return tuple(
+            name
+            for name in self.shapes
+            if name not in known and not any(re.search(pattern, name) for pattern in expected)
+        )
+
+    def _require_all_blocks(self) -> None:
+        """Refuse a block beyond the model's last that is like those before: config.json counts too few."""
+        parts = [match.groups() for match in map(_IN_A_BLOCK.fullmatch, self.names.parameters) if match]
+        alike, counted = {(stack, rest) for stack, _, rest in parts}, {(stack, number) for stack, number, _ in parts}
+        beyond: dict[tuple[str, str], set[str]] = {}
+        for match in filter(None, map(_IN_A_BLOCK.fullmatch, self.strangers)):
+            beyond.setdefault((match[1], match[2]), set()).add(match[3])
+        for (stack, number), rests in beyond.items():
+            # What predicts further tokens beside the model (DeepSeek's layer 61) has more than a block has.
+            if (stack, number) not in counted and all((stack, rest) in alike for rest in rests):
+                raise SpecDefError(
+                    f"the checkpoint has {stack}.{number}, and by config.json the model has fewer such layers",
+                    "Use the config.json that belongs to this checkpoint, or save the model that it describes: "
+                    "from_pretrained(...).save_pretrained(...).",
+                )
+
     def require_complete(self) -> None:
         """Refuse a checkpoint that lacks a parameter: transformers would fill it with random values, and only warn.
 
-        What transformers makes anew without a warning (Marian's sinusoidal positions) may be missing.
+        What transformers makes anew without a warning (Marian's sinusoidal positions) may be missing. A layer that
+        config.json does not count is refused too: it would be published as it is.
         """
+        self._require_all_blocks()
         made_anew = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
         for parameter, expected in self.parameters.items():
             tensor = self.names.tensor(parameter)

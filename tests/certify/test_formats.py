@@ -26,7 +26,7 @@ from specdef_cli.certify.formats import (
     measure_formats,
 )
 from specdef_cli.certify.tools import Trial, missing
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, WrongUsage
 from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
@@ -220,7 +220,10 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         measure_formats(open_model(TINY_LLAMA), open_model(TINY_LLAMA), None, ["int7"])
     assert chosen_formats(None) == DEFAULT_FORMATS
     assert chosen_formats(("all", "nf4")) == tuple(FORMATS)
-    assert chosen_formats(("none",)) == ()
+    assert chosen_formats(("none", "none")) == ()
+    for beside in ("nf4", "all"):
+        with pytest.raises(WrongUsage, match=f"none stands beside {beside}"):
+            chosen_formats(("none", beside))
     assert chosen_formats(("nf4", "nf4")) == ("nf4",)
     with pytest.raises(SpecDefError, match="5 tokens"):
         token_batch(TINY_LLAMA, "short", length=128)

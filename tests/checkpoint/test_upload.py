@@ -104,6 +104,9 @@ def test_push_uploads_a_directory_later_with_or_without_the_manifest(llama: Path
     assert "specdef collapse org/out" in whole.stderr
     assert hub.pushed == published(tmp_path)
     with serving(Hub({})) as hub, here(hub, tmp_path):
+        branched = call_cli(*arguments, "--revision", "v1")
+    assert "specdef collapse org/out@v1" in branched.stderr
+    with serving(Hub({})) as hub, here(hub, tmp_path):
         proposed = call_cli(*arguments, "--no-manifest", "--create-pr")
     assert proposed.code == 0, proposed.stderr
     assert f"{hub.address}/org/out/discussions/1" in proposed.stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from specdef_cli.certify import CertifyOptions
 from tests.commands import assert_refused, call_cli, snapshot
 from tests.faults.small_attack import SMALL
 
@@ -50,6 +51,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "push to no name": (("push", "HARDENED", ""), ("not the name of a repository", "org/name")),
     "push to a path": (("push", "HARDENED", "a/b/c"), ("'a/b/c'", "org/name")),
+    "push to a branch": (("push", "HARDENED", "a/b@v1"), ("'a/b@v1'", "org/name", "--revision")),
     "push what is nowhere": (("push", "nowhere", "org/name"), ("nowhere is not a directory",)),
     "push a file": (("push", "TEXT", "org/name"), ("is not a directory",)),
     "harden for a repository of no name": (
@@ -115,6 +117,20 @@ def test_what_does_not_fit(case: str, places: dict[str, Path], tmp_path: Path, m
     code = 2 if "org/name" in words else 1  # a name that no repository can have
     assert_refused(call_cli(*filled(arguments, places, tmp_path / "out")), *words, empty=tmp_path, code=code)
     assert {place: snapshot(place) for place in before} == before
+
+
+def test_a_base_in_a_folder(places: dict[str, Path]) -> None:
+    """A base with a Hub id needs a folder of its own; on this disk it may be written either way."""
+    base, folder = places["BASE"].parent, places["BASE"].name
+    given = ("--base", base, "--base-subfolder", folder)
+    result = call_cli("verify-certificate", places["CERTIFIED"], *given)
+    assert result.code == 0, result.stdout
+    planned = call_cli("certify", places["CERTIFIED"], *given, "--text", places["TEXT"], *QUICK, "--dry-run")
+    assert planned.code == 0, planned.stderr
+    options = CertifyOptions("hardened", base="org/b", base_subfolder="b/c/")
+    assert (options.base, options.base_subfolder) == ("org/b", "b/c")
+    alone = call_cli("certify", places["CERTIFIED"], "--base-subfolder", folder)
+    assert_refused(alone, "--base-subfolder", "Give --base BASE", code=2)
 
 
 def test_a_certificate_is_found_by_the_directory_of_its_report(places: dict[str, Path]) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.model import load_model
-from tests.commands import Result, assert_refused, call_cli, command, environment, run_cli, snapshot, succeed
+from tests.commands import Result, assert_refused, call_cli, command, environment, snapshot, succeed
 from tests.faults.small_attack import SMALL
 from tests.hardening.mutations import GIT_LFS, REMOVED, config, content, edit_json, file_in_place_of, spoiled
 
@@ -188,8 +189,13 @@ def test_a_command_works_in_odd_surroundings(llama: Path, tmp_path: Path) -> Non
         "MASTER_ADDR": "nowhere", "MASTER_PORT": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
         "SPECDEF_DEBUG": "1",
     }  # fmt: skip
-    result = run_cli("harden", llama, *FOLD, "--out", tmp_path / "out", **surroundings)
-    assert result.code == 0, result.stderr
+    with Path("/dev/full").open("w") as stdout:  # what is printed is lost, and what is written is not
+        done = subprocess.run(
+            command("harden", llama, *FOLD, "--out", tmp_path / "out"),
+            env=environment(**surroundings), stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     assert load_model(tmp_path / "out") is not None
 
 
@@ -313,14 +319,30 @@ def test_a_tokenizer_cloned_without_git_lfs(llama: Path, tmp_path: Path) -> None
     assert_refused(call_cli(*attack), "tokenizer.json", "git lfs pull")
 
 
-def test_layers_that_config_json_has_no_place_for_are_named(llama: Path, tmp_path: Path) -> None:
-    """Half of the weights would stay as they are, and nobody would know."""
+def test_a_layer_that_config_json_does_not_count_is_refused(llama: Path, tmp_path: Path) -> None:
+    """Half of the weights would be published as they are."""
     model = spoiled(llama, tmp_path, config(num_hidden_layers=1))
-    result = call_cli("harden", model, "--method", "fold", "--dry-run")
-    assert result.code == 0
-    assert "Not part of the model that config.json describes" in result.stderr
-    assert "9 tensors, model.layers.1." in result.stderr
-    assert "Not part of" not in call_cli("harden", llama, "--method", "fold", "--dry-run").stderr
+    for refused in (
+        ("harden", model, *FOLD, "--out", tmp_path / "out"),
+        ("inspect", model),
+        ("attack", model, "--control", llama, *SMALL, "--out", tmp_path / "attack"),
+    ):
+        assert_refused(call_cli(*refused), "model.layers.1", "fewer", "save_pretrained")
+    load_model(model).save_pretrained(tmp_path / "saved")  # as the hint says
+    assert call_cli("harden", tmp_path / "saved", *FOLD, "--dry-run").code == 0
+
+
+def test_tensors_that_the_model_has_no_place_for_are_named(llama: Path, tmp_path: Path) -> None:
+    """Such as heads for further tokens, which stand in a layer beyond the last and have more than a layer has."""
+    model = spoiled(llama, tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    beyond = {name.replace(".1.", ".2."): tensor.clone() for name, tensor in tensors.items() if ".layers.1." in name}
+    more = {**tensors, **beyond, "model.layers.2.eh_proj.weight": torch.ones(2, 2), "mtp.fc.weight": torch.ones(2, 2)}
+    save_file(more, model / "model.safetensors", {"format": "pt"})
+    result = call_cli("harden", model, "--dry-run")
+    assert result.code == 0, result.stderr
+    assert f"not protected: {len(beyond) + 2} tensors" in result.stderr
+    assert "not protected" not in call_cli("harden", llama, "--dry-run").stderr
 
 
 def test_names_with_escapes_do_not_reach_the_terminal(llama: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def attack(subject: str, share: float, *, variant: str = "plain", trained: str =
 
 def report(name: str, *attacks: dict[str, Any]) -> dict[str, Any]:
     spec = {
-        "subject": "model", "checkpoint": "c", "data": "d", "task": "causal-lm", "variant": "brought:2",
+        "subject": "control", "checkpoint": "c", "data": "d", "task": "causal-lm", "variant": "brought:2",
         "training": "full", "optimizer": "adamw", "learning_rate": 1e-3, "eval_every": 3, "seed": 0, "steps": 30,
         "batch_size": 8, "sequence_length": 64,
     }  # fmt: skip
@@ -94,14 +94,20 @@ def test_a_share_whose_rate_is_not_settled_is_marked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "word"), [(("data", "fingerprint"), "different data"), (("runs", 0, "spec", "steps"), "different budgets")]
+    ("path", "word"),
+    [
+        (("data", "fingerprint"), "different data"),
+        (("runs", 0, "spec", "steps"), "different budgets (--steps 30 or 99)"),
+        (("runs", 0, "spec", "weight_decay"), "different budgets (--weight-decay 0.0 or 99.0)"),
+        (("runs", 0, "loss", "start"), "different controls (base)"),
+    ],
 )
 def test_what_cannot_be_compared_is_said(path: tuple[Any, ...], word: str) -> None:
     other = copy.deepcopy(INSERT)
     place = other
     for key in path[:-1]:
         place = place[key]
-    place[path[-1]] = type(place[path[-1]])(99)
+    place[path[-1]] = type(place.get(path[-1], 0.0))(99)
     assert any(word in note for note in compared(FOLD, other).notes)
 
 
