@@ -25,7 +25,6 @@ from specdef_cli.report.document import ReportDocument, read_report
 TABLES = Path(__file__).parents[1] / "tables"
 ASSETS = Path(__file__).parents[1] / "assets"
 METHODS = ("fold", "scale", "factors")
-PROFILES = ("float16-cache", "bfloat16", "quantizable", "gguf")
 NAMES = {
     "full": "full fine-tuning",
     "LoRA all-linear": "LoRA on every linear",
@@ -63,9 +62,9 @@ THEMES = {
 }  # fmt: skip
 
 
-def rows_of(text: str, first: str = "") -> list[list[str]]:
-    """The cells of the first Markdown table of a text whose head begins with ``first``, the head first."""
-    table = re.search(rf"^\| {first}.*\n(?:^\|.*\n)+", text, re.MULTILINE)
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the first Markdown table of a text, its head first."""
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
     if table is None:
         raise ValueError("there is no table")
     lines = table[0].splitlines()
@@ -127,13 +126,13 @@ def formats_figure(text: str, theme: Theme) -> Figure:
     Args:
         text: A table of examples/real/consumers.py.
     """
-    head, *body = rows_of(text, "tool")
-    ways = [way for way in head[3:] if way in (*METHODS, *PROFILES)]
+    head, *body = rows_of(text)
+    ways = head[3:]
     figure = Figure(figsize=(2.9 + 1.15 * len(ways), 0.27 * len(body) + 0.5), layout="constrained")
     axes = figure.subplots()
     for position, row in enumerate(body):
-        for place, way in enumerate(ways):
-            verdict = next((word for word in theme.verdicts if row[head.index(way)].startswith(word)), "skipped")
+        for place in range(len(ways)):
+            verdict = next((word for word in theme.verdicts if row[place + 3].startswith(word)), "skipped")
             axes.add_patch(Rectangle((place - 0.48, position - 0.45), 0.96, 0.9, color=theme.verdicts[verdict], lw=0))
             axes.text(place, position, verdict, ha="center", va="center", fontsize=7.5, color=theme.ink)
     axes.set_xlim(-0.5, len(ways) - 0.5)
@@ -213,7 +212,7 @@ FIGURES: dict[str, Callable[[str, Theme], Figure]] = {
     "serving": formats_figure,
     "frontier": frontier_figure,
 }
-"""By table and picture."""
+"""By table and picture; the first table of a file is drawn."""
 
 
 def _plain(axes: Axes) -> None:

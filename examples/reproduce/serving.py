@@ -116,8 +116,7 @@ def attacks(reports: Sequence[Path], profiles: Sequence[str]) -> str:
     columns = " | ".join(profile for profile, _ in there)
     lines = [f"| attack | control | {columns} |", "|---|---|" + "---|" * len(there)]
     for row in compared.rows:
-        cells = " | ".join("–" if cell is None else cell.text for cell in row.cells)
-        lines.append(f"| {row.attack} | {row.control} | {cells} |")
+        lines.append(f"| {row.attack} | {row.control} | {' | '.join(row.texts[2:])} |")
     return "\n".join(lines)
 
 
