@@ -210,7 +210,6 @@ FIGURES: dict[str, Callable[[str, Theme], Figure]] = {
     "consumers-smollm2-135m-instruct": formats_figure,
     "consumers-gemma-3-270m": formats_figure,
     "serving": formats_figure,
-    "frontier": frontier_figure,
 }
 """By table and picture; the first table of a file is drawn."""
 
