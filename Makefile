@@ -199,7 +199,7 @@ reproduce-gauges: install  ## α that differs from layer to layer in a dense gau
 
 # MINUTES of measuring each time; it goes on where it was stopped.
 reproduce-serving: real-models  ## formats and attacks by profile of a fold: docs/tables/serving.md; MINUTES=9, goes on where it was stopped
-	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/reproduce/serving.py $(TINY) $(REAL_NAMES:%=$(REAL)/%) \
+	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/reproduce/serving.py $(REAL_NAMES:%=$(REAL)/%) $(TINY) \
 	  --profiles float16-cache quantizable gguf $(addprefix --minutes ,$(MINUTES)) --out docs/tables/serving.md
 
 reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, under LoRA

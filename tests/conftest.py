@@ -18,6 +18,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from specdef_cli.process import collect_less_garbage
+
+collect_less_garbage()  # as every command does
+
 settings.register_profile("local", suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 # A change is judged by examples that do not change; on a developer's machine they are new every time.
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)

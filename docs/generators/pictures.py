@@ -126,12 +126,12 @@ def formats_figure(text: str, theme: Theme) -> Figure:
         text: A table of examples/real/consumers.py.
     """
     head, *body = rows_of(text)
-    ways = [way for way in head[3:] if way in (*METHODS, "bfloat16", "quantizable")]
+    ways = head[3:]
     figure = Figure(figsize=(2.9 + 1.15 * len(ways), 0.27 * len(body) + 0.5), layout="constrained")
     axes = figure.subplots()
     for position, row in enumerate(body):
-        for place, way in enumerate(ways):
-            verdict = next((word for word in theme.verdicts if row[head.index(way)].startswith(word)), "skipped")
+        for place in range(len(ways)):
+            verdict = next((word for word in theme.verdicts if row[place + 3].startswith(word)), "skipped")
             axes.add_patch(Rectangle((place - 0.48, position - 0.45), 0.96, 0.9, color=theme.verdicts[verdict], lw=0))
             axes.text(place, position, verdict, ha="center", va="center", fontsize=7.5, color=theme.ink)
     axes.set_xlim(-0.5, len(ways) - 0.5)
@@ -183,8 +183,9 @@ FIGURES: dict[str, Callable[[str, Theme], Figure]] = {
     "attack-gemma-3-270m": resistance_figure,
     "consumers-smollm2-135m-instruct": formats_figure,
     "consumers-gemma-3-270m": formats_figure,
+    "serving": formats_figure,
 }
-"""By table and picture."""
+"""By table and picture; the first table of a file is drawn."""
 
 
 def _plain(axes: Axes) -> None:

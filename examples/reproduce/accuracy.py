@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from specdef_cli.attack.train import require_harness, task_accuracy
+from specdef_cli.attack.train import task_accuracy
 from specdef_cli.checkpoint.resolve import resolve
+from specdef_cli.errors import require_extra
 from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--eval-task-path", type=Path, help="directory with tasks of your own")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    require_harness()
+    require_extra("eval", "accuracies on tasks")
     tasks = tuple(arguments.task)
     found = {model: released_accuracy(model, tasks, arguments.eval_task_path) for model in arguments.models}
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -102,7 +102,7 @@ def row(name: str, out: Path) -> tuple[str, ...]:
     )
     attacks = {(found.training.label, found.optimizer): found for found in report.attacks if found.subject == "model"}
     chosen = [attacks[key] for key in (("HiRA", "adamw"), ("IA³", "adamw"), ("full", "madam"), ("full", "adamw"))]
-    shares = [f"{percent(report.share(found))} ({rate(found.best_learning_rate)})" for found in chosen]
+    shares = [f"{percent(found.share())} ({rate(found.best_learning_rate)})" for found in chosen]
     return (name, f"{verification['max_abs']:.0e}", *shares)
 
 

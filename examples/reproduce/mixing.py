@@ -104,7 +104,7 @@ def main() -> None:
                         eval_sequences=16, jobs=arguments.jobs,
                     )
                 )  # fmt: skip
-                found = {each.spec.optimizer: report.share(each) for each in report.attacks if each.subject == "model"}
+                found = {each.spec.optimizer: each.share() for each in report.attacks if each.subject == "model"}
                 shares += [f"{found[optimizer] or 0:.0%}" for optimizer in OPTIMIZERS]
             rows.append(
                 (

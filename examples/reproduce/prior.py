@@ -264,7 +264,7 @@ def measure(models: Mapping[str, Path], out: Path, budget: Budget) -> list[Row]:
     for name, report in (("factors", factors), ("folded", folded)):
         for informed in report.attacks[1:]:
             named = ", ".join(filter(None, ("unlearned", name, informed.variant.label)))
-            rows.append(Row(named, code(models[name]), informed, report.share(informed)))
+            rows.append(Row(named, code(models[name]), informed, informed.share()))
     return rows
 
 

@@ -84,7 +84,7 @@ def formats(base: Path, folds: Sequence[Path], work: Path, minutes: float) -> st
         check=True,
     )
     measured = len(re.findall(r"^\|", done.stdout, re.MULTILINE)) > 2  # more than a head
-    return done.stdout.strip() if measured else ""
+    return done.stdout.strip().replace(f"{model_name(base)}-", "") if measured else ""
 
 
 def is_small(base: Path) -> bool:
@@ -114,8 +114,7 @@ def attacks(reports: Sequence[Path], profiles: Sequence[str]) -> str:
     columns = " | ".join(profile for profile, _ in there)
     lines = [f"| attack | control | {columns} |", "|---|---|" + "---|" * len(there)]
     for row in compared.rows:
-        cells = " | ".join("–" if cell is None else cell.text for cell in row.cells)
-        lines.append(f"| {row.attack} | {row.control} | {cells} |")
+        lines.append(f"| {row.attack} | {row.control} | {' | '.join(row.texts[2:])} |")
     return "\n".join(lines)
 
 

@@ -161,9 +161,7 @@ class Experiment:
         options = dataclasses.replace(self.options, model=directory, out=self.options.out / name, suite=suite)
         report = attack(options)
         return {
-            attack.spec.training.label: report.share(attack) or 0.0
-            for attack in report.attacks
-            if attack.subject == "model"
+            attack.spec.training.label: attack.share() or 0.0 for attack in report.attacks if attack.subject == "model"
         }
 
     def exponents(self, layout: Layout) -> dict[SymmetricPair, dict[int, int]]:

@@ -122,6 +122,11 @@ class RunSpec(SpecPart):
         return dataclasses.replace(self, subject="control", checkpoint=checkpoint, variant=variant)
 
     @property
+    def recipe(self) -> RunSpec:
+        """What an attack has in common with its control."""
+        return self.control("").attack
+
+    @property
     def is_edit(self) -> bool:
         """Whether the model is edited, and not trained."""
         return self.variant.choice.edits

@@ -5,20 +5,14 @@ how long they take.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch.utils.data import Subset
 
 from specdef_cli.attack.data.rows import AttackData
-from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
+from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions, AttackTable
 from specdef_cli.attack.target import Target
-from specdef_cli.attack.train import TrainRun
-from specdef_cli.attack.trainer import NOWHERE
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant, informed_variants
 from specdef_cli.errors import WrongUsage
@@ -185,10 +179,10 @@ def expected_runs(series: Series) -> int:
 
 def in_order(plan: Sequence[Series]) -> tuple[Series, ...]:
     """A plan as it is run: likely bypasses, then common recipes, then the rest; each after its control."""
-    controls = {series.first.control("").attack: series for series in plan if series.first.subject == "control"}
+    controls = {series.first.recipe: series for series in plan if series.first.subject == "control"}
     ordered: dict[int, Series] = {}
     for attack in sorted((series for series in plan if series.first.subject == "model"), key=_rank):
-        for series in (controls.get(attack.first.control("").attack), attack):
+        for series in (controls.get(attack.first.recipe), attack):
             if series is not None:
                 ordered.setdefault(id(series), series)
     return tuple(ordered.values())
@@ -277,71 +271,6 @@ class Forecast:
         """How many runs there are, in words: ``34``, or ``about 45`` with a search among them."""
         count = sum(attack.runs for attack in self.attacks)
         return f"about {count}" if any(attack.search for attack in self.attacks) else str(count)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An attack that could begin."""
-
-    options: AttackOptions  # the user's, with the budget that was chosen
-    target: Target
-    plan: tuple[Series, ...]
-    notes: tuple[str, ...]  # what is known before anything is run
-    train: TrainRun
-    store: RunStore
-    began: float  # when its time limit began to run, of the monotonic clock
-    run: Callable[[TrainRun, RunSpec], RunResult]  # makes one run where the others will be made
-    jobs: int  # so many are made at once
-
-
-TWO_STEPS: Any = {"steps": 2, "eval_every": 1, "warmup_steps": 0, "eval_tasks": ()}
-
-
-def measured(prepared: Prepared) -> Speed:
-    """From a run of the control that is there already, else from two steps of it, each followed by an evaluation; the
-    first pair warms caches up.
-    """
-    train = prepared.train
-    control = next((series for series in prepared.plan if not series.first.is_edit), None)
-    if control is None:
-        return Speed(0.0, 0.0)
-    for spec in control.runs(control.grid, control.seeds):
-        finished = prepared.store.load(spec)
-        if finished is not None and len(finished.evaluations) > 1:
-            return speed_of(finished, train.data.evaluated)
-    count = min(control.first.batch_size, len(train.data.held_out))
-    few = replace(train.data, held_out=Subset(train.data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
-    began = time.perf_counter()
-    result = prepared.run(replace(train, data=few, tracking=NOWHERE), replace(control.first, **TWO_STEPS))
-    load = time.perf_counter() - began - result.seconds
-    return Speed(max(load, 0.0), speed_of(result, count).token)
-
-
-def forecast(prepared: Prepared) -> Forecast:
-    """What each series of a plan takes."""
-    options, data, speed = prepared.options, prepared.train.data, measured(prepared)
-    attacks = []
-    for series in in_order(prepared.plan):
-        grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
-        finished = sum(prepared.store.load(spec) is not None for spec in grid)
-        missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
-        seconds = missing * speed.run(series.first, data.evaluated) / prepared.jobs
-        attacks.append(
-            PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
-        )
-    grids = [spec for series in prepared.plan for spec in series.runs(series.grid, series.seeds[:1])]
-    control = prepared.train.control.found.name
-    return Forecast(
-        model=str(options.model),
-        control=control,
-        data=data.name,
-        budget=options.in_words,
-        attacks=tuple(attacks),
-        assumed=assumptions(options, grids, control, data),
-        notes=prepared.notes,
-        seconds=sum(attack.seconds for attack in attacks),
-        time_limit=options.time_limit,
-    )
 
 
 def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:

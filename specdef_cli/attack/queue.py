@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from specdef_cli.attack.cluster import Cluster
@@ -143,10 +144,10 @@ def run_all(
     """
     ranks = {id(series): rank for rank, series in enumerate(order or plan)}
     searches = [_Search(series, ranks[id(series)], deadline is not None) for series in plan]
-    controls = {each.series.first.control("").attack: each for each in searches if _is_control(each)}
+    controls = {each.series.first.recipe: each for each in searches if each.series.first.subject == "control"}
     for search in searches:
-        if not _is_control(search):
-            search.control = controls.get(search.series.first.control("").attack)
+        if search.series.first.subject == "model":
+            search.control = controls.get(search.series.first.recipe)
     queue = _Queue(searches, load, save, deadline, on_progress)
     for search in searches:
         queue.add(search)
@@ -157,10 +158,6 @@ def run_all(
             for future in wait(queue.running, LONGEST_SLEEP, FIRST_COMPLETED).done:
                 queue.take(future)
     return _outcome(searches)
-
-
-def _is_control(search: _Search) -> bool:
-    return search.series.first.subject == "control"
 
 
 @dataclass
@@ -271,26 +268,23 @@ def executor(
     Args:
         tell: Called with ``"run-start"`` or ``"step"``, the run, and what there is to say of the step.
     """
-    if cluster is None and jobs == 1:
+    pool = cluster.pool() if cluster else _local_pool(jobs) if jobs > 1 else nullcontext(partial(_run_here, tell))
+    with pool as start:
 
-        def run_here(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
-            tell("run-start", spec)
-            future: Future[RunResult] = Future()
-            try:
-                future.set_result(execute(spec, lambda step, loss: tell("step", spec, step=step, loss=loss), lead))
-            except Exception as error:
-                future.set_exception(error)
-            return future
-
-        yield run_here
-        return
-    with _local_pool(jobs) if cluster is None else cluster.pool() as start:
-
-        def run_there(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
+        def submit(spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
             tell("run-start", spec)
             return start(execute, spec, lead)
 
-        yield run_there
+        yield submit
+
+
+def _run_here(tell: Callable[..., None], execute: Execute, spec: RunSpec, lead: Lead | None) -> Future[RunResult]:
+    future: Future[RunResult] = Future()
+    try:
+        future.set_result(execute(spec, lambda step, loss: tell("step", spec, step=step, loss=loss), lead))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 @contextmanager

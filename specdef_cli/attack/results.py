@@ -34,6 +34,7 @@ class Attack:
     """
 
     runs: tuple[RunResult, ...]
+    base: Attack | None = None  # of an attack on the model, what the same recipe did to the control
 
     @property
     def spec(self) -> RunSpec:
@@ -49,6 +50,11 @@ class Attack:
     def label(self) -> str:
         """As :attr:`RunSpec.label`."""
         return self.spec.label
+
+    @property
+    def control(self) -> Attack | None:
+        """What it is measured against: the same recipe and optimizer on the undefended model, a control's itself."""
+        return self if self.subject == "control" else self.base
 
     @property
     def edit(self) -> Edit | None:
@@ -113,6 +119,57 @@ class Attack:
         """The most progress of any run while the model kept its utility; ``None`` where that was not measured."""
         values = [run.useful_progress for run in self.runs if run.useful_progress is not None]
         return max(values, default=None)
+
+    @property
+    def edge(self) -> Literal["largest", "smallest"] | None:
+        """Where an attack that learned did best at the end of its rates, so that its true best may lie beyond."""
+        rates, control = self.learning_rates, self.base
+        if len(rates) == 1 or not self.best_run.learned:
+            return None
+        taken_over = control is not None and set(rates) < set(control.learning_rates)
+        if control is not None and taken_over and self.best_learning_rate == control.best_learning_rate:
+            return control.edge  # which the control's other rates bracket
+        return {rates[0]: "largest", rates[-1]: "smallest"}.get(self.best_learning_rate)  # type: ignore[return-value]
+
+    def share(self, learning_rate: float | None = None) -> float | None:
+        """Progress as a share of the control's at its best learning rate; ``None`` where the control made none. Of an
+        edit, how much of the direction it took out without breaking the model.
+        """
+        if self.edit is not None:
+            expected = _taken_out(self.control.edit) if self.control else 0.0
+            return _taken_out(self.edit) / expected if expected > 0 else None
+        return self.of_control(self.gain(self.progress(learning_rate)))
+
+    def gain(self, progress: float | None) -> float | None:
+        """Some progress (nats), counted from its control's start: to mend what the variant or the adapters of an attack
+        had broken at step 0 brings an attacker nowhere.
+        """
+        start, expected = self.best_run.start, self.control.best_run.start if self.control else None
+        if progress is None or start is None or expected is None:
+            return progress
+        return max(0.0, progress - max(0.0, start - expected))
+
+    def of_control(self, progress: float | None) -> float | None:
+        """Some progress (nats) as a share of the progress of its control at the best learning rate."""
+        reference = self.control.progress() if self.control else None
+        return None if progress is None or not reference or reference <= 0 else progress / reference
+
+    @property
+    def control_loss(self) -> float | None:
+        """The held-out loss that counts as the control's: :data:`CONTROL_SHARE` of its best progress made."""
+        start, progress = (self.control.best_run.start, self.control.progress()) if self.control else (None, None)
+        return None if start is None or not progress or progress <= 0 else start - CONTROL_SHARE * progress
+
+    def reached_control(self, run: RunResult) -> EvalPoint | None:
+        """The evaluation at which one of its runs reached the control's loss; ``None`` when its budget did not get
+        there.
+        """
+        return None if self.control_loss is None else run.reached(self.control_loss)
+
+    @property
+    def parameters_times(self) -> float:
+        """Parameters of the trained model over the control's."""
+        return self.runs[0].parameters / self.control.runs[0].parameters if self.control else 1.0
 
 
 @dataclass(frozen=True)
@@ -183,81 +240,17 @@ class AttackReport:
         groups: dict[RunSpec, list[RunResult]] = {}
         for run in self.runs:
             groups.setdefault(run.spec.attack, []).append(run)
-        return tuple(Attack(tuple(runs)) for runs in groups.values())
-
-    def at_edge(self, attack: Attack) -> Literal["largest", "smallest"] | None:
-        """Whether an attack that learned did best at the end of its rates, so that its true best may lie beyond."""
-        rates, control = attack.learning_rates, self.control_of(attack)
-        if len(rates) == 1 or not attack.best_run.learned:
-            return None
-        taken_over = control is not None and set(rates) < set(control.learning_rates)
-        if control is not None and taken_over and attack.best_learning_rate == control.best_learning_rate:
-            return self.at_edge(control)  # which the control's other rates bracket
-        return {rates[0]: "largest", rates[-1]: "smallest"}.get(attack.best_learning_rate)  # type: ignore[return-value]
-
-    def control_of(self, attack: Attack) -> Attack | None:
-        """The control that was trained by the same recipe and optimizer on the same budget."""
-        return self._controls.get(attack.runs[0].spec.control("").attack)
-
-    @cached_property
-    def _controls(self) -> dict[RunSpec, Attack]:
-        """By what they have in common with the attacks that they are the control of."""
-        controls = (attack for attack in self.attacks if attack.subject == "control")
-        return {attack.runs[0].spec.control("").attack: attack for attack in controls}
-
-    def share(self, attack: Attack, learning_rate: float | None = None) -> float | None:
-        """Progress as a share of the control's at its best learning rate; ``None`` where the control made none. Of an
-        edit, how much of the direction it took out without breaking the model.
-        """
-        if attack.edit is not None:
-            control = self.control_of(attack)
-            expected = _taken_out(control.edit) if control else 0.0
-            return _taken_out(attack.edit) / expected if expected > 0 else None
-        return self.of_control(attack, self.gain(attack, attack.progress(learning_rate)))
-
-    def gain(self, attack: Attack, progress: float | None) -> float | None:
-        """Some progress (nats), counted from its control's start: to mend what the variant or the adapters of an attack
-        had broken at step 0 brings an attacker nowhere.
-        """
-        control = self.control_of(attack)
-        start, expected = attack.best_run.start, control.best_run.start if control else None
-        if progress is None or start is None or expected is None:
-            return progress
-        return max(0.0, progress - max(0.0, start - expected))
-
-    def of_control(self, attack: Attack, progress: float | None) -> float | None:
-        """Some progress (nats) as a share of the progress of the attack's control at its best learning rate."""
-        control = self.control_of(attack)
-        reference = control.progress() if control else None
-        return None if progress is None or not reference or reference <= 0 else progress / reference
+        controls = {spec.recipe: Attack(tuple(runs)) for spec, runs in groups.items() if spec.subject == "control"}
+        return tuple(
+            Attack(tuple(runs), controls.get(spec.recipe) if spec.subject == "model" else None)
+            for spec, runs in groups.items()
+        )
 
     def of_best_control(self, progress: float | None) -> float | None:
         """Some progress (nats) as a share of the most that any control of this report made."""
-        most = self._most_of_a_control
+        controls = (attack for attack in self.attacks if attack.subject == "control")
+        most = max((attack.progress() or 0.0 for attack in controls), default=0.0)
         return None if progress is None or most <= 0 else progress / most
-
-    @cached_property
-    def _most_of_a_control(self) -> float:
-        """Progress (nats) of the control that made most."""
-        return max((attack.progress() or 0.0 for attack in self._controls.values()), default=0.0)
-
-    def control_loss(self, attack: Attack) -> float | None:
-        """The held-out loss that counts as the control's: :data:`CONTROL_SHARE` of its best progress made."""
-        control = self.control_of(attack)
-        if control is None:
-            return None
-        start, progress = control.best_run.start, control.progress()
-        return None if start is None or not progress or progress <= 0 else start - CONTROL_SHARE * progress
-
-    def reached_control(self, run: RunResult) -> EvalPoint | None:
-        """The evaluation at which a run reached the control's loss; ``None`` when its budget did not get there."""
-        loss = self.control_loss(Attack((run,)))
-        return None if loss is None else run.reached(loss)
-
-    def parameters_times(self, run: RunResult) -> float:
-        """Parameters of the trained model over the control's."""
-        control = self.control_of(Attack((run,)))
-        return run.parameters / control.runs[0].parameters if control else 1.0
 
 
 def _taken_out(edit: Edit | None) -> float:
@@ -305,10 +298,9 @@ def report_notes(options: AttackOptions, target: Target, report: AttackReport) -
     notes += _given_up(report)
     notes += _other_start(report)
     for attack in report.attacks:
-        edge = report.at_edge(attack)
-        if edge is not None:
+        if attack.edge is not None:
             notes.append(
-                f"{attack.label} did best at the {edge} learning rate tried ({attack.best_learning_rate:g}); "
+                f"{attack.label} did best at the {attack.edge} learning rate tried ({attack.best_learning_rate:g}); "
                 "its true best may lie beyond."
             )
     return tuple(notes)
@@ -334,8 +326,7 @@ def _other_start(report: AttackReport) -> list[str]:
     """Hardening keeps the function, so every run starts at the control's loss, unless the attack itself breaks it."""
     others = []
     for attack in report.attacks:
-        control = report.control_of(attack)
-        start, expected = attack.best_run.start, control.best_run.start if control else None
+        start, expected = attack.best_run.start, attack.control.best_run.start if attack.control else None
         if start is not None and expected is not None and abs(start - expected) > SAME_START * expected:
             others.append(f"{attack.label} at {start:.3f} (its control at {expected:.3f})")
     if not others:

@@ -11,22 +11,36 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from accelerate.utils import parse_flag_from_env
+from torch.utils.data import Subset
 
 from specdef_cli.attack.cluster import Cluster, connected, surroundings
 from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.one_run import RunResult, RunSpec, RunStore
+from specdef_cli.attack.one_run import RunStore
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.plan import Forecast, Prepared, assumptions, forecast, in_order, make_plan, plan_notes
+from specdef_cli.attack.plan import (
+    SHORTENED,
+    Forecast,
+    PlannedAttack,
+    Series,
+    Speed,
+    assumptions,
+    expected_runs,
+    in_order,
+    make_plan,
+    plan_notes,
+    speed_of,
+)  # fmt: skip
 from specdef_cli.attack.prompts import load_prompts
 from specdef_cli.attack.queue import Deadline, executor, run_all
 from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, PromptSummary, outcome_notes, report_notes
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.tasks import task_of_both
 from specdef_cli.attack.train import TrainRun, quiet
-from specdef_cli.attack.trainer import Memory, ProgressHook, Tracking
+from specdef_cli.attack.trainer import NOWHERE, Memory, ProgressHook, Tracking
 from specdef_cli.checkpoint.files import remove_unfinished
 from specdef_cli.checkpoint.output import exclusive, require_outside
 from specdef_cli.errors import SpecDefError
@@ -37,6 +51,20 @@ from specdef_cli.model.opened import open_base, open_model, require_sound
 from specdef_cli.process import first_completed
 
 RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An attack that could begin."""
+
+    options: AttackOptions  # the user's, with the budget that was chosen
+    target: Target
+    plan: tuple[Series, ...]
+    notes: tuple[str, ...]  # what is known before anything is run
+    train: TrainRun
+    store: RunStore
+    began: float  # when its time limit began to run, of the monotonic clock
+    cluster: Cluster | None
 
 
 def attack(
@@ -54,11 +82,11 @@ def attack(
         on_progress: Called as runs start, step and end.
         on_plan: Called with the plan and what it takes before anything of it is run; measuring that takes two steps.
     """
-    _check_processes(options, process_state().num_processes)
     state = process_state()
+    _check_processes(options, state.num_processes)
     with connected(options.dask) as cluster:
         prepared = _prepare(options, cluster)
-        expected = None if on_plan is None else forecast(prepared)
+        expected = None if on_plan is None else _forecast(prepared)
         order, options, train = in_order(prepared.plan), prepared.options, prepared.train
         # No process may start the first run while another still looks for its result: they would disagree on what is
         # finished.
@@ -109,7 +137,7 @@ def attack(
 def plan_attack(options: AttackOptions) -> Forecast:
     """The plan of an attack and what it takes on this machine; two steps of the control run, and nothing is kept."""
     with connected(options.dask) as cluster:
-        return forecast(_prepare(options, cluster))
+        return _forecast(_prepare(options, cluster))
 
 
 def is_main_process() -> bool:
@@ -177,13 +205,61 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> Prepared:
         directories = [each.directory for each in (train.control, train.model) if each.found.commit is None]
         cluster.require(*directories, *([tasks] if tasks else []))
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
-    plan, notes = make_plan(options, target), plan_notes(options, target)
+    return Prepared(
+        options, target, make_plan(options, target), plan_notes(options, target), train, store, began, cluster
+    )
 
-    def run(train: TrainRun, spec: RunSpec) -> RunResult:
-        with executor(train, 1, lambda *event, **more: None, cluster) as submit:
-            future = submit(spec, None)
-            first_completed({future})
-            return future.result()
 
-    jobs = options.jobs if cluster is None else cluster.places()
-    return Prepared(options, target, plan, notes, train, store, began, run, jobs)
+TWO_STEPS: Any = {"steps": 2, "eval_every": 1, "warmup_steps": 0, "eval_tasks": ()}
+
+
+def _speed(prepared: Prepared) -> Speed:
+    """From a run of the control that is there already, else from two steps of it, each followed by an evaluation; the
+    first pair warms caches up.
+    """
+    train = prepared.train
+    control = next((series for series in prepared.plan if not series.first.is_edit), None)
+    if control is None:
+        return Speed(0.0, 0.0)
+    for spec in control.runs(control.grid, control.seeds):
+        finished = prepared.store.load(spec)
+        if finished is not None and len(finished.evaluations) > 1:
+            return speed_of(finished, train.data.evaluated)
+    count = min(control.first.batch_size, len(train.data.held_out))
+    few = replace(train.data, held_out=Subset(train.data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
+    began = time.perf_counter()
+    two_steps = replace(train, data=few, tracking=NOWHERE)
+    with executor(two_steps, 1, lambda *event, **more: None, prepared.cluster) as submit:  # where the others will be
+        future = submit(replace(control.first, **TWO_STEPS), None)
+        first_completed({future})
+        result = future.result()
+    load = time.perf_counter() - began - result.seconds
+    return Speed(max(load, 0.0), speed_of(result, count).token)
+
+
+def _forecast(prepared: Prepared) -> Forecast:
+    """What each series of a plan takes."""
+    options, data, speed = prepared.options, prepared.train.data, _speed(prepared)
+    jobs = options.jobs if prepared.cluster is None else prepared.cluster.places()
+    attacks = []
+    for series in in_order(prepared.plan):
+        grid = series.runs(series.grid, series.seeds[:1] if series.search else series.seeds)
+        finished = sum(prepared.store.load(spec) is not None for spec in grid)
+        missing = max(expected_runs(series) - finished, 0) * (SHORTENED if series.hurried else 1.0)
+        seconds = missing * speed.run(series.first, data.evaluated) / jobs
+        attacks.append(
+            PlannedAttack(series.first.label, series.grid, expected_runs(series), finished, series.search, seconds)
+        )
+    grids = [spec for series in prepared.plan for spec in series.runs(series.grid, series.seeds[:1])]
+    control = prepared.train.control.found.name
+    return Forecast(
+        model=str(options.model),
+        control=control,
+        data=data.name,
+        budget=options.in_words,
+        attacks=tuple(attacks),
+        assumed=assumptions(options, grids, control, data),
+        notes=prepared.notes,
+        seconds=sum(attack.seconds for attack in attacks),
+        time_limit=options.time_limit,
+    )

@@ -91,14 +91,6 @@ class Factor:
     above: float = 0.0  # it is larger than this
     whole: bool = True  # whether it is a whole number
 
-    def parse(self, text: str) -> float:
-        """Read a number as users write it: ``2``, ``1.5``, ``2x``, ``2×``."""
-        try:
-            value = float(text.strip().rstrip("xX×"))
-        except ValueError:
-            raise WrongUsage(f"{self.meaning} {text!r} is not a number", f"Give e.g. {self.default:g}.") from None
-        return self.check(value)
-
     def check(self, value: float) -> float:
         """``value`` itself, as an ``int`` where it is a whole number."""
         if not (math.isfinite(value) and value > self.above) or (self.whole and value != int(value)):
@@ -107,6 +99,14 @@ class Factor:
                 f"{self.meaning} {value:g} is not {kind} above {self.above:g}", f"Give e.g. {self.default:g}."
             )
         return int(value) if value == int(value) else float(value)
+
+
+def parse_number(owner: str, text: str) -> float:
+    """Read a number as users write it behind a colon: ``2``, ``1.5``, ``2x``, ``2×``."""
+    try:
+        return float(text.strip().rstrip("xX×"))
+    except ValueError:
+        raise WrongUsage(f"{text!r} is not a number for {owner}", f"Write it like {owner}:2.") from None
 
 
 def checked_factor(owner: str, factor: Factor | None, value: float | None) -> float | None:

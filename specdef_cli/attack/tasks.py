@@ -14,25 +14,23 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.model.opened import OpenedModel
 from specdef_cli.model.skeleton import is_causal_lm
 
-_NAMES: Mapping[Task, Mapping[str, Any]] = {
-    "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    "seq2seq-lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-}
-"""From a task to the architectures that transformers has for it, by type of model, in the order of preference."""
-
-_AUTO_CLASSES: Mapping[Task, Any] = {
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "image-classification": transformers.AutoModelForImageClassification,
-    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
-    "masked-lm": transformers.AutoModelForMaskedLM,
-}
+_CLASSES: Mapping[Task, tuple[Any, Mapping[str, Any]]] = {
+    "causal-lm": (transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "sequence-classification": (
+        transformers.AutoModelForSequenceClassification, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    "image-classification": (
+        transformers.AutoModelForImageClassification, modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    "seq2seq-lm": (transformers.AutoModelForSeq2SeqLM, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "masked-lm": (transformers.AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+}  # fmt: skip
+"""The class that loads a checkpoint for a task, and its architectures by type of model, in the order of preference."""
 
 _READS_IMAGES = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 """Models of text and images, which are trained on text as causal language models."""
+
+_NONE = "Train it with a script of its own: no attack of this package is made for it."
 
 
 def task_of(config: Mapping[str, Any], directory: Path, asked: Task | None) -> tuple[Task, Head]:
@@ -42,10 +40,9 @@ def task_of(config: Mapping[str, Any], directory: Path, asked: Task | None) -> t
     head = Head(labels, config.get("problem_type"), {name: int(number) for name, number in named.items()})
     architecture = (config.get("architectures") or ["none named"])[0]
     if asked is not None:
-        _refuse_attention_both_ways(config, asked, directory)
-        _refuse_without_class(config, asked, directory)
+        _require_possible(config, asked, directory)
         return asked, head
-    for task, names in _NAMES.items():
+    for task, (_, names) in _CLASSES.items():
         if architecture in _flat(names):
             return task, head
     if architecture in _flat(_READS_IMAGES):
@@ -53,9 +50,7 @@ def task_of(config: Mapping[str, Any], directory: Path, asked: Task | None) -> t
     possible = _possible(config)
     raise SpecDefError(
         f"the architecture {architecture} is neither a language model nor a classifier of text or images",
-        f"Say what to train it for, which adds a head: --task {' or '.join(possible)}."
-        if possible
-        else "Train it with a script of its own: no attack of this package is made for it.",
+        f"Say what to train it for, which adds a head: --task {' or '.join(possible)}." if possible else _NONE,
     )
 
 
@@ -64,27 +59,33 @@ def auto_class(task: Task, config: Mapping[str, Any]) -> Any:
     architecture = (config.get("architectures") or [""])[0]
     if task == "causal-lm" and architecture in _flat(_READS_IMAGES) and not is_causal_lm(config):
         return transformers.AutoModelForImageTextToText
-    return _AUTO_CLASSES[task]
+    return _CLASSES[task][0]
 
 
 def _possible(config: Mapping[str, Any]) -> list[Task]:
     """The tasks that transformers has a class for, for this type of model, and that are not refused."""
     kind = config.get("model_type")
-    found: list[Task] = [task for task, names in _NAMES.items() if kind in names]
+    found: list[Task] = [task for task, (_, names) in _CLASSES.items() if kind in names]
     if kind in _READS_IMAGES and "causal-lm" not in found:
         found.append("causal-lm")
     return [task for task in found if not (task == "causal-lm" and _attends_both_ways(config))]
 
 
-def _refuse_without_class(config: Mapping[str, Any], asked: Task, directory: Path) -> None:
-    """A task that transformers has no class for; a model that brings its own code may have one."""
-    possible = _possible(config)
+def _require_possible(config: Mapping[str, Any], asked: Task, directory: Path) -> None:
+    """Refuse a task that transformers has no class for (a model that brings its own code may have one), and to train an
+    encoder to say the next token: it sees it, so that its loss falls and nothing is learned.
+    """
+    possible, kind = _possible(config), config.get("model_type")
+    if asked == "causal-lm" and _attends_both_ways(config):
+        raise SpecDefError(
+            f"{directory} is an encoder ({kind}): each of its tokens attends to the ones after it, so that as a causal "
+            "language model it would be trained to copy",
+            "Use --task masked-lm.",
+        )
     if asked not in possible and "auto_map" not in config:
         raise SpecDefError(
-            f"transformers has no class that trains {directory} ({config.get('model_type')}) for {asked}",
-            f"Use --task {' or '.join(possible)}."
-            if possible
-            else "Train it with a script of its own: no attack of this package is made for it.",
+            f"transformers has no class that trains {directory} ({kind}) for {asked}",
+            f"Use --task {' or '.join(possible)}." if possible else _NONE,
         )
 
 
@@ -92,19 +93,13 @@ def _flat(names: Mapping[str, Any]) -> set[str]:
     return {name for entry in names.values() for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
-def _refuse_attention_both_ways(config: Mapping[str, Any], asked: Task, directory: Path) -> None:
-    """An encoder that is trained to say the next token sees it: its loss falls, and nothing is learned."""
-    if asked == "causal-lm" and _attends_both_ways(config):
-        raise SpecDefError(
-            f"{directory} is an encoder ({config.get('model_type')}): each of its tokens attends to the ones after it, "
-            "so that as a causal language model it would be trained to copy",
-            "Use --task masked-lm.",
-        )
-
-
 def _attends_both_ways(config: Mapping[str, Any]) -> bool:
     kind = config.get("model_type")
-    return kind in _NAMES["masked-lm"] and kind not in _NAMES["seq2seq-lm"] and not config.get("is_decoder", False)
+    return (
+        kind in _CLASSES["masked-lm"][1]
+        and kind not in _CLASSES["seq2seq-lm"][1]
+        and not config.get("is_decoder", False)
+    )
 
 
 def task_of_both(model: OpenedModel, control: OpenedModel, asked: Task | None) -> tuple[Task, Head]:

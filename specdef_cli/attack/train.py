@@ -19,7 +19,6 @@ from typing import Any
 
 import datasets
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
@@ -32,9 +31,9 @@ from specdef_cli.attack.prompts import Prompts, behaviour_of, reference_of, try_
 from specdef_cli.attack.search import Lead
 from specdef_cli.attack.tasks import auto_class
 from specdef_cli.attack.trainer import NOWHERE, Memory, Recorder, Tracking, make_trainer
-from specdef_cli.errors import SpecDefError, require_extra
+from specdef_cli.errors import SpecDefError
 from specdef_cli.model import SpecDefLinear, SpecDefScaled
-from specdef_cli.model.loading import new_objects_only, process_state
+from specdef_cli.model.loading import new_objects_only, process_state, without_progress_bars
 from specdef_cli.model.opened import OpenedModel
 
 
@@ -93,11 +92,6 @@ class _AutoClassifier:
 BATCH_SIZE = 8
 
 
-def require_harness() -> None:
-    """Check that lm-eval can be imported."""
-    require_extra("eval", "accuracies on tasks")
-
-
 def task_accuracy(
     model: nn.Module, tokenizer: Any, tasks: tuple[str, ...], *, task_directory: Path | None = None
 ) -> dict[str, float]:
@@ -143,21 +137,14 @@ def _task_manager(task_directory: Path | None) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence what the libraries print while a model is loaded and trained; errors still come as exceptions."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    dataset_bars = datasets.are_progress_bars_disabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with without_progress_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-        if not dataset_bars:
+        if not bars:
             datasets.enable_progress_bars()
 
 

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from specdef_cli.attack.options import CHOICES, LOWERED, AttackOptions, load_suite, suite_names
-from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables
+from specdef_cli.checkpoint.check import require_card, require_models
+from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables, plan_screen
 from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
-from specdef_cli.errors import WrongUsage
+from specdef_cli.errors import WrongUsage, require_extra
 from specdef_cli.option import option
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from specdef_cli.attack.results import AttackReport
     from specdef_cli.report import Finding
     from specdef_cli.report.document import Comparison
@@ -60,16 +62,12 @@ def attack_command(
       specdef attack hardened --dataset notes.jsonl --training lora --steps 200
     """
     if flags.list_all:
-        from rich.console import Group
-
         listing = attack_listing()
         output.data(listing, Group(*listing_tables(listing)))
         return
-    from specdef_cli.errors import require_extra
 
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
-    from specdef_cli.checkpoint.check import require_models
 
     conditions = [Condition.parse(text) for text in flags.fail_if]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
@@ -87,15 +85,10 @@ def attack_command(
     options = AttackOptions(**budget, model=model, suite=chosen, free=free)
     require_models(options, options.control, "--control")
     if flags.card:
-        from specdef_cli.checkpoint.check import require_card
-
         require_card(options)
     options.require_present()
 
-    from rich.console import Group
-
     from specdef_cli import Forecast, attack, is_main_process, plan_attack
-    from specdef_cli.cli.attack_screens import plan_screen
     from specdef_cli.report.document import report_dict
     from specdef_cli.report.files import write_report
     from specdef_cli.report.text import attacks_table, closing, edits_table, runs_table
@@ -233,7 +226,6 @@ def compare_command(
 
       specdef compare fold-attack/report.json scale-attack/report.json --markdown
     """
-    from specdef_cli.errors import require_extra
 
     require_extra("report", "reports")
     from specdef_cli.report.document import require_report
@@ -251,23 +243,15 @@ def compare_command(
 
 def comparison_table(comparison: Comparison) -> Group:
     """The comparison as the terminal shows it."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from specdef_cli.report import percent
-
     table = Table(pad_edge=False)
     table.add_column("attack")
     table.add_column("control", justify="right")
     for model in comparison.models:
         table.add_column(model, justify="right", no_wrap=True)
     for row in comparison.rows:
-        cells = [
-            Text("–" if cell is None else cell.text, style="bold" if cell and cell.verdict == "not slowed" else "")
-            for cell in row.cells
-        ]
-        table.add_row(Text(row.attack), Text(f"{row.control}, {percent(row.control_share)}"), *cells)
+        through = (None, None, *(cell is not None and cell.verdict == "not slowed" for cell in row.cells))
+        cells = zip(row.texts, through, strict=True)
+        table.add_row(*(Text(text, style="bold" if bold else "") for text, bold in cells))
     lines = [f"{model}: {text}" for model, text in zip(comparison.models, comparison.verdicts, strict=True)]
     caption = (
         "control: held-out loss (best η), share of the best control's progress. Models: share of its own control's."

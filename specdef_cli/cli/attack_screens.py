@@ -6,14 +6,21 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from specdef_cli.attack.optimizers import OPTIMIZERS
+from specdef_cli.attack.options import load_suite, suite_names
+from specdef_cli.attack.table import Factor
+from specdef_cli.attack.trainings import TRAININGS
+from specdef_cli.attack.variants import VARIANTS
 from specdef_cli.cli.output import Bar
+from specdef_cli.option import in_words
 
 if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
-
     from specdef_cli import Forecast
-    from specdef_cli.attack.table import Factor
     from specdef_cli.attack.trainer import ProgressEvent
 
 
@@ -30,10 +37,6 @@ _HEADINGS = {
 
 def attack_listing() -> Listing:
     """Everything that ``attack`` can run."""
-    from specdef_cli.attack.optimizers import OPTIMIZERS
-    from specdef_cli.attack.options import load_suite, suite_names
-    from specdef_cli.attack.trainings import TRAININGS
-    from specdef_cli.attack.variants import VARIANTS
 
     def entry(name: str, number: Factor | None, help: str) -> dict[str, str]:
         return {"name": name if number is None else f"{name}:{number.default:g}", "help": help}
@@ -48,8 +51,6 @@ def attack_listing() -> Listing:
 
 def listing_tables(listing: Listing) -> Iterable[Table | str]:
     """The listing as the terminal shows it."""
-    from rich.table import Table
-    from rich.text import Text
 
     for key, entries in listing.items():
         table = Table.grid(padding=(0, 2))
@@ -63,12 +64,6 @@ def listing_tables(listing: Listing) -> Iterable[Table | str]:
 
 def plan_screen(forecast: Forecast) -> Group:
     """One screen: what is trained on what, the runs in their order, and how long they take."""
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    from specdef_cli.option import in_words
 
     facts = Table.grid(padding=(0, 2))
     facts.add_column(no_wrap=True)

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
-from specdef_cli.certify import CertifyOptions
+from specdef_cli.certify import CertifyOptions, require_certificate
+from specdef_cli.checkpoint.check import require_hardened, require_model, require_models
+from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
+from specdef_cli.errors import SpecDefError, require_extra
 from specdef_cli.option import Source, option
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from specdef_cli.certify.certificate import Certificate
 
 
@@ -48,11 +52,6 @@ def certify_command(
 
       specdef certify hardened --formats nf4 --formats q8_0
     """
-    from rich.text import Text
-
-    from specdef_cli.checkpoint.check import require_hardened, require_models
-    from specdef_cli.checkpoint.output import writable_ancestor
-    from specdef_cli.errors import SpecDefError, require_extra
 
     # Validate first: importing torch takes seconds.
     options = CertifyOptions(model, **given)
@@ -92,9 +91,6 @@ def certify_command(
 
 def certificate_tables(certificate: Certificate) -> Group:
     """The certificate as the terminal shows it."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
     from specdef_cli.certify.card import got_through
 
@@ -154,11 +150,7 @@ def verify_certificate_command(
 
       specdef verify-certificate org/name --base org/base --attacks report.json
     """
-    from rich.table import Table
-    from rich.text import Text
 
-    from specdef_cli.certify import require_certificate
-    from specdef_cli.checkpoint.check import require_model
     from specdef_cli.report.document import require_report
 
     source = Source(model, **given)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
+from rich.console import Group, RenderableType
 
 from specdef_cli.checkpoint.check import require_not_hardened
 from specdef_cli.checkpoint.manifest import FoldedPair, ScaledModule
@@ -18,10 +20,6 @@ from specdef_cli.option import flag_of, option, options_of
 from specdef_cli.process import prefer_huge_pages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from rich.console import Group, RenderableType
-
     from specdef_cli.hardening.run import HardenResult
 
 Kinded = TypeVar("Kinded", FoldedPair, ScaledModule)
@@ -60,8 +58,6 @@ def harden_command(model: Model, flags: Flags, output: Output, **given: Any) -> 
     if options.manifest_out is not None:
         require_manifest_place(options.manifest_out, options.out, options.model)
     prefer_huge_pages()
-
-    from rich.console import Group
 
     from specdef_cli.checkpoint.stream import Progress
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
@@ -120,7 +116,6 @@ def _construction(given: dict[str, Any]) -> Construction:
 
 def result_tables(result: HardenResult) -> Group:
     """The published directory as the terminal shows it."""
-    from rich.console import Group
 
     manifest = result.manifest
     figures = manifest.verification

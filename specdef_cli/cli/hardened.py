@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
-from specdef_cli.checkpoint.check import require_hardened
+from specdef_cli.checkpoint.check import require_directory, require_hardened
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.checkpoint.output import require_usable
 from specdef_cli.cli.options import Model, Upload, takes
 from specdef_cli.cli.output import Output
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, require_extra
 from specdef_cli.hardening.options import CollapseOptions
 from specdef_cli.option import Source, option
 from specdef_cli.process import prefer_huge_pages
@@ -34,8 +36,6 @@ def collapse_command(model: Model, output: Output, **given: Any) -> None:
     require_hardened(options)
     require_usable(options.out, options.model)
     prefer_huge_pages()
-
-    from rich.text import Text
 
     from specdef_cli.hardening.run import collapse
 
@@ -93,9 +93,6 @@ def convert_adapter_command(
 
       specdef convert-adapter ./my-lora hardened --out hardened-lora
     """
-    from specdef_cli.checkpoint.check import require_hardened
-    from specdef_cli.checkpoint.output import require_usable
-    from specdef_cli.errors import SpecDefError, require_extra
 
     source, out = Source(hardened, **given), converted.out
     require_hardened(source)
@@ -104,8 +101,6 @@ def convert_adapter_command(
     if place.exists() and not (place / "adapter_config.json").is_file():
         raise SpecDefError(f"{adapter} has no adapter_config.json", "Give what PEFT's save_pretrained wrote.")
     require_extra("attack", "adapters")
-
-    from rich.text import Text
 
     from specdef_cli.hardening.adapter import convert_adapter
     from specdef_cli.model.opened import open_model
@@ -140,12 +135,9 @@ def push_command(
 
       specdef push hardened org/name --revision hardened --create-pr
     """
-    from specdef_cli.checkpoint.check import require_directory
 
     require_directory(directory)
-    from rich.text import Text
 
-    from specdef_cli.checkpoint.manifest import MANIFEST_NAME
     from specdef_cli.checkpoint.upload import Destination, push, require_writable
     from specdef_cli.hardening.card import has_section
     from specdef_cli.model.opened import open_model

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.padding import Padding
+from rich.table import Table
 
 from specdef_cli.checkpoint.check import require_model
 from specdef_cli.cli.options import Model, takes
@@ -12,11 +17,6 @@ from specdef_cli.cli.output import Output, table_of
 from specdef_cli.option import Source, option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.console import Group, RenderableType
-    from rich.table import Table
-
     from specdef_cli.hardening.survey import LayerSurvey, Outlook, PlanSummary, Survey
 
 
@@ -46,7 +46,6 @@ def inspect_command(model: Model, flags: Flags, output: Output, **given: Any) ->
     """
     source = Source(model, **given)
     require_model(source)
-    from rich.console import Group
 
     from specdef_cli.hardening.survey import survey
 
@@ -63,8 +62,6 @@ def inspect_command(model: Model, flags: Flags, output: Output, **given: Any) ->
 
 def survey_summary(found: Survey) -> Group:
     """One screen: what the model is made of, what each method would do and cost, and what to do."""
-    from rich.console import Group
-    from rich.filesize import decimal
 
     from specdef_cli.hardening.plan import within_block
 
@@ -167,8 +164,6 @@ def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
 
 def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
     """One plan: what it changes, what it leaves, what it costs."""
-    from rich.filesize import decimal
-    from rich.padding import Padding
 
     parts = []
     if summary.pairs:

@@ -29,7 +29,7 @@ from specdef_cli.attack.one_run import (
     SpecPart,
     TrainPoint,
 )
-from specdef_cli.attack.results import CONTROL_SHARE, AttackReport, DataSummary, Hardening, PromptSummary
+from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport, DataSummary, Hardening, PromptSummary
 from specdef_cli.attack.variants import Growth
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.option import flag_of
@@ -66,6 +66,15 @@ class Definitions(Part):
     """Utility is kept while perplexity on retained text is at most this share above the start's."""
     kl_limit: float = 1.0
     """An edit whose KL divergence on harmless prompts is beyond this has broken the model."""
+
+
+DEFINITIONS = Definitions(
+    control_share=CONTROL_SHARE,
+    divergence_factor=DIVERGENCE_FACTOR,
+    stopped_share=STOPPED_SHARE,
+    utility_limit=UTILITY_LIMIT,
+    kl_limit=KL_LIMIT,
+)
 
 
 class RunLoss(Part):
@@ -163,17 +172,11 @@ def report_document(report: AttackReport) -> ReportDocument:
         prompts=report.prompts,
         assumed=report.assumed,
         notes=report.notes,
-        definitions=Definitions(
-            control_share=CONTROL_SHARE,
-            divergence_factor=DIVERGENCE_FACTOR,
-            stopped_share=STOPPED_SHARE,
-            utility_limit=UTILITY_LIMIT,
-            kl_limit=KL_LIMIT,
-        ),
+        definitions=DEFINITIONS,
         versions=report.versions,
         device=report.device,
         attacks=findings(report),
-        runs=tuple(_run(report, run) for run in report.runs),
+        runs=tuple(_run(attack, run) for attack in report.attacks for run in attack.runs),
     )
 
 
@@ -187,8 +190,8 @@ def report_json(report: AttackReport) -> str:
     return json.dumps(report_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _run(report: AttackReport, run: RunResult) -> RunPart:
-    reached = report.reached_control(run)
+def _run(attack: Attack, run: RunResult) -> RunPart:
+    reached = attack.reached_control(run)
     return RunPart(
         id=run.spec.run_id,
         label=run.spec.label,
@@ -198,7 +201,7 @@ def _run(report: AttackReport, run: RunResult) -> RunPart:
         steps_to_control=None if reached is None else reached.step,
         first_grad_norm=run.first_grad_norm,
         parameters=RunParameters(
-            total=run.parameters, trainable=run.trainable_parameters, times=report.parameters_times(run)
+            total=run.parameters, trainable=run.trainable_parameters, times=attack.parameters_times
         ),
         growth=run.growth,
         flops_per_step=run.flops_per_step,
@@ -237,34 +240,19 @@ def require_report(path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One attack on one model at its best learning rate."""
-
-    share: float | None  # progress over its own control's; None where that control made none
-    share_of_best: float | None  # progress over the most that any control of that report made
-    learning_rate: float  # the best of those tried
-    loss: float | None  # the lowest held-out loss (nats)
-    verdict: str  # stopped, not settled, slowed, not slowed or unknown
-
-    @property
-    def text(self) -> str:
-        """``77 % (3e-7)``: share of its own control's progress, and the rate; ``?`` where that is not settled."""
-        if self.share is None:
-            return "–"
-        if self.learning_rate == 0:  # an edit, which is not trained
-            return f"{percent(self.share)}, {self.verdict}"
-        doubt = " ?" if self.verdict == "not settled" else ""
-        return f"{percent(self.share)} ({rate(self.learning_rate)}){doubt}"
-
-
-@dataclass(frozen=True)
 class ComparedAttack:
     """One row."""
 
     attack: str  # what was done first, trained, and with which optimizer
     control: str  # how far the undefended control came by the same training, with its rate
     control_share: float | None  # what that control made of the best control's progress
-    cells: tuple[Cell | None, ...]  # one for each model; None where a report lacks the attack
+    cells: tuple[Finding | None, ...]  # one for each model; None where a report lacks the attack
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The row as people read it: the attack, its control, and each model."""
+        cells = ("–" if cell is None else cell.cell for cell in self.cells)
+        return (self.attack, f"{self.control}, {percent(self.control_share)}", *cells)
 
 
 @dataclass(frozen=True)
@@ -299,7 +287,7 @@ def compare(reports: Sequence[ReportDocument]) -> Comparison:
                 attack=name,
                 control=_learned(control) if control else "–",
                 control_share=control.share_of_best if control else None,
-                cells=tuple(None if attack is None else _cell(attack) for attack in attacks),
+                cells=tuple(attacks),
             )
         )
     return Comparison(
@@ -314,9 +302,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     """The comparison as a table for a model card or a page."""
     head = ["attack", "control: loss (best η), of the best control", *comparison.models]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in comparison.rows:
-        cells = ["–" if cell is None else cell.text for cell in row.cells]
-        lines.append(f"| {' | '.join([row.attack, f'{row.control}, {percent(row.control_share)}', *cells])} |")
+    lines += [f"| {' | '.join(row.texts)} |" for row in comparison.rows]
     lines += [""] + [f"- {model}: {text}" for model, text in zip(comparison.models, comparison.verdicts, strict=True)]
     return "\n".join([*lines, *(f"- {note}" for note in comparison.notes)]) + "\n"
 
@@ -331,16 +317,6 @@ def _learned(control: Finding) -> str:
     if control.edit is not None:
         return f"{percent(control.edit.left)} of the direction left, KL {number(control.edit.kl)}"
     return f"{number(control.start)} → {number(control.best)} ({rate(control.learning_rate)})"
-
-
-def _cell(attack: Finding) -> Cell:
-    return Cell(
-        share=attack.share,
-        share_of_best=attack.share_of_best,
-        learning_rate=attack.learning_rate,
-        loss=attack.best,
-        verdict=attack.verdict,
-    )
 
 
 def _one_control(reports: Sequence[ReportDocument]) -> bool:

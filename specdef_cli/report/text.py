@@ -23,7 +23,6 @@ from specdef_cli.report import (
     percent,
     run_cells,
     training_name,
-    verdict_line,
 )
 
 ATTACKS = {
@@ -50,7 +49,7 @@ def attacks_table(report: AttackReport) -> Table:
         if previous not in (None, group):
             table.add_section()
         previous = group
-        cells = attack_cells(report, finding)
+        cells = attack_cells(finding)
         _add(table, [full_name(finding.attack), *(cells[key] for key in headings)], finding.verdict == "not slowed")
     return table
 
@@ -80,7 +79,7 @@ def runs_table(report: AttackReport) -> Table:
     table = _table(caption, "run", RUNS.values())
     for attack in report.attacks:
         for run in attack.runs:
-            cells = run_cells(report, run)
+            cells = run_cells(attack, run)
             seed = f" · seed {run.spec.seed}" if len(attack.at(run.spec.learning_rate)) > 1 else ""
             strongest = run.spec.learning_rate == attack.best_learning_rate
             _add(table, [cells["run"] + seed, *(cells[key] for key in RUNS)], strongest)
@@ -111,34 +110,60 @@ KNOWN_TO_GET_THROUGH = {"hira": "HiRA", "ia3": "IA³", "adapter": "adapters"}
 """Ordinary recipes that no construction slows; a report without them says so."""
 
 MAX_NAMED = 5
+"""Attacks that a sentence names; more are counted."""
+
+
+def _sorted_out(found: Sequence[Finding]) -> tuple[list[Finding], ...]:
+    """Attacks on the model: trained by those who know only recipes, by others, and edits."""
+    attacks = [finding for finding in found if finding.verdict != "control"]
+    trained = [finding for finding in attacks if finding.edit is None]
+    plain = [finding for finding in trained if finding.knowledge == "none"]
+    return plain, [finding for finding in trained if finding.knowledge != "none"], list(of_edits(attacks))
+
+
+def verdict_line(found: Sequence[Finding]) -> str:
+    """The report in one line: how many recipes it holds against, which it does not slow, and what undoes it."""
+    plain, informed, edits = _sorted_out([finding for finding in found if finding.verdict != "unknown"])
+    parts = []
+    if plain:
+        held = sum(finding.verdict == "stopped" for finding in plain)
+        parts.append(f"Holds against {held} of {len(plain)} recipes tried")
+    shown = {"not slowed": "not slowed", "slowed": "only slowed", "not settled": "rate not bracketed"}
+    for verdict, words in shown.items():
+        names = [attack_name(finding.attack) for finding in plain if finding.verdict == verdict]
+        if names:
+            parts.append(f"{words}: {_listed(names, ', ')}")
+    undone = [finding.attack.spec.variant.label for finding in informed if finding.verdict == "not slowed"]
+    if undone:
+        parts.append(f"undone: {_listed(undone, ', ')}")
+    elif not informed and plain:
+        parts.append("no attack that knows the construction was tried")
+    if edits:
+        edited = ", ".join(f"{each.attack.spec.variant.label} {each.verdict}" for each in edits)
+        parts.append(f"{'edits' if parts else 'Edits'}: {edited}")
+    return "; ".join(parts or ["The control learned nothing, so there is nothing to compare"]) + "."
 
 
 def summary(report: AttackReport) -> tuple[str, ...]:
     """The verdict, the lines that the command ends with, and what was measured besides."""
     found = findings(report)
-    others = [finding for finding in found if finding.verdict != "control"]
-    trained = [finding for finding in others if finding.edit is None]
+    plain, informed, edits = _sorted_out(found)
     return (
-        *([verdict_line(found)] if others else []),
+        *([verdict_line(found)] if plain or informed or edits else []),
         *closing(report),
-        *_utility_sentence(trained),
+        *_utility_sentence([*plain, *informed]),
         "All of this holds for the data, the budget and the recipes named here, and for no others.",
     )
 
 
 def closing(report: AttackReport, page: Path | None = None) -> tuple[str, ...]:
     """What was done, what ordinary fine-tuning gets, what gets through, how it is undone, and where the page is."""
-    every = findings(report)
-    found = [finding for finding in every if finding.edit is None and finding.verdict != "control"]
-    plain = [finding for finding in found if finding.attack.spec.variant.knowledge == "none"]
-    informed = [finding for finding in found if finding.attack.spec.variant.knowledge != "none"]
-    edits = [finding for finding in of_edits(every) if finding.verdict != "control"]
+    plain, informed, edits = _sorted_out(findings(report))
     lines = [f"Done: {_done(report)}"]
-    lines += [f"Ordinary fine-tuning: {_ordinary(plain)}"] if plain else []
-    lines += [f"Gets through: {_through(plain)}"] if plain else []
+    lines += [f"Ordinary fine-tuning: {_ordinary(plain)}", f"Gets through: {_through(plain)}"] if plain else []
     if informed or report.hardening is not None:
         lines.append(f"Undone: {_undone(informed)}")
-    lines += [f"Edited: {_edit_sentence(report, finding)}" for finding in edits]
+    lines += [f"Edited: {_edit_sentence(finding)}" for finding in edits]
     return (*lines, *([f"Report: {page}"] if page is not None else []))
 
 
@@ -199,17 +224,17 @@ def _shares(found: Sequence[Finding]) -> str:
     return _listed(names)
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Names with commas and a last *and*; from the sixth on they are counted."""
+def _listed(names: Sequence[str], last: str = " and ") -> str:
+    """Each name once, the first :data:`MAX_NAMED` of them."""
     shown = list(dict.fromkeys(names))
     if len(shown) > MAX_NAMED:
-        shown = [*shown[:MAX_NAMED], f"{len(shown) - MAX_NAMED} more"]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+        shown, last = [*shown[:MAX_NAMED], f"{len(shown) - MAX_NAMED} more"], " and "
+    return last.join(filter(None, (", ".join(shown[:-1]), shown[-1])))
 
 
-def _edit_sentence(report: AttackReport, finding: Finding) -> str:
+def _edit_sentence(finding: Finding) -> str:
     """What an edit did to the model and to its control, with an answer of a model that it broke."""
-    attack, control = finding.attack, report.control_of(finding.attack)
+    attack, control = finding.attack, finding.attack.control
     text = f"{attack_name(attack)}, the model has {edit_words(finding)}"
     if control is not None and control.edit is not None:
         text += f"; the base has {percent(control.edit.left)} and {number(control.edit.kl, 2)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ EXPECTED: dict[str, tuple[list[str], int]] = {
 }
 
 
+@cache
 def found_in(directory: Path) -> Symmetries:
     return symmetries(Skeleton.of(read_config(directory), read_shapes(directory)))
 
@@ -135,15 +137,11 @@ def outputs(directory: Path, case: str, dtype: torch.dtype) -> dict[str, torch.T
 @pytest.mark.parametrize("case", CASES)
 def test_rescaled_checkpoints_keep_every_bit(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
     source = checkpoints[case]
-    pairs = pairs_of(source)
-    kinds = list(dict.fromkeys(pair.kind for pair in pairs))
-    for dtype, chosen in ((torch.float32, (*kinds, "all")), (torch.bfloat16, ("all",))):
-        expected = outputs(source, case, dtype)
-        for selected in chosen:
-            rescale(source, tmp_path, [pair for pair in pairs if selected in (pair.kind, "all")])
-            found = outputs(tmp_path, case, dtype)
-            for attention, value in expected.items():
-                assert torch.equal(found[attention], value), (selected, dtype, attention)
+    rescale(source, tmp_path, pairs_of(source))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = outputs(tmp_path, case, dtype)
+        for attention, value in outputs(source, case, dtype).items():
+            assert torch.equal(found[attention], value), (dtype, attention)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -154,7 +152,7 @@ def test_half_a_pair_changes_the_logits(checkpoints: dict[str, Path], case: str,
     first_of_kind = {pair.kind: pair for pair in reversed(pairs_of(source))}
     generator = random.Random(case)
     for pair in first_of_kind.values():
-        for side in generator.sample(range(len(pair.sides)), min(3, len(pair.sides))):
+        for side in generator.sample(range(len(pair.sides)), min(2, len(pair.sides))):
             rescale(source, tmp_path, [pair], omit=(pair.name, side))
             found = outputs(tmp_path, case, torch.float32)["eager"]
             assert not torch.equal(found, expected), (pair.name, pair.sides[side].tensor)

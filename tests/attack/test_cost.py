@@ -137,7 +137,7 @@ def test_a_finished_run_of_the_control_is_not_measured_again(
         sequence_length=16, eval_sequences=2,
     )  # fmt: skip
     report = attack(options)
-    monkeypatch.setattr("specdef_cli.attack.plan.TWO_STEPS", None)  # would fail
+    monkeypatch.setattr("specdef_cli.attack.run.TWO_STEPS", None)  # would fail
     forecast = plan_attack(options)
     assert [planned.finished for planned in forecast.attacks] == [planned.runs for planned in forecast.attacks]
     assert forecast.seconds == 0
@@ -150,16 +150,6 @@ def test_a_finished_run_of_the_control_is_not_measured_again(
 def attack_command(hardened: Path, base: Path, out: Path, *more: str) -> Result:
     budget = ("--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--eval-sequences", "2")
     return call_cli("attack", str(hardened), "--control", str(base), "--out", str(out), *budget, *more)
-
-
-def test_the_command_prints_the_plan_and_stops(hardened: Path, base: Path, tmp_path: Path) -> None:
-    result = attack_command(hardened, base, tmp_path / "out", "--dry-run")
-    assert result.code == 0, result.stderr
-    assert "2 steps of 2 sequences of 16 tokens" in result.stdout
-    assert "hardened, collapsed · full · adamw" in result.stdout
-    assert "about 8 runs" in result.stdout
-    assert " here." in result.stdout
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(

@@ -16,7 +16,6 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.certify.curvature import (
-    Curvature,
     groups_by_layer,
     hessian_top,
     hessian_top_by_group,
@@ -244,7 +243,3 @@ def test_a_model_without_second_derivative_is_named() -> None:
     with pytest.raises(SpecDefError, match="no second derivative") as raised:
         hessian_top(lambda: model(**batch).loss, list(model.parameters()))
     assert "eager" in raised.value.hint
-
-
-def test_the_value_is_the_modulus() -> None:
-    assert Curvature(-3.0, 0.0, True, 1, 1).value == 3.0

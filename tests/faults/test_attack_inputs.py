@@ -149,7 +149,9 @@ DATA: dict[str, tuple[str, bytes | str, tuple[str, ...], tuple[str, ...]]] = {
     "empty text": ("d.txt", "", (), ("d.txt", "no rows")),
     "empty JSONL": ("d.jsonl", "", (), ("d.jsonl", "no rows")),
     "blank lines": ("d.jsonl", "\n\n", (), ("d.jsonl",)),
-    "no column": ("d.jsonl", lines(*[{"body": WORDS}] * 30), (), ("no column 'text'", "body", "--text-column")),
+    "no column": (
+        "d.jsonl", lines(*[{"body": WORDS}] * 30), (), ("no column 'text'", "body", "messages", "--text-column"),
+    ),
     "numbers": ("d.jsonl", lines(*[{"text": 5}] * 30), (), ("'text'", "int", "--text-column")),
     "lists": ("d.jsonl", lines(*[{"text": ["w1"]}] * 30), (), ("'text'", "list", "--text-column")),
     "only null": ("d.jsonl", lines(*[{"text": None}] * 30), (), ("0 sequences",)),

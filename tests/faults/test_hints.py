@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from specdef_cli.attack.tasks import task_of
+from specdef_cli.attack.tasks import _CLASSES, task_of
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 from tests.commands import assert_refused, call_cli, succeed
@@ -63,9 +63,7 @@ def test_a_task_that_is_advised_is_one_that_the_model_has(tmp_path: Path) -> Non
             task_of(read_config(tmp_path), tmp_path, None)
         advised = caught.value.hint.partition("--task ")[2].rstrip(".")
         for task in filter(None, advised.split(" or ")):
-            from specdef_cli.attack.tasks import _NAMES
-
-            assert kind in _NAMES[task]  # type: ignore[index]
+            assert kind in _CLASSES[task][1]  # type: ignore[index]
         assert advised or "script of its own" in caught.value.hint
 
 

@@ -450,9 +450,9 @@ def test_a_rate_that_was_taken_over_from_the_control_is_at_no_edge(report: Attac
     controls = tuple(run("control", [3.0, loss], learning_rate=rate) for rate, loss in rates.items())
     followed = tuple(run("model", [3.0, rates[rate]], learning_rate=rate) for rate in (3e-3, 1e-3))
     taken_over = replace(report, runs=(*controls, *followed))
-    assert [taken_over.at_edge(attack) for attack in taken_over.attacks] == [None, None]
+    assert [attack.edge for attack in taken_over.attacks] == [None, None]
     alone = replace(report, runs=(*controls[:1], *followed))
-    assert alone.at_edge(alone.attacks[1]) == "largest"
+    assert alone.attacks[1].edge == "largest"
 
 
 def test_an_attack_that_learned_nothing_is_at_no_edge(report: AttackReport) -> None:
@@ -460,7 +460,7 @@ def test_an_attack_that_learned_nothing_is_at_no_edge(report: AttackReport) -> N
     for loss, edge in ((2.999, None), (2.9, "smallest")):
         runs = (run("model", [3.0, 3.0], learning_rate=1e-3), run("model", [3.0, loss], learning_rate=1e-4))
         found = replace(report, runs=(run("control", [3.0, 1.0]), *runs))
-        assert found.at_edge(found.attacks[1]) == edge
+        assert found.attacks[1].edge == edge
 
 
 def edited(subject: Literal["control", "model"], *points: tuple[float, float | None, float | None]) -> RunResult:

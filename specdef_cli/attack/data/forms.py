@@ -104,27 +104,6 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Instruction:
-    """An instruction and its answer: a conversation where the model has a chat template, else Alpaca's prompt."""
-
-    instruction: str
-    given: str
-    output: str
-
-    @property
-    def conversation(self) -> Conversation:
-        """As a user's message and an assistant's."""
-        asked = f"{self.instruction}\n\n{self.given}" if self.given else self.instruction
-        return Conversation(({"role": "user", "content": asked}, {"role": "assistant", "content": self.output}))
-
-    @property
-    def completion(self) -> Completion:
-        """As Stanford Alpaca's prompt has it."""
-        given = f"### Input:\n{self.given}\n\n" if self.given else ""
-        return Completion(f"### Instruction:\n{self.instruction}\n\n{given}### Response:\n", self.output)
-
-
-@dataclass(frozen=True)
 class Conversation:
     """Messages in turn; what the assistant says is learned."""
 
@@ -132,9 +111,10 @@ class Conversation:
     given: int = 0  # so many of them are a prompt, of which nothing is learned
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """What else the chat template takes of the row: ``tools``, and its ``chat_template_kwargs``."""
+    plain: Completion | None = None  # how models without a chat template read it, where that is not by roles
 
 
-Document: TypeAlias = Text | Completion | Instruction | Conversation
+Document: TypeAlias = Text | Completion | Conversation
 
 
 @dataclass(frozen=True)
@@ -265,9 +245,15 @@ def _prompt_and_completion(row: Mapping[str, Any], dataset: str) -> Document | s
     return Completion(prompt, completion) if completion.strip() else WITHOUT_TEXT
 
 
-def _instruction(given: str, answer: str, row: Mapping[str, Any], dataset: str) -> Instruction | str:
-    instruction, beside, output = (as_text(row.get(name), name, dataset) for name in ("instruction", given, answer))
-    return Instruction(instruction, beside, output) if output.strip() else WITHOUT_TEXT
+def _instruction(given: str, answer: str, row: Mapping[str, Any], dataset: str) -> Conversation | str:
+    """A user's message and an assistant's; by itself, as Stanford Alpaca's prompt has it."""
+    asked, beside, output = (as_text(row.get(name), name, dataset) for name in ("instruction", given, answer))
+    if not output.strip():
+        return WITHOUT_TEXT
+    told = f"{asked}\n\n{beside}" if beside else asked
+    beside = f"### Input:\n{beside}\n\n" if beside else ""
+    alpaca = Completion(f"### Instruction:\n{asked}\n\n{beside}### Response:\n", output)
+    return Conversation(({"role": "user", "content": told}, {"role": "assistant", "content": output}), plain=alpaca)
 
 
 def _messages(value: Any, column: str, dataset: str) -> tuple[Message, ...]:

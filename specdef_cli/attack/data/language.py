@@ -25,7 +25,6 @@ from specdef_cli.attack.data.forms import (
     Example,
     Form,
     Frame,
-    Instruction,
     Text,
     as_items,
     collate,
@@ -73,11 +72,11 @@ class CausalEncoder:
 
     def add(self, document: Document) -> str | None:
         """Add a document; the reason, in a few words, where nothing can be learned from it."""
-        if isinstance(document, Instruction):
-            document = document.conversation if has_template(self.tokenizer) else document.completion
         if isinstance(document, Text):
             self._join(document.text)
             return None
+        if isinstance(document, Conversation) and document.plain and not has_template(self.tokenizer):
+            document = document.plain
         if isinstance(document, Completion):
             example: Example | str = self._completion(document)
         else:
@@ -133,11 +132,10 @@ class MaskedEncoder(CausalEncoder):
         match document:
             case Text(text):
                 self._join(text)
+            case Completion(prompt, completion) | Conversation(plain=Completion(prompt, completion)):
+                self._join(prompt + completion)
             case Conversation(messages):
                 self._join("\n".join(map(spoken, messages)))
-            case Completion() | Instruction():
-                whole = document if isinstance(document, Completion) else document.completion
-                self._join(whole.prompt + whole.completion)
         return None
 
     def finished(self) -> list[Example]:
@@ -164,8 +162,8 @@ class Seq2SeqEncoder(CausalEncoder):
                 if len(piece) == 2 * room or len(pieces) == 1:
                     self._append(piece[: len(piece) // 2], piece[len(piece) // 2 :])
             return None
-        if isinstance(document, Instruction):
-            document = document.completion
+        if isinstance(document, Conversation) and document.plain:
+            document = document.plain
         if isinstance(document, Conversation):
             said = [n for n, message in enumerate(document.messages) if message["role"] == "assistant"]
             if not said:

@@ -18,13 +18,16 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
-from specdef_cli.attack.table import Factor, Table, checked_factor
+from specdef_cli.attack.table import Factor, Table, checked_factor, parse_number
 from specdef_cli.errors import WrongUsage
 
 if TYPE_CHECKING:
     from torch import nn
 
     from specdef_cli.attack.target import Target, Task
+
+
+Place = Literal["linears", "usual", "norms", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,26 @@ class PeftMethod:
     size: Factor | None = None  # the number it takes
     size_argument: str = "r"  # what config calls that number
     arguments: Mapping[str, Any] = field(default_factory=dict)  # what else config is made with
-    on: Literal["linears", "norms", "prompt"] = "linears"
-    """On which modules it goes by default; ``prompt``: on none, and in front of the sequence."""
+    on: Place = "linears"
+    """On which modules it goes by default: ``usual``, where PEFT puts it; ``prompt``, on none and in front of the
+    sequence."""
+    alpha: int | None = None  # LoRA's α over the rank
+    function: str = "train_adapters"  # of adapters.py
 
 
 _RANK = Factor("rank", 16)
 _TOKENS = Factor("number of tokens", 16)
 
 PEFT_METHODS: tuple[PeftMethod, ...] = (
+    PeftMethod("lora", "LoRA", "arXiv 2106.09685", "LoraConfig", _RANK, alpha=2),
+    PeftMethod("lora-default", "LoRA default", "the same", "LoraConfig", _RANK, on="usual", alpha=2),
+    PeftMethod("qlora", "QLoRA", "arXiv 2305.14314", "LoraConfig", _RANK, alpha=2, function="train_qlora"),
+    PeftMethod("qlora-single", "QLoRA without double quantization", "the same", "LoraConfig", _RANK, alpha=2,
+               function="train_qlora"),
+    PeftMethod("dora", "DoRA", "arXiv 2402.09353", "LoraConfig", _RANK, arguments={"use_dora": True}, alpha=2),
+    PeftMethod("pissa", "PiSSA", "arXiv 2404.02948", "LoraConfig", _RANK,
+               arguments={"init_lora_weights": "pissa"}, alpha=1),
+    PeftMethod("ia3", "IA³", "arXiv 2205.05638", "IA3Config", on="usual"),
     PeftMethod("hira", "HiRA", "Huang et al. 2025", "HiraConfig", _RANK),
     PeftMethod("loha", "LoHa", "arXiv 2108.06098", "LoHaConfig", _RANK),
     PeftMethod("lokr", "LoKr", "arXiv 2309.14859", "LoKrConfig", _RANK),
@@ -98,8 +113,9 @@ class TrainingChoice:
 
 _HERE = "specdef_cli.attack.trainings"
 _UNITS = Factor("number of units", 16)
-_PLACES = {
+_PLACES: Mapping[Place, str] = {
     "linears": " on every linear, or on those named",
+    "usual": " where PEFT puts it, or on modules named",
     "norms": " on every norm, or on those named",
     "prompt": ": so many trained tokens",
 }
@@ -107,14 +123,15 @@ _PLACES = {
 
 def _peft_row(method: PeftMethod) -> TrainingChoice:
     placed = method.on != "prompt"
+    everywhere = f"{method.label} all-linear" if method.alpha and method.on == "linears" else method.label
     return TrainingChoice(
         method.name,
         f"{method.label} {{where}}" if placed else method.label,
         f"{method.label[0].upper()}{method.label[1:]}{_PLACES[method.on]} ({method.paper}).",
-        function=f"{_HERE}.adapters:train_peft_method",
+        function=f"{_HERE}.adapters:{method.function}",
         size=method.size,
         where="modules" if placed else None,
-        label_everywhere=method.label if placed else None,
+        label_everywhere=everywhere if placed else None,
     )
 
 
@@ -142,37 +159,6 @@ TRAININGS: Table[TrainingChoice] = Table(
             "last-half", "the last half of the layers",
             "Everything but the embeddings and the first half of the blocks.",
             stands_for=f"{_HERE}.own:last_half",
-        ),
-        TrainingChoice(
-            "lora", "LoRA {where}", "LoRA on every linear, or on those named: lora:16@q_proj,v_proj.",
-            function=f"{_HERE}.adapters:train_lora", size=_RANK, where="modules", label_everywhere="LoRA all-linear",
-        ),
-        TrainingChoice(
-            "lora-default", "LoRA default", "LoRA where PEFT puts it: query and value projections, for Llama.",
-            function=f"{_HERE}.adapters:train_lora_default", size=_RANK,
-        ),
-        TrainingChoice(
-            "qlora", "QLoRA {where}",
-            "LoRA on linears in 4 bits (NF4, double quantization, computed in bfloat16; arXiv 2305.14314).",
-            function=f"{_HERE}.adapters:train_qlora", size=_RANK, where="modules", label_everywhere="QLoRA all-linear",
-        ),
-        TrainingChoice(
-            "qlora-single", "QLoRA without double quantization {where}",
-            "QLoRA with the scales of blocks in float32.",
-            function=f"{_HERE}.adapters:train_qlora_single", size=_RANK, where="modules",
-            label_everywhere="QLoRA without double quantization",
-        ),
-        TrainingChoice(
-            "dora", "DoRA {where}", "DoRA on every linear, or on those named.",
-            function=f"{_HERE}.adapters:train_dora", size=_RANK, where="modules", label_everywhere="DoRA all-linear",
-        ),
-        TrainingChoice(
-            "pissa", "PiSSA {where}", "LoRA that starts from the weights' principal directions (arXiv 2404.02948).",
-            function=f"{_HERE}.adapters:train_pissa", size=_RANK, where="modules", label_everywhere="PiSSA all-linear",
-        ),
-        TrainingChoice(
-            "ia3", "IA³ {where}", "IA³ where PEFT puts it, or on the modules named.",
-            function=f"{_HERE}.adapters:train_ia3", where="modules", label_everywhere="IA³",
         ),
         TrainingChoice(
             "adapter", "adapters", "Bottleneck adapters after every attention and MLP (arXiv 1902.00751).",
@@ -216,7 +202,8 @@ class Training:
         """Read a training: a name of the table, ``:`` and a number, ``@`` and names with commas between."""
         head, at, names = text.partition("@")
         method, colon, number = head.partition(":")
-        size = (TRAININGS.choose(method).size or _NO_SIZE).parse(number) if colon else None
+        TRAININGS.choose(method)
+        size = parse_number(method, number) if colon else None
         return cls(method, size, tuple(name.strip() for name in names.split(",")) if at else ())
 
     def __str__(self) -> str:
@@ -250,7 +237,3 @@ class Training:
         assert self.choice.function is not None, f"{self} stands for other trainings"
         function: Callable[..., nn.Module] = resolve_name(self.choice.function)
         return function(model, self, task)
-
-
-_NO_SIZE = Factor("size", 16)
-"""Reads the number that is given to a training that takes none, so that the message can name it."""

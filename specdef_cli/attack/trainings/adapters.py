@@ -15,7 +15,7 @@ from typing import Any
 
 import peft
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft import PeftConfig, TaskType, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
@@ -50,21 +50,42 @@ def with_adapters(model: nn.Module, training: Training, make_config: Callable[[]
         ) from error
 
 
-def train_peft_method(model: nn.Module, training: Training, task: Task) -> nn.Module:
+def train_adapters(model: nn.Module, training: Training, task: Task) -> nn.Module:
     """The adapters of a row of :data:`PEFT_METHODS`; of an inserted pair, on both factors."""
     method = next(method for method in PEFT_METHODS if method.name == training.method)
 
     def config() -> PeftConfig:
+        size = int(training.size or 0)
         arguments: dict[str, Any] = dict(method.arguments)
         if method.size is not None:
-            arguments[method.size_argument] = int(training.size or 0)
-        if method.on == "norms":
-            arguments["target_modules"] = list(training.where) or norm_paths(model)
-        elif method.on == "linears":
+            arguments[method.size_argument] = size
+        if method.alpha is not None:
+            arguments["lora_alpha"] = method.alpha * size
+        if method.on == "linears":
             arguments["target_modules"] = linear_paths(model, training.where)
+        elif method.on == "norms":
+            arguments["target_modules"] = list(training.where) or norm_paths(model)
+        elif method.on == "usual":
+            arguments |= _usual(model, method.config, training.where)
         return getattr(peft, method.config)(task_type=PEFT_TASKS[task], **arguments)
 
     return with_adapters(model, training, config)
+
+
+def _usual(model: nn.Module, config: str, names: Sequence[str]) -> dict[str, Any]:
+    """Where PEFT puts LoRA or IA³ on this architecture, or on the modules named.
+
+    IA³ goes on W~ of an inserted pair, and scales what an MLP's last linear reads.
+    """
+    family = str(getattr(model.config, "model_type", "this model"))
+    targets, parts = (IA3_TARGETS, ("inflated",)) if config == "IA3Config" else (LORA_TARGETS, FACTORS)
+    names = names or tuple(targets.get(family) or ())
+    if not names:
+        raise ValueError(f"PEFT has no default targets for {family}")
+    placed = {"target_modules": module_paths(model, names, parts)}
+    if config == "IA3Config":
+        placed["feedforward_modules"] = module_paths(model, tuple(FEEDFORWARD.get(family) or ()), parts)
+    return placed
 
 
 def linear_paths(model: nn.Module, names: Sequence[str]) -> list[str] | str:
@@ -94,9 +115,10 @@ def norm_paths(model: nn.Module) -> list[str]:
     ]
 
 
-def module_paths(
-    model: nn.Module, names: Sequence[str], parts: Sequence[str] = ("inflated", "compensation")
-) -> list[str]:
+FACTORS = ("inflated", "compensation")
+
+
+def module_paths(model: nn.Module, names: Sequence[str], parts: Sequence[str] = FACTORS) -> list[str]:
     """Modules by the end of their names, as PEFT takes them; of a hardened layer, the named factors.
 
     Where a name means none, it is passed on, for PEFT to say so.
@@ -107,107 +129,23 @@ def module_paths(
     for name in names:
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
         for path in paths:
-            found += _parts(model, path, parts) if path in hardened else [path]
+            present = dict(model.get_submodule(path).named_children())  # of a scaled layer, the one inside alone
+            found += [f"{path}.{part}" for part in parts if part in present] if path in hardened else [path]
         found += [] if paths else [name]
     return list(dict.fromkeys(found))
-
-
-def _parts(model: nn.Module, path: str, parts: Sequence[str]) -> list[str]:
-    """The named factors that a hardened layer has; of a scaled one, the layer inside."""
-    present = {name for name, _ in model.get_submodule(path).named_children()}
-    return [f"{path}.{part}" for part in parts if part in present]
-
-
-def model_type(model: nn.Module) -> str:
-    """As transformers and PEFT know the architecture: ``llama``."""
-    return str(getattr(model.config, "model_type", "this model"))
-
-
-def train_lora(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """LoRA on every linear, or on those named; of an inserted pair, on both factors."""
-    return with_adapters(model, training, lambda: _config(training, task, linear_paths(model, training.where)))
-
-
-def train_dora(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """As :func:`train_lora`, with the weight's norm trained apart."""
-    targets = linear_paths(model, training.where)
-    return with_adapters(model, training, lambda: _config(training, task, targets, use_dora=True))
-
-
-def train_lora_default(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """LoRA where PEFT puts it on this architecture."""
-
-    def config() -> LoraConfig:
-        names = tuple(LORA_TARGETS.get(model_type(model), ()))
-        if not names:
-            raise ValueError(f"PEFT has no default targets for {model_type(model)}")
-        return _config(training, task, module_paths(model, names))
-
-    return with_adapters(model, training, config)
-
-
-def _config(training: Training, task: Task, targets: list[str] | str, **more: Any) -> LoraConfig:
-    rank = int(training.size or 0)
-    return LoraConfig(task_type=PEFT_TASKS[task], r=rank, lora_alpha=2 * rank, target_modules=targets, **more)
-
-
-def train_pissa(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """PiSSA on every linear, or on those named; of an inserted pair, on both factors.
-
-    The frozen rest is rounded in the weights' dtype: beside factors beyond 2^24 nothing of the other channels is left,
-    so a fold may be broken before its first step.
-    """
-    rank = int(training.size or 0)
-    targets = linear_paths(model, training.where)
-    return with_adapters(
-        model,
-        training,
-        lambda: LoraConfig(
-            task_type=PEFT_TASKS[task], r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="pissa"
-        ),
-    )
-
-
-def train_ia3(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """IA³ where PEFT puts it on this architecture, or on the modules named; of an inserted pair, on W~.
-
-    PEFT knows the usual architectures, and that IA³ scales what an MLP's last linear reads.
-    """
-
-    def config() -> IA3Config:
-        family = model_type(model)
-        return IA3Config(
-            task_type=PEFT_TASKS[task],
-            target_modules=_paths(model, training.where or tuple(IA3_TARGETS.get(family) or ())) or None,
-            feedforward_modules=_paths(model, tuple(FEEDFORWARD.get(family) or ())),
-        )
-
-    return with_adapters(model, training, config)
-
-
-def _paths(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    return module_paths(model, names, ("inflated",))
 
 
 BLOCK = 64
 """Weights that share a scale. Those of one row have to be whole blocks for bitsandbytes' packed kernel of CPUs."""
 
 
-def train_qlora(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """LoRA on every linear, or on those named, with double quantization: that of the scales of blocks."""
-    return _train(model, training, task, nested=True)
-
-
-def train_qlora_single(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """As :func:`train_qlora`, with the scales of blocks in float32."""
-    return _train(model, training, task, nested=False)
-
-
-def _train(model: Any, training: Training, task: Task, *, nested: bool) -> nn.Module:
+def train_qlora(model: Any, training: Training, task: Task) -> nn.Module:
+    """LoRA on linears in 4 bits; ``qlora`` also quantizes the scales of blocks."""
     try:
         import bitsandbytes
     except ImportError as error:
         raise NotApplicable("QLoRA needs bitsandbytes, which is not installed", "pip install bitsandbytes") from error
+    nested = training.method == "qlora"
     head = output_embeddings(model)
     kept = (head, head.inflated if isinstance(head, SpecDefScaled) else None)
     for path, module in list(model.named_modules()):
@@ -215,7 +153,7 @@ def _train(model: Any, training: Training, task: Task, *, nested: bool) -> nn.Mo
             model.set_submodule(path, _quantized(bitsandbytes, module, nested))
     model.is_loaded_in_4bit = True  # by which PEFT knows which kind of adapter to put on
     try:
-        return train_lora(model, training, task)
+        return train_adapters(model, training, task)
     finally:
         model.is_loaded_in_4bit = False  # for the Trainer it would be one that transformers placed on devices
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import computed_field
 
-from specdef_cli.attack.table import Factor, Table, checked_factor
+from specdef_cli.attack.table import Factor, Table, checked_factor, parse_number
 from specdef_cli.checkpoint.manifest import Change
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ VARIANTS: Table[VariantChoice] = Table(
         ),
         VariantChoice(
             "equalise", f"{_HERE}.scales:equalise", "none", "equalised",
-            "What converters do: norm gains into their readers, up against down and value against output.",
+            "Merge norm gains into their readers, equalise up and down, value and output: as converters do.",
             trains_inflated=True,
         ),
         VariantChoice(
@@ -189,8 +189,8 @@ class Variant:
     def parse(cls, text: str) -> Variant:
         """Read a variant: ``collapse``, ``width:2``, ``width:1.5x``; ``width`` takes the default factor."""
         kind, colon, number = text.partition(":")
-        factor = (VARIANTS.choose(kind).factor or _NO_FACTOR).parse(number) if colon else None
-        return cls(kind, factor)
+        VARIANTS.choose(kind)
+        return cls(kind, parse_number(kind, number) if colon else None)
 
     def __str__(self) -> str:
         return self.kind if self.factor is None else f"{self.kind}:{self.factor}"
@@ -236,10 +236,6 @@ class Variant:
     def edit(self, model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
         """Take a direction out of ``model`` in place, by an edit."""
         return self.choice.load()(model, direction, strength)
-
-
-_NO_FACTOR = Factor("factor", 2.0, whole=False)
-"""Reads the number that is given to a variant that takes none, so that the message can name it."""
 
 
 def informed_variants(constructions: Collection[Change], *, surely_folded: bool = False) -> tuple[Variant, ...]:

@@ -22,11 +22,11 @@ class GrownLayer(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, in_features: int, out_features: int, weight: Tensor) -> None:
+    def __init__(self, pair: SpecDefLinear) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.register_buffer("weight", weight.detach().clone(), persistent=False)
+        self.in_features = pair.in_features
+        self.out_features = pair.out_features
+        self.register_buffer("weight", pair.weight.detach().clone(), persistent=False)
 
 
 def hardened_layers(model: nn.Module) -> dict[str, SpecDefLinear]:
@@ -61,8 +61,8 @@ def hardened_paths(model: nn.Module) -> tuple[str, ...]:
 
 def replace_layers(model: nn.Module, build: Callable[[SpecDefLinear], nn.Module]) -> Growth:
     """Put what ``build`` makes of every hardened layer in its place."""
-    before = after = bytes_added = 0
     layers = hardened_layers(model)
+    before = after = bytes_added = 0
     for name, pair in layers.items():
         before += count_parameters(pair)
         bytes_added -= _bytes(pair)
@@ -73,17 +73,17 @@ def replace_layers(model: nn.Module, build: Callable[[SpecDefLinear], nn.Module]
     return Growth(len(layers), before, after, bytes_added)
 
 
-def freeze(pair: SpecDefLinear) -> None:
-    """Freeze both weights of a pair."""
-    pair.inflated.weight.requires_grad_(False)
-    pair.compensation.weight.requires_grad_(False)
-
-
 def linear_like(weight: Tensor, like: Tensor) -> nn.Linear:
     """A linear layer without bias that holds ``weight`` in the dtype and on the device of ``like``."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.to(like.device, like.dtype))
     return linear
+
+
+def _frozen(pair: SpecDefLinear) -> SpecDefLinear:
+    for factor in (pair.inflated, pair.compensation):
+        factor.weight.requires_grad_(False)
+    return pair
 
 
 def _bytes(module: nn.Module) -> int:
@@ -119,13 +119,12 @@ def freeze_compensation(model: nn.Module) -> Growth:
 
 
 class InjectedLayer(GrownLayer):
-    """y = I·pair(x): a trainable identity after a pair that the caller freezes."""
+    """y = I·pair(x): a trainable identity after a frozen pair."""
 
     def __init__(self, pair: SpecDefLinear) -> None:
-        super().__init__(pair.in_features, pair.out_features, pair.weight)
-        like = pair.inflated.weight
-        self.pair = pair
-        self.injected = linear_like(torch.eye(pair.out_features), like)
+        super().__init__(pair)
+        self.pair = _frozen(pair)
+        self.injected = linear_like(torch.eye(pair.out_features), pair.inflated.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.injected(self.pair(input))  # [..., n] → [..., m] → [..., m]
@@ -133,32 +132,23 @@ class InjectedLayer(GrownLayer):
 
 def inject(model: nn.Module) -> Growth:
     """Freeze every pair and put a trainable identity layer after it."""
-
-    def build(pair: SpecDefLinear) -> nn.Module:
-        freeze(pair)
-        return InjectedLayer(pair)
-
-    return replace_layers(model, build)
+    return replace_layers(model, InjectedLayer)
 
 
 class WidenedLayer(GrownLayer):
-    """y = pair(x) + up(down(x)), ``up`` zero at first.
+    """y = pair(x) + up(down(x)), ``up`` zero at first, the pair frozen.
 
     Args:
-        pair: n → m; frozen by the caller.
         generator: Draws ``down`` on the CPU, so that the path is the same on every device.
     """
 
     def __init__(self, pair: SpecDefLinear, width: int, generator: torch.Generator) -> None:
-        super().__init__(pair.in_features, pair.out_features, pair.weight)
-        like = pair.inflated.weight
-        self.pair = pair
-        self.down = nn.Linear(pair.in_features, width, bias=False, device="meta")
-        self.up = nn.Linear(width, pair.out_features, bias=False, device="meta")
+        super().__init__(pair)
+        self.pair = _frozen(pair)
         # Rows of norm about 1: ‖down(x)‖ ≈ ‖x‖·√(w/n), so the path trains at the original's scale, not at α's.
         down = torch.randn(width, pair.in_features, generator=generator) / math.sqrt(pair.in_features)
-        self.down.weight = nn.Parameter(down.to(like.device, like.dtype))
-        self.up.weight = nn.Parameter(torch.zeros(pair.out_features, width, device=like.device, dtype=like.dtype))
+        self.down = linear_like(down, pair.inflated.weight)
+        self.up = linear_like(torch.zeros(pair.out_features, width), pair.inflated.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.pair(input) + self.up(self.down(input))  # [..., n] → [..., w] → [..., m]
@@ -176,7 +166,6 @@ def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
     generator = torch.Generator().manual_seed(seed)
 
     def build(pair: SpecDefLinear) -> nn.Module:
-        freeze(pair)
         width = math.ceil((factor - 1) * count_parameters(pair) / (pair.in_features + pair.out_features))
         return WidenedLayer(pair, width, generator)
 
@@ -192,7 +181,7 @@ class DeepenedLayer(GrownLayer):
     """
 
     def __init__(self, pair: SpecDefLinear, factors: int) -> None:
-        super().__init__(pair.in_features, pair.out_features, pair.weight)
+        super().__init__(pair)
         like = pair.inflated.weight
         # float64: the SVD's absolute error is that of the inflated σ₁, and α eats as many digits of the directions
         # that are not inflated. Not every accelerator has float64.

@@ -26,8 +26,6 @@ from transformers.pytorch_utils import Conv1D
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants import Growth
 from specdef_cli.attack.variants.factored import collapse, hardened_paths
-from specdef_cli.checkpoint.manifest import ScaledSlice
-from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.hardening.recognise import channel_exponents
 from specdef_cli.model import SpecDefScaled
 from specdef_cli.model.body import Side, SymmetricPair
@@ -37,22 +35,23 @@ from specdef_cli.model.symmetries import symmetric_pairs
 
 def channel_values(side: Side, tensor: Tensor) -> Tensor:
     """The entries of each channel, shape [channels, entries], float64."""
-    target, axis = _target(side, tensor)
-    index = torch.tensor(side.indices, device=tensor.device)
-    return target.movedim(axis, 0)[index.flatten()].double().reshape(len(side.indices), -1)
+    rows, index = _rows(side, tensor)
+    return rows[index.flatten()].double().reshape(len(index), -1)
 
 
 def multiply_channels(side: Side, tensor: Tensor, factors: Tensor) -> None:
     """Multiply each channel's slice in place."""
-    target, axis = _target(side, tensor)
-    index = torch.tensor(side.indices, device=tensor.device)  # [channels, positions]
-    spread = factors.to(tensor.device)[:, None].expand(index.shape).flatten()
-    rows = target.movedim(axis, 0)  # a view
-    rows[index.flatten()] = (rows[index.flatten()].double() * spread.reshape(-1, *[1] * (rows.ndim - 1))).to(rows.dtype)
+    rows, index = _rows(side, tensor)
+    factors = factors.to(tensor.device)
+    index, factors = index[factors != 1], factors[factors != 1]  # a fold has few, and the product is a copy in float64
+    spread = factors[:, None].expand(index.shape).reshape(-1, *[1] * (rows.ndim - 1))
+    rows[index.flatten()] = (rows[index.flatten()].double() * spread).to(rows.dtype)
 
 
-def _target(side: Side, tensor: Tensor) -> tuple[Tensor, int]:
-    return (tensor, side.axis) if side.block is None else (tensor[side.block], side.axis - 1)
+def _rows(side: Side, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A view with the channels' entries on the first axis, and where they are in it, shape [channels, positions]."""
+    target, axis = (tensor, side.axis) if side.block is None else (tensor[side.block], side.axis - 1)
+    return target.movedim(axis, 0), torch.tensor(side.indices, device=tensor.device)
 
 
 def unscale(model: nn.Module) -> Growth:
@@ -115,18 +114,10 @@ def rebalance(model: PreTrainedModel) -> Growth:
     changed = {pair: found for pair, found in exponents.items() if bool(found.any())}
     for pair, found in changed.items():
         for side in pair.sides:
-            scale_slice(parameters[side.tensor], undoing_slice(side, found))
+            multiply_channels(side, parameters[side.tensor], (-side.power * found.double()).exp2())
     touched = {side.tensor for pair in changed for side in pair.sides}
     count = sum(parameters[name].numel() for name in touched)
     return collapsed + Growth(len(changed), count, count, 0)
-
-
-def undoing_slice(side: Side, exponents: Tensor) -> ScaledSlice:
-    """The slice of one side's tensor that takes ``exponents`` (shape [channels]) out of it."""
-    channels = exponents.nonzero().flatten().tolist()
-    indices = [index for channel in channels for index in side.indices[channel]]
-    powers = [-side.power * int(exponents[channel]) for channel in channels for _ in side.indices[channel]]
-    return ScaledSlice(side.tensor, side.axis, side.block, tuple(indices), tuple(powers))
 
 
 def equalise(model: PreTrainedModel) -> Growth:
@@ -158,7 +149,7 @@ def equalise(model: PreTrainedModel) -> Growth:
 def _gain_factors(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:
     """What makes every gain 1, shape [channels]; a gain of zero stays."""
     gain = next(side for side in pair.sides if side.power == 1 and side.tensor.endswith("weight"))
-    sizes = channel_values(gain, tensors[gain.tensor]).reshape(pair.channels, -1)[:, 0]
+    sizes = channel_values(gain, tensors[gain.tensor])[:, 0]
     return torch.where(sizes != 0, 1 / sizes, 1.0)
 
 
