@@ -342,6 +342,17 @@ def test_refusals(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path)
     common = ("--out", out, "--text", text)
     assert_refused(call_cli("certify", other, "--base", base, "--attacks", report, *common), "report.json")
     assert_refused(call_cli("certify", base, "--base", base, *common), "specdef.json")
+    document = json.loads(report.read_text())
+    for run in document["runs"]:
+        if run["spec"]["subject"] == "control":
+            run["spec"]["checkpoint"] = "of a copy"
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    quoting = ("certify", hardened, "--base", base, "--attacks", tmp_path / "report.json", "--dry-run", *common)
+    assert call_cli(*quoting).code == 0
+    for run in document["runs"]:
+        run["loss"]["start"] *= 1.1 if run["spec"]["subject"] == "control" else 1.0
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert_refused(call_cli(*quoting), "starts at another loss", "--control is the base")
     assert_refused(call_cli("certify", hardened, "--base", base, "--attacks", text, *common), "text.txt")
     assert_refused(
         call_cli("certify", hardened, "--base", base, "--attacks", report, "--out", out, "--text", tmp_path / "no.txt"),
