@@ -15,10 +15,9 @@ from specdef_cli.hardening.run import harden
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.opened import open_model
 from specdef_cli.spectral import Gauge
+from tests.commands import TINY_LLAMA
 from tests.hardening.conftest import Made
 from tests.tiny_families import CASES
-
-TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
 
 
 def found_in(directory: Path) -> Recognised:
