@@ -98,7 +98,7 @@ def _changes(manifest: Manifest) -> Iterator[str]:
         "little progress at their usual ones."
     )
     if manifest.factored:
-        added = sum(layer.out_features**2 for layer in manifest.factored)
+        added = sum(layer.parameters_added for layer in manifest.factored)
         top_k = sorted({layer.top_k for layer in manifest.factored})
         yield (
             f"{len(manifest.factored)} linear layers were each replaced by an inflated layer and its compensation "
@@ -180,9 +180,9 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
 
 
 def _loading(manifest: Manifest, library: Library) -> str:
-    lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.factored or manifest.scaled))
+    lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.replaced))
     advice = serving_advice(lost)
-    if not manifest.factored and not manifest.scaled:
+    if not manifest.replaced:
         return f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"
     if not library.is_transformers:
         return (

@@ -334,6 +334,19 @@ def test_a_fold_that_comes_without_its_manifest_is_undone_all_the_same(base: Pat
     assert not any("stopped" in sentence for sentence in summary(result))
 
 
+def test_a_fold_is_undone_before_float16_that_does_not_hold_it(base: Path, tmp_path: Path) -> None:
+    assert harden(HardenOptions(str(base), tmp_path / "fold", verify=False)) is not None
+    result = attack(
+        options(
+            tmp_path / "fold", tmp_path / "out", control=base, trainings=("full",), learning_rates=(1e-3,), steps=1,
+            dtype="float16",
+        )
+    )  # fmt: skip
+    control, plain, rebalanced = findings(result)
+    assert plain.start is None
+    assert rebalanced.start == pytest.approx(control.start, rel=1e-3)
+
+
 def test_inserted_layers_without_their_manifest_are_collapsed(base: Path, hardened: Path, tmp_path: Path) -> None:
     shutil.copytree(hardened, tmp_path / "bare")
     (tmp_path / "bare" / MANIFEST_NAME).unlink()

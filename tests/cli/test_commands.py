@@ -142,22 +142,13 @@ def test_help_is_short_and_whole_at_80_columns(command: str) -> None:
 
 
 @pytest.mark.usefixtures("no_fresh_process")
-def test_stdout_is_data_alone_and_quiet_is_quiet(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdout_is_data_alone_and_quiet_is_quiet(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of every command but push, which needs a server (tests/checkpoint/test_upload.py)."""
     monkeypatch.chdir(tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(" ".join(f"w{(7 * row + word) % 90 + 3}" for word in range(40)) for row in range(40)))
-    certify = (
-        "--base",
-        llama,
-        "--text",
-        text,
-        "--formats",
-        "none",
-        "--no-curvature",
-        "--attacks",
-        "attack/report.json",
-    )
+    quick = ("--text", text, "--formats", "none", "--no-curvature")
+    certify = ("--base", llama, "--attacks", "attack/report.json", *quick)
     adapter = lora(llama, tmp_path / "lora")
     typed: dict[str, tuple[str | Path, ...]] = {
         "inspect": (llama,),

@@ -107,6 +107,8 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
     "attack on a control that is nowhere": (("attack", "HARDENED", "--control", "./nowhere"), "'./nowhere' is neither"),
     "attack to the data": ((*ATTACK, "--dataset", "TEXT", "--out", "TEXT"), "not a directory"),
     "attack into its control": ((*ATTACK, "--out", "BASE/attack"), "lies in the input"),
+    "certify below a file": ((*CERTIFY, "--out", "TEXT/certificate"), "not a directory"),
+    "certify into the model": ((*CERTIFY, "--out", "HARDENED/certificate"), "lies in the input"),
     "attack that says so as JSON": (("attack", "./nowhere", "--control", "BASE", "--json"), "'./nowhere' is neither"),
     "certify that says so as JSON": (("certify", "./nowhere", "--json"), "'./nowhere' is neither"),
     "certify against a base that is nowhere": (("certify", "HARDENED", "--base", "./nowhere"), "'./nowhere'"),
