@@ -1,4 +1,4 @@
-"""The page ``reference/python.md``: what mkdocstrings leaves out of classes of options, and roles that it does not know."""
+"""The page ``reference/python.md``: what mkdocstrings leaves out of classes of options, and roles that it leaves in."""
 
 from __future__ import annotations
 
