@@ -24,7 +24,7 @@ ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo pictures reproduce reproduce-mixing \
-  reproduce-serving reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
+  reproduce-serving reproduce-frontier reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -199,8 +199,12 @@ reproduce-gauges: install  ## α that differs from layer to layer in a dense gau
 
 # MINUTES of measuring each time; it goes on where it was stopped.
 reproduce-serving: real-models  ## formats and attacks by profile of a fold: docs/tables/serving.md; MINUTES=9, goes on where it was stopped
-	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/reproduce/serving.py $(TINY) $(REAL_NAMES:%=$(REAL)/%) \
+	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/reproduce/serving.py $(REAL_NAMES:%=$(REAL)/%) $(TINY) \
 	  --profiles float16-cache quantizable gguf $(addprefix --minutes ,$(MINUTES)) --out docs/tables/serving.md
+
+reproduce-frontier: real-models  ## what Q8_0 and Q4_K_M cost against the resistance that is left: docs/tables/frontier.md; MINUTES=30, goes on where it was stopped
+	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/reproduce/frontier.py $(REAL)/smollm2-135m-instruct \
+	  $(addprefix --minutes ,$(MINUTES)) | tee docs/tables/frontier.md
 
 reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, under LoRA
 	$(BIN)/python examples/reproduce/unet.py --out $(DEMO)/unet | tee docs/tables/unet.md

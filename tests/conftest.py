@@ -18,6 +18,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from specdef_cli.process import collect_less_garbage
+
+collect_less_garbage()  # as every command does
+
 settings.register_profile("local", suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 # A change is judged by examples that do not change; on a developer's machine they are new every time.
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
@@ -45,6 +49,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def llama(tiny_model: Callable[..., Path]) -> Path:
     """A tiny Llama in float32, in one file."""
     return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty paragraphs of forty words that the tiny models know."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(" ".join(f"w{(7 * row + word) % 90 + 3}" for word in range(40)) for row in range(40)))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def test_importing_the_package_changes_nothing_of_the_process() -> None:
         f" [logging.getLogger(name).level for name in {NOISY!r}], sys.excepthook is sys.__excepthook__]\n"
         "before = state()\n"
         "import specdef_cli, specdef_cli.process, specdef_cli.attack\n"
-        "import specdef_cli.attack.options, specdef_cli.cli.attack\n"
+        "import specdef_cli.attack.options, specdef_cli.cli.attack, specdef_cli.__main__\n"
         "assert state() == before\n"
         "print(json.dumps(sorted({'torch', 'transformers'} & set(sys.modules))))"
     )

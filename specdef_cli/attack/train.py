@@ -38,7 +38,10 @@ from specdef_cli.model.opened import OpenedModel
 
 
 def load_for_training(spec: RunSpec, model: OpenedModel, data: AttackData) -> nn.Module:
-    """Load a checkpoint afresh, with the task's head, in the dtype of training."""
+    """Load a checkpoint afresh, with the task's head, in the dtype of training.
+
+    What undoes a hardening gets float32, as float16 does not hold what is to be undone.
+    """
     arguments: dict[str, Any] = {}
     loader = auto_class(spec.task, model.checkpoint.config)
     if data.problem is not None:
@@ -47,6 +50,8 @@ def load_for_training(spec: RunSpec, model: OpenedModel, data: AttackData) -> nn
     if OPTIMIZERS.choose(spec.optimizer).second_order:
         arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
     dtype: Any = {"auto": "auto", "mixed": torch.float32}.get(spec.dtype) or getattr(torch, spec.dtype)
+    if dtype is torch.float16 and spec.variant.choice.informed is not None:
+        dtype = torch.float32
     loaded: nn.Module = model.load(auto_class=loader, dtype=dtype, **arguments)
     return loaded
 
@@ -220,6 +225,9 @@ class TrainRun:
                 # The variant where the training will be: an SVD or a product of factors is the accelerator's work.
                 model.to(state.device)
             growth = spec.variant.apply(model, spec.seed)
+            if spec.dtype == "float16":
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.half()
             parameters = sum(parameter.numel() for parameter in model.parameters())
             model = spec.training.apply(model, spec.task)
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from specdef_cli.attack.results import SAME_START
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
 from specdef_cli.model.opened import open_model
 from specdef_cli.option import Source
-from specdef_cli.report.document import read_report
+from specdef_cli.report.document import ReportDocument, read_report
 
 HEADING = "### Attacks"
 
@@ -58,12 +59,13 @@ class Resistance:
         return tuple(attack for attack in self.attacks if attack.verdict == "not slowed")
 
 
-def read_resistance(path: Path, checkpoint: str | None = None) -> Resistance:
+def read_resistance(path: Path, checkpoint: str | None = None, base: str | None = None) -> Resistance:
     """The figures of a ``report.json``.
 
     Args:
         path: The file that ``specdef attack`` wrote.
         checkpoint: Fingerprint of the model that it must be of; ``None`` for any.
+        base: Fingerprint of the model that its control must be, or compute the same as; ``None`` for any.
     """
     document = read_report(path)
     attacked = {run.spec.checkpoint for run in document.runs if run.spec.subject == "model"}
@@ -73,6 +75,12 @@ def read_resistance(path: Path, checkpoint: str | None = None) -> Resistance:
         raise SpecDefError(
             f"{path} is a report on {_public(document.model.name)}, whose weights are others than these",
             "Give the report of an attack on this very directory: `specdef attack` makes one.",
+        )
+    controls = {run.spec.checkpoint for run in document.runs if run.spec.subject == "control"}
+    if base is not None and controls != {base} and not _starts_as_its_control(document):
+        raise SpecDefError(
+            f"{path} compares with {_public(document.control.name)}, which starts at another loss than the model",
+            "Give the report of an attack whose --control is the base.",
         )
     return Resistance(
         model=_public(document.model.name),
@@ -84,6 +92,15 @@ def read_resistance(path: Path, checkpoint: str | None = None) -> Resistance:
             if attack.subject == "model"
         ),
     )
+
+
+def _starts_as_its_control(document: ReportDocument) -> bool:
+    """Whether an attack starts at a control's loss, as hardening keeps the function: a copy has another fingerprint."""
+    starts = [(run.spec.subject, run.loss.start) for run in document.runs if run.loss.start is not None]
+    controls = [start for subject, start in starts if subject == "control"]
+    attacked = [start for subject, start in starts if subject == "model"]
+    pairs = [(start, control) for start in attacked for control in controls]
+    return not pairs or any(abs(start - control) <= SAME_START * control for start, control in pairs)
 
 
 def _public(name: str) -> str:

@@ -67,7 +67,7 @@ def prepare(options: CertifyOptions) -> Prepared:
         )
     compute_devices(options.device, process_state())
     report = None if options.attacks is None else require_report(options.attacks)
-    resistance = None if report is None else read_resistance(report, hardened.fingerprint)
+    resistance = None if report is None else read_resistance(report, hardened.fingerprint, base.fingerprint)
     text = _text(options) if is_causal_lm(base.checkpoint.config) else None
     tokens = None
     if text is not None:

@@ -250,14 +250,14 @@ class Companions:
     carried: tuple[Path, ...]
     left_out: Mapping[str, tuple[Path, ...]]
 
-    def note(self) -> str | None:
+    def note(self, done: str = "carried over") -> str | None:
         """One line that names what is left out; ``None`` where nothing is."""
         parts = []
         for reason, paths in self.left_out.items():
             names = [path.as_posix() for path in paths[:SHOWN]]
             more = [f"{len(paths) - SHOWN} more"] * (len(paths) > SHOWN)
             parts.append(f"{', '.join(names + more)} ({reason})")
-        return f"Not carried over: {'; '.join(parts)}." if parts else None
+        return f"Not {done}: {'; '.join(parts)}." if parts else None
 
 
 def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -97,9 +98,13 @@ def require_writable(destination: Destination) -> None:
         )
 
 
-def push(directory: Path, destination: Destination, *, manifest: bool = True) -> Upload:
-    """Upload a directory in one commit that leaves no weights, manifest or certificate but the directory's."""
-    files = _files(directory, manifest=manifest)
+def push(directory: Path, destination: Destination, *, without: Collection[Path] = ()) -> Upload:
+    """Upload a directory in one commit that leaves no weights, manifest or certificate but the directory's.
+
+    Args:
+        without: Files and directories that stay here, relative to it.
+    """
+    files = _files(directory, without)
     api = HfApi(token=destination.token)
     try:
         repository = api.create_repo(destination.repository, private=destination.private or None, exist_ok=True).repo_id
@@ -128,10 +133,12 @@ def push(directory: Path, destination: Destination, *, manifest: bool = True) ->
     return Upload(str(commit.pr_url or commit.commit_url), tuple(stale))
 
 
-def _files(directory: Path, *, manifest: bool) -> dict[str, Path]:
-    found = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    left = (".git", ".cache") if manifest else (".git", ".cache", MANIFEST_NAME)
-    kept = {name: path for name, path in found.items() if not {*left[:2]} & {*name.split("/")} and name not in left}
-    for path in kept.values():
+def _files(directory: Path, without: Collection[Path]) -> dict[str, Path]:
+    kept = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        if not path.is_file() or {".git", ".cache"} & {*name.parts} or {*without} & {name, *name.parents}:
+            continue
         require_inside(directory, path)
+        kept[name.as_posix()] = path
     return kept

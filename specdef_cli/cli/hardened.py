@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import MISSING, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,7 +144,13 @@ def push_command(
         repository, flags.private, flags.revision, flags.create_pr, Source(directory, **given).token
     )
     model = open_model(directory)  # what is incomplete is not uploaded
-    if model.manifest is None and not has_section(directory) and not flags.yes:
+    without: tuple[Path, ...] = ()
+    if model.manifest is not None or has_section(directory):
+        beside = model.checkpoint.companions  # the base's weights, where someone has put them there
+        without = tuple(chain.from_iterable(beside.left_out.values()))
+        if note := beside.note("uploaded"):
+            output.note(note)
+    elif not flags.yes:
         _ask(directory, repository)
     require_writable(destination)
     if flags.no_manifest:
@@ -157,7 +164,7 @@ def push_command(
             f"{MANIFEST_NAME} is uploaded and names every changed weight: `specdef collapse {there}` gives the "
             "original back. --no-manifest leaves it out, which hides little: norms give changed channels away."
         )
-    upload = push(directory, destination, manifest=not flags.no_manifest)
+    upload = push(directory, destination, without=(*without, Path(MANIFEST_NAME)) if flags.no_manifest else without)
     if upload.removed:
         output.note(upload.note)
     output.data(

@@ -98,7 +98,7 @@ def _changes(manifest: Manifest) -> Iterator[str]:
         "little progress at their usual ones."
     )
     if manifest.factored:
-        added = sum(layer.out_features**2 for layer in manifest.factored)
+        added = sum(layer.parameters_added for layer in manifest.factored)
         top_k = sorted({layer.top_k for layer in manifest.factored})
         yield (
             f"{len(manifest.factored)} linear layers were each replaced by an inflated layer and its compensation "
@@ -180,9 +180,9 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
 
 
 def _loading(manifest: Manifest, library: Library) -> str:
-    lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.factored or manifest.scaled))
+    lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.replaced))
     advice = serving_advice(lost)
-    if not manifest.factored and not manifest.scaled:
+    if not manifest.replaced:
         return f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"
     if not library.is_transformers:
         return (
@@ -202,7 +202,7 @@ FLOAT8 = "float8"
 CACHE = "a float16 key/value cache or llama.cpp's flash attention (its defaults)"
 MERGES = "merging with models that are not hardened alike"
 LLAMA_CPP_BLOCKS = "llama.cpp's quantized files (Q8_0, Q4_0, Q4_K_M)"
-LLAMA_CPP_4_BITS = "llama.cpp's 4-bit files (Q4_K_M: 4 % of SmolLM2's perplexity)"
+LLAMA_CPP_Q4_K_M = "llama.cpp's Q4_K_M (3 % of SmolLM2's perplexity)"
 W8A8 = "engines that quantize activations by token (w8a8)"
 
 SCALED_LOADERS = (
@@ -221,7 +221,7 @@ NARROW_EXPONENT = CACHED_EXPONENT
 def lost_formats(folded: Sequence[FoldedPair], profile: str | None, *, with_code: bool) -> tuple[str, ...]:
     """The formats in which the result is not expected to compute what the base does."""
     if folded and not with_code and all(pair.given_up is not None for pair in folded):
-        return (LLAMA_CPP_4_BITS if profile == "gguf" else LLAMA_CPP_BLOCKS, DOUBLE, W8A8, MERGES)
+        return (LLAMA_CPP_Q4_K_M if profile == "gguf" else LLAMA_CPP_BLOCKS, DOUBLE, W8A8, MERGES)
     wide = with_code or _beyond(folded, NARROW_EXPONENT)
     columns = wide or any(pair.kind != "query_key" for pair in folded)
     cached = [pair for pair in folded if pair.kind in CACHED_KINDS]

@@ -206,7 +206,8 @@ def _through(plain: Sequence[Finding]) -> str:
 def _undone(informed: Sequence[Finding]) -> str:
     known = sorted((each for each in informed if each.share is not None), key=lambda each: -(each.share or 0.0))
     if not known:
-        return "no attack here knew the construction, so nothing here bounds an attacker who does."
+        why = "what undoes it was not measured" if informed else "no attack here knew the construction"
+        return f"{why}, so nothing here bounds an attacker who does."
     names = []
     for finding in known:
         variant = finding.attack.spec.variant

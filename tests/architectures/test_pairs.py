@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ EXPECTED: dict[str, tuple[list[str], int]] = {
 }
 
 
+@cache
 def found_in(directory: Path) -> Symmetries:
     return symmetries(Skeleton.of(read_config(directory), read_shapes(directory)))
 
@@ -135,15 +137,11 @@ def outputs(directory: Path, case: str, dtype: torch.dtype) -> dict[str, torch.T
 @pytest.mark.parametrize("case", CASES)
 def test_rescaled_checkpoints_keep_every_bit(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
     source = checkpoints[case]
-    pairs = pairs_of(source)
-    kinds = list(dict.fromkeys(pair.kind for pair in pairs))
-    for dtype, chosen in ((torch.float32, (*kinds, "all")), (torch.bfloat16, ("all",))):
-        expected = outputs(source, case, dtype)
-        for selected in chosen:
-            rescale(source, tmp_path, [pair for pair in pairs if selected in (pair.kind, "all")])
-            found = outputs(tmp_path, case, dtype)
-            for attention, value in expected.items():
-                assert torch.equal(found[attention], value), (selected, dtype, attention)
+    rescale(source, tmp_path, pairs_of(source))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = outputs(tmp_path, case, dtype)
+        for attention, value in outputs(source, case, dtype).items():
+            assert torch.equal(found[attention], value), (dtype, attention)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -154,7 +152,7 @@ def test_half_a_pair_changes_the_logits(checkpoints: dict[str, Path], case: str,
     first_of_kind = {pair.kind: pair for pair in reversed(pairs_of(source))}
     generator = random.Random(case)
     for pair in first_of_kind.values():
-        for side in generator.sample(range(len(pair.sides)), min(3, len(pair.sides))):
+        for side in generator.sample(range(len(pair.sides)), min(2, len(pair.sides))):
             rescale(source, tmp_path, [pair], omit=(pair.name, side))
             found = outputs(tmp_path, case, torch.float32)["eager"]
             assert not torch.equal(found, expected), (pair.name, pair.sides[side].tensor)
@@ -224,7 +222,7 @@ def test_a_shape_that_the_config_contradicts_is_refused(checkpoints: dict[str, P
 
 def test_what_has_no_pair_is_said(checkpoints: dict[str, Path]) -> None:
     def notes(case: str) -> str:
-        return "\n".join(note.reason for note in found_in(checkpoints[case]).unpaired)
+        return "\n".join(found_in(checkpoints[case]).unpaired)
 
     assert "1+w" in notes("gemma2")
     assert "clip_qkv" in notes("olmo-clip")
@@ -242,7 +240,7 @@ def test_a_cross_attention_that_is_not_described_leaves_no_pairs() -> None:
     config.architectures = ["GPT2LMHeadModel"]
     found = symmetries(Skeleton.of(config, {}))
     assert found.pairs == ()
-    assert "crossattention" in found.unpaired[0].reason
+    assert "crossattention" in found.unpaired[0]
 
 
 def test_quantized_experts_take_part_in_no_pair(checkpoints: dict[str, Path]) -> None:
@@ -257,7 +255,7 @@ def test_quantized_experts_take_part_in_no_pair(checkpoints: dict[str, Path]) ->
     found = symmetries(Skeleton.of(read_config(checkpoints["gpt-oss"]), packed))
     assert {pair.kind for pair in found.pairs} == {"value_output", "query_key", "norm_readers"}
     assert not [pair for pair in found.pairs if "post_attention_layernorm" in pair.name]
-    assert [note for note in found.unpaired if "gate_up_proj is not one plain tensor" in note.reason]
+    assert [note for note in found.unpaired if "gate_up_proj is not one plain tensor" in note]
 
 
 def test_a_checkpoint_that_stores_tied_weights_twice(tmp_path: Path) -> None:

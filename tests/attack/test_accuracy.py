@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.model import load_model, load_tokenizer
 from specdef_cli.report.document import report_dict
 
-pytest.importorskip("lm_eval")
+TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 
 TASK = """
 task: favourite_letter
@@ -30,6 +31,12 @@ doc_to_target: "{{{{answer}}}}"
 metric_list:
   - metric: acc
 """
+
+
+@pytest.fixture(autouse=True)
+def no_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval reads more than ten thousand files for the index of its own."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
 
 
 @pytest.fixture

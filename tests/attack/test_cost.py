@@ -152,16 +152,6 @@ def attack_command(hardened: Path, base: Path, out: Path, *more: str) -> Result:
     return call_cli("attack", str(hardened), "--control", str(base), "--out", str(out), *budget, *more)
 
 
-def test_the_command_prints_the_plan_and_stops(hardened: Path, base: Path, tmp_path: Path) -> None:
-    result = attack_command(hardened, base, tmp_path / "out", "--dry-run")
-    assert result.code == 0, result.stderr
-    assert "2 steps of 2 sequences of 16 tokens" in result.stdout
-    assert "hardened, collapsed · full · adamw" in result.stdout
-    assert "about 8 runs" in result.stdout
-    assert " here." in result.stdout
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(
     hardened: Path, base: Path, tmp_path: Path
 ) -> None:

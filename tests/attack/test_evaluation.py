@@ -21,6 +21,7 @@ from specdef_cli.attack.target import Task
 from specdef_cli.attack.train import load_for_training
 from specdef_cli.attack.trainer import Recorder, make_trainer
 from specdef_cli.model import load_model
+from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import open_model
 from tests.attack.conftest import train_run
 from tests.attack.test_optimizers import spec
@@ -84,7 +85,7 @@ def dead_run(base: Path, task: Task, data: Any, tmp_path: Path) -> Recorder:
     run = spec("adamw", task=task, steps=4, eval_every=2, learning_rate=1e-5)
     recorder = Recorder(lambda step, loss: None)
     model = load_for_training(run, open_model(base), data)
-    with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+    with new_objects_only(), tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
         trainer = make_trainer(run, model, data, recorder, scratch)
         trainer.add_callback(Kill())
         trainer.train()

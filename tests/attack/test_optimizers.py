@@ -30,6 +30,7 @@ from specdef_cli.attack.trainer import AttackTrainer, Memory, Recorder, make_tra
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import open_model
 from tests.attack.conftest import train_run
 
@@ -61,7 +62,8 @@ def trained(run: RunSpec, base: Path, data: AttackData, scratch: Path, *callback
     trainer = make_trainer(run, model, data, Recorder(lambda step, loss: None), str(scratch))
     for callback in callbacks:
         trainer.add_callback(callback)
-    trainer.train()
+    with new_objects_only():
+        trainer.train()
     assert isinstance(trainer, AttackTrainer)
     return trainer
 

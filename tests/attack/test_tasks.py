@@ -21,7 +21,7 @@ from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.train import load_for_training
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import Factors, HardenOptions
+from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.opened import open_model
 from tests.attack.conftest import train_run
@@ -115,6 +115,10 @@ def test_a_language_model_is_trained_as_what_it_is(name: str, tmp_path: Path) ->
     task, _ = task_of(read_config(directory), directory, None)
     assert task == MODELS[name][2]
     data = load_data(options(None), task, load_preprocessor(task, open_model(directory)))
+    read = MODELS[name][1]().decode(data.train[0]["input_ids"])
+    begins, ends = {"t5": ("", "<end>"), "bert": ("<cls>", "<sep>")}.get(name, ("", ""))
+    assert read.startswith(begins), "as its tokenizer begins a text"
+    assert read.endswith(ends), "and as it ends one"
     result = train_run(spec("adamw", task=task, steps=4, eval_every=4, learning_rate=1e-2), open_model(directory), data)
     assert result.start == pytest.approx(5.58, abs=0.7)  # ln 264: chance
     assert result.best is not None
@@ -122,9 +126,12 @@ def test_a_language_model_is_trained_as_what_it_is(name: str, tmp_path: Path) ->
     assert result.best < result.start - 0.5
 
 
-def test_a_hardened_sequence_to_sequence_model_starts_where_its_base_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("construction", [Factors(alpha=1e3, top_k=2), Fold()], ids=["factors", "fold"])
+def test_a_hardened_sequence_to_sequence_model_starts_where_its_base_does(
+    construction: Construction, tmp_path: Path
+) -> None:
     base = save("t5", tmp_path / "t5")
-    harden(HardenOptions(str(base), tmp_path / "hardened", Factors(alpha=1e3, top_k=2), verify=False))
+    harden(HardenOptions(str(base), tmp_path / "hardened", construction, verify=False))
     data = load_data(options(None), "seq2seq-lm", load_preprocessor("seq2seq-lm", open_model(base)))
     run = spec("adamw", task="seq2seq-lm", steps=2, eval_every=2)
     control, hardened = (train_run(run, open_model(directory), data) for directory in (base, tmp_path / "hardened"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,9 +136,27 @@ def test_a_push_leaves_only_the_directory_s_weights(
         hub.pushed["configuration_specdef.py"] = b"of another construction"
         assert set(push(tmp_path / "out", destination).removed) == {"model.safetensors", "configuration_specdef.py"}
         assert {**kept, **published(tmp_path)} == hub.pushed
-        assert push(tmp_path / "out", destination, manifest=False).removed == ("specdef.json",)
+        assert push(tmp_path / "out", destination, without=[Path("specdef.json")]).removed == ("specdef.json",)
         assert {**kept, **published(tmp_path)} == {**hub.pushed, "specdef.json": published(tmp_path)["specdef.json"]}
     assert len(hub.commits) == 3
+
+
+@pytest.mark.parametrize("method", ["fold", "scale"])
+def test_weights_of_the_base_beside_the_hardened_ones_are_not_uploaded(
+    llama: Path, tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / "out"
+    assert call_cli("harden", llama, "--method", method, "--out", out, "--no-verify", "--quiet").code == 0
+    expected = published(tmp_path)
+    (out / "base").mkdir()
+    shutil.copy(llama / "model.safetensors", out / "base")
+    shutil.copy(llama / "model.safetensors", out / "pytorch_model.bin")
+    (out / ".env").write_text("HF_TOKEN=secret")
+    with serving(Hub({})) as hub, here(hub, tmp_path):
+        result = call_cli("push", out, "org/out", "--token", TOKEN)
+    assert result.code == 0, result.stderr
+    assert "Not uploaded: .env (hidden); base/model.safetensors (weights of the model" in result.stderr
+    assert hub.pushed == expected
 
 
 def test_what_is_not_hardened_is_uploaded_with_a_yes_only(llama: Path) -> None:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from typer.core import TyperGroup
 from typer.main import get_command
 
+import specdef_cli
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.options import suite_names
 from specdef_cli.attack.trainings import TRAININGS
 from specdef_cli.attack.variants import VARIANTS
 from specdef_cli.cli.app import COMMANDS, app
-from specdef_cli.process import COLLECT_AFTER
 from tests.commands import (
     REPOSITORY,
     assert_refused,
@@ -75,8 +75,6 @@ def test_list_names_everything_that_attack_takes() -> None:
 
 
 def test_version() -> None:
-    import specdef_cli
-
     assert call_cli("--version").stdout == f"specdef {specdef_cli.__version__}\n"
 
 
@@ -144,22 +142,13 @@ def test_help_is_short_and_whole_at_80_columns(command: str) -> None:
 
 
 @pytest.mark.usefixtures("no_fresh_process")
-def test_stdout_is_data_alone_and_quiet_is_quiet(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdout_is_data_alone_and_quiet_is_quiet(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of every command but push, which needs a server (tests/checkpoint/test_upload.py)."""
     monkeypatch.chdir(tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(" ".join(f"w{(7 * row + word) % 90 + 3}" for word in range(40)) for row in range(40)))
-    certify = (
-        "--base",
-        llama,
-        "--text",
-        text,
-        "--formats",
-        "none",
-        "--no-curvature",
-        "--attacks",
-        "attack/report.json",
-    )
+    quick = ("--text", text, "--formats", "none", "--no-curvature")
+    certify = ("--base", llama, "--attacks", "attack/report.json", *quick)
     adapter = lora(llama, tmp_path / "lora")
     typed: dict[str, tuple[str | Path, ...]] = {
         "inspect": (llama,),
@@ -257,23 +246,10 @@ def test_what_looks_like_markup_is_printed_as_it_is(llama: Path, tmp_path: Path)
     assert_refused(call_cli("harden", llama, "--out", tmp_path / "o", "--layers", "[/x]*"), "[/x]*")
 
 
-def test_every_public_name_is_imported_on_its_first_use_and_changes_nothing_in_the_process() -> None:
-    code = (
-        "import gc, json, os, sys\n"
-        "def state(): return [*gc.get_threshold()], os.environ.get('THP_MEM_ALLOC_ENABLE')\n"
-        "before = state()\n"
-        "import specdef_cli\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
-        "missing = [name for name in specdef_cli.__all__ if getattr(specdef_cli, name, None) is None]\n"
-        "assert not missing, missing\n"
-        "assert specdef_cli.harden.__module__ == 'specdef_cli.hardening.run'\n"
-        "assert set(specdef_cli.__all__) <= set(dir(specdef_cli))\n"
-        "import specdef_cli.__main__\n"
-        "print(json.dumps({'before': before, 'after': state()}))"
-    )
-    found = run_program("-c", code, env=environment())
-    assert found["before"] == found["after"]
-    assert found["after"][0] != list(COLLECT_AFTER)
+def test_every_public_name_is_there() -> None:
+    assert [name for name in specdef_cli.__all__ if getattr(specdef_cli, name, None) is None] == []
+    assert specdef_cli.harden.__module__ == "specdef_cli.hardening.run"
+    assert set(specdef_cli.__all__) <= set(dir(specdef_cli))
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

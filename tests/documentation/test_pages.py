@@ -66,21 +66,6 @@ def test_what_is_typed_can_be_typed(block: Block) -> None:
             assert named <= MAKE_TARGETS
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("specdef harden m --no-such-option", "No such option"),
-        ("specdef destroy m", "destroy"),
-        ("specdef harden m --method melt", "melt"),
-        ("make gold", "gold"),
-    ],
-)
-def test_what_cannot_be_typed_would_be_found(line: str, message: str) -> None:
-    # Typer names only this one of its usage errors in public.
-    with pytest.raises((AssertionError, *typer.BadParameter.__bases__), match=message):
-        test_what_is_typed_can_be_typed(Block("here", "console", f"$ {line}\n"))
-
-
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_parses_and_its_names_exist(block: Block) -> None:
     for node in ast.walk(ast.parse(block.text)):

@@ -125,26 +125,6 @@ def test_the_texts_do_not_overlap(texts: ModuleType, base_text: tuple[str, str])
     assert "build_time_vars = {" not in train_text
 
 
-def test_comments_and_docstrings_are_not_learned(texts: ModuleType) -> None:
-    source = '''"""Module."""
-class A:
-    """Class."""
-    def f(self):  # comment
-        """Method."""
-    def g(self):
-        """Method."""
-        return "text"  # comment
-'''
-    expected = """class A:
-
-    def f(self):
-        pass
-
-    def g(self):
-        return 'text'"""
-    assert texts._code(source) == expected
-
-
 def test_the_script_runs_as_a_program(
     texts: ModuleType,
     base_text: tuple[str, str],

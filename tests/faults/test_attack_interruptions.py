@@ -22,10 +22,9 @@ from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, vi
 REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
 # Where an attack can die, in order: before a run, while it is kept (before and within the write), in the report.
 POINTS = [
-    *(("specdef_cli.attack.train.make_trainer", call) for call in (1, 3)),
-    ("specdef_cli.attack.one_run.write_durably", 2),
+    ("specdef_cli.attack.train.make_trainer", 3),
+    ("specdef_cli.attack.one_run.write_durably", 1),
     ("os.replace", 2),
-    ("specdef_cli.report.files.curves_png", 1),
     ("specdef_cli.report.files.write_durably", 3),
 ]
 
@@ -79,13 +78,13 @@ def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: d
         kept += go_on(arguments, out, expected)
         # The lock of the dead attack is gone with it.
         assert [path.name for path in out.parent.iterdir()] == ["out"], point
-    assert kept >= 2 + 1 + RUNS + RUNS
+    assert kept >= 2 + 1 + RUNS
 
 
 def test_interrupted_from_the_keyboard(
     die: Die, arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    points = [POINTS[1], POINTS[-1]]
+    points = [POINTS[0]]
     outs = [tmp_path / str(number) / "out" for number in range(len(points))]
     fates = die([case(arguments, out, point, signal.SIGINT) for out, point in zip(outs, points, strict=True)])
     for out, fate in zip(outs, fates, strict=True):

@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from specdef_cli.cli.output import Output, SafeStream, safe_streams
 from specdef_cli.errors import SpecDefError, clean_token, redact
 from specdef_cli.process import forget_stale_launcher
-from tests.commands import REPOSITORY, Result, assert_refused, call_cli, command, environment, succeed
+from tests.commands import Result, assert_refused, call_cli, succeed
 from tests.faults.small_attack import SMALL
 from tests.hardening.mutations import config, content
 from tests.hub_server import Hub, here, serving
@@ -247,16 +246,6 @@ def test_output_does_not_decide_success(
     assert "Traceback" not in said
     assert ("No space left on device" in said) is (stdout is FullDisk)
     assert (tmp_path / "back" / "config.json").is_file()
-
-
-def test_the_same_in_a_process_of_its_own(llama: Path, tmp_path: Path) -> None:
-    script = " ".join((*command("harden", llama, *FOLD, "--out", tmp_path / "out"), "> /dev/full"))
-    done = subprocess.run(
-        ["bash", "-c", script], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert (tmp_path / "out" / "specdef.json").is_file()
 
 
 def test_a_stream_takes_text_only_and_passes_the_rest_on() -> None:

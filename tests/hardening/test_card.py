@@ -136,6 +136,7 @@ def test_a_card_keeps_every_key_and_word(data: bytes, tmp_path: Path) -> None:
         ("{license: mit, tags: [a]}\n", "license: mit\ntags:\n- a\n"),
         ("# a comment\n", "# a comment\n"),
         ("tags:\n- a # first\n# the licence\nlicense: |\n  mit\n\n", "tags:\n- a\n# the licence\nlicense: |\n  mit\n"),
+        ("tags: tiny\n", "tags:\n- tiny\n- specdef\n"),
         ("", ""),
     ],
 )
@@ -148,8 +149,9 @@ def test_front_matter_of_any_kind_stays_front_matter(front: str, expected: str) 
     assert body.startswith("\ntext\n\n## SpecDef\n")
 
 
-def test_text_that_is_no_front_matter_and_sections_of_others_stay() -> None:
-    text = "---\nbetween two rules\n---\n\n## SpecDefense\n\nmine"
+@pytest.mark.parametrize("between", ["between two rules", "- a", "[a: {"])
+def test_text_that_is_no_front_matter_and_sections_of_others_stay(between: str) -> None:
+    text = f"---\n{between}\n---\n\n## SpecDefense\n\nmine"
     card = hardened_card(text, MANIFEST, ())
     assert text in card
     assert collapsed_card(card + "\n# Appendix\n", MANIFEST).endswith(f"{text}\n\n# Appendix\n")

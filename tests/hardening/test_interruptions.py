@@ -6,6 +6,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,17 +17,17 @@ TinyModel = Callable[..., Path]
 WRITE = "specdef_cli.checkpoint.stream._write_group"
 # Where a harden can die, in order: while shards are written, recorded, completed, verified and published.
 POINTS = [
-    *((WRITE, call) for call in (1, 9, 21)),
-    *(("specdef_cli.checkpoint.stream.write_durably", call) for call in (5,)),
-    *(("specdef_cli.checkpoint.output.write_durably", call) for call in (1,)),
+    (WRITE, 1),
+    (WRITE, 21),
+    ("specdef_cli.checkpoint.stream.write_durably", 5),
+    ("specdef_cli.checkpoint.output.write_durably", 1),
     ("specdef_cli.hardening.execute.write_durably", 1),
-    ("specdef_cli.hardening.run.write_json", 1),
-    *(("specdef_cli.hardening.run.write_durably", call) for call in (1, 3)),
+    ("specdef_cli.hardening.run.write_durably", 3),
     ("specdef_cli.hardening.run.carry_over", 1),
     ("specdef_cli.hardening.run.verify", 1),
     ("specdef_cli.hardening.execute.publish", 1),
-    *(("specdef_cli.checkpoint.output._flush", call) for call in (1, 5)),
-    *(("os.fsync", call) for call in (5, 9)),  # within a write, whose partial file may not be published
+    ("specdef_cli.checkpoint.output._flush", 5),
+    ("os.fsync", 9),  # within a write, whose partial file may not be published
 ]
 
 
@@ -72,19 +73,13 @@ def identity(path: Path) -> tuple[int, int]:
     return status.st_ino, status.st_mtime_ns
 
 
+def case(arguments: tuple[str, ...], out: Path, target: str | None, call: int, number: int) -> dict[str, Any]:
+    return {"arguments": [*arguments, str(out)], "target": target, "call": call, "signal": number, "delay": None}
+
+
 def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path) -> None:
     outs = [tmp_path / str(number) / "out" for number in range(len(POINTS))]
-    cases = [
-        {
-            "arguments": [*arguments, str(out)],
-            "target": target,
-            "call": call,
-            "signal": signal.SIGKILL,
-            "delay": None,
-        }
-        for out, (target, call) in zip(outs, POINTS, strict=True)
-    ]
-    died = die(cases)
+    died = die([case(arguments, out, *point, signal.SIGKILL) for out, point in zip(outs, POINTS, strict=True)])
     resumed = 0
     for point, out, fate in zip(POINTS, outs, died, strict=True):
         assert fate["killed"] == signal.SIGKILL, (point, fate)
@@ -98,13 +93,10 @@ def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: d
 def test_interrupted_from_the_keyboard(
     die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
 ) -> None:
-    points = [(WRITE, 1), (WRITE, 12), ("specdef_cli.hardening.run.verify", 1)]
+    points = [(WRITE, 12), ("specdef_cli.hardening.run.verify", 1)]
     outs = [tmp_path / str(number) / "out" for number in range(len(points))]
-    cases = [
-        {"arguments": [*arguments, str(out)], "target": target, "call": call, "signal": signal.SIGINT, "delay": None}
-        for out, (target, call) in zip(outs, points, strict=True)
-    ]
-    for out, fate in zip(outs, die(cases), strict=True):
+    fates = die([case(arguments, out, *point, signal.SIGINT) for out, point in zip(outs, points, strict=True)])
+    for out, fate in zip(outs, fates, strict=True):
         assert fate["code"] == 130, fate
         assert "Traceback" not in fate["said"]
         assert "interrupted" in fate["said"]
@@ -118,16 +110,7 @@ def test_killed_at_many_random_moments(
 ) -> None:
     generator = random.Random(0)
     outs = [tmp_path / str(number) / "out" for number in range(100)]
-    cases = [
-        {
-            "arguments": [*arguments, str(out)],
-            "target": None,
-            "call": 0,
-            "signal": signal.SIGKILL,
-            "delay": generator.uniform(0, 0.9),
-        }
-        for out in outs
-    ]
+    cases = [{**case(arguments, out, None, 0, signal.SIGKILL), "delay": generator.uniform(0, 0.9)} for out in outs]
     unfinished = 0
     for out, fate in zip(outs, die(cases), strict=True):
         if fate["killed"] is None:
@@ -148,9 +131,9 @@ def test_a_run_that_dies_again_and_again_arrives(
     die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    case = {"arguments": [*arguments, str(out), "--resume"], "target": WRITE, "signal": signal.SIGKILL, "delay": None}
     # Every attempt gets a few tensors further than the records of the one before.
-    for fate in die([{**case, "call": 10} for _ in range(20)]):
+    resuming = ("harden", "--resume", *arguments[1:])
+    for fate in die([case(resuming, out, WRITE, 10, signal.SIGKILL)] * 20):
         if fate["killed"] is None:
             assert fate["code"] == 0, fate
             break

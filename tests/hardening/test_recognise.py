@@ -9,22 +9,20 @@ import pytest
 import torch
 
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Profile
 from specdef_cli.hardening.recognise import NATURAL_OCTAVES, Recognised, inflation, recognise, recognised_in
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.body import Side, SymmetricPair
-from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.opened import open_model
 from specdef_cli.spectral import Gauge
+from tests.commands import TINY_LLAMA
 from tests.hardening.conftest import Made
 from tests.tiny_families import CASES
 
-TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
-
 
 def found_in(directory: Path) -> Recognised:
-    checkpoint = open_checkpoint(directory)
-    return recognise(checkpoint, Skeleton.read(checkpoint))
+    model = open_model(directory)
+    return recognise(model.checkpoint, model.skeleton)
 
 
 def bare(base: Path, out: Path, construction: Construction) -> Path:

@@ -79,17 +79,17 @@ def failure(action: Callable[[], Any]) -> str:
 
 def remote_code(root: str, work: str) -> dict[str, Any]:
     """Every family by the directory's own code."""
-    return _families(root, work, TRUST)
+    return _families(root, work, TRUST, *HEADS)
 
 
 def package_alone(root: str, work: str) -> dict[str, Any]:
-    """Every family by the package's registration."""
+    """By the package's registration, for files whose names are the model's, for others, and for two stacks."""
     import specdef_cli  # noqa: F401
 
-    return _families(root, work, {})
+    return _families(root, work, {}, "llama", "vit", "t5")
 
 
-def _families(root: str, work: str, load: dict[str, Any]) -> dict[str, Any]:
+def _families(root: str, work: str, load: dict[str, Any], *families: str) -> dict[str, Any]:
     """Load every family, save it, load that; also without its head, save that, and load it with a head again."""
     import torch
     import transformers
@@ -97,8 +97,8 @@ def _families(root: str, work: str, load: dict[str, Any]) -> dict[str, Any]:
     from torch import nn
 
     results = {}
-    for family, head in HEADS.items():
-        auto = getattr(transformers, head)
+    for family in families:
+        auto = getattr(transformers, HEADS[family])
         here, base = f"{root}/{family}", f"{root}/{family}-base"
         native, model = auto.from_pretrained(base), auto.from_pretrained(here, **load)
         names = swapped(model)

@@ -130,7 +130,7 @@ VARIANTS: Table[VariantChoice] = Table(
         ),
         VariantChoice(
             "equalise", f"{_HERE}.scales:equalise", "none", "equalised",
-            "What converters do: norm gains into their readers, up against down and value against output.",
+            "Merge norm gains into their readers, equalise up and down, value and output: as converters do.",
             trains_inflated=True,
         ),
         VariantChoice(
