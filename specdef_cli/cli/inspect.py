@@ -62,7 +62,6 @@ def inspect_command(model: Model, flags: Flags, output: Output, **given: Any) ->
 
 def survey_summary(found: Survey) -> Group:
     """One screen: what the model is made of, what each method would do and cost, and what to do."""
-
     from specdef_cli.hardening.plan import within_block
 
     shown = [found.recognised.sentence] if found.recognised.sentence else []
@@ -164,7 +163,6 @@ def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
 
 def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
     """One plan: what it changes, what it leaves, what it costs."""
-
     parts = []
     if summary.pairs:
         parts.append(f"{summary.pairs} symmetric pairs rescaled")

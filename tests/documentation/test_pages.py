@@ -89,17 +89,6 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {page for page in pages if not page.startswith("tables/") and page not in navigation} == set()
 
 
-def test_tables_that_are_included_are_written_by_the_makefile() -> None:
-    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    written = set(re.findall(r"docs/tables/([\w.%$-]+)\.md", makefile))
-    if "$$name" in written:
-        written |= {name for loop in re.findall(r"for name in ([\w ]+); do", makefile) for name in loop.split()}
-    patterns = [target.replace("%", "[a-z0-9-]+") for target in written if "$" not in target]
-    for path in PAGES:
-        for name in re.findall(r'^--8<-- "tables/([\w.-]+)\.md"', path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert any(re.fullmatch(pattern, name) for pattern in patterns), f"{path.name} includes {name}"
-
-
 def test_the_generated_pages_cover_every_command() -> None:
     spec = importlib.util.spec_from_file_location("commands_page", REPOSITORY / "docs/generators/commands.py")
     assert spec is not None
