@@ -10,6 +10,8 @@ The commands are functions here, each with its options and its result:
 
     result = harden(HardenOptions("org/name", Path("hardened")))
     report = attack(AttackOptions(model="hardened", out=Path("attack")))
+
+Fields of options are named as those of the commands: ``specdef harden --help`` says what each is.
 """
 
 from __future__ import annotations

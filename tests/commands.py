@@ -18,6 +18,7 @@ from typing import Any
 import specdef_cli
 
 REPOSITORY = Path(specdef_cli.__file__).parents[1]
+TINY_LLAMA = REPOSITORY / "examples/tiny_llama/model"
 # `accelerate launch --cpu --num_processes 2` starts one process only; torchrun starts two.
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

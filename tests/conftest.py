@@ -52,6 +52,14 @@ def llama(tiny_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty paragraphs of forty words that the tiny models know."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(" ".join(f"w{(7 * row + word) % 90 + 3}" for word in range(40)) for row in range(40)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directory of a case of ``tiny_families.CASES``, written when it is first asked for; not to be written to."""
     from tests.tiny_families import write_case

@@ -7,21 +7,18 @@ import pickle
 import re
 import sys
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import specdef_cli
 from specdef_cli.errors import (
     EXTRA_MODULES,
-    INSTALLATION,
     MissingExtraError,
     first_line,
     missing_modules,
     require_extra,
 )
-from tests.commands import REPOSITORY, environment, run_cli
+from tests.commands import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -77,22 +74,6 @@ def test_a_missing_module_is_named_with_the_extra_that_brings_it(extra: str, mon
     assert (type(again), again.arguments) == (MissingExtraError, ("attacks", extra))
 
 
-def test_harden_imports_no_module_of_an_extra_and_attack_names_it(llama: Path, tmp_path: Path) -> None:
-    """In processes that cannot import them. transformers takes peft, diffusers and bitsandbytes for present all the
-    same, as it asks for the packages' metadata; tests/packaging has an environment without them."""
-    hidden = ["datasets", "gguf", "lm_eval", "matplotlib", "pytorch_optimizer"]
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({hidden!r}))\n")
-    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
-    hardened = run_cli("harden", llama, "--out", "folded", "--method", "fold", cwd=tmp_path, PYTHONPATH=path)
-    assert hardened.code == 0, hardened.stderr
-    refused = run_cli("attack", "folded", cwd=tmp_path, PYTHONPATH=path)
-    assert refused.code == 1
-    assert refused.stderr.splitlines() == [
-        "error: attacks need datasets, pytorch_optimizer, which are not installed",
-        "hint: pip install 'specdef-cli[attack]'",
-    ]
-
-
 def test_a_package_that_is_called_calls_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
     import specdef_cli.attack
 
@@ -100,9 +81,3 @@ def test_a_package_that_is_called_calls_its_function(monkeypatch: pytest.MonkeyP
     called: Any = specdef_cli.attack
     assert called(1, on_progress=2) == ((1,), {"on_progress": 2})
     assert called.options.AttackOptions is specdef_cli.AttackOptions
-
-
-def test_the_version_has_one_source() -> None:
-    assert "version" in PROJECT["dynamic"]
-    assert re.fullmatch(r"\d+\.\d+\.\d+", specdef_cli.__version__)
-    assert "pip install ." in INSTALLATION

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -41,6 +42,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": lambda: BertForMaskedLM(BertConfig(**_TEXT)),
     "vit": lambda: ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=5, **_SHARED)),
 }
+
+
+def random_llama(**changes: Any) -> LlamaForCausalLM:
+    """A Llama whose weights are large enough for every term to matter; keywords change its config."""
+    torch.manual_seed(0)
+    config = {**_TEXT, "num_key_value_heads": 2, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(**{**config, **changes})).eval()
 
 
 def write_model(

@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 from specdef_cli.report.document import ReportDocument, read_report
 
@@ -140,6 +141,31 @@ def formats_figure(text: str, theme: Theme) -> Figure:
     axes.xaxis.tick_top()
     axes.set_yticks(range(len(body)), [f"{row[0]}: {row[1]}" for row in body], fontsize=7.5)
     _plain(axes)
+    return figure
+
+
+def frontier_figure(text: str, theme: Theme) -> Figure:
+    """Resistance left against what Q4_K_M costs, a point a fold, a line a profile.
+
+    Args:
+        text: The table of examples/reproduce/frontier.py.
+    """
+    _, *body = rows_of(text)
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for profile, colour in zip(dict.fromkeys(row[0] for row in body), theme.curves, strict=False):
+        points = []
+        for _, value, _, nats, progress in (row for row in body if row[0] == profile):
+            before, after = (float(loss) for loss in nats.split(" → "))
+            points.append((max(after - before, 0.001), number(progress)))
+            axes.annotate(f"  {value}", points[-1], fontsize=7.5, color=theme.ink)
+        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=profile, lw=1.2)
+    axes.set(xscale="log", xlabel="nats that Q4_K_M costs", ylabel="of the progress of full fine-tuning")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    _plain(axes)
+    axes.grid(color=theme.line, lw=0.6)
     return figure
 
 

@@ -28,7 +28,9 @@ DECADE = 10
 
 
 def next_rates(grid: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
-    """The rates to run next; empty once the best rate is bracketed."""
+    """The rates to run next; empty once the best rate is bracketed, or where no rate can change anything."""
+    if any(map(_without_gradient, runs.values())):
+        return ()
     unchanged = 0
     for position, rate in enumerate(grid):
         if unchanged == UNCHANGED_RATES:
@@ -118,6 +120,11 @@ def _disturbed(run: RunResult) -> bool:
     if run.divergence is not None or start is None:
         return True
     return any(point.loss is None or point.loss > start + NOISE * abs(start) for point in run.evaluations)
+
+
+def _without_gradient(run: RunResult) -> bool:
+    """Whether a network was dead from its first step on, as what a quantizer broke may be."""
+    return bool(run.train) and all(point.grad_norm == 0 for point in run.train)
 
 
 def _rounded(rate: float) -> float:

@@ -288,12 +288,12 @@ _LABEL_LOSSES: dict[Task, Callable[..., torch.Tensor]] = {
 
 
 def _constant(inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
-    """Whether inputs that differ give one output: a boolean scalar."""
-    read = inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"]
-    first = read[0] if logits.ndim == 2 else read[0, 0]  # an output for each row, or for each token
-    flat = logits.detach().flatten(0, -2)  # [outputs, classes]
-    spread, largest = (flat.amax(0) - flat.amin(0)).max(), flat.abs().max()
-    return (read != first).any() & (spread <= CONSTANT_WITHIN * largest)
+    """Whether inputs that differ give one output: a boolean scalar. Of tokens, the first sequence tells."""
+    read, outputs = inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"], logits.detach()
+    if logits.ndim > 2:
+        read, outputs = read[0], outputs[0]
+    spread, largest = (outputs.amax(0) - outputs.amin(0)).max(), outputs.abs().max()
+    return (read != read[0]).any() & (spread <= CONSTANT_WITHIN * largest)
 
 
 class SecondOrderTrainer(AttackTrainer):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specdef_cli.certify import tools
-from specdef_cli.certify.tools import NotApplicableError, Trial, mean_over_batches
+from specdef_cli.certify.tools import NotApplicableError, Trial, mean_loss
 from specdef_cli.errors import SpecDefError, WrongUsage, first_line
 from specdef_cli.model.inputs import compared_output, fixed_inputs
 from specdef_cli.model.loading import new_objects_only
@@ -258,9 +258,7 @@ def _by_forward_pass(trial: Trial, wanted: Format) -> float:
     with trial.loaded(wanted.dtype, **wanted.loading()) as model:
         changed = model if wanted.change is None else wanted.change(model, trial)
         if trial.tokens is not None:
-            return mean_over_batches(
-                trial.tokens, model.config, lambda batch: _outputs(changed, {"input_ids": batch.to(model.device)})
-            )
+            return mean_loss(changed, trial.tokens)
         found = _outputs(changed, fixed_inputs(model))
     with trial.base.loaded(dtype=torch.float32, device=trial.device) as model:
         changed = model if wanted.reference is None else wanted.reference(model, replace(trial, model=trial.base))
@@ -270,9 +268,6 @@ def _by_forward_pass(trial: Trial, wanted: Format) -> float:
 
 def _outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The first output (logits, or the last hidden state) in float64 on the CPU."""
-    if "pixel_values" in inputs:
-        floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        inputs = inputs | {"pixel_values": inputs["pixel_values"].to(next(floating, torch.float32))}
     with torch.inference_mode():
         outputs = model(**inputs)
     return compared_output(outputs).double().cpu()

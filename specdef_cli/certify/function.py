@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli.certify.tools import mean_loss
-from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest, ScaledModule, ScaledSlice
-from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
-from specdef_cli.checkpoint.shards import scale_slice
+from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest
+from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.scale import scale_vector
+from specdef_cli.hardening.fold import fold_groups
+from specdef_cli.hardening.scale import scaled_groups
 from specdef_cli.hardening.verify import OutputComparison, compare_outputs
-from specdef_cli.model.described import require_as_described
 from specdef_cli.model.inputs import fixed_inputs, model_outputs
 from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import OpenedModel
@@ -218,48 +217,22 @@ class SpectrumFigures:
 
 def measure_spectrum(base: Checkpoint, hardened: Checkpoint, manifest: Manifest) -> SpectrumFigures:
     """Check every changed tensor, one in memory at a time."""
-    require_as_described(hardened, manifest)
-    slices: dict[str, list[ScaledSlice]] = {}
-    for pair in manifest.folded:
-        for part in pair.slices:
-            slices.setdefault(part.tensor, []).append(part)
-    deviating = [name for module in manifest.scaled for name in _deviating(base, hardened, module)]
-    for name, parts in slices.items():
-        if name not in base.tensors:
-            raise SpecDefError(f"the base has no {name}, which {hardened.directory} was made from", "Give its base.")
-        expected = base.read(name).to(TORCH_DTYPES[hardened.tensors[name].dtype])
-        for part in parts:
-            scale_slice(expected, part)
-        if not torch.equal(expected, hardened.read(name)):
-            deviating.append(name)
-    scaled = [part for module in manifest.scaled for part in module.slices]
-    changed = [*scaled, *(part for parts in slices.values() for part in parts)]
+    groups = fold_groups(manifest.folded, hardened, None) | scaled_groups(manifest.scaled, hardened, None)
+    scaled = [(name, rows) for group in groups.values() for name, rows in group.streamed.items() if rows.slices]
+    missing = next((rows.tensor for _, rows in scaled if rows.tensor not in base.tensors), None)
+    if missing is not None:
+        raise SpecDefError(f"the base has no {missing}, which {hardened.directory} was made from", "Give its base.")
+    deviating = [name for name, rows in scaled if not torch.equal(rows.whole(base), hardened.read(name))]
+    for group in groups.values():  # the vectors that undo a scale
+        made = {} if group.transform is None else group.transform(base, torch.device("cpu")).tensors
+        deviating += [name for name, vector in made.items() if not torch.equal(vector, hardened.read(name))]
+    exponents = (abs(exponent) for _, rows in scaled for part in rows.slices for exponent in part.exponents)
     return SpectrumFigures(
         layers=tuple(_layer(hardened, layer) for layer in manifest.factored),
-        folded_tensors=len(slices) + len({part.tensor for part in scaled}),
+        folded_tensors=len(scaled),
         deviating=tuple(deviating),
-        largest_exponent=max((abs(value) for part in changed for value in part.exponents), default=0),
+        largest_exponent=max(exponents, default=0),
     )
-
-
-def _deviating(base: Checkpoint, hardened: Checkpoint, module: ScaledModule) -> Iterator[str]:
-    """Tensors of a scaled module that are not the base's times the manifest's powers of two, or do not undo them."""
-    stored = {module.tensor: module.inflated_tensor, module.bias: module.inflated_bias}
-    for name in dict.fromkeys(part.tensor for part in module.slices):
-        if name not in base.tensors:
-            raise SpecDefError(f"the base has no {name}, which {hardened.directory} was made from", "Give its base.")
-        tensor = stored[name]
-        assert tensor is not None
-        expected = base.read(name).to(TORCH_DTYPES[hardened.tensors[tensor].dtype])
-        for part in module.slices:
-            if part.tensor == name:
-                scale_slice(expected, part)
-        if not torch.equal(expected, hardened.read(tensor)):
-            yield tensor
-    for name, side in module.scales.items():
-        found = hardened.read(name)
-        if not torch.equal(scale_vector(module.shape[side.axis], side, found.dtype), found):
-            yield name
 
 
 def _layer(hardened: Checkpoint, layer: FactoredLayer) -> LayerSpectrum:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
@@ -26,6 +25,8 @@ FORMAT_VERSION: Final = 2
 
 Method = Literal["fold", "scale", "factors"]
 Change = Literal["folded", "scaled", "factored"]
+Shapes = dict[str, tuple[int, ...]]
+"""Of tensors, by their names on disk."""
 ScaledKind = Literal["linear", "embedding", "head", "norm"]
 
 
@@ -72,6 +73,11 @@ class LinearLayer:
     transposed: bool
     """Whether the tensor on disk is Wᵀ (transformers' ``Conv1D``)."""
 
+    @property
+    def parameters_added(self) -> int:
+        """Parameters that factors of this layer add."""
+        return self.out_features**2
+
 
 @dataclass(frozen=True)
 class ScaledSlice:
@@ -115,19 +121,46 @@ class FactoredLayer(LinearLayer):
     """‖C(W~X) − WX‖/‖WX‖ on Gaussian probes X, through the stored factors."""
 
     @property
+    def stem(self) -> str:
+        """What the names of its tensors begin with, in the base's files and in the hardened ones."""
+        return self.tensor.removesuffix(".weight")
+
+    @property
     def inflated_tensor(self) -> str:
         """Name of W~ (m×n) in the hardened checkpoint's files."""
-        return f"{self.tensor.removesuffix('.weight')}.inflated.weight"
+        return f"{self.stem}.inflated.weight"
 
     @property
     def compensation_tensor(self) -> str:
         """Name of C (m×m) in the hardened checkpoint's files."""
-        return f"{self.tensor.removesuffix('.weight')}.compensation.weight"
+        return f"{self.stem}.compensation.weight"
 
     @property
     def compensation_bias(self) -> str | None:
         """Name of the bias in the hardened checkpoint's files; it is added after C, so its values are unchanged."""
-        return f"{self.tensor.removesuffix('.weight')}.compensation.bias" if self.bias else None
+        return f"{self.stem}.compensation.bias" if self.bias else None
+
+    @property
+    def original(self) -> Shapes:
+        """What it has in the base's files."""
+        m, n = self.out_features, self.in_features
+        return {self.tensor: (n, m) if self.transposed else (m, n)} | ({self.bias: (m,)} if self.bias else {})
+
+    @property
+    def stored(self) -> Shapes:
+        """What it has in the hardened files; the tombstone stands under the weight's name."""
+        m, n = self.out_features, self.in_features
+        bias = {self.compensation_bias: (m,)} if self.compensation_bias else {}
+        return {self.inflated_tensor: (m, n), self.compensation_tensor: (m, m), **bias, self.tensor: (1,)}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
 
 
 @dataclass(frozen=True)
@@ -226,6 +259,38 @@ class ScaledModule:
         return sum(self.shape[side.axis] for side in self.scales.values())
 
     @property
+    def original(self) -> Shapes:
+        """What it has in the base's files."""
+        own = {} if self.tied_to else {self.tensor: self.shape}
+        return own | ({self.bias: self._length} if self.bias else {})
+
+    @property
+    def stored(self) -> Shapes:
+        """What it has in the hardened files."""
+        own = {} if self.tied_to else {self.inflated_tensor: self.shape}
+        bias = {self.inflated_bias: self._length} if self.inflated_bias else {}
+        vectors = {name: (self.shape[side.axis],) for name, side in self.scales.items()}
+        return {**own, **bias, **vectors, self.tombstone: (1,)}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+        return {
+            "kind": self.kind,
+            "weight": list(self.shape),
+            "bias": None if self.bias is None else self._length[0],
+            "input_scale": None if self.input is None else self.shape[self.input.axis],
+            "output_scale": None if self.output is None else self.shape[self.output.axis],
+            "tied_to": self.tied_to,
+        }
+
+    @property
+    def _length(self) -> tuple[int, ...]:
+        """The shape of the bias: every module is scaled on the side of its output."""
+        assert self.output is not None
+        return (self.shape[self.output.axis],)
+
+    @property
     def slices(self) -> tuple[ScaledSlice, ...]:
         """What was multiplied in the base's tensors."""
         sides = () if self.tied_to else self.scales.values()
@@ -235,8 +300,34 @@ class ScaledModule:
         return tuple(slices)
 
 
+Replaced = FactoredLayer | ScaledModule
+
+
+class Changed:
+    """What a plan and its manifest have in common."""
+
+    folded: tuple[FoldedPair, ...]
+    scaled: tuple[ScaledModule, ...]
+    factored: tuple[FactoredLayer, ...]
+
+    @property
+    def replaced(self) -> tuple[Replaced, ...]:
+        """The modules whose weight stands under another name, and which need code to run."""
+        return (*self.factored, *self.scaled)
+
+    @property
+    def folded_slices(self) -> list[ScaledSlice]:
+        """Everything that a fold multiplied."""
+        return [part for pair in self.folded for part in pair.slices]
+
+    @property
+    def parameters_added(self) -> int:
+        """Parameters that the compensation layers and the scale vectors add."""
+        return sum(layer.parameters_added for layer in self.replaced)
+
+
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Changed):
     """Everything that is known about a hardened directory."""
 
     __pydantic_config__: ClassVar[ConfigDict] = {"strict": True, "extra": "forbid"}
@@ -265,11 +356,6 @@ class Manifest:
     """sha256 of every safetensors file."""
     verification: dict[str, Any] = field(default_factory=dict)
     """Figures of the verification before publication; empty when it was skipped."""
-
-    @property
-    def parameters_added(self) -> int:
-        """Parameters that the compensation layers and the scale vectors add."""
-        return added_parameters(self.factored, self.scaled)
 
     @property
     def largest_alpha(self) -> float:
@@ -323,11 +409,6 @@ def _in_this_format(text: str) -> str:
     if record.get("profile") == "coverage":
         record["profile"] = "float16-cache"
     return json.dumps(record)
-
-
-def added_parameters(factored: Iterable[LinearLayer], scaled: Iterable[ScaledModule]) -> int:
-    """Parameters that the compensation layers of linears and the vectors of scaled modules add."""
-    return sum(layer.out_features**2 for layer in factored) + sum(module.parameters_added for module in scaled)
 
 
 @functools.cache

@@ -65,10 +65,8 @@ def attack_command(
         listing = attack_listing()
         output.data(listing, Group(*listing_tables(listing)))
         return
-
     require_extra("attack", "attacks")
     # Validate first: importing torch takes seconds.
-
     conditions = [Condition.parse(text) for text in flags.fail_if]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
         raise WrongUsage("--fail-if refusals needs prompts that the model refuses", "Give --prompts FILE.")
@@ -226,12 +224,7 @@ def compare_command(
 
       specdef compare fold-attack/report.json scale-attack/report.json --markdown
     """
-
     require_extra("report", "reports")
-    from specdef_cli.report.document import require_report
-
-    for path in reports:
-        require_report(path)
     from specdef_cli.report.document import compare, comparison_markdown, read_report
 
     comparison = compare([read_report(path) for path in reports])
@@ -252,8 +245,7 @@ def comparison_table(comparison: Comparison) -> Group:
         through = (None, None, *(cell is not None and cell.verdict == "not slowed" for cell in row.cells))
         cells = zip(row.texts, through, strict=True)
         table.add_row(*(Text(text, style="bold" if bold else "") for text, bold in cells))
-    lines = [f"{model}: {text}" for model, text in zip(comparison.models, comparison.verdicts, strict=True)]
     caption = (
         "control: held-out loss (best η), share of the best control's progress. Models: share of its own control's."
     )
-    return Group(table, Text(caption), *(Text(line) for line in (*lines, *comparison.notes)))
+    return Group(table, Text(caption), *(Text(line) for line in comparison.said))

@@ -51,7 +51,6 @@ def attack_listing() -> Listing:
 
 def listing_tables(listing: Listing) -> Iterable[Table | str]:
     """The listing as the terminal shows it."""
-
     for key, entries in listing.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
@@ -64,7 +63,6 @@ def listing_tables(listing: Listing) -> Iterable[Table | str]:
 
 def plan_screen(forecast: Forecast) -> Group:
     """One screen: what is trained on what, the runs in their order, and how long they take."""
-
     facts = Table.grid(padding=(0, 2))
     facts.add_column(no_wrap=True)
     facts.add_column(overflow="fold")

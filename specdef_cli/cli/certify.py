@@ -52,7 +52,6 @@ def certify_command(
 
       specdef certify hardened --formats nf4 --formats q8_0
     """
-
     # Validate first: importing torch takes seconds.
     options = CertifyOptions(model, **given)
     require_hardened(options)
@@ -91,7 +90,6 @@ def certify_command(
 
 def certificate_tables(certificate: Certificate) -> Group:
     """The certificate as the terminal shows it."""
-
     from specdef_cli.certify.card import got_through
 
     words = {True: "holds", False: "FAILS", None: "not measured"}
@@ -150,7 +148,6 @@ def verify_certificate_command(
 
       specdef verify-certificate org/name --base org/base --attacks report.json
     """
-
     from specdef_cli.report.document import require_report
 
     source = Source(model, **given)

@@ -116,7 +116,6 @@ def _construction(given: dict[str, Any]) -> Construction:
 
 def result_tables(result: HardenResult) -> Group:
     """The published directory as the terminal shows it."""
-
     manifest = result.manifest
     figures = manifest.verification
     if "skipped" in figures:

@@ -93,7 +93,6 @@ def convert_adapter_command(
 
       specdef convert-adapter ./my-lora hardened --out hardened-lora
     """
-
     source, out = Source(hardened, **given), converted.out
     require_hardened(source)
     require_usable(out, adapter)
@@ -135,7 +134,6 @@ def push_command(
 
       specdef push hardened org/name --revision hardened --create-pr
     """
-
     require_directory(directory)
 
     from specdef_cli.checkpoint.upload import Destination, push, require_writable

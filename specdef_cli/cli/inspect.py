@@ -62,7 +62,6 @@ def inspect_command(model: Model, flags: Flags, output: Output, **given: Any) ->
 
 def survey_summary(found: Survey) -> Group:
     """One screen: what the model is made of, what each method would do and cost, and what to do."""
-
     from specdef_cli.hardening.plan import within_block
 
     shown = [found.recognised.sentence] if found.recognised.sentence else []
@@ -105,7 +104,7 @@ def _hardened_lines(found: Survey) -> Iterable[str]:
     if manifest.folded:
         parts.append(f"{len(manifest.folded)} symmetric pairs were rescaled")
     if manifest.factored:
-        added = sum(layer.compensation_parameters for layer in found.layers if layer.alpha is not None)
+        added = sum(layer.parameters_added for layer in found.layers if layer.alpha is not None)
         parts.append(f"{len(manifest.factored)} layers were replaced, which added {added:,} parameters")
     if manifest.scaled:
         added = sum(module.parameters_added for module in manifest.scaled)
@@ -128,7 +127,7 @@ def layers_table(found: Survey) -> Table:
             "–" if layer.sigma is None else f"{layer.sigma:.4g}",
             "–" if layer.effective_rank is None else f"{layer.effective_rank:.1f}",
             "" if layer.alpha is None else f"{layer.alpha:g}",
-            f"{layer.compensation_parameters:,}",
+            f"{layer.parameters_added:,}",
         )
     return table
 
@@ -164,7 +163,6 @@ def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
 
 def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
     """One plan: what it changes, what it leaves, what it costs."""
-
     parts = []
     if summary.pairs:
         parts.append(f"{summary.pairs} symmetric pairs rescaled")

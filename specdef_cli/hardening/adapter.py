@@ -141,7 +141,7 @@ class _Changes:
         self._factored = {layer.module: layer for layer in manifest.factored}
         self._scaled = {module.module: module for module in manifest.scaled}
         self._folded: dict[str, list[ScaledSlice]] = {}
-        for part in (part for pair in manifest.folded for part in pair.slices):
+        for part in manifest.folded_slices:
             self._folded.setdefault(part.tensor, []).append(part)
         self.rewritten = 0
 

@@ -21,12 +21,12 @@ from accelerate import PartialState
 
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.checkpoint.output import check_output, discard, exclusive, prepare, publish, work_directory
-from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.shards import TensorGroup, assign_shards, plan_shards, shard_header, shard_index
+from specdef_cli.checkpoint.shards import TensorGroup, assign_shards, plan_shards, shard_index
 from specdef_cli.checkpoint.stream import Progress, read_record, write_shards
 from specdef_cli.errors import ResumableError, SpecDefError, WrongUsage
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.model.loading import process_state
+from specdef_cli.model.opened import OpenedModel
 
 # A worker holds one layer: W, W~ and C as they are stored (in float32 at most), and the Krylov space of W.
 LAYER_COPIES_PER_WORKER = 4
@@ -43,9 +43,8 @@ class Written:
 
 @contextmanager
 def published(
-    checkpoint: Checkpoint,
+    model: OpenedModel,
     groups: Sequence[TensorGroup],
-    fingerprint: str,
     options: HardenOptions | CollapseOptions,
     on_progress: Callable[[Progress], None],
 ) -> Iterator[Written | None]:
@@ -53,16 +52,14 @@ def published(
 
     In the block, the main process adds everything but weights and index, and verifies the result.
 
-    Args:
-        fingerprint: Identifies the plan for ``resume``.
-
     Yields:
         What was written, in the main process; ``None`` in the others, which have nothing left to do.
     """
-    state, out = process_state(options.device), options.out
+    state, out, checkpoint = process_state(options.device), options.out, model.checkpoint
     shards = plan_shards(groups, options.max_shard_size, checkpoint.library)
-    layout = [(shard.name, shard_header(shard)[0].decode("utf-8", "replace")) for shard in shards]
-    fingerprint = hashlib.sha256(f"{fingerprint} {layout}".encode()).hexdigest()
+    version = model.found.commit or [(checkpoint.directory / name).stat().st_mtime_ns for name in checkpoint.shards]
+    # What --resume goes on with: these shards of this input.
+    fingerprint = hashlib.sha256(f"{shards} {checkpoint.tensors} {version}".encode()).hexdigest()
     check_output(out, checkpoint.directory, sum(shard.nbytes for shard in shards))
 
     def write() -> None:

@@ -6,21 +6,21 @@ about the pair then fails on a size mismatch; a missing tensor it would only re-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.files import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import FactoredLayer
-from specdef_cli.checkpoint.reader import SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
+from specdef_cli.checkpoint.manifest import FactoredLayer, LinearLayer
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors
-from specdef_cli.model.sites import LinearSite, require_factorable
+from specdef_cli.model.sites import LinearSite, require_findable
 from specdef_cli.model.skeleton import Skeleton
-from specdef_cli.spectral import Gauge
 from specdef_cli.spectral.factors import (
     RECONSTRUCTION_TOLERANCE,
     check_alpha,
@@ -35,74 +35,48 @@ from specdef_cli.spectral.subspace import layer_seed, product, top_subspace
 
 @dataclass(frozen=True)
 class FactorLayer:
-    """The transform that replaces one linear by its two factors.
+    """The transform that replaces one linear by its two factors, stored in a safetensors dtype."""
 
-    Attributes:
-        alpha: α.
-        dtype: safetensors dtype of the factors.
-    """
-
-    site: LinearSite
-    alpha: float
-    top_k: int
-    gauge: Gauge
+    layer: FactoredLayer
     dtype: str
     seed: int
 
-    def entry(self, singular_values: tuple[float, ...] = (), error: float = 0.0) -> FactoredLayer:
-        """The layer's entry in the manifest."""
-        layer = {name: value for name, value in vars(self.site).items() if name != "role"}
-        return FactoredLayer(
-            **layer,
-            alpha=self.alpha,
-            top_k=self.top_k,
-            gauge=self.gauge,
-            singular_values=singular_values,
-            reconstruction_error=error,
-        )
-
     def group(self) -> TensorGroup:
         """What this layer becomes on disk."""
-        site, entry = self.site, self.entry()
-        outputs = [
-            TensorSpec(entry.inflated_tensor, self.dtype, (site.out_features, site.in_features)),
-            TensorSpec(entry.compensation_tensor, self.dtype, (site.out_features, site.out_features)),
-            TensorSpec(entry.tensor, self.dtype, (1,)),
-        ]
-        if entry.compensation_bias is not None:
-            outputs.append(TensorSpec(entry.compensation_bias, self.dtype, (site.out_features,)))
-        return TensorGroup(site.module, tuple(outputs), self)
+        outputs = (TensorSpec(name, self.dtype, shape) for name, shape in self.layer.stored.items())
+        return TensorGroup(self.layer.module, tuple(outputs), self)
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
         """Compute the factors."""
-        entry, stored = self.entry(), TORCH_DTYPES[self.dtype]
-        weight = read_weight(checkpoint, self.site, device)
-        seed = layer_seed(self.seed, self.site.tensor)
-        subspace = top_subspace(weight, self.top_k, seed)
-        build = rotated_factors if self.gauge == "rotated" else symmetric_factors
-        factors = build(weight, subspace.basis, self.alpha, stored)
+        layer, stored = self.layer, TORCH_DTYPES[self.dtype]
+        weight = read_weight(checkpoint, layer, device)
+        seed = layer_seed(self.seed, layer.tensor)
+        subspace = top_subspace(weight, layer.top_k, seed)
+        build = rotated_factors if layer.gauge == "rotated" else symmetric_factors
+        factors = build(weight, subspace.basis, layer.alpha, stored)
         probes = gaussian_probes(weight.shape[1], seed, device).to(subspace.basis.dtype)
         error = reconstruction_error(product(weight, probes), factors, probes)
         self._require_restored(error)
         tensors = {
-            entry.inflated_tensor: factors.inflated,
-            entry.compensation_tensor: factors.compensation,
-            entry.tensor: torch.zeros(1, dtype=stored),
+            layer.inflated_tensor: factors.inflated,
+            layer.compensation_tensor: factors.compensation,
+            layer.tensor: torch.zeros(1, dtype=stored),
         }
-        if entry.bias is not None and entry.compensation_bias is not None:
-            tensors[entry.compensation_bias] = checkpoint.read(entry.bias).to(stored)
+        if layer.bias is not None and layer.compensation_bias is not None:
+            tensors[layer.compensation_bias] = checkpoint.read(layer.bias).to(stored)
         return Produced(tensors, {"singular_values": subspace.singular_values.tolist(), "reconstruction_error": error})
 
     def _require_restored(self, error: float) -> None:
+        layer = self.layer
         if error <= RECONSTRUCTION_TOLERANCE:  # NaN fails this too
             return
         hint = "Use a smaller --alpha, or --dtype float32."
-        if self.gauge == "symmetric" and error < float("inf"):
+        if layer.gauge == "symmetric" and error < float("inf"):
             # The error of this gauge is proportional to α, but for some noise.
-            safe = round_down(max(1.0, 0.8 * self.alpha * RECONSTRUCTION_TOLERANCE / error))
+            safe = round_down(max(1.0, 0.8 * layer.alpha * RECONSTRUCTION_TOLERANCE / error))
             hint = f"Use --alpha {safe:g} or less, or --gauge rotated."
         raise SpecDefError(
-            f"{self.site.module}: alpha {self.alpha:g} in {self.dtype} leaves a relative error of {error:.2g}", hint
+            f"{layer.module}: alpha {layer.alpha:g} in {self.dtype} leaves a relative error of {error:.2g}", hint
         )
 
 
@@ -115,12 +89,8 @@ class CollapseLayer:
 
     def group(self) -> TensorGroup:
         """What the layer becomes on disk."""
-        layer = self.layer
-        shape = (layer.out_features, layer.in_features)
-        outputs = [TensorSpec(layer.tensor, self.dtype, shape[::-1] if layer.transposed else shape)]
-        if layer.bias is not None:
-            outputs.append(TensorSpec(layer.bias, self.dtype, (layer.out_features,)))
-        return TensorGroup(layer.module, tuple(outputs), self)
+        outputs = (TensorSpec(name, self.dtype, shape) for name, shape in self.layer.original.items())
+        return TensorGroup(self.layer.module, tuple(outputs), self)
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
         """Compute W = C·W~, in float64: C W~ cancels a factor of α, and float32 would lose that many digits."""
@@ -140,10 +110,10 @@ def factor_layers(
     wanted: Factors,
     dtype: str | None,
     loaded: torch.dtype | None,
-) -> tuple[FactorLayer, ...]:
+) -> tuple[FactoredLayer, ...]:
     """Plan the factors of every site, from headers alone."""
-    require_factorable(skeleton, sites)
     layers = []
+    planned: dict[str, Any] = {"alpha": wanted.alpha, "top_k": wanted.top_k, "gauge": wanted.gauge}
     for site in sites:
         stored = TORCH_DTYPES[dtype or checkpoint.tensors[site.tensor].dtype]
         check_alpha(wanted.alpha, wanted.gauge, stored)
@@ -155,12 +125,23 @@ def factor_layers(
                 f"top-k {wanted.top_k} is more than the rank of {site.module} ({site.out_features}×{site.in_features})",
                 f"Use --top-k {rank} or less, or --exclude '{site.module}'.",
             )
-        figures = (wanted.alpha, wanted.top_k, wanted.gauge, SAFETENSORS_DTYPES[stored], wanted.seed)
-        layers.append(FactorLayer(site, *figures))
+        linear = {name: value for name, value in vars(site).items() if name != "role"}
+        layers.append(FactoredLayer(**linear, **planned, singular_values=(), reconstruction_error=0.0))
+    require_findable(skeleton, layers)
     return tuple(layers)
 
 
-def read_weight(checkpoint: Checkpoint, site: LinearSite, device: torch.device) -> Tensor:
+def factor_groups(
+    layers: Iterable[FactoredLayer], checkpoint: Checkpoint, dtype: str | None, seed: int
+) -> dict[str, TensorGroup]:
+    """The output groups of all replaced layers, by the name of the base's weight."""
+    return {
+        layer.tensor: FactorLayer(layer, dtype or checkpoint.tensors[layer.tensor].dtype, seed).group()
+        for layer in layers
+    }
+
+
+def read_weight(checkpoint: Checkpoint, site: LinearLayer, device: torch.device) -> Tensor:
     """W as it is stored, shape [out_features, in_features]; refused where it is not finite or zero."""
     header = checkpoint.tensors[site.tensor]
     if header.dtype not in FLOATING_DTYPES:

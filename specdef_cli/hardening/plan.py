@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +12,17 @@ from typing import Any, TypeVar
 import torch
 
 from specdef_cli.checkpoint.check import require_modules
-from specdef_cli.checkpoint.manifest import FoldedPair, Method, ScaledModule, added_parameters
+from specdef_cli.checkpoint.manifest import Changed, FactoredLayer, FoldedPair, Method, ScaledModule, ScaledSlice
 from specdef_cli.checkpoint.reader import DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import TensorGroup, plain_group
 from specdef_cli.errors import SpecDefError, dtype_name
 from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
 from specdef_cli.hardening.card import SCALED_LOADERS, given_up, lost_formats, serving_advice
 from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
-from specdef_cli.hardening.factors import FactorLayer, factor_layers
+from specdef_cli.hardening.factors import factor_groups, factor_layers
 from specdef_cli.hardening.fold import fold_groups, fold_pairs
 from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
-from specdef_cli.hardening.scale import scale_modules, scaled_groups, scaled_spec
+from specdef_cli.hardening.scale import scale_modules, scaled_groups
 from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.described import require_code_allows, shim_config
@@ -42,33 +40,25 @@ Member = TypeVar("Member")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Changes:
+class Changes(Changed):
     """What a construction changes."""
 
     folded: tuple[FoldedPair, ...] = ()
     scaled: tuple[ScaledModule, ...] = ()
-    factored: tuple[FactorLayer, ...] = ()
+    factored: tuple[FactoredLayer, ...] = ()
+    seed: int = 0
     reasons: tuple[str, ...] = ()
 
     @property
     def multiplied(self) -> set[str]:
         """Tensors with entries that are multiplied by powers of two."""
-        slices = [part for pair in self.folded for part in pair.slices]
-        slices += [part for module in self.scaled for part in module.slices]
-        return {part.tensor for part in slices}
+        slices = (part for module in self.scaled for part in module.slices)
+        return {part.tensor for part in (*self.folded_slices, *slices)}
 
     @property
-    def layers(self) -> dict[str, dict[str, Any]]:
-        """What ``config.json`` says of modules that need code to run, by module path."""
-        shapes: dict[str, dict[str, Any]] = {
-            site.module: {
-                "in_features": site.in_features,
-                "out_features": site.out_features,
-                "bias": site.bias is not None,
-            }
-            for site in (layer.site for layer in self.factored)
-        }
-        return shapes | {module.module: scaled_spec(module) for module in self.scaled}
+    def changed(self) -> set[str]:
+        """Tensors of the base with other numbers afterwards."""
+        return self.multiplied | {layer.tensor for layer in self.factored}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,25 +84,9 @@ class HardeningPlan(Changes):
     one_sided: tuple[str, ...] = ()
 
     @property
-    def parameters_added(self) -> int:
-        """Parameters that the compensation layers and the scale vectors add."""
-        return added_parameters((layer.site for layer in self.factored), self.scaled)
-
-    @property
     def nbytes(self) -> int:
         """Size of all output tensors in bytes."""
         return sum(group.nbytes for group in self.groups)
-
-    def fingerprint(self, checkpoint: Checkpoint, commit: str | None) -> str:
-        """Identifies this plan on this input, so that ``--resume`` never mixes two."""
-        described = {
-            "groups": [repr(group) for group in self.groups],
-            "config": self.config,
-            "input": [repr(header) for header in checkpoint.tensors.values()],
-            "input_version": commit
-            or [(checkpoint.directory / shard).stat().st_mtime_ns for shard in checkpoint.shards],
-        }
-        return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
@@ -130,26 +104,26 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
         changes = _folded(base, options, wanted, stored)
     elif isinstance(wanted, Factors):
         chosen = _select(linear_sites(skeleton), lambda site: {site.module, site.tensor}, options)
-        changes = Changes(factored=factor_layers(checkpoint, skeleton, chosen, wanted, stored, loaded))
+        layers = factor_layers(checkpoint, skeleton, chosen, wanted, stored, loaded)
+        changes = Changes(factored=layers, seed=wanted.seed)
     else:
         changes = _scaled(base, options, stored)
-    multiplied = changes.multiplied
-    if multiplied and loaded is torch.float16:
+    if changes.multiplied and loaded is torch.float16:
         raise SpecDefError(
             "config.json has the model loaded in float16, which a fold's powers of two overflow",
             "Give --dtype bfloat16 or float32, which config.json then names.",
         )
-    if not (multiplied or changes.factored):
+    if not changes.changed:
         raise SpecDefError(
             "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
         )
     config = dict(checkpoint.config)
     if options.dtype is not None and checkpoint.library.is_transformers:
         config = _with_dtype(config, options.dtype)
-    dtypes = {TORCH_DTYPES[layer.dtype] for layer in changes.factored}
-    dtypes |= {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in multiplied}
-    one_sided = _one_sided(checkpoint, changes.folded)
-    unchanged = _unchanged(skeleton, multiplied | {layer.site.tensor for layer in changes.factored})
+    dtypes = {TORCH_DTYPES[stored or checkpoint.tensors[name].dtype] for name in changes.changed}
+    one_sided = _one_sided(checkpoint, changes.folded_slices)
+    unchanged = _unchanged(skeleton, changes.changed)
+    replaced = changes.replaced
     profile = wanted.profile if isinstance(wanted, Fold) else None
     return HardeningPlan(
         **vars(changes),
@@ -157,7 +131,7 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
         profile=profile,
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
         groups=_groups(checkpoint, changes, stored),
-        config=shim_config(config, changes.layers) if changes.layers else config,
+        config=shim_config(config, {layer.module: layer.spec for layer in replaced}) if replaced else config,
         notes=_notes(base, changes, profile, unchanged, one_sided),
         unchanged=unchanged,
         one_sided=one_sided,
@@ -194,7 +168,7 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold, stored: str
         folded = raise_pairs(base.checkpoint, pairs, activations, stored)
     else:
         folded = fold_pairs(base.checkpoint, pairs, wanted.profile, stored)
-    reasons = tuple(note.reason for note in found.unpaired)
+    reasons = found.unpaired
     if by_weights:
         reasons = ("The weights alone chose the channels: quantized or in float16, that may cost nats.", *reasons)
     if not folded:
@@ -244,7 +218,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """What was decided and why, for the user."""
     checkpoint, strangers = base.checkpoint, base.skeleton.strangers
-    notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.layers)))]
+    notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.replaced)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
     if changes.scaled and checkpoint.library.is_transformers:
         notes.append(SCALED_LOADERS)
@@ -269,9 +243,9 @@ def within_block(name: str) -> str:
     return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
 
 
-def _one_sided(checkpoint: Checkpoint, folded: Sequence[FoldedPair]) -> tuple[str, ...]:
+def _one_sided(checkpoint: Checkpoint, folded: Sequence[ScaledSlice]) -> tuple[str, ...]:
     axes: dict[str, set[int]] = {}
-    for part in (part for pair in folded for part in pair.slices):
+    for part in folded:
         axes.setdefault(part.tensor, set()).add(part.axis)
     matrices = (name for name, header in checkpoint.tensors.items() if len(header.shape) > 1)
     return tuple(dict.fromkeys(within_block(name) for name in matrices if len(axes.get(name, ())) == 1))
@@ -289,10 +263,9 @@ def _unchanged(skeleton: Skeleton, changed: set[str]) -> tuple[str, ...]:
 
 def _groups(checkpoint: Checkpoint, changes: Changes, stored: str | None) -> tuple[TensorGroup, ...]:
     """The output, in the order of the input."""
-    replaced = {layer.site.tensor: layer.group() for layer in changes.factored}
-    replaced |= fold_groups(changes.folded, checkpoint, stored) | scaled_groups(changes.scaled, checkpoint, stored)
-    absorbed = {layer.site.bias for layer in changes.factored}
-    absorbed |= {name for module in changes.scaled for name in (module.bias, module.tombstone)}
+    replaced = fold_groups(changes.folded, checkpoint, stored) | scaled_groups(changes.scaled, checkpoint, stored)
+    replaced |= factor_groups(changes.factored, checkpoint, stored, changes.seed)
+    absorbed = {name for layer in changes.replaced for name in (*layer.original, *layer.stored)}
     return tuple(
         replaced[name] if name in replaced else plain_group(header, stored)
         for name, header in checkpoint.tensors.items()

@@ -71,19 +71,14 @@ class Recognised:
 
 
 def recognise(checkpoint: Checkpoint, skeleton: Skeleton) -> Recognised:
-    """Look at the weights of a checkpoint, one tensor in memory at a time."""
-    expected = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters()}
+    """Look at the weights of a checkpoint, one tensor in memory at a time; the skeleton is the original model's."""
     shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
-    replaced = {f"{layer}.weight" for layer, _, _ in _candidates(shapes)}
-    replaced |= {f"{module}.weight" for module in _scaled_modules(shapes)}
-    # A head that shares the embedding's weight has a tombstone here, and no tensor in the original architecture.
-    native = {name: shape for name, shape in shapes.items() if name not in replaced}
-    native |= {name: expected[name] for name in replaced if name in expected}
 
     def is_intact(side: Side) -> bool:
-        return checkpoint.tensors[side.tensor].dtype in FLOATING_DTYPES and shapes[side.tensor] == native[side.tensor]
+        header = checkpoint.tensors.get(side.tensor)
+        return header is not None and header.dtype in FLOATING_DTYPES and header.shape == skeleton.shapes[side.tensor]
 
-    pairs = [pair for pair in symmetries(skeleton.with_shapes(native)).pairs if pair.channels > 1]
+    pairs = [pair for pair in symmetries(skeleton).pairs if pair.channels > 1]
     return recognised_in(checkpoint.read, shapes, [pair for pair in pairs if all(map(is_intact, pair.sides))])
 
 

@@ -6,12 +6,10 @@ back bit for bit; factors come back up to the rounding of what is stored.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.files import write_durably, write_json
-from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, Manifest
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
 from specdef_cli.checkpoint.output import require_manifest_place
 from specdef_cli.checkpoint.reader import Checkpoint, carry_over
 from specdef_cli.checkpoint.resolve import Resolved, remember_base
@@ -30,7 +28,7 @@ from specdef_cli.hardening.card import collapsed_card, hardened_card, read_card
 from specdef_cli.hardening.execute import Written, compute_devices, published
 from specdef_cli.hardening.factors import CollapseLayer
 from specdef_cli.hardening.fold import fold_groups, inverse
-from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions
+from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
 from specdef_cli.hardening.scale import unscaled_group
 from specdef_cli.hardening.survey import PlanSummary, summarize
@@ -109,21 +107,20 @@ def harden(
     base, plan, _ = _planned(options, options.out)
     checkpoint = base.checkpoint
     on_plan(plan)
-    fingerprint = plan.fingerprint(checkpoint, base.found.commit)
-    with published(checkpoint, plan.groups, fingerprint, options, on_progress) as written:
+    with published(base, plan.groups, options, on_progress) as written:
         if written is None:
             return None
         work = written.work
         carry_over(checkpoint.directory, work, checkpoint.companions.carried)
         write_json(work / "config.json", plan.config)
-        if plan.layers and checkpoint.library.is_transformers:
+        if plan.replaced and checkpoint.library.is_transformers:
             shutil.copyfile(SHIM_SOURCE, work / SHIM_SOURCE.name)
         manifest = _manifest(base.found, plan, options, written)
         write_durably(work / MANIFEST_NAME, manifest.to_json())
         hardened = base.beside(work)
         if checkpoint.library.is_transformers:
             hardened.load_without_weights()
-        manifest = dataclasses.replace(manifest, verification=verify(base, hardened.load, plan.nbytes, options))
+        manifest = replace(manifest, verification=verify(base, hardened.load, plan.nbytes, options))
         write_durably(work / MANIFEST_NAME, manifest.to_json())
         card = read_card(checkpoint.directory / "README.md")
         card = hardened_card(card, manifest, plan.unchanged, plan.one_sided, checkpoint.library)
@@ -136,9 +133,10 @@ def harden(
 
 
 def _manifest(found: Resolved, plan: HardeningPlan, options: HardenOptions, written: Written) -> Manifest:
-    def entry(layer: Any) -> Any:
-        figures = written.figures[layer.site.module]
-        return layer.entry(tuple(figures["singular_values"]), figures["reconstruction_error"])
+    def computed(layer: FactoredLayer) -> FactoredLayer:
+        figures = written.figures[layer.module]
+        values = tuple(figures["singular_values"])
+        return replace(layer, singular_values=values, reconstruction_error=figures["reconstruction_error"])
 
     name = found.name.encode(errors="replace").decode()  # a path need not be UTF-8; JSON is
     return Manifest(
@@ -147,11 +145,11 @@ def _manifest(found: Resolved, plan: HardeningPlan, options: HardenOptions, writ
         method=plan.method,
         base=BaseCheckpoint(name, found.revision, found.commit, options.base_model, found.subfolder),
         dtype=plan.dtype,
-        seed=options.construction.seed if isinstance(options.construction, Factors) else 0,
+        seed=plan.seed,
         profile=plan.profile,
         folded=plan.folded,
         scaled=plan.scaled,
-        factored=tuple(map(entry, plan.factored)),
+        factored=tuple(map(computed, plan.factored)),
         shards=dict(written.sha256),
     ).published()
 
@@ -194,8 +192,7 @@ def collapse(
     manifest, checkpoint = model.hardening, model.checkpoint
     groups = collapse_groups(checkpoint, manifest)
     on_plan(groups)
-    fingerprint = hashlib.sha256(f"collapse {manifest.to_json()} {options.max_shard_size}".encode()).hexdigest()
-    with published(checkpoint, groups, fingerprint, options, on_progress) as written:
+    with published(model, groups, options, on_progress) as written:
         if written is None:
             return None
         carry_over(checkpoint.directory, written.work, checkpoint.companions.carried)
@@ -212,14 +209,12 @@ def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorG
     """The tensors of the original architecture."""
     tensors = checkpoint.tensors
     undone = fold_groups((inverse(pair) for pair in manifest.folded), checkpoint, None)
-    consumed: set[str | None] = set()
     for layer in manifest.factored:
-        consumed |= {layer.compensation_tensor, layer.compensation_bias, layer.tensor}
         undone[layer.inflated_tensor] = CollapseLayer(layer, tensors[layer.inflated_tensor].dtype).group()
     for module in manifest.scaled:
-        consumed |= {*module.scales, module.tombstone, module.inflated_bias}
         if module.tied_to is None:
             undone[module.inflated_tensor] = unscaled_group(module, tensors[module.inflated_tensor].dtype)
+    consumed = {name for layer in manifest.replaced for name in layer.stored}
     return tuple(
         undone[name] if name in undone else plain_group(header, None)
         for name, header in tensors.items()

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,14 +58,9 @@ class ScaleVectors:
     def group(self) -> TensorGroup:
         """What the modules become on disk; the weight and its bias are streamed."""
         owner = self.modules[0]
-        outputs = [TensorSpec(owner.inflated_tensor, self.dtype, owner.shape)]
-        if owner.inflated_bias is not None:
-            outputs.append(TensorSpec(owner.inflated_bias, self.dtype, (_bias_length(owner),)))
-        for module in self.modules:
-            outputs += [
-                TensorSpec(name, self.dtype, (module.shape[side.axis],)) for name, side in module.scales.items()
-            ]
-            outputs.append(TensorSpec(module.tombstone, self.dtype, (1,)))
+        outputs = [
+            TensorSpec(name, self.dtype, shape) for module in self.modules for name, shape in module.stored.items()
+        ]
         return TensorGroup(owner.module, tuple(outputs), self, _scaled(owner, self.dtype))
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
@@ -91,9 +85,7 @@ def _scaled(module: ScaledModule, dtype: str) -> dict[str, Rows]:
 
 def unscaled_group(module: ScaledModule, dtype: str) -> TensorGroup:
     """The weight and the bias as they were, multiplied back bit for bit."""
-    outputs = [TensorSpec(module.tensor, dtype, module.shape)]
-    if module.bias is not None:
-        outputs.append(TensorSpec(module.bias, dtype, (_bias_length(module),)))
+    outputs = [TensorSpec(name, dtype, shape) for name, shape in module.original.items()]
     undone = {
         rows.tensor: Rows(scaled, dtype, tuple(part.inverse for part in rows.slices))
         for scaled, rows in _scaled(module, dtype).items()
@@ -152,13 +144,9 @@ def scale_modules(
         modules[site.module] = ScaledModule(
             site.module, site.kind, site.tensor, site.stem, site.shape, site.bias, output, inputs, site.tied_to
         )
-    wanted = {}
-    for module in modules.values():
-        own = [*module.scales, module.tombstone, *([] if module.tied_to else [module.inflated_tensor])]
-        for tensor in filter(None, [*own, module.inflated_bias]):
-            wanted[tensor] = f"{module.module}{tensor.removeprefix(module.stem)}"
-    require_findable(skeleton, wanted, {site.stem: site.module for site in sites})
-    return tuple(modules.values())
+    scaled = tuple(modules.values())
+    require_findable(skeleton, scaled)
+    return scaled
 
 
 def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[int], Sequence[int]]]:
@@ -199,27 +187,6 @@ def scaled_groups(modules: Sequence[ScaledModule], checkpoint: Checkpoint, dtype
         tensor: ScaleVectors(tuple(members), dtype or checkpoint.tensors[tensor].dtype).group()
         for tensor, members in by_tensor.items()
     }
-
-
-def scaled_spec(module: ScaledModule) -> dict[str, Any]:
-    """What ``config.json`` says of it."""
-
-    def length(side: ScaledChannels | None) -> int | None:
-        return None if side is None else module.shape[side.axis]
-
-    return {
-        "kind": module.kind,
-        "weight": list(module.shape),
-        "bias": _bias_length(module) if module.bias is not None else None,
-        "input_scale": length(module.input),
-        "output_scale": length(module.output),
-        "tied_to": module.tied_to,
-    }
-
-
-def _bias_length(module: ScaledModule) -> int:
-    assert module.output is not None  # every module is scaled on that side
-    return module.shape[module.output.axis]
 
 
 def _sample(checkpoint: Checkpoint, site: ScalableSite) -> tuple[int, Tensor]:

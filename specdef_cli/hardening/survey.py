@@ -49,11 +49,6 @@ class LayerSurvey(LinearSite):
     alpha: float | None
     default: bool
 
-    @property
-    def compensation_parameters(self) -> int:
-        """Parameters that factors of this layer add (or added)."""
-        return self.out_features**2
-
 
 @dataclass(frozen=True)
 class Survey:
@@ -230,6 +225,6 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
         left=dict(left.most_common()),
         bytes_before=checkpoint.nbytes,
         bytes_after=plan.nbytes,
-        lost=lost_formats(plan.folded, plan.profile, with_code=bool(plan.layers)),
+        lost=lost_formats(plan.folded, plan.profile, with_code=bool(plan.replaced)),
         notes=plan.notes,
     )

@@ -18,8 +18,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from specdef_cli.checkpoint.files import write_json
 from specdef_cli.checkpoint.manifest import Method
@@ -106,7 +105,10 @@ def verify(base: OpenedModel, hardened: Loader, nbytes: int, options: HardenOpti
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise _does_not_run(first_line(error), base, dtype) from error
+            raise SpecDefError(
+                f"the hardened model cannot be run: {first_line(error)}",
+                "Leave layers out with --exclude; nothing was published.",
+            ) from error
         comparison = compare_outputs(reference, outputs)
     method = options.construction.method
     exact, instead = method != "factors", INSTEAD[method]
@@ -143,29 +145,6 @@ def _base_does_not_run(name: object, error: Exception) -> SpecDefError:
     return SpecDefError(
         f"{name} cannot be run before any change, on inputs made up from config.json: {first_line(error)}",
         f"Correct config.json if transformers cannot run it either. {COMPARE_YOURSELF}",
-    )
-
-
-def _does_not_run(reason: str, base: OpenedModel, dtype: torch.dtype | None) -> SpecDefError:
-    """The hardened model raises an exception, most likely for a linear layer whose weight is read without running it.
-
-    The base is run once more to find such layers (Mamba's ``dt_proj``).
-    """
-    with without_progress_bars():
-        model = base.load(dtype=dtype).eval()
-    idle = {name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
-    for name in tuple(idle):
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: idle.discard(name))
-    model_outputs(model)
-    globs = sorted({f"*{name.rpartition('.')[2]}" for name in idle})
-    if not globs:
-        return SpecDefError(
-            f"the hardened model cannot be run: {reason}", "Leave layers out with --exclude; nothing was published."
-        )
-    excluded = " ".join(f"--exclude '{glob}'" for glob in globs)
-    return SpecDefError(
-        f"the hardened model cannot be run: its code reads the weights of {', '.join(globs)} itself ({reason})",
-        f"{excluded} leaves them as they are; nothing was published.",
     )
 
 

@@ -59,32 +59,16 @@ class SymmetricPair:
     sides: tuple[Side, ...]
 
 
-@dataclass(frozen=True)
-class Unpaired:
-    """Why pairs are missing.
-
-    Attributes:
-        kind: Which symmetry does not hold; ``None`` for parameters that none could involve.
-    """
-
-    kind: PairKind | None
-    reason: str
-
-
-Found = Iterator[SymmetricPair | Unpaired]
+Found = Iterator[SymmetricPair | str]
 """What one search yields: pairs, and why there are no more."""
 
 
 @dataclass(frozen=True)
 class Symmetries:
-    """All symmetric pairs of a checkpoint, and why there are no more.
-
-    Attributes:
-        pairs: In the order of the model.
-    """
+    """All symmetric pairs of a checkpoint, in the order of the model, and why there are no more."""
 
     pairs: tuple[SymmetricPair, ...]
-    unpaired: tuple[Unpaired, ...]
+    unpaired: tuple[str, ...]
 
 
 class NotOnDisk(Exception):
@@ -247,7 +231,7 @@ def up_down(body: Body, block: str, layer: Mlp) -> Found:
         activation = getattr(body.config, layer.activation)
         if activation not in HOMOGENEOUS_ACTIVATIONS:
             between = f"the activation {activation!r} stands between {layer.up} and {layer.down}"
-            yield Unpaired("up_down", f"up_down does not hold: {between}.")
+            yield f"up_down does not hold: {between}."
             return
     width = body.in_features(down)
     rows = singles(width, width) if layer.fused else singles(width)
@@ -260,7 +244,7 @@ def experts_up_down(body: Body, block: str, layer: Experts) -> Found:
     module = join(block, layer.path)
     if not layer.gated_linearly:
         reason = "the up branch is clamped and 1 is added to it before the gate"
-        yield Unpaired("up_down", f"up_down does not hold in {layer.path}: {reason}.")
+        yield f"up_down does not hold in {layer.path}: {reason}."
         return
     ups, downs = expert_tensors(body, module, "up"), expert_tensors(body, module, "down")
     experts, _, width = body.skeleton.parameters[f"{module}.down_proj"].shape

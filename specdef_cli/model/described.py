@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from specdef_cli.checkpoint.files import FLOATING_DTYPES, TensorHeader, library_of
+from specdef_cli.checkpoint.files import FLOATING_DTYPES, library_of
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledChannels, ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
+from specdef_cli.model.configuration_specdef import AUTO_MAP, BASE_MODEL_TYPE_KEY, MODEL_TYPE
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.model.symmetries import symmetries
 
@@ -51,8 +52,7 @@ def require_its_own(checkpoint: Checkpoint, manifest: Manifest) -> None:
     require_as_described(checkpoint, manifest)
     telling = [
         (part, exponent, index)
-        for pair in manifest.folded
-        for part in pair.slices
+        for part in manifest.folded_slices
         for exponent, index in [max(zip(part.exponents, part.indices, strict=True), default=(0, 0))]
         if exponent >= CERTAIN_OCTAVES and len(checkpoint.tensors[part.tensor].shape) > 1
     ]
@@ -72,62 +72,46 @@ def require_its_own(checkpoint: Checkpoint, manifest: Manifest) -> None:
         )
 
 
-def as_original(checkpoint: Checkpoint, manifest: Manifest | None) -> Checkpoint:
+def as_original(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint as its original architecture describes it: native config, tombstones with the weights' shapes.
 
-    Args:
-        manifest: Its manifest; ``None`` where it has none.
+    The names on disk say which modules were replaced, with a manifest or without one. The weights of GPT-2's layers
+    stay as their factors are stored; :func:`transposed_back` knows the model.
     """
     tensors = dict(checkpoint.tensors)
-    if manifest is None:
-        for stem in replaced_stems(tensors):
-            inflated = tensors.get(f"{stem}.inflated.weight")
-            bias = tensors.get(f"{stem}.inflated.bias", tensors.get(f"{stem}.compensation.bias"))
-            if inflated is None:  # a head that shares the embedding's weight
-                tensors.pop(f"{stem}.weight", None)
-                continue
-            tensors[f"{stem}.weight"] = replace(inflated, name=f"{stem}.weight")
-            if bias is not None:
-                tensors[f"{stem}.bias"] = bias
-        original = replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
-        if any(name.endswith(".compensation.weight") for name in tensors):
-            _transpose(tensors, Skeleton.read(original))
-        return original
-    require_as_described(checkpoint, manifest)
-    for layer in manifest.factored:
-        shape = (layer.out_features, layer.in_features)
-        tensors[layer.tensor] = replace(tensors[layer.tensor], shape=shape[::-1] if layer.transposed else shape)
-        if layer.bias is not None and layer.compensation_bias is not None:
-            tensors[layer.bias] = tensors[layer.compensation_bias]
-    for scaled in manifest.scaled:
-        if scaled.tied_to is None:
-            tensors[scaled.tensor] = replace(tensors[scaled.inflated_tensor], name=scaled.inflated_tensor)
-        else:
-            tensors.pop(scaled.tombstone, None)
-        if scaled.bias is not None and scaled.inflated_bias is not None:
-            tensors[scaled.bias] = tensors[scaled.inflated_bias]
+    for stem in replaced_stems(tensors):
+        inflated = tensors.get(f"{stem}.inflated.weight")
+        bias = tensors.get(f"{stem}.inflated.bias", tensors.get(f"{stem}.compensation.bias"))
+        if inflated is None:  # a head that shares the embedding's weight
+            tensors.pop(f"{stem}.weight", None)
+            continue
+        tensors[f"{stem}.weight"] = replace(inflated, name=f"{stem}.weight")
+        if bias is not None:
+            tensors[f"{stem}.bias"] = bias
     return replace(checkpoint, config=unshim_config(checkpoint.config), tensors=tensors)
+
+
+def transposed_back(skeleton: Skeleton) -> Skeleton:
+    """The skeleton of :func:`as_original`, where factors of GPT-2's layers have the shape of the weight again."""
+    shapes = dict(skeleton.shapes)
+    for tensor, parameter in skeleton.names.parameters.items():
+        own = tuple(skeleton.parameters[parameter].shape) if parameter in skeleton.parameters else ()
+        if f"{tensor.removesuffix('.weight')}.compensation.weight" in shapes and shapes[tensor] == own[::-1]:
+            shapes[tensor] = own
+    return skeleton.with_shapes(shapes)
 
 
 def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:
     """Check that every tensor that the manifest names is there, in the shape that it says."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for layer in manifest.factored:
-        wanted[layer.inflated_tensor] = (layer.out_features, layer.in_features)
-        wanted[layer.compensation_tensor] = (layer.out_features, layer.out_features)
-        wanted[layer.tensor] = (1,)
-        if layer.compensation_bias is not None:
-            wanted[layer.compensation_bias] = (layer.out_features,)
     for module in manifest.scaled:
         for side in module.scales.values():
             periodic = side.period is None or side.period >= 1
             if not (_lies_in(module.shape, side) and _is_a_scale(side) and periodic):
                 raise SpecDefError(f"{MANIFEST_NAME} scales {module.tensor} by 2**{list(side.exponents)}", RESTORE)
-        if module.tied_to is None:
-            wanted[module.inflated_tensor] = module.shape
-        wanted |= {name: (module.shape[side.axis],) for name, side in module.scales.items()}
-        wanted[module.tombstone] = (1,)
-    slices = [part for pair in manifest.folded for part in pair.slices]
+        if module.output is None:
+            raise SpecDefError(f"{MANIFEST_NAME} scales no output of {module.module}", RESTORE)
+    wanted = {name: shape for layer in manifest.replaced for name, shape in layer.stored.items()}
+    slices = manifest.folded_slices
     for name in (*wanted, *(part.tensor for part in slices)):
         header = checkpoint.tensors.get(name)
         if header is None:
@@ -154,14 +138,6 @@ def _is_a_scale(part: ScaledSlice | ScaledChannels) -> bool:
     return len(part.exponents) == len(part.indices) and all(abs(power) <= MAX_EXPONENT for power in part.exponents)
 
 
-def _transpose(tensors: dict[str, TensorHeader], skeleton: Skeleton) -> None:
-    """Give the weights of GPT-2's layers, whose factors are stored as other layers' are, their own shape."""
-    for tensor, parameter in skeleton.names.parameters.items():
-        shape = tuple(skeleton.parameters[parameter].shape) if parameter in skeleton.parameters else ()
-        if f"{tensor.removesuffix('.weight')}.compensation.weight" in tensors and tensors[tensor].shape == shape[::-1]:
-            tensors[tensor] = replace(tensors[tensor], shape=shape)
-
-
 def replaced_stems(names: Iterable[str]) -> list[str]:
     """What the names on disk of replaced layers and scaled modules begin with, in order."""
     ends = (".inflated.weight", ".input_scale.weight", ".output_scale.weight")
@@ -171,17 +147,14 @@ def replaced_stems(names: Iterable[str]) -> list[str]:
 SHIM_SOURCE = Path(__file__).with_name("configuration_specdef.py")
 """The file to copy, verbatim and under the same name, into every directory of transformers that brings code."""
 
-MODEL_TYPE = "specdef"
-BASE_MODEL_TYPE_KEY = "specdef_base_model_type"
 BASE_AUTO_MAP_KEY = "specdef_base_auto_map"
-AUTO_MAP = {"AutoConfig": "configuration_specdef.SpecDefConfig"}
 
 
 def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The ``config.json`` of a directory of *scale* or *factors*.
 
     Args:
-        config: The base model's ``config.json``. It is not changed.
+        config: The base model's ``config.json``, of a model that is neither hardened nor quantized. It is not changed.
         layers: The replaced linears and scaled modules by module path in the class that ``architectures`` names,
             e.g. ``model.layers.0.self_attn.o_proj``.
     """
@@ -190,17 +163,6 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
         raise SpecDefError(
             "config.json names no model_type, so transformers cannot tell which model it describes",
             "Add the model_type of the architecture to config.json.",
-        )
-    if is_shim(config):
-        raise SpecDefError(
-            "config.json names 'specdef': these layers were replaced already",
-            "Harden the base model, or run `specdef collapse` first.",
-        )
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unnamed")
-        raise SpecDefError(
-            f"config.json has a quantization_config ({method}); the factors of a quantized weight cannot be stored",
-            "Harden the unquantized checkpoint.",
         )
     shimmed = copy.deepcopy(dict(config))
     shimmed["quantization_config"] = {

@@ -20,7 +20,7 @@ BATCH, LENGTH = 2, 32
 
 
 def fixed_inputs(model: Any) -> dict[str, Any]:
-    """A deterministic batch of what the model takes: token ids, pixels, both, sound, or noisy latents."""
+    """A deterministic batch of what the model takes, in its dtype: token ids, pixels, both, sound, or noisy latents."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if not isinstance(model, PreTrainedModel):
@@ -44,7 +44,8 @@ def fixed_inputs(model: Any) -> dict[str, Any]:
             inputs["decoder_input_ids"] = _token_ids(config, generator)["input_ids"]
     except AttributeError as error:  # a config that names the sizes of its input in another way
         raise no_batch(model, f"{kind} of sizes that its config.json does not name") from error
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    floating = {name for name, tensor in inputs.items() if tensor.is_floating_point()}
+    return {name: tensor.to(model.device, model.dtype if name in floating else None) for name, tensor in inputs.items()}
 
 
 def _encoder(config: Any) -> Any:
@@ -133,8 +134,6 @@ def no_batch(model: Any, inputs: str) -> ResumableError:
 def model_outputs(model: Any) -> Tensor:
     """What the model computes on the fixed batch, on the CPU: logits, else its first output, or both embeddings."""
     inputs = fixed_inputs(model)
-    measured = ("pixel_values", "input_values", "input_features")
-    inputs = {name: value.to(model.dtype) if name in measured else value for name, value in inputs.items()}
     try:
         with torch.inference_mode():
             outputs = model(**inputs)

@@ -26,14 +26,8 @@ from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.resolve import Resolved, base_of, resolve
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model import load_model, load_tokenizer, without_progress_bars
-from specdef_cli.model.described import (
-    AUTO_MAP,
-    MODEL_TYPE,
-    SHIM_SOURCE,
-    as_original,
-    is_shim,
-    require_its_own,
-)
+from specdef_cli.model.configuration_specdef import AUTO_MAP, MODEL_TYPE
+from specdef_cli.model.described import SHIM_SOURCE, as_original, is_shim, require_its_own, transposed_back
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.option import Source
 
@@ -72,12 +66,12 @@ class OpenedModel:
     @cached_property
     def original(self) -> Checkpoint:
         """The checkpoint as its original architecture describes it."""
-        return as_original(self.checkpoint, self.manifest)
+        return as_original(self.checkpoint)
 
     @cached_property
     def skeleton(self) -> Skeleton:
         """The model of its original architecture, without weights."""
-        return Skeleton.read(self.original, trust_remote_code=self.trust_remote_code)
+        return transposed_back(Skeleton.read(self.original, trust_remote_code=self.trust_remote_code))
 
     @cached_property
     def fingerprint(self) -> str:

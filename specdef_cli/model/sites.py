@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.checkpoint.manifest import LinearLayer, ScaledKind
+from specdef_cli.checkpoint.manifest import LinearLayer, Replaced, ScaledKind
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.body import blocks, described_bodies, join, output_norms
 from specdef_cli.model.families import DENOISER_WRITERS, Attention, Experts, Family, Role
@@ -63,22 +63,6 @@ def linear_sites(skeleton: Skeleton) -> tuple[LinearSite, ...]:
         bias = names.tensor(f"{path}.bias") if f"{path}.bias" in skeleton.parameters else None
         sites.append(LinearSite(path, tensor, out_features, in_features, bias, transposed, roles.get(path, "other")))
     return tuple(sites)
-
-
-def require_factorable(skeleton: Skeleton, sites: Sequence[LinearSite]) -> None:
-    """Check that transformers will find the factors of every site under the names that they have on disk.
-
-    The factors stand on disk as ``X.inflated.weight``, ``X.compensation.weight`` and ``X.compensation.bias`` where the
-    base has ``X.weight``, and must reach ``<module>.inflated.weight`` … through transformers' renamings, which are
-    regular expressions written for other names.
-    """
-    wanted: dict[str, str] = {}
-    for site in sites:
-        for part in ("inflated.weight", "compensation.weight", *(("compensation.bias",) if site.bias else ())):
-            wanted[f"{site.tensor.removesuffix('.weight')}.{part}"] = f"{site.module}.{part}"
-        wanted[site.tensor] = f"{site.module}.weight"
-    stems = {site.tensor.removesuffix(".weight"): site.module for site in sites}
-    require_findable(skeleton, wanted, stems)
 
 
 def writers(model: nn.Module) -> tuple[str, ...]:
@@ -256,17 +240,21 @@ def _kind(
     return None
 
 
-def require_findable(skeleton: Skeleton, wanted: Mapping[str, str], stems: Mapping[str, str]) -> None:
-    """Check that transformers will find the new tensors under the names that are written.
+def require_findable(skeleton: Skeleton, replaced: Sequence[Replaced]) -> None:
+    """Check that transformers will find the tensors of replaced modules under the names that they have on disk.
 
-    Args:
-        wanted: Tensor name on disk → the parameter that it must become.
-        stems: What a module's tensors on disk begin with → the module.
+    They stand there as ``X.inflated.weight`` … where the base has ``X.weight``, and must reach
+    ``<module>.inflated.weight`` … through transformers' renamings, which are regular expressions written for other
+    names.
     """
-    found = match_names(skeleton.model, wanted, added=wanted.values()).parameters
-    for tensor, parameter in wanted.items():
+    wanted = {
+        tensor: (f"{layer.module}{tensor.removeprefix(layer.stem)}", layer.module)
+        for layer in replaced
+        for tensor in layer.stored
+    }
+    found = match_names(skeleton.model, wanted, added=[parameter for parameter, _ in wanted.values()]).parameters
+    for tensor, (parameter, module) in wanted.items():
         if found.get(tensor) != parameter:
-            module = next((module for stem, module in stems.items() if tensor.startswith(f"{stem}.")), tensor)
             raise SpecDefError(
                 f"transformers would load {tensor} as {found.get(tensor, 'nothing')}, not as {parameter}",
                 f"--exclude '{module}', or fold instead (--method fold).",

@@ -17,7 +17,6 @@ from specdef_cli.model.body import (
     Side,
     SymmetricPair,
     Symmetries,
-    Unpaired,
     described_bodies,
     expert_tensors,
     experts_up_down,
@@ -57,9 +56,7 @@ def value_output(body: Body, block: str, layer: Attention) -> Found:
     """v_h → D v_h, o_h → o_h D⁻¹ for every key/value head; all query heads of its group read the same D."""
     if _clips(body, layer):
         clamp = f"{layer.clip} = {getattr(body.config, str(layer.clip))}"
-        yield Unpaired(
-            "value_output", f"value_output and query_key do not hold: {clamp} clamps queries, keys and values."
-        )
+        yield f"value_output and query_key do not hold: {clamp} clamps queries, keys and values."
         return
     module = join(block, layer.path)
     heads = _heads(body, module, layer)
@@ -78,12 +75,11 @@ def query_key(body: Body, block: str, layer: Attention) -> Found:
     module = join(block, layer.path)
     if layer.query_norm is not None:
         if body.family.gain == "one_plus":
-            yield Unpaired("query_key", "query_key does not hold: the q/k norms' gain is stored as 1+w, which rounds.")
+            yield "query_key does not hold: the q/k norms' gain is stored as 1+w, which rounds."
             return
-        yield Unpaired(
-            "query_key",
+        yield (
             "query_key reaches the gains of the q/k norms only: q_proj and k_proj stand before those norms, which "
-            "undo any scale.",
+            "undo any scale."
         )
     if _clips(body, layer):
         return
@@ -134,16 +130,15 @@ def _heads(body: Body, module: str, layer: Attention) -> _Heads:
 
 def symmetries(skeleton: Skeleton) -> Symmetries:
     """Find the symmetric pairs of a checkpoint."""
-    found: list[SymmetricPair | Unpaired] = []
+    found: list[SymmetricPair | str] = []
     bodies = [Body(skeleton, path, family) for path, family in described_bodies(skeleton.model)]
     if not bodies:
         name = type(skeleton.model).__name__
-        reason = f"{name}: this family is not described, so no symmetric pairs are known in it."
-        found.append(Unpaired(None, reason))
+        found.append(f"{name}: this family is not described, so no symmetric pairs are known in it.")
     for body in bodies:
         found += _in_body(body)
     pairs = tuple(part for part in found if isinstance(part, SymmetricPair))
-    notes = dict.fromkeys(part for part in found if isinstance(part, Unpaired))
+    notes = dict.fromkeys(part for part in found if isinstance(part, str))
     return Symmetries(pairs, tuple(notes))
 
 
@@ -156,7 +151,7 @@ def _in_body(body: Body) -> Found:
     unknown = _undescribed(body)
     if unknown:
         name = type(body.module).__name__
-        yield Unpaired(None, f"{name}: {', '.join(unknown)} are not described, so no symmetric pairs are known.")
+        yield f"{name}: {', '.join(unknown)} are not described, so no symmetric pairs are known."
         return
     for stack in body.family.stacks:
         for block in body.blocks(stack):
@@ -170,12 +165,9 @@ def _in_body(body: Body) -> Found:
     yield from _attempt("norm_readers", masked_head_norm(body))
     for suffix, reason in body.family.unpaired:
         if any(name.endswith(f".{suffix}") for name in body.skeleton.parameters):
-            yield Unpaired(None, f"{suffix.removesuffix('.weight')} has no pair: {reason}.")
+            yield f"{suffix.removesuffix('.weight')} has no pair: {reason}."
     if body.family.is_post_norm:
-        yield Unpaired(
-            "norm_readers",
-            "Norms inside the blocks have no readers' pair: their output is also added to the residual stream.",
-        )
+        yield "Norms inside the blocks have no readers' pair: their output is also added to the residual stream."
 
 
 def _in_sublayer(body: Body, block: str, layer: Attention | Mlp | Experts) -> Found:
@@ -192,13 +184,13 @@ def _in_sublayer(body: Body, block: str, layer: Attention | Mlp | Experts) -> Fo
 
 def _attempt(kind: PairKind, search: Found) -> Found:
     """What a search finds; where it misses a tensor on disk, a note on that in the place of its pairs."""
-    found: list[SymmetricPair | Unpaired] = []
+    found: list[SymmetricPair | str] = []
     try:
         found.extend(search)
     except NotOnDisk as missing:
-        found = [part for part in found if isinstance(part, Unpaired)]
+        found = [part for part in found if isinstance(part, str)]
         parameter = generic(str(missing))
-        found.append(Unpaired(kind, f"{kind} does not hold where {parameter} is not one plain tensor on disk."))
+        found.append(f"{kind} does not hold where {parameter} is not one plain tensor on disk.")
     yield from found
 
 
@@ -256,7 +248,7 @@ def final_norm(body: Body, stack: Stack) -> Found:
         return
     readers, reason = _final_readers(body, stack)
     if not readers:
-        yield Unpaired("norm_readers", f"{path} has no pair: {reason}.")
+        yield f"{path} has no pair: {reason}."
         return
     yield _norm_pair(body, path, (side for reader in readers for side in _columns(body, reader)))
 
@@ -275,18 +267,17 @@ def masked_head_norm(body: Body) -> Found:
         return
     (norm,) = norms
     if body.is_tied(decoder):
-        yield Unpaired("norm_readers", f"{norm} has no pair: {decoder} is tied to the embeddings.")
+        yield f"{norm} has no pair: {decoder} is tied to the embeddings."
         return
     yield _norm_pair(body, norm, _columns(body, decoder))
 
 
-def _gain_obstacle(body: Body) -> Unpaired | None:
+def _gain_obstacle(body: Body) -> str | None:
     """Why no gain of this family can be scaled exactly, if so."""
     if body.family.gain == "one_plus":
-        reason = "norm_readers does not hold: norms store their gain as 1+w, and scaling that rounds."
-        return Unpaired("norm_readers", reason)
+        return "norm_readers does not hold: norms store their gain as 1+w, and scaling that rounds."
     if body.family.gain == "none":
-        return Unpaired("norm_readers", "norm_readers does not exist: the norms have no gain.")
+        return "norm_readers does not exist: the norms have no gain."
     return None
 
 

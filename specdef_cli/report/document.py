@@ -264,6 +264,12 @@ class Comparison:
     rows: tuple[ComparedAttack, ...]  # in the order in which the attacks first appear
     notes: tuple[str, ...]  # what a mark means, and why the columns may not be compared, one sentence each
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What stands below the table, one line each."""
+        verdicts = zip(self.models, self.verdicts, strict=True)
+        return (*(f"{model}: {verdict}" for model, verdict in verdicts), *self.notes)
+
 
 def compare(reports: Sequence[ReportDocument]) -> Comparison:
     """Put reports side by side."""
@@ -303,8 +309,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     head = ["attack", "control: loss (best η), of the best control", *comparison.models]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [f"| {' | '.join(row.texts)} |" for row in comparison.rows]
-    lines += [""] + [f"- {model}: {text}" for model, text in zip(comparison.models, comparison.verdicts, strict=True)]
-    return "\n".join([*lines, *(f"- {note}" for note in comparison.notes)]) + "\n"
+    return "\n".join([*lines, "", *(f"- {line}" for line in comparison.said)]) + "\n"
 
 
 def _recipe(attack: Finding) -> str:

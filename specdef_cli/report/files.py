@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -21,7 +22,7 @@ from specdef_cli.report.document import report_json
 from specdef_cli.report.html import report_html
 
 _PALETTES = {"none": "Blues", "construction": "Reds", "growth": "Oranges"}
-_MARKERS = "osD^vP*X"
+_MARKERS, _GREYS = "osD^", ("black", "dimgray", "darkgray", "black")  # for MAX_CURVES of a kind
 
 FAILED = ("diverged", "worse")
 """How runs end that are crossed out."""
@@ -30,7 +31,7 @@ MAX_CURVES = 4
 """Attacks of one kind (control, and by knowledge) that are drawn: the strongest. More could not be told apart."""
 
 
-def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
+def curves_png(report: AttackReport) -> bytes:
     """The plot as PNG bytes.
 
     Left: held-out loss over steps, each attack at its best learning rate. Right: best held-out loss over the learning
@@ -38,9 +39,9 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
     recipes; red: who know the construction; orange: who also grow the model; black: the control.
     """
     # The object interface: pyplot would keep global state and may look for a display.
-    figure = Figure(figsize=(5, 9.5) if narrow else (12, 6.2), layout="constrained")
+    figure = Figure(figsize=(12, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(*((2, 1) if narrow else (1, 2)))
+    left, right = figure.subplots(1, 2)
     drawn = _strongest(report)
     for attack, style in zip(drawn, _styles(drawn), strict=True):
         points = [point for point in attack.best_run.evaluations if point.loss is not None]
@@ -60,9 +61,6 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
         if start is not None:
             axes.axhline(start, color="gray", lw=1, ls=":", zorder=0)
         _tidy(axes)
-    if narrow:
-        for axes in (left, right):
-            axes.title.set_fontsize(8.5)
     left.set(title="Each attack at its best learning rate", xlabel="optimizer step", ylabel="held-out loss (nats)")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(
@@ -74,50 +72,38 @@ def curves_png(report: AttackReport, *, narrow: bool = False) -> bytes:
     right.xaxis.set_major_locator(LogLocator(numticks=15))
     right.xaxis.set_minor_formatter(NullFormatter())
     if drawn:
-        figure.legend(loc="outside lower center", ncols=1 if narrow else 2, frameon=False, fontsize=8.5)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 
+def _kind(attack: Attack) -> str:
+    return "control" if attack.subject == "control" else attack.spec.variant.knowledge
+
+
 def _strongest(report: AttackReport) -> tuple[Attack, ...]:
-    """Of each kind the attacks that ended lowest, in the order of the report."""
+    """Of each kind the attacks that ended lowest, in the order of the report; edits have no curve."""
     kinds: dict[str, list[Attack]] = {}
-    for attack in report.attacks:
-        if attack.edit is not None:  # which has no curve
-            continue
-        kinds.setdefault("control" if attack.subject == "control" else attack.spec.variant.knowledge, []).append(attack)
-    kept = [attack for attacks in kinds.values() for attack in sorted(attacks, key=_loss_reached)[:MAX_CURVES]]
-    return tuple(attack for attack in report.attacks if attack in kept)
-
-
-def _loss_reached(attack: Attack) -> float:
-    return math.inf if attack.best is None else attack.best
+    trained = [attack for attack in report.attacks if attack.edit is None]
+    for attack in sorted(trained, key=lambda attack: math.inf if attack.best is None else attack.best):
+        kinds.setdefault(_kind(attack), []).append(attack)
+    return tuple(attack for attack in trained if attack in kinds[_kind(attack)][:MAX_CURVES])
 
 
 def _styles(attacks: tuple[Attack, ...]) -> list[dict[str, object]]:
     """Hue by what the attacker knows, shade and marker by which of those it is."""
-    counts: dict[str, int] = {}
-    styles = []
+    counts = Counter[str]()
+    styles: list[dict[str, object]] = []
     for attack in attacks:
-        group = "control" if attack.subject == "control" else attack.spec.variant.knowledge
-        position = counts.get(group, 0)
-        counts[group] = position + 1
-        if group == "control":
-            color: object = ("black", "dimgray", "darkgray")[position % 3]
+        kind, position = _kind(attack), counts[_kind(attack)]
+        counts[kind] += 1
+        style: dict[str, object] = {"marker": _MARKERS[position], "ls": "-", "ms": 4.5}
+        if kind == "control":  # under the rest, wide, because the strongest attacks run along it
+            style |= {"color": _GREYS[position], "lw": 7, "alpha": 0.3}
         else:
-            color = colormaps[_PALETTES[group]](0.85 - 0.17 * (position % 4))
-        styles.append(
-            {
-                "color": color,
-                "marker": _MARKERS[position % len(_MARKERS)],
-                # The control lies under the rest, wide, because the strongest attacks run along it.
-                "ls": "-",
-                "ms": 4.5,
-                "lw": 7 if group == "control" else 1.6,
-                "alpha": 0.3 if group == "control" else 1,
-            }
-        )
+            style |= {"color": colormaps[_PALETTES[kind]](0.85 - 0.17 * position), "lw": 1.6}
+        styles.append(style)
     return styles
 
 
@@ -166,7 +152,7 @@ def write_report(report: AttackReport, out: str | Path) -> tuple[Path, ...]:
     if process_state().is_main_process:
         image = curves_png(report)
         contents: tuple[str | bytes, ...] = (
-            report_html(report, image, curves_png(report, narrow=True)),
+            report_html(report, image),
             report_json(report),
             curves_csv(report),
             image,

@@ -48,8 +48,8 @@ class Row(NamedTuple):
     title: str = ""
 
 
-def report_html(report: AttackReport, image: bytes, narrow: bytes) -> str:
-    """The page, with the curves for wide and for narrow screens."""
+def report_html(report: AttackReport, image: bytes) -> str:
+    """The page, with the curves."""
     found = findings(report)
     trained = tuple(finding for finding in found if finding.edit is None)
     environment = Environment(
@@ -85,7 +85,6 @@ def report_html(report: AttackReport, image: bytes, narrow: bytes) -> str:
         fingerprints={run.spec.subject: run.spec.checkpoint for run in report.runs},
         definitions=DEFINITIONS,
         curves=base64.b64encode(image).decode("ascii"),
-        narrow_curves=base64.b64encode(narrow).decode("ascii"),
         attacks=attacks,
         costs=costs,
         accuracy=_accuracy_rows(found),

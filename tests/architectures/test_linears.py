@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from specdef_cli.checkpoint.manifest import FactoredLayer
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.loading import meta_model
-from specdef_cli.model.sites import LinearSite, linear_sites, require_factorable
+from specdef_cli.model.sites import LinearSite, linear_sites, require_findable
 from specdef_cli.model.skeleton import Skeleton
 from tests.tiny_families import CASES, build_config, read_config, read_shapes, write_case
 
@@ -86,13 +88,23 @@ def test_experts_on_disk_are_many_to_one(checkpoints: dict[str, Path]) -> None:
     assert set(names.parameters) == set(read_shapes(directory))
 
 
+def factored(sites: Iterable[LinearSite]) -> list[FactoredLayer]:
+    return [
+        FactoredLayer(
+            site.module, site.tensor, site.out_features, site.in_features, site.bias, site.transposed,
+            alpha=2.0, top_k=1, gauge="rotated", singular_values=(), reconstruction_error=0.0,
+        )
+        for site in sites
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_inserted_names_reach_their_modules(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
     """The check's verdict, and then the event itself: transformers loads the factors into a model that has them."""
     directory = checkpoints[case]
     config = read_config(directory)
     sites = sites_of(directory)
-    require_factorable(skeleton_of(directory), sites)
+    require_findable(skeleton_of(directory), factored(sites))
 
     tensors = load_file(directory / "model.safetensors")
     expected = {}
@@ -141,7 +153,7 @@ def test_a_renaming_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPa
         lambda model: [WeightRenaming(r"encoder\.layer\.(\d+)\.output\.dense\.weight", r"layers.\1.mlp.fc2.weight")],
     )
     with pytest.raises(SpecDefError, match="inflated"):
-        require_factorable(skeleton_of(directory), sites)
+        require_findable(skeleton_of(directory), factored(sites))
 
 
 def test_shapes_that_contradict_the_config_are_refused(checkpoints: dict[str, Path]) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdef_cli.attack.data.rows import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
@@ -16,6 +14,7 @@ from specdef_cli.hardening.options import Factors, HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.opened import OpenedModel
 from tests.byte_tokenizer import byte_tokenizer
+from tests.tiny_models import random_llama
 
 
 def train_run(spec: RunSpec, model: OpenedModel, data: AttackData, **how: Any) -> RunResult:
@@ -27,15 +26,8 @@ def train_run(spec: RunSpec, model: OpenedModel, data: AttackData, **how: Any) -
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with d=32 and two layers, one file of float32 weights."""
     directory = tmp_path_factory.mktemp("models") / "base"
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, eos_token_id=256, pad_token_id=257,
-            initializer_range=0.1,
-        )
-    )  # fmt: skip
-    model.save_pretrained(directory)
+    changes = {"max_position_embeddings": 256, "eos_token_id": 256, "pad_token_id": 257, "initializer_range": 0.1}
+    random_llama(vocab_size=258, **changes).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 

@@ -31,7 +31,7 @@ from specdef_cli.checkpoint.manifest import (
 )
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.cli.app import app
-from specdef_cli.errors import SpecDefError
+from specdef_cli.errors import SpecDefError, WrongUsage
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.model.opened import OpenedModel
 
@@ -158,7 +158,7 @@ def test_keywords_are_spelled_out_for_the_model() -> None:
 
 def test_a_training_that_finds_nothing_is_refused() -> None:
     one_block = dataclasses.replace(target(FOLD), control_model=lambda: control_model(layers=1))
-    with pytest.raises(SpecDefError, match="last-half"):
+    with pytest.raises(WrongUsage, match="last-half"):
         make_plan(AttackOptions(model="m", out=Path("o"), trainings=("last-half",)), one_block)
 
 

@@ -67,12 +67,13 @@ FSDP = {
 IMPORTED_BY_PEFT = ("kernels", "torchao", "torch/utils/_pytree.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "variables", "preamble"),
     [
         pytest.param(1, {}, "", id="one"),
-        pytest.param(2, {}, "", id="two", marks=pytest.mark.slow),
-        pytest.param(2, FSDP, SHARDED_ON_THE_CPU, id="two-sharded", marks=pytest.mark.slow),
+        pytest.param(2, {}, "", id="two"),
+        pytest.param(2, FSDP, SHARDED_ON_THE_CPU, id="two-sharded"),
     ],
 )
 def test_in_processes_of_their_own(

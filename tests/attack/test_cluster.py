@@ -178,7 +178,8 @@ def test_a_scheduler_that_goes_is_told() -> None:
     client.close()
 
 
-def test_no_scheduler(hardened: Path, tmp_path: Path) -> None:
+def test_no_scheduler(hardened: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdef_cli.attack.cluster.CONNECT_WITHIN", 1)
     began = time.monotonic()
     result = call_cli("attack", hardened, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:1")
     assert_refused(result, "no Dask scheduler answers at --dask tcp://127.0.0.1:1", "`dask scheduler`", empty=tmp_path)

@@ -112,13 +112,13 @@ def test_a_folder_for_each_class(vit: Path, tmp_path: Path) -> None:
 
 
 def test_transform_resizes_and_converts() -> None:
-    grey = PixelTransform(1, 2, 3)(Image.new("RGB", (7, 9), (255, 255, 255)))
+    grey = PixelTransform.plain(1, 2, 3)(Image.new("RGB", (7, 9), (255, 255, 255)))
     torch.testing.assert_close(grey, torch.ones(1, 2, 3))
-    colour = PixelTransform(3, 4, 4)(Image.new("L", (4, 4), 0))
+    colour = PixelTransform.plain(3, 4, 4)(Image.new("L", (4, 4), 0))
     torch.testing.assert_close(colour, -torch.ones(3, 4, 4))
     halves = Image.new("L", (2, 2), 0)
     halves.paste(255, (1, 0, 2, 2))
-    torch.testing.assert_close(PixelTransform(1, 2, 2)(halves), torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]]]))
+    torch.testing.assert_close(PixelTransform.plain(1, 2, 2)(halves), torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]]]))
 
 
 def test_the_checkpoints_own_processor_comes_first(vit: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from specdef_cli.attack.variants import Growth
 from specdef_cli.attack.variants.factored import (
@@ -24,6 +24,7 @@ from specdef_cli.attack.variants.factored import (
 )
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import SpecDefLinear
+from tests.tiny_models import random_llama
 
 D, M, LAYERS = 32, 48, 2
 ALPHA = 64.0
@@ -46,13 +47,7 @@ def harden(linear: nn.Linear, alpha: float = ALPHA, top_k: int = 3) -> SpecDefLi
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=D, intermediate_size=M, num_hidden_layers=LAYERS, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-        )
-    ).eval()  # fmt: skip
+    return random_llama(vocab_size=64)
 
 
 @pytest.fixture

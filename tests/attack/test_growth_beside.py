@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants import Variant
@@ -15,6 +15,7 @@ from specdef_cli.attack.variants.grown import outermost_block_paths
 from specdef_cli.model import load_model
 from tests.attack.test_scales import logits
 from tests.tiny_families import CASES
+from tests.tiny_models import random_llama
 
 BLOCK = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
 TOKENS = torch.arange(40).view(2, 20) % 64
@@ -22,13 +23,7 @@ TOKENS = torch.arange(40).view(2, 20) % 64
 
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False,
-        )
-    ).eval()  # fmt: skip
+    return random_llama(vocab_size=64)
 
 
 @pytest.mark.parametrize(

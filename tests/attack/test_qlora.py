@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.run import attack
@@ -15,6 +15,7 @@ from specdef_cli.hardening.options import Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from tests.byte_tokenizer import byte_tokenizer
+from tests.tiny_models import random_llama
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 TOKENS = torch.arange(24)[None] * 7 % 250
@@ -24,12 +25,8 @@ TOKENS = torch.arange(24)[None] * 7 % 250
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama whose linears read multiples of 64 features."""
     directory = tmp_path_factory.mktemp("qlora") / "base"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.1, eos_token_id=256, pad_token_id=257,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
+    sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
+    random_llama(**sizes, eos_token_id=256, pad_token_id=257).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdef_cli.attack.one_run import Divergence, EvalPoint, RunResult, RunSpec
+from specdef_cli.attack.one_run import Divergence, EvalPoint, RunResult, RunSpec, TrainPoint
 from specdef_cli.attack.plan import Series
 from specdef_cli.attack.queue import run_all
 from specdef_cli.attack.search import FINEST_STEP, best_rate, is_refinement, next_rates
@@ -64,6 +64,17 @@ def search(landscape: Callable[[RunSpec], RunResult], grid: tuple[float, ...] = 
 def away(found: float, best: float) -> float:
     """The factor between two rates, however small or large they are; 1 where they are the same."""
     return max(found / best, best / found)
+
+
+def test_a_network_without_a_gradient_is_tried_at_the_first_rates_alone() -> None:
+    """What a quantizer has broken may be dead from the start; one that a step has killed had a gradient before it."""
+
+    def dies(norms: tuple[float, ...]) -> Callable[[RunSpec], RunResult]:
+        train = tuple(TrainPoint(step, 3.0, norm) for step, norm in enumerate(norms, start=1))
+        return lambda spec: replace(result(spec, 1e-40, edge=1e-40), train=train)
+
+    assert sorted(search(dies((0.0, 0.0, 0.0)))) == [1e-3, 1e-2]
+    assert min(search(dies((0.5, 0.0, 0.0)))) < 1e-29
 
 
 @given(st.floats(-18, 4), st.floats(0.55, 2.0))

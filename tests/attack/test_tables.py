@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specdef_cli.attack import table as table_module
 from specdef_cli.attack.optimizers import OPTIMIZERS
@@ -28,6 +28,7 @@ from specdef_cli.hardening.options import Factors, HardenOptions, Scale
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
+from tests.tiny_models import random_llama
 
 TABLES: dict[str, Table[Any]] = {"variant": VARIANTS, "training": TRAININGS, "optimizer": OPTIMIZERS}
 IN_FRONT = {method.name for method in PEFT_METHODS if method.on == "prompt"}
@@ -40,12 +41,10 @@ TOKENS = torch.arange(24)[None] * 7 % 250
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with biases, so that every training finds something."""
     directory = tmp_path_factory.mktemp("tables") / "base"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=258, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attention_bias=True, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
+    model = random_llama(
+        vocab_size=258, hidden_size=64, intermediate_size=64, attention_bias=True, initializer_range=0.1
+    )
+    model.save_pretrained(directory)
     return directory
 
 

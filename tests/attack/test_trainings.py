@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.target import Target
@@ -20,17 +20,12 @@ from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from tests.attack.test_scales import logits
 from tests.tiny_families import CASES
+from tests.tiny_models import random_llama
 
 
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-            initializer_range=0.2, tie_word_embeddings=False,
-        )
-    ).eval()  # fmt: skip
+    return random_llama(vocab_size=90, num_hidden_layers=4, num_key_value_heads=4)
 
 
 def trained_names(model: torch.nn.Module) -> set[str]:

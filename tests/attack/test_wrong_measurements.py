@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import pytest
 import transformers
-from typer.testing import CliRunner
 
 from specdef_cli import AttackOptions
 from specdef_cli.attack.data import labels_of, load_data
@@ -20,7 +19,6 @@ from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.target import Head
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.checkpoint.reader import read_config
-from specdef_cli.cli.app import app
 from specdef_cli.cli.attack import Condition
 from specdef_cli.errors import SpecDefError
 from tests.attack.test_data_forms import a_file, chat_tokenizer, lines, load, read_and_counted
@@ -230,17 +228,3 @@ def test_a_gate_fails_on_what_was_not_measured(report: Any) -> None:
         assert "was not measured, as the control learned nothing" in unknown
     (broken,) = gate("best_loss<1", report, runs=(control, run("model", [None], diverged=True)))
     assert "its start is not finite" in broken
-
-
-def test_an_attack_of_nothing_is_wrong_usage(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    model = str(tmp_path / "model")
-    done = CliRunner().invoke(
-        app, ["attack", model, "--control", model, "--training", "last-half", "--dry-run", "--out", str(tmp_path / "o")]
-    )
-    assert type(done.exception).__name__ == "WrongUsage"
-    assert "last-half" in str(done.exception)

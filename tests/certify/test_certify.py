@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +26,12 @@ from specdef_cli.model.opened import open_model
 from specdef_cli.report.files import write_report
 from tests.commands import assert_refused, call_cli, succeed
 
-TEXT = " ".join(f"w{number % 90 + 3}" for number in range(3000))
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words in a circle: at what these models have to learn of them, σ₁ is soon found."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
+    path.write_text(" ".join(f"w{number % 90 + 3}" for number in range(3000)))
     return path
 
 
@@ -60,19 +60,8 @@ def certify(
     attacked: tuple[Path, Path, Path], text: Path, out: Path, *options: str, model: Path | None = None
 ) -> tuple[int, dict[str, Any]]:
     base, hardened, report = attacked
-    given: tuple[str | Path, ...] = (
-        "--base",
-        base,
-        "--attacks",
-        report,
-        "--text",
-        text,
-        "--out",
-        out,
-        "--json",
-        *options,
-    )
-    result = call_cli("certify", model or hardened, *given)
+    given = ("--base", base, "--attacks", report, "--text", text, "--out", out, "--json")
+    result = call_cli("certify", model or hardened, *given, *options)
     assert "Traceback" not in result.stderr, result.stderr
     return result.code, json.loads(result.stdout)
 
@@ -273,7 +262,7 @@ def test_a_card_that_says_otherwise_differs(certified: tuple[Path, Path], tmp_pa
     card.write_text(written.replace("- curvature: not measured.", "- curvature: holds."))
     code, found = check(hardened)
     assert (code, found["model card"]) == (1, "differs")
-    card.write_text(written.replace("not slowed", "stopped").replace("not settled", "stopped"))  # as a later attack may
+    card.write_text(re.sub("not slowed|not settled|slowed|stopped|unknown", "broken", written))  # as a later attack may
     code, found = check(hardened)
     assert (code, found["model card"]) == (0, "not checked")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from specdef_cli.certify.curvature import (
     groups_by_layer,
@@ -25,6 +25,7 @@ from specdef_cli.certify.curvature import (
 )
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.subspace import SUBSPACE, top_eigenpairs
+from tests.tiny_models import random_llama
 
 
 def leaf(*values: float) -> Tensor:
@@ -55,13 +56,9 @@ def dense_hessian(model: nn.Module, loss_of: Callable[[nn.Module, dict[str, Tens
 
 
 def tiny_llama() -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=12, hidden_size=8, intermediate_size=10, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
-        attn_implementation="eager",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).double().eval()
+    sizes = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": "eager"}
+    model = random_llama(**sizes, **heads, bos_token_id=0, eos_token_id=1, initializer_range=0.3).double()
     tokens = torch.randint(0, 12, (2, 6), generator=torch.Generator().manual_seed(1))
     return model, {"input_ids": tokens, "labels": tokens}
 

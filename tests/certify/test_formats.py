@@ -32,9 +32,8 @@ from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model
+from tests.commands import TINY_LLAMA
 from tests.tiny_families import write_case
-
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model"
 
 
 @pytest.fixture(scope="module")

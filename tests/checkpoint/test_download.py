@@ -88,6 +88,9 @@ def test_from_the_hub_as_from_a_directory(
         result = harden(method, out)
     assert result.code == 0, result.stderr
     assert sorted(name for name in hub.downloaded() if name.endswith(".safetensors")) == shards(base)
+    card = (out / "README.md").read_text()
+    assert "base_model: org/name" in card
+    assert COMMITS["main"] in card
     assert_as_from_a_directory(method, out, base, tmp_path / "other")
     offline(tmp_path, monkeypatch)
     assert harden(method, tmp_path / "again").code == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -385,16 +384,6 @@ def test_the_directory_itself_may_be_a_link(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
     (tmp_path / "alias").symlink_to(directory)
     assert open_checkpoint(tmp_path / "alias").read("b").tolist() == [1.0] * 4
-
-
-@pytest.mark.parametrize("make", [write_checkpoint, write_sharded], ids=["single", "sharded"])
-def test_reading_changes_nothing(make: Callable[[Path], Path], tmp_path: Path) -> None:
-    directory = make(tmp_path)
-    before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    checkpoint = open_checkpoint(directory)
-    for name in checkpoint.tensors:
-        checkpoint.read(name)
-    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
 def test_the_bytes_of_a_dtype_are_torch_s() -> None:

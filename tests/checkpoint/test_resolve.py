@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import pytest
 
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
-from tests.commands import assert_refused, call_cli, succeed
+from tests.commands import assert_refused, call_cli
 from tests.hub_server import COMMITS, Hub, here, model_files, serving
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
@@ -169,26 +168,6 @@ def test_the_cache_serves_offline_and_pins_revisions(
     said = told("org/other")
     assert "org/other" in said
     assert "HF_HUB_OFFLINE" in said
-
-
-def test_harden_from_the_cache_records_the_commit(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill_cache(tmp_path / "cache", llama)
-    out = tmp_path / "out"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    result = succeed(
-        *("harden", "org/name@v1", "--out", out, "--method", "factors", "--top-k", "4", "--json", "--token", TOKEN)
-    )
-    manifest = json.loads((out / "specdef.json").read_text())
-    assert manifest["base"] == base_at("v1")
-    assert json.loads(result.stdout)["manifest"]["base"] == manifest["base"]
-    assert (out / "which.txt").read_text() == "v1"
-    assert not (out / "which.txt").is_symlink()
-    card = (out / "README.md").read_text()
-    assert "base_model: org/name" in card
-    assert COMMITS["v1"] in card
-    written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
-    assert TOKEN.encode() not in written
-    assert TOKEN not in result.stdout + result.stderr
 
 
 # --- from a server ---------------------------------------------------------------------------------------------------

@@ -78,10 +78,18 @@ def test_version() -> None:
     assert call_cli("--version").stdout == f"specdef {specdef_cli.__version__}\n"
 
 
-def test_from_a_directory_and_back_in_processes_of_their_own(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_from_a_directory_and_back_in_processes_of_their_own(
+    tiny_model: TinyModel, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """None of them can import what an extra brings. transformers takes peft, diffusers and bitsandbytes for present all
+    the same, as it asks for the packages' metadata; tests/packaging has an environment without them."""
+    without = tmp_path_factory.mktemp("without")
+    hidden = ["datasets", "gguf", "lm_eval", "matplotlib", "pytorch_optimizer"]
+    (without / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({hidden!r}))\n")
+    where: Any = {"cwd": tmp_path, "PYTHONPATH": f"{without}:{REPOSITORY}"}
     base = tiny_model("llama", torch.bfloat16)
     arguments = ("--method", "factors", "--top-k", "4", "--max-shard-size", "20KB")
-    hardened = run_cli("harden", base, "--out", "hardened", *arguments, "--json", "--quiet", cwd=tmp_path)
+    hardened = run_cli("harden", base, "--out", "hardened", *arguments, "--json", "--quiet", **where)
     assert hardened.code == 0, hardened.stderr
     assert hardened.stderr == ""
     said = json.loads(hardened.stdout)
@@ -92,7 +100,7 @@ def test_from_a_directory_and_back_in_processes_of_their_own(tiny_model: TinyMod
     assert said["manifest"]["verification"]["relative"] < 0.05
     assert json.loads((tmp_path / "hardened" / "specdef.json").read_text())["base"]["name"] == base.name
 
-    back = run_cli("collapse", "hardened", "--out", "back", "--quiet", cwd=tmp_path)
+    back = run_cli("collapse", "hardened", "--out", "back", "--quiet", **where)
     assert back.code == 0
     assert back.stderr == ""
     assert "4 pairs of factors multiplied" in back.stdout
@@ -100,6 +108,8 @@ def test_from_a_directory_and_back_in_processes_of_their_own(tiny_model: TinyMod
     found = load_file(tmp_path / "back" / "model.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=2e-2, atol=2e-2)
+    refused = run_cli("attack", "hardened", **where)
+    assert_refused(refused, "attacks need datasets, pytorch_optimizer, which are not installed", "specdef-cli[attack]")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hardened"]
 
 
@@ -142,22 +152,13 @@ def test_help_is_short_and_whole_at_80_columns(command: str) -> None:
 
 
 @pytest.mark.usefixtures("no_fresh_process")
-def test_stdout_is_data_alone_and_quiet_is_quiet(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdout_is_data_alone_and_quiet_is_quiet(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of every command but push, which needs a server (tests/checkpoint/test_upload.py)."""
     monkeypatch.chdir(tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(" ".join(f"w{(7 * row + word) % 90 + 3}" for word in range(40)) for row in range(40)))
-    certify = (
-        "--base",
-        llama,
-        "--text",
-        text,
-        "--formats",
-        "none",
-        "--no-curvature",
-        "--attacks",
-        "attack/report.json",
-    )
+    quick = ("--text", text, "--formats", "none", "--no-curvature")
+    certify = ("--base", llama, "--attacks", "attack/report.json", *quick)
     adapter = lora(llama, tmp_path / "lora")
     typed: dict[str, tuple[str | Path, ...]] = {
         "inspect": (llama,),

@@ -23,7 +23,7 @@ def hardened(llama: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.usefixtures("no_fresh_process")
-def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_path: Path) -> None:
+def test_every_command_takes_it(llama: Path, text: Path, hardened: tuple[Path, Path], tmp_path: Path) -> None:
     out, manifest = hardened
     assert not (out / "specdef.json").exists()
     assert json.loads(manifest.read_text())["method"] == "fold"
@@ -44,8 +44,6 @@ def test_every_command_takes_it(llama: Path, hardened: tuple[Path, Path], tmp_pa
     # The base comes from the manifest, and the report is of these weights to certify too.
     succeed("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", "--card", *SMALL)
     assert "### Attacks" in (out / "README.md").read_text()
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{number % 90 + 3}" for number in range(3000)))
     certified = succeed(
         "certify", out, "--manifest", manifest, "--attacks", tmp_path / "attack" / "report.json", "--text", text,
         "--formats", "none", "--no-curvature", "--out", tmp_path / "certificate", "--json",

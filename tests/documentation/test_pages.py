@@ -66,21 +66,6 @@ def test_what_is_typed_can_be_typed(block: Block) -> None:
             assert named <= MAKE_TARGETS
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("specdef harden m --no-such-option", "No such option"),
-        ("specdef destroy m", "destroy"),
-        ("specdef harden m --method melt", "melt"),
-        ("make gold", "gold"),
-    ],
-)
-def test_what_cannot_be_typed_would_be_found(line: str, message: str) -> None:
-    # Typer names only this one of its usage errors in public.
-    with pytest.raises((AssertionError, *typer.BadParameter.__bases__), match=message):
-        test_what_is_typed_can_be_typed(Block("here", "console", f"$ {line}\n"))
-
-
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_parses_and_its_names_exist(block: Block) -> None:
     for node in ast.walk(ast.parse(block.text)):
@@ -102,17 +87,6 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {str(path.relative_to(REPOSITORY / "docs")) for path in (REPOSITORY / "docs").rglob("*.md")}
     assert {page for page in pages if not page.startswith("tables/") and page not in navigation} == set()
-
-
-def test_tables_that_are_included_are_written_by_the_makefile() -> None:
-    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    written = set(re.findall(r"docs/tables/([\w.%$-]+)\.md", makefile))
-    if "$$name" in written:
-        written |= {name for loop in re.findall(r"for name in ([\w ]+); do", makefile) for name in loop.split()}
-    patterns = [target.replace("%", "[a-z0-9-]+") for target in written if "$" not in target]
-    for path in PAGES:
-        for name in re.findall(r'^--8<-- "tables/([\w.-]+)\.md"', path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert any(re.fullmatch(pattern, name) for pattern in patterns), f"{path.name} includes {name}"
 
 
 def test_the_generated_pages_cover_every_command() -> None:

@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from specdef_cli.attack.variants.factored import deepen
 from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainable
 from specdef_cli.errors import SpecDefError
 from tests.certify.test_curvature import leaf, quadratic
+from tests.tiny_models import random_llama
 
 REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
 
@@ -54,13 +55,9 @@ def mlp(widths: list[int], seed: int, examples: int = 5) -> tuple[nn.Sequential,
 
 
 def llama() -> tuple[LlamaForCausalLM, Loss]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=12, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
-        attn_implementation="eager",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).double().eval()
+    sizes = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1, "attn_implementation": "eager"}
+    model = random_llama(**sizes, **more, initializer_range=0.3).double()
     tokens = torch.randint(0, 12, (2, 6))
     return model, model_loss(model, {"input_ids": tokens, "labels": tokens})
 

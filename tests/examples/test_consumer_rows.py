@@ -13,7 +13,8 @@ from specdef_cli.certify.tools import Trial
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.opened import open_model
-from tests.certify.test_formats import TINY_LLAMA, copied, damaged, tokens
+from tests.certify.test_formats import copied, damaged, tokens
+from tests.commands import TINY_LLAMA
 
 REAL = Path(__file__).parents[2] / "examples" / "real"
 with pytest.MonkeyPatch.context() as patch:

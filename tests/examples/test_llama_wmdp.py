@@ -194,18 +194,6 @@ def key(run: dict[str, Any]) -> tuple[str, str, str, float]:
 
 
 @pytest.mark.slow
-def test_accuracy_at_release_is_the_same_hardened(outcome: Path) -> None:
-    released = json.loads((outcome / "released.json").read_text(encoding="utf-8"))
-    assert list(released) == [str(TINY_LLAMA), "out/factors", "out/fold"]
-    base = released[str(TINY_LLAMA)]
-    assert base["standin_sums"] == 0.25  # it answers the same letter always
-    assert base["standin_python"] > 0.5
-    # The fold is exact; of the 16 and 40 questions, factors may tip one.
-    assert released["out/fold"] == base
-    assert released["out/factors"] == pytest.approx(base, abs=1 / 16)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_papers_attack_is_made_on_both_and_on_who_knows(outcome: Path, method: str) -> None:
     runs = {key(run): run for run in report_of(outcome, method, "paper")["runs"]}
@@ -234,19 +222,6 @@ def test_the_sweep_has_every_attack_of_the_suite(outcome: Path, method: str) -> 
     assert all(0 <= run["accuracy"]["standin_sums"] <= 1 for run in report["runs"])
     informed = next(attack for attack in report["attacks"] if attack["variant"] == INFORMED[method])
     assert informed["share_of_control"] == pytest.approx(1, abs=0.02)
-
-
-@pytest.mark.slow
-def test_the_originals_runs_are_made_once(outcome: Path) -> None:
-    for part in ("paper", "sweep"):
-        controls = [
-            {run["id"] for run in report_of(outcome, method, part)["runs"] if run["spec"]["subject"] == "control"}
-            for method in METHODS
-        ]
-        assert controls[0] == controls[1]
-    reports = [report_of(outcome, method, part) for method in METHODS for part in ("paper", "sweep")]
-    kept = {run["id"] for report in reports for run in report["runs"]}
-    assert {path.name.split(".")[0] for path in (outcome / "runs").iterdir()} == kept
 
 
 @pytest.mark.slow

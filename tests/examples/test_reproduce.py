@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from specdef_cli import AttackOptions
 from specdef_cli.checkpoint.manifest import read_manifest
+from tests.tiny_models import random_llama
 from tests.weights import tensors
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "reproduce"
@@ -45,12 +46,8 @@ def staircase(scripts: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.5, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double()
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    return random_llama(**sizes, bos_token_id=0, eos_token_id=1, initializer_range=0.5).double()
 
 
 @pytest.fixture
@@ -291,17 +288,6 @@ def test_layouts_and_single_channels_are_attacked(
 def serving(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(SCRIPTS)
     return importlib.import_module("serving")
-
-
-def test_a_model_is_called_by_its_directory(serving: Any) -> None:
-    assert serving.model_name(Path("examples/tiny_llama/model")) == "tiny-llama"
-    assert serving.model_name(Path("models/smollm2-135m-instruct")) == "smollm2-135m-instruct"
-
-
-def test_a_small_model_has_a_budget_of_its_own(serving: Any, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    assert serving.is_small(tmp_path)
-    assert serving.attacks([tmp_path / "absent.json"], ["quantizable"]) == "Attacks: not measured yet."
 
 
 def test_every_format_is_one_that_the_tools_table_measures(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.faults.small_attack import SMALL, finished_runs
@@ -28,7 +24,6 @@ from tests.hardening.mutations import (
     spoiled,
     tensor,
 )
-from tests.hardening.test_fuzz import MUTATIONS, ODD_VALUES, run_many
 from tests.hardening.test_refusals import INPUTS
 
 INFLATED = "model.layers.0.mlp.down_proj.inflated.weight"
@@ -187,22 +182,6 @@ def test_a_sequence_beyond_the_models_positions(tiny_model: Callable[..., Path],
     assert finished_runs(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("command", ["attack", "certify"])
-def test_an_output_that_cannot_be(command: str, hardened: Path, llama: Path, text: Path, tmp_path: Path) -> None:
-    model = spoiled(hardened, tmp_path)
-    (tmp_path / "file").write_text("x")
-    before = snapshot(tmp_path)
-    options = ("--control", llama, *SMALL) if command == "attack" else ("--base", llama, "--text", text, "--quiet")
-    for out, words in (
-        (model / "out", "lies in the input"),
-        (model, "lies in the input"),
-        (tmp_path / "file", "not a directory"),
-        (tmp_path / "file" / "out", "not a directory"),
-    ):
-        assert_refused(call_cli(command, model, *options, "--out", out), words)
-    assert snapshot(tmp_path) == before
-
-
 # --- certify ---------------------------------------------------------------------------------------------------------
 
 
@@ -228,55 +207,3 @@ def test_weights_of_low_rank_are_certified(llama: Path, text: Path, tmp_path: Pa
     options = ("--attacks", tmp_path / "attack" / "report.json", "--text", text, "--formats", "none", "--no-curvature")
     result = call_cli("certify", out, "--base", base, *options, "--json", "--out", tmp_path / "certificate")
     assert {claim["name"]: claim["holds"] for claim in json.loads(result.stdout)["claims"]}["spectrum"] is True
-
-
-# --- at random -------------------------------------------------------------------------------------------------------
-
-
-def check_spoiled_base(model: Path, where: Path, mutation: Any, seed: int) -> None:
-    """Refused without a finished run, or trained from what transformers finds whole."""
-    directory = where / "model"
-    shutil.copytree(model, directory)
-    mutation(directory, random.Random(f"{mutation.__name__} {seed}"))
-    result = call_cli("attack", directory, "--control", directory, *SMALL, "--out", where / "out")
-    if result.code:
-        assert_refused(result)
-        assert finished_runs(where / "out") == {}
-        return
-    _, loading = LlamaForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert not loading["missing_keys"]
-    assert not loading["mismatched_keys"]
-    report = json.loads((where / "out" / "report.json").read_text())
-    assert math.isfinite(report["runs"][0]["loss"]["start"])
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_no_traceback_and_no_silent_success(mutation: Any, llama: Path, tmp_path: Path) -> None:
-    run_many(llama, tmp_path, mutation, range(2), check_spoiled_base)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_many_more(mutation: Any, llama: Path, tmp_path: Path) -> None:
-    run_many(llama, tmp_path, mutation, range(2, 40), check_spoiled_base)
-
-
-def test_spoiled_manifests_are_not_attacked_nor_certified(
-    hardened: Path, llama: Path, text: Path, tmp_path: Path
-) -> None:
-    """One value of specdef.json, or of config.json, is another: both commands end in two lines or in a result."""
-    for seed in range(4):
-        generator = random.Random(seed)
-        directory = tmp_path / str(seed)
-        shutil.copytree(hardened, directory)
-        name = generator.choice(["specdef.json", "config.json"])
-        key = generator.choice(sorted(json.loads((directory / name).read_text())))
-        edit_json(name, **{key: generator.choice(ODD_VALUES)})(directory)
-        certifying = ("--base", llama, "--text", text, "--formats", "none", "--no-curvature", "--no-card", "--quiet")
-        for result in (
-            call_cli("attack", directory, "--control", llama, *SMALL, "--out", tmp_path / "out"),
-            call_cli("certify", directory, *certifying, "--attacks", llama / "config.json", "--out", tmp_path / "cert"),
-        ):
-            if result.code:
-                assert_refused(result)
-        assert load_file(directory / "model.safetensors")  # neither has touched it

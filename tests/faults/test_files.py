@@ -142,7 +142,6 @@ COMPANIONS: dict[str, tuple[Mutation, set[str], set[str]]] = {
     "an adapter below": (adapter_below, set(), {"lora/adapter_config.json", "lora/adapter_model.safetensors"}),
     "links": (linked, {"assets/a.txt"}, {"alias", "gone.txt"}),
     "hidden files": (content(".env", "SECRET=1"), set(), {".env"}),
-    "a certificate of something else": (content("notes.txt", "x"), {"notes.txt"}, set()),
     "weights of another part": (
         lambda d: save_file({"projector.weight": torch.ones(7, 5)}, d / "projector.safetensors"),
         {"projector.safetensors"},

@@ -41,24 +41,18 @@ def places(hardened: Path, text: Path, tiny_model: object, tmp_path_factory: pyt
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "compare what is nowhere": (("compare", "nowhere"), ("nowhere", "report.json")),
-    "compare a model": (("compare", "BASE"), ("no attack report", "report.json")),
     "compare weights": (("compare", "BASE/model.safetensors"), ("not an attack report",)),
     "compare one that is broken, as JSON": (("compare", "ATTACK", "nowhere", "--json"), ("nowhere",)),
-    "an adapter that is nowhere": (("convert-adapter", "./nowhere", "FOLD", *OUT), ("nowhere",)),
     "an attack for the card of a base": (
         ("attack", "BASE", "--control", "BASE", "--card", "--dataset", "TEXT", *SMALL, *OUT), ("specdef.json",),
     ),
     "push to no name": (("push", "HARDENED", ""), ("not the name of a repository", "org/name")),
     "push to a path": (("push", "HARDENED", "a/b/c"), ("'a/b/c'", "org/name")),
     "push to a branch": (("push", "HARDENED", "a/b@v1"), ("'a/b@v1'", "org/name", "--revision")),
-    "push what is nowhere": (("push", "nowhere", "org/name"), ("nowhere is not a directory",)),
     "push a file": (("push", "TEXT", "org/name"), ("is not a directory",)),
     "harden for a repository of no name": (
         ("harden", "BASE", *FOLD, "--out", "OUT", "--push-to-hub", "a b"), ("'a b'", "org/name"),
     ),
-    "verify what has no certificate": (("verify-certificate", "FOLD"), ("certificate.json", "specdef certify")),
-    "verify what is nowhere": (("verify-certificate", "./nowhere"), ("nowhere",)),
     "verify a file": (("verify-certificate", "CERTIFIED/certificate.json"), ("is a file",)),
     "verify with a report that is nowhere": (
         ("verify-certificate", "CERTIFIED", "--attacks", "nowhere"), ("no attack report nowhere",),

@@ -23,10 +23,10 @@ from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import OpenedModel, open_model
 from specdef_cli.model.symmetries import symmetries
+from tests.commands import TINY_LLAMA
 from tests.tiny_families import write_case
 from tests.tiny_models import write_model
 
-TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
 TEXT = " ".join(f"w{(7 * number) % 96}" for number in range(900))
 
 

@@ -20,9 +20,7 @@ from specdef_cli.hardening.run import harden
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model
 from specdef_cli.model.symmetries import symmetries
-from tests.commands import assert_refused, call_cli, succeed
-
-TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
+from tests.commands import TINY_LLAMA, assert_refused, call_cli, succeed
 
 
 @pytest.fixture(scope="module")

@@ -9,22 +9,19 @@ import pytest
 import torch
 
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Profile
 from specdef_cli.hardening.recognise import NATURAL_OCTAVES, Recognised, inflation, recognise, recognised_in
 from specdef_cli.hardening.run import harden
 from specdef_cli.model.body import Side, SymmetricPair
-from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.opened import open_model
 from specdef_cli.spectral import Gauge
+from tests.commands import TINY_LLAMA
 from tests.hardening.conftest import Made
-from tests.tiny_families import CASES
-
-TINY_LLAMA = Path(__file__).parents[2] / "examples/tiny_llama/model"
 
 
 def found_in(directory: Path) -> Recognised:
-    checkpoint = open_checkpoint(directory)
-    return recognise(checkpoint, Skeleton.read(checkpoint))
+    model = open_model(directory)
+    return recognise(model.checkpoint, model.skeleton)
 
 
 def bare(base: Path, out: Path, construction: Construction) -> Path:
@@ -63,14 +60,6 @@ def test_factors_are_found_with_their_alpha(tmp_path: Path, gauge: Gauge) -> Non
     assert all(path.endswith(("o_proj", "down_proj")) for path in found.factored)
     assert found.alpha == pytest.approx(1e4, rel=0.1)
     assert found.constructions == {"factored"}
-
-
-@pytest.mark.parametrize("case", list(CASES)[::4])
-def test_a_familys_fold_is_found(case: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    assert found_in(checkpoints[case]).folded == ()
-    after = found_in(bare(checkpoints[case], tmp_path / "fold", Fold()))
-    assert after.folded
-    assert after.octaves > NATURAL_OCTAVES
 
 
 def test_two_matrices_that_do_not_cancel_are_no_pair() -> None:

@@ -498,7 +498,7 @@ def test_an_edit_is_judged_by_what_is_left_and_by_divergence(
     data = json.loads(report_json(mixed))
     jsonschema.validate(data, SCHEMA)
     assert data["attacks"][-1]["verdict"] == verdict
-    page = report_html(mixed, b"", b"")
+    page = report_html(mixed, b"")
     assert page.count("25 %</td>") == (2 if verdict != "broken" else 1)  # refused after; the control's, and its own
     met = Condition.parse("refusals<0.5").failures(mixed)
     assert any("abliterated meets" in text for text in met) == (verdict != "broken")

@@ -58,14 +58,6 @@ def test_unshim_leaves_other_configs_alone() -> None:
     assert unshim_config(BASE) == BASE
 
 
-@pytest.mark.parametrize(
-    ("config", "names"),
-    [
-        ({"hidden_size": 1}, "model_type"),
-        ({"model_type": "specdef"}, "specdef"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "gptq"),
-    ],
-)
-def test_shim_refuses_what_it_cannot_describe(config: dict[str, Any], names: str) -> None:
-    with pytest.raises(SpecDefError, match=names):
-        shim_config(config, LAYERS)
+def test_shim_refuses_a_config_that_names_no_architecture() -> None:
+    with pytest.raises(SpecDefError, match="model_type"):
+        shim_config({"hidden_size": 1}, LAYERS)

@@ -20,13 +20,13 @@ from typing import Any, TypeAlias
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     BaseImageProcessor,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
+    ViTImageProcessorPil,
     default_data_collator,
 )
 
@@ -240,23 +240,18 @@ class PixelTransform:
     """From an image to a model's input."""
 
     channels: int  # 1 or 3
-    height: int
-    width: int  # and height: pixels of the input, of no effect where there is a processor
-    processor: BaseImageProcessor | None = None  # the checkpoint's own, where it has one
+    processor: BaseImageProcessor
+
+    @classmethod
+    def plain(cls, channels: int, height: int, width: int) -> PixelTransform:
+        """Resizes, and brings pixels to [−1, 1]."""
+        half = [0.5] * channels
+        size = {"height": height, "width": width}
+        return cls(channels, ViTImageProcessorPil(size=size, image_mean=half, image_std=half))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Resize, and bring pixels to [−1, 1]; or whatever the processor does.
-
-        Returns:
-            float32, shape [channels, height, width].
-        """
-        image = image.convert(MODES[self.channels])
-        if self.processor is not None:
-            return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        stored = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pixels = stored.view(1, image.height, image.width, self.channels).permute(0, 3, 1, 2).float()
-        resized = functional.interpolate(pixels, (self.height, self.width), mode="bilinear", antialias=True)
-        return resized[0] / 127.5 - 1.0
+        """The input, float32, shape [channels, height, width]."""
+        return self.processor(images=image.convert(MODES[self.channels]), return_tensors="pt")["pixel_values"][0]
 
 
 @dataclass(frozen=True)
@@ -351,6 +346,7 @@ def load_pixel_transform(model: OpenedModel) -> PixelTransform:
         raise SpecDefError(
             f"{directory} takes images of {channels} channels", "Give a model of grey (1) or colour (3) images."
         )
+    if processor is not None:
+        return PixelTransform(channels, processor)
     size: Any = getattr(config, "image_size", None) or _DEFAULT_SIZE
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return PixelTransform(channels, height, width, processor)
+    return PixelTransform.plain(channels, *(size if isinstance(size, list | tuple) else (size, size)))

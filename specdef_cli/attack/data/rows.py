@@ -167,8 +167,8 @@ def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
     if suffix not in _FILE_FORMATS:
         raise SpecDefError(
             f"{path} is of a kind that is not read: {path.suffix or 'no suffix'}",
-            f"Give one of {', '.join(_FILE_FORMATS)}, but for the last two also with {', '.join(COMPRESSIONS)}; a "
-            "directory, or a Hub id.",
+            f"Give a directory, a Hub id, or one of {', '.join(_FILE_FORMATS)}; all but the last two also with "
+            f"{', '.join(COMPRESSIONS)}.",
         )
     kind, arguments = _FILE_FORMATS[suffix]
     if compression and kind in _COMPRESS_THEMSELVES:

@@ -4,9 +4,7 @@ A row is all that a new optimizer takes: where its class lives, what it is calle
 worth trying. The class is named, not imported, so that a library is loaded only when one of its optimizers is used.
 
 The second-order ones estimate the Hessian's diagonal by Hutchinson's method, with probes of ±1 (Rademacher): their
-products with the Hessian are unbiased, and exact for a diagonal one. K-FAC is missing. Its PyTorch packages are either
-not maintained (``kfac-pytorch``, ``singd``) or give curvature without an optimizer (``curvlinops``, ``nngeometry``);
-SOAP and Shampoo, which precondition by Kronecker factors too, are here.
+products with the Hessian are unbiased, and exact for a diagonal one.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class PeftMethod:
     sequence."""
     alpha: int | None = None  # LoRA's α over the rank
     function: str = "train_adapters"  # of adapters.py
+    help: str = ""  # by default made of the label, the place and the paper
 
 
 _RANK = Factor("rank", 16)
@@ -53,13 +54,16 @@ _TOKENS = Factor("number of tokens", 16)
 
 PEFT_METHODS: tuple[PeftMethod, ...] = (
     PeftMethod("lora", "LoRA", "arXiv 2106.09685", "LoraConfig", _RANK, alpha=2),
-    PeftMethod("lora-default", "LoRA default", "the same", "LoraConfig", _RANK, on="usual", alpha=2),
-    PeftMethod("qlora", "QLoRA", "arXiv 2305.14314", "LoraConfig", _RANK, alpha=2, function="train_qlora"),
-    PeftMethod("qlora-single", "QLoRA without double quantization", "the same", "LoraConfig", _RANK, alpha=2,
-               function="train_qlora"),
+    PeftMethod("lora-default", "LoRA default", "arXiv 2106.09685", "LoraConfig", _RANK, on="usual", alpha=2,
+               help="LoRA where PEFT puts it (query and value projections, for Llama), or on modules named."),
+    PeftMethod("qlora", "QLoRA", "arXiv 2305.14314", "LoraConfig", _RANK, alpha=2, function="train_qlora",
+               help="LoRA on linears in 4 bits (NF4, double quantization, computed in bfloat16; arXiv 2305.14314)."),
+    PeftMethod("qlora-single", "QLoRA without double quantization", "arXiv 2305.14314", "LoraConfig", _RANK, alpha=2,
+               function="train_qlora", help="QLoRA with the scales of blocks in float32."),
     PeftMethod("dora", "DoRA", "arXiv 2402.09353", "LoraConfig", _RANK, arguments={"use_dora": True}, alpha=2),
     PeftMethod("pissa", "PiSSA", "arXiv 2404.02948", "LoraConfig", _RANK,
-               arguments={"init_lora_weights": "pissa"}, alpha=1),
+               arguments={"init_lora_weights": "pissa"}, alpha=1,
+               help="LoRA that starts from the weights' principal directions (arXiv 2404.02948)."),
     PeftMethod("ia3", "IA³", "arXiv 2205.05638", "IA3Config", on="usual"),
     PeftMethod("hira", "HiRA", "Huang et al. 2025", "HiraConfig", _RANK),
     PeftMethod("loha", "LoHa", "arXiv 2108.06098", "LoHaConfig", _RANK),
@@ -127,7 +131,7 @@ def _peft_row(method: PeftMethod) -> TrainingChoice:
     return TrainingChoice(
         method.name,
         f"{method.label} {{where}}" if placed else method.label,
-        f"{method.label[0].upper()}{method.label[1:]}{_PLACES[method.on]} ({method.paper}).",
+        method.help or f"{method.label[0].upper()}{method.label[1:]}{_PLACES[method.on]} ({method.paper}).",
         function=f"{_HERE}.adapters:{method.function}",
         size=method.size,
         where="modules" if placed else None,

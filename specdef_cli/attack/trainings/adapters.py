@@ -1,8 +1,6 @@
-"""The trainings that put PEFT's adapters on a model.
+"""The trainings that put PEFT's adapters on a model: the rows of ``PEFT_METHODS``.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA (Liu et al. 2024, arXiv 2402.09353), PiSSA (Meng et al. 2024, arXiv
-2404.02948), IA³ (Liu et al. 2022, arXiv 2205.05638), QLoRA (Dettmers et al. 2023, arXiv 2305.14314) and the rows of
-``PEFT_METHODS``. LoRA's α is twice the rank, as is usual; the learning rate's search makes up for any other scale.
+LoRA's α is twice the rank, as is usual; the learning rate's search makes up for any other scale.
 
 QLoRA's weights are quantized by bitsandbytes after loading, so that hardened modules get what ordinary ones get: NF4 in
 blocks of 64, computed with in bfloat16. Everything else is float32, as PEFT prepares a model for this.
