@@ -24,7 +24,7 @@ ATTACK_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo attack-demo attack-suite attack-long certify-demo pictures reproduce reproduce-mixing \
-  reproduce-serving reproduce-frontier reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
+  reproduce-serving reproduce-serving-long reproduce-frontier reproduce-staircase reproduce-gauges reproduce-unet reproduce-wmdp real-models real-tools real-consumers real-attackers real-attack deep-attack check test test-all test-newest lint format schema size docs build wheel bench mistakes bench-large gpu-check train-example clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -205,6 +205,13 @@ reproduce-serving: real-models  ## formats and attacks by profile of a fold: doc
 reproduce-frontier: real-models  ## what Q8_0 and Q4_K_M cost against the resistance that is left: docs/tables/frontier.md; MINUTES=30, goes on where it was stopped
 	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/reproduce/frontier.py $(REAL)/smollm2-135m-instruct \
 	  $(addprefix --minutes ,$(MINUTES)) | tee docs/tables/frontier.md
+
+reproduce-serving-long: install  ## 1,000 steps with warm-up and linear decay against a quantizable fold: docs/tables/serving-long.md; an hour
+	test -d $(SUITE)/quantizable || $(BIN)/specdef harden $(TINY) --profile quantizable --out $(SUITE)/quantizable
+	$(BIN)/specdef attack $(SUITE)/quantizable --control $(TINY) --training full $(addprefix --lr ,1e-3 1e-6 1e-7 1e-8) --steps 1000 \
+	  --schedule linear --warmup-steps 50 --batch-size 8 --sequence-length 64 --eval-every 50 --retained none --jobs $(JOBS) \
+	  --out $(SUITE)/quantizable-attack
+	$(BIN)/specdef compare $(SUITE)/quantizable-attack --markdown | tee docs/tables/serving-long.md
 
 reproduce-unet: install  ## a UNet of diffusers: hardened, in its pipeline, under LoRA
 	$(BIN)/python examples/reproduce/unet.py --out $(DEMO)/unet | tee docs/tables/unet.md

@@ -218,7 +218,7 @@ class AttackOptions(Budget, Source):
             for name in ("dataset_config", "dataset_split", "text_column", "text_pair_column"):
                 if getattr(self, name) is not None:
                     raise WrongUsage(
-                        f"{flag_of(AttackOptions, name)} {getattr(self, name)} is of --dataset, which is not given",
+                        f"{flag_of(AttackOptions, name)} {getattr(self, name)} needs --dataset",
                         "Give --dataset DATA.",
                     )
         if self.eval_task_path is not None and not self.eval_tasks:

@@ -332,7 +332,7 @@ def _other_start(report: AttackReport) -> list[str]:
     if not others:
         return []
     return [
-        f"Other held-out losses before training than the control's: {'; '.join(others)}. Either the control is not the "
-        "model that was hardened, or hardening changed its function, or what the attack does to the weights (4 bits, "
-        "some adapters) does not get along with scaled ones. Progress counts from the control's start."
+        f"Other held-out losses before training than the control's: {'; '.join(others)}. The control is another "
+        "model, hardening changed its function, or the attack itself (4 bits, some adapters) breaks scaled weights. "
+        "Progress counts from the control's start."
     ]

@@ -78,8 +78,7 @@ def _require_possible(config: Mapping[str, Any], asked: Task, directory: Path) -
     possible, kind = _possible(config), config.get("model_type")
     if asked == "causal-lm" and _attends_both_ways(config):
         raise SpecDefError(
-            f"{directory} is an encoder ({kind}): each of its tokens attends to the ones after it, so that as a causal "
-            "language model it would be trained to copy",
+            f"{directory} is an encoder ({kind}): tokens attend to those after them, and causal-lm trains it to copy",
             "Use --task masked-lm.",
         )
     if asked not in possible and "auto_map" not in config:

@@ -73,7 +73,7 @@ def read_resistance(path: Path, checkpoint: str | None = None, base: str | None 
         raise SpecDefError(f"{path} is an attack report without runs", "Give a finished report of `specdef attack`.")
     if checkpoint is not None and attacked != {checkpoint}:
         raise SpecDefError(
-            f"{path} is a report on {_public(document.model.name)}, whose weights are others than these",
+            f"{path} is a report on {_public(document.model.name)}, which has other weights",
             "Give the report of an attack on this very directory: `specdef attack` makes one.",
         )
     controls = {run.spec.checkpoint for run in document.runs if run.spec.subject == "control"}
@@ -147,8 +147,8 @@ def attack_section(resistance: Resistance) -> str:
             HEADING,
             "",
             f"Measured on these very files: {resistance.budget}; {resistance.data}. Every attack at the best of the "
-            "learning rates tried. Its progress is a share of what the same recipe made on the base (own control), and "
-            "of the most that any of the recipes made there (best control).",
+            "learning rates tried. Its progress is a share of the same recipe's on the base (own control), and of the "
+            "most that any recipe made there (best control).",
             "",
             *attack_table(resistance.attacks),
             "",

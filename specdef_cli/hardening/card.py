@@ -93,9 +93,8 @@ def _changes(manifest: Manifest) -> Iterator[str]:
     origin += f" (its folder {base.subfolder})" if base.subfolder else ""
     yield (
         f"{_agreement(manifest, origin)} They were reparameterized with "
-        f"specdef-cli {manifest.specdef_version} (method of [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)) "
-        "with the aim that ordinary recipes need far smaller learning rates to fine-tune them, and diverge or make "
-        "little progress at their usual ones."
+        f"specdef-cli {manifest.specdef_version} (method of [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)), so "
+        "that ordinary recipes diverge or make little progress at their usual learning rates."
     )
     if manifest.factored:
         added = sum(layer.parameters_added for layer in manifest.factored)
@@ -151,12 +150,13 @@ def _agreement(manifest: Manifest, origin: str) -> str:
 def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> str:
     around_pairs = (
         "Growing the model around the changed layers, freezing the compensation, or sweeping the learning rate "
-        "downwards also restores fast fine-tuning (the paper proves a linear cost in model size). "
+        "downwards also restores fast fine-tuning. "
     )
     around_scales = (
-        "A learning rate for every row and column, updates that are relative to a weight (HiRA, IA³, Madam), and "
-        "adapters that are added to the residual stream do not see the scales. "
+        "Updates that are relative to a weight (HiRA, IA³, Madam) and adapters on the residual stream do not see the "
+        "scales. "
     )
+    around_folds = "A learning rate for every row and column, in proportion to its size, trains as before. "
     ways = {
         "multiplying each pair of layers restores the original weights": manifest.factored,
         "multiplying each scale vector into its weight restores the original weights, bit for bit": manifest.scaled,
@@ -165,6 +165,7 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
     undo = ", and ".join(way for way, changed in ways.items() if changed)
     around = around_pairs if manifest.factored else ""
     around += around_scales if manifest.folded or manifest.scaled else ""
+    around += around_folds if manifest.folded else ""
     measure = "`specdef attack` measures this on this very checkpoint."
     around += "Edits without training, which take a direction out of the weights, work as on the base. "
     if not library.is_transformers:

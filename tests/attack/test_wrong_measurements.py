@@ -69,7 +69,24 @@ def test_names_that_the_checkpoint_does_not_know_are_remarked_on() -> None:
     assert found.classes == {"neg": 0, "pos": 1}
     assert "positive, negative" in found.remark
     assert not labels_of(["pos", "neg"], Head(2, names={"LABEL_0": 0, "LABEL_1": 1}), "label", "d").remark
-    assert not labels_of(["a", "b", "c"], head, "label", "d").remark, "a new head has no names"
+    new = labels_of(["a", "b", "c"], head, "label", "d").remark
+    assert "has 2 outputs, and d needs 3" in new
+    assert "names" not in new, "a new head has none"
+
+
+def test_names_are_those_of_the_head_whatever_their_case() -> None:
+    upper = {"POSITIVE": 0, "NEGATIVE": 1}
+    found = labels_of(["positive", " Negative"], Head(2, names=upper), "label", "d")
+    assert (found.classes, found.remark) == ({"positive": 0, " Negative": 1}, "")
+    both = labels_of(["it", "IT"], Head(2, names={"IT": 0, "it": 1}), "label", "d")
+    assert both.classes == {"IT": 0, "it": 1}
+
+
+def test_numbers_that_are_written_as_text_stand_for_themselves() -> None:
+    """In alphabetical order 10 comes before 2."""
+    written = [str(number) for number in range(12)]
+    found = labels_of(written, Head(12, names={f"LABEL_{number}": number for number in range(12)}), "label", "d")
+    assert (found.classes, found.remark) == ({text: int(text) for text in written}, "")
 
 
 def test_text_pairs_are_read_as_the_tokenizer_joins_them(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_directory_leaves_no_path_in_its_card(llama: Path, tmp_path: Path) -> 
     assert str(llama.parent) not in card
     assert llama.name not in card
     assert "the base model" in card
-    assert "diverge or make little progress at their usual ones" in card, (
+    assert "diverge or make little progress at their usual learning rates" in card, (
         "whoever fine-tunes it in good faith reads it here"
     )
     assert card_data(tmp_path / "out") == {

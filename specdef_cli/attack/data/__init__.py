@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from specdef_cli.attack.data.rows import (
     Examples,
     as_text,
     check_size,
+    class_numbers,
     column_of,
     is_held_out,
     padding_of,
@@ -106,12 +107,15 @@ def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> La
         return Labels("multi_label_classification", max(*widths, head.labels), {})
     if numbers:
         flat = [int(value) for value in flat]
-    by_head = _by_head(flat, head.names)
-    classes = by_head or _numbered(flat, column, dataset)
+    by_head = class_numbers(flat, head.names)
+    numbers = numbers or all(isinstance(value, str) and value.strip().isdecimal() for value in flat)
+    classes = by_head or _numbered(flat, numbers, column, dataset)
     count = max(classes.values()) + 1
     outputs = head.labels if head.labels >= count and head.labels > 1 else count
     remark = ""
-    if not by_head and not numbers and outputs == head.labels and not all(map(_UNNAMED.fullmatch, head.names)):
+    if head.labels and outputs != head.labels:
+        remark = f"The checkpoint's head has {head.labels} outputs, and {dataset} needs {outputs}: it is made anew."
+    elif not by_head and not numbers and not all(map(_UNNAMED.fullmatch, head.names)):
         remark = (
             f"The checkpoint's classes have other names ({', '.join(head.names)}), so those of {dataset} were numbered "
             "in alphabetical order. Name them as the checkpoint does if its head is to be kept."
@@ -120,25 +124,21 @@ def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> La
     return Labels(kind, outputs, classes, remark)
 
 
-def _by_head(labels: list[Any], names: Mapping[str, int]) -> dict[Any, int]:
-    """Class numbers of names that the checkpoint's head knows, all of them; else none."""
-    return {label: names[label] for label in labels} if all(label in names for label in labels) else {}
-
-
-def _numbered(labels: list[Any], column: str, dataset: str) -> dict[Any, int]:
+def _numbered(labels: list[Any], numbers: bool, column: str, dataset: str) -> dict[Any, int]:
     """Class numbers: labels that are numbers stand for themselves, others are numbered in sorted order."""
-    if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
-        if min(labels, default=0) < 0:
+    if numbers:
+        classes = {label: int(label) for label in labels} or {0: 0}
+        if min(classes.values()) < 0:
             raise SpecDefError(
-                f"{dataset} has the label {min(labels)}; classes count from 0",
+                f"{dataset} has the label {min(classes.values())}; classes count from 0",
                 "Use a labelled split (test splits often hide their labels as -1).",
             )
-        if max(labels, default=0) >= MAX_CLASSES:
+        if max(classes.values()) >= MAX_CLASSES:
             raise SpecDefError(
-                f"{dataset} has the label {max(labels)}, which is too large for a class; they count from 0",
+                f"{dataset} has the label {max(classes.values())}, which is too large for a class; they count from 0",
                 "Name a column of classes with --label-column, or number them from 0.",
             )
-        return {label: label for label in labels} or {0: 0}
+        return classes
     return {label: number for number, label in enumerate(sorted(set(labels), key=str))}
 
 

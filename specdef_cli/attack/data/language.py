@@ -220,7 +220,7 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
     counts = [f"Of {total} rows read, {count} {reason} left out." for reason, count in left_out.items()]
     remarks = (*form.remarks(task, has_template(tokenizer)), *counts, *repeated)
     remedy, (reason, count) = None, (left_out.most_common(1) or [("", 0)])[0]
-    if count > kept and reason == BEYOND:
+    if left_out[BEYOND] > kept:
         remedy = f"Give a --sequence-length above {options.sequence_length}."
     elif count > kept and reason.startswith(REFUSED):
         remedy = "Change the rows to what the template takes; why it refuses them stands in brackets."

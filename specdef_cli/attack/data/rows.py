@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -94,7 +94,20 @@ def _renumbering(feature: Any, classes: Mapping[str, int]) -> dict[int, int]:
     """From a class label's own numbers to those in ``classes``, where that knows all of its names; else empty."""
     feature = getattr(feature, "feature", feature)  # of a list of labels
     names = feature.names if isinstance(feature, datasets.ClassLabel) else []
-    return {n: classes[name] for n, name in enumerate(names)} if all(name in classes for name in names) else {}
+    return dict(enumerate(class_numbers(names, classes).values()))
+
+
+def class_numbers(labels: Collection[Any], classes: Mapping[str, int]) -> dict[Any, int]:
+    """Numbers of classes by name, whatever the case of letters, where ``classes`` knows all of the names; else none."""
+
+    def plain(name: Any) -> Any:
+        return name.strip().casefold() if isinstance(name, str) else name
+
+    for spelled in (lambda name: name, plain):
+        known = {spelled(name): number for name, number in classes.items()}
+        if len(known) == len(classes) and all(spelled(label) in known for label in labels):
+            return {label: known[spelled(label)] for label in labels}
+    return {}
 
 
 def _renumber(label: Any, numbers: Mapping[int, int]) -> Any:
@@ -154,8 +167,8 @@ def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
     if suffix not in _FILE_FORMATS:
         raise SpecDefError(
             f"{path} is of a kind that is not read: {path.suffix or 'no suffix'}",
-            f"Give one of {', '.join(_FILE_FORMATS)}, but for the last two also with {', '.join(COMPRESSIONS)}; a "
-            "directory, or a Hub id.",
+            f"Give a directory, a Hub id, or one of {', '.join(_FILE_FORMATS)}; all but the last two also with "
+            f"{', '.join(COMPRESSIONS)}.",
         )
     kind, arguments = _FILE_FORMATS[suffix]
     if compression and kind in _COMPRESS_THEMSELVES:
