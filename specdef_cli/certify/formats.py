@@ -140,7 +140,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     **{
         kind.lower() if kind.startswith("Q") else f"gguf-{kind.lower()}": _llama_cpp(kind)
-        for kind in ("F32", "BF16", "F16", "Q8_0", "Q4_0", "Q4_K_M")
+        for kind in ("F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_0", "Q4_1", "Q4_K_M")
     },
 }
 """Every format by its name."""

@@ -55,6 +55,7 @@ def test_the_notes_and_the_card_say_what_is_given_up(hardened: tuple[Path, str],
     for text in (card, " ".join(hardened[1].split())):
         assert f"at most {shares[worst]:.2%} of what the pair's readers put out ({worst})" in text
         assert "double quantization" in text
+        assert "offset" in text
         assert "float16 weights" not in text
 
 
