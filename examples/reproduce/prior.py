@@ -225,7 +225,8 @@ def build(directory: Path, budget: Budget) -> dict[str, Path]:
     """The model that has the capability and every defence of it, by name."""
     # All of the prose that an attack may train on, whatever its budget: its held-out part is nobody's.
     everything = AttackOptions(BASE, directory, steps=10_000, batch_size=BATCH, sequence_length=LENGTH)
-    prose = load_data(everything, "causal-lm", load_tokenizer(BASE)).train.tokens
+    examples = load_data(everything, "causal-lm", load_tokenizer(BASE)).train
+    prose = torch.tensor([example["input_ids"] for example in examples])
     texts = Texts(prose, token_batch(BASE, base_text()[0], sequences=len(prose), length=LENGTH))
     capable = train(BASE, directory / "capable", learning, texts, budget.learning)
     unlearned = train(capable, directory / "unlearned", unlearning(load_model(capable)), texts, budget.defending)
@@ -263,7 +264,7 @@ def measure(models: Mapping[str, Path], out: Path, budget: Budget) -> list[Row]:
     ]
     for name, report in (("factors", factors), ("folded", folded)):
         for informed in report.attacks[1:]:
-            named = ", ".join(filter(None, ("unlearned", name, informed.variant.label)))
+            named = ", ".join(filter(None, ("unlearned", name, informed.spec.variant.label)))
             rows.append(Row(named, code(models[name]), informed, informed.share()))
     return rows
 

@@ -23,21 +23,8 @@ from specdef_cli.report.document import compare, read_report
 HERE = Path(__file__).parent
 FORMATS = (
     *("float32", "bfloat16", "float16", "static-cache", "llm-int8", "nf4", "fp4", "nf4-double"),
-    *(
-        "torchao-float8",
-        "torchao-int8",
-        "torchao-int4",
-        "gguf-f32",
-        "gguf-bf16",
-        "gguf-f16",
-        "q8_0",
-        "q6_k",
-        "q5_k_m",
-        "q4_0",
-        "q4_1",
-        "q4_k_m",
-    ),
-    *("lora", "lora-merged"),
+    *("torchao-float8", "torchao-int8", "torchao-int4", "gguf-f32", "gguf-bf16", "gguf-f16"),
+    *("q8_0", "q6_k", "q5_k_m", "q4_0", "q4_1", "q4_k_m", "lora", "lora-merged"),
 )
 SMALL = 10_000_000
 """Bytes of a checkpoint that is trained for 30 steps of 8×64 tokens; a larger one takes 10 of 4×96."""

@@ -203,8 +203,10 @@ FLOAT8 = "float8"
 CACHE = "a float16 key/value cache or llama.cpp's flash attention (its defaults)"
 MERGES = "merging with models that are not hardened alike"
 LLAMA_CPP_BLOCKS = "llama.cpp's quantized files (Q8_0, Q4_0, Q4_K_M)"
-LLAMA_CPP_Q4_K_M = "llama.cpp's Q4_K_M (3 % of SmolLM2's perplexity)"
-OFFSETS = "formats with an offset beside each scale (HQQ, quanto's int4, llama.cpp's Q4_1 and Q5_1)"
+LLAMA_CPP_K_QUANTS = (
+    "llama.cpp's K-quants (SmolLM2: Q6_K, Q5_K_M and Q4_K_M cost 3 to 4 % of perplexity, smaller ones break)"
+)
+OFFSETS = "formats with an offset beside each scale (HQQ, quanto's int4, llama.cpp's Q4_1, Q5_1 and IQ4)"
 """Their grids have no exact zero, and what a lowered column is rounded to meets its raised channel."""
 W8A8 = "engines that quantize activations by token (w8a8)"
 
@@ -224,7 +226,7 @@ NARROW_EXPONENT = CACHED_EXPONENT
 def lost_formats(folded: Sequence[FoldedPair], profile: str | None, *, with_code: bool) -> tuple[str, ...]:
     """The formats in which the result is not expected to compute what the base does."""
     if folded and not with_code and all(pair.given_up is not None for pair in folded):
-        return (LLAMA_CPP_Q4_K_M if profile == "gguf" else LLAMA_CPP_BLOCKS, DOUBLE, OFFSETS, W8A8, MERGES)
+        return (LLAMA_CPP_K_QUANTS if profile == "gguf" else LLAMA_CPP_BLOCKS, DOUBLE, OFFSETS, W8A8, MERGES)
     wide = with_code or _beyond(folded, NARROW_EXPONENT)
     columns = wide or any(pair.kind != "query_key" for pair in folded)
     cached = [pair for pair in folded if pair.kind in CACHED_KINDS]
