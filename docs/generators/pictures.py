@@ -150,7 +150,7 @@ def frontier_figure(text: str, theme: Theme) -> Figure:
     Args:
         text: The table of examples/reproduce/frontier.py.
     """
-    _, *body = rows_of(text)
+    body = [row for row in rows_of(text)[1:] if "not measured" not in row]
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for profile, colour in zip(dict.fromkeys(row[0] for row in body), theme.curves, strict=False):
@@ -210,6 +210,7 @@ FIGURES: dict[str, Callable[[str, Theme], Figure]] = {
     "consumers-smollm2-135m-instruct": formats_figure,
     "consumers-gemma-3-270m": formats_figure,
     "serving": formats_figure,
+    "frontier": frontier_figure,
 }
 """By table and picture; the first table of a file is drawn."""
 

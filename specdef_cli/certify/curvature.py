@@ -77,7 +77,6 @@ def hessian_top(
     *,
     tolerance: float = TOLERANCE,
     max_products: int = MAX_PRODUCTS,
-    seed: int = 0,
 ) -> Curvature:
     """σ₁ of the Hessian of ``loss`` over ``parameters``.
 
@@ -87,7 +86,7 @@ def hessian_top(
         max_products: Hessian-vector products that may be taken; memory is some 26 vectors of the parameters' size.
     """
     (curvature,) = hessian_top_by_group(
-        loss, {"all": parameters}, tolerance=tolerance, max_products=max_products, seed=seed
+        loss, {"all": parameters}, tolerance=tolerance, max_products=max_products
     ).values()
     return curvature
 
@@ -98,7 +97,6 @@ def hessian_top_by_group(
     *,
     tolerance: float = TOLERANCE,
     max_products: int = MAX_PRODUCTS,
-    seed: int = 0,
     on_group: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Curvature]:
     """σ₁ of one diagonal block of the Hessian per group of parameters, for models too large for the whole.
@@ -117,7 +115,7 @@ def hessian_top_by_group(
         if not members:
             raise SpecDefError(f"the group {name!r} has no parameter", "Choose parameters that exist and train.")
         products = HessianProducts([gradients[id(parameter)] for parameter in members], members)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         start = torch.randn(products.size, generator=generator, dtype=torch.float64)
         # Half the tolerance: the recurrence only estimates the residual, and rounding comes on top.
         pairs = top_eigenpairs(

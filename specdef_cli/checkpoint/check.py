@@ -8,12 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from specdef_cli.checkpoint.files import Library, held_instead
+from specdef_cli.checkpoint.files import Library, held_instead, locate
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, find_manifest, read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import Source
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTED_MODULES = frozenset({"Dense", "LayerNorm", "LSTM", "CNN", "WeightedLayerPooling"})
 """Classes of sentence-transformers whose directories hold weights."""
@@ -44,18 +43,13 @@ _MARKERS = (
 
 def require_model(source: Source) -> Path | None:
     """Refuse a model that is not there; its directory on this disk, or ``None`` for a Hub id."""
-    model = str(source.model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        find_manifest(path, source.manifest)
-        if not (path / "config.json").is_file():
-            raise no_config(path)
-        return path
-    if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
-        from specdef_cli.checkpoint.resolve import locate  # here: --help needs no huggingface_hub
-
-        locate(model)  # raises with what is wrong, before anything is asked of the Hub
-    return None
+    path = locate(str(source.model))  # what it cannot be is refused before anything is asked of the Hub
+    if not isinstance(path, Path):
+        return None
+    find_manifest(path, source.manifest)
+    if not (path / "config.json").is_file():
+        raise no_config(path)
+    return path
 
 
 def require_hardened(source: Source) -> None:
@@ -115,10 +109,7 @@ def require_models(source: Source, base: str | Path | None, option: str) -> None
         try:
             require_model(Source(name))
         except SpecDefError as error:
-            raise SpecDefError(
-                f"the base {name} that the manifest of {source.model} names is not available: {error.problem}",
-                f"Give its directory or Hub id with {option}.",
-            ) from error
+            raise base_missing(name, source.model, option, error) from error
 
 
 def require_undefended(base: Path, option: str) -> None:
@@ -128,6 +119,14 @@ def require_undefended(base: Path, option: str) -> None:
             f"{option} {base} is hardened itself: its {MANIFEST_NAME} says so",
             f"Name the undefended model with {option}, or leave it out where the manifest names that.",
         )
+
+
+def base_missing(name: str, model: str | Path, option: str, error: SpecDefError) -> SpecDefError:
+    """What is said of a base that the manifest names, and that is not there."""
+    return SpecDefError(
+        f"the base {name} that the manifest of {model} names is not available: {error.problem}",
+        f"Give its directory or Hub id with {option}.",
+    )
 
 
 def no_base(model: str | Path, option: str) -> SpecDefError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import struct
 import tempfile
@@ -14,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
-from specdef_cli.errors import MissingExtraError, SpecDefError
+from specdef_cli.errors import MissingExtraError, SpecDefError, WrongUsage
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,30 @@ def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORM
         if name is not None:
             return f"{what} ({name})", hint.replace("{name}", name)
     return None
+
+
+def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | None]:
+    """The directory that ``model`` names, or else the repository and revision; what can be neither is refused."""
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return path
+    if model and path.exists():
+        held = held_instead([path.name], str(path.parent))
+        if held is not None:
+            raise SpecDefError(f"{model} holds {held[0]}", held[1])
+        raise SpecDefError(f"{model} is a file", "Give the directory that holds config.json and the safetensors files.")
+    repository, _, suffix = model.partition("@")
+    if suffix and revision and suffix != revision:
+        raise WrongUsage(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
+        address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?([\w.-]+/[\w.-]+)", model)
+        hint = "Check the path, or give org/name; --subfolder names a folder of it."
+        if address:
+            hint = f"Give {address[1]}."
+        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+/", model):
+            hint = f"Check the path; a Hub id has no slash at its end: {model[:-1]}."
+        raise SpecDefError(f"{model!r} is neither a directory nor a Hub id", hint)
+    return repository, revision or suffix or None
 
 
 def require_inside(directory: Path, path: Path) -> None:

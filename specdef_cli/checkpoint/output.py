@@ -161,19 +161,17 @@ def require_manifest_place(path: Path, out: Path, model: str | Path = "") -> Non
     """Refuse a place for a manifest that is taken, in the published directory or the model, or not writable."""
     if path.exists() or path.is_symlink():
         raise SpecDefError(f"--manifest-out {path} exists already", "Choose another file, or remove it first.")
-    if path.resolve().is_relative_to(out.resolve()):
-        raise SpecDefError(
-            f"--manifest-out {path} lies in the directory that is published",
-            "Choose a file outside of it, or leave the option out.",
-        )
+    source = Path(model).expanduser()
+    taken = {"the directory that is published": out}
+    taken |= {f"the model {source}, which is not hardened": source} if str(model) and source.is_dir() else {}
+    for place, directory in taken.items():
+        if path.resolve().is_relative_to(directory.resolve()):
+            raise SpecDefError(
+                f"--manifest-out {path} lies in {place}", "Choose a file outside of it, or leave the option out."
+            )
     if out.resolve().is_relative_to(path.resolve()):
         raise SpecDefError(
             f"--manifest-out {path} is a directory that --out {out} lies in", "Choose a file outside of --out."
-        )
-    source = Path(model).expanduser()
-    if str(model) and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
-        raise SpecDefError(
-            f"--manifest-out {path} lies in the model {source}, which is not hardened", "Choose a file outside of it."
         )
     try:
         writable_ancestor(path.resolve().parent)

@@ -7,7 +7,6 @@ import errno
 import glob
 import hashlib
 import os
-import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -28,9 +27,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from specdef_cli.checkpoint.files import OTHER_FORMATS, PICKLES, SAFETENSORS, held_instead, write_durably
+from specdef_cli.checkpoint.files import OTHER_FORMATS, PICKLES, SAFETENSORS, held_instead, locate, write_durably
 from specdef_cli.checkpoint.manifest import Manifest, last_part
-from specdef_cli.errors import SpecDefError, WrongUsage, first_line
+from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.process import first_completed
 
 
@@ -139,30 +138,6 @@ def resolve(
     if subfolder is not None and not (directory / subfolder).is_dir():
         raise SpecDefError(f"{repository} has no folder {subfolder} in the local cache", "Unset HF_HUB_OFFLINE.")
     return Resolved(directory / (subfolder or ""), repository, revision or "main", directory.name, subfolder)
-
-
-def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | None]:
-    """The directory that ``model`` names, or else the repository and revision; what can be neither is refused."""
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        return path
-    if model and path.exists():
-        held = held_instead([path.name], str(path.parent))
-        if held is not None:
-            raise SpecDefError(f"{model} holds {held[0]}", held[1])
-        raise SpecDefError(f"{model} is a file", "Give the directory that holds config.json and the safetensors files.")
-    repository, _, suffix = model.partition("@")
-    if suffix and revision and suffix != revision:
-        raise WrongUsage(f"two revisions are named: {suffix} and {revision}", "Give the revision once.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or model.startswith((".", "~")):
-        address = re.match(r"\w+://(?:[\w.-]+\.\w+/)?([\w.-]+/[\w.-]+)", model)
-        hint = "Check the path, or give org/name; --subfolder names a folder of it."
-        if address:
-            hint = f"Give {address[1]}."
-        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+/", model):
-            hint = f"Check the path; a Hub id has no slash at its end: {model[:-1]}."
-        raise SpecDefError(f"{model!r} is neither a directory nor a Hub id", hint)
-    return repository, revision or suffix or None
 
 
 def _download(repository: str, **arguments: Any) -> Path:

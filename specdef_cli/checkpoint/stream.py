@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -83,7 +84,7 @@ def write_shards(
     opened: list[_ShardFile] = []
     try:
         pending: set[Future[None]] = set()
-        tasks = 0
+        places = itertools.cycle(devices)
         for shard in shards:
             if read_record(directory, shard.name) is not None:
                 for group in shard.groups:
@@ -94,9 +95,7 @@ def write_shards(
             for group in shard.groups:
                 if len(pending) > 2 * workers:  # a 405B model has 10⁵ tensors: keep the queue short
                     pending = _drain(pending)
-                device = devices[tasks % len(devices)]
-                tasks += 1
-                pending.add(pool.submit(_write_group, checkpoint, group, writing, device, on_progress))
+                pending.add(pool.submit(_write_group, checkpoint, group, writing, next(places), on_progress))
         while pending:
             pending = _drain(pending)
     except OSError as error:

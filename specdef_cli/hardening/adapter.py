@@ -55,13 +55,12 @@ class ConvertedAdapter:
 
 
 def convert_adapter(
-    adapter: str, hardened: OpenedModel, out: Path, *, name: str | None = None, revision: str | None = None,
-    token: str | None = None,
+    adapter: str, hardened: OpenedModel, out: Path, *, name: str | None = None, token: str | None = None,
 ) -> ConvertedAdapter:  # fmt: skip
     """Rewrite a LoRA adapter of the base for its hardened model, and publish it as ``out``."""
     require_free(out)
     require_outside(out, hardened.directory)
-    config, weights = _read(adapter, revision, token)
+    config, weights = _read(adapter, token)
     require_sound(hardened)
     changes = _Changes(hardened)
     found = _pairs(adapter, weights)
@@ -87,15 +86,14 @@ def convert_adapter(
     return ConvertedAdapter(out, len(found), changes.rewritten)
 
 
-def _read(adapter: str, revision: str | None, token: str | None) -> tuple[Any, dict[str, Tensor]]:
+def _read(adapter: str, token: str | None) -> tuple[Any, dict[str, Tensor]]:
     """The configuration and the weights of an adapter that is nothing but B·A."""
     from peft import PeftConfig
     from peft.utils import load_peft_weights
 
-    hub = {"revision": revision, "token": token}
     try:
-        config: Any = PeftConfig.from_pretrained(adapter, **hub)
-        weights = load_peft_weights(adapter, device="cpu", **hub)
+        config: Any = PeftConfig.from_pretrained(adapter, token=token)
+        weights = load_peft_weights(adapter, device="cpu", token=token)
     except Exception as error:  # whatever PEFT, safetensors and huggingface_hub raise
         raise SpecDefError(
             f"{adapter} cannot be read as an adapter: {first_line(error)}",

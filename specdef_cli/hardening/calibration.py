@@ -12,7 +12,7 @@ import inspect
 import logging
 import statistics
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,9 +120,10 @@ def calibrate(
     # RoBERTa's positions begin after two others.
     length = min(LENGTH, (getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH + 2) - 2)
     try:
+        tokenizer = base.tokenizer()
         parts = [
-            token_batch(base.directory, part, sequences=SEQUENCES, length=length, tokenizer=base.tokenizer())
-            for part in (text, *_as_chat(base.tokenizer(), text))
+            token_batch(base.directory, part, sequences=SEQUENCES, length=length, tokenizer=tokenizer)
+            for part in (text, *_as_chat(tokenizer, text))
         ]
     except SpecDefError as error:
         raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
@@ -216,8 +217,8 @@ def _sources(skeleton: Skeleton, parameter: str) -> str | None:
     return tensor
 
 
-class _Weights(Mapping[str, Tensor]):
-    """Every parameter of a skeleton, read when it is asked for."""
+class _Weights:
+    """Every parameter of a skeleton, read when accelerate asks for it."""
 
     def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, found: Activations) -> None:
         self._checkpoint, self._skeleton, self._found = checkpoint, skeleton, found
@@ -231,12 +232,6 @@ class _Weights(Mapping[str, Tensor]):
         if leaf == "weight":
             self._found.weigh(tensor, self._skeleton.modules[path], value)
         return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._skeleton.parameters)
-
-    def __len__(self) -> int:
-        return len(self._skeleton.parameters)
 
 
 def _streamed_model(checkpoint: Checkpoint, skeleton: Skeleton, found: Activations, device: torch.device) -> Any:

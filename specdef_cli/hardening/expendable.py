@@ -11,15 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from specdef_cli.checkpoint.manifest import FoldedPair
-from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.hardening.calibration import Activations
-from specdef_cli.hardening.fold import channel_norms, folded_pair, require_dtypes
+from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
+from specdef_cli.hardening.fold import channel_norms, folded_pair
+from specdef_cli.hardening.options import BY_WEIGHTS, Fold
 from specdef_cli.model.body import Side, SymmetricPair
+from specdef_cli.model.opened import OpenedModel
 
 EXPONENT = 12
 """What every pair gets, as far as float16 allows."""
@@ -43,12 +45,16 @@ NormsOf = Callable[[Side], Tensor]
 
 
 def raise_pairs(
-    checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], activations: Activations, dtype: str | None
+    base: OpenedModel, pairs: Sequence[SymmetricPair], wanted: Fold, device: str | None
 ) -> tuple[FoldedPair, ...]:
-    """Fold every pair in one direction, on what can best be lost; without activations, the weights alone choose."""
+    """Fold every pair in one direction, on what can best be lost, as a text or the weights alone show it."""
+    activations = Activations()
+    if pairs and wanted.calibration != BY_WEIGHTS:
+        text = default_text() if wanted.calibration is None else read_text(Path(wanted.calibration))
+        exponents = range(1, HIGHEST_IN_BLOCKS + 1) if wanted.profile == "gguf" else ()
+        activations = calibrate(base, pairs, text, exponents=exponents, device=device)
     used = [pair for pair in pairs if pair.channels > 1]
-    require_dtypes(checkpoint, used, dtype)
-    norms = partial(channel_norms, checkpoint)
+    norms = partial(channel_norms, base.checkpoint)
     if activations.drowned:
         found = (raise_within_blocks(pair, activations, norms, BLOCK_LOSS / len(used)) for pair in used)
     else:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.files import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import FactoredLayer, LinearLayer
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
@@ -143,11 +142,6 @@ def factor_groups(
 
 def read_weight(checkpoint: Checkpoint, site: LinearLayer, device: torch.device) -> Tensor:
     """W as it is stored, shape [out_features, in_features]; refused where it is not finite or zero."""
-    header = checkpoint.tensors[site.tensor]
-    if header.dtype not in FLOATING_DTYPES:
-        raise SpecDefError(
-            f"{site.tensor} is stored as {header.dtype}", "Harden the unquantized checkpoint, and quantize the result."
-        )
     weight = checkpoint.read(site.tensor).to(device)
     if site.transposed:
         weight = weight.mT.contiguous()

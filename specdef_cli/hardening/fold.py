@@ -31,7 +31,6 @@ from specdef_cli.checkpoint.manifest import FoldedPair, ScaledSlice
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
 from specdef_cli.checkpoint.stream import one_thread
-from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Profile
 from specdef_cli.model.body import Side, SymmetricPair
 
@@ -152,9 +151,7 @@ PROFILES: dict[Profile, FoldProfile] = {
 
 
 @one_thread()
-def fold_pairs(
-    checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], profile: Profile, dtype: str | None
-) -> tuple[FoldedPair, ...]:
+def fold_pairs(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], profile: Profile) -> tuple[FoldedPair, ...]:
     """Choose channels and exponents for every pair that the profile uses.
 
     Reads a sample of one side of each pair, to find the channels' norms. A pair whose channels are all zeros there is
@@ -162,7 +159,6 @@ def fold_pairs(
     """
     chosen = PROFILES[profile]
     used = [pair for pair in pairs if pair.channels > 1]
-    require_dtypes(checkpoint, used, dtype)
     exponents: dict[str, tuple[int, ...]] = {}
     regions = _regions(used)
     for region, steps in chosen.steps.items():
@@ -320,15 +316,3 @@ def _mlp_first(pairs: Sequence[SymmetricPair]) -> list[SymmetricPair]:
         return {"up_down": 0, "value_output": 2}.get(pair.kind, 4)
 
     return sorted(pairs, key=rank)
-
-
-def require_dtypes(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], wanted: str | None) -> None:
-    """Refuse float16, in which small columns are rounded."""
-    for pair in pairs:
-        for side in pair.sides:
-            dtype = checkpoint.tensors[side.tensor].dtype
-            if (wanted or dtype) == "F16":
-                raise SpecDefError(
-                    f"{side.tensor} would be stored in float16, which overflows beyond 2**15",
-                    "Fold in bfloat16 (--dtype bfloat16).",
-                )

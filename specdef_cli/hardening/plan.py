@@ -6,7 +6,6 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +15,8 @@ from specdef_cli.checkpoint.manifest import Changed, FactoredLayer, FoldedPair, 
 from specdef_cli.checkpoint.reader import DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import TensorGroup, plain_group
 from specdef_cli.errors import SpecDefError, dtype_name
-from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
 from specdef_cli.hardening.card import SCALED_LOADERS, given_up, lost_formats, serving_advice
-from specdef_cli.hardening.expendable import HIGHEST_IN_BLOCKS, raise_pairs
+from specdef_cli.hardening.expendable import raise_pairs
 from specdef_cli.hardening.factors import factor_groups, factor_layers
 from specdef_cli.hardening.fold import fold_groups, fold_pairs
 from specdef_cli.hardening.options import BY_WEIGHTS, Factors, Fold, HardenOptions
@@ -101,18 +99,14 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     named = DTYPES.get(options.dtype or "", getattr(skeleton.config, "dtype", None))
     loaded = named if named in DTYPES.values() else None  # as config.json has it, whatever the weights are stored in
     if isinstance(wanted, Fold):
-        changes = _folded(base, options, wanted, stored)
+        changes = _folded(base, options, wanted)
     elif isinstance(wanted, Factors):
         chosen = _select(linear_sites(skeleton), lambda site: {site.module, site.tensor}, options)
         layers = factor_layers(checkpoint, skeleton, chosen, wanted, stored, loaded)
         changes = Changes(factored=layers, seed=wanted.seed)
     else:
-        changes = _scaled(base, options, stored)
-    if changes.multiplied and loaded is torch.float16:
-        raise SpecDefError(
-            "config.json has the model loaded in float16, which a fold's powers of two overflow",
-            "Give --dtype bfloat16 or float32, which config.json then names.",
-        )
+        changes = _scaled(base, options)
+    _require_range(checkpoint, changes.multiplied, stored, loaded)
     if not changes.changed:
         raise SpecDefError(
             "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
@@ -138,7 +132,24 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     )
 
 
-def _scaled(base: OpenedModel, options: HardenOptions, stored: str | None) -> Changes:
+def _require_range(
+    checkpoint: Checkpoint, multiplied: set[str], stored: str | None, loaded: torch.dtype | None
+) -> None:
+    """Refuse float16 for what is multiplied by powers of two."""
+    headers = (checkpoint.tensors[name] for name in sorted(multiplied))
+    narrow = next((header.name for header in headers if (stored or header.dtype) == "F16"), None)
+    if narrow is not None:
+        raise SpecDefError(
+            f"{narrow} would be stored in float16, which overflows beyond 2**15", "Give --dtype bfloat16 or float32."
+        )
+    if multiplied and loaded is torch.float16:
+        raise SpecDefError(
+            "config.json has the model loaded in float16, which a fold's powers of two overflow",
+            "Give --dtype bfloat16 or float32, which config.json then names.",
+        )
+
+
+def _scaled(base: OpenedModel, options: HardenOptions) -> Changes:
     modules = scalable_sites(base.skeleton)
     if not modules:
         raise SpecDefError(
@@ -149,27 +160,21 @@ def _scaled(base: OpenedModel, options: HardenOptions, stored: str | None) -> Ch
     for module in modules:  # a head and the embedding that it shares go together
         names.setdefault(module.tensor, {module.tensor}).add(module.module)
     selected = _select(modules, lambda module: names[module.tensor], options)
-    return Changes(scaled=scale_modules(base.checkpoint, base.skeleton, selected, stored))
+    return Changes(scaled=scale_modules(base.checkpoint, base.skeleton, selected))
 
 
-def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold, stored: str | None) -> Changes:
+def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
     """The pairs of a fold; where there is none, a refusal that says why."""
     found = symmetries(base.skeleton)
     pairs: tuple[SymmetricPair, ...] = ()
-    by_weights = wanted.calibration == BY_WEIGHTS
     if found.pairs:
         pairs = _select(found.pairs, lambda pair: _pair_names(pair, base.skeleton.names), options)
     if wanted.profile in ("quantizable", "gguf"):
-        activations = Activations()
-        if pairs and not by_weights:
-            text = default_text() if wanted.calibration is None else read_text(Path(wanted.calibration))
-            exponents = range(1, HIGHEST_IN_BLOCKS + 1) if wanted.profile == "gguf" else ()
-            activations = calibrate(base, pairs, text, exponents=exponents, device=options.device)
-        folded = raise_pairs(base.checkpoint, pairs, activations, stored)
+        folded = raise_pairs(base, pairs, wanted, options.device)
     else:
-        folded = fold_pairs(base.checkpoint, pairs, wanted.profile, stored)
+        folded = fold_pairs(base.checkpoint, pairs, wanted.profile)
     reasons = found.unpaired
-    if by_weights:
+    if wanted.calibration == BY_WEIGHTS:
         reasons = ("The weights alone chose the channels: quantized or in float16, that may cost nats.", *reasons)
     if not folded:
         why = "".join(f"; {reason}" for reason in reasons[:1])

@@ -25,12 +25,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.files import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import one_thread
-from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import DIRECTIONS, HIGHEST_UNCROSSED, SAMPLE_ROWS, by_block, one_apart, staircase
 from specdef_cli.model.sites import ScalableSite, require_findable
 from specdef_cli.model.skeleton import Skeleton
@@ -103,7 +101,7 @@ def scale_vector(length: int, side: ScaledChannels, dtype: torch.dtype) -> Tenso
 
 @one_thread()
 def scale_modules(
-    checkpoint: Checkpoint, skeleton: Skeleton, sites: Sequence[ScalableSite], dtype: str | None
+    checkpoint: Checkpoint, skeleton: Skeleton, sites: Sequence[ScalableSite]
 ) -> tuple[ScaledModule, ...]:
     """Choose channels and exponents.
 
@@ -114,16 +112,6 @@ def scale_modules(
     modules: dict[str, ScaledModule] = {}
     for site in sites:
         owner = modules.get(site.tied_to or "")
-        stored = checkpoint.tensors[site.tensor].dtype
-        if stored not in FLOATING_DTYPES:
-            raise SpecDefError(
-                f"{site.tensor} is stored as {stored}", "Harden the unquantized checkpoint, and quantize the result."
-            )
-        if (dtype or stored) == "F16":
-            raise SpecDefError(
-                f"{site.tensor} would be stored in float16, which overflows beyond 2**15",
-                "Scale in bfloat16 (--dtype bfloat16), or use --method factors.",
-            )
         if site.tied_to is not None:
             assert owner is not None
             output, inputs = owner.input, owner.output

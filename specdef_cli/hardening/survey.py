@@ -22,7 +22,6 @@ from specdef_cli.hardening.factors import read_weight
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
 from specdef_cli.hardening.plan import RESIDUAL_WRITERS, HardeningPlan, make_plan, within_block
 from specdef_cli.hardening.recognise import Recognised, recognise
-from specdef_cli.hardening.verify import require_comparable
 from specdef_cli.model.described import replaced_stems
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_model, require_unquantized
@@ -126,10 +125,6 @@ def _spectrum(
 ) -> tuple[float, float]:
     """σ₁ and the effective rank of a layer's weight, or of the inflated factor that stands in its place."""
     seed = layer_seed(0, site.tensor)
-    if len(stored.shape) != 2:
-        raise SpecDefError(
-            f"{stored.name} has shape {list(stored.shape)}, and a layer's weight has two dimensions", "Fetch it again."
-        )
     own = stored.name == site.tensor
     weight = read_weight(checkpoint, site, place) if own else checkpoint.read(stored.name).to(place)
     weight = weight if weight.dtype == torch.float64 else weight.float()
@@ -182,21 +177,14 @@ class Outlook:
 
 def outlook(base: OpenedModel) -> Outlook:
     """Plan every method, from headers and a sample of the weights; nothing is computed or written."""
-    incomparable: SpecDefError | None = None
-    try:
-        require_comparable(base.skeleton)  # once for all methods, as it runs the model on the meta device
-    except SpecDefError as error:
-        incomparable = error
 
     def attempt(construction: Construction) -> PlanSummary | Obstacle:
-        options = HardenOptions(str(base.directory), Path(), construction, verify=False)
         try:
             require_unquantized(base.checkpoint)
-            if incomparable is not None:
-                raise incomparable
-            return summarize(make_plan(base, options), base.checkpoint)
+            plan = make_plan(base, HardenOptions(str(base.directory), Path(), construction))
         except SpecDefError as error:
             return Obstacle(construction.method, error.problem, error.hint)
+        return summarize(plan, base.checkpoint)
 
     methods = tuple(attempt(kind()) for kind in CONSTRUCTIONS.values())
     return Outlook(methods, next((found for found in methods if isinstance(found, PlanSummary)), None))

@@ -152,13 +152,8 @@ class Body:
     def sublayers(self, stack: Stack, block: str) -> Iterator[Attention | Mlp | Experts]:
         """The described sublayers that a block has."""
         for layer in stack.sublayers:
-            if isinstance(layer, Attention):
-                needed = [join(block, layer.path, layer.query, "weight")]
-            elif isinstance(layer, Mlp):
-                needed = [join(block, layer.path, part, "weight") for part in (layer.gate, layer.up) if part]
-            else:
-                needed = [join(block, layer.path, "gate_up_proj")]
-            if all(self.has(parameter) for parameter in needed):
+            needed = ["gate_up_proj"] if isinstance(layer, Experts) else [f"{part}.weight" for part in layer.readers]
+            if all(self.has(join(block, layer.path, parameter)) for parameter in needed):
                 yield layer
 
     def has(self, parameter: str) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import transformers.quantizers.auto  # noqa: F401 (before configuration_specdef: a cycle, see specdef_cli.model)
+
 from specdef_cli.checkpoint.files import FLOATING_DTYPES, library_of
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledChannels, ScaledSlice
 from specdef_cli.checkpoint.reader import Checkpoint
@@ -94,11 +96,13 @@ def as_original(checkpoint: Checkpoint) -> Checkpoint:
 def transposed_back(skeleton: Skeleton) -> Skeleton:
     """The skeleton of :func:`as_original`, where factors of GPT-2's layers have the shape of the weight again."""
     shapes = dict(skeleton.shapes)
+    if not any(name.endswith(".compensation.weight") for name in shapes):
+        return skeleton
     for tensor, parameter in skeleton.names.parameters.items():
         own = tuple(skeleton.parameters[parameter].shape) if parameter in skeleton.parameters else ()
         if f"{tensor.removesuffix('.weight')}.compensation.weight" in shapes and shapes[tensor] == own[::-1]:
             shapes[tensor] = own
-    return skeleton.with_shapes(shapes)
+    return replace(skeleton, shapes=shapes)
 
 
 def require_as_described(checkpoint: Checkpoint, manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ because it is not folded (docs/decisions.md).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 # act(λx) = λ·act(x) for λ > 0, exactly so in floating point when λ is a power of two.
 HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "leaky_relu", "linear"})
@@ -60,6 +60,18 @@ class Attention:
     norm_width: Literal["head", "all_heads"] = "head"
     clip: str | None = None
 
+    role: ClassVar[Role] = "attention_output"
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The linears that read a hidden state; the first reads the norm, whatever the others do."""
+        return tuple(dict.fromkeys((self.query, self.key, self.value)))
+
+    @property
+    def writer(self) -> str:
+        """The linear that writes to the residual stream."""
+        return self.output
+
 
 @dataclass(frozen=True)
 class Mlp:
@@ -79,6 +91,17 @@ class Mlp:
     fused: bool = False
     activation: str = "hidden_act"
     norm: str | None = "post_attention_layernorm"
+
+    role: ClassVar[Role] = "mlp_down"
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """As of :class:`Attention`; so is ``writer``."""
+        return tuple(dict.fromkeys(filter(None, (self.gate, self.up))))
+
+    @property
+    def writer(self) -> str:
+        return self.down
 
 
 @dataclass(frozen=True)

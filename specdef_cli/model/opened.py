@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from specdef_cli.checkpoint.check import hardened_already, no_base, require_undefended
+from specdef_cli.checkpoint.check import base_missing, hardened_already, no_base, require_undefended
 from specdef_cli.checkpoint.files import FLOATING_DTYPES
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, find_manifest, manifest_of, read_manifest
 from specdef_cli.checkpoint.reader import Checkpoint, open_checkpoint
@@ -224,11 +224,7 @@ def open_base(
         try:
             found = resolve(name, revision=revision, token=token, subfolder=model.manifest.base.subfolder)
         except SpecDefError as error:
-            raise SpecDefError(
-                f"the base {model.manifest.base.name} that the manifest of {model.directory} names is not available: "
-                f"{error.problem}",
-                f"Give its directory or Hub id with {option}.",
-            ) from error
+            raise base_missing(model.manifest.base.name, model.directory, option, error) from error
         found = dataclasses.replace(found, name=model.manifest.base.name)
     return open_found(found, hardened=False, trust_remote_code=model.trust_remote_code)
 

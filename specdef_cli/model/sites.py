@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from specdef_cli.checkpoint.manifest import LinearLayer, Replaced, ScaledKind
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.body import blocks, described_bodies, join, output_norms
-from specdef_cli.model.families import DENOISER_WRITERS, Attention, Experts, Family, Role
+from specdef_cli.model.families import DENOISER_WRITERS, Experts, Family, Role
 from specdef_cli.model.skeleton import Skeleton, match_names, output_embeddings, repeated_blocks
 
 
@@ -107,15 +107,9 @@ def _described_roles(model: nn.Module, body: str, family: Family) -> Iterator[tu
         for block in blocks(model, body, stack):
             for sublayer in stack.sublayers:
                 layer = sublayer.shared if isinstance(sublayer, Experts) else sublayer
-                if layer is None:
-                    continue
-                if isinstance(layer, Attention):
-                    yield join(block, layer.path, layer.output), "attention_output"
-                    readers: tuple[str | None, ...] = (layer.query, layer.key, layer.value)
-                else:
-                    yield join(block, layer.path, layer.down), "mlp_down"
-                    readers = (layer.gate, layer.up)
-                yield from ((join(block, layer.path, reader), "other") for reader in readers if reader)
+                if layer is not None:
+                    yield join(block, layer.path, layer.writer), layer.role
+                    yield from ((join(block, layer.path, reader), "other") for reader in layer.readers)
 
 
 def _groups(model: nn.Module) -> Iterable[list[str]]:

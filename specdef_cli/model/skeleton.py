@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -175,13 +175,7 @@ class Skeleton:
         shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
         with torch.device("meta"):
             native = type(model)(model.config)
-        return cls(model.config, native, shapes, match_names(native, shapes), tied_parameters(native))
-
-    def with_shapes(self, shapes: Mapping[str, Shape]) -> Skeleton:
-        """The same model beside other tensors on disk."""
-        if dict(shapes) == dict(self.shapes):
-            return self
-        return replace(self, shapes=shapes, names=match_names(self.model, shapes))
+        return cls.of(model.config, shapes, native)
 
     @cached_property
     def parameters(self) -> Mapping[str, nn.Parameter]:

@@ -217,10 +217,8 @@ def _parts(layer: Attention | Mlp | Experts) -> list[str]:
     if isinstance(layer, Experts):
         readers = [name for reader in layer.readers for name in (reader, reader.removesuffix(".weight"))]
         return [layer.path, *readers, *([layer.shared.path] if layer.shared else [])]
-    if isinstance(layer, Attention):
-        parts = (layer.query, layer.key, layer.value, layer.output, layer.query_norm, layer.key_norm)
-        return [join(layer.path, part) for part in parts if part]
-    return [join(layer.path, part) for part in (layer.gate, layer.up, layer.down) if part]
+    norms = (layer.query_norm, layer.key_norm) if isinstance(layer, Attention) else ()
+    return [join(layer.path, part) for part in (*layer.readers, layer.writer, *norms) if part]
 
 
 def norm_readers(body: Body, stack: Stack, block: str, norm: str) -> Found:
@@ -294,13 +292,11 @@ def _columns(body: Body, linear: str) -> list[Side]:
 
 def _reading(body: Body, block: str, layer: Attention | Mlp | Experts) -> list[Side]:
     """The columns with which a sublayer reads its norm."""
-    if isinstance(layer, Attention):
-        parts = [layer.query] if layer.cross else [layer.query, layer.key, layer.value]
-    elif isinstance(layer, Mlp):
-        parts = [layer.gate, layer.up] if layer.gate else [layer.up]
-    else:
+    if isinstance(layer, Experts):
         return _experts_reading(body, block, layer)
-    return [side for part in dict.fromkeys(parts) for side in _columns(body, join(block, layer.path, part))]
+    crossing = isinstance(layer, Attention) and layer.cross
+    parts = layer.readers[:1] if crossing else layer.readers
+    return [side for part in parts for side in _columns(body, join(block, layer.path, part))]
 
 
 def _experts_reading(body: Body, block: str, layer: Experts) -> list[Side]:

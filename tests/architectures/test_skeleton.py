@@ -41,18 +41,12 @@ def test_completeness_is_judged_by_the_model(checkpoints: dict[str, Path]) -> No
     whole.require_complete()
     shapes = dict(whole.shapes)
     norm = "model.norm.weight"
-    lacking = whole.with_shapes({name: shape for name, shape in shapes.items() if name != norm})
+    lacking = Skeleton.of(whole.config, {name: shape for name, shape in shapes.items() if name != norm})
     with pytest.raises(SpecDefError, match=norm):
         lacking.require_complete()
     with pytest.raises(SpecDefError, match=rf"{norm} has shape \[33\]") as raised:
-        whole.with_shapes({**shapes, norm: (33,)}).require_complete()
+        Skeleton.of(whole.config, {**shapes, norm: (33,)}).require_complete()
     assert raised.value.hint == WRONG_CONFIG
-
-
-def test_the_same_shapes_are_matched_once(checkpoints: dict[str, Path]) -> None:
-    skeleton = Skeleton.read(open_checkpoint(checkpoints["llama"]))
-    assert skeleton.with_shapes(dict(skeleton.shapes)) is skeleton
-    assert skeleton.with_shapes({}).model is skeleton.model
 
 
 def test_a_trial_leaves_the_way_that_experts_are_run(checkpoints: dict[str, Path]) -> None:

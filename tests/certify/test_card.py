@@ -61,7 +61,9 @@ def test_a_section_takes_the_place_of_its_own_kind_alone() -> None:
 
 
 def test_a_report_without_runs_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(FOLD))
+    (run,) = FOLD["runs"]
+    attacked = {**run, "spec": {**run["spec"], "subject": "model"}}
+    (tmp_path / "report.json").write_text(json.dumps({**FOLD, "runs": [attacked]}))
     assert read_resistance(tmp_path).model == "somewhere/fold"
     (tmp_path / "report.json").write_text(json.dumps({**FOLD, "runs": []}))
     with pytest.raises(SpecDefError, match="an attack report without runs"):

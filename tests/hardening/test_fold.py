@@ -108,7 +108,7 @@ def checkpoint_of(directory: Path, **tensors: torch.Tensor) -> Path:
 
 
 def folded_channels(directory: Path, pair: SymmetricPair) -> tuple[int, ...]:
-    (found,) = fold_pairs(open_checkpoint(directory), [pair], "float16-cache", None)
+    (found,) = fold_pairs(open_checkpoint(directory), [pair], "float16-cache")
     return found.channels
 
 
@@ -163,7 +163,7 @@ def test_a_pair_of_zeros_is_left_out(tmp_path: Path) -> None:
     directory = checkpoint_of(tmp_path / "m", up=torch.zeros(6, 4), down=torch.zeros(4, 6))
     pair = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
     checkpoint = open_checkpoint(directory)
-    assert fold_pairs(checkpoint, [pair], "float16-cache", None) == ()
+    assert fold_pairs(checkpoint, [pair], "float16-cache") == ()
 
 
 # --- scaling ---------------------------------------------------------------------------------------------------------
