@@ -258,7 +258,7 @@ def _taken_out(edit: Edit | None) -> float:
     return 0.0 if edit is None or edit.broken or edit.left is None else max(0.0, 1.0 - edit.left)
 
 
-SAME_START = 0.01
+SAME_START = 0.002
 """Starting losses that differ by more than this share are worth a warning."""
 
 

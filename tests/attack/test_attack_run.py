@@ -378,11 +378,11 @@ def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(base: Path, tmp
 def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) -> None:
     other = shutil.copytree(base, tmp_path / "other")
     weights = load_file(base / "model.safetensors")
-    weights["lm_head.weight"] *= 3
+    weights["lm_head.weight"] *= 1.1  # 0.7 % of the loss: a short attack learns no more
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     made = options(base, tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1)
-    assert "not the model that was hardened" in " ".join(attack(replace(made, control=other)).notes)
-    assert "not the model" not in " ".join(attack(replace(made, control=base)).notes)
+    assert "The control is another model" in " ".join(attack(replace(made, control=other)).notes)
+    assert "another model" not in " ".join(attack(replace(made, control=base)).notes)
 
 
 def test_a_tracker_has_a_log_of_every_run(hardened: Path, tmp_path: Path) -> None:

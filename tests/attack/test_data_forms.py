@@ -380,6 +380,12 @@ def test_answers_that_begin_too_late_are_left_out_and_said(tmp_path: Path) -> No
     with pytest.raises(SpecDefError, match="24 whose answer begins beyond --sequence-length") as caught:
         load(path, sequence_length=20)
     assert caught.value.hint == "Give a --sequence-length above 20."
+    for row in range(24, 60):  # rows without text do not hide what to do about the others
+        with path.open("a") as file:
+            file.write(json.dumps({"messages": [*messages(row)[:-1], {"role": "assistant", "content": ""}]}) + "\n")
+    with pytest.raises(SpecDefError, match="36 without an answer") as caught:
+        load(path, sequence_length=20)
+    assert caught.value.hint == "Give a --sequence-length above 20."
     assert len(load(path, sequence_length=40).train) == 16
 
 
