@@ -188,7 +188,7 @@ PLAIN = {f"{name}_proj" for name in ("q", "k", "v", "gate", "up")}
         (Training("lora", 2, ("q_proj", "down_proj")), {"q_proj", "down_proj.inflated", "down_proj.compensation"}),
         (Training("lora-default", 2), {"q_proj", "v_proj"}),  # where PEFT puts it
     ],
-    ids=str,
+    ids=["all", "o_proj", "two", "default"],
 )
 def test_lora_goes_on_both_factors(training: Training, places: set[str], hardened: Path) -> None:
     names = trainable(training.apply(load_model(hardened), "causal-lm"))
