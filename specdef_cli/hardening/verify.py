@@ -112,6 +112,8 @@ def verify(base: OpenedModel, hardened: Loader, nbytes: int, options: HardenOpti
         comparison = compare_outputs(reference, outputs)
     method = options.construction.method
     exact, instead = method != "factors", INSTEAD[method]
+    if base.trust_remote_code and "auto_map" in base.checkpoint.config:
+        instead = "Leave out with --exclude the layers whose outputs the model's code changes"
     if not math.isfinite(comparison.max_abs):
         raise SpecDefError(
             "the hardened model's outputs hold NaN or infinity, and the base's do not",

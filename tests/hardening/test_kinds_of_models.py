@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, 
             config(auto_map={"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}),
         ),
         ("--trust-remote-code",),
-        ("differ from the base's",),
+        ("differ from the base's", "--exclude"),
     ),
     "scales in a class of its own": (
         "llama",
@@ -169,6 +169,17 @@ REFUSED: dict[str, tuple[str, tuple[Mutation, ...], tuple[str, ...], tuple[str, 
         ("OwnForCausalLM", "Use --method fold"),
     ),
 }  # fmt: skip
+
+
+def test_code_that_changes_an_output_is_hardened_without_that_layer(tmp_path: Path) -> None:
+    base = spoiled(
+        write_case("llama", tmp_path / "base"),
+        tmp_path,
+        content("modeling_own.py", CLAMPED),
+        config(auto_map={"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}),
+    )
+    command = ("harden", base, "--trust-remote-code", "--exclude", "*.up_proj", "--out", tmp_path / "out", "--json")
+    assert json.loads(succeed(*command).stdout)["manifest"]["verification"]["equal"]
 
 
 @pytest.mark.parametrize("case", REFUSED)
