@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import threading
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: it reads this once
+# Before huggingface_hub is imported, which reads both once. Nobody's own cache is written to: two suites on a machine
+# harden the same tiny models, and what one remembers of their bases would be read by the other.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="specdef-tests-")
 # A shell that runs the suite in the background has its Ctrl-C ignored, and so would every process that tests interrupt.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,6 +31,11 @@ settings.register_profile("local", suppress_health_check=[HealthCheck.too_slow])
 # A change is judged by examples that do not change; on a developer's machine they are new every time.
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
