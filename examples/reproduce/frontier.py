@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest.mock import patch
 
-from serving import HERE, attack, hardened, left, model_name
+from serving import attack, formats, hardened, left, model_name
 from setting import markdown
 
 from specdef_cli.hardening import expendable
@@ -57,14 +55,12 @@ def full_fine_tuning(report: Path) -> str:
     """How much of the base's progress full fine-tuning makes."""
     (row,) = (row for row in compare([read_report(report)]).rows if row.attack.startswith("full,"))
     (cell,) = row.cells
-    return "not measured" if cell is None else cell.text
+    return "not measured" if cell is None else cell.cell
 
 
 def nats(base: Path, fold: Path, work: Path, minutes: float) -> list[str]:
     """Loss of the base → of the fold in each format, by the tools."""
-    command = [sys.executable, HERE.parent / "real/consumers.py", fold, "--base", base, "--rows", ",".join(FORMATS)]
-    kept = ["--cells", work / "cells", "--minutes", minutes]
-    table = subprocess.run([*map(str, [*command, *kept])], stdout=subprocess.PIPE, text=True, check=True).stdout
+    table = formats(base, [fold], work, minutes, FORMATS)
     losses = re.findall(r"^\| llama\.cpp \| \w+ \| ([\d.]+) \| .*?([\d.]+|not finite) \|$", table, re.MULTILINE)
     return [" → ".join(pair) for pair in losses] or ["not measured"] * len(FORMATS)
 

@@ -22,7 +22,9 @@ from specdef_cli import AttackOptions, Factors, HardenOptions, attack, harden
 from specdef_cli.attack.options import AttackTable, Suite
 from specdef_cli.attack.trainings import Training
 from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.hardening.factors import factor_groups
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
+from specdef_cli.model.opened import OpenedModel
 from specdef_cli.report import percent, rate
 
 MODEL = TINY_LLAMA / "model"
@@ -70,15 +72,13 @@ def hardened(out: Path, top_k: int, exponents: Exponents) -> Path:
     if out.is_dir():
         return out
 
-    def planned(*arguments: Any) -> HardeningPlan:
-        plan = make_plan(*arguments)
-        layers = len({layer.site.module.split(".")[2] for layer in plan.factored})
+    def planned(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
+        plan = make_plan(base, options)
+        layers = len({layer.module.split(".")[2] for layer in plan.factored})
         alphas = (10**exponent for exponent in exponents(layers, len(plan.factored) // layers))
-        factored = {
-            layer.site.module: replace(layer, alpha=alpha) for layer, alpha in zip(plan.factored, alphas, strict=True)
-        }
-        groups = tuple(factored[group.label].group() if group.label in factored else group for group in plan.groups)
-        return replace(plan, factored=tuple(factored.values()), groups=groups)
+        factored = tuple(replace(layer, alpha=alpha) for layer, alpha in zip(plan.factored, alphas, strict=True))
+        made = {group.label: group for group in factor_groups(factored, base.checkpoint, None, plan.seed).values()}
+        return replace(plan, factored=factored, groups=tuple(made.get(group.label, group) for group in plan.groups))
 
     with patch("specdef_cli.hardening.run.make_plan", planned):
         harden(HardenOptions(str(MODEL), out, Factors(alpha=1e4, top_k=top_k, gauge="symmetric")))
@@ -100,9 +100,10 @@ def row(name: str, out: Path) -> tuple[str, ...]:
             **BUDGET,
         )
     )
-    attacks = {(found.training.label, found.optimizer): found for found in report.attacks if found.subject == "model"}
+    found = [each for each in report.attacks if each.subject == "model"]
+    attacks = {(each.spec.training.label, each.spec.optimizer): each for each in found}
     chosen = [attacks[key] for key in (("HiRA", "adamw"), ("IA³", "adamw"), ("full", "madam"), ("full", "adamw"))]
-    shares = [f"{percent(found.share())} ({rate(found.best_learning_rate)})" for found in chosen]
+    shares = [f"{percent(each.share())} ({rate(each.best_learning_rate)})" for each in chosen]
     return (name, f"{verification['max_abs']:.0e}", *shares)
 
 

@@ -226,7 +226,7 @@ def build(directory: Path, budget: Budget) -> dict[str, Path]:
     # All of the prose that an attack may train on, whatever its budget: its held-out part is nobody's.
     everything = AttackOptions(BASE, directory, steps=10_000, batch_size=BATCH, sequence_length=LENGTH)
     examples = load_data(everything, "causal-lm", load_tokenizer(BASE)).train
-    prose = torch.tensor([example["input_ids"] for example in examples])
+    prose = torch.tensor([examples[number]["input_ids"] for number in range(len(examples))])
     texts = Texts(prose, token_batch(BASE, base_text()[0], sequences=len(prose), length=LENGTH))
     capable = train(BASE, directory / "capable", learning, texts, budget.learning)
     unlearned = train(capable, directory / "unlearned", unlearning(load_model(capable)), texts, budget.defending)

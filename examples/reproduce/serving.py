@@ -73,16 +73,16 @@ def hardened(base: Path, profile: str, out: Path) -> Path:
     return out
 
 
-def formats(base: Path, folds: Sequence[Path], work: Path, minutes: float) -> str:
+def formats(base: Path, folds: Sequence[Path], work: Path, minutes: float, rows: Sequence[str] = FORMATS) -> str:
     """The table of ``examples/real/consumers.py``: what users' tools make of the base and of its folds.
 
     Nobody quantizes a small one: its rows are shorter than a block, and llama.cpp does not know its tokenizer.
     """
     if is_small(base):
         return ""
-    command = [sys.executable, HERE.parent / "real/consumers.py", *folds, "--base", base, "--rows", ",".join(FORMATS)]
+    command = [sys.executable, HERE.parent / "real/consumers.py", *folds, "--base", base, "--rows", ",".join(rows)]
     kept = ["--cells", work / "cells", "--minutes", minutes]
-    done = subprocess.run([*map(str, [*command, *kept])], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(list(map(str, [*command, *kept])), stdout=subprocess.PIPE, text=True, check=True)
     table = re.search(r"^\|.*(\n\|.*)+", done.stdout, re.MULTILINE)
     return table[0] if table else ""
 
