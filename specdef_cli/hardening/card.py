@@ -206,8 +206,8 @@ LLAMA_CPP_BLOCKS = "llama.cpp's quantized files (Q8_0, Q4_0, Q4_K_M)"
 LLAMA_CPP_K_QUANTS = (
     "llama.cpp's K-quants (SmolLM2: Q6_K, Q5_K_M and Q4_K_M cost 3 to 4 % of perplexity, Q4_K_S and Q3_K_M break)"
 )
-OFFSETS = "formats with an offset beside each scale (HQQ, quanto's int4, llama.cpp's Q4_1, Q5_1 and IQ4)"
-"""Their grids have no exact zero, and what a lowered column is rounded to meets its raised channel."""
+OFFSETS = "formats without an exact zero, by an offset or a table (HQQ, quanto's int4, llama.cpp's Q4_1, Q5_1 and IQ4)"
+"""What a lowered column is rounded to there meets its raised channel."""
 W8A8 = "engines that quantize activations by token (w8a8)"
 
 SCALED_LOADERS = (
