@@ -224,7 +224,7 @@ class TrainRun:
             else:
                 # The variant where the training will be: an SVD or a product of factors is the accelerator's work.
                 model.to(state.device)
-            growth = spec.variant.apply(model, spec.seed)
+            spec.variant.apply(model, spec.seed)
             if spec.dtype == "float16":
                 for parameter in model.parameters():
                     parameter.data = parameter.data.half()
@@ -256,7 +256,6 @@ class TrainRun:
             tuple(recorder.train),
             tuple(recorder.evaluations),
             recorder.divergence,
-            growth,
             parameters,
             trainable,
             seconds,
@@ -270,7 +269,7 @@ class TrainRun:
         assert self.prompts is not None
         began = time.perf_counter()
         with quiet():
-            edits, behaviour, growth, parameters = try_edits(
+            edits, behaviour, parameters = try_edits(
                 spec.variant,
                 opened,
                 self.prompts,
@@ -279,4 +278,4 @@ class TrainRun:
                 on_strength=lambda number: on_step(number, None),
             )
         seconds = time.perf_counter() - began
-        return RunResult(spec, (), (), None, growth, parameters, 0, seconds, edits=edits, behaviour=behaviour)
+        return RunResult(spec, (), (), None, parameters, 0, seconds, edits=edits, behaviour=behaviour)
