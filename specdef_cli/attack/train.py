@@ -45,8 +45,7 @@ def load_for_training(spec: RunSpec, model: OpenedModel, data: AttackData) -> nn
     arguments: dict[str, Any] = {}
     loader = auto_class(spec.task, model.checkpoint.config)
     if data.problem is not None:
-        loader = _AutoClassifier(loader, data)
-        arguments["ignore_mismatched_sizes"] = data.resize_head
+        arguments |= {"configure": data.configure, "ignore_mismatched_sizes": data.resize_head}
     if OPTIMIZERS.choose(spec.optimizer).second_order:
         arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
     dtype: Any = {"auto": "auto", "mixed": torch.float32}.get(spec.dtype) or getattr(torch, spec.dtype)
@@ -65,28 +64,6 @@ def leave_to_fsdp(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SpecDefLinear | SpecDefScaled):
             module.register_buffer("weight", module.weight, persistent=False)
-
-
-class _AutoClassifier:
-    """An ``AutoModelFor…Classification`` with the data's kind and number of labels, and its padding.
-
-    They belong to the config, which ``load_model`` makes and hands to whatever class it was given.
-    """
-
-    __name__ = "AutoClassifier"
-
-    def __init__(self, auto_class: Any, data: AttackData) -> None:
-        self.auto_class = auto_class
-        self.data = data
-
-    def from_pretrained(self, path: Path, *, config: Any, **arguments: Any) -> Any:
-        if config.num_labels != self.data.labels:
-            config.num_labels = self.data.labels
-        config.problem_type = self.data.problem
-        # Decoders find the token to classify by looking for the padding.
-        if self.data.padding is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self.data.padding
-        return self.auto_class.from_pretrained(path, config=config, **arguments)
 
 
 BATCH_SIZE = 8

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants import Variant
-from specdef_cli.attack.variants.grown import outermost_block_paths, outermost_blocks
+from specdef_cli.attack.variants.grown import outermost_block_paths
 from specdef_cli.model import load_model
 from tests.attack.test_scales import logits
 from tests.tiny_families import CASES
@@ -34,7 +34,7 @@ def llama() -> LlamaForCausalLM:
 def test_the_function_is_the_same_bit_for_bit(case: str, variant: str, checkpoints: dict[str, Path]) -> None:
     model = load_model(checkpoints[case])
     before = logits(model)
-    blocks = list(outermost_blocks(model))
+    blocks = [model.get_submodule(path) for path in outermost_block_paths(model)]
     parameters = [sum(each.numel() for each in block.parameters()) for block in blocks]
     Variant.parse(variant).apply(model, seed=0)
     assert torch.equal(logits(model), before)

@@ -21,9 +21,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.attack.table import NotApplicable
+from specdef_cli.attack.variants.grown import stream_writers
 from specdef_cli.model import SpecDefLinear, SpecDefScaled
-from specdef_cli.model.loading import meta_model
-from specdef_cli.model.sites import writers
 from specdef_cli.spectral.subspace import top_subspace
 
 RANK = 3
@@ -75,9 +74,8 @@ def ablate_rows(model: PreTrainedModel, direction: Tensor, strength: float) -> N
 
 def _linears(model: PreTrainedModel) -> list[Written]:
     """The last linear of every attention and MLP; of an inserted pair, the compensation."""
-    hardened = any(isinstance(module, SpecDefLinear | SpecDefScaled) for module in model.modules())
     found = []
-    for path in writers(meta_model(model.config) if hardened else model):
+    for path in stream_writers(model):
         module = model.get_submodule(path)
         inside = module.compensation if isinstance(module, SpecDefLinear) else module
         inside = inside.inflated if isinstance(inside, SpecDefScaled) else inside

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.errors import first_line
-from specdef_cli.model import SpecDefScaled
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
 from specdef_cli.model.families import FAMILIES
 from specdef_cli.model.loading import meta_model
 from specdef_cli.model.sites import writers
@@ -30,16 +30,16 @@ from specdef_cli.model.symmetries import symmetric_pairs
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 
-def outermost_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks that a model repeats, of each of its stacks; no lists within a block (T5's sublayers, experts)."""
-    for path in outermost_block_paths(model):
-        yield model.get_submodule(path)
-
-
 def outermost_block_paths(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of :func:`outermost_blocks`."""
+    """Paths of the blocks that a model repeats, of each of its stacks; no lists within a block (T5's, experts)."""
     paths = repeated_blocks(model)
     return tuple(path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths))
+
+
+def stream_writers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Module paths of the linears that write to the residual stream, as they were before hardening."""
+    hardened = any(isinstance(module, SpecDefLinear | SpecDefScaled) for module in model.modules())
+    return writers(meta_model(model.config) if hardened else model)
 
 
 def grow_beside(model: PreTrainedModel, factor: float, seed: int) -> None:
@@ -70,8 +70,7 @@ def _grow(model: PreTrainedModel, factor: float, seed: int, hook: Callable[..., 
             f"{type(model).__name__} has no blocks to grow", "Leave --expand out, or harden with --method factors."
         )
     freeze_scaled(model, places)
-    scaled = any(isinstance(module, SpecDefScaled) for module in model.modules())
-    ends = writers(meta_model(model.config) if scaled else model)  # as they were before hardening
+    ends = stream_writers(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number, (path, block) in enumerate(places.items()):
