@@ -6,6 +6,7 @@ the learning rates that were tried: an attack is as strong as its best setting.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -233,6 +234,11 @@ def run_cells(attack: Attack, run: RunResult) -> dict[str, str]:
         "trainable": f"{run.trainable_parameters:,}",
         "outcome": outcome_words(run),
     }
+
+
+def cell(text: str) -> str:
+    """Text in a cell of a Markdown table; names have asterisks in them."""
+    return re.sub(r"[|*<]", r"\\\g<0>", text)
 
 
 def percent(share: float | None) -> str:

@@ -349,7 +349,7 @@ def test_table(report: AttackReport) -> None:
     console.print(runs_table(replace(report, runs=(*report.runs, bad))))
     text = console.export_text()
     assert "[bold]*[/bold]" in text
-    for part in ("diverged at step 2", ">20", "1e-6", "1.50×", "+1,000 parameters", "+4.0 kB"):
+    for part in ("diverged at step 2", ">20", "1e-6", "+1,000 parameters, 1.50× the base's"):
         assert part in text
 
 
