@@ -21,13 +21,12 @@ from specdef_cli.checkpoint.files import (
     DIFFUSERS,
     TRANSFORMERS,
     Library,
-    diffusers_missing,
     is_lfs_pointer,
     lfs_pointer,
     library_of,
 )
 from specdef_cli.checkpoint.reader import Checkpoint, read_config
-from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.errors import SpecDefError, first_line, require_extra
 from specdef_cli.model import register
 from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError
 from specdef_cli.process import forget_stale_launcher
@@ -150,10 +149,9 @@ def load_model(
     library = library_of(read_config(path))
     try:
         if not library.is_transformers:
-            try:
-                from specdef_cli.model.diffusion import load_denoiser
-            except ImportError as error:
-                raise diffusers_missing(path) from error
+            require_extra("diffusion", "models of diffusers")
+            from specdef_cli.model.diffusion import load_denoiser
+
             return load_denoiser(path, dtype=dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         configure(config)
@@ -290,10 +288,9 @@ def _diffusion_model(config: Mapping[str, Any]) -> nn.Module:
             f"{name!r} is not among the models of diffusers that can be hardened",
             f"Give a directory with a {', '.join(DIFFUSION_MODELS)}, such as the unet/ of a Stable Diffusion pipeline.",
         )
-    try:
-        import diffusers
-    except ImportError as error:
-        raise diffusers_missing(name) from error
+    require_extra("diffusion", "models of diffusers")
+    import diffusers
+
     with _building(name, DIFFUSERS):
         return getattr(diffusers, name).from_config(dict(config))
 
