@@ -76,7 +76,7 @@ def harden_command(model: Model, flags: Flags, output: Output, **given: Any) -> 
         def begin(plan: HardeningPlan) -> None:
             for text in plan.notes:
                 output.note(text)
-            bar.start(plan.nbytes)
+            bar.reach(0, plan.nbytes)
 
         def advance(event: Progress) -> None:
             bar.advance(event.label, event.nbytes)

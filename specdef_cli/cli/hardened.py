@@ -42,7 +42,7 @@ def collapse_command(model: Model, output: Output, **given: Any) -> None:
     with output.progress("collapsing") as bar:
         result = collapse(
             options,
-            lambda groups: bar.start(sum(group.nbytes for group in groups)),
+            lambda groups: bar.reach(0, sum(group.nbytes for group in groups)),
             lambda event: bar.advance(event.label, event.nbytes),
         )
     if result is not None:

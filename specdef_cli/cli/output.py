@@ -139,15 +139,10 @@ class Bar:
         if self.log_to is not None:
             self.log_to.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
 
-    def reach(self, done: float, total: float, label: str) -> None:
+    def reach(self, done: float, total: float, label: str = "") -> None:
         """So much of so much is done; ``label`` names what is under way."""
         self.columns.start()
         self.columns.update(self.task, completed=done, total=total, label=escape(label))
-
-    def start(self, total: float) -> None:
-        """Set the amount of work."""
-        self.columns.start()
-        self.columns.update(self.task, total=total)
 
     def advance(self, label: str, amount: float = 1) -> None:
         """Some work is done; ``label`` names it."""

@@ -29,6 +29,7 @@ from specdef_cli.checkpoint.reader import Checkpoint, read_config
 from specdef_cli.errors import SpecDefError, first_line, require_extra
 from specdef_cli.model import register
 from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError
+from specdef_cli.model.families import DENOISER_WRITERS
 from specdef_cli.process import forget_stale_launcher
 
 
@@ -217,9 +218,6 @@ def _hint(path: Path) -> str:
     return "Check the directory's files and the installed release of transformers."
 
 
-DIFFUSION_MODELS = ("UNet2DConditionModel",)
-"""The classes of diffusers that can be hardened."""
-
 DEEPEST = 1000
 """Layers that a model may share out among fewer tensors."""
 
@@ -283,10 +281,10 @@ def meta_model(config: PreTrainedConfig | Mapping[str, Any], *, trust_remote_cod
 
 def _diffusion_model(config: Mapping[str, Any]) -> nn.Module:
     name = config["_class_name"]
-    if name not in DIFFUSION_MODELS:
+    if name not in DENOISER_WRITERS:
         raise SpecDefError(
             f"{name!r} is not among the models of diffusers that can be hardened",
-            f"Give a directory with a {', '.join(DIFFUSION_MODELS)}, such as the unet/ of a Stable Diffusion pipeline.",
+            f"Give a directory with a {', '.join(DENOISER_WRITERS)}, such as the unet/ of a Stable Diffusion pipeline.",
         )
     require_extra("diffusion", "models of diffusers")
     import diffusers

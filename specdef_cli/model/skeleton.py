@@ -40,13 +40,13 @@ class TensorNames:
         parameters: Tensor name on disk → parameter name in the model, for every tensor that the model loads. A tensor
             that is split over several parameters is listed under the first of them.
         sources: Parameter name → the tensors on disk that it is made of, in the order in which they are merged.
-        stacked: Parameters with one tensor an expert on disk → those tensors, by the pattern of their names.
+        stacked: Parameters with one tensor an expert on disk → how many these are, by the pattern of their names.
     """
 
     parameters: Mapping[str, str]
     sources: Mapping[str, tuple[str, ...]]
     converted: frozenset[str]
-    stacked: Mapping[str, Mapping[str, tuple[str, ...]]]
+    stacked: Mapping[str, Mapping[str, int]]
 
     def tensor(self, parameter: str) -> str | None:
         """The one tensor on disk that is ``parameter`` as it stands; ``None`` if there is none."""
@@ -66,14 +66,14 @@ def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str
     parameters: dict[str, str] = {}
     sources: dict[str, list[str]] = {}
     converted: set[str] = set()
-    # By the converter's every pattern: of one whose tensors are all missing there is an empty list.
+    # By the converter's every pattern: the tensors of one may all be missing.
     patterns = {
         pattern: converter.source_patterns
         for converter in converters
         if any(isinstance(operation, MergeModulelist) for operation in converter.operations)
         for pattern in converter.source_patterns
     }
-    stacked: dict[str, dict[str, list[str]]] = {}
+    stacked: dict[str, dict[str, int]] = {}
     # Sorted: merging keeps this order, and some of transformers' renamings depend on an earlier name having been seen.
     for name in sorted(tensors, key=dot_natural_key):
         parameter, converter = rename_source_key(name, renamings, converters, prefix, known)
@@ -86,15 +86,12 @@ def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str
         if converter is not None:
             converted.add(parameter)
         if converter in patterns:
-            stacked.setdefault(parameter, {one: [] for one in patterns[converter]})[converter].append(name)
+            stacked.setdefault(parameter, dict.fromkeys(patterns[converter], 0))[converter] += 1
     return TensorNames(
         parameters=parameters,
         sources={parameter: tuple(names) for parameter, names in sources.items()},
         converted=frozenset(converted),
-        stacked={
-            parameter: {pattern: tuple(names) for pattern, names in parts.items()}
-            for parameter, parts in stacked.items()
-        },
+        stacked=stacked,
     )
 
 
@@ -241,11 +238,11 @@ class Skeleton:
         self._require_all_blocks()
         made_anew = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
         for parameter, expected in self.parameters.items():
-            for pattern, parts in self.names.stacked.get(parameter, {}).items():
-                if len(parts) != expected.shape[0]:
+            for pattern, count in self.names.stacked.get(parameter, {}).items():
+                if count != expected.shape[0]:
                     raise SpecDefError(
                         f"by config.json {parameter} is stacked from {expected.shape[0]} tensors {pattern}, and the "
-                        f"checkpoint has {len(parts)}",
+                        f"checkpoint has {count}",
                         INCOMPLETE,
                     )
             if parameter in self.names.sources:
