@@ -88,7 +88,7 @@ def divide(
 
     Args:
         documents: In the place of one that is left out, the reason.
-        remedies: What to do where most rows are left out, by a part of the reason.
+        remedies: What to do where many rows are left out, by a part of the reason; the first that fits.
     """
     train, held_out = encoder(), encoder()
     wanted, kept, left_out = options.steps * options.batch_size, 0, Counter[str]()
@@ -118,9 +118,9 @@ def divide(
     repeated = _repeated(*(seen[False], seen[True]) if seen[True] else (map(repr, examples), map(repr, others)))
     said = (*remarks, *counts, *repeated)
     if not (examples and others):
-        reason, count = (left_out.most_common(1) or [("", 0)])[0]
         shorter = " or --sequence-length" if what == "sequences" else ""
-        found = (hint for part, hint in (remedies or {}).items() if part in reason and count > kept)
+        often = [reason for reason, count in left_out.items() if count > kept]
+        found = (hint for part, hint in (remedies or {}).items() if any(part in reason for reason in often))
         raise SpecDefError(
             f"{name} gives {len(train.examples)} {what} to train on and {len(others)} to evaluate; a batch has "
             f"{options.batch_size}" + (f" ({' '.join(said)})" if said else ""),
