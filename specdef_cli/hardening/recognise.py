@@ -1,8 +1,8 @@
 """The traces of hardening, read off the weights: a published model need not say how it was made.
 
 A fold scales a few channels of a symmetric pair by large powers of two and divides their partners by them. How much
-larger one side is than its channels usually are, against how much smaller the other side is, gives the factor. A
-pair of factors is two matrices, one after the other, whose product has far smaller singular values than they have.
+larger one side is than its channels usually are, against how much smaller the other side is, gives the factor. Names
+on disk give factors away, and α is how much larger their singular values are than their product's.
 
 A channel's size is the median of its weights' absolute values: a fold changes few channels of each pair, so that what
 other pairs did to single entries of the same row or column does not move a median.
@@ -75,10 +75,9 @@ def recognise(checkpoint: Checkpoint, skeleton: Skeleton) -> Recognised:
         header = checkpoint.tensors.get(side.tensor)
         return header is not None and header.dtype in FLOATING_DTYPES and header.shape == skeleton.shapes[side.tensor]
 
-    pairs = [pair for pair in symmetries(skeleton).pairs if pair.channels > 1]
-    return recognised_in(
-        checkpoint.read, checkpoint.tensors, [pair for pair in pairs if all(map(is_intact, pair.sides))]
-    )
+    found = symmetries(skeleton).pairs
+    pairs = [pair for pair in found if pair.channels > 1 and all(map(is_intact, pair.sides))]
+    return recognised_in(checkpoint.read, checkpoint.tensors, pairs)
 
 
 def recognised_in(read: Callable[[str], Tensor], names: Collection[str], pairs: Sequence[SymmetricPair]) -> Recognised:
