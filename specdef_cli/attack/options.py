@@ -89,7 +89,7 @@ class AttackOptions(Budget, Source):
         None, "Keep runs here, to share the control's.", metavar="DIR", shown_default="OUT/runs", group="Output"
     )
     control: str | Path | None = option(
-        None, "The undefended model, attacked likewise.", metavar="BASE", shown_default="manifest's", group="Model"
+        None, "Undefended model, attacked likewise.", metavar="BASE", shown_default="manifest's", group="Model"
     )
     control_subfolder: str | None = option(
         None, "Folder in BASE that it is in.", metavar="DIR", group="Model / Folder that the model is in."
