@@ -119,7 +119,7 @@ class Source:
         envvar="HF_TOKEN",
     )  # fmt: skip
     subfolder: str | None = option(
-        None, "Folder in MODEL that the model is in.", metavar="DIR", group="Model / In a folder of it."
+        None, "Folder in MODEL that the model is in.", metavar="DIR", group="Model / Folder that the model is in."
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", group="Model")
 

@@ -322,8 +322,8 @@ def _given_up(report: AttackReport) -> list[str]:
         return []
     told = "; ".join(f"{label} from {rate:g} on" for label, rate in cut.items())
     return [
-        f"Given up where the held-out loss passed twice its start: {told}. A run may come back after thousands of "
-        "steps: --no-stop-at-divergence lets it go on."
+        f"Runs ended where the held-out loss passed twice its start: {told}. A run may recover after thousands of "
+        "steps: --no-stop-at-divergence lets it continue."
     ]
 
 
@@ -337,7 +337,7 @@ def _other_start(report: AttackReport) -> list[str]:
     if not others:
         return []
     return [
-        f"Other held-out losses before training than the control's: {'; '.join(others)}. The control is another "
+        f"Held-out loss before training differs from the control's: {'; '.join(others)}. The control is another "
         "model, hardening changed its function, or the attack itself (4 bits, some adapters) breaks scaled weights. "
         "Progress counts from the control's start."
     ]

@@ -23,7 +23,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a H
 class Upload:
     """Options of commands that upload."""
 
-    private: bool = option(False, "If the repository is made, make it private.", group="Upload")
+    private: bool = option(False, "Make the repository private if it is new.", group="Upload")
     create_pr: bool = option(False, "Upload as a pull request.", group="Upload")
 
 
@@ -107,7 +107,7 @@ def _first(hint: Any) -> Any:
 GROUPS = ("Model", "Data", "Attacks", "Budget", "Measurements", "Method", "Upload", "Output")
 """In their order; an option without a group, such as ``--help``, stands in the last one."""
 
-LEGEND = "Defaults stand in brackets; an option with … can be given several times."
+LEGEND = "Defaults are in brackets; an option with … can be repeated."
 WIDEST_FLAG = 24
 SHARED = " / "
 DEFAULT = re.compile(r"default: (.*?)(?:; required)?\]$")
