@@ -51,7 +51,7 @@ DROWNED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Channels:
-    """What a module's inputs or outputs are, channel by channel; every tensor has shape [channels]."""
+    """Statistics of a module's inputs or outputs; every tensor has shape [channels]."""
 
     mean_square: Tensor
     largest: Tensor
@@ -88,7 +88,7 @@ class Activations:
         return record
 
     def weigh(self, name: str, module: nn.Module, weight: Tensor) -> None:
-        """Keep what a module's weight is by row and by column."""
+        """Keep statistics of a module's weight, by row and by column."""
         values = weight.detach().float()
         if isinstance(module, nn.Linear | Conv1D):
             values = values.T if isinstance(module, Conv1D) else values
@@ -206,7 +206,7 @@ def _path_of(model: PreTrainedModel) -> str:
 
 
 def _sources(skeleton: Skeleton, parameter: str) -> str | None:
-    """The tensor on disk that a parameter is as it stands, or that of one which it is tied to."""
+    """The tensor on disk that a parameter, or one it is tied to, is stored as."""
     tensor = skeleton.names.tensor(parameter)
     if tensor is None and parameter in skeleton.tied and isinstance(skeleton.model, PreTrainedModel):
         shared = skeleton.parameters[parameter]
@@ -276,7 +276,6 @@ def _whole_model(base: OpenedModel, found: Activations, device: torch.device) ->
 
 
 def read_text(path: Path) -> str:
-    """A text to calibrate with."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -284,7 +283,7 @@ def read_text(path: Path) -> str:
 
 
 def default_text() -> str:
-    """Source and prose that every Python has: some modules of the standard library, and what they say of themselves."""
+    """Source and prose of some modules of Python's standard library."""
     modules = (statistics, argparse, logging, textwrap)
     parts = [Path(inspect.getfile(module)).read_text(encoding="utf-8") for module in modules]
     size = SEQUENCES * LENGTH * 4
