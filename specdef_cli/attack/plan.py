@@ -41,8 +41,11 @@ class Series:
 
     @property
     def hurried(self) -> bool:
-        """Whether its runs end as soon as they cannot become the best; never where they may diverge and come back."""
-        return self.search and not self.thorough and self.first.stop_at_divergence
+        """Whether its runs end as soon as they cannot become the best; never where half of a run tells less of the rest,
+        as it may diverge and come back, or warms up.
+        """
+        first = self.first
+        return self.search and not self.thorough and first.stop_at_divergence and not first.warmup_steps
 
     def runs(self, rates: Iterable[float], seeds: Iterable[int]) -> tuple[RunSpec, ...]:
         """The runs at some rates with some seeds."""
@@ -110,7 +113,7 @@ def _series(
     alpha = target.alpha if variant.choice.trains_inflated else 1.0
     grid = _usual_rates(options, table, optimizer)
     if _fixed(table):
-        grid = tuple(sorted(table.learning_rates, reverse=True))  # type: ignore[arg-type]
+        grid = tuple(sorted(set(table.learning_rates), reverse=True))  # type: ignore[arg-type]
     elif alpha > 1:
         grid = default_learning_rates(optimizer, alpha)
     first = RunSpec(
