@@ -332,13 +332,13 @@ def column_of(row: Any, column: str, dataset: str) -> Any:
 
 
 def as_text(value: Any, column: str, dataset: str) -> str:
-    """What a column of text holds; a row without any counts as empty."""
+    """What a column of text holds, without a file's byte order mark; a row without any counts as empty."""
     if not isinstance(value, str | None):
         raise SpecDefError(
             f"column {column!r} of {dataset} holds {type(value).__name__}, not text",
             "Name a column of text with --text-column.",
         )
-    return value or ""
+    return (value or "").removeprefix("\ufeff")
 
 
 def check_size(
