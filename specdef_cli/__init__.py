@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from specdef_cli.attack.table import Factor, NotApplicable
     from specdef_cli.attack.trainer import ProgressEvent, ProgressHook
     from specdef_cli.attack.trainings import Training, TrainingChoice
-    from specdef_cli.attack.variants import Growth, Variant, VariantChoice
+    from specdef_cli.attack.variants import Variant, VariantChoice
     from specdef_cli.certify import CertifyOptions
     from specdef_cli.certify.certificate import Certificate, Claim
     from specdef_cli.certify.run import certify

@@ -18,7 +18,7 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.trainings import Training
-from specdef_cli.attack.variants import Growth, Variant
+from specdef_cli.attack.variants import Variant
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.option import option
@@ -246,7 +246,6 @@ class RunResult:
     train: tuple[TrainPoint, ...]
     evaluations: tuple[EvalPoint, ...]  # held-out losses, from step 0 to the last
     divergence: Divergence | None  # None for a run that never diverged
-    growth: Growth | None  # what the variant did to the layers that it changed; None for a plain run
     parameters: int  # parameters of the model that was trained, without adapters
     trainable_parameters: int  # parameters that the optimizer moved, adapters included
     seconds: float  # wall time of training and evaluation

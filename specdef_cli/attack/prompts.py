@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from specdef_cli.attack.data.rows import rows
 from specdef_cli.attack.one_run import Behaviour, Edit
 from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions
-from specdef_cli.attack.variants import Growth, Variant
+from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.opened import OpenedModel
 
@@ -233,16 +233,16 @@ def try_edits(
     dtype: str,
     device: str,
     on_strength: Callable[[int], None] = lambda number: None,
-) -> tuple[tuple[Edit, ...], Behaviour, Growth, int]:
+) -> tuple[tuple[Edit, ...], Behaviour, int]:
     """Edit a checkpoint by each strength of a variant, and measure it; how it answers, at the best one."""
     before, tokenizer = reference_of(opened, prompts, dtype, device), opened.tokenizer()
     edits: list[Edit] = []
     answers: Behaviour | None = None
-    parameters, growth = 0, Growth(0, 0, 0, 0)
+    parameters = 0
     for number, strength in enumerate(variant.strengths, 1):
         model = load_plainly(opened, dtype, device)  # of a large one there is no place for two
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        growth = variant.edit(model, before.direction, strength)
+        variant.edit(model, before.direction, strength)
         compared = _read(model, prompts.compared)
         gap = _gap(_read(model, prompts.asked), compared, before.layer, before.direction)
         left = abs(gap / before.gap) if math.isfinite(gap) and before.gap else None
@@ -251,7 +251,7 @@ def try_edits(
             answers = _behaviour(model, prompts, before, compared, tokenizer)
         on_strength(number)
     assert answers is not None
-    return tuple(edits), answers, growth, parameters
+    return tuple(edits), answers, parameters
 
 
 def behaviour_of(model: nn.Module, prompts: Prompts, before: Reference, tokenizer: Any) -> Behaviour:

@@ -45,8 +45,7 @@ def load_for_training(spec: RunSpec, model: OpenedModel, data: AttackData) -> nn
     arguments: dict[str, Any] = {}
     loader = auto_class(spec.task, model.checkpoint.config)
     if data.problem is not None:
-        loader = _AutoClassifier(loader, data)
-        arguments["ignore_mismatched_sizes"] = data.resize_head
+        arguments |= {"configure": data.configure, "ignore_mismatched_sizes": data.resize_head}
     if OPTIMIZERS.choose(spec.optimizer).second_order:
         arguments["attn_implementation"] = "eager"  # the fused kernels have no second derivative
     dtype: Any = {"auto": "auto", "mixed": torch.float32}.get(spec.dtype) or getattr(torch, spec.dtype)
@@ -65,28 +64,6 @@ def leave_to_fsdp(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SpecDefLinear | SpecDefScaled):
             module.register_buffer("weight", module.weight, persistent=False)
-
-
-class _AutoClassifier:
-    """An ``AutoModelFor…Classification`` with the data's kind and number of labels, and its padding.
-
-    They belong to the config, which ``load_model`` makes and hands to whatever class it was given.
-    """
-
-    __name__ = "AutoClassifier"
-
-    def __init__(self, auto_class: Any, data: AttackData) -> None:
-        self.auto_class = auto_class
-        self.data = data
-
-    def from_pretrained(self, path: Path, *, config: Any, **arguments: Any) -> Any:
-        if config.num_labels != self.data.labels:
-            config.num_labels = self.data.labels
-        config.problem_type = self.data.problem
-        # Decoders find the token to classify by looking for the padding.
-        if self.data.padding is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self.data.padding
-        return self.auto_class.from_pretrained(path, config=config, **arguments)
 
 
 BATCH_SIZE = 8
@@ -224,7 +201,7 @@ class TrainRun:
             else:
                 # The variant where the training will be: an SVD or a product of factors is the accelerator's work.
                 model.to(state.device)
-            growth = spec.variant.apply(model, spec.seed)
+            spec.variant.apply(model, spec.seed)
             if spec.dtype == "float16":
                 for parameter in model.parameters():
                     parameter.data = parameter.data.half()
@@ -256,7 +233,6 @@ class TrainRun:
             tuple(recorder.train),
             tuple(recorder.evaluations),
             recorder.divergence,
-            growth,
             parameters,
             trainable,
             seconds,
@@ -270,7 +246,7 @@ class TrainRun:
         assert self.prompts is not None
         began = time.perf_counter()
         with quiet():
-            edits, behaviour, growth, parameters = try_edits(
+            edits, behaviour, parameters = try_edits(
                 spec.variant,
                 opened,
                 self.prompts,
@@ -279,4 +255,4 @@ class TrainRun:
                 on_strength=lambda number: on_step(number, None),
             )
         seconds = time.perf_counter() - began
-        return RunResult(spec, (), (), None, growth, parameters, 0, seconds, edits=edits, behaviour=behaviour)
+        return RunResult(spec, (), (), None, parameters, 0, seconds, edits=edits, behaviour=behaviour)

@@ -13,6 +13,7 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
 from specdef_cli.model.opened import open_model
 from specdef_cli.option import Source
+from specdef_cli.report import cell, number, percent, rate
 from specdef_cli.report.document import ReportDocument, read_report
 
 HEADING = "### Attacks"
@@ -110,34 +111,16 @@ def _public(name: str) -> str:
 
 def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:
     """One row for each attack, those first that made the most progress, in Markdown."""
-
-    def progress(attack: AttackFigure) -> float:
-        return -1.0 if attack.share_of_best is None else attack.share_of_best
-
     asked = any(attack.kl is not None for attack in attacks)
-
-    def answers(attack: AttackFigure) -> str:
-        kl = "–" if attack.kl is None else f"{attack.kl:.2f}"
-        return f" {kl} | {_percent(attack.refusals)} |" if asked else ""
-
-    return [
-        "| attack | the attacker knows | best η | of its own control | of the best control | |"
-        + (" KL, harmless prompts | refusals |" if asked else ""),
-        "|---|---|---|---|---|---|" + ("---|---|" if asked else ""),
-        *(
-            f"| {attack.label} | {attack.knowledge} | {_rate(attack.learning_rate)} | {_percent(attack.share)} | "
-            f"{_percent(attack.share_of_best)} | {attack.verdict} |{answers(attack)}"
-            for attack in sorted(attacks, key=progress, reverse=True)
-        ),
-    ]
-
-
-def _rate(value: float) -> str:
-    return f"{value:g}" if value else "–"  # an edit is not trained
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.0%}"
+    headings = ["attack", "the attacker knows", "best η", "of its own control", "of the best control", ""]
+    rows = [[*headings, "KL, harmless prompts", "refusals"], ["---"] * 8]
+    for attack in sorted(attacks, key=lambda each: each.share_of_best or 0.0, reverse=True):
+        shares = percent(attack.share), percent(attack.share_of_best)
+        answers = number(attack.kl, 2), percent(attack.refusals)
+        rows.append(
+            [cell(attack.label), attack.knowledge, rate(attack.learning_rate), *shares, attack.verdict, *answers]
+        )
+    return [f"| {' | '.join(row if asked else row[:6])} |" for row in rows]
 
 
 def attack_section(resistance: Resistance) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter
 
-from specdef_cli.certify.card import Resistance
+from specdef_cli.certify.card import Resistance, attack_section
 from specdef_cli.certify.curvature import CurvatureFigures
 from specdef_cli.certify.formats import FormatFigure
 from specdef_cli.certify.function import TOLERANCE, FunctionFigures, SpectrumFigures
@@ -26,6 +26,7 @@ from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE
 from specdef_cli.model.opened import OpenedModel
+from specdef_cli.report import cell, number
 from specdef_cli.version import __version__
 
 FORMAT_VERSION: Final = 3
@@ -200,13 +201,20 @@ def curvature_claim(figures: Curvatures | None, reason: str) -> Claim:
     return Claim("curvature", holds, f"On a small batch of text, {'; '.join(parts)}. Criterion: it grew.")
 
 
+def certificate_markdown(certificate: Certificate) -> str:
+    """The certificate for people: its claims and formats, and the attacks that it quotes."""
+    resistance = [] if certificate.resistance is None else [attack_section(certificate.resistance)]
+    return "\n\n".join([certificate_section(certificate), *resistance])
+
+
 def certificate_section(certificate: Certificate) -> str:
     """The certificate as a section of the model card, in Markdown."""
     lines = [
         "### Certificate",
         "",
-        f"Measured with specdef-cli {certificate.specdef_version} on {certificate.provenance.date[:10]}, on these very "
-        "files: `certificate.json` has their hashes, and `specdef verify-certificate` compares them.",
+        f"{certificate.model} against {certificate.base}, measured with specdef-cli {certificate.specdef_version} on "
+        f"{certificate.provenance.date[:10]}, on these very files: `certificate.json` has their hashes, and "
+        "`specdef verify-certificate` compares them.",
         "",
     ]
     words = {True: "holds", False: "**fails**", None: "not measured"}
@@ -215,15 +223,11 @@ def certificate_section(certificate: Certificate) -> str:
         lines += ["", "What users may do to the weights, against the same done to the base:", ""]
         lines += ["| format | tool | base | hardened | |", "|---|---|---|---|---|"]
         lines += [
-            f"| {figure.format} | {figure.tool} | {_number(figure.base)} | {_number(figure.hardened)} "
-            f"| {figure.verdict} |"
+            f"| {figure.format} | {figure.tool} | {number(figure.base, 4)} | {number(figure.hardened, 4)} "
+            f"| {figure.verdict}{cell(figure.note and f': {figure.note}')} |"
             for figure in certificate.deployment
         ]
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
 
 
 def provenance(

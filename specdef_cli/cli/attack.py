@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
+from rich.markdown import Markdown
 
 from specdef_cli.attack.options import CHOICES, LOWERED, AttackOptions, load_suite, suite_names
 from specdef_cli.checkpoint.check import require_card, require_models
@@ -25,7 +24,6 @@ from specdef_cli.option import option
 if TYPE_CHECKING:
     from specdef_cli.attack.results import AttackReport
     from specdef_cli.report import Finding
-    from specdef_cli.report.document import Comparison
 
 
 @dataclass(frozen=True)
@@ -228,24 +226,8 @@ def compare_command(
     from specdef_cli.report.document import compare, comparison_markdown, read_report
 
     comparison = compare([read_report(path) for path in reports])
+    text = comparison_markdown(comparison)
     if markdown and not output.as_json:
-        print(comparison_markdown(comparison), end="")
+        print(text, end="")
         return
-    output.data(comparison, comparison_table(comparison))
-
-
-def comparison_table(comparison: Comparison) -> Group:
-    """The comparison as the terminal shows it."""
-    table = Table(pad_edge=False)
-    table.add_column("attack")
-    table.add_column("control", justify="right")
-    for model in comparison.models:
-        table.add_column(model, justify="right", no_wrap=True)
-    for row in comparison.rows:
-        through = (None, None, *(cell is not None and cell.verdict == "not slowed" for cell in row.cells))
-        cells = zip(row.texts, through, strict=True)
-        table.add_row(*(Text(text, style="bold" if bold else "") for text, bold in cells))
-    caption = (
-        "control: held-out loss (best η), share of the best control's progress. Models: share of its own control's."
-    )
-    return Group(table, Text(caption), *(Text(line) for line in comparison.said))
+    output.data(comparison, Markdown(text))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Group
+from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
@@ -18,9 +18,6 @@ from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
 from specdef_cli.errors import SpecDefError, require_extra
 from specdef_cli.option import Source, option
-
-if TYPE_CHECKING:
-    from specdef_cli.certify.certificate import Certificate
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,9 @@ def certify_command(
             bar.log(name)
 
         certificate = prepared.certify(part)
-    output.data(certificate, certificate_tables(certificate), written=options.out / "certificate.json")
+    from specdef_cli.certify.certificate import certificate_markdown
+
+    output.data(certificate, Markdown(certificate_markdown(certificate)), written=options.out / "certificate.json")
     output.note(f"certificate: {options.out / 'certificate.json'}")
     if certificate.resistance is None:
         output.note(
@@ -86,33 +85,6 @@ def certify_command(
         )
     if not certificate.holds:
         raise typer.Exit(1)
-
-
-def certificate_tables(certificate: Certificate) -> Group:
-    """The certificate as the terminal shows it."""
-    from specdef_cli.certify.card import got_through
-
-    words = {True: "holds", False: "FAILS", None: "not measured"}
-    claims = Table("claim", "", "what was found", title=f"{certificate.model} against {certificate.base}")
-    for claim in certificate.claims:
-        claims.add_row(claim.name, words[claim.holds], Text(claim.sentence))
-    parts: list[Table | Text] = [claims]
-    if certificate.resistance is not None:
-        attacks = Table(
-            "attack", "the attacker knows", "best η", "of the control", "",
-            title=f"Attacks tried: {certificate.resistance.budget}", title_justify="left",
-        )  # fmt: skip
-        for attack in certificate.resistance.attacks:
-            share = "–" if attack.share is None else f"{attack.share:.0%}"
-            attacks.add_row(Text(attack.label), attack.knowledge, f"{attack.learning_rate:.3g}", share, attack.verdict)
-        parts += [attacks, Text("\n".join(got_through(certificate.resistance)))]
-    if certificate.deployment:
-        formats = Table("format", "tool", "base", "hardened", "", "note", title="Formats", title_justify="left")
-        for figure in certificate.deployment:
-            values = ("–" if value is None else f"{value:.4f}" for value in (figure.base, figure.hardened))
-            formats.add_row(figure.format, figure.tool, *values, figure.verdict, Text(figure.note))
-        parts.append(formats)
-    return Group(*parts)
 
 
 @dataclass(frozen=True)

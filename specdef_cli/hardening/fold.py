@@ -11,7 +11,7 @@ What is scaled where was decided by measuring (docs/decisions.md):
   channels of a middling norm, whose values are ordinary ones;
 * both directions in every pair: the side that is deflated trains too fast, the inflated side not at all, and an
   attacker may train either side alone;
-* exponents that differ from pair to pair (:func:`staircase`), as the profile lays them (:data:`PROFILES`);
+* exponents that differ from pair to pair (:func:`staircase`), as the profile lays them (:func:`exponents_of`);
 * not the residual stream: it has a single scale, which a learning-rate sweep recovers; embeddings stay unprotected.
 """
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -102,52 +101,8 @@ CACHED_EXPONENT = 9
 """Of what a key/value cache holds, and of queries: engines keep these in float16 (llama.cpp by default), from 6e-5 to
 65504, and in trained models they reach about a hundred."""
 
-ATTENTION, CACHED, MLP = "attention norm", "cached", "MLP"
-"""What pairs are apart for their exponents (:func:`_regions`): the norm before attention, what attention's cache holds,
-and everything else."""
-
-EVERYWHERE = "everywhere"
-"""One staircase for all pairs, where a profile sets none apart."""
-
-
 Schedule = Callable[[int, int], tuple[tuple[int, ...], ...]]
 """(layers, exponents in each) → the exponents, indexed [layer][exponent], as :func:`staircase`."""
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The exponents of the pairs of one region."""
-
-    schedule: Schedule
-    from_last: bool = False
-
-
-@dataclass(frozen=True)
-class FoldProfile:
-    """What a fold may cost those who serve it.
-
-    Attributes:
-        steps: Exponents by region. Where two pairs scale the rows and the columns of one tensor, their exponents add up
-            to at most :data:`HIGHEST_CROSSING`.
-    """
-
-    steps: dict[str, Steps]
-    middling: tuple[str, ...] = ()
-
-
-PROFILES: dict[Profile, FoldProfile] = {
-    # The last layer's MLP and the first one's attention stand apart, where a vector that trains alone is worth least.
-    "float16-cache": FoldProfile(
-        {
-            MLP: Steps(partial(one_apart, highest=HIGHEST_EXPONENT), from_last=True),
-            ATTENTION: Steps(partial(one_apart, highest=HIGHEST_UNCROSSED)),
-            CACHED: Steps(partial(constant, alpha=2.0**CACHED_EXPONENT)),
-        },
-        middling=CACHED_KINDS,
-    ),
-    # Further for what a cache holds, which must then be bfloat16 or float32.
-    "bfloat16": FoldProfile({EVERYWHERE: Steps(staircase)}),
-}
 
 
 @one_thread()
@@ -157,20 +112,39 @@ def fold_pairs(checkpoint: Checkpoint, pairs: Sequence[SymmetricPair], profile: 
     Reads a sample of one side of each pair, to find the channels' norms. A pair whose channels are all zeros there is
     left out: no factor changes them.
     """
-    chosen = PROFILES[profile]
     used = [pair for pair in pairs if pair.channels > 1]
-    exponents: dict[str, tuple[int, ...]] = {}
-    regions = _regions(used)
-    for region, steps in chosen.steps.items():
-        alike = [pair for pair in used if region in (EVERYWHERE, regions[pair.name])]
-        exponents |= spread(alike[::-1] if steps.from_last else alike, len(DIRECTIONS), steps.schedule)
+    exponents = exponents_of(used, profile)
     folded = []
     for pair in used:
-        channels = _channels(checkpoint, pair, len(DIRECTIONS), middling=pair.kind in chosen.middling)
+        middling = profile == "float16-cache" and pair.kind in CACHED_KINDS
+        channels = _channels(checkpoint, pair, len(DIRECTIONS), middling=middling)
         signed = [direction * exponent for direction, exponent in zip(DIRECTIONS, exponents[pair.name], strict=True)]
         if channels:
             folded.append(folded_pair(pair, channels, signed[: len(channels)]))
     return tuple(folded)
+
+
+def exponents_of(pairs: Sequence[SymmetricPair], profile: Profile) -> dict[str, tuple[int, ...]]:
+    """The exponents of each pair, by its name.
+
+    Where two pairs scale the rows and the columns of one tensor, they add up to at most :data:`HIGHEST_CROSSING`. By
+    default the last layer's MLP and the first one's attention are far above the others, where a vector that trains
+    alone is worth least. A norm belongs to attention where what a cache holds crosses its readers, and no MLP does.
+    """
+    if profile == "bfloat16":  # one staircase, beyond what a float16 cache holds
+        return spread(pairs, len(DIRECTIONS), staircase)
+    tensors = {pair.name: {side.tensor for side in pair.sides} for pair in pairs}
+    cached = [pair for pair in pairs if pair.kind in CACHED_KINDS]
+    others = [pair for pair in pairs if pair.kind not in CACHED_KINDS]
+    in_cache: set[str] = set().union(*(tensors[pair.name] for pair in cached))
+    in_mlp: set[str] = set().union(*(tensors[pair.name] for pair in pairs if pair.kind == "up_down"))
+    norms = [pair for pair in others if tensors[pair.name] & in_cache and not tensors[pair.name] & in_mlp]
+    mlp = [pair for pair in others if pair not in norms]
+    return {
+        **spread(mlp[::-1], len(DIRECTIONS), partial(one_apart, highest=HIGHEST_EXPONENT)),
+        **spread(norms, len(DIRECTIONS), partial(one_apart, highest=HIGHEST_UNCROSSED)),
+        **spread(cached, len(DIRECTIONS), partial(constant, alpha=2.0**CACHED_EXPONENT)),
+    }
 
 
 def spread(pairs: Sequence[SymmetricPair], directions: int, schedule: Schedule) -> dict[str, tuple[int, ...]]:
@@ -286,24 +260,6 @@ def by_block(members: Iterable[Member], path: Callable[[Member], str]) -> tuple[
         match = re.match(r"^(.*?\.\d+)\.", path(member))
         (blocks.setdefault(match.group(1), []) if match else outside).append(member)
     return outside, [*blocks.values()] or [[]]
-
-
-def _regions(pairs: Sequence[SymmetricPair]) -> dict[str, str]:
-    """The region of :data:`STEPS` that each pair belongs to, by its name.
-
-    A norm belongs to attention where its readers are scaled on the other side by cached pairs, if at all: then it
-    crosses little, and stands apart in another layer than an MLP's.
-    """
-    cached = {side.tensor for pair in pairs if pair.kind in CACHED_KINDS for side in pair.sides}
-    others = {side.tensor for pair in pairs if pair.kind == "up_down" for side in pair.sides}
-
-    def region(pair: SymmetricPair) -> str:
-        tensors = {side.tensor for side in pair.sides}
-        if pair.kind in CACHED_KINDS:
-            return CACHED
-        return ATTENTION if tensors & cached and not tensors & others else MLP
-
-    return {pair.name: region(pair) for pair in pairs}
 
 
 def _mlp_first(pairs: Sequence[SymmetricPair]) -> list[SymmetricPair]:

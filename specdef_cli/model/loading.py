@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -130,6 +130,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    configure: Callable[[Any], None] = lambda config: None,
     **kwargs: Any,
 ) -> Any:
     """Load the model in a directory, hardened or not, in evaluation mode.
@@ -141,6 +142,7 @@ def load_model(
         dtype: The parameters' dtype; by default the one they are stored in.
         device: Where to load to; by default the CPU.
         trust_remote_code: Run code that comes with the directory. Hardened directories do not need it here.
+        configure: Changes transformers' config before the model is built.
         **kwargs: Passed on to ``from_pretrained``.
     """
     register()
@@ -154,6 +156,7 @@ def load_model(
                 raise diffusers_missing(path) from error
             return load_denoiser(path, dtype=dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        configure(config)
         if isinstance(auto_class, str):
             auto_class = getattr(transformers, auto_class)
         chosen = auto_class or named_class(config, trust_remote_code=trust_remote_code, auto=True)

@@ -6,6 +6,7 @@ the learning rates that were tried: an attack is as strong as its best setting.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -182,15 +183,13 @@ def steps_words(attack: Attack, run: RunResult) -> str:
 
 
 def growth_words(report: AttackReport) -> tuple[str, ...]:
-    """What every variant that grows the model added to it, one line each."""
+    """How large every variant that grows the model makes it, one line each."""
     lines = []
     for attack in report.attacks:
-        growth = attack.runs[0].growth
-        if growth is not None and growth.parameters_added:
-            lines.append(
-                f"{attack.spec.variant.label}: {growth.parameters_added:+,} parameters, {size(growth.bytes_added)}, "
-                f"in {growth.layers} layers, which are {growth.layers_times:.2f}× as large"
-            )
+        if attack.spec.variant.knowledge == "growth" and attack.control is not None:
+            added = attack.runs[0].parameters - attack.control.runs[0].parameters
+            times = f"{attack.parameters_times:.2f}× the base's"
+            lines.append(f"{attack.spec.variant.label}: {added:+,} parameters, {times}")
     return tuple(dict.fromkeys(lines))
 
 
@@ -237,6 +236,11 @@ def run_cells(attack: Attack, run: RunResult) -> dict[str, str]:
     }
 
 
+def cell(text: str) -> str:
+    """Text in a cell of a Markdown table; names have asterisks in them."""
+    return re.sub(r"[|*<]", r"\\\g<0>", text)
+
+
 def percent(share: float | None) -> str:
     """A share as a whole percentage."""
     return "–" if share is None else f"{100 * share:.0f} %"
@@ -253,16 +257,6 @@ def rate(value: float) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A loss."""
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def size(count: int) -> str:
-    """Bytes, signed, in decimal units."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000 or unit == "GB":
-            return f"{value:+.0f} {unit}" if unit == "B" else f"{value:+.1f} {unit}"
-        value /= 1000
-    raise AssertionError
 
 
 def _finding(report: AttackReport, attack: Attack) -> Finding:

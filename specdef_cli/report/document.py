@@ -30,10 +30,9 @@ from specdef_cli.attack.one_run import (
     TrainPoint,
 )
 from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport, DataSummary, Hardening, PromptSummary
-from specdef_cli.attack.variants import Growth
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.option import flag_of
-from specdef_cli.report import STOPPED_SHARE, Finding, Part, findings, number, percent, rate
+from specdef_cli.report import STOPPED_SHARE, Finding, Part, cell, findings, number, percent, rate
 from specdef_cli.report.text import summary
 
 SCHEMA_NAME: Final = "specdef-attack-report/2"
@@ -115,7 +114,6 @@ class RunPart(Part):
     """null: the budget did not get there."""
     first_grad_norm: float | None
     parameters: RunParameters
-    growth: Growth | None
     flops_per_step: int
     accuracy: dict[str, float]
     """On tasks of lm-eval, after the last step; empty: not measured."""
@@ -203,7 +201,6 @@ def _run(attack: Attack, run: RunResult) -> RunPart:
         parameters=RunParameters(
             total=run.parameters, trainable=run.trainable_parameters, times=attack.parameters_times
         ),
-        growth=run.growth,
         flops_per_step=run.flops_per_step,
         accuracy=run.accuracy,
         outcome=run.outcome,
@@ -308,7 +305,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     """The comparison as a table for a model card or a page."""
     head = ["attack", "control: loss (best η), of the best control", *comparison.models]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [f"| {' | '.join(row.texts)} |" for row in comparison.rows]
+    lines += [f"| {' | '.join(map(cell, row.texts))} |" for row in comparison.rows]
     return "\n".join([*lines, "", *(f"- {line}" for line in comparison.said)]) + "\n"
 
 

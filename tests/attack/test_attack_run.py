@@ -89,8 +89,7 @@ def test_parameters(report: AttackReport) -> None:
     assert run_of(report, "plain").parameters == original + 4 * 32 * 32
     assert run_of(report, "collapse").parameters == original
     width = run_of(report, "width")
-    assert width.growth is not None
-    assert (width.growth.parameters_before, width.growth.parameters_after) == (pairs, 2 * pairs)
+    assert width.parameters - run_of(report, "plain").parameters == pairs
     assert width.trainable_parameters == width.parameters - pairs
     attacked = next(attack for attack in report.attacks if width in attack.runs)
     assert attacked.parameters_times == width.parameters / original
@@ -369,10 +368,8 @@ def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(base: Path, tmp
     assert {run.spec.variant.kind for run in result.runs} == {"plain", "rebalance", "width"}
     plain, width = run_of(result, "plain"), run_of(result, "width")
     assert width.start == plain.start
-    assert width.growth is not None
-    assert width.growth.layers_times == 2
     # What trains is fresh, but for the embeddings, which no fold scales.
-    assert width.trainable_parameters == width.growth.parameters_added + 258 * 32
+    assert width.trainable_parameters == width.parameters - plain.parameters + 258 * 32
 
 
 def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_rows_keep_their_norms_up_to_the_rank_of_the_difference(base: Path, dire
 
 
 def figures(directory: Path, prompts: Prompts, variant: str) -> list[tuple[float, float]]:
-    edits, _, _, _ = try_edits(Variant.parse(variant), open_model(directory), prompts, dtype="float32", device="cpu")
+    edits, _, _ = try_edits(Variant.parse(variant), open_model(directory), prompts, dtype="float32", device="cpu")
     return [(edit.left or 0.0, edit.kl or 0.0) for edit in edits]
 
 
@@ -115,7 +115,7 @@ def test_a_fold_is_another_model_to_an_edit_of_normalized_rows(base: Path, fold:
 
 def test_divergence_is_that_of_torch(base: Path, prompts: Prompts) -> None:
     before = reference_of(open_model(base), prompts, "float32", "cpu")
-    edits, behaviour, _, _ = try_edits(
+    edits, behaviour, _ = try_edits(
         Variant("abliterate", 0.7), open_model(base), prompts, dtype="float32", device="cpu"
     )
     models = load_model(base), load_model(base)

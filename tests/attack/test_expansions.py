@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from specdef_cli.attack.variants import Growth
 from specdef_cli.attack.variants.factored import (
     collapse,
     deepen,
@@ -87,15 +86,14 @@ PAIR = D * M + D * D
 def test_surgery_keeps_the_function_and_counts(
     llama: LlamaForCausalLM,
     hardened: LlamaForCausalLM,
-    surgery: Callable[[nn.Module], Growth],
+    surgery: Callable[[nn.Module], None],
     after: int,
     trainable: int,
 ) -> None:
     parameters = sum(p.numel() for p in hardened.parameters())
-    growth = surgery(hardened)
+    surgery(hardened)
     torch.testing.assert_close(logits(hardened), logits(llama), rtol=1e-4, atol=2e-4)
-    assert growth == Growth(LAYERS, LAYERS * PAIR, LAYERS * after, LAYERS * (after - PAIR) * 4)
-    assert sum(p.numel() for p in hardened.parameters()) - parameters == growth.parameters_added
+    assert sum(p.numel() for p in hardened.parameters()) - parameters == LAYERS * (after - PAIR)
     for layer in hardened.model.layers:
         assert sum(p.numel() for p in layer.mlp.down_proj.parameters() if p.requires_grad) == trainable
 

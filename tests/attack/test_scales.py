@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.trainings.own import train_only
-from specdef_cli.attack.variants.scales import channel_scales, equalise, rebalance, scale_rates
+from specdef_cli.attack.variants.scales import Scaled, channel_scales, equalise, rebalance, scale_rates
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import channel_exponents
@@ -50,9 +50,7 @@ def test_a_fold_is_undone_from_the_weights_alone(case: str, checkpoints: dict[st
     # No manifest is at hand: the attacker has the loaded model and nothing else.
     before = logits(model)
     assert octaves(base, model) >= 20
-    growth = rebalance(model)
-    assert growth.layers >= len(result.manifest.folded)
-    assert growth.parameters_added == growth.bytes_added == 0
+    rebalance(model)
     assert torch.equal(logits(model), before)
     # Random weights leave a channel's size uncertain by an octave or two; a fold moved it by thirteen or more.
     assert octaves(base, model) <= 4
@@ -103,11 +101,9 @@ def test_the_function_stays_up_to_rounding(case: str, checkpoints: dict[str, Pat
     model = load_model(checkpoints[case])
     before = logits(model)
     try:
-        growth = equalise(model)
+        equalise(model)
     except NotApplicable:
         return
-    assert growth.layers > 0
-    assert growth.parameters_added == growth.bytes_added == 0
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 
 
@@ -167,10 +163,9 @@ def test_a_fold_trains_like_its_base(case: str, checkpoints: dict[str, Path], tm
     base, plain, scaled = load_model(base_directory), load_model(tmp_path / "fold"), load_model(tmp_path / "fold")
     with torch.no_grad():
         before = scaled(input_ids=TOKENS).logits
-        growth = scale_rates(scaled)
+        scale_rates(scaled)
         assert torch.equal(scaled(input_ids=TOKENS).logits, before)
-    assert growth.layers > 0
-    assert growth.parameters_added == growth.bytes_added == 0
+    assert any(isinstance(module, Scaled) for module in scaled.modules())
     scale_rates(base)
     expected = after_training(base)
     moved = (expected - before).abs().mean()
@@ -232,7 +227,7 @@ def test_what_is_shared_or_frozen_keeps_one_rate() -> None:
             weight[0] *= 2**10
     frozen.requires_grad_(False)
     model = nn.ModuleList([embedding, head, frozen])
-    assert scale_rates(model).layers == 0
+    scale_rates(model)
     assert {name for name, _ in model.named_parameters()} == {"0.weight", "2.weight"}
 
 

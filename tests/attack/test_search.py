@@ -40,7 +40,7 @@ def result(spec: RunSpec, best_at: float, width: float = 1.0, edge: float = math
         train=(),
         evaluations=(EvalPoint(0, 3.0, 0.0), EvalPoint(10, 9.0 if diverged else final, 1.0)),
         divergence=Divergence(3, "held-out loss is beyond twice the start") if diverged else None,
-        growth=None, parameters=1, trainable_parameters=1, seconds=1.0,
+        parameters=1, trainable_parameters=1, seconds=1.0,
     )  # fmt: skip
 
 

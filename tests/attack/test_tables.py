@@ -101,15 +101,11 @@ def test_every_variant_keeps_the_function_and_leaves_something_to_train(
 ) -> None:
     model = load_model(scaled if VARIANTS[name].needs == "scaled" else hardened)
     before, parameters = logits(model), sum(parameter.numel() for parameter in model.parameters())
-    growth = Variant(name).apply(model, 0)
+    Variant(name).apply(model, 0)
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
     assert trained_names(model)
-    assert (growth is None) == (name == "plain")
-    if growth is not None:
-        assert growth.layers >= (4 if VARIANTS[name].needs == "factored" else 0)
-        added = sum(parameter.numel() for parameter in model.parameters()) - parameters
-        assert growth.parameters_added == added
-        assert (growth.parameters_added > 0) == (VARIANTS[name].knowledge == "growth")
+    added = sum(parameter.numel() for parameter in model.parameters()) - parameters
+    assert (added > 0) == (VARIANTS[name].knowledge == "growth")
 
 
 @pytest.mark.parametrize("name", TRAINED)

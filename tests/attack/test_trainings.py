@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def target_of(model: LlamaForCausalLM) -> Target:
 def test_adapters_stand_after_every_attention_and_mlp(llama: LlamaForCausalLM) -> None:
     Training("adapter", 8).apply(llama, "causal-lm")
     places = {name.partition(".bottleneck.")[0] for name in trained_names(llama)}
-    assert places == {f"model.layers.{i}.{part}" for i in range(4) for part in ("self_attn", "mlp")}
+    assert places == {f"model.layers.{i}.{part}" for i in range(4) for part in ("self_attn.o_proj", "mlp.down_proj")}
     assert sum(p.numel() for p in llama.parameters() if p.requires_grad) == 8 * (2 * 32 * 8 + 8 + 32)
 
 
@@ -50,9 +51,10 @@ def test_an_adapter_adds_what_it_reads(method: str, llama: LlamaForCausalLM) -> 
     hidden = torch.randn(1, 5, 32, dtype=torch.float64)
     positions = llama.model.rotary_emb(hidden, torch.arange(5)[None])
     block = llama.model.layers[0]
+    plain = copy.deepcopy(block)
 
     def attention(entering: torch.Tensor) -> torch.Tensor:
-        return block.self_attn.forward(entering, position_embeddings=positions, attention_mask=None)[0]
+        return plain.self_attn(entering, position_embeddings=positions, attention_mask=None)[0]
 
     with torch.no_grad():
         Training(method, 8).apply(llama, "causal-lm")
@@ -60,12 +62,12 @@ def test_an_adapter_adds_what_it_reads(method: str, llama: LlamaForCausalLM) -> 
             llama.get_parameter(name).normal_()
         if method == "adapter":
             found = attention(block.input_layernorm(hidden))
-            middle = hidden + found + block.self_attn.bottleneck(found)
-            found = block.mlp.forward(block.post_attention_layernorm(middle))
-            expected = middle + found + block.mlp.bottleneck(found)
+            middle = hidden + found + block.self_attn.o_proj.bottleneck(found)
+            found = plain.mlp(block.post_attention_layernorm(middle))
+            expected = middle + found + block.mlp.down_proj.bottleneck(found)
         else:
             middle = hidden + attention(block.input_layernorm(hidden))
-            expected = middle + block.mlp(block.post_attention_layernorm(middle)) + block.bottleneck(hidden)
+            expected = middle + plain.mlp(block.post_attention_layernorm(middle)) + block.bottleneck(hidden)
         torch.testing.assert_close(block(hidden, position_embeddings=positions), expected)
 
 

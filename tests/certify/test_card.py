@@ -40,7 +40,7 @@ RESISTANCE = Resistance(
 def test_the_attack_that_got_furthest_stands_first() -> None:
     rows = attack_table(RESISTANCE.attacks)[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| hira", "| embeddings", "| odd"]
-    assert "| 96% | 91% |" in rows[0]
+    assert "| 96 % | 91 % |" in rows[0]
     assert "| – | – |" in rows[2]
 
 

@@ -18,16 +18,8 @@ from specdef_cli.checkpoint.manifest import ScaledSlice, read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.fold import (
-    EVERYWHERE,
-    HIGHEST_EXPONENT,
-    PROFILES,
-    SAMPLE_ROWS,
-    FoldProfile,
-    Steps,
-    constant,
-    fold_pairs,
-)
+from specdef_cli.hardening import fold
+from specdef_cli.hardening.fold import HIGHEST_EXPONENT, SAMPLE_ROWS, constant, fold_pairs, spread
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import harden
@@ -83,7 +75,7 @@ def test_gradients_are_those_of_the_base_by_the_inverse_factors(
     """
     base = write_case("llama", tmp_path / "base")
     if steps is not None:
-        monkeypatch.setitem(PROFILES, "float16-cache", FoldProfile({EVERYWHERE: Steps(steps)}))
+        monkeypatch.setattr(fold, "exponents_of", lambda pairs, profile: spread(pairs, 2, steps))
     options = HardenOptions(str(base), tmp_path / "out", verify=False)
     result = harden(options)
     assert result is not None

@@ -160,8 +160,7 @@ def test_an_attacker_who_knows_is_back_at_the_base_in_memory(
     case: str, checkpoints: dict[str, Path], made: Made
 ) -> None:
     model, plain = load_model(made(case, "scale")), load_model(checkpoints[case])
-    growth = collapse_in_memory(model)
-    assert growth.parameters_after < growth.parameters_before
+    collapse_in_memory(model)
     assert_same_bytes(dict(model.state_dict()), dict(plain.state_dict()))
 
 

@@ -46,7 +46,7 @@ def report(name: str, *attacks: dict[str, Any]) -> dict[str, Any]:
     run = {
         "id": "r", "label": "l", "spec": spec, "loss": {"start": 3.0, "best": 1.0, "final": None}, "best_step": 3,
         "steps_to_control": None, "first_grad_norm": None, "parameters": {"total": 1, "trainable": 1, "times": 1.0},
-        "growth": None, "flops_per_step": 1, "accuracy": {}, "outcome": "finished", "divergence": None, "seconds": 1.0,
+        "flops_per_step": 1, "accuracy": {}, "outcome": "finished", "divergence": None, "seconds": 1.0,
         "curve": {"train": [], "evaluations": []},
     }  # fmt: skip
     return {

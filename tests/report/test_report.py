@@ -29,9 +29,9 @@ from specdef_cli.attack.one_run import (
 )
 from specdef_cli.attack.results import Attack, AttackReport, DataSummary, Hardening
 from specdef_cli.attack.trainings import Training
-from specdef_cli.attack.variants import Growth, Variant
+from specdef_cli.attack.variants import Variant
 from specdef_cli.cli.attack import Condition
-from specdef_cli.report import attack_name, findings, outcome_words, rate, size, spelling
+from specdef_cli.report import attack_name, findings, outcome_words, rate, spelling
 from specdef_cli.report.document import ReportDocument, report_dict, report_document, report_json
 from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, write_report
 from specdef_cli.report.html import report_html
@@ -66,7 +66,6 @@ def run(
             for number, loss in enumerate(losses)
         ),
         divergence=Divergence(2, "training loss is not finite") if diverged else None,
-        growth=Growth(2, 1000, 2000, 4000) if kind == "width" else None,
         parameters=3000 if kind == "width" else 2000 if subject == "control" or kind == "collapse" else 2400,
         trainable_parameters=500,
         seconds=1.0,
@@ -246,7 +245,6 @@ def test_json_is_strict_and_documented(report: AttackReport) -> None:
     assert data["schema"] == "specdef-attack-report/2"
     assert data["runs"][1]["loss"] == {"start": 3.0, "best": 2.98, "final": None}
     assert data["runs"][1]["divergence"] == {"step": 2, "reason": "training loss is not finite"}
-    assert data["runs"][4]["growth"]["parameters_added"] == 1000
     assert data["runs"][0]["spec"].keys() == {field.name for field in fields(RunSpec)}
 
 
@@ -351,7 +349,7 @@ def test_table(report: AttackReport) -> None:
     console.print(runs_table(replace(report, runs=(*report.runs, bad))))
     text = console.export_text()
     assert "[bold]*[/bold]" in text
-    for part in ("diverged at step 2", ">20", "1e-6", "1.50×", "+1,000 parameters", "+4.0 kB"):
+    for part in ("diverged at step 2", ">20", "1e-6", "+1,000 parameters, 1.50× the base's"):
         assert part in text
 
 
@@ -364,11 +362,6 @@ def test_a_broken_model_still_gives_a_report(report: AttackReport, tmp_path: Pat
 @pytest.mark.parametrize(("value", "text"), [(1e-5, "1e-5"), (3e-4, "3e-4"), (0.25, "2.5e-1"), (1.0, "1e0")])
 def test_rate(value: float, text: str) -> None:
     assert rate(value) == text
-
-
-@pytest.mark.parametrize(("count", "text"), [(0, "+0 B"), (-524288, "-524.3 kB"), (1_500_000, "+1.5 MB")])
-def test_size(count: int, text: str) -> None:
-    assert size(count) == text
 
 
 def test_the_verdict_comes_first_and_names_what_walks_through(report: AttackReport) -> None:

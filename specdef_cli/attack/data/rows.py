@@ -299,6 +299,15 @@ class AttackData:
     remarks: tuple[str, ...] = ()  # what a reader of the report should know of it, one sentence each
     retained: Examples | None = None  # text on which a language model's ability is measured as it is attacked
 
+    def configure(self, config: Any) -> None:
+        """Give a classifier's config the data's kind and number of labels, and its padding."""
+        if config.num_labels != self.labels:
+            config.num_labels = self.labels
+        config.problem_type = self.problem
+        # Decoders find the token to classify by looking for the padding.
+        if self.padding is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self.padding
+
     @property
     def evaluated(self) -> int:
         """Sequences that every evaluation takes."""

@@ -8,21 +8,20 @@ model. PEFT has none that go on every model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.target import Target, Task
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants.factored import hardened_paths, original_name
-from specdef_cli.attack.variants.grown import first_tensor, outermost_block_paths, outermost_blocks, with_first_tensor
+from specdef_cli.attack.variants.grown import first_tensor, outermost_block_paths, stream_writers, with_first_tensor
 from specdef_cli.attack.variants.scales import parameter_name
 from specdef_cli.errors import SpecDefError
-from specdef_cli.model import SpecDefLinear
 
 
 def train_parameters(model: nn.Module, training: Training, task: Task) -> nn.Module:
@@ -135,16 +134,15 @@ class Bottleneck(nn.Module):
         return self.up(nn.functional.gelu(self.down(hidden)))  # [..., d] → [..., size] → [..., d]
 
 
-def train_serial(model: nn.Module, training: Training, task: Task) -> nn.Module:
+def train_serial(model: PreTrainedModel, training: Training, task: Task) -> nn.Module:
     """An adapter on the output of every attention and every MLP, before it is added to the residual stream."""
-    width = _width(model)
-    places = [layer for block in outermost_blocks(model) for layer in _sublayers(block) if _writes(layer, width)]
-    return _put(model, training, places, _after)
+    experts = [module for module in model.modules() if isinstance(getattr(module, "down_proj", None), nn.Parameter)]
+    return _put(model, training, [*map(model.get_submodule, stream_writers(model)), *experts], _after)
 
 
 def train_parallel(model: nn.Module, training: Training, task: Task) -> nn.Module:
     """An adapter beside every block: it reads the residual stream before the block, and adds to it after."""
-    return _put(model, training, list(outermost_blocks(model)), _beside)
+    return _put(model, training, list(map(model.get_submodule, outermost_block_paths(model))), _beside)
 
 
 def _put(model: nn.Module, training: Training, places: list[nn.Module], hook: Any) -> nn.Module:
@@ -173,25 +171,3 @@ def _beside(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
 
 def _width(model: nn.Module) -> int:
     return int(model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
-
-
-def _sublayers(block: nn.Module) -> Iterator[nn.Module]:
-    """A block's children; where it has a list of them (T5), what they wrap with a norm and an addition."""
-    for child in block.children():
-        if isinstance(child, nn.ModuleList):
-            for part in child:
-                yield from part.children()
-        else:
-            yield child
-
-
-def _writes(module: nn.Module, width: int) -> bool:
-    """Whether a block's child is a sublayer with an output as wide as the stream; experts are stacked, not linears."""
-    if not any(parameter.ndim > 1 for parameter in module.parameters()):
-        return False
-    widths = [
-        layer.nf if isinstance(layer, Conv1D) else layer.out_features
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear | Conv1D | SpecDefLinear)
-    ]
-    return not widths or width in widths

@@ -12,53 +12,12 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import computed_field
-
 from specdef_cli.attack.table import Factor, Table, checked_factor, parse_number
 from specdef_cli.checkpoint.manifest import Change
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What a variant did to the layers that it changed."""
-
-    layers: int
-    """How many layers were changed."""
-    parameters_before: int
-    parameters_after: int
-    """Frozen ones included, as before."""
-    bytes_added: int
-    """Negative where the change made the model smaller."""
-
-    def __add__(self, other: Growth) -> Growth:
-        """Both changes, of different layers."""
-        return Growth(
-            self.layers + other.layers,
-            self.parameters_before + other.parameters_before,
-            self.parameters_after + other.parameters_after,
-            self.bytes_added + other.bytes_added,
-        )
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def parameters_added(self) -> int:
-        """Negative where the change made the model smaller."""
-        return self.parameters_after - self.parameters_before
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def layers_times(self) -> float:
-        """How many times as large the changed layers are; 1 where none was changed."""
-        return self.parameters_after / self.parameters_before if self.parameters_before else 1.0
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Parameters of a module, frozen ones included."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 Knowledge = Literal["none", "construction", "growth"]
@@ -74,9 +33,9 @@ class VariantChoice:
 
     name: str
     function: str | None
-    """``package.module:name`` of a function of the model that returns a :class:`Growth`; ``None`` for the model as it
-    is. It takes ``factor`` and ``seed`` by keyword where the row says so. Of an edit, a function of the model, the
-    direction to take out, and how much of it."""
+    """``package.module:name`` of a function that changes a model in place; ``None`` for the model as it is. It takes
+    ``factor`` and ``seed`` by keyword where the row says so. Of an edit, a function of the model, the direction to take
+    out, and how much of it."""
     knowledge: Knowledge
     """What the attacker must know: ``none`` (only recipes), the ``construction``, or the construction plus memory for a
     larger model (``growth``)."""
@@ -97,7 +56,7 @@ class VariantChoice:
         """Whether it changes what the model computes, and nothing is trained afterwards."""
         return bool(self.swept)
 
-    def load(self) -> Callable[..., Growth]:
+    def load(self) -> Callable[..., None]:
         """Import the function."""
         assert self.function is not None
         return resolve_name(self.function)
@@ -220,22 +179,18 @@ class Variant:
         """Whether a model with these constructions has what the variant works on."""
         return _within(self.choice.needs, constructions)
 
-    def apply(self, model: PreTrainedModel, seed: int) -> Growth | None:
-        """Change ``model`` in place.
-
-        Returns:
-            What it cost; ``None`` for the model as it is.
-        """
+    def apply(self, model: PreTrainedModel, seed: int) -> None:
+        """Change ``model`` in place."""
         if self.choice.function is None:
-            return None
+            return
         arguments: dict[str, Any] = {} if self.factor is None else {"factor": self.factor}
         if self.choice.random:
             arguments["seed"] = seed
-        return self.choice.load()(model, **arguments)
+        self.choice.load()(model, **arguments)
 
-    def edit(self, model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
+    def edit(self, model: PreTrainedModel, direction: Tensor, strength: float) -> None:
         """Take a direction out of ``model`` in place, by an edit."""
-        return self.choice.load()(model, direction, strength)
+        self.choice.load()(model, direction, strength)
 
 
 def informed_variants(constructions: Collection[Change], *, surely_folded: bool = False) -> tuple[Variant, ...]:

@@ -21,10 +21,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.variants import Growth
+from specdef_cli.attack.variants.grown import stream_writers
 from specdef_cli.model import SpecDefLinear, SpecDefScaled
-from specdef_cli.model.loading import meta_model
-from specdef_cli.model.sites import writers
 from specdef_cli.spectral.subspace import top_subspace
 
 RANK = 3
@@ -42,12 +40,11 @@ class Written:
 
 
 @torch.no_grad()
-def ablate(model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
+def ablate(model: PreTrainedModel, direction: Tensor, strength: float) -> None:
     """Take ``direction`` out of everything that writes to the residual stream, in place."""
-    found = _linears(model)
     embedding = model.get_input_embeddings()
     inside = embedding.inflated if isinstance(embedding, SpecDefScaled) else embedding
-    for written in (*found, Written(cast(Tensor, inside.weight), last=True, scale=_scale_of(embedding))):
+    for written in (*_linears(model), Written(cast(Tensor, inside.weight), last=True, scale=_scale_of(embedding))):
         weight = written.weight if written.last else written.weight.transpose(-1, -2)  # [..., n, m], a view
         v = direction.to(weight.device, torch.float32)
         scale = 1.0 if written.scale is None else written.scale.detach().float()
@@ -55,17 +52,14 @@ def ablate(model: PreTrainedModel, direction: Tensor, strength: float) -> Growth
         for tensor in (weight, written.bias):
             if tensor is not None:
                 tensor.sub_(((tensor.float() @ before)[..., None] * after).to(tensor.dtype))
-    count = sum(written.weight.numel() for written in found) + cast(Tensor, inside.weight).numel()
-    return Growth(len(found) + 1, count, count, 0)
 
 
 @torch.no_grad()
-def ablate_rows(model: PreTrainedModel, direction: Tensor, strength: float) -> Growth:
+def ablate_rows(model: PreTrainedModel, direction: Tensor, strength: float) -> None:
     """As :func:`ablate`, of the linears alone, with the norms of their rows kept and a difference of rank
     :data:`RANK`.
     """
-    found = _linears(model)
-    for written in found:
+    for written in _linears(model):
         weight = written.weight.transpose(-1, -2) if written.last else written.weight
         for matrix in weight.unsqueeze(0).flatten(0, -3):  # experts are stacked
             w = matrix.float()
@@ -76,15 +70,12 @@ def ablate_rows(model: PreTrainedModel, direction: Tensor, strength: float) -> G
             difference = edited * norms - w
             basis = top_subspace(difference, RANK, seed=0).basis.to(difference)
             matrix.add_((basis @ (basis.mT @ difference)).to(matrix.dtype))
-    count = sum(written.weight.numel() for written in found)
-    return Growth(len(found), count, count, 0)
 
 
 def _linears(model: PreTrainedModel) -> list[Written]:
     """The last linear of every attention and MLP; of an inserted pair, the compensation."""
-    hardened = any(isinstance(module, SpecDefLinear | SpecDefScaled) for module in model.modules())
     found = []
-    for path in writers(meta_model(model.config) if hardened else model):
+    for path in stream_writers(model):
         module = model.get_submodule(path)
         inside = module.compensation if isinstance(module, SpecDefLinear) else module
         inside = inside.inflated if isinstance(inside, SpecDefScaled) else inside

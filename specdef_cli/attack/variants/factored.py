@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.variants import Growth, count_parameters
 from specdef_cli.attack.variants.grown import grow_beside, grow_between
 from specdef_cli.model import SpecDefLinear, SpecDefScaled
 
@@ -59,18 +58,10 @@ def hardened_paths(model: nn.Module) -> tuple[str, ...]:
     return tuple(path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths))
 
 
-def replace_layers(model: nn.Module, build: Callable[[SpecDefLinear], nn.Module]) -> Growth:
+def replace_layers(model: nn.Module, build: Callable[[SpecDefLinear], nn.Module]) -> None:
     """Put what ``build`` makes of every hardened layer in its place."""
-    layers = hardened_layers(model)
-    before = after = bytes_added = 0
-    for name, pair in layers.items():
-        before += count_parameters(pair)
-        bytes_added -= _bytes(pair)
-        replacement = build(pair)
-        model.set_submodule(name, replacement)
-        after += count_parameters(replacement)
-        bytes_added += _bytes(replacement)
-    return Growth(len(layers), before, after, bytes_added)
+    for name, pair in hardened_layers(model).items():
+        model.set_submodule(name, build(pair))
 
 
 def linear_like(weight: Tensor, like: Tensor) -> nn.Linear:
@@ -86,11 +77,7 @@ def _frozen(pair: SpecDefLinear) -> SpecDefLinear:
     return pair
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def collapse(model: nn.Module) -> Growth:
+def collapse(model: nn.Module) -> None:
     """Multiply every pair, C·W~ = W, and put a plain linear layer in its place.
 
     The product is formed in float64 where the device has it, so that what is lost is only what storing the factors
@@ -105,17 +92,13 @@ def collapse(model: nn.Module) -> Growth:
         linear.bias = pair.compensation.bias
         return linear
 
-    return replace_layers(model, build)
+    replace_layers(model, build)
 
 
-def freeze_compensation(model: nn.Module) -> Growth:
+def freeze_compensation(model: nn.Module) -> None:
     """Freeze every compensation weight. Its bias is the original layer's and goes on training."""
-
-    def build(pair: SpecDefLinear) -> nn.Module:
+    for pair in hardened_layers(model).values():
         pair.compensation.weight.requires_grad_(False)
-        return pair
-
-    return replace_layers(model, build)
 
 
 class InjectedLayer(GrownLayer):
@@ -130,9 +113,9 @@ class InjectedLayer(GrownLayer):
         return self.injected(self.pair(input))  # [..., n] → [..., m] → [..., m]
 
 
-def inject(model: nn.Module) -> Growth:
+def inject(model: nn.Module) -> None:
     """Freeze every pair and put a trainable identity layer after it."""
-    return replace_layers(model, InjectedLayer)
+    replace_layers(model, InjectedLayer)
 
 
 class WidenedLayer(GrownLayer):
@@ -154,7 +137,7 @@ class WidenedLayer(GrownLayer):
         return self.pair(input) + self.up(self.down(input))  # [..., n] → [..., w] → [..., m]
 
 
-def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
+def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> None:
     """Freeze every pair and set a fresh trainable path beside it; beside every block where nothing was inserted.
 
     The path's width is the smallest that makes the hardened layers at least ``factor`` times as large: w(n+m) ≥
@@ -162,14 +145,16 @@ def widen(model: nn.Module, factor: float = 2.0, *, seed: int = 0) -> Growth:
     change of W.
     """
     if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
-        return grow_beside(model, factor, seed)
+        grow_beside(model, factor, seed)
+        return
     generator = torch.Generator().manual_seed(seed)
 
     def build(pair: SpecDefLinear) -> nn.Module:
-        width = math.ceil((factor - 1) * count_parameters(pair) / (pair.in_features + pair.out_features))
+        size = sum(parameter.numel() for parameter in pair.parameters())
+        width = math.ceil((factor - 1) * size / (pair.in_features + pair.out_features))
         return WidenedLayer(pair, width, generator)
 
-    return replace_layers(model, build)
+    replace_layers(model, build)
 
 
 class DeepenedLayer(GrownLayer):
@@ -196,15 +181,12 @@ class DeepenedLayer(GrownLayer):
         return self.compensation(self.factors(input))  # [..., n] → [..., r] → [..., m] → [..., m]
 
 
-def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> Growth:
+def deepen(model: nn.Module, factor: int = 2, *, seed: int = 0) -> None:
     """Replace every inflated factor by ``factor`` trainable ones with the same product (Theorem 8); freeze the
     compensations. Where nothing was inserted: fresh blocks after every frozen one, ``factor`` times as many.
     """
     if not any(isinstance(module, SpecDefLinear) for module in model.modules()):
-        return grow_between(model, factor, seed)
-
-    def build(pair: SpecDefLinear) -> nn.Module:
-        pair.compensation.weight.requires_grad_(False)
-        return DeepenedLayer(pair, factor)
-
-    return replace_layers(model, build)
+        grow_between(model, factor, seed)
+        return
+    freeze_compensation(model)
+    replace_layers(model, lambda pair: DeepenedLayer(pair, factor))

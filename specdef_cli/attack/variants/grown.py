@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.variants import Growth, count_parameters
 from specdef_cli.errors import first_line
-from specdef_cli.model import SpecDefScaled
+from specdef_cli.model import SpecDefLinear, SpecDefScaled
 from specdef_cli.model.families import FAMILIES
 from specdef_cli.model.loading import meta_model
 from specdef_cli.model.sites import writers
@@ -31,26 +30,26 @@ from specdef_cli.model.symmetries import symmetric_pairs
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 
-def outermost_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks that a model repeats, of each of its stacks; no lists within a block (T5's sublayers, experts)."""
-    for path in outermost_block_paths(model):
-        yield model.get_submodule(path)
-
-
 def outermost_block_paths(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of :func:`outermost_blocks`."""
+    """Paths of the blocks that a model repeats, of each of its stacks; no lists within a block (T5's, experts)."""
     paths = repeated_blocks(model)
     return tuple(path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths))
 
 
-def grow_beside(model: PreTrainedModel, factor: float, seed: int) -> Growth:
+def stream_writers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Module paths of the linears that write to the residual stream, as they were before hardening."""
+    hardened = any(isinstance(module, SpecDefLinear | SpecDefScaled) for module in model.modules())
+    return writers(meta_model(model.config) if hardened else model)
+
+
+def grow_beside(model: PreTrainedModel, factor: float, seed: int) -> None:
     """A second path beside every block: block(x) + fresh(x) − x, so that the blocks are ``factor`` times as large."""
-    return _grow(model, factor, seed, lambda block, fresh: _attach(block, fresh, _beside))
+    _grow(model, factor, seed, _beside)
 
 
-def grow_between(model: PreTrainedModel, factor: float, seed: int) -> Growth:
+def grow_between(model: PreTrainedModel, factor: float, seed: int) -> None:
     """Fresh blocks after every block, so that there are ``factor`` times as many."""
-    return _grow(model, factor, seed, lambda block, fresh: _attach(block, fresh, _after))
+    _grow(model, factor, seed, _after)
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -63,30 +62,23 @@ def with_first_tensor(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _grow(
-    model: PreTrainedModel, factor: float, seed: int, attach: Callable[[nn.Module, nn.ModuleList], None]
-) -> Growth:
+def _grow(model: PreTrainedModel, factor: float, seed: int, hook: Callable[..., Any]) -> None:
+    """Hooks and not wrappers: every parameter keeps its name, and the model finds what it reads off a block."""
     places = {path: model.get_submodule(path) for path in outermost_block_paths(model)}
     if not places:
         raise NotApplicable(
             f"{type(model).__name__} has no blocks to grow", "Leave --expand out, or harden with --method factors."
         )
-    before = sum(count_parameters(block) for block in places.values())
     freeze_scaled(model, places)
-    added = 0
-    scaled = any(isinstance(module, SpecDefScaled) for module in model.modules())
-    ends = writers(meta_model(model.config) if scaled else model)  # as they were before hardening
+    ends = stream_writers(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number, (path, block) in enumerate(places.items()):
-            fresh = nn.ModuleList(
-                _fresh_block(model, path, number, share, _within(path, ends)) for share in _shares(factor)
-            )
-            attach(block, fresh)
-            added += count_parameters(fresh)
+            fresh = [_fresh_block(model, path, number, share, _within(path, ends)) for share in _shares(factor)]
+            block.add_module("grown", nn.ModuleList(fresh))
+            block.grown_unseen = True
+            block.register_forward_hook(hook, with_kwargs=True)
     model.config.use_cache = False  # a fresh block keeps none
-    size = next(model.parameters()).element_size()
-    return Growth(len(places), before, before + added, added * size)
 
 
 def freeze_scaled(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> None:
@@ -165,13 +157,6 @@ def _smaller(config: Any, share: float) -> Any:
         if isinstance(getattr(config, key, None), int):
             setattr(found, key, math.ceil(share * getattr(config, key)))
     return found
-
-
-def _attach(block: Any, fresh: nn.ModuleList, hook: Any) -> None:
-    """Hooks and not a wrapper: every parameter keeps its name, and the model finds what it reads off a block."""
-    block.add_module("grown", fresh)
-    block.grown_unseen = True
-    block.register_forward_hook(hook, with_kwargs=True)
 
 
 def _call(fresh: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.variants import Growth
 from specdef_cli.attack.variants.factored import collapse, hardened_paths
 from specdef_cli.hardening.recognise import channel_exponents
 from specdef_cli.model import SpecDefScaled
@@ -54,26 +53,19 @@ def _rows(side: Side, tensor: Tensor) -> tuple[Tensor, Tensor]:
     return target.movedim(axis, 0), torch.tensor(side.indices, device=tensor.device)
 
 
-def unscale(model: nn.Module) -> Growth:
+def unscale(model: nn.Module) -> None:
     """Put the module inside of every :class:`SpecDefScaled` in its place, its weight unscaled."""
     wrapped = {path: module for path, module in model.named_modules() if isinstance(module, SpecDefScaled)}
     if not wrapped:
         raise NotApplicable(
             f"{type(model).__name__} has no scaled module", "Give a directory hardened with --method scale."
         )
-    before = after = bytes_added = 0
     done: set[int] = set()
     for path, module in wrapped.items():
-        before += sum(parameter.numel() for parameter in module.parameters())
-        for scale in (module.input_scale, module.output_scale):
-            if scale is not None:
-                bytes_added -= scale.weight.numel() * scale.weight.element_size()
         if id(module.inflated.weight) not in done:
             done.add(id(module.inflated.weight))
             _multiply(module)
-        after += sum(parameter.numel() for parameter in module.inflated.parameters())
         model.set_submodule(path, module.inflated)
-    return Growth(len(wrapped), before, after, bytes_added)
 
 
 def _multiply(module: SpecDefScaled) -> None:
@@ -91,17 +83,16 @@ def _multiply(module: SpecDefScaled) -> None:
         weight.mul_(inputs[:, None] if last else inputs)
 
 
-def rebalance(model: PreTrainedModel) -> Growth:
+def rebalance(model: PreTrainedModel) -> None:
     """Equalize the sides of every symmetric pair of ``model`` in place; scales are taken out and
     inserted layers collapsed first.
 
     The factors are powers of two, so the function is kept bit for bit.
     """
-    collapsed = Growth(0, 0, 0, 0)
     if any(isinstance(module, SpecDefScaled) for module in model.modules()):
-        collapsed += unscale(model)
+        unscale(model)
     if hardened_paths(model):
-        collapsed += collapse(model)
+        collapse(model)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     pairs = tuple(pair for pair in symmetric_pairs(model) if pair.channels > 1)
     if not pairs:
@@ -111,16 +102,12 @@ def rebalance(model: PreTrainedModel) -> Growth:
         )
     # All are measured before any is changed: they share tensors.
     exponents = {pair: channel_exponents(pair, parameters.__getitem__) for pair in pairs}
-    changed = {pair: found for pair, found in exponents.items() if bool(found.any())}
-    for pair, found in changed.items():
+    for pair, found in exponents.items():
         for side in pair.sides:
             multiply_channels(side, parameters[side.tensor], (-side.power * found.double()).exp2())
-    touched = {side.tensor for pair in changed for side in pair.sides}
-    count = sum(parameters[name].numel() for name in touched)
-    return collapsed + Growth(len(changed), count, count, 0)
 
 
-def equalise(model: PreTrainedModel) -> Growth:
+def equalise(model: PreTrainedModel) -> None:
     """Merge gains and equalise ranges in place. The function stays up to rounding."""
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     found = symmetric_pairs(model)
@@ -132,18 +119,10 @@ def equalise(model: PreTrainedModel) -> Growth:
             f"{type(model).__name__} has no norm, MLP or attention that is known here and could be equalised",
             "Leave --variant equalise out.",
         )
-    changed = 0
-    touched: set[str] = set()
     for pair in pairs:
         factors = _gain_factors(pair, tensors) if pair.kind == "norm_readers" else _range_factors(pair, tensors)
-        if bool((factors == 1).all()):
-            continue
         for side in pair.sides:
             multiply_channels(side, tensors[side.tensor], factors**side.power)
-            touched.add(side.tensor)
-        changed += 1
-    count = sum(tensors[name].numel() for name in touched)
-    return Growth(changed, count, count, 0)
 
 
 def _gain_factors(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:
@@ -196,14 +175,13 @@ class Scaled(nn.Module):
         return weight
 
 
-def scale_rates(model: nn.Module) -> Growth:
+def scale_rates(model: nn.Module) -> None:
     """Give every weight of ``model`` that trains the scale of its row and column, in place.
 
     Embeddings keep one rate, since a row is a token there and no fold touches it; so do parameters that modules share,
     and convolutions.
     """
     shared = tied_parameters(model)
-    layers = changed = 0
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding):
             continue
@@ -212,12 +190,9 @@ def scale_rates(model: nn.Module) -> Growth:
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.requires_grad and f"{path}.{name}".lstrip(".") not in shared and parameter.ndim <= 3
         }
-        scales = {name: found for name, found in scales.items() if any(bool((scale != 1).any()) for scale in found)}
         for name, found in scales.items():
-            changed += module.get_parameter(name).numel()
-            parametrize.register_parametrization(module, name, Scaled(*found))
-        layers += bool(scales)
-    return Growth(layers, changed, changed, 0)
+            if any(bool((scale != 1).any()) for scale in found):
+                parametrize.register_parametrization(module, name, Scaled(*found))
 
 
 def channel_scales(weight: Tensor) -> tuple[Tensor, ...]:
