@@ -41,8 +41,8 @@ class Series:
 
     @property
     def hurried(self) -> bool:
-        """Whether its runs end as soon as they cannot become the best; never where half of a run tells less of the rest,
-        as it may diverge and come back, or warms up.
+        """Whether its runs end as soon as they cannot become the best; never where they may diverge and come back, or
+        warm up, so that half of a run says less of the rest.
         """
         first = self.first
         return self.search and not self.thorough and first.stop_at_divergence and not first.warmup_steps

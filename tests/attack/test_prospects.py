@@ -105,9 +105,8 @@ def test_anything_else_is_searched(best: float) -> None:
 
 def test_a_thorough_search_and_one_that_may_come_back_take_over_nothing() -> None:
     first = make_series("a").first
-    for changes in (
-        {"thorough": True}, {"first": replace(first, stop_at_divergence=False)}, {"first": replace(first, warmup_steps=9)}
-    ):  # fmt: skip
+    whole = ({"stop_at_divergence": False}, {"warmup_steps": 9})
+    for changes in ({"thorough": True}, *({"first": replace(first, **each)} for each in whole)):
         asked: list[Lead | None] = []
         attack = replace(make_series("a"), **changes)
         control = replace(attack, first=attack.first.control("c"))
