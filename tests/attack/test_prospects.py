@@ -105,8 +105,9 @@ def test_anything_else_is_searched(best: float) -> None:
 
 def test_a_thorough_search_and_one_that_may_come_back_take_over_nothing() -> None:
     first = make_series("a").first
-    whole = ({"stop_at_divergence": False}, {"warmup_steps": 9})
-    for changes in ({"thorough": True}, *({"first": replace(first, **each)} for each in whole)):
+    cases: list[dict[str, Any]] = [{"thorough": True}]
+    cases += [{"first": replace(first, stop_at_divergence=False)}, {"first": replace(first, warmup_steps=9)}]
+    for changes in cases:
         asked: list[Lead | None] = []
         attack = replace(make_series("a"), **changes)
         control = replace(attack, first=attack.first.control("c"))

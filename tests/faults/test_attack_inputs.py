@@ -183,8 +183,8 @@ def test_a_sequence_beyond_the_models_positions(tiny_model: Callable[..., Path],
     long, short = tmp_path / "long.txt", tmp_path / "short.txt"
     long.write_text("w1 w2\n" + "w3 " * 33)
     short.write_text("w5\nw6 w7\n")
-    edits = ("--control", gpt2, "--training", "none", "--variant", "abliterate:1", "--prompts-harmless", short)
-    edits = (*edits, "--dataset", text, *SMALL, "--out", tmp_path / "out")
+    edits: list[str | Path] = [*options[:4], *SMALL, "--training", "none", "--variant", "abliterate:1"]
+    edits += ["--out", tmp_path / "out", "--prompts-harmless", short]
     refused = call_cli("attack", gpt2, *edits, "--prompts", long)
     assert_refused(refused, "33 tokens", "64 positions", "at most 32 tokens")
     long.write_text("w1 w2\n" + "w3 " * 32)
