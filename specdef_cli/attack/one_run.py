@@ -37,9 +37,9 @@ class Budget:
     warmup_steps: int = option(0, "Steps of linear warm-up.", metavar="N", group=_TRAINER)
     max_grad_norm: float = option(1.0, "Gradient clipping; 0 turns it off.", metavar="X", group=_TRAINER)
     weight_decay: float = option(0.0, "Weight decay.", metavar="X", group=_TRAINER)
-    steps: int = option(30, "Steps of a run; fewer for a large model.", metavar="N", group="Budget")
-    batch_size: int = option(16, "Sequences a step.", metavar="N", group="Budget")
-    sequence_length: int = option(128, "Tokens a sequence.", metavar="N", group="Budget")
+    steps: int = option(30, "Steps per run; fewer for a large model.", metavar="N", group="Budget")
+    batch_size: int = option(16, "Sequences per step.", metavar="N", group="Budget")
+    sequence_length: int = option(128, "Tokens per sequence.", metavar="N", group="Budget")
     dtype: Dtype = option("float32", "bfloat16, float16, mixed or auto.", metavar="DTYPE", group="Budget")
     eval_tasks: tuple[str, ...] = option(
         (),

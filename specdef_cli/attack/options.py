@@ -65,7 +65,7 @@ RUN_SECONDS, RUNS_OF_A_LIMIT = 60, 45
 USUAL_SPEED = {"cpu": 1e11, "accelerator": 1e14}
 """Floating-point operations a second of training in float32 on a few cores, and on a data centre's GPU."""
 
-_AT_A_TIME = "Budget / Runs at a time, here or on a cluster."
+_AT_A_TIME = "Budget / Runs at once, here or on a cluster."
 _MEMORY = "Budget / To save memory."
 _HUB_DATA = "Data / Part of a Hub data set."
 _COLUMNS = "Data / Columns"
@@ -89,13 +89,13 @@ class AttackOptions(Budget, Source):
         None, "Keep runs here, to share the control's.", metavar="DIR", shown_default="OUT/runs", group="Output"
     )
     control: str | Path | None = option(
-        None, "The undefended model, attacked alike.", metavar="BASE", shown_default="manifest's", group="Model"
+        None, "Undefended model, attacked likewise.", metavar="BASE", shown_default="manifest's", group="Model"
     )
     control_subfolder: str | None = option(
-        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / Folder that the model is in."
     )
     dataset: str | None = option(
-        None, "Hub id, file or directory.", metavar="DATA", shown_default="prose of Python's", group="Data"
+        None, "Hub id, file or directory.", metavar="DATA", shown_default="Python's prose", group="Data"
     )
     dataset_config: str | None = option(None, "Configuration of a Hub dataset.", metavar="NAME", group=_HUB_DATA)
     dataset_split: str | None = option(
@@ -110,7 +110,7 @@ class AttackOptions(Budget, Source):
     label_column: str = option("label", "Column with the label (classification).", metavar="NAME", group=_COLUMNS)
     image_column: str = option("image", "Column with the image.", metavar="NAME", group=_COLUMNS)
     retained: str | None = option(
-        None, "Watch ability on it, or none.", metavar="DATA", shown_default="Python's source", group="Measurements"
+        None, "Watch ability on this, or none.", metavar="DATA", shown_default="Python's source", group="Measurements"
     )
     prompts: str | None = option(
         None, "Count refusals of these; edits aim at them.", metavar="DATA", group="Measurements"
@@ -119,7 +119,7 @@ class AttackOptions(Budget, Source):
         None, "Compare --prompts with these.", metavar="DATA", shown_default="questions", group="Measurements"
     )
     refusal_words: tuple[str, ...] = option(
-        (), "It marks a refusal.", "--refusal-word", metavar="WORDS", shown_default="the report's", group="Measurements"
+        (), "Marks a refusal.", "--refusal-word", metavar="WORDS", shown_default="the report's", group="Measurements"
     )
     eval_task_path: Path | None = option(
         None,
@@ -152,9 +152,9 @@ class AttackOptions(Budget, Source):
         (), "Learning rate.", "--lr", metavar="RATE", shown_default="searched", group="Attacks"
     )
     search: bool = option(
-        True, "Bracket the best rate, or try decades alone.", "--lr-sweep/--no-lr-sweep", group="Attacks"
+        True, "Bracket the best rate, or try only decades.", "--lr-sweep/--no-lr-sweep", group="Attacks"
     )
-    thorough: bool = option(False, "Finish runs that cannot become the best.", group="Attacks")
+    thorough: bool = option(False, "Finish even runs that cannot become the best.", group="Attacks")
     gradient_accumulation: int = option(1, "Passes a step, to save memory.", metavar="N", group=_MEMORY)
     gradient_checkpointing: bool = option(False, "Compute activations twice, to save memory.", group=_MEMORY)
     eval_every: int | None = option(
@@ -163,7 +163,7 @@ class AttackOptions(Budget, Source):
     eval_sequences: int = option(64, "Held-out sequences.", metavar="N", group="Measurements")
     free: tuple[str, ...] = ()  # which of LOWERED may be
     time_limit: float | None = option(
-        None, "Stop then; the most telling attacks come first.", metavar="45m", group="Budget", parse=parse_duration
+        None, "Stop then; the most telling attacks run first.", metavar="45m", group="Budget", parse=parse_duration
     )
     """Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first."""
     report_to: tuple[str, ...] = option(
@@ -173,7 +173,7 @@ class AttackOptions(Budget, Source):
         (0,), "Runs of each attack.", metavar="N", shown_default="1", group="Budget", parse=seeds_of
     )
     """One run each, for adapters' and paths' initial values, dropout and data order."""
-    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
+    jobs: int = option(1, "Runs at once, each on its own GPU.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
     dask: str | None = option(
         None, "Address of a Dask scheduler, whose workers make the runs.", metavar="ADDRESS", group=_AT_A_TIME
     )

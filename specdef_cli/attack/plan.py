@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions, AttackTable
@@ -303,7 +303,7 @@ def _rates_in_words(options: AttackOptions, specs: Sequence[RunSpec]) -> str:
     rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
     usual = sorted({spec.learning_rate for spec in specs if spec.subject == "control"}, reverse=True)
     if any(table.learning_rates == "search" for table in options.tables):
-        return f"searched for every attack, between {rates[0]:g} and {rates[-1]:g}"
+        return "searched for every attack"
     span = f"{usual[0]:g} to {usual[-1]:g}"
     return f"{span}; the hardened model down to {rates[-1]:g}, below η₀/α" if rates[-1] < usual[-1] else span
 

@@ -259,7 +259,12 @@ def _taken_out(edit: Edit | None) -> float:
 
 
 SAME_START = 0.002
-"""Starting losses that differ by more than this share are worth a warning."""
+"""Losses before training that differ by more than this share are of different models."""
+
+
+def same_start(loss: float | None, other: float | None) -> bool:
+    """Whether two losses before training may be of models that compute the same; what is not known may be."""
+    return loss is None or other is None or abs(loss - other) <= SAME_START * abs(other)
 
 
 def outcome_notes(options: AttackOptions, outcome: Outcome) -> tuple[str, ...]:
@@ -317,8 +322,8 @@ def _given_up(report: AttackReport) -> list[str]:
         return []
     told = "; ".join(f"{label} from {rate:g} on" for label, rate in cut.items())
     return [
-        f"Given up where the held-out loss passed twice its start: {told}. A run may come back after thousands of "
-        "steps: --no-stop-at-divergence lets it go on."
+        f"Runs ended where the held-out loss passed twice its start: {told}. A run may recover after thousands of "
+        "steps: --no-stop-at-divergence lets it continue."
     ]
 
 
@@ -327,12 +332,12 @@ def _other_start(report: AttackReport) -> list[str]:
     others = []
     for attack in report.attacks:
         start, expected = attack.best_run.start, attack.control.best_run.start if attack.control else None
-        if start is not None and expected is not None and abs(start - expected) > SAME_START * expected:
+        if not same_start(start, expected):
             others.append(f"{attack.label} at {start:.3f} (its control at {expected:.3f})")
     if not others:
         return []
     return [
-        f"Other held-out losses before training than the control's: {'; '.join(others)}. The control is another "
+        f"Held-out loss before training differs from the control's: {'; '.join(others)}. The control is another "
         "model, hardening changed its function, or the attack itself (4 bits, some adapters) breaks scaled weights. "
         "Progress counts from the control's start."
     ]

@@ -29,7 +29,7 @@ class CertifyOptions(Source):
         None, "What it was made from.", metavar="BASE", shown_default="the manifest's", group="Model"
     )
     base_subfolder: str | None = option(
-        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / Folder that the model is in."
     )
     attacks: Path | None = option(
         None,

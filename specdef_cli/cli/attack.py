@@ -31,15 +31,15 @@ class Flags:
     """Options of the command alone."""
 
     suite: str | None = option(
-        None, "quick, standard, full or a TOML file like theirs.", metavar="NAME", group="Attacks"
+        None, "quick, standard, full, or a TOML file of your own.", metavar="NAME", group="Attacks"
     )
-    expand: str | None = option(None, "Attack a grown model too: --variant width:2.", metavar="2x", group="Attacks")
-    list_all: bool = option(False, "List what these options take, and stop.", "--list", group="Attacks")
+    expand: str | None = option(None, "Attack a grown model too, as --variant width:2.", metavar="2x", group="Attacks")
+    list_all: bool = option(False, "List what these options accept, and exit.", "--list", group="Attacks")
     fail_if: tuple[str, ...] = option(
         (), "Exit with 1 if an uninformed attack meets this.", metavar="CONDITION", group="Output"
     )
     card: bool = option(False, "Write the findings into the model card.", group="Output")
-    dry_run: bool = option(False, "Print the plan and its time here; run nothing.", group="Output")
+    dry_run: bool = option(False, "Print the plan and the time it needs; run nothing.", group="Output")
 
 
 @takes(AttackOptions)
@@ -214,7 +214,7 @@ def compare_command(
         bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.", rich_help_panel="Output")
     ] = False,
 ) -> None:
-    """Put attack reports side by side: one row an attack, one column a model.
+    """Put attack reports side by side: one row per attack, one column per model.
 
     Examples:
 

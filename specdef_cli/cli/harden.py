@@ -125,7 +125,7 @@ def result_tables(result: HardenResult) -> Group:
     else:
         verified = f"outputs within {figures['relative']:.1e} of the base's"
     parts: list[RenderableType] = [
-        f"{result.out}: {manifest.method}, adds {result.parameters_added:,} parameters; {verified}"
+        f"{result.out}: {manifest.method}, {result.parameters_added:,} parameters added; {verified}"
     ]
     if manifest.factored:
         layers = table_of("layer", "shape", "α", "σ₁ before", "σ₁ after", "error")
@@ -140,14 +140,14 @@ def result_tables(result: HardenResult) -> Group:
             )
         parts.append(layers)
     if manifest.folded:
-        pairs = table_of("symmetric pairs", "count", "channels", "factors")
+        pairs = table_of("symmetric pairs", "count", "channels", "scaled by")
         for kind, folded in _by_kind(manifest.folded):
             channels = sum(len(pair.channels) for pair in folded)
             powers = _powers(exponent for pair in folded for exponent in pair.exponents)
             pairs.add_row(kind.replace("_", "/"), str(len(folded)), str(channels), powers)
         parts.append(pairs)
     if manifest.scaled:
-        modules = table_of("scaled modules", "count", "factors")
+        modules = table_of("scaled modules", "count", "scaled by")
         for kind, scaled in _by_kind(manifest.scaled):
             sides = [side for module in scaled for side in module.scales.values()]
             modules.add_row(kind, str(len(scaled)), _powers(value for side in sides for value in side.exponents))

@@ -24,7 +24,7 @@ from specdef_cli.process import prefer_huge_pages
 
 @takes(CollapseOptions, without=("trust_remote_code",))
 def collapse_command(model: Model, output: Output, **given: Any) -> None:
-    """Give back the original architecture: multiply factors, undo folds and scales. Anyone can do this.
+    """Restore the original architecture: multiply factors, undo folds and scales. Anyone can do this.
 
     Examples:
 
@@ -126,7 +126,7 @@ def push_command(
     output: Output,
     **given: Any,
 ) -> None:
-    """Upload a hardened directory with its card and certificate: after `specdef certify`, not before.
+    """Upload a hardened directory with its card and certificate; run `specdef certify` first.
 
     Examples:
 

@@ -229,12 +229,12 @@ def _notes(
         notes.append(SCALED_LOADERS)
     notes += changes.reasons
     if unchanged and not changes.factored:
-        notes.append(f"Not hardened: {', '.join(unchanged)}. Training these alone is as fast as before.")
+        notes.append(f"Not hardened: {', '.join(unchanged)}. Training only these is as fast as before.")
     if one_sided:
-        notes.append(f"Scaled on one side only: {', '.join(one_sided)}. Training these alone is slowed least.")
+        notes.append(f"Scaled on one side only: {', '.join(one_sided)}. Training only these is slowed least.")
     if strangers:
-        told = "Not part of the model that config.json describes, so carried over unchanged and not protected"
-        notes.append(f"{told}: {len(strangers)} tensors, {strangers[0]} for one.")
+        told = "Not part of the model that config.json describes, so copied unchanged and not hardened"
+        notes.append(f"{told}: {len(strangers)} tensors, for example {strangers[0]}.")
     left_out = checkpoint.companions.note()
     return (*notes, left_out) if left_out else tuple(notes)
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specdef_cli import AttackOptions
 from specdef_cli.attack.data import load_data
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 from tests.byte_tokenizer import byte_tokenizer

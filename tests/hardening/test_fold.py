@@ -189,10 +189,10 @@ def test_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
     assert "merging with models" in card
     assert "compensation" not in card
     assert "float16-cache profile" in card
-    free = card.partition("as fast as before: ")[2].partition(".  ")[0]
+    free = card.partition("as fast as before when nothing else trains: ")[2].partition(".  ")[0]
     assert "model.embed_tokens" in free
     one_sided = "lm_head, mlp.down_proj, mlp.gate_proj, self_attn.o_proj"
-    assert f"as one side of them is scaled: {one_sided}. " in card
+    assert f"as one side is scaled: {one_sided}. " in card
     assert f"Scaled on one side only: {one_sided}." in result.stderr
     assert "self_attn.q_proj" not in free
     assert "secure" not in card.lower()
