@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from specdef_cli import __version__
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.search import Lead
 from specdef_cli.errors import SpecDefError, first_line, require_extra
-from specdef_cli.version import __version__
 
 CONNECT_WITHIN = 5  # seconds
 WITHOUT_WORKERS = 600

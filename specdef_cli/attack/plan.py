@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions, AttackTable
@@ -41,8 +41,11 @@ class Series:
 
     @property
     def hurried(self) -> bool:
-        """Whether its runs end as soon as they cannot become the best; never where they may diverge and come back."""
-        return self.search and not self.thorough and self.first.stop_at_divergence
+        """Whether its runs end as soon as they cannot become the best; never where they may diverge and come back, or
+        warm up, so that half of a run says less of the rest.
+        """
+        first = self.first
+        return self.search and not self.thorough and first.stop_at_divergence and not first.warmup_steps
 
     def runs(self, rates: Iterable[float], seeds: Iterable[int]) -> tuple[RunSpec, ...]:
         """The runs at some rates with some seeds."""
@@ -110,7 +113,7 @@ def _series(
     alpha = target.alpha if variant.choice.trains_inflated else 1.0
     grid = _usual_rates(options, table, optimizer)
     if _fixed(table):
-        grid = tuple(sorted(table.learning_rates, reverse=True))  # type: ignore[arg-type]
+        grid = tuple(sorted(set(table.learning_rates), reverse=True))  # type: ignore[arg-type]
     elif alpha > 1:
         grid = default_learning_rates(optimizer, alpha)
     first = RunSpec(

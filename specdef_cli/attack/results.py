@@ -259,7 +259,12 @@ def _taken_out(edit: Edit | None) -> float:
 
 
 SAME_START = 0.002
-"""Starting losses that differ by more than this share are worth a warning."""
+"""Losses before training that differ by more than this share are of different models."""
+
+
+def same_start(loss: float | None, other: float | None) -> bool:
+    """Whether two losses before training may be of models that compute the same; what is not known may be."""
+    return loss is None or other is None or abs(loss - other) <= SAME_START * abs(other)
 
 
 def outcome_notes(options: AttackOptions, outcome: Outcome) -> tuple[str, ...]:
@@ -327,7 +332,7 @@ def _other_start(report: AttackReport) -> list[str]:
     others = []
     for attack in report.attacks:
         start, expected = attack.best_run.start, attack.control.best_run.start if attack.control else None
-        if start is not None and expected is not None and abs(start - expected) > SAME_START * expected:
+        if not same_start(start, expected):
             others.append(f"{attack.label} at {start:.3f} (its control at {expected:.3f})")
     if not others:
         return []

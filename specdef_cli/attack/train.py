@@ -24,7 +24,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import set_seed
 
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.prompts import Prompts, behaviour_of, reference_of, try_edits

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from specdef_cli.attack.results import SAME_START
+from specdef_cli.attack.results import same_start
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
@@ -97,11 +97,10 @@ def read_resistance(path: Path, checkpoint: str | None = None, base: str | None 
 
 def _starts_as_its_control(document: ReportDocument) -> bool:
     """Whether an attack starts at a control's loss, as hardening keeps the function: a copy has another fingerprint."""
-    starts = [(run.spec.subject, run.loss.start) for run in document.runs if run.loss.start is not None]
-    controls = [start for subject, start in starts if subject == "control"]
-    attacked = [start for subject, start in starts if subject == "model"]
-    pairs = [(start, control) for start in attacked for control in controls]
-    return not pairs or any(abs(start - control) <= SAME_START * control for start, control in pairs)
+    attacked, controls = (
+        [run.loss.start for run in document.runs if run.spec.subject == subject] for subject in ("model", "control")
+    )
+    return any(same_start(start, control) for start in attacked for control in controls)
 
 
 def _public(name: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter
 
+from specdef_cli import __version__
 from specdef_cli.certify.card import Resistance, attack_section
 from specdef_cli.certify.curvature import CurvatureFigures
 from specdef_cli.certify.formats import FormatFigure
@@ -27,7 +28,6 @@ from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.verify import LOGITS_TOLERANCE
 from specdef_cli.model.opened import OpenedModel
 from specdef_cli.report import cell, number
-from specdef_cli.version import __version__
 
 FORMAT_VERSION: Final = 3
 PACKAGES = ("torch", "transformers", "safetensors", "peft", "pytorch_optimizer")

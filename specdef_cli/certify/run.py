@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdef_cli import __version__
 from specdef_cli.attack.data.language import standard_library
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.certify import CERTIFICATE_NAME, CertifyOptions
@@ -39,7 +40,6 @@ from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_base, open_model, require_sound
 from specdef_cli.model.skeleton import is_causal_lm
 from specdef_cli.report.document import require_report
-from specdef_cli.version import __version__
 
 SEQUENCES, LENGTH = 32, 128
 FORMAT_SEQUENCES = 16

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from specdef_cli import __version__
 from specdef_cli.cli.attack import attack_command, compare_command
 from specdef_cli.cli.certify import certify_command, verify_certificate_command
 from specdef_cli.cli.harden import harden_command
@@ -23,7 +24,6 @@ from specdef_cli.cli.options import GroupedCommand
 from specdef_cli.cli.output import safe_streams
 from specdef_cli.errors import SpecDefError, WrongUsage, first_line, is_out_of_memory, printable
 from specdef_cli.process import require_surroundings
-from specdef_cli.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}

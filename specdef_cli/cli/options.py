@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from specdef_cli.option import option, options_of
+from specdef_cli.option import option, options_of, written_type
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id org/name[@revision].")]
 
@@ -73,25 +73,24 @@ def takes(*models: type, without: tuple[str, ...] = ()) -> Callable[[Command], C
 
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
-    spelling, description = field.metadata["spelling"], field.metadata["description"]
-    kind: Any = spelling.written or _first(hint)
+    given, parse, metavar = field.metadata, field.metadata["parse"], field.metadata["metavar"]
+    kind: Any = _first(hint) if parse is None else written_type(parse)
     many = get_origin(kind) is tuple
-    metavar = spelling.metavar
     if many:
         item: Any = _first(get_args(kind)[0])
         kind = list[item]
         metavar = f"{metavar or item.__name__.upper()}…"
-    names = spelling.names or ((f"--{field.name.replace('_', '-')}",) if kind is bool else ())
+    names = given["names"] or ((f"--{field.name.replace('_', '-')}",) if kind is bool else ())
     shown = typer.Option(
         *names,
-        help=description,
+        help=given["description"],
         metavar=metavar,
-        show_default=spelling.shown_default or True,
-        rich_help_panel=spelling.group,
-        envvar=spelling.envvar,
+        show_default=given["shown_default"] or True,
+        rich_help_panel=given["group"],
+        envvar=given["envvar"],
         show_envvar=False,
     )
-    default = None if spelling.parse is not None else field.default or None if many else field.default
+    default = None if parse is not None else field.default or None if many else field.default
     if default is None:
         kind |= None
     annotation: Any = Annotated[kind, shown]

@@ -267,6 +267,9 @@ def _beyond(folded: Sequence[FoldedPair], limit: int) -> bool:
 
 _FRONT = re.compile(r"\A\s*---[ \t]*\n(.*?)(?m:^)---[ \t]*(?:\n|\Z)", re.DOTALL)
 _BLOCKS = re.compile(r"^(?=[^\s#\-\]}])", re.MULTILINE)
+"""Where the next key of front matter begins."""
+_COMMENTS = re.compile(r"(?:^[ \t]*(?:#.*)?\n?)*\Z", re.MULTILINE)
+"""What a block ends with."""
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -286,37 +289,34 @@ def split_card(card: str) -> tuple[str, str]:
     found = _FRONT.match(card)
     if found is None:
         return "", card
-    front = found[1].strip("\n")
+    front, body = found[1].strip("\n"), card[found.end() :]
     if front.startswith("{") and isinstance(data := _loaded(front), dict):
-        front = yaml.safe_dump(data, allow_unicode=True, sort_keys=False).strip("\n")
-    if _mapping(front) is None:
-        blocks = [block for block in _BLOCKS.split(front) if block]
-        if not any(_mapping(block) for block in blocks):  # text between two rules
-            return ("", card) if front.strip() else ("", card[found.end() :])
-        front = "\n".join(
-            block.rstrip("\n") if _mapping(block) is not None else re.sub(r"^", "# ", block.rstrip("\n"), flags=re.M)
-            for block in blocks
-        )
-    return front, card[found.end() :]
+        return yaml.safe_dump(data, allow_unicode=True, sort_keys=False).strip("\n"), body
+    if metadata(front) or not _COMMENTS.sub("", front):
+        return front, body
+    blocks = [block.rstrip("\n") for block in _BLOCKS.split(front) if block]
+    if not any(map(metadata, blocks)):  # text between two rules
+        return "", card
+    return "\n".join(block if metadata(block) else re.sub(r"^", "# ", block, flags=re.M) for block in blocks), body
 
 
 def metadata(front: str) -> dict[str, Any]:
     """What front matter says; every scalar is text, so that ``no`` stays Norwegian."""
-    return dict(_loaded(front) or {})
+    found = _loaded(front)
+    return found if isinstance(found, dict) else {}
 
 
 def with_keys(front: str, changes: Mapping[str, Any]) -> str:
     """Set top-level keys of front matter; ``None`` removes one. No other character changes."""
     for key, value in changes.items():
-        line = "" if value is None else yaml.safe_dump({key: value}, allow_unicode=True, sort_keys=False).rstrip("\n")
-        node = _mapping(front)
-        place = next(((k, v) for k, v in (node.value if node else ()) if k.value == key), None)
+        line = "" if value is None else yaml.safe_dump({key: value}, allow_unicode=True, sort_keys=False)
+        blocks = _BLOCKS.split(f"{front}\n")
+        place = next((number for number, block in enumerate(blocks) if key in metadata(block)), None)
         if place is None:
-            front = f"{front}\n{line}".strip("\n") if line else front
-            continue
-        begin, end = place[0].start_mark.index, _end(place[1], front)
-        after = front[end:] if line else front[end:].removeprefix("\n")
-        front = (front[:begin] + line + after).strip("\n")
+            blocks.append(line)
+        else:
+            blocks[place] = line + _COMMENTS.search(blocks[place])[0].lstrip("\n")  # type: ignore[index]
+        front = "".join(blocks).strip("\n")
     return front
 
 
@@ -331,23 +331,3 @@ def _loaded(text: str) -> Any:
         return yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return None
-
-
-def _mapping(text: str) -> yaml.MappingNode | None:
-    """The node of a mapping in block style, or of nothing but comments; ``None`` for anything else."""
-    try:
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
-        return None
-    if node is None and text.strip():
-        return yaml.MappingNode("tag:yaml.org,2002:map", [])
-    block = isinstance(node, yaml.MappingNode) and not node.flow_style and isinstance(_loaded(text), dict)
-    return node if block else None
-
-
-def _end(node: yaml.Node, text: str) -> int:
-    """Where a value ends in the text: a collection in block style claims what follows it too, comments and all."""
-    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-        last = node.value[-1]
-        return _end(last[1] if isinstance(last, tuple) else last, text)
-    return len(text[: node.end_mark.index].rstrip("\n"))

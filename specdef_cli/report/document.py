@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,7 +30,15 @@ from specdef_cli.attack.one_run import (
     SpecPart,
     TrainPoint,
 )
-from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport, DataSummary, Hardening, PromptSummary
+from specdef_cli.attack.results import (
+    CONTROL_SHARE,
+    Attack,
+    AttackReport,
+    DataSummary,
+    Hardening,
+    PromptSummary,
+    same_start,
+)
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.option import flag_of
 from specdef_cli.report import STOPPED_SHARE, Finding, Part, cell, findings, number, percent, rate
@@ -321,23 +330,16 @@ def _learned(control: Finding) -> str:
     return f"{number(control.start)} → {number(control.best)} ({rate(control.learning_rate)})"
 
 
-def _one_control(reports: Sequence[ReportDocument]) -> bool:
-    """Whether the controls, on the same data, have the same loss before they are trained."""
-    starts = [
-        next((run.loss.start for run in report.runs if run.spec.subject == "control"), None) for report in reports
-    ]
-    known = [start for start in starts if start is not None]
-    return not known or max(known) - min(known) < 1e-3 * abs(max(known))
-
-
 def _notes(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
     """What a cell's mark means, and what reports must share to be comparable: the data and the budget."""
     notes = []
+    controls = ((run.loss.start for run in report.runs if run.spec.subject == "control") for report in reports)
+    starts = [next(losses, None) for losses in controls]
     if any(attack.verdict == "not settled" for report in reports for attack in report.attacks):
         notes.append("?: the rates tried do not bracket the best one, so that more may be reached than stands there.")
     if len({report.data.fingerprint for report in reports}) > 1:
         notes.append("The reports were made on different data; their columns cannot be compared.")
-    elif not _one_control(reports):
+    elif not all(same_start(start, other) for start, other in pairwise(starts)):
         names = dict.fromkeys(Path(report.control.name).name for report in reports)
         notes.append(f"The reports have different controls ({', '.join(names)}): the table shows the first one's.")
     budgets = [run.spec.budget for report in reports for run in report.runs]

@@ -33,8 +33,7 @@ from specdef_cli.attack.variants import Variant
 from specdef_cli.cli.attack import Condition
 from specdef_cli.report import attack_name, findings, outcome_words, rate, spelling
 from specdef_cli.report.document import ReportDocument, report_dict, report_document, report_json
-from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, write_report
-from specdef_cli.report.html import report_html
+from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, report_html, write_report
 from specdef_cli.report.text import attacks_table, closing, runs_table, summary
 from tests.commands import REPOSITORY
 

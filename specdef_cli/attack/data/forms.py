@@ -7,16 +7,14 @@ older than these conventions have: ``conversations`` with ``from`` and ``value``
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from jinja2 import TemplateError
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedTokenizerBase
 
 from specdef_cli.attack.data.rows import as_text, column_of
 from specdef_cli.attack.target import Task
@@ -54,34 +52,10 @@ class Example:
     decoder where the model has one of its own."""
 
 
-def as_items(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """What the Trainer is given. Sequences of one length need no mask of padding, which attention is slower with."""
-    alike = len({len(part) for example in examples for part in (example.tokens, example.labels)}) == 1
-    return [
-        {"input_ids": list(tokens), "labels": list(labels), **({} if alike else {"attention_mask": [1] * len(tokens)})}
-        for tokens, labels in ((example.tokens, example.labels) for example in examples)
-    ]
-
-
-def collate(items: list[Any], pad: DataCollatorForSeq2Seq) -> dict[str, Any]:
-    """A batch: sequences of equal length as they are, others padded with what costs no loss."""
-    return dict(pad(items)) if "attention_mask" in items[0] else default_data_collator(items)
-
-
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences have in common from the start."""
     pairs = zip(first, second, strict=False)
     return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
-
-
-def fingerprint_of(*halves: Iterable[Example]) -> str:
-    """Sixteen hexadecimal digits of the tokens and what is counted of them."""
-    digest = hashlib.sha256()
-    for half in halves:
-        for example in half:
-            digest.update(torch.tensor([*example.tokens, *example.labels, len(example.labels)]).numpy().tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()[:16]
 
 
 Message: TypeAlias = dict[str, Any]

@@ -7,11 +7,10 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import datasets
 from datasets.data_files import get_data_patterns
@@ -267,68 +266,6 @@ def _no_rows(dataset: str) -> SpecDefError:
     return SpecDefError(f"{dataset} has no rows", "Give a data set with something in it.")
 
 
-HELD_OUT_EVERY = 10
-"""Every tenth row is held out; of fewer rows, the last tenth of the tokens."""
-
-
-_Item = TypeVar("_Item")
-
-
-class Examples(Protocol):
-    """A map-style data set that knows its size: a list of items, or what makes them when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class AttackData:
-    """What the Trainer is given."""
-
-    name: str
-    train: Examples
-    held_out: Examples
-    collate: Callable[[list[Any]], dict[str, Any]]
-    fingerprint: str  # sixteen hexadecimal digits of the tokens or images and labels themselves
-    labels: int = 0  # number of classes; 0 for language modelling
-    resize_head: bool = False  # whether the checkpoint's own head has another number of classes
-    padding: int | None = None
-    problem: str | None = None
-    """What transformers calls the kind of labels: ``single_label_classification``, …; ``None`` for language."""
-    remarks: tuple[str, ...] = ()  # what a reader of the report should know of it, one sentence each
-    retained: Examples | None = None  # text on which a language model's ability is measured as it is attacked
-
-    def configure(self, config: Any) -> None:
-        """Give a classifier's config the data's kind and number of labels, and its padding."""
-        if config.num_labels != self.labels:
-            config.num_labels = self.labels
-        config.problem_type = self.problem
-        # Decoders find the token to classify by looking for the padding.
-        if self.padding is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self.padding
-
-    @property
-    def evaluated(self) -> int:
-        """Sequences that every evaluation takes."""
-        return len(self.held_out) + (0 if self.retained is None else len(self.retained))
-
-    @property
-    def halves(self) -> tuple[Examples, ...]:
-        """Every data set that a run may see."""
-        return (self.train, self.held_out, *([self.retained] if self.retained is not None else []))
-
-
-def is_held_out(row: int) -> bool:
-    """Whether the row of this number, counted from 0, is evaluated and not trained on."""
-    return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-
-
-def whole_batches(items: list[_Item], batch_size: int) -> list[_Item]:
-    """Every step trains on a full batch. (The Trainer's own ``drop_last`` would drop held-out items as well.)"""
-    return items[: len(items) // batch_size * batch_size]
-
-
 def column_of(row: Any, column: str, dataset: str) -> Any:
     """One column of a row."""
     if column not in row:
@@ -341,47 +278,13 @@ def column_of(row: Any, column: str, dataset: str) -> Any:
 
 
 def as_text(value: Any, column: str, dataset: str) -> str:
-    """What a column of text holds; a row without any counts as empty."""
+    """What a column of text holds, without a file's byte order mark; a row without any counts as empty."""
     if not isinstance(value, str | None):
         raise SpecDefError(
             f"column {column!r} of {dataset} holds {type(value).__name__}, not text",
             "Name a column of text with --text-column.",
         )
-    return value or ""
-
-
-def check_size(
-    name: str,
-    what: str,
-    train: int,
-    held_out: int,
-    options: AttackOptions,
-    *,
-    remarks: tuple[str, ...] = (),
-    remedy: str | None = None,
-) -> None:
-    """Refuse data that is too small for one batch and one evaluation."""
-    if train >= options.batch_size and held_out >= 1:
-        return
-    shorter = " or --sequence-length" if what == "sequences" else ""
-    left_out = f" ({' '.join(remarks)})" if remarks else ""
-    raise SpecDefError(
-        f"{name} gives {train} {what} to train on and {held_out} to evaluate; a batch has {options.batch_size}"
-        f"{left_out}",
-        remedy or f"Give more data, or a smaller --batch-size{shorter}.",
-    )
-
-
-def repeated_rows(train: Iterable[Any], held_out: Iterable[Any]) -> tuple[str, ...]:
-    """A remark where held-out rows are training rows too."""
-    known = {hash(repr(row)) for row in train}
-    again = [hash(repr(row)) in known for row in held_out]
-    if not any(again):
-        return ()
-    return (
-        f"Of {len(again)} held-out rows, {sum(again)} are repeated among those trained on: their loss shows memory. "
-        "Remove repeated rows to measure what is learned.",
-    )
+    return (value or "").removeprefix("\ufeff")
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
