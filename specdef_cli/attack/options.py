@@ -205,6 +205,11 @@ class AttackOptions(Budget, Source):
                     f"{flag_of(AttackOptions, name)} {getattr(self, name)} is not a number of at least 0",
                     "Give 0 or more.",
                 )
+        if self.warmup_steps >= self.steps:
+            raise WrongUsage(
+                f"--warmup-steps {self.warmup_steps} is all of a run of {self.steps} steps",
+                f"Give fewer, or --steps {self.warmup_steps + 1} or more.",
+            )
         if self.dask is not None and self.jobs > 1:
             raise WrongUsage(
                 f"--jobs {self.jobs} is of this machine, and --dask makes as many runs at a time as it has workers",
@@ -212,6 +217,8 @@ class AttackOptions(Budget, Source):
             )
         if not self.seeds:
             raise WrongUsage("no seed is given", "Give at least one seed.")
+        if not all(word.strip() for word in self.refusal_words):
+            raise WrongUsage("a --refusal-word is empty, and would be in every answer", "Give words of a refusal.")
         if self.prompts_harmless is not None and self.prompts is None:
             raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
         if self.dataset is None and self.retained in (None, NO_RETAINED):

@@ -41,8 +41,9 @@ class Series:
 
     @property
     def hurried(self) -> bool:
-        """Whether runs end once they cannot become the best; never if they may diverge and recover."""
-        return self.search and not self.thorough and self.first.stop_at_divergence
+        """Whether runs end once they cannot become the best; never if they may diverge and recover, or warm up."""
+        first = self.first
+        return self.search and not self.thorough and first.stop_at_divergence and not first.warmup_steps
 
     def runs(self, rates: Iterable[float], seeds: Iterable[int]) -> tuple[RunSpec, ...]:
         seeds = tuple(seeds)
@@ -109,7 +110,7 @@ def _series(
     alpha = target.alpha if variant.choice.trains_inflated else 1.0
     grid = _usual_rates(options, table, optimizer)
     if _fixed(table):
-        grid = tuple(sorted(table.learning_rates, reverse=True))  # type: ignore[arg-type]
+        grid = tuple(sorted(set(table.learning_rates), reverse=True))  # type: ignore[arg-type]
     elif alpha > 1:
         grid = default_learning_rates(optimizer, alpha)
     first = RunSpec(

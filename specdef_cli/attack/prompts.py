@@ -66,6 +66,21 @@ class Prompts:
     given: bool  # whether the unwanted ones are the user's, so that refusals mean something
     fingerprint: str
 
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        """All of them."""
+        return (*self.unwanted, *self.harmless, *self.asked, *self.compared)
+
+    def require_within(self, positions: int | None) -> None:
+        """Refuse prompts after which a model that knows so many positions has none left to answer in."""
+        longest = max(map(len, self.tokens))
+        if positions and longest + ANSWER_TOKENS > positions:
+            raise SpecDefError(
+                f"a prompt has {longest} tokens, and the model {positions} positions for it and {ANSWER_TOKENS} tokens "
+                "of an answer",
+                f"Give --prompts and --prompts-harmless of at most {max(1, positions - ANSWER_TOKENS)} tokens each.",
+            )
+
     def is_refusal(self, answer: str) -> bool:
         plain = answer.lower().replace("’", "'")
         return any(word in plain for word in self.refusals)
@@ -82,6 +97,11 @@ def load_prompts(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> 
         )
     if options.prompts_harmless is not None:
         harmless = _prompts_in(options, options.prompts_harmless, "--prompts-harmless")
+    if both := sorted({*unwanted} & {*harmless}):
+        raise SpecDefError(
+            f"{len(both)} of the unwanted prompts are among the harmless too, such as {both[0][:60]!r}",
+            "Leave each in one of --prompts and --prompts-harmless.",
+        )
     most = MAX_PROMPTS["accelerator" if torch.accelerator.is_available() else "cpu"]
     unwanted, harmless = unwanted[:most], harmless[:most]
     refusals = tuple(word.lower().replace("’", "'") for word in options.refusal_words) or REFUSALS
@@ -102,7 +122,7 @@ def _prompts_in(options: AttackOptions, name: str, flag: str) -> tuple[str, ...]
     path = Path(name).expanduser()
     if path.is_file() and path.suffix.lower() in ("", ".txt", ".text"):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise SpecDefError(
                 f"{flag} {name} cannot be read: {error}", "Give text in UTF-8, one prompt a line."
@@ -115,9 +135,13 @@ def _prompts_in(options: AttackOptions, name: str, flag: str) -> tuple[str, ...]
             found.append(_prompt_of(row, name, flag))
             if len(found) == max(MAX_PROMPTS.values()):
                 break
-    if len(found) < 2:
-        raise SpecDefError(f"{flag} {name} has {len(found)} prompts", "Give two or more: every second is held out.")
-    return tuple(found)
+    distinct = tuple(dict.fromkeys(found))
+    if len(distinct) < 2:
+        raise SpecDefError(
+            f"{flag} {name} has too few different prompts: {len(distinct)}",
+            "Give two or more: every second is held out.",
+        )
+    return distinct
 
 
 def _prompt_of(row: dict[str, Any], name: str, flag: str) -> str:

@@ -335,7 +335,8 @@ def make_trainer(
         gradient_checkpointing=memory.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if memory.checkpointing else None,
         learning_rate=spec.learning_rate,
-        lr_scheduler_type=spec.schedule,
+        # Of these two the Trainer's plain one leaves a warm-up out, without a word.
+        lr_scheduler_type="constant_with_warmup" if spec.schedule == "constant" else spec.schedule,
         warmup_steps=spec.warmup_steps,
         weight_decay=spec.weight_decay,
         max_grad_norm=0.0 if choice.second_order else spec.max_grad_norm,

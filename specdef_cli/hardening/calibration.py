@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.body import SymmetricPair
-from specdef_cli.model.inputs import token_batch
+from specdef_cli.model.inputs import require_in_vocabulary, token_batch
 from specdef_cli.model.loading import without_progress_bars
 from specdef_cli.model.opened import OpenedModel
 from specdef_cli.model.skeleton import Skeleton
@@ -37,7 +37,7 @@ SEQUENCES, LENGTH = 8, 128
 TURN = 200
 """Characters of a turn of a chat."""
 
-WITHOUT = "Choose the channels by the weights alone: --calibration none."
+WITHOUT = "Choose the channels by the weights alone: --profile quantizable --calibration none."
 
 BLOCK, WIDE_BLOCK = 32, 256
 """Neighbours that llama.cpp gives one scale when it rounds activations to 8 bits; K-quants take the second, where the
@@ -125,6 +125,7 @@ def calibrate(
             token_batch(base.directory, part, sequences=SEQUENCES, length=length, tokenizer=tokenizer)
             for part in (text, *_as_chat(tokenizer, text))
         ]
+        require_in_vocabulary(parts, model.config, base.directory)
     except SpecDefError as error:
         raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
     tokens = torch.cat([part[: -(-SEQUENCES // len(parts))] for part in parts])

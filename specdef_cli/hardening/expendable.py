@@ -55,7 +55,7 @@ def raise_pairs(
         activations = calibrate(base, pairs, text, exponents=exponents, device=device)
     used = [pair for pair in pairs if pair.channels > 1]
     norms = partial(channel_norms, base.checkpoint)
-    if activations.drowned:
+    if wanted.profile == "gguf":
         found = (raise_within_blocks(pair, activations, norms, BLOCK_LOSS / len(used)) for pair in used)
     else:
         found = (raise_pair(pair, activations, EXPONENT, norms) for pair in used)
@@ -143,14 +143,16 @@ def energies(pair: SymmetricPair, activations: Activations, norms: NormsOf) -> T
 
 def largest(pair: SymmetricPair, activations: Activations) -> Tensor:
     """The largest magnitude that passes through each channel, and of the rows that are raised; shape [channels]."""
+    raised = [side for side in pair.sides if side.power > 0]
+    seen = [(side, activations.row_largest.get(side.tensor)) for side in raised]
+    seen += [(side, activations.outputs[side.tensor].largest) for side in raised if side.tensor in activations.outputs]
+    if pair.kind != "query_key":  # there the other side is rows too, and goes down
+        readers = [side for side in pair.sides if side.power < 0 and side.tensor in activations.inputs]
+        seen += [(side, activations.inputs[side.tensor].largest) for side in readers]
     found = torch.zeros(pair.channels)
-    for side in pair.sides:
-        seen = [activations.row_largest.get(side.tensor)] if side.power > 0 else []
-        of = activations.outputs if side.power > 0 else activations.inputs
-        seen += [of[side.tensor].largest] if side.tensor in of else []
-        for values in seen:
-            if values is not None:
-                found = found.maximum(values[torch.tensor(side.indices)].amax(-1))
+    for side, values in seen:
+        if values is not None:
+            found = found.maximum(values[torch.tensor(side.indices)].amax(-1))
     return found
 
 

@@ -58,7 +58,7 @@ def curves_png(report: AttackReport) -> bytes:
 
     Left: held-out loss over steps, each attack at its best learning rate. Right: best held-out loss over the learning
     rate, logarithmic, so that an attack which only wins at an unusual rate shows. Blue: attackers who know only
-    recipes; red: who know the construction; orange: who also grow the model; black: the control.
+    recipes; red: who know the construction; orange: who also grow the model; grey: the control.
     """
     # The object interface: pyplot would keep global state and may look for a display.
     figure = Figure(figsize=(12, 6.2), layout="constrained")
@@ -83,7 +83,8 @@ def curves_png(report: AttackReport) -> bytes:
         if start is not None:
             axes.axhline(start, color="gray", lw=1, ls=":", zorder=0)
         _tidy(axes)
-    left.set(title="Each attack at its best learning rate", xlabel="optimizer step", ylabel="held-out loss (nats)")
+    title = "The strongest attacks of each kind, each at its best learning rate"
+    left.set(title=title, xlabel="optimizer step", ylabel="held-out loss (nats)")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(
         title="Best loss over learning rates (×: diverged or worse)",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
@@ -23,7 +24,7 @@ from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import OpenedModel, open_model
 from specdef_cli.model.symmetries import symmetries
-from tests.commands import TINY_LLAMA
+from tests.commands import TINY_LLAMA, assert_refused, call_cli, succeed
 from tests.tiny_families import write_case
 from tests.tiny_models import write_model
 
@@ -203,6 +204,17 @@ def test_what_passes_through_a_raised_channel_stays_far_below_float16s_largest(
                 assert own == exponent or bool(full[channel] if pair.kind == "query_key" else full.all())
 
 
+def test_queries_may_be_more_than_the_width_that_they_read(tmp_path: Path) -> None:
+    """Queries are rows too, and go down: of a pair with keys, the keys alone say how far it can be raised."""
+    base, pairs = opened(with_tokenizer("mistral", tmp_path / "m"))
+    activations = calibrate(base, pairs, TEXT)
+    for pair in (pair for pair in pairs if pair.kind == "query_key"):
+        (keys,) = [side for side in pair.sides if side.power > 0]
+        passed = activations.outputs[keys.tensor].largest.maximum(activations.row_largest[keys.tensor])
+        expected = passed[torch.tensor(keys.indices)].amax(-1)
+        assert torch.equal(largest(pair, activations), expected)
+
+
 def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
     directory = write_model("llama", tmp_path / "m")
     tensors = load_file(directory / "model.safetensors")
@@ -217,15 +229,29 @@ def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
     assert second is None
 
 
+@pytest.mark.parametrize("profile", ["quantizable", "gguf"])
 @pytest.mark.parametrize(
     ("family", "text", "problem"),
-    [("vit", TEXT, "takes no text"), ("llama", "w1 w2", "the text has 2 tokens")],
+    [
+        ("vit", TEXT, "takes no text"),
+        ("llama", "w1 w2", "the text has 2 tokens"),
+        ("llama", f"{TEXT} beyond", "is outside the model's vocabulary of 96"),
+    ],
 )
-def test_without_a_text_the_way_out_is_named(family: str, text: str, problem: str, tmp_path: Path) -> None:
-    base, pairs = opened(write_model(family, tmp_path / "m"))
-    with pytest.raises(SpecDefError, match=problem) as caught:
-        calibrate(base, pairs, text)
-    assert "--calibration none" in caught.value.hint
+def test_without_a_text_the_way_out_is_named(
+    family: str, text: str, problem: str, profile: str, tmp_path: Path
+) -> None:
+    base = write_model(family, tmp_path / "m")
+    if "beyond" in text:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(["beyond"])
+        tokenizer.save_pretrained(base)
+        text = f"beyond {text}"
+    (tmp_path / "text").write_text(text)
+    command = ("harden", base, "--out", tmp_path / "out", "--dry-run", "--no-verify")
+    result = call_cli(*command, "--profile", profile, "--calibration", tmp_path / "text")
+    assert_refused(result, problem, "--profile quantizable --calibration none")
+    succeed(*command, "--profile", "quantizable", "--calibration", "none")
 
 
 def test_a_model_that_does_not_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,7 +240,7 @@ def _retained(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Exa
     if options.retained is not None:
         named = replace(
             options, dataset=options.retained, dataset_config=None, dataset_split=None, retained=NO_RETAINED,
-            eval_sequences=count, steps=1,
+            eval_sequences=count, steps=1, warmup_steps=0,
         )  # fmt: skip
         return language_data(named, "causal-lm", tokenizer).held_out
     sequences: list[Example] = []

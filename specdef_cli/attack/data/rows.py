@@ -276,13 +276,13 @@ def column_of(row: Any, column: str, dataset: str) -> Any:
 
 
 def as_text(value: Any, column: str, dataset: str) -> str:
-    """Check that a column holds text; no text counts as empty."""
+    """Check that a column holds text, and strip a file's byte order mark; no text counts as empty."""
     if not isinstance(value, str | None):
         raise SpecDefError(
             f"column {column!r} of {dataset} holds {type(value).__name__}, not text",
             "Name a column of text with --text-column.",
         )
-    return value or ""
+    return (value or "").removeprefix("\ufeff")
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
