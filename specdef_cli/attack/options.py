@@ -72,7 +72,7 @@ _COLUMNS = "Data / Columns"
 
 
 def seeds_of(count: int) -> tuple[int, ...]:
-    """The seeds of so many runs of every attack: 0, 1, …"""
+    """Return that many seeds: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
         raise WrongUsage(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))
@@ -205,6 +205,11 @@ class AttackOptions(Budget, Source):
                     f"{flag_of(AttackOptions, name)} {getattr(self, name)} is not a number of at least 0",
                     "Give 0 or more.",
                 )
+        if self.warmup_steps >= self.steps:
+            raise WrongUsage(
+                f"--warmup-steps {self.warmup_steps} is all of a run of {self.steps} steps",
+                f"Give fewer, or --steps {self.warmup_steps + 1} or more.",
+            )
         if self.dask is not None and self.jobs > 1:
             raise WrongUsage(
                 f"--jobs {self.jobs} is of this machine, and --dask makes as many runs at a time as it has workers",
@@ -212,6 +217,8 @@ class AttackOptions(Budget, Source):
             )
         if not self.seeds:
             raise WrongUsage("no seed is given", "Give at least one seed.")
+        if not all(word.strip() for word in self.refusal_words):
+            raise WrongUsage("a --refusal-word is empty, and would be in every answer", "Give words of a refusal.")
         if self.prompts_harmless is not None and self.prompts is None:
             raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
         if self.dataset is None and self.retained in (None, NO_RETAINED):
@@ -232,7 +239,7 @@ class AttackOptions(Budget, Source):
 
     @property
     def tables(self) -> tuple[AttackTable, ...]:
-        """Which attacks to run: the suite's, or what the other fields come to."""
+        """The attacks to run: the suite's, or those that the other fields describe."""
         if self.suite is not None:
             return self.suite.attacks
         asked: tuple[Training, ...] = self.trainings  # type: ignore[assignment]
@@ -252,7 +259,6 @@ class AttackOptions(Budget, Source):
 
     @property
     def eval_interval(self) -> int:
-        """Steps between evaluations."""
         return self.eval_every or max(1, self.steps // 10)
 
     def require_present(self) -> None:
@@ -301,7 +307,7 @@ def _training(asked: str | Mapping[str, str] | Training) -> Training:
 
 
 def _all_of(rows: Iterable[str]) -> pydantic.BeforeValidator:
-    """Puts the names of all rows in the place of ``every``."""
+    """Replace ``every`` by the names of all rows."""
     return pydantic.BeforeValidator(
         lambda asked: [name for each in asked for name in (rows if each == "every" else (each,))]
     )

@@ -28,7 +28,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Target:
-    """What is attacked."""
+    """The model under attack, its control, and its data."""
 
     manifest: Manifest | None  # None for a model that comes without one
     task: Task

@@ -80,8 +80,6 @@ class FunctionFigures:
 
 @dataclass(frozen=True)
 class _Observed:
-    """What one model does."""
-
     inputs: dict[str, Tensor]
     outputs: Tensor
     loss: float | None

@@ -96,7 +96,7 @@ class ScaledSlice:
 
     @property
     def inverse(self) -> ScaledSlice:
-        """What undoes it, bit for bit."""
+        """The slice that undoes it, bit for bit."""
         negated = tuple(-exponent for exponent in self.exponents)
         return ScaledSlice(self.tensor, self.axis, self.block, self.indices, negated)
 
@@ -122,7 +122,7 @@ class FactoredLayer(LinearLayer):
 
     @property
     def stem(self) -> str:
-        """What the names of its tensors begin with, in the base's files and in the hardened ones."""
+        """The prefix of its tensors' names, in the base's files and in the hardened ones."""
         return self.tensor.removesuffix(".weight")
 
     @property
@@ -142,20 +142,20 @@ class FactoredLayer(LinearLayer):
 
     @property
     def original(self) -> Shapes:
-        """What it has in the base's files."""
+        """Its tensors in the base's files."""
         m, n = self.out_features, self.in_features
         return {self.tensor: (n, m) if self.transposed else (m, n)} | ({self.bias: (m,)} if self.bias else {})
 
     @property
     def stored(self) -> Shapes:
-        """What it has in the hardened files; the tombstone stands under the weight's name."""
+        """Its tensors in the hardened files; the tombstone has the weight's name."""
         m, n = self.out_features, self.in_features
         bias = {self.compensation_bias: (m,)} if self.compensation_bias else {}
         return {self.inflated_tensor: (m, n), self.compensation_tensor: (m, m), **bias, self.tensor: (1,)}
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What ``config.json`` says of it."""
+        """Its entry in ``config.json``."""
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -229,7 +229,7 @@ class ScaledModule:
 
     @property
     def tombstone(self) -> str:
-        """Name of the one element that stands where the weight was."""
+        """Name of the one-element tensor in the weight's place."""
         return f"{self.stem}.weight"
 
     @property
@@ -239,18 +239,16 @@ class ScaledModule:
 
     @property
     def inflated_bias(self) -> str | None:
-        """Name of the scaled bias."""
         return f"{self.stem}.inflated.bias" if self.bias else None
 
     @property
     def scales(self) -> dict[str, ScaledChannels]:
-        """Names of the scale vectors, which hold 2**-exponent, and what they undo."""
+        """Names of the scale vectors, which hold 2**-exponent, and the channels they undo."""
         sides = {"input_scale": self.input, "output_scale": self.output}
         return {f"{self.stem}.{name}.weight": side for name, side in sides.items() if side is not None}
 
     @property
     def channels(self) -> int:
-        """How many channels are scaled."""
         return sum(len(side.indices) for side in self.scales.values())
 
     @property
@@ -260,13 +258,13 @@ class ScaledModule:
 
     @property
     def original(self) -> Shapes:
-        """What it has in the base's files."""
+        """Its tensors in the base's files."""
         own = {} if self.tied_to else {self.tensor: self.shape}
         return own | ({self.bias: self._length} if self.bias else {})
 
     @property
     def stored(self) -> Shapes:
-        """What it has in the hardened files."""
+        """Its tensors in the hardened files."""
         own = {} if self.tied_to else {self.inflated_tensor: self.shape}
         bias = {self.inflated_bias: self._length} if self.inflated_bias else {}
         vectors = {name: (self.shape[side.axis],) for name, side in self.scales.items()}
@@ -274,7 +272,7 @@ class ScaledModule:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What ``config.json`` says of it."""
+        """Its entry in ``config.json``."""
         return {
             "kind": self.kind,
             "weight": list(self.shape),
@@ -292,7 +290,7 @@ class ScaledModule:
 
     @property
     def slices(self) -> tuple[ScaledSlice, ...]:
-        """What was multiplied in the base's tensors."""
+        """The slices of the base's tensors that were multiplied."""
         sides = () if self.tied_to else self.scales.values()
         slices = [ScaledSlice(self.tensor, side.axis, None, *side.along(self.shape[side.axis])) for side in sides]
         if self.bias is not None and self.output is not None:
@@ -369,46 +367,25 @@ class Manifest(Changed):
         return dataclasses.replace(self, base=dataclasses.replace(self.base, name=self.base.public_name))
 
     def to_json(self) -> str:
-        """The manifest as the text of ``specdef.json``."""
         return json.dumps(manifest_record().dump_python(self, mode="json"), indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str, origin: str = MANIFEST_NAME) -> Manifest:
-        """Parse ``specdef.json``."""
         from pydantic import ValidationError
 
         try:
-            return manifest_record().validate_json(_in_this_format(text))
+            return manifest_record().validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             if first["loc"] == ("format",) and first["type"] == "literal_error":
                 raise SpecDefError(
-                    f"{origin} has format {first['input']!r}; this version reads formats 1 and {FORMAT_VERSION}",
+                    f"{origin} has format {first['input']!r}; this version reads format {FORMAT_VERSION}",
                     "Install the release of specdef-cli that wrote it.",
                 ) from error
             raise SpecDefError(
                 f"{origin} is not a valid manifest: {first_violation(error)}",
                 "Harden the base model again, or restore the file.",
             ) from error
-
-
-def _in_this_format(text: str) -> str:
-    """A manifest of format 1, in which methods and profiles had other names, as one of this format; others as is."""
-    try:
-        read = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    if not (isinstance(read, dict) and type(read.get("format")) is int and read["format"] == 1):
-        return text
-    record = {name: value for name, value in read.items() if name != "schedule"}
-    record |= {"format": FORMAT_VERSION, "factored": record.pop("inserted", [])}
-    if record.get("config_changes") == []:  # of early ones, where it is always so
-        del record["config_changes"]
-    if record.get("method") in ("insert", "mixed"):
-        record["method"] = "factors" if record["factored"] else "scale"
-    if record.get("profile") == "coverage":
-        record["profile"] = "float16-cache"
-    return json.dumps(record)
 
 
 @functools.cache
@@ -420,7 +397,7 @@ def manifest_record() -> TypeAdapter[Manifest]:
 
 
 def find_manifest(directory: Path, elsewhere: Path | None = None) -> Path | None:
-    """Where the manifest of a directory lies: in it, or ``elsewhere`` (``--manifest``); ``None`` where it has none."""
+    """Find the manifest of a directory, in it or ``elsewhere`` (``--manifest``); ``None`` where it has none."""
     own = directory / MANIFEST_NAME
     if elsewhere is None:
         return own if own.is_file() else None
@@ -457,5 +434,5 @@ def read_manifest(directory: Path, elsewhere: Path | None = None) -> Manifest:
 
 
 def last_part(directory: Path) -> str:
-    """What a directory is called, for others, however it was named here (``..``)."""
+    """The public name of a directory, even of ``..``."""
     return Path(os.path.abspath(directory.expanduser())).name or "model"  # noqa: PTH100 - a link keeps its own name

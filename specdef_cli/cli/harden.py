@@ -27,8 +27,6 @@ Kinded = TypeVar("Kinded", FoldedPair, ScaledModule)
 
 @dataclass(frozen=True)
 class Flags(Upload):
-    """Options of the command alone."""
-
     push_to_hub: str | None = option(
         None, "Upload the published directory to org/name.", metavar="REPO", group="Upload"
     )
@@ -102,7 +100,7 @@ def harden_command(model: Model, flags: Flags, output: Output, **given: Any) -> 
 
 
 def _construction(given: dict[str, Any]) -> Construction:
-    """Take the construction and its own options out of what was given; one of another construction is wrong usage."""
+    """Take the construction and its options out of ``given``; an option of another construction is wrong usage."""
     method = given.pop("construction", "fold")
     owners = {name: kind for kind in CONSTRUCTIONS.values() for name in options_of(kind)}
     own = {name: given.pop(name) for name in tuple(given) if name in owners}

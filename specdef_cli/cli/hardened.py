@@ -70,8 +70,6 @@ def collapse_command(model: Model, output: Output, **given: Any) -> None:
 
 @dataclass(frozen=True)
 class Converted:
-    """Where an adapter goes."""
-
     out: Path = option(MISSING, "New directory of the adapter.", "--out", "-o", metavar="DIR", group="Output")
 
 
@@ -111,8 +109,6 @@ def convert_adapter_command(
 
 @dataclass(frozen=True)
 class Flags(Upload):
-    """Options of the command alone."""
-
     revision: str | None = option(None, "Branch to upload to.", metavar="NAME", shown_default="main", group="Upload")
     no_manifest: bool = option(False, "Leave out specdef.json, which says what was changed.", group="Upload")
     yes: bool = option(False, "Upload a directory that is not hardened too.", "--yes", "-y", group="Upload")

@@ -53,7 +53,7 @@ DROWNED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Channels:
-    """What a module's inputs or outputs are, channel by channel; every tensor has shape [channels]."""
+    """Statistics of a module's inputs or outputs; every tensor has shape [channels]."""
 
     mean_square: Tensor
     largest: Tensor
@@ -95,7 +95,7 @@ class Activations:
                 self.drowned[name] = drowned_energy(inputs, self.column_norms[name].to(inputs.device), exponents)
 
     def weigh(self, name: str, weight: Tensor, module: nn.Module | None = None) -> None:
-        """Keep what a module's weight is by row and by column; without a module, a matrix of rows."""
+        """Keep statistics of a module's weight, by row and by column; without a module, of a matrix of rows."""
         values = weight.detach().float()
         if module is None or isinstance(module, nn.Linear | Conv1D):
             values = values.T if isinstance(module, Conv1D) else values
@@ -250,7 +250,7 @@ def _path_of(model: PreTrainedModel) -> str:
 
 
 def _sources(skeleton: Skeleton, parameter: str) -> str | None:
-    """The tensor on disk that a parameter is as it stands, or that of one which it is tied to."""
+    """The tensor on disk that a parameter, or one it is tied to, is stored as."""
     tensor = skeleton.names.tensor(parameter)
     if tensor is None and parameter in skeleton.tied and isinstance(skeleton.model, PreTrainedModel):
         shared = skeleton.parameters[parameter]
@@ -320,7 +320,6 @@ def _whole_model(base: OpenedModel, found: Activations, device: torch.device) ->
 
 
 def read_text(path: Path) -> str:
-    """A text to calibrate with."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -328,7 +327,7 @@ def read_text(path: Path) -> str:
 
 
 def default_text() -> str:
-    """Source and prose that every Python has: some modules of the standard library, and what they say of themselves."""
+    """Source and prose of some modules of Python's standard library."""
     modules = (statistics, argparse, logging, textwrap)
     parts = [Path(inspect.getfile(module)).read_text(encoding="utf-8") for module in modules]
     size = SEQUENCES * LENGTH * 4

@@ -48,7 +48,7 @@ NormsOf = Callable[[Side], Tensor]
 def raise_pairs(
     base: OpenedModel, pairs: Sequence[SymmetricPair], wanted: Fold, device: str | None
 ) -> tuple[FoldedPair, ...]:
-    """Fold every pair in one direction, on what can best be lost, as a text or the weights alone show it."""
+    """Fold every pair in one direction, on the channel that can best be lost, by a text or by weights alone."""
     activations = Activations()
     if pairs and wanted.calibration != BY_WEIGHTS:
         text = default_text() if wanted.calibration is None else read_text(Path(wanted.calibration))

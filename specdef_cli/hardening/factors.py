@@ -41,12 +41,10 @@ class FactorLayer:
     seed: int
 
     def group(self) -> TensorGroup:
-        """What this layer becomes on disk."""
         outputs = (TensorSpec(name, self.dtype, shape) for name, shape in self.layer.stored.items())
         return TensorGroup(self.layer.module, tuple(outputs), self)
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Compute the factors."""
         layer, stored = self.layer, TORCH_DTYPES[self.dtype]
         weight = read_weight(checkpoint, layer, device)
         seed = layer_seed(self.seed, layer.tensor)
@@ -87,7 +85,6 @@ class CollapseLayer:
     dtype: str
 
     def group(self) -> TensorGroup:
-        """What the layer becomes on disk."""
         outputs = (TensorSpec(name, self.dtype, shape) for name, shape in self.layer.original.items())
         return TensorGroup(self.layer.module, tuple(outputs), self)
 

@@ -253,7 +253,7 @@ def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
 
 
 def by_block(members: Iterable[Member], path: Callable[[Member], str]) -> tuple[list[Member], list[list[Member]]]:
-    """What lies outside of a model's blocks, and the members of each block in order; one empty block if none."""
+    """Split members into those outside of blocks and those of each block, in order; at least one block."""
     outside: list[Member] = []
     blocks: dict[str, list[Member]] = {}
     for member in members:

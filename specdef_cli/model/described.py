@@ -143,7 +143,7 @@ def _is_a_scale(part: ScaledSlice | ScaledChannels) -> bool:
 
 
 def replaced_stems(names: Iterable[str]) -> list[str]:
-    """What the names on disk of replaced layers and scaled modules begin with, in order."""
+    """Prefixes of the names on disk of replaced layers and scaled modules, in order."""
     ends = (".inflated.weight", ".input_scale.weight", ".output_scale.weight")
     return list(dict.fromkeys(name.removesuffix(end) for name in names for end in ends if name.endswith(end)))
 

@@ -117,7 +117,8 @@ def test_collapse_always_has_its_row(options: dict[str, Any]) -> None:
 
 
 def test_rates_given_hold_for_all() -> None:
-    runs = plan(learning_rates=(1e-4, 3e-6), seeds=(0, 1), variants=("depth:3", "collapse"))
+    runs = plan(learning_rates=(1e-4, 3e-6, 1e-4), seeds=(0, 1), variants=("depth:3", "collapse"))
+    assert len(runs) == len(set(runs)), "each once"
     groups: dict[Any, set[Any]] = {}
     for run in runs:
         groups.setdefault((run.subject, run.variant, run.training.method), set()).add((run.learning_rate, run.seed))
@@ -219,6 +220,8 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
         ({"task": "vision"}, "'vision'"),
         ({"seeds": ()}, "seed"),
         ({"jobs": 0}, "--jobs 0"),
+        ({"warmup_steps": 30}, "--warmup-steps 30"),
+        ({"refusal_words": ("no", " ")}, "--refusal-word"),
     ],
 )
 def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:

@@ -94,6 +94,16 @@ def test_each_runs_in_low_precision(name: str, dtype: Any, base: Path, memorizab
     assert any(not torch.equal(before[key], parameter) for key, parameter in parameters.items())
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_every_schedule_warms_up(schedule: Any, base: Path, memorizable: AttackData, tmp_path: Path) -> None:
+    rate, steps, warm = 1e-3, 6, 4
+    last = {"constant": 1, "linear": 1 / 2, "cosine": (1 + math.cos(math.pi / 2)) / 2}[schedule]
+    run = spec("adamw", learning_rate=rate, schedule=schedule, warmup_steps=warm, steps=steps, eval_every=steps)
+    trainer = trained(run, base, memorizable, tmp_path)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([rate * share for share in (0, 1 / 4, 1 / 2, 3 / 4, 1, last)])
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rates_fall(name: str) -> None:
     rates = OPTIMIZERS.choose(name).learning_rates
