@@ -369,14 +369,18 @@ learning_rates = [1e-3, 1e-5]
         ("[budget]\nsteps = 3", "attacks"),
         ("[[attacks]\n", "not a suite"),
         ("[more]\n[[attacks]]", "more"),
+        ("[[attacks]]\ntrainings = ['lora', { training = 'full', name = 'LoRA all-linear' }]", "lora:16, full"),
     ],
 )
 def test_a_suite_s_refusals_name_the_value(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8-sig")  # as some editors save it
     with pytest.raises(SpecDefError) as caught:
         load_suite(str(path))
     assert named in caught.value.problem
+    if caught.value.hint.startswith("Write it like "):
+        path.write_bytes(Path(caught.value.hint.removeprefix("Write it like ").rstrip(".")).read_bytes())
+        load_suite(str(path))
 
 
 def test_a_suite_that_does_not_exist() -> None:
