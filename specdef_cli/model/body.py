@@ -43,6 +43,11 @@ class Side:
     power: Power
     block: int | None = None
 
+    @property
+    def weight(self) -> str:
+        """Name of the tensor, and of its block where it stacks experts."""
+        return self.tensor if self.block is None else in_stack(self.tensor, self.block)
+
 
 @dataclass(frozen=True)
 class SymmetricPair:
@@ -57,6 +62,11 @@ class SymmetricPair:
     kind: PairKind
     channels: int
     sides: tuple[Side, ...]
+
+
+def in_stack(tensor: str, expert: int) -> str:
+    """The name of an expert's part of a tensor that stacks them."""
+    return f"{tensor}[{expert}]"
 
 
 Found = Iterator[SymmetricPair | str]
