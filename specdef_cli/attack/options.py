@@ -72,7 +72,7 @@ _COLUMNS = "Data / Columns"
 
 
 def seeds_of(count: int) -> tuple[int, ...]:
-    """The seeds of so many runs of every attack: 0, 1, …"""
+    """Return that many seeds: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
         raise WrongUsage(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))
@@ -239,7 +239,7 @@ class AttackOptions(Budget, Source):
 
     @property
     def tables(self) -> tuple[AttackTable, ...]:
-        """Which attacks to run: the suite's, or what the other fields come to."""
+        """The attacks to run: the suite's, or those that the other fields describe."""
         if self.suite is not None:
             return self.suite.attacks
         asked: tuple[Training, ...] = self.trainings  # type: ignore[assignment]
@@ -259,7 +259,6 @@ class AttackOptions(Budget, Source):
 
     @property
     def eval_interval(self) -> int:
-        """Steps between evaluations."""
         return self.eval_every or max(1, self.steps // 10)
 
     def require_present(self) -> None:
@@ -308,7 +307,7 @@ def _training(asked: str | Mapping[str, str] | Training) -> Training:
 
 
 def _all_of(rows: Iterable[str]) -> pydantic.BeforeValidator:
-    """Puts the names of all rows in the place of ``every``."""
+    """Replace ``every`` by the names of all rows."""
     return pydantic.BeforeValidator(
         lambda asked: [name for each in asked for name in (rows if each == "every" else (each,))]
     )

@@ -136,13 +136,11 @@ def require_usable(final: Path, model: str | Path) -> None:
 
 
 def require_outside(final: Path, source: Path) -> None:
-    """Refuse an output that lies in its own input."""
     if final.resolve().is_relative_to(source.resolve()):
         raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
 
 
 def require_free(final: Path) -> None:
-    """Refuse an output directory that is taken."""
     if is_taken(final):
         raise SpecDefError(f"the output {final} exists already", "Choose another --out, or remove it first.")
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flags:
-    """Options of the command alone."""
-
     suite: str | None = option(
         None, "quick, standard, full, or a TOML file of your own.", metavar="NAME", group="Attacks"
     )
@@ -145,7 +143,7 @@ _METRICS: dict[str, Callable[[Finding], float | None]] = {
 
 
 def _steps_to_control(finding: Finding) -> float | None:
-    """Never reached within the budget counts as infinitely many; nothing does where the control learned nothing."""
+    """Infinite if never reached within the budget; unknown if the control learned nothing."""
     return float("inf") if finding.steps_to_control is None and finding.share is not None else finding.steps_to_control
 
 
@@ -160,7 +158,6 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read a condition."""
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
         try:
             if match is None or match[1] not in _METRICS:
@@ -177,7 +174,7 @@ class Condition:
             ) from error
 
     def failures(self, report: AttackReport) -> tuple[str, ...]:
-        """Why a gate on this condition fails, one line each: what was not measured holds nothing back."""
+        """Say why a gate on this condition fails, one line each; what was not measured fails it too."""
         from specdef_cli.report import findings
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
@@ -192,7 +189,7 @@ class Condition:
         return tuple(failed) or ((f"no attack was measured for {self.text}",) if not plain else ())
 
     def _concerns(self, finding: Finding) -> bool:
-        """An edit has no steps and no loss, and one that breaks the model has no answers."""
+        """Whether the condition applies: an edit has no steps or loss, and a broken model no answers."""
         if finding.edit is None:
             return True
         return self.metric == "share_of_control" or (self.metric == "refusals" and finding.verdict != "broken")

@@ -184,12 +184,11 @@ class Skeleton:
 
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
-        """Every module by its path."""
         return dict(self.model.named_modules())
 
     @cached_property
     def trial(self) -> Trial:
-        """What a run on made-up inputs shows, without numbers."""
+        """A run on made-up inputs, without numbers."""
         return try_out(self.model)
 
     @property
@@ -198,7 +197,6 @@ class Skeleton:
         return type(self.model).__module__.split(".")[0] in ("transformers", "diffusers")
 
     def require_shape(self, tensor: str, expected: Shape, place: str) -> None:
-        """Check the shape of one tensor on disk."""
         shape = tuple(self.shapes[tensor])
         if shape != expected:
             raise SpecDefError(
@@ -263,7 +261,7 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of it."""
+    """The result of :func:`try_out`."""
 
     inputs: tuple[str, ...]
     error: Exception | None
@@ -324,7 +322,6 @@ class _Reads(TorchFunctionMode):
                 self._hooks.append(module.register_forward_hook(partial(self._count, path, -1)))
 
     def remove(self) -> None:
-        """Take the hooks off the model again."""
         for hook in self._hooks:
             hook.remove()
 

@@ -39,7 +39,7 @@ class _Heads:
     fused: Literal["stacked", "per_head"] | None
 
     def row(self, part: Literal["query", "key", "value"], head: int, offset: int) -> int:
-        """Of a dimension of a head, the row of the projection that the part has, or shares with others."""
+        """The row of the projection for one dimension of a head."""
         place = ("query", "key", "value").index(part)
         if self.fused == "per_head":
             return (3 * head + place) * self.dim + offset
@@ -183,7 +183,7 @@ def _in_sublayer(body: Body, block: str, layer: Attention | Mlp | Experts) -> Fo
 
 
 def _attempt(kind: PairKind, search: Found) -> Found:
-    """What a search finds; where it misses a tensor on disk, a note on that in the place of its pairs."""
+    """Run a search; a note replaces its pairs if a tensor is missing on disk."""
     found: list[SymmetricPair | str] = []
     try:
         found.extend(search)
@@ -286,7 +286,7 @@ def _norm_pair(body: Body, norm: str, readers: Iterable[Side]) -> SymmetricPair:
 
 
 def _columns(body: Body, linear: str) -> list[Side]:
-    """How a linear reads all of its channels."""
+    """All input channels of a linear."""
     return body.columns(linear, singles(body.in_features(linear)), -1)
 
 

@@ -58,7 +58,7 @@ def curves_png(report: AttackReport) -> bytes:
 
     Left: held-out loss over steps, each attack at its best learning rate. Right: best held-out loss over the learning
     rate, logarithmic, so that an attack which only wins at an unusual rate shows. Blue: attackers who know only
-    recipes; red: who know the construction; orange: who also grow the model; black: the control.
+    recipes; red: who know the construction; orange: who also grow the model; grey: the control.
     """
     # The object interface: pyplot would keep global state and may look for a display.
     figure = Figure(figsize=(12, 6.2), layout="constrained")
@@ -83,7 +83,8 @@ def curves_png(report: AttackReport) -> bytes:
         if start is not None:
             axes.axhline(start, color="gray", lw=1, ls=":", zorder=0)
         _tidy(axes)
-    left.set(title="Each attack at its best learning rate", xlabel="optimizer step", ylabel="held-out loss (nats)")
+    title = "The strongest attacks of each kind, each at its best learning rate"
+    left.set(title=title, xlabel="optimizer step", ylabel="held-out loss (nats)")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(
         title="Best loss over learning rates (×: diverged or worse)",
@@ -105,7 +106,7 @@ def _kind(attack: Attack) -> str:
 
 
 def _strongest(report: AttackReport) -> tuple[Attack, ...]:
-    """Of each kind the attacks that ended lowest, in the order of the report; edits have no curve."""
+    """The attacks of each kind that ended lowest, in the report's order; edits have no curve."""
     kinds: dict[str, list[Attack]] = {}
     trained = [attack for attack in report.attacks if attack.edit is None]
     for attack in sorted(trained, key=lambda attack: math.inf if attack.best is None else attack.best):

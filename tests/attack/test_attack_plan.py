@@ -21,14 +21,8 @@ from specdef_cli.attack.plan import Series, default_learning_rates, make_plan, p
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import VARIANTS, Variant, informed_variants
-from specdef_cli.checkpoint.manifest import (
-    FORMAT_VERSION,
-    BaseCheckpoint,
-    FactoredLayer,
-    FoldedPair,
-    Manifest,
-    ScaledSlice,
-)
+from specdef_cli.checkpoint.changes import FactoredLayer, FoldedPair, ScaledSlice
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, Manifest
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError, WrongUsage

@@ -92,7 +92,8 @@ def test_streamed_statistics_are_those_of_the_whole_model(case: str, tmp_path: P
             seen += 1
 
     run_whole(directory, text, compare, min(LENGTH, positions - 2))
-    assert seen == len(found.outputs) + len(found.inputs)
+    of_modules = [name for name in (*found.outputs, *found.inputs) if ".experts." not in name]
+    assert seen == len(of_modules)
     # Of the body's linears, all that read: a head stands behind it, and experts are no linears.
     readers = {side.tensor for pair in pairs for side in pair.sides if side.power < 0 and pair.kind != "query_key"}
     inside = f"{skeleton.model.base_model_prefix}."
@@ -202,6 +203,50 @@ def test_what_passes_through_a_raised_channel_stays_far_below_float16s_largest(
                 # Fewer steps only where this channel needs it, and of columns only where every one does.
                 full = 2 * passed > LARGEST
                 assert own == exponent or bool(full[channel] if pair.kind == "query_key" else full.all())
+
+
+@pytest.mark.parametrize("case", ["mixtral", "mixtral-stacked", "qwen2-moe"])
+def test_experts_are_seen_one_by_one(case: str, tmp_path: Path) -> None:
+    """Stored one by one or stacked; of an expert that no token reaches nothing is known, and it is not raised."""
+    directory = with_tokenizer(case, tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    for name in tensors:
+        if "experts" in name and name.endswith(("w3.weight", "up_proj.weight")):
+            tensors[name] *= 64  # float16 cannot take 2^12 of that
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    base, pairs = opened(directory)
+    found = calibrate(base, pairs, TEXT)
+    seen = 0
+
+    def record(path: str, module: Any, arguments: Any) -> None:
+        nonlocal seen
+        hidden, chosen = arguments[:2]
+        for expert in chosen.unique().tolist():
+            given = hidden[(chosen == expert).any(-1)]
+            gate, up = (given @ module.gate_up_proj[expert].T).chunk(2, -1)
+            (pair,) = [pair for pair in pairs if pair.name == f"{path}.{expert}.up_down"]
+            making, reading = pair.sides
+            rows, columns = (torch.tensor(side.indices)[:, 0] for side in pair.sides)
+            between = module.act_fn(gate) * up
+            expected = ((found.outputs[making.weight], rows, up), (found.inputs[reading.weight], columns, between))
+            for kept, indices, values in expected:
+                torch.testing.assert_close(kept.mean_square[indices], values.square().mean(0), rtol=1e-4, atol=1e-7)
+                torch.testing.assert_close(kept.largest[indices], values.abs().amax(0), rtol=1e-4, atol=1e-6)
+            raised = raise_pair(pair, found, 12, no_norms)
+            assert raised is not None
+            assert float(up.abs().amax(0)[raised.channels[0]]) * 2.0 ** raised.exponents[0] <= LARGEST
+            del found.outputs[making.weight]
+            assert raise_pair(pair, found, 12, no_norms) is None
+            seen += 1
+
+    model = load_model(directory, dtype=torch.float32)
+    for path, module in model.named_modules():
+        if path.endswith(".experts"):
+            module.register_forward_pre_hook(partial(record, path))
+    tokens = token_batch(directory, TEXT, sequences=SEQUENCES, length=62)
+    with torch.no_grad():
+        model(input_ids=tokens)
+    assert seen >= 4
 
 
 def test_queries_may_be_more_than_the_width_that_they_read(tmp_path: Path) -> None:
