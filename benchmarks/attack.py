@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 from specdef_cli import AttackOptions
 from specdef_cli.attack.data import load_data, load_preprocessor
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunSpec
 from specdef_cli.attack.train import load_for_training, quiet
 from specdef_cli.attack.trainer import Recorder, make_trainer

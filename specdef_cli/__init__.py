@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdef_cli.model import register
-from specdef_cli.version import __version__
+
+__version__ = "0.1.0"
 
 # ruff: noqa: F401 (looked up when they are first used)
 if TYPE_CHECKING:

@@ -75,7 +75,7 @@ def first_line(error: BaseException) -> str:
 
 
 def first_violation(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong with a document, in one line: where, what is expected and found."""
+    """Pydantic's first violation in one line: where, what is expected, and what was found."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     if not where:  # not JSON at all: what is there is the whole text
@@ -91,12 +91,12 @@ def dtype_name(dtype: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Text with the control characters spelled out that a name of a file may hold and a terminal would obey."""
+    """Spell out control characters, which a terminal would obey."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that there is not enough memory: torch says it of a GPU and of the machine apart."""
+    """Whether memory ran out, on a GPU or on the machine."""
     said = str(error)
     return (
         isinstance(error, MemoryError)
@@ -124,7 +124,7 @@ class MissingExtraError(SpecDefError, ImportError):
 
 
 def missing_modules(extra: str) -> tuple[str, ...]:
-    """The modules of an extra that cannot be imported here; none of them is imported to find out."""
+    """List the modules of an extra that are not installed, without importing them."""
     return tuple(name for name in EXTRA_MODULES[extra] if importlib.util.find_spec(name) is None)
 
 

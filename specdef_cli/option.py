@@ -19,32 +19,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from specdef_cli.errors import SpecDefError, WrongUsage, clean_token
 
 
-@dataclass(frozen=True)
-class Spelling:
-    """How a field is spelled on the command line.
-
-    Attributes:
-        names: Flags, as typer declares them; none means the field's own name.
-        metavar: What stands for the value.
-        shown_default: What a default of ``None`` or of nothing comes to.
-        group: Its group in ``--help``, with words after `` / `` that several options of one row share.
-        envvar: The environment variable that gives it, too.
-        parse: Makes its value of the text or number that people write; its parameter's type says which.
-    """
-
-    names: tuple[str, ...] = ()
-    metavar: str | None = None
-    shown_default: str | None = None
-    group: str | None = None
-    envvar: str | None = None
-    parse: Callable[[Any], Any] | None = None
-
-    @property
-    def written(self) -> Any:
-        """The type of what people write, where that is another than the field's."""
-        return None if self.parse is None else next(iter(get_type_hints(self.parse).values()))
-
-
 def option(
     default: Any,
     description: str,
@@ -55,22 +29,35 @@ def option(
     envvar: str | None = None,
     parse: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """A field that the command line takes; ``description`` is its line in ``--help`` and in the schema."""
-    spelling = Spelling(names, metavar, shown_default, group, envvar, parse)
+    """A field that the command line takes; ``description`` is its line in ``--help`` and in the schema.
+
+    Args:
+        names: Flags, as typer declares them; by default the field's own name.
+        shown_default: What a default of ``None`` or of nothing comes to.
+        group: Its group in ``--help``, with words after `` / `` that several options of one row share.
+        envvar: The environment variable that gives it, too.
+        parse: Makes its value of the text or number that people write; its parameter's type says which.
+    """
+    shown = {"names": names, "metavar": metavar, "shown_default": shown_default, "group": group, "envvar": envvar}
     # pydantic takes the description from here.
-    return dataclasses.field(default=default, metadata={"description": description, "spelling": spelling})
+    return dataclasses.field(default=default, metadata={"description": description, **shown, "parse": parse})
+
+
+def written_type(parse: Callable[[Any], Any]) -> Any:
+    """The type of what people write, of which a field's value is made."""
+    return next(iter(get_type_hints(parse).values()))
 
 
 def options_of(model: type) -> Mapping[str, dataclasses.Field[Any]]:
     """The fields of a class that the command line takes, by name; its own come before those that it inherits."""
     fields = sorted(dataclasses.fields(model), key=lambda field: field.name not in inspect.get_annotations(model))
-    return {field.name: field for field in fields if "spelling" in field.metadata}
+    return {field.name: field for field in fields if "names" in field.metadata}
 
 
 def flag_of(model: type, name: str) -> str:
     """The flag that sets a field, for messages: ``--weight-decay``."""
     field = options_of(model).get(name)
-    names = field.metadata["spelling"].names if field else ()
+    names = field.metadata["names"] if field else ()
     return names[0].split("/")[0] if names else f"--{name.replace('_', '-')}"
 
 
@@ -91,9 +78,9 @@ def as_declared(options: Any) -> None:
     hints = get_type_hints(type(options))
     for field in dataclasses.fields(options):
         name, declared, value = field.name, hints[field.name], getattr(options, field.name)
-        spelling = field.metadata.get("spelling", Spelling())
-        if spelling.parse is not None and isinstance(value, int if spelling.written is int else str):
-            object.__setattr__(options, name, spelling.parse(value))
+        parse = field.metadata.get("parse")
+        if parse is not None and isinstance(value, int if written_type(parse) is int else str):
+            object.__setattr__(options, name, parse(value))
             continue
         if isinstance(value, Path):  # no shell expands --out=~/here
             object.__setattr__(options, name, value.expanduser())
@@ -115,7 +102,7 @@ def as_declared(options: Any) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A model, where it is found, and what it may do: what the options of most commands begin with."""
+    """A model, where it is found, and what it may do: the first options of most commands."""
 
     model: str | Path
     """A directory, or a Hub id ``org/name[@revision]``."""
@@ -132,7 +119,7 @@ class Source:
         envvar="HF_TOKEN",
     )  # fmt: skip
     subfolder: str | None = option(
-        None, "Folder in MODEL that the model is in.", metavar="DIR", group="Model / In a folder of it."
+        None, "Folder in MODEL that the model is in.", metavar="DIR", group="Model / Folder that the model is in."
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", group="Model")
 
@@ -148,7 +135,7 @@ class Source:
 
 
 def in_subfolder(model: str | Path, subfolder: str | None) -> tuple[str | Path, str | None]:
-    """A model and the folder of its repository that it is in; of a directory on this disk, that folder itself."""
+    """Resolve a subfolder: of a local directory, the folder itself; of a repository, its name there."""
     if subfolder is None:
         return model, None
     parts = PurePosixPath(subfolder).parts

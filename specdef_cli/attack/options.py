@@ -65,14 +65,14 @@ RUN_SECONDS, RUNS_OF_A_LIMIT = 60, 45
 USUAL_SPEED = {"cpu": 1e11, "accelerator": 1e14}
 """Floating-point operations a second of training in float32 on a few cores, and on a data centre's GPU."""
 
-_AT_A_TIME = "Budget / Runs at a time, here or on a cluster."
+_AT_A_TIME = "Budget / Runs at once, here or on a cluster."
 _MEMORY = "Budget / To save memory."
 _HUB_DATA = "Data / Part of a Hub data set."
 _COLUMNS = "Data / Columns"
 
 
 def seeds_of(count: int) -> tuple[int, ...]:
-    """The seeds of so many runs of every attack: 0, 1, …"""
+    """Return that many seeds: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
         raise WrongUsage(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))
@@ -89,13 +89,13 @@ class AttackOptions(Budget, Source):
         None, "Keep runs here, to share the control's.", metavar="DIR", shown_default="OUT/runs", group="Output"
     )
     control: str | Path | None = option(
-        None, "The undefended model, attacked alike.", metavar="BASE", shown_default="manifest's", group="Model"
+        None, "Undefended model, attacked likewise.", metavar="BASE", shown_default="manifest's", group="Model"
     )
     control_subfolder: str | None = option(
-        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / Folder that the model is in."
     )
     dataset: str | None = option(
-        None, "Hub id, file or directory.", metavar="DATA", shown_default="prose of Python's", group="Data"
+        None, "Hub id, file or directory.", metavar="DATA", shown_default="Python's prose", group="Data"
     )
     dataset_config: str | None = option(None, "Configuration of a Hub dataset.", metavar="NAME", group=_HUB_DATA)
     dataset_split: str | None = option(
@@ -110,7 +110,7 @@ class AttackOptions(Budget, Source):
     label_column: str = option("label", "Column with the label (classification).", metavar="NAME", group=_COLUMNS)
     image_column: str = option("image", "Column with the image.", metavar="NAME", group=_COLUMNS)
     retained: str | None = option(
-        None, "Watch ability on it, or none.", metavar="DATA", shown_default="Python's source", group="Measurements"
+        None, "Watch ability on this, or none.", metavar="DATA", shown_default="Python's source", group="Measurements"
     )
     prompts: str | None = option(
         None, "Count refusals of these; edits aim at them.", metavar="DATA", group="Measurements"
@@ -119,7 +119,7 @@ class AttackOptions(Budget, Source):
         None, "Compare --prompts with these.", metavar="DATA", shown_default="questions", group="Measurements"
     )
     refusal_words: tuple[str, ...] = option(
-        (), "It marks a refusal.", "--refusal-word", metavar="WORDS", shown_default="the report's", group="Measurements"
+        (), "Marks a refusal.", "--refusal-word", metavar="WORDS", shown_default="the report's", group="Measurements"
     )
     eval_task_path: Path | None = option(
         None,
@@ -152,9 +152,9 @@ class AttackOptions(Budget, Source):
         (), "Learning rate.", "--lr", metavar="RATE", shown_default="searched", group="Attacks"
     )
     search: bool = option(
-        True, "Bracket the best rate, or try decades alone.", "--lr-sweep/--no-lr-sweep", group="Attacks"
+        True, "Bracket the best rate, or try only decades.", "--lr-sweep/--no-lr-sweep", group="Attacks"
     )
-    thorough: bool = option(False, "Finish runs that cannot become the best.", group="Attacks")
+    thorough: bool = option(False, "Finish even runs that cannot become the best.", group="Attacks")
     gradient_accumulation: int = option(1, "Passes a step, to save memory.", metavar="N", group=_MEMORY)
     gradient_checkpointing: bool = option(False, "Compute activations twice, to save memory.", group=_MEMORY)
     eval_every: int | None = option(
@@ -163,7 +163,7 @@ class AttackOptions(Budget, Source):
     eval_sequences: int = option(64, "Held-out sequences.", metavar="N", group="Measurements")
     free: tuple[str, ...] = ()  # which of LOWERED may be
     time_limit: float | None = option(
-        None, "Stop then; the most telling attacks come first.", metavar="45m", group="Budget", parse=parse_duration
+        None, "Stop then; the most telling attacks run first.", metavar="45m", group="Budget", parse=parse_duration
     )
     """Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first."""
     report_to: tuple[str, ...] = option(
@@ -173,7 +173,7 @@ class AttackOptions(Budget, Source):
         (0,), "Runs of each attack.", metavar="N", shown_default="1", group="Budget", parse=seeds_of
     )
     """One run each, for adapters' and paths' initial values, dropout and data order."""
-    jobs: int = option(1, "Runs at a time, each on a GPU of its own.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
+    jobs: int = option(1, "Runs at once, each on its own GPU.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
     dask: str | None = option(
         None, "Address of a Dask scheduler, whose workers make the runs.", metavar="ADDRESS", group=_AT_A_TIME
     )
@@ -205,6 +205,11 @@ class AttackOptions(Budget, Source):
                     f"{flag_of(AttackOptions, name)} {getattr(self, name)} is not a number of at least 0",
                     "Give 0 or more.",
                 )
+        if self.warmup_steps >= self.steps:
+            raise WrongUsage(
+                f"--warmup-steps {self.warmup_steps} is all of a run of {self.steps} steps",
+                f"Give fewer, or --steps {self.warmup_steps + 1} or more.",
+            )
         if self.dask is not None and self.jobs > 1:
             raise WrongUsage(
                 f"--jobs {self.jobs} is of this machine, and --dask makes as many runs at a time as it has workers",
@@ -212,6 +217,8 @@ class AttackOptions(Budget, Source):
             )
         if not self.seeds:
             raise WrongUsage("no seed is given", "Give at least one seed.")
+        if not all(word.strip() for word in self.refusal_words):
+            raise WrongUsage("a --refusal-word is empty, and would be in every answer", "Give words of a refusal.")
         if self.prompts_harmless is not None and self.prompts is None:
             raise WrongUsage("--prompts-harmless needs --prompts", "Give both, or neither.")
         if self.dataset is None and self.retained in (None, NO_RETAINED):
@@ -232,7 +239,7 @@ class AttackOptions(Budget, Source):
 
     @property
     def tables(self) -> tuple[AttackTable, ...]:
-        """Which attacks to run: the suite's, or what the other fields come to."""
+        """The attacks to run: the suite's, or those that the other fields describe."""
         if self.suite is not None:
             return self.suite.attacks
         asked: tuple[Training, ...] = self.trainings  # type: ignore[assignment]
@@ -252,7 +259,6 @@ class AttackOptions(Budget, Source):
 
     @property
     def eval_interval(self) -> int:
-        """Steps between evaluations."""
         return self.eval_every or max(1, self.steps // 10)
 
     def require_present(self) -> None:
@@ -301,7 +307,7 @@ def _training(asked: str | Mapping[str, str] | Training) -> Training:
 
 
 def _all_of(rows: Iterable[str]) -> pydantic.BeforeValidator:
-    """Puts the names of all rows in the place of ``every``."""
+    """Replace ``every`` by the names of all rows."""
     return pydantic.BeforeValidator(
         lambda asked: [name for each in asked for name in (rows if each == "every" else (each,))]
     )
@@ -340,6 +346,12 @@ class Suite:
     budget: dict[BudgetName, pydantic.PositiveInt] = field(default_factory=dict)
     description: str = ""  # one line for --list
 
+    def __post_init__(self) -> None:
+        called: dict[str, Training] = {}
+        for training in (training for table in self.attacks for training in table.trainings):
+            if called.setdefault(training.label, training) != training:
+                raise ValueError(f"two trainings are called {training.label!r}: {called[training.label]}, {training}")
+
 
 def suite_names() -> tuple[str, ...]:
     """The suites that come with the package."""
@@ -351,7 +363,7 @@ def load_suite(name: str) -> Suite:
     own = name in suite_names()
     path: Any = files("specdef_cli.attack") / "suites" / f"{name}.toml" if own else Path(name)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         return pydantic.TypeAdapter(Suite).validate_python({**data, "name": Path(name).stem})
     except WrongUsage as error:  # a value of the file, not of the command line
         raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
@@ -361,7 +373,8 @@ def load_suite(name: str) -> Suite:
         ) from error
     except (ValueError, TypeError) as error:
         reason = first_violation(error) if isinstance(error, pydantic.ValidationError) else error
-        raise SpecDefError(f"{name} is not a suite: {reason}", "Copy one of attack/suites/ and edit it.") from error
+        example = files("specdef_cli.attack") / "suites" / "quick.toml"
+        raise SpecDefError(f"{name} is not a suite: {reason}", f"Write it like {example}.") from error
 
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".md", ".parquet", ".arrow")

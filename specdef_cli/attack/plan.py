@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.options import BUILTIN_PROMPTS, AttackOptions, AttackTable
@@ -41,11 +41,11 @@ class Series:
 
     @property
     def hurried(self) -> bool:
-        """Whether its runs end as soon as they cannot become the best; never where they may diverge and come back."""
-        return self.search and not self.thorough and self.first.stop_at_divergence
+        """Whether runs end once they cannot become the best; never if they may diverge and recover, or warm up."""
+        first = self.first
+        return self.search and not self.thorough and first.stop_at_divergence and not first.warmup_steps
 
     def runs(self, rates: Iterable[float], seeds: Iterable[int]) -> tuple[RunSpec, ...]:
-        """The runs at some rates with some seeds."""
         seeds = tuple(seeds)
         return tuple(replace(self.first, learning_rate=rate, seed=seed) for rate in rates for seed in seeds)
 
@@ -110,7 +110,7 @@ def _series(
     alpha = target.alpha if variant.choice.trains_inflated else 1.0
     grid = _usual_rates(options, table, optimizer)
     if _fixed(table):
-        grid = tuple(sorted(table.learning_rates, reverse=True))  # type: ignore[arg-type]
+        grid = tuple(sorted(set(table.learning_rates), reverse=True))  # type: ignore[arg-type]
     elif alpha > 1:
         grid = default_learning_rates(optimizer, alpha)
     first = RunSpec(
@@ -133,7 +133,7 @@ def _series(
 
 
 def _usual_rates(options: AttackOptions, table: AttackTable, optimizer: str) -> tuple[float, ...]:
-    """What a model that nothing was inflated in begins with."""
+    """The first rates for a model without inflated weights."""
     rates = OPTIMIZERS.choose(optimizer).learning_rates
     return rates[1:2] if table.learning_rates == "search" and not options.thorough else rates
 
@@ -143,7 +143,7 @@ def _fixed(table: AttackTable) -> bool:
 
 
 def _variants(table: AttackTable, target: Target) -> list[Variant]:
-    """A table's variants that mean something for this model."""
+    """A table's variants that apply to this model."""
     found: list[Variant] = []
     for variant in table.variants:
         if isinstance(variant, Variant):
@@ -165,7 +165,7 @@ def _combinations(table: AttackTable, target: Target) -> list[tuple[Training, st
 
 
 def _distinct(series: list[Series]) -> list[Series]:
-    """Each attack once: tables may overlap."""
+    """Drop attacks that several tables name."""
     found: dict[RunSpec, Series] = {}
     for candidate in series:
         found.setdefault(candidate.first.attack, candidate)
@@ -233,7 +233,7 @@ class Speed:
 
 
 def speed_of(finished: RunResult, held_out: int) -> Speed:
-    """What the last steps of a run with evaluations of ``held_out`` sequences tell; nothing of loading."""
+    """Estimate the speed from a run's last steps, without loading."""
     before, last = finished.evaluations[-2:]
     trained = (last.step - before.step) * finished.spec.batch_size
     tokens = finished.spec.sequence_length * (trained + FORWARD_SHARE * held_out)
@@ -242,8 +242,6 @@ def speed_of(finished: RunResult, held_out: int) -> Speed:
 
 @dataclass(frozen=True)
 class PlannedAttack:
-    """One series of a plan."""
-
     label: str
     learning_rates: tuple[float, ...]  # those to begin with
     runs: int  # how many there will be; of a search, about
@@ -274,7 +272,7 @@ class Forecast:
 
 
 def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
-    """What the user left open and was chosen."""
+    """Sentences on what the user left open and was chosen."""
     said = []
     if options.control is None:
         said.append(f"Control: {control}, the base named in the manifest.")
@@ -300,13 +298,13 @@ def _rates_in_words(options: AttackOptions, specs: Sequence[RunSpec]) -> str:
     rates = sorted({spec.learning_rate for spec in specs}, reverse=True)
     usual = sorted({spec.learning_rate for spec in specs if spec.subject == "control"}, reverse=True)
     if any(table.learning_rates == "search" for table in options.tables):
-        return f"searched for every attack, between {rates[0]:g} and {rates[-1]:g}"
+        return "searched for every attack"
     span = f"{usual[0]:g} to {usual[-1]:g}"
     return f"{span}; the hardened model down to {rates[-1]:g}, below η₀/α" if rates[-1] < usual[-1] else span
 
 
 def plan_notes(options: AttackOptions, target: Target) -> tuple[str, ...]:
-    """What is known before anything is run: how the model was made, and what it has nothing for."""
+    """Sentences on what is known before any run: how the model was made, and what does not apply to it."""
     found = target.recognised.sentence or "Nothing in the weights shows that this package hardened it."
     asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
     missing = [variant for variant in asked if not variant.applies_to(target.constructions)]

@@ -66,8 +66,22 @@ class Prompts:
     given: bool  # whether the unwanted ones are the user's, so that refusals mean something
     fingerprint: str
 
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        """All of them."""
+        return (*self.unwanted, *self.harmless, *self.asked, *self.compared)
+
+    def require_within(self, positions: int | None) -> None:
+        """Refuse prompts after which a model that knows so many positions has none left to answer in."""
+        longest = max(map(len, self.tokens))
+        if positions and longest + ANSWER_TOKENS > positions:
+            raise SpecDefError(
+                f"a prompt has {longest} tokens, and the model {positions} positions for it and {ANSWER_TOKENS} tokens "
+                "of an answer",
+                f"Give --prompts and --prompts-harmless of at most {max(1, positions - ANSWER_TOKENS)} tokens each.",
+            )
+
     def is_refusal(self, answer: str) -> bool:
-        """Whether an answer has one of the words in it."""
         plain = answer.lower().replace("’", "'")
         return any(word in plain for word in self.refusals)
 
@@ -83,6 +97,11 @@ def load_prompts(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> 
         )
     if options.prompts_harmless is not None:
         harmless = _prompts_in(options, options.prompts_harmless, "--prompts-harmless")
+    if both := sorted({*unwanted} & {*harmless}):
+        raise SpecDefError(
+            f"{len(both)} of the unwanted prompts are among the harmless too, such as {both[0][:60]!r}",
+            "Leave each in one of --prompts and --prompts-harmless.",
+        )
     most = MAX_PROMPTS["accelerator" if torch.accelerator.is_available() else "cpu"]
     unwanted, harmless = unwanted[:most], harmless[:most]
     refusals = tuple(word.lower().replace("’", "'") for word in options.refusal_words) or REFUSALS
@@ -103,7 +122,7 @@ def _prompts_in(options: AttackOptions, name: str, flag: str) -> tuple[str, ...]
     path = Path(name).expanduser()
     if path.is_file() and path.suffix.lower() in ("", ".txt", ".text"):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise SpecDefError(
                 f"{flag} {name} cannot be read: {error}", "Give text in UTF-8, one prompt a line."
@@ -116,13 +135,17 @@ def _prompts_in(options: AttackOptions, name: str, flag: str) -> tuple[str, ...]
             found.append(_prompt_of(row, name, flag))
             if len(found) == max(MAX_PROMPTS.values()):
                 break
-    if len(found) < 2:
-        raise SpecDefError(f"{flag} {name} has {len(found)} prompts", "Give two or more: every second is held out.")
-    return tuple(found)
+    distinct = tuple(dict.fromkeys(found))
+    if len(distinct) < 2:
+        raise SpecDefError(
+            f"{flag} {name} has too few different prompts: {len(distinct)}",
+            "Give two or more: every second is held out.",
+        )
+    return distinct
 
 
 def _prompt_of(row: dict[str, Any], name: str, flag: str) -> str:
-    """The first thing that a user says in a row of a data set."""
+    """The first text by a user in a row of a data set."""
     for column in ("prompt", "instruction", "question", "text"):
         value = row.get(column)
         if isinstance(value, str) and value.strip():
@@ -138,7 +161,7 @@ def _prompt_of(row: dict[str, Any], name: str, flag: str) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Up to where the answer begins."""
+    """Encode a prompt up to where the answer begins."""
     if not getattr(tokenizer, "chat_template", None):
         return tuple(tokenizer(text)["input_ids"])
     messages = [{"role": "user", "content": text}]
@@ -161,7 +184,7 @@ hidden states are about the next token already."""
 
 @dataclass(frozen=True)
 class Read:
-    """What a model makes of prompts, at the last token of each; float32, on the CPU."""
+    """A model's states at the last token of each prompt; float32, on the CPU."""
 
     hidden: Tensor  # hidden states, [prompts, layers + 1, d]
     log_probs: Tensor  # of the next token, [prompts, vocabulary]
@@ -196,7 +219,7 @@ def reference_of(opened: OpenedModel, prompts: Prompts, dtype: str, device: str)
 
 
 def load_plainly(opened: OpenedModel, dtype: str, device: str) -> Any:
-    """A checkpoint as a language model that is not trained."""
+    """Load a checkpoint as a language model for evaluation."""
     kind: Any = {"auto": "auto", "mixed": torch.float32}.get(dtype) or getattr(torch, dtype)
     return opened.load(auto_class=AutoModelForCausalLM, dtype=kind).to(device).eval()
 
@@ -210,7 +233,7 @@ def try_edits(
     device: str,
     on_strength: Callable[[int], None] = lambda number: None,
 ) -> tuple[tuple[Edit, ...], Behaviour, int]:
-    """Edit a checkpoint by each strength of a variant, and measure it; how it answers, at the best one."""
+    """Edit a checkpoint by each strength of a variant and measure it; answers are kept of the best one."""
     before, tokenizer = reference_of(opened, prompts, dtype, device), opened.tokenizer()
     edits: list[Edit] = []
     answers: Behaviour | None = None
@@ -231,7 +254,7 @@ def try_edits(
 
 
 def behaviour_of(model: nn.Module, prompts: Prompts, before: Reference, tokenizer: Any) -> Behaviour:
-    """How a model answers after an attack."""
+    """Measure how a model answers after an attack."""
     training = model.training
     model.eval()
     found = _behaviour(model, prompts, before, _read(model, prompts.compared), tokenizer)
@@ -263,7 +286,7 @@ def _refused(prompts: Prompts, answers: Sequence[str]) -> float:
 
 
 def _gap(asked: Read, compared: Read, layer: int, direction: Tensor) -> float:
-    """How far the held-out halves are apart along a direction, in one hidden state."""
+    """Distance of the held-out halves along a direction, in one hidden state."""
     return float((asked.hidden[:, layer].mean(0) - compared.hidden[:, layer].mean(0)) @ direction)
 
 
@@ -277,7 +300,7 @@ def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Read:
-    """What a model makes of prompts, in their order."""
+    """Run a model on prompts, in their order."""
     device = next(model.parameters()).device
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for positions in _batches(prompts):
@@ -294,7 +317,7 @@ def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Read:
 
 @torch.no_grad()
 def _answers(model: Any, prompts: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
-    """The beginning of the answer to each prompt, the likeliest token at every step."""
+    """Generate the beginning of each answer greedily."""
     device = next(model.parameters()).device
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     answers: list[str] = []

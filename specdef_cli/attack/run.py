@@ -182,9 +182,10 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> Prepared:
         preprocessor = load_preprocessor(task, control)
         data = load_data(options, task, preprocessor, head)
         prompts = load_prompts(options, preprocessor) if task == "causal-lm" else None
+    config = control.skeleton.config
     if task != "image-classification":
         tokens = (half[index]["input_ids"] for half in data.halves for index in range(len(half)))
-        require_in_vocabulary(tokens, control.skeleton.config, control.directory)
+        require_in_vocabulary(tokens, config, control.directory)
     target = Target(
         manifest=model.manifest,
         task=task,
@@ -197,6 +198,10 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> Prepared:
         asked=options.prompts is not None,
         chat=bool(getattr(preprocessor, "chat_template", None)),
     )
+    plan = make_plan(options, target)
+    if prompts is not None and any(series.first.prompts for series in plan):
+        require_in_vocabulary(prompts.tokens, config, control.directory)
+        prompts.require_within(getattr(config.get_text_config(), "max_position_embeddings", None))
     memory = Memory(options.gradient_accumulation, options.gradient_checkpointing)
     tracking = Tracking(options.report_to, (options.out / LOGS_DIRECTORY).absolute())
     tasks = options.eval_task_path and options.eval_task_path.absolute()
@@ -205,9 +210,7 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> Prepared:
         directories = [each.directory for each in (train.control, train.model) if each.found.commit is None]
         cluster.require(*directories, *([tasks] if tasks else []))
     store = RunStore(options.runs or options.out / RUNS_DIRECTORY)
-    return Prepared(
-        options, target, make_plan(options, target), plan_notes(options, target), train, store, began, cluster
-    )
+    return Prepared(options, target, plan, plan_notes(options, target), train, store, began, cluster)
 
 
 TWO_STEPS: Any = {"steps": 2, "eval_every": 1, "warmup_steps": 0, "eval_tasks": ()}
@@ -238,7 +241,7 @@ def _speed(prepared: Prepared) -> Speed:
 
 
 def _forecast(prepared: Prepared) -> Forecast:
-    """What each series of a plan takes."""
+    """Estimate the time of each series."""
     options, data, speed = prepared.options, prepared.train.data, _speed(prepared)
     jobs = options.jobs if prepared.cluster is None else prepared.cluster.places()
     attacks = []

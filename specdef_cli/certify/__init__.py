@@ -29,7 +29,7 @@ class CertifyOptions(Source):
         None, "What it was made from.", metavar="BASE", shown_default="the manifest's", group="Model"
     )
     base_subfolder: str | None = option(
-        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / Folder that the model is in."
     )
     attacks: Path | None = option(
         None,
@@ -58,7 +58,7 @@ class CertifyOptions(Source):
 
 
 def require_certificate(directory: Path) -> Path:
-    """Where the certificate of a hardened directory lies; asked before anything heavy is imported."""
+    """Find the certificate of a hardened directory, before anything heavy is imported."""
     path = directory / CERTIFICATE_NAME
     if not path.is_file():
         raise SpecDefError(

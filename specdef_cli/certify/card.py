@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from specdef_cli.attack.results import SAME_START
+from specdef_cli.attack.results import same_start
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
@@ -97,16 +97,16 @@ def read_resistance(path: Path, checkpoint: str | None = None, base: str | None 
 
 def _starts_as_its_control(document: ReportDocument) -> bool:
     """Whether an attack starts at a control's loss, as hardening keeps the function: a copy has another fingerprint."""
-    starts = [(run.spec.subject, run.loss.start) for run in document.runs if run.loss.start is not None]
-    controls = [start for subject, start in starts if subject == "control"]
-    attacked = [start for subject, start in starts if subject == "model"]
-    pairs = [(start, control) for start in attacked for control in controls]
-    return not pairs or any(abs(start - control) <= SAME_START * control for start, control in pairs)
+    attacked, controls = (
+        [run.loss.start for run in document.runs if run.spec.subject == subject] for subject in ("model", "control")
+    )
+    return any(same_start(start, control) for start in attacked for control in controls)
 
 
 def _public(name: str) -> str:
-    """A name without the path of a directory or file of this machine."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    """Strip the path from the name of a directory or file, which may have gone since; a Hub id stays."""
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.*)?", name) and not Path(name).exists()
+    return name if on_hub else Path(name).name
 
 
 def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:
@@ -141,7 +141,7 @@ def attack_section(resistance: Resistance) -> str:
 
 
 def got_through(resistance: Resistance) -> list[str]:
-    """What was not held up, said in full."""
+    """Name the attacks that were not slowed."""
     names = "; ".join(attack.label for attack in resistance.got_through)
     through = (
         f"Got through (at least 95 % of the control's progress): {names}." if names else "None of them got through."
@@ -150,7 +150,7 @@ def got_through(resistance: Resistance) -> list[str]:
 
 
 def with_section(card: str, section: str) -> str:
-    """A hardened directory's card with a section in place of the one with the same heading, or at its end."""
+    """Replace the section with the same heading in a hardened directory's card, or append it."""
     base, mark, parts = _parts(card)
     places = _places(parts, section)
     if places:
@@ -161,14 +161,14 @@ def with_section(card: str, section: str) -> str:
 
 
 def section_like(card: str, section: str) -> str | None:
-    """What a hardened directory's card has under the heading of a section; ``None`` where it has no such heading."""
+    """The card's section with the same heading; ``None`` where it has none."""
     _, _, parts = _parts(card)
     places = _places(parts, section)
     return parts[places[0]].strip("\n") if places else None
 
 
 def _parts(card: str) -> tuple[str, str, list[str]]:
-    """The base's own part of a card, the heading of ours, and what follows, cut before headings of the third level."""
+    """Split a card: the base's part, our heading, and our sections."""
     base, mark, ours = card.rpartition(f"\n{CARD_HEADING}\n")
     return base, mark, re.split(r"^(?=### )", ours, flags=re.MULTILINE)
 

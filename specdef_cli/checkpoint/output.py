@@ -136,7 +136,6 @@ def require_usable(final: Path, model: str | Path) -> None:
 
 
 def require_outside(final: Path, source: Path) -> None:
-    """Refuse an output that lies in its own input."""
     if final.resolve().is_relative_to(source.resolve()):
         raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
 

@@ -39,7 +39,6 @@ from specdef_cli.errors import ResumableError, SpecDefError, dtype_name
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """A directory's ``config.json``."""
     path = directory / "config.json"
     if not path.is_file():
         raise no_config(directory)
@@ -90,7 +89,6 @@ class Checkpoint:
 
     @property
     def library(self) -> Library:
-        """Who can load it."""
         return library_of(self.config)
 
     @property
@@ -100,7 +98,7 @@ class Checkpoint:
 
     @functools.cached_property
     def companions(self) -> Companions:
-        """The other files of the directory, and what becomes of them."""
+        """The other files of the directory, carried over or left out."""
         index = {self.library.index_file} if self.shards != (self.library.single_file,) else set()
         shapes = {name: header.shape for name, header in self.tensors.items()}
         carried: list[Path] = []
@@ -114,7 +112,6 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors together in bytes."""
         return sum(header.nbytes for header in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
@@ -237,13 +234,13 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Companions:
-    """What becomes of the files beside the weights; paths relative to the directory."""
+    """The files beside the weights, carried over or left out; paths relative to the directory."""
 
     carried: tuple[Path, ...]
     left_out: Mapping[str, tuple[Path, ...]]
 
     def note(self, done: str = "carried over") -> str | None:
-        """One line that names what is left out; ``None`` where nothing is."""
+        """Name what is left out, in one line; ``None`` if nothing is."""
         parts = []
         for reason, paths in self.left_out.items():
             names = [path.as_posix() for path in paths[:SHOWN]]
@@ -253,7 +250,6 @@ class Companions:
 
 
 def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:
-    """Copy companion files of ``source`` to ``target``."""
     for relative in files:
         require_inside(source, source / relative)
         destination = target / relative
@@ -262,7 +258,7 @@ def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:
 
 
 def _entries(directory: Path) -> list[Path]:
-    """Everything in a directory that is not a directory; a hidden one counts as one entry, a link to one too."""
+    """List files; a hidden directory, or a link to one, counts as a file."""
     found: list[Path] = []
     waiting = [directory]
     while waiting:
@@ -279,7 +275,7 @@ def _hidden(path: PurePath) -> bool:
 
 
 def _by_name(directory: Path, relative: Path) -> str | None:
-    """Why a file is left out, as far as its name and kind tell; ``None`` if it may be carried over."""
+    """Say why a file is left out, by its name and kind; ``None`` if it may be carried over."""
     path = directory / relative
     suffix = PurePath(path.name.removesuffix(".index.json")).suffix.lower()
     if _hidden(relative):

@@ -28,18 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flags:
-    """Options of the command alone."""
-
     suite: str | None = option(
-        None, "quick, standard, full or a TOML file like theirs.", metavar="NAME", group="Attacks"
+        None, "quick, standard, full, or a TOML file of your own.", metavar="NAME", group="Attacks"
     )
-    expand: str | None = option(None, "Attack a grown model too: --variant width:2.", metavar="2x", group="Attacks")
-    list_all: bool = option(False, "List what these options take, and stop.", "--list", group="Attacks")
+    expand: str | None = option(None, "Attack a grown model too, as --variant width:2.", metavar="2x", group="Attacks")
+    list_all: bool = option(False, "List what these options accept, and exit.", "--list", group="Attacks")
     fail_if: tuple[str, ...] = option(
         (), "Exit with 1 if an uninformed attack meets this.", metavar="CONDITION", group="Output"
     )
     card: bool = option(False, "Write the findings into the model card.", group="Output")
-    dry_run: bool = option(False, "Print the plan and its time here; run nothing.", group="Output")
+    dry_run: bool = option(False, "Print the plan and the time it needs; run nothing.", group="Output")
 
 
 @takes(AttackOptions)
@@ -157,7 +155,6 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read a condition."""
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
         try:
             if match is None or match[1] not in _METRICS:
@@ -174,7 +171,7 @@ class Condition:
             ) from error
 
     def failures(self, report: AttackReport) -> tuple[str, ...]:
-        """Why a gate on this condition fails, one line each: what was not measured holds nothing back."""
+        """Say why a gate on this condition fails, one line each; what was not measured fails it too."""
         from specdef_cli.report import findings
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
@@ -191,7 +188,7 @@ class Condition:
         return tuple(failed) or ((f"no attack was measured for {self.text}",) if not plain else ())
 
     def _concerns(self, finding: Finding) -> bool:
-        """An edit has no steps and no loss, and one that breaks the model has no answers."""
+        """Whether the condition applies: an edit has no steps or loss, and a broken model no answers."""
         if finding.edit is None:
             return True
         return self.metric == "share_of_control" or (self.metric == "refusals" and finding.verdict != "broken")
@@ -213,7 +210,7 @@ def compare_command(
         bool, typer.Option("--markdown", help="Print Markdown, for a page or a model card.", rich_help_panel="Output")
     ] = False,
 ) -> None:
-    """Put attack reports side by side: one row an attack, one column a model.
+    """Put attack reports side by side: one row per attack, one column per model.
 
     Examples:
 

@@ -104,7 +104,6 @@ class RunProgress:
         self._began: dict[str, float] = {}
 
     def show(self, event: ProgressEvent) -> None:
-        """Show one event."""
         self._reused += event.kind == "run-reused"
         done, total = event.done - self._reused, event.runs - self._reused
         if event.kind == "run-start":

@@ -22,8 +22,6 @@ from specdef_cli.option import Source, option
 
 @dataclass(frozen=True)
 class Flags:
-    """Options of the command alone."""
-
     dry_run: bool = option(False, "Print what would be measured; measure nothing.", group="Output")
 
 
@@ -32,14 +30,14 @@ def certify_command(
     flags: Flags,
     output: Output,
     model: Annotated[
-        str, typer.Argument(metavar="HARDENED", help="Directory or Hub id of `specdef harden`.")
+        str, typer.Argument(metavar="HARDENED", help="Directory or Hub id of a hardened model.")
     ] = "hardened",
     **given: Any,
 ) -> None:
-    """Measure a hardened checkpoint: function kept, spectrum as planned, curvature, formats.
+    """Check a hardened checkpoint against its base: outputs, spectrum, curvature, formats.
 
-    Attacks are quoted from a report of `specdef attack`. Exits with 1 if a claim fails. The certificate names what was
-    tried and what got through; it promises nothing else.
+    Attacks are quoted from a report of `specdef attack`. The exit code is 1 if a claim fails. The certificate names
+    what was tried and what got through; it promises nothing else.
 
     Examples:
 
@@ -89,13 +87,11 @@ def certify_command(
 
 @dataclass(frozen=True)
 class Compared:
-    """What a certificate is compared with."""
-
     base: str | None = option(
         None, "What it was made from.", metavar="BASE", shown_default="not checked", group="Model"
     )
     base_subfolder: str | None = option(
-        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / In a folder of it."
+        None, "Folder in BASE that it is in.", metavar="DIR", group="Model / Folder that the model is in."
     )
     attacks: Path | None = option(
         None, "The report.json that it quotes.", metavar="REPORT", shown_default="not checked", group="Model"

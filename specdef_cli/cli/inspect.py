@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flags:
-    """Options of the command alone."""
-
     every_layer: bool = option(
         False, "List every layer, with σ₁ and effective rank (reads all weights).", "--layers", group="Output"
     )
@@ -73,7 +71,8 @@ def survey_summary(found: Survey) -> Group:
         f"{found.model.name}: {found.architecture}, {found.parameters:,} parameters, {decimal(found.nbytes)} in "
         f"{dtypes}, {state}"
     )
-    table = table_of("linear layers", "count", "shape", "parameters", "σ₁")
+    measured = any(layer.sigma is not None for layer in found.layers)
+    table = table_of("linear layers", "count", "shape", "parameters", *["σ₁"] * measured)
     named: dict[str, list[LayerSurvey]] = {}
     for layer in found.layers:
         named.setdefault(within_block(layer.module), []).append(layer)
@@ -85,10 +84,10 @@ def survey_summary(found: Survey) -> Group:
             str(len(layers)),
             ", ".join(shapes) if len(shapes) < 4 else f"{len(shapes)} shapes",
             f"{sum(layer.out_features * layer.in_features for layer in layers):,}",
-            f"{min(sigmas):.4g} to {max(sigmas):.4g}" if sigmas else "–",
+            *[f"{min(sigmas):.4g} to {max(sigmas):.4g}" if sigmas else "–"] * measured,
         )
-    if all(layer.sigma is None for layer in found.layers):
-        table.caption, table.caption_justify = "σ₁ of every layer: --layers", "left"
+    if not measured:
+        table.caption, table.caption_justify = "--layers lists σ₁ too", "left"
     if found.manifest is None and shown:
         what_next = f"`specdef attack {found.model.name} --control BASE` undoes it and says what it is worth."
         return Group(headline, table, "", *shown, what_next)
@@ -156,8 +155,8 @@ def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
         assert isinstance(found, Obstacle)
         yield f"Recommended: leave it as it is; {found.problem}. {found.hint}"
     yield (
-        "Harden if a cost for people who run ordinary recipes is worth something to you. Attackers who know of the "
-        "change undo it in one pass over the weights, and `specdef attack` shows which other recipes get through."
+        "Harden if a hurdle for ordinary recipes is worth something to you. Attackers who know about the change undo "
+        "it in one pass over the weights; `specdef attack` shows which recipes get through without knowing."
     )
 
 
@@ -167,9 +166,9 @@ def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
     if summary.pairs:
         parts.append(f"{summary.pairs} symmetric pairs rescaled")
     if summary.modules:
-        parts.append(f"{summary.modules} modules scaled and compensated in place")
+        parts.append(f"{summary.modules} modules scaled, with vectors beside them that undo it")
     if summary.layers:
-        parts.append(f"{summary.layers} layers replaced by two factors")
+        parts.append(f"{summary.layers} layers, each replaced by two factors")
     yield f"{summary.method}: {', '.join(parts)}"
     names = ", ".join(f"{name} ×{count}" for name, count in summary.changed.items())
     lines = [
@@ -178,26 +177,26 @@ def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
     left = [f"{name} ({_share(count, summary.parameters)})" for name, count in summary.left.items()]
     more = [f"{len(left) - MAX_NAMES} more"] if len(left) > MAX_NAMES else []
     if left:
-        lines.append(f"leaves these, which train as before: {', '.join(left[:MAX_NAMES] + more)}")
+        lines.append(f"leaves alone, to train as before: {', '.join(left[:MAX_NAMES] + more)}")
     lines.append(f"does not survive: {', '.join(summary.lost)}")
-    added = "no parameter added"
+    added = "no parameters added"
     if summary.parameters_added:
         grown = summary.bytes_after - summary.bytes_before
         share = summary.parameters_added / summary.parameters
         added = f"{summary.parameters_added:,} parameters added ({share:+.1%}, {decimal(grown)})"
     lines.append(
-        f"costs: {added}; {decimal(summary.bytes_after)} to write, in about the time of copying them; "
+        f"costs: {added}; {decimal(summary.bytes_after)} to write, in about the time that copying takes; "
         f"{decimal(summary.bytes_before + summary.bytes_after)} of memory to compare the outputs"
     )
     for line in lines:
-        yield Padding(line, (0, 0, 0, 2))
+        yield Padding(line, (0, 0, 0, 2), expand=False)
 
 
 def recommendation(summary: PlanSummary) -> str:
     """Why the default plan is the one to take."""
     reasons = {
-        "fold": "fold (the default). The outputs stay bit-identical, and whatever loads the architecture loads the "
-        "result, in float32 and bfloat16.",
+        "fold": "fold (the default). The outputs stay bit-identical, and anything that loads the architecture loads "
+        "the result, in float32 and bfloat16.",
         "scale": "scale, as no symmetric pair is known for this architecture. The outputs stay bit-identical; the "
         "result needs code to load: trust_remote_code=True, or `import specdef_cli`.",
         "factors": "factors. The result needs code to load: trust_remote_code=True, or `import specdef_cli`.",

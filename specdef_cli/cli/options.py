@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from specdef_cli.option import option, options_of
+from specdef_cli.option import option, options_of, written_type
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id org/name[@revision].")]
 
@@ -23,7 +23,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a H
 class Upload:
     """Options of commands that upload."""
 
-    private: bool = option(False, "If the repository is made, make it private.", group="Upload")
+    private: bool = option(False, "Make the repository private if it is new.", group="Upload")
     create_pr: bool = option(False, "Upload as a pull request.", group="Upload")
 
 
@@ -73,25 +73,24 @@ def takes(*models: type, without: tuple[str, ...] = ()) -> Callable[[Command], C
 
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
-    spelling, description = field.metadata["spelling"], field.metadata["description"]
-    kind: Any = spelling.written or _first(hint)
+    given, parse, metavar = field.metadata, field.metadata["parse"], field.metadata["metavar"]
+    kind: Any = _first(hint) if parse is None else written_type(parse)
     many = get_origin(kind) is tuple
-    metavar = spelling.metavar
     if many:
         item: Any = _first(get_args(kind)[0])
         kind = list[item]
         metavar = f"{metavar or item.__name__.upper()}…"
-    names = spelling.names or ((f"--{field.name.replace('_', '-')}",) if kind is bool else ())
+    names = given["names"] or ((f"--{field.name.replace('_', '-')}",) if kind is bool else ())
     shown = typer.Option(
         *names,
-        help=description,
+        help=given["description"],
         metavar=metavar,
-        show_default=spelling.shown_default or True,
-        rich_help_panel=spelling.group,
-        envvar=spelling.envvar,
+        show_default=given["shown_default"] or True,
+        rich_help_panel=given["group"],
+        envvar=given["envvar"],
         show_envvar=False,
     )
-    default = None if spelling.parse is not None else field.default or None if many else field.default
+    default = None if parse is not None else field.default or None if many else field.default
     if default is None:
         kind |= None
     annotation: Any = Annotated[kind, shown]
@@ -101,14 +100,14 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
 
 
 def _first(hint: Any) -> Any:
-    """The first member of a union: what else programs may give is made from that one."""
+    """The first member of a union, from which the others are made."""
     return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
 
 
 GROUPS = ("Model", "Data", "Attacks", "Budget", "Measurements", "Method", "Upload", "Output")
 """In their order; an option without a group, such as ``--help``, stands in the last one."""
 
-LEGEND = "Defaults stand in brackets; an option with … can be given several times."
+LEGEND = "Defaults are in brackets; an option with … can be repeated."
 WIDEST_FLAG = 24
 SHARED = " / "
 DEFAULT = re.compile(r"default: (.*?)(?:; required)?\]$")
@@ -185,7 +184,7 @@ def _names(parameter: Any) -> str:
 
 
 def _default(parameter: Any, ctx: Any) -> str:
-    """What click says after ``default:``, without its parentheses."""
+    """Click's text after ``default:``, without parentheses."""
     if getattr(parameter, "secondary_opts", ()):
         return ""
     found = DEFAULT.search(parameter.get_help_record(ctx)[1])

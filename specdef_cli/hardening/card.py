@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from specdef_cli.checkpoint.changes import FoldedPair
 from specdef_cli.checkpoint.files import TRANSFORMERS, Library
-from specdef_cli.checkpoint.manifest import BaseCheckpoint, FoldedPair, Manifest
+from specdef_cli.checkpoint.manifest import BaseCheckpoint, Manifest
 from specdef_cli.errors import INSTALLATION
 from specdef_cli.hardening.fold import CACHED_EXPONENT, CACHED_KINDS
 
@@ -35,7 +36,7 @@ def hardened_metadata(base: Mapping[str, Any], origin: BaseCheckpoint, library: 
 
 
 def collapsed_metadata(hardened: Mapping[str, Any], origin: BaseCheckpoint) -> dict[str, Any]:
-    """The inverse, for weights that are the base's again; ``None`` removes a key."""
+    """Undo :func:`hardened_metadata`; ``None`` removes a key."""
     tags = _tags(hardened)
     changes: dict[str, Any] = {"tags": [tag for tag in tags if tag != TAG] or None} if TAG in tags else {}
     if origin.hub_name is not None and hardened.get("base_model") == origin.hub_name:
@@ -59,7 +60,6 @@ def hardened_card(
     one_sided: Sequence[str] = (),
     library: Library = TRANSFORMERS,
 ) -> str:
-    """The card's text."""
     front, text = split_card(base_card)
     front = with_keys(front, hardened_metadata(metadata(front), manifest.base, library))
     body = _without_section(text) or f"# {manifest.base.hub_name or 'Hardened model'}"
@@ -67,7 +67,7 @@ def hardened_card(
 
 
 def collapsed_card(card: str, manifest: Manifest) -> str:
-    """The card of the directory that ``collapse`` writes: without the section, the tag and the base."""
+    """Remove the section, the tag and the base from a card, for ``collapse``."""
     front, text = split_card(card)
     return joined(with_keys(front, collapsed_metadata(metadata(front), manifest.base)), f"{_without_section(text)}\n")
 
@@ -82,7 +82,7 @@ def _without_section(text: str) -> str:
 
 
 def section(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> str:
-    """The section on SpecDef: what was changed, what it costs, what it does not resist."""
+    """Write the section: what was changed, its cost, and what it does not resist."""
     limit, loading = _limit(manifest, unchanged, one_sided, library), _loading(manifest, library)
     return "\n\n".join((HEADING, "\n".join(_changes(manifest)), limit, loading))
 
@@ -92,9 +92,9 @@ def _changes(manifest: Manifest) -> Iterator[str]:
     origin = (base.hub_name or "the base model") + (f" at {base.commit}" if base.commit else "")
     origin += f" (its folder {base.subfolder})" if base.subfolder else ""
     yield (
-        f"{_agreement(manifest, origin)} They were reparameterized with "
-        f"specdef-cli {manifest.specdef_version} (method of [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)), so "
-        "that ordinary recipes diverge or make little progress at their usual learning rates."
+        f"{_agreement(manifest, origin)} The weights were reparameterized with specdef-cli {manifest.specdef_version} "
+        "(based on [arXiv 2602.18868](https://arxiv.org/abs/2602.18868)) so that ordinary recipes diverge or make "
+        "little progress at their usual learning rates."
     )
     if manifest.factored:
         added = sum(layer.parameters_added for layer in manifest.factored)
@@ -109,16 +109,16 @@ def _changes(manifest: Manifest) -> Iterator[str]:
         yield (
             f"{len(exponents)} channels in {len(manifest.folded)} symmetric pair{'s' * (len(manifest.folded) > 1)} of "
             f"existing weights were rescaled by powers of two ({_range(exponents, '2^')}, {manifest.profile} profile), "
-            "which adds no parameter."
+            "which adds no parameters."
         )
         yield from filter(None, [given_up(manifest.folded)])
     if manifest.scaled:
         sides = [side for module in manifest.scaled for side in module.scales.values()]
         added = sum(module.parameters_added for module in manifest.scaled)
         yield (
-            f"{len(manifest.scaled)} modules had channels of their own weight scaled by powers of two "
-            f"({_range((abs(step) for side in sides for step in side.exponents), '2^')}), which vectors beside the "
-            f"weight undo; this adds {added:,} parameters."
+            f"Channels of the weights of {len(manifest.scaled)} modules were scaled by powers of two "
+            f"({_range((abs(step) for side in sides for step in side.exponents), '2^')}); a vector beside each weight "
+            f"undoes this, which adds {added:,} parameters."
         )
 
 
@@ -129,15 +129,16 @@ def _range(values: Iterable[float], before: str = "") -> str:
 
 
 def _agreement(manifest: Manifest, origin: str) -> str:
-    """The first sentence: how far these weights are the base's function, as far as that was measured."""
+    """The first sentence: whether the outputs are the base's, as measured."""
     figures = manifest.verification
     if "relative" not in figures:
         reason = figures.get("skipped", "verification was switched off")
         return f"These weights were made from {origin}; their outputs were not compared ({reason})."
     if figures["equal"]:
-        return f"On a fixed batch these weights give the outputs of {origin}, bit for bit."
+        return f"On a fixed batch these weights give the same outputs as {origin}, bit for bit."
     differ = (
-        f"On a fixed batch the outputs of these weights are within {figures['relative']:.1e} (relative) of {origin}"
+        f"On a fixed batch the outputs of these weights are within {figures['relative']:.1e} (relative) of those of "
+        f"{origin}"
     )
     if "kl" not in figures:
         return f"{differ}."
@@ -153,30 +154,31 @@ def _limit(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str
         "downwards also restores fast fine-tuning. "
     )
     around_scales = (
-        "Updates that are relative to a weight (HiRA, IA³, Madam) and adapters on the residual stream do not see the "
-        "scales. "
+        "The scales do not affect updates that are relative to a weight (HiRA, IA³, Madam) or adapters on the residual "
+        "stream. "
     )
-    around_folds = "A learning rate for every row and column, in proportion to its size, trains as before. "
+    around_folds = "Training works as before with a learning rate for every row and column, in proportion to its size. "
     ways = {
         "multiplying each pair of layers restores the original weights": manifest.factored,
         "multiplying each scale vector into its weight restores the original weights, bit for bit": manifest.scaled,
-        "rebalancing the rows and columns of each pair restores them, without any data": manifest.folded,
+        "rebalancing the rows and columns of each pair restores the weights, without any data": manifest.folded,
     }
     undo = ", and ".join(way for way, changed in ways.items() if changed)
     around = around_pairs if manifest.factored else ""
     around += around_scales if manifest.folded or manifest.scaled else ""
     around += around_folds if manifest.folded else ""
-    measure = "`specdef attack` measures this on this very checkpoint."
-    around += "Edits without training, which take a direction out of the weights, work as on the base. "
+    measure = "`specdef attack` measures this on this checkpoint."
+    around += "Edits without training that take a direction out of the weights work as on the base. "
     if not library.is_transformers:
         unchanged = (*unchanged, "convolutions")  # no construction reaches them
-        measure = "No attack was measured on this very checkpoint."
-    free = f"Trained alone as fast as before: {', '.join(unchanged)}. " if unchanged else ""
+        measure = "No attack was measured on this checkpoint."
+    free = f"These train as fast as before when nothing else trains: {', '.join(unchanged)}. " if unchanged else ""
     if one_sided:
-        free += f"Slowed least when trained alone, as one side of them is scaled: {', '.join(one_sided)}. "
+        free += f"These are slowed least when nothing else trains, as one side is scaled: {', '.join(one_sided)}. "
     return (
-        f"**What this does not resist.** Whoever knows of the change undoes it in one pass: {undo} (`specdef collapse` "
-        f"does it). {around}{free}This raises the cost of unmodified recipes and nothing more. {measure}"
+        f"**What this does not resist.** Anyone who knows about the change can undo it in one pass: {undo} (`specdef "
+        f"collapse` does this). {around}{free}Hardening raises the cost of unmodified recipes and nothing more. "
+        f"{measure}"
     )
 
 
@@ -184,7 +186,7 @@ def _loading(manifest: Manifest, library: Library) -> str:
     lost = lost_formats(manifest.folded, manifest.profile, with_code=bool(manifest.replaced))
     advice = serving_advice(lost)
     if not manifest.replaced:
-        return f"It is an ordinary checkpoint of its architecture, for every loader of the base. {advice}"
+        return f"It is an ordinary checkpoint of its architecture: whatever loads the base loads it. {advice}"
     if not library.is_transformers:
         return (
             "Load it, alone or in the place of the base in its pipeline, with diffusers "
@@ -201,7 +203,7 @@ BLOCKS = "8- and 4-bit quantization (bitsandbytes, torchao, GGUF)"
 DOUBLE = "double quantization (bitsandbytes)"
 FLOAT8 = "float8"
 CACHE = "a float16 key/value cache or llama.cpp's flash attention (its defaults)"
-MERGES = "merging with models that are not hardened alike"
+MERGES = "merging with models not hardened the same way"
 LLAMA_CPP_BLOCKS = "llama.cpp's quantized files (Q8_0, Q4_0, Q4_K_M)"
 LLAMA_CPP_K_QUANTS = (
     "llama.cpp's K-quants (SmolLM2: Q6_K, Q5_K_M and Q4_K_M cost 3 to 4 % of perplexity, Q4_K_S and Q3_K_M break)"
@@ -211,8 +213,8 @@ OFFSETS = "formats without an exact zero, by an offset or a table (HQQ, quanto's
 W8A8 = "engines that quantize activations by token (w8a8)"
 
 SCALED_LOADERS = (
-    "It brings code to load, with trust_remote_code=True or `import specdef_cli`. What does not run it stops with an "
-    "error: llama.cpp, bitsandbytes, mergekit, and the defaults of PEFT's LoRA and TRL's SFTTrainer."
+    "It needs code to load: trust_remote_code=True, or `import specdef_cli`. Tools that do not run that code stop with "
+    "an error: llama.cpp, bitsandbytes, mergekit, and the defaults of PEFT's LoRA and TRL's SFTTrainer."
 )
 """Of scaled modules, as measured; none of it is silent."""
 
@@ -242,20 +244,20 @@ def lost_formats(folded: Sequence[FoldedPair], profile: str | None, *, with_code
 
 
 def serving_advice(lost: Sequence[str]) -> str:
-    """What :func:`lost_formats` found, in a sentence or two."""
+    """Put :func:`lost_formats` into words."""
     dtype = "Serve it in float32 or bfloat16. " if FLOAT16 in lost or CACHE in lost else ""
     return f"{dtype}It does not survive: {', '.join(lost)}."
 
 
 def given_up(folded: Sequence[FoldedPair]) -> str:
-    """What formats lose that round the smallest columns to zero, in a sentence; empty where nothing is known of it."""
+    """Say what is lost in formats that round the smallest columns to zero; empty if not measured."""
     shares = {pair.name: pair.given_up for pair in folded if pair.given_up}
     if not shares:
         return ""
     worst = max(shares, key=lambda name: shares[name])
     return (
-        f"Quantized, it loses {len(shares)} channels, one a pair: at most {shares[worst]:.2%} of what the pair's "
-        f"readers put out ({worst}), as energy."
+        f"Quantization loses {len(shares)} channels, one in each pair: at most {shares[worst]:.2%} of the energy in "
+        f"what the pair's readers output ({worst})."
     )
 
 
@@ -265,6 +267,9 @@ def _beyond(folded: Sequence[FoldedPair], limit: int) -> bool:
 
 _FRONT = re.compile(r"\A\s*---[ \t]*\n(.*?)(?m:^)---[ \t]*(?:\n|\Z)", re.DOTALL)
 _BLOCKS = re.compile(r"^(?=[^\s#\-\]}])", re.MULTILINE)
+"""Where the next key of front matter begins."""
+_COMMENTS = re.compile(r"(?:^[ \t]*(?:#.*)?\n?)*\Z", re.MULTILINE)
+"""What a block ends with."""
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -284,42 +289,38 @@ def split_card(card: str) -> tuple[str, str]:
     found = _FRONT.match(card)
     if found is None:
         return "", card
-    front = found[1].strip("\n")
+    front, body = found[1].strip("\n"), card[found.end() :]
     if front.startswith("{") and isinstance(data := _loaded(front), dict):
-        front = yaml.safe_dump(data, allow_unicode=True, sort_keys=False).strip("\n")
-    if _mapping(front) is None:
-        blocks = [block for block in _BLOCKS.split(front) if block]
-        if not any(_mapping(block) for block in blocks):  # text between two rules
-            return ("", card) if front.strip() else ("", card[found.end() :])
-        front = "\n".join(
-            block.rstrip("\n") if _mapping(block) is not None else re.sub(r"^", "# ", block.rstrip("\n"), flags=re.M)
-            for block in blocks
-        )
-    return front, card[found.end() :]
+        return yaml.safe_dump(data, allow_unicode=True, sort_keys=False).strip("\n"), body
+    if metadata(front) or not _COMMENTS.sub("", front):
+        return front, body
+    blocks = [block.rstrip("\n") for block in _BLOCKS.split(front) if block]
+    if not any(map(metadata, blocks)):  # text between two rules
+        return "", card
+    return "\n".join(block if metadata(block) else re.sub(r"^", "# ", block, flags=re.M) for block in blocks), body
 
 
 def metadata(front: str) -> dict[str, Any]:
     """What front matter says; every scalar is text, so that ``no`` stays Norwegian."""
-    return dict(_loaded(front) or {})
+    found = _loaded(front)
+    return found if isinstance(found, dict) else {}
 
 
 def with_keys(front: str, changes: Mapping[str, Any]) -> str:
     """Set top-level keys of front matter; ``None`` removes one. No other character changes."""
     for key, value in changes.items():
-        line = "" if value is None else yaml.safe_dump({key: value}, allow_unicode=True, sort_keys=False).rstrip("\n")
-        node = _mapping(front)
-        place = next(((k, v) for k, v in (node.value if node else ()) if k.value == key), None)
+        line = "" if value is None else yaml.safe_dump({key: value}, allow_unicode=True, sort_keys=False)
+        blocks = _BLOCKS.split(f"{front}\n")
+        place = next((number for number, block in enumerate(blocks) if key in metadata(block)), None)
         if place is None:
-            front = f"{front}\n{line}".strip("\n") if line else front
-            continue
-        begin, end = place[0].start_mark.index, _end(place[1], front)
-        after = front[end:] if line else front[end:].removeprefix("\n")
-        front = (front[:begin] + line + after).strip("\n")
+            blocks.append(line)
+        else:
+            blocks[place] = line + _COMMENTS.search(blocks[place])[0].lstrip("\n")  # type: ignore[index]
+        front = "".join(blocks).strip("\n")
     return front
 
 
 def joined(front: str, body: str) -> str:
-    """A card of front matter and body."""
     return (f"---\n{front}\n---\n\n" if front.strip() else "") + body
 
 
@@ -329,23 +330,3 @@ def _loaded(text: str) -> Any:
         return yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return None
-
-
-def _mapping(text: str) -> yaml.MappingNode | None:
-    """The node of a mapping in block style, or of nothing but comments; ``None`` for anything else."""
-    try:
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
-        return None
-    if node is None and text.strip():
-        return yaml.MappingNode("tag:yaml.org,2002:map", [])
-    block = isinstance(node, yaml.MappingNode) and not node.flow_style and isinstance(_loaded(text), dict)
-    return node if block else None
-
-
-def _end(node: yaml.Node, text: str) -> int:
-    """Where a value ends in the text: a collection in block style claims what follows it too, comments and all."""
-    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-        last = node.value[-1]
-        return _end(last[1] if isinstance(last, tuple) else last, text)
-    return len(text[: node.end_mark.index].rstrip("\n"))

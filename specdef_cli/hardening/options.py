@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
-from specdef_cli.checkpoint.manifest import Method
+from specdef_cli.checkpoint.changes import Method
 from specdef_cli.errors import WrongUsage
 from specdef_cli.option import Source, as_declared, option, parse_size
 from specdef_cli.spectral import Gauge
@@ -94,7 +94,7 @@ class Publishing(Source):
     device: str | None = option(
         None, "cpu, cuda:0, …", metavar="DEVICE", shown_default="every GPU, else cpu", group="Model"
     )
-    resume: bool = option(False, "Go on where an interrupted run stopped.", group="Output")
+    resume: bool = option(False, "Continue an interrupted run.", group="Output")
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class HardenOptions(Publishing):
         group="Method",
         parse=construction_of,
     )
-    layers: tuple[str, ...] = option((), "Glob of what to harden.", metavar="GLOB", group="Method")
-    exclude: tuple[str, ...] = option((), "Glob of what to leave alone.", metavar="GLOB", group="Method")
+    layers: tuple[str, ...] = option((), "Harden only what matches.", metavar="GLOB", group="Method")
+    exclude: tuple[str, ...] = option((), "Leave alone what matches.", metavar="GLOB", group="Method")
     dtype: StoredDtype | None = option(
         None, "Store floats in this dtype, e.g. bfloat16.", metavar="DTYPE", group="Output"
     )
@@ -120,7 +120,7 @@ class HardenOptions(Publishing):
     manifest_out: Path | None = option(
         None, "Write specdef.json there, not into --out.", metavar="FILE", group="Output"
     )
-    verify: bool = option(True, "Compare the outputs.", "--verify/--no-verify", group="Output")
+    verify: bool = option(True, "Compare the outputs with the base's.", "--verify/--no-verify", group="Output")
 
     def __post_init__(self) -> None:
         super().__post_init__()

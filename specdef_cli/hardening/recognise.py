@@ -1,8 +1,8 @@
 """The traces of hardening, read off the weights: a published model need not say how it was made.
 
 A fold scales a few channels of a symmetric pair by large powers of two and divides their partners by them. How much
-larger one side is than its channels usually are, against how much smaller the other side is, gives the factor. A
-pair of factors is two matrices, one after the other, whose product has far smaller singular values than they have.
+larger one side is than its channels usually are, against how much smaller the other side is, gives the factor. Names
+on disk give factors away, and α is how much larger their singular values are than their product's.
 
 A channel's size is the median of its weights' absolute values: a fold changes few channels of each pair, so that what
 other pairs did to single entries of the same row or column does not move a median.
@@ -10,14 +10,14 @@ other pairs did to single entries of the same row or column does not move a medi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.changes import Change
 from specdef_cli.checkpoint.files import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import Change
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.skeleton import Skeleton
@@ -29,8 +29,6 @@ NATURAL_OCTAVES_OF_NORMS = 6
 """So far do channels of a trained model stand out by themselves: at most 1 in pairs of value and output or query and
 key, 3 in MLPs, 6 between norms and what reads them (SmolLM2-135M; 1, 2 and none such in Gemma 3 270M).
 """
-
-_SCALES = (".input_scale.weight", ".output_scale.weight")
 
 SAMPLE = 512
 """Weights of a channel that are enough to see a factor of hundreds."""
@@ -53,7 +51,7 @@ class Recognised:
 
     @property
     def constructions(self) -> frozenset[Change]:
-        """How the model was hardened, as far as it shows."""
+        """The constructions that the weights show."""
         found: dict[Change, tuple[str, ...]] = {"folded": self.folded, "scaled": self.scaled, "factored": self.factored}
         return frozenset(change for change, there in found.items() if there)
 
@@ -72,20 +70,18 @@ class Recognised:
 
 def recognise(checkpoint: Checkpoint, skeleton: Skeleton) -> Recognised:
     """Look at the weights of a checkpoint, one tensor in memory at a time; the skeleton is the original model's."""
-    shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
 
     def is_intact(side: Side) -> bool:
         header = checkpoint.tensors.get(side.tensor)
         return header is not None and header.dtype in FLOATING_DTYPES and header.shape == skeleton.shapes[side.tensor]
 
-    pairs = [pair for pair in symmetries(skeleton).pairs if pair.channels > 1]
-    return recognised_in(checkpoint.read, shapes, [pair for pair in pairs if all(map(is_intact, pair.sides))])
+    found = symmetries(skeleton).pairs
+    pairs = [pair for pair in found if pair.channels > 1 and all(map(is_intact, pair.sides))]
+    return recognised_in(checkpoint.read, checkpoint.tensors, pairs)
 
 
-def recognised_in(
-    read: Callable[[str], Tensor], shapes: Mapping[str, tuple[int, ...]], pairs: Sequence[SymmetricPair]
-) -> Recognised:
-    """The same for tensors that are read by name, their shapes, and the symmetric pairs of their model."""
+def recognised_in(read: Callable[[str], Tensor], names: Collection[str], pairs: Sequence[SymmetricPair]) -> Recognised:
+    """Look at tensors that are read by name, and the symmetric pairs of their model."""
     folded, octaves = [], 0
     for pair in pairs:
         largest = int(channel_exponents(pair, read, sample=SAMPLE).abs().max())
@@ -93,17 +89,18 @@ def recognised_in(
             folded.append(pair.name)
             octaves = max(octaves, largest)
     factored, alpha = [], 2.0**octaves
-    for layer, inflated, compensation in _candidates(shapes):
-        factor = inflation(read(inflated), read(compensation))
+    for layer in _stems(names, ".compensation.weight"):
+        factor = inflation(read(f"{layer}.inflated.weight"), read(f"{layer}.compensation.weight"))
         if factor > 2**NATURAL_OCTAVES:
             factored.append(layer)
             alpha = max(alpha, factor)
-    return Recognised(tuple(folded), octaves, tuple(factored), alpha, tuple(sorted(_scaled_modules(shapes))))
+    scaled = _stems(names, ".input_scale.weight") | _stems(names, ".output_scale.weight")
+    return Recognised(tuple(folded), octaves, tuple(factored), alpha, tuple(sorted(scaled)))
 
 
-def _scaled_modules(names: Iterable[str]) -> set[str]:
-    """Paths of the modules with vectors that undo a scale."""
-    return {name.removesuffix(end) for name in names for end in _SCALES if name.endswith(end)}
+def _stems(names: Collection[str], end: str) -> dict[str, None]:
+    """Strip an ending from the names that have it, in their order."""
+    return {name.removesuffix(end): None for name in names if name.endswith(end)}
 
 
 def inflation(inflated: Tensor, compensation: Tensor) -> float:
@@ -145,22 +142,3 @@ def channel_exponents(pair: SymmetricPair, read: Callable[[str], Tensor], *, sam
         return torch.zeros(pair.channels, dtype=torch.int64)
     multiplied, divided = (torch.stack(found[power]).mean(0) for power in (1, -1))
     return ((multiplied - divided) / 2).round().long()
-
-
-def _candidates(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, str]]:
-    """What may be a pair of factors by its shapes: its path, W~ [m, n] and C [m, m], the only matrices under it."""
-    matrices: dict[str, list[str]] = {}
-    for name, shape in shapes.items():
-        parts = name.split(".")
-        if len(shape) == 2 and parts[-1] == "weight" and len(parts) > 2:
-            matrices.setdefault(".".join(parts[:-2]), []).append(name)
-    found = []
-    for path, names in matrices.items():
-        for inflated, compensation in (names, names[::-1]) if len(names) == 2 else ():
-            square = (shapes[inflated][0],) * 2
-            # Of two square ones either may be the compensation: the product is the same size, and the order of their
-            # names in this package's files is known.
-            if tuple(shapes[compensation]) == square and not inflated.endswith(".compensation.weight"):
-                found.append((path, inflated, compensation))
-                break
-    return found

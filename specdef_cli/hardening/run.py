@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdef_cli import __version__
+from specdef_cli.checkpoint.changes import FactoredLayer
 from specdef_cli.checkpoint.files import write_durably, write_json
-from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, Manifest
 from specdef_cli.checkpoint.output import require_manifest_place
 from specdef_cli.checkpoint.reader import Checkpoint, carry_over
 from specdef_cli.checkpoint.resolve import Resolved, remember_base
@@ -36,7 +38,6 @@ from specdef_cli.hardening.verify import Loader, is_loadable_here, rehearse, ver
 from specdef_cli.model.described import SHIM_SOURCE, unshim_config
 from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import OpenedModel, open_model, require_attention
-from specdef_cli.version import __version__
 
 OnPlan = Callable[[HardeningPlan], None]
 OnProgress = Callable[[Progress], None]

@@ -39,7 +39,7 @@ Callback = Callable[[], None]
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls something after a module was imported. It finds nothing itself: it asks the finders after it."""
+    """Calls a function after a module was imported; it asks the other finders for the module."""
 
     def __init__(self, callbacks: dict[str, Callback]) -> None:
         self.callbacks = callbacks

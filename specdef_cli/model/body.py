@@ -43,6 +43,11 @@ class Side:
     power: Power
     block: int | None = None
 
+    @property
+    def weight(self) -> str:
+        """Name of the tensor, and of its block where it stacks experts."""
+        return self.tensor if self.block is None else in_stack(self.tensor, self.block)
+
 
 @dataclass(frozen=True)
 class SymmetricPair:
@@ -59,13 +64,18 @@ class SymmetricPair:
     sides: tuple[Side, ...]
 
 
+def in_stack(tensor: str, expert: int) -> str:
+    """The name of an expert's part of a tensor that stacks them."""
+    return f"{tensor}[{expert}]"
+
+
 Found = Iterator[SymmetricPair | str]
 """What one search yields: pairs, and why there are no more."""
 
 
 @dataclass(frozen=True)
 class Symmetries:
-    """All symmetric pairs of a checkpoint, in the order of the model, and why there are no more."""
+    """The symmetric pairs of a checkpoint, in the model's order, and reasons why there are no more."""
 
     pairs: tuple[SymmetricPair, ...]
     unpaired: tuple[str, ...]
@@ -77,7 +87,7 @@ class NoPair(Exception):
 
 @lru_cache(maxsize=64)
 def singles(count: int, start: int = 0) -> Indices:
-    """One position a channel, from ``start``. Cached: a large model has thousands of sides with the same positions."""
+    """One position a channel, from ``start``; cached, as thousands of sides have the same."""
     return tuple((start + channel,) for channel in range(count))
 
 
@@ -133,20 +143,17 @@ class Body:
 
     @property
     def module(self) -> PreTrainedModel:
-        """The body itself."""
         module = self.skeleton.modules[self.path]
         assert isinstance(module, PreTrainedModel)
         return module
 
     @property
     def config(self) -> Any:
-        """The config of what the body reads."""
         return self.module.config.get_text_config()
 
     # --- what there is
 
     def blocks(self, stack: Stack) -> list[str]:
-        """Paths of a stack's blocks."""
         return blocks(self.skeleton.model, self.path, stack)
 
     def sublayers(self, stack: Stack, block: str) -> Iterator[Attention | Mlp | Experts]:
@@ -173,15 +180,12 @@ class Body:
         return sorted(unknown)
 
     def has(self, parameter: str) -> bool:
-        """Whether the model has this parameter."""
         return parameter in self.skeleton.parameters
 
     def out_features(self, module: str) -> int:
-        """Length of what a linear puts out."""
         return int(self.skeleton.parameters[f"{module}.weight"].shape[1 if self._is_transposed(module) else 0])
 
     def in_features(self, module: str) -> int:
-        """Length of what a linear takes in."""
         return int(self.skeleton.parameters[f"{module}.weight"].shape[0 if self._is_transposed(module) else 1])
 
     def is_tied(self, head: str) -> bool:
@@ -216,14 +220,14 @@ class Body:
         return Side(self.tensor(parameter), axis, indices, power)
 
     def rows(self, module: str, indices: Indices, power: Power) -> list[Side]:
-        """What a linear (or a norm) puts out on some channels: rows of the weight, entries of the bias."""
+        """Output channels of a linear (or norm): rows of the weight, entries of the bias."""
         sides = [self.side(f"{module}.weight", 1 if self._is_transposed(module) else 0, indices, power)]
         if self.has(f"{module}.bias"):
             sides.append(self.side(f"{module}.bias", 0, indices, power))
         return sides
 
     def columns(self, module: str, indices: Indices, power: Power) -> list[Side]:
-        """How a linear reads some channels: columns of the weight."""
+        """Input channels of a linear: columns of the weight."""
         return [self.side(f"{module}.weight", 0 if self._is_transposed(module) else 1, indices, power)]
 
     def _is_transposed(self, module: str) -> bool:

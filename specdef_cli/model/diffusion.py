@@ -44,7 +44,7 @@ class SpecDefDiffusersConfig(QuantizationConfigMixin):
         self.layers = {module: dict(spec) for module, spec in layers.items()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written: everything, as there are no defaults."""
+        """Write everything, as there are no defaults."""
         return self.to_dict()
 
 

@@ -96,7 +96,7 @@ class Mlp:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """As of :class:`Attention`; so is ``writer``."""
+        """The linears that read a hidden state."""
         return tuple(dict.fromkeys(filter(None, (self.gate, self.up))))
 
     @property

@@ -54,7 +54,7 @@ def fixed_inputs(model: Any) -> dict[str, Any]:
 
 
 def _encoder(config: Any) -> Any:
-    """What describes the part that the input goes into."""
+    """The config of the part that takes the input."""
     parts = (getattr(config, name, None) for name in ("encoder", "encoder_config", "audio_config"))
     return next((part for part in parts if isinstance(part, PreTrainedConfig)), config)
 
@@ -129,7 +129,7 @@ def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
 
 
 def no_batch(model: Any, inputs: str) -> ResumableError:
-    """What to say of a model for which no batch can be made up."""
+    """The error for a model for which no batch can be made up."""
     return ResumableError(
         f"{type(model).__name__} takes {inputs}, for which there is no fixed batch",
         "Run the same command with --resume --no-verify, and compare the outputs yourself.",
@@ -137,7 +137,7 @@ def no_batch(model: Any, inputs: str) -> ResumableError:
 
 
 def model_outputs(model: Any) -> Tensor:
-    """What the model computes on the fixed batch, on the CPU: logits, else its first output, or both embeddings."""
+    """Run the model on the fixed batch; return :func:`compared_output` on the CPU."""
     inputs = fixed_inputs(model)
     try:
         with torch.inference_mode():
@@ -148,7 +148,7 @@ def model_outputs(model: Any) -> Tensor:
 
 
 def compared_output(outputs: Any) -> Tensor:
-    """Of a model's outputs, what is compared: logits, the embeddings of text and image, or else the first."""
+    """Pick the output that is compared: logits, the embeddings of text and image, or else the first."""
     if "text_embeds" in outputs and "image_embeds" in outputs:
         return torch.cat([outputs["text_embeds"], outputs["image_embeds"]])
     return outputs["logits"] if "logits" in outputs else outputs[0]
@@ -170,9 +170,7 @@ def token_batch(directory: Path, text: str, *, sequences: int = 32, length: int 
     ids = tokenizer(enough, add_special_tokens=False, verbose=False)["input_ids"]
     count = min(sequences, len(ids) // own)
     if not count:
-        raise SpecDefError(
-            f"the text has {len(ids)} tokens, and one sequence needs {own}", "Give more text, or shorter sequences."
-        )
+        raise SpecDefError(f"the text has {len(ids)} tokens, and one sequence needs {own}", "Give more text.")
     rows = [beginning + ids[own * row : own * (row + 1)] for row in range(count)]
     return torch.tensor(rows, dtype=torch.int64)
 

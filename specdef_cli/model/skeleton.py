@@ -40,13 +40,13 @@ class TensorNames:
         parameters: Tensor name on disk → parameter name in the model, for every tensor that the model loads. A tensor
             that is split over several parameters is listed under the first of them.
         sources: Parameter name → the tensors on disk that it is made of, in the order in which they are merged.
-        stacked: Parameters with one tensor an expert on disk → how many these are, by the pattern of their names.
+        stacked: Parameters with one tensor an expert on disk → those tensors, by the pattern of their names.
     """
 
     parameters: Mapping[str, str]
     sources: Mapping[str, tuple[str, ...]]
     converted: frozenset[str]
-    stacked: Mapping[str, Mapping[str, int]]
+    stacked: Mapping[str, Mapping[str, tuple[str, ...]]]
 
     def tensor(self, parameter: str) -> str | None:
         """The one tensor on disk that is ``parameter`` as it stands; ``None`` if there is none."""
@@ -73,7 +73,7 @@ def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str
         if any(isinstance(operation, MergeModulelist) for operation in converter.operations)
         for pattern in converter.source_patterns
     }
-    stacked: dict[str, dict[str, int]] = {}
+    stacked: dict[str, dict[str, tuple[str, ...]]] = {}
     # Sorted: merging keeps this order, and some of transformers' renamings depend on an earlier name having been seen.
     for name in sorted(tensors, key=dot_natural_key):
         parameter, converter = rename_source_key(name, renamings, converters, prefix, known)
@@ -86,7 +86,7 @@ def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str
         if converter is not None:
             converted.add(parameter)
         if converter in patterns:
-            stacked.setdefault(parameter, dict.fromkeys(patterns[converter], 0))[converter] += 1
+            stacked.setdefault(parameter, dict.fromkeys(patterns[converter], ()))[converter] += (name,)
     return TensorNames(
         parameters=parameters,
         sources={parameter: tuple(names) for parameter, names in sources.items()},
@@ -180,12 +180,11 @@ class Skeleton:
 
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
-        """Every module by its path."""
         return dict(self.model.named_modules())
 
     @cached_property
     def trial(self) -> Trial:
-        """What a run on made-up inputs shows, without numbers."""
+        """A run on made-up inputs, without numbers."""
         return try_out(self.model)
 
     @property
@@ -194,7 +193,6 @@ class Skeleton:
         return type(self.model).__module__.split(".")[0] in ("transformers", "diffusers")
 
     def require_shape(self, tensor: str, expected: Shape, place: str) -> None:
-        """Check the shape of one tensor on disk."""
         shape = tuple(self.shapes[tensor])
         if shape != expected:
             raise SpecDefError(
@@ -238,11 +236,11 @@ class Skeleton:
         self._require_all_blocks()
         made_anew = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
         for parameter, expected in self.parameters.items():
-            for pattern, count in self.names.stacked.get(parameter, {}).items():
-                if count != expected.shape[0]:
+            for pattern, parts in self.names.stacked.get(parameter, {}).items():
+                if len(parts) != expected.shape[0]:
                     raise SpecDefError(
                         f"by config.json {parameter} is stacked from {expected.shape[0]} tensors {pattern}, and the "
-                        f"checkpoint has {count}",
+                        f"checkpoint has {len(parts)}",
                         INCOMPLETE,
                     )
             if parameter in self.names.sources:

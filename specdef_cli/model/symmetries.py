@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
@@ -69,7 +69,7 @@ def _in_body(body: Body) -> Found:
 
 
 def _attempt(search: Found) -> Found:
-    """What a search finds; where a pair turns out not to hold, why not in the place of all its pairs."""
+    """Run a search; a note replaces its pairs if one does not hold."""
     found: list[SymmetricPair | str] = []
     try:
         found.extend(search)
@@ -88,7 +88,7 @@ class _Heads:
     fused: Literal["stacked", "per_head"] | None = None
 
     def row(self, part: Literal["query", "key", "value"], head: int, offset: int) -> int:
-        """Of a dimension of a head, the row of the projection that the part has, or shares with others."""
+        """The row of the projection for one dimension of a head."""
         place = ("query", "key", "value").index(part)
         if self.fused == "per_head":
             return (3 * head + place) * self.dim + offset
@@ -183,27 +183,27 @@ def experts_up_down(body: Body, block: str, layer: Experts) -> Found:
         raise NoPair(f"up_down does not hold in {layer.path}: {reason}.")
     module = join(block, layer.path)
     width = int(body.skeleton.parameters[f"{module}.down_proj"].shape[2])
-    ups = _expert_sides(body, f"{module}.gate_up_proj", "up", 0, range(width, 2 * width), 1)
-    downs = _expert_sides(body, f"{module}.down_proj", "down", 1, range(width), -1)
+    ups = _expert_sides(body, f"{module}.gate_up_proj", 0, range(width, 2 * width), 1)
+    downs = _expert_sides(body, f"{module}.down_proj", 1, range(width), -1)
     for expert, sides in enumerate(zip(ups, downs, strict=True)):
         yield SymmetricPair(join(module, str(expert), "up_down"), "up_down", width, sides)
 
 
-def _expert_sides(
-    body: Body, parameter: str, part: Literal["up", "down"], axis: int, stacked: range, power: Power
-) -> list[Side]:
-    """One side for each expert: of a tensor of its own, or at the positions ``stacked`` of its block in a stack."""
+def _expert_sides(body: Body, parameter: str, axis: int, stacked: range, power: Power) -> list[Side]:
+    """One side for each expert: of its own (up or down) tensor, or at the positions ``stacked`` of its block."""
     own = singles(len(stacked))
-    if tensors := expert_tensors(body, parameter, part):
-        return [Side(tensor, axis, own, power) for tensor in tensors]
+    if parts := expert_tensors(body, parameter):
+        return [Side(tensor, axis, own, power) for tensor in parts[-1]]
     tensor, indices = body.tensor(parameter), singles(len(stacked), stacked.start)
     return [
         Side(tensor, axis + 1, indices, power, expert) for expert in range(len(body.skeleton.parameters[parameter]))
     ]
 
 
-def expert_tensors(body: Body, parameter: str, part: Literal["gate", "up", "down"]) -> list[str]:
-    """The tensor of each expert, where experts are stored one by one; none where they are stacked on disk.
+def expert_tensors(body: Body, parameter: str) -> list[tuple[str, ...]]:
+    """The tensors of experts stored one by one, for each part that a parameter stacks: gate and up, or down.
+
+    None where they are stacked on disk.
 
     Raises:
         NoPair: There are neither all of these nor a stack.
@@ -211,16 +211,13 @@ def expert_tensors(body: Body, parameter: str, part: Literal["gate", "up", "down
     names = body.skeleton.names
     if names.tensor(parameter) is not None:
         return []
-    suffixes = {"gate": "w1|gate_proj", "up": "w3|up_proj", "down": "w2|down_proj"}[part]
-    pattern = re.compile(rf"\.experts\.(\d+)\.(?:{suffixes})\.weight$")
-    found = {int(match[1]): name for name in names.sources.get(parameter, ()) if (match := pattern.search(name))}
+    parts = [*names.stacked.get(parameter, {}).values()]
     experts, wide, narrow = body.skeleton.parameters[parameter].shape
-    if sorted(found) != list(range(experts)):
+    if {*map(len, parts)} != {experts}:
         body.tensor(parameter)  # which refuses
-    expected = (wide, narrow) if part == "down" else (wide // 2, narrow)
-    for name in found.values():
-        body.skeleton.require_shape(name, expected, parameter)
-    return [found[expert] for expert in range(experts)]
+    for name in chain(*parts):
+        body.skeleton.require_shape(name, (wide // len(parts), narrow), parameter)
+    return parts
 
 
 def norm_readers(body: Body, stack: Stack, block: str, norm: str) -> Found:
@@ -257,7 +254,7 @@ def _norm_pair(body: Body, norm: str, readers: Iterable[Side]) -> SymmetricPair:
 
 
 def _columns(body: Body, linear: str) -> list[Side]:
-    """How a linear reads all of its channels."""
+    """All input channels of a linear."""
     return body.columns(linear, singles(body.in_features(linear)), -1)
 
 
@@ -275,7 +272,7 @@ def _experts_reading(body: Body, block: str, layer: Experts) -> list[Side]:
     axis = 1 if layer.transposed else 2
     indices = singles(int(body.skeleton.parameters[stacked].shape[axis]))
     sides = [body.side(join(block, reader), 1, indices, -1) for reader in layer.readers]
-    own = [tensor for part in ("gate", "up") for tensor in expert_tensors(body, stacked, part)]
+    own = chain(*expert_tensors(body, stacked))
     return sides + ([Side(name, 1, indices, -1) for name in own] or [body.side(stacked, axis, indices, -1)])
 
 

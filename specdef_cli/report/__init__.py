@@ -19,7 +19,7 @@ from specdef_cli.attack.variants import Knowledge
 
 
 def training_name(attack: Attack) -> str:
-    """What is trained and by what, as people say it: ``full fine-tuning with SGD``."""
+    """Name training and optimizer as people do: ``full fine-tuning with SGD``."""
     label = attack.spec.training.label
     if attack.spec.training.method == "full" and not attack.spec.training.name:
         label = "full fine-tuning" + label.removeprefix("full")
@@ -28,7 +28,7 @@ def training_name(attack: Attack) -> str:
 
 
 def attack_name(attack: Attack) -> str:
-    """The whole attack as people say it: ``undone first (rebalanced), full fine-tuning``."""
+    """Name the attack as people do: ``undone first (rebalanced), full fine-tuning``."""
     variant = attack.spec.variant.label
     if not variant:
         return training_name(attack)
@@ -130,12 +130,10 @@ class Finding(Part):
 
     @property
     def learning_rate(self) -> float:
-        """The best of those tried."""
         return self.at.learning_rate
 
     @property
     def best(self) -> float | None:
-        """The lowest held-out loss at that rate."""
         return self.at.loss
 
     @property
@@ -154,14 +152,14 @@ def findings(report: AttackReport) -> tuple[Finding, ...]:
 
 
 def edit_words(finding: Finding) -> str:
-    """What an edit did, at its best strength: ``3 % of the direction left, KL 0.20``."""
+    """Describe an edit at its best strength: ``3 % of the direction left, KL 0.20``."""
     edit = finding.edit
     assert edit is not None
     return f"{percent(edit.left)} of the direction left, KL {number(edit.kl, 2)}"
 
 
 def of_edits(found: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Those of edits, the control's among them."""
+    """Keep the findings of edits, the control's among them."""
     return tuple(finding for finding in found if finding.edit is not None)
 
 
@@ -199,7 +197,7 @@ def full_name(attack: Attack) -> str:
 
 
 def attack_cells(finding: Finding) -> dict[str, str]:
-    """What an attack came to, in words, by the headings of the report's tables."""
+    """The cells of an attack, by the headings of the report's tables."""
     return {
         "the attacker": "–" if finding.verdict == "control" else KNOWLEDGE_WORDS[finding.knowledge],
         "best η": rate(finding.learning_rate),
@@ -220,7 +218,7 @@ def attack_cells(finding: Finding) -> dict[str, str]:
 
 
 def run_cells(attack: Attack, run: RunResult) -> dict[str, str]:
-    """One run in words, by the headings of the report's tables."""
+    """The cells of a run, by the headings of the report's tables."""
     return {
         "run": run.spec.label,
         "η": rate(run.spec.learning_rate),
@@ -242,12 +240,11 @@ def cell(text: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as a whole percentage."""
     return "–" if share is None else f"{100 * share:.0f} %"
 
 
 def rate(value: float) -> str:
-    """A learning rate: ``1e-05`` as ``1e-5``; none where nothing is trained."""
+    """Write a learning rate: ``1e-05`` as ``1e-5``; a dash where nothing is trained."""
     if value == 0:
         return "–"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
@@ -255,7 +252,6 @@ def rate(value: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A loss."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 

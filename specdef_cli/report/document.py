@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,7 +30,15 @@ from specdef_cli.attack.one_run import (
     SpecPart,
     TrainPoint,
 )
-from specdef_cli.attack.results import CONTROL_SHARE, Attack, AttackReport, DataSummary, Hardening, PromptSummary
+from specdef_cli.attack.results import (
+    CONTROL_SHARE,
+    Attack,
+    AttackReport,
+    DataSummary,
+    Hardening,
+    PromptSummary,
+    same_start,
+)
 from specdef_cli.errors import SpecDefError, first_violation
 from specdef_cli.option import flag_of
 from specdef_cli.report import STOPPED_SHARE, Finding, Part, cell, findings, number, percent, rate
@@ -160,7 +169,6 @@ _SPEC = TypeAdapter(SpecPart)
 
 
 def report_document(report: AttackReport) -> ReportDocument:
-    """A report as ``report.json`` holds it."""
     return ReportDocument(
         schema=SCHEMA_NAME,
         summary=summary(report),
@@ -184,7 +192,6 @@ def report_dict(report: AttackReport) -> dict[str, Any]:
 
 
 def report_json(report: AttackReport) -> str:
-    """The text of ``report.json``."""
     return json.dumps(report_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -214,7 +221,7 @@ def _run(attack: Attack, run: RunResult) -> RunPart:
 
 
 def read_report(path: Path) -> ReportDocument:
-    """The contents of a ``report.json``, or of the one in a directory."""
+    """Read a ``report.json``, or the one in a directory."""
     file = require_report(path)
     try:
         return ReportDocument.model_validate(json.loads(file.read_text(encoding="utf-8")))
@@ -229,7 +236,7 @@ REPORT_NAME = "report.json"
 
 
 def require_report(path: Path) -> Path:
-    """The file of an attack report."""
+    """Find the file of an attack report."""
     file = path / REPORT_NAME if path.is_dir() else path
     if not file.is_file():
         raise SpecDefError(f"no attack report {file} found", "Give the report.json that `specdef attack` wrote.")
@@ -238,8 +245,6 @@ def require_report(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class ComparedAttack:
-    """One row."""
-
     attack: str  # what was done first, trained, and with which optimizer
     control: str  # how far the undefended control came by the same training, with its rate
     control_share: float | None  # what that control made of the best control's progress
@@ -263,13 +268,12 @@ class Comparison:
 
     @property
     def said(self) -> tuple[str, ...]:
-        """What stands below the table, one line each."""
+        """The lines below the table."""
         verdicts = zip(self.models, self.verdicts, strict=True)
         return (*(f"{model}: {verdict}" for model, verdict in verdicts), *self.notes)
 
 
 def compare(reports: Sequence[ReportDocument]) -> Comparison:
-    """Put reports side by side."""
     controls: dict[str, Finding] = {}
     columns: list[dict[str, Finding]] = []
     for report in reports:
@@ -321,25 +325,26 @@ def _learned(control: Finding) -> str:
     return f"{number(control.start)} → {number(control.best)} ({rate(control.learning_rate)})"
 
 
-def _one_control(reports: Sequence[ReportDocument]) -> bool:
-    """Whether the controls, on the same data, have the same loss before they are trained."""
-    starts = [
-        next((run.loss.start for run in report.runs if run.spec.subject == "control"), None) for report in reports
-    ]
-    known = [start for start in starts if start is not None]
-    return not known or max(known) - min(known) < 1e-3 * abs(max(known))
-
-
 def _notes(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
-    """What a cell's mark means, and what reports must share to be comparable: the data and the budget."""
+    """Explain a cell's mark, and say what keeps reports from being compared: data, control or budget."""
     notes = []
+    controls = ((run.loss.start for run in report.runs if run.spec.subject == "control") for report in reports)
+    starts = [next(losses, None) for losses in controls]
     if any(attack.verdict == "not settled" for report in reports for attack in report.attacks):
         notes.append("?: the rates tried do not bracket the best one, so that more may be reached than stands there.")
     if len({report.data.fingerprint for report in reports}) > 1:
         notes.append("The reports were made on different data; their columns cannot be compared.")
-    elif not _one_control(reports):
+    elif not all(same_start(start, other) for start, other in pairwise(starts)):
         names = dict.fromkeys(Path(report.control.name).name for report in reports)
         notes.append(f"The reports have different controls ({', '.join(names)}): the table shows the first one's.")
+    else:
+        called: dict[str, set[str]] = {}
+        for attack in (attack for report in reports for attack in report.attacks):
+            called.setdefault(attack.trained, set()).add(attack.training)
+        several = {name: sorted(trainings) for name, trainings in called.items() if len(trainings) > 1}
+        notes += [f"{name} is not the same in all reports: {'; '.join(them)}." for name, them in several.items()]
+    if len({run.spec.prompts for report in reports for run in report.runs} - {""}) > 1:
+        notes.append("The reports were made with different prompts; edits and refusals cannot be compared.")
     budgets = [run.spec.budget for report in reports for run in report.runs]
     differing = {name: {str(budget[name]) for budget in budgets} for name in (budgets[0] if budgets else ())}
     told = [

@@ -93,7 +93,7 @@ def _caption(report: AttackReport, more: str = "") -> str:
 
 
 def _table(caption: str, first: str, headings: Iterable[str]) -> Table:
-    """Cells are :class:`Text`, so nothing in a name is taken for markup."""
+    """Make a table whose cells are :class:`Text`: nothing in a name is markup."""
     table = Table(caption=Text(caption), caption_justify="left", pad_edge=False)
     table.add_column(first)
     for heading in headings:
@@ -157,7 +157,7 @@ def summary(report: AttackReport) -> tuple[str, ...]:
 
 
 def closing(report: AttackReport, page: Path | None = None) -> tuple[str, ...]:
-    """What was done, what ordinary fine-tuning gets, what gets through, how it is undone, and where the page is."""
+    """What was done, how far ordinary fine-tuning gets, what gets through, how it is undone, and where the page is."""
     plain, informed, edits = _sorted_out(findings(report))
     lines = [f"Done: {_done(report)}"]
     lines += [f"Ordinary fine-tuning: {_ordinary(plain)}", f"Gets through: {_through(plain)}"] if plain else []
@@ -169,20 +169,20 @@ def closing(report: AttackReport, page: Path | None = None) -> tuple[str, ...]:
 
 def _done(report: AttackReport) -> str:
     trained = [run for run in report.runs if not run.spec.is_edit]
-    hardened = f" (hardened by {report.hardening.method})" if report.hardening is not None else ""
+    hardened = f" (method {report.hardening.method})" if report.hardening is not None else ""
     if not trained:
         return f"{report.model}{hardened} and its base {report.control} were edited; nothing was trained."
     steps = {run.spec.steps for run in trained}
     return (
-        f"{len(trained)} runs of {max(steps)} steps fine-tuned {report.model}{hardened} and its base {report.control} "
-        "alike; each attack counts at its best learning rate."
+        f"{len(trained)} runs of {max(steps)} steps fine-tuned {report.model}{hardened} and its base {report.control}. "
+        "Each attack is judged at its best learning rate."
     )
 
 
 def _ordinary(plain: Sequence[Finding]) -> str:
     known = sorted((each for each in plain if each.share is not None), key=lambda each: each.share or 0.0)
     unknown = [training_name(finding.attack) for finding in plain if finding.share is None]
-    text = f"{_shares(known)} of what it gets on the base." if known else ""
+    text = f"{_shares(known)} of its progress on the base." if known else ""
     if unknown:
         text += f" {_listed(unknown)} learned nothing on the base, so there is nothing to compare."
     return text.strip()
@@ -212,15 +212,15 @@ def _undone(informed: Sequence[Finding]) -> str:
     for finding in known:
         variant = finding.attack.spec.variant
         first = f"{variant.label} first" if variant.choice.informed is not None else variant.label
-        names.append(f"{first}, {training_name(finding.attack)} gets {percent(finding.share)}")
+        names.append(f"{first}, {training_name(finding.attack)} reaches {percent(finding.share)}")
     text = f"{'; '.join(names[:MAX_NAMED])}."
     if known[0].verdict == "not slowed":
-        text += " Hardening does not stop people who know of it."
+        text += " Hardening does not stop people who know about it."
     return text
 
 
 def _shares(found: Sequence[Finding]) -> str:
-    names = [f"{attack_name(finding.attack)} gets {percent(finding.share)}" for finding in found]
+    names = [f"{attack_name(finding.attack)} reaches {percent(finding.share)}" for finding in found]
     return _listed(names)
 
 
@@ -233,7 +233,7 @@ def _listed(names: Sequence[str], last: str = " and ") -> str:
 
 
 def _edit_sentence(finding: Finding) -> str:
-    """What an edit did to the model and to its control, with an answer of a model that it broke."""
+    """Describe an edit of the model and of its control, with an answer of a model that it broke."""
     attack, control = finding.attack, finding.attack.control
     text = f"{attack_name(attack)}, the model has {edit_words(finding)}"
     if control is not None and control.edit is not None:

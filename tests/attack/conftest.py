@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.train import TrainRun
 from specdef_cli.hardening.options import Factors, HardenOptions

@@ -21,14 +21,8 @@ from specdef_cli.attack.plan import Series, default_learning_rates, make_plan, p
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import VARIANTS, Variant, informed_variants
-from specdef_cli.checkpoint.manifest import (
-    FORMAT_VERSION,
-    BaseCheckpoint,
-    FactoredLayer,
-    FoldedPair,
-    Manifest,
-    ScaledSlice,
-)
+from specdef_cli.checkpoint.changes import FactoredLayer, FoldedPair, ScaledSlice
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, Manifest
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError, WrongUsage
@@ -117,7 +111,8 @@ def test_collapse_always_has_its_row(options: dict[str, Any]) -> None:
 
 
 def test_rates_given_hold_for_all() -> None:
-    runs = plan(learning_rates=(1e-4, 3e-6), seeds=(0, 1), variants=("depth:3", "collapse"))
+    runs = plan(learning_rates=(1e-4, 3e-6, 1e-4), seeds=(0, 1), variants=("depth:3", "collapse"))
+    assert len(runs) == len(set(runs)), "each once"
     groups: dict[Any, set[Any]] = {}
     for run in runs:
         groups.setdefault((run.subject, run.variant, run.training.method), set()).add((run.learning_rate, run.seed))
@@ -219,6 +214,8 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
         ({"task": "vision"}, "'vision'"),
         ({"seeds": ()}, "seed"),
         ({"jobs": 0}, "--jobs 0"),
+        ({"warmup_steps": 30}, "--warmup-steps 30"),
+        ({"refusal_words": ("no", " ")}, "--refusal-word"),
     ],
 )
 def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:
@@ -366,14 +363,18 @@ learning_rates = [1e-3, 1e-5]
         ("[budget]\nsteps = 3", "attacks"),
         ("[[attacks]\n", "not a suite"),
         ("[more]\n[[attacks]]", "more"),
+        ("[[attacks]]\ntrainings = ['lora', { training = 'full', name = 'LoRA all-linear' }]", "lora:16, full"),
     ],
 )
 def test_a_suite_s_refusals_name_the_value(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8-sig")  # as some editors save it
     with pytest.raises(SpecDefError) as caught:
         load_suite(str(path))
     assert named in caught.value.problem
+    if caught.value.hint.startswith("Write it like "):
+        path.write_bytes(Path(caught.value.hint.removeprefix("Write it like ").rstrip(".")).read_bytes())
+        load_suite(str(path))
 
 
 def test_a_suite_that_does_not_exist() -> None:

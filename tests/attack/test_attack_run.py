@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from specdef_cli import AttackOptions, ProgressEvent, attack
 from specdef_cli.attack.data import load_data
 from specdef_cli.attack.data.language import BUILTIN_NAME
-from specdef_cli.attack.data.rows import Examples
+from specdef_cli.attack.data.split import Examples
 from specdef_cli.attack.one_run import RunResult, RunStore
 from specdef_cli.attack.results import AttackReport
 from specdef_cli.attack.target import Target

@@ -15,8 +15,9 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from specdef_cli import AttackOptions
-from specdef_cli.attack.data import PixelTransform, load_data, load_pixel_transform, load_preprocessor
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data import load_data, load_preprocessor
+from specdef_cli.attack.data.labels import PixelTransform, load_pixel_transform
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.target import Head
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.opened import open_model

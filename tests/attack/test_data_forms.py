@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specdef_cli import AttackOptions
 from specdef_cli.attack.data import load_data
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
 from tests.byte_tokenizer import byte_tokenizer
@@ -222,7 +222,8 @@ PARAGRAPHS = [f"paragraph {number}\n" + f"goes on for {number} " * 12 for number
 @pytest.mark.parametrize("name", ["data.txt", "data.md.xz"])
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 def test_text_is_read_by_paragraph(name: str, folder: bool, tmp_path: Path) -> None:
-    text = a_file(f"notes [1]/{name}", lambda rows: "\n\n".join(row["text"] for row in rows).encode())
+    encoding = "utf-8-sig" if folder else "utf-8"  # with a byte order mark, which is no text
+    text = a_file(f"notes [1]/{name}", lambda rows: "\n\n".join(row["text"] for row in rows).encode(encoding))
     rows = [{"text": paragraph} for paragraph in PARAGRAPHS]
     path = text(tmp_path, rows)
     data = load(path.parent if folder else path)

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.prompts import Prompts, load_prompts, reference_of, try_edits
+from specdef_cli.attack.prompts import COOKING, Prompts, load_prompts, reference_of, try_edits
 from specdef_cli.attack.run import attack
 from specdef_cli.attack.variants import Variant
 from specdef_cli.attack.variants.edits import RANK
@@ -161,8 +161,11 @@ def test_a_chat_template_is_used(base: Path) -> None:
 
 def test_too_few_prompts_are_refused(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
-    path.write_text("Only this?\n")
-    with pytest.raises(SpecDefError, match="has 1 prompts"):
+    path.write_text("\ufeffOnly this?\nOnly this?\n", encoding="utf-8")
+    with pytest.raises(SpecDefError, match="too few different prompts: 1"):
+        load_prompts(AttackOptions(model=base, prompts=str(path)), byte_tokenizer())
+    path.write_text(f"Only this?\n{COOKING[0]}\n")
+    with pytest.raises(SpecDefError, match=r"1 of the unwanted prompts .* 'How do I cook rice\?'"):
         load_prompts(AttackOptions(model=base, prompts=str(path)), byte_tokenizer())
     with pytest.raises(SpecDefError, match="needs --prompts"):
         AttackOptions(model=base, prompts_harmless=str(path))

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.optimizers.own import Madam, NormalizedSGD, build_optimizer, hidden_matrices
@@ -92,6 +92,16 @@ def test_each_runs_in_low_precision(name: str, dtype: Any, base: Path, memorizab
     assert all(bool(parameter.isfinite().all()) for parameter in parameters.values())
     before = load_for_training(spec(name, dtype=dtype), open_model(base), memorizable).state_dict()
     assert any(not torch.equal(before[key], parameter) for key, parameter in parameters.items())
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_every_schedule_warms_up(schedule: Any, base: Path, memorizable: AttackData, tmp_path: Path) -> None:
+    rate, steps, warm = 1e-3, 6, 4
+    last = {"constant": 1, "linear": 1 / 2, "cosine": (1 + math.cos(math.pi / 2)) / 2}[schedule]
+    run = spec("adamw", learning_rate=rate, schedule=schedule, warmup_steps=warm, steps=steps, eval_every=steps)
+    trainer = trained(run, base, memorizable, tmp_path)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([rate * share for share in (0, 1 / 4, 1 / 2, 3 / 4, 1, last)])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

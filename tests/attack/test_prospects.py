@@ -104,7 +104,10 @@ def test_anything_else_is_searched(best: float) -> None:
 
 
 def test_a_thorough_search_and_one_that_may_come_back_take_over_nothing() -> None:
-    for changes in ({"thorough": True}, {"first": replace(make_series("a").first, stop_at_divergence=False)}):
+    first = make_series("a").first
+    cases: list[dict[str, Any]] = [{"thorough": True}]
+    cases += [{"first": replace(first, stop_at_divergence=False)}, {"first": replace(first, warmup_steps=9)}]
+    for changes in cases:
         asked: list[Lead | None] = []
         attack = replace(make_series("a"), **changes)
         control = replace(attack, first=attack.first.control("c"))

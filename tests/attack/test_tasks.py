@@ -14,7 +14,8 @@ from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdef_cli import AttackOptions
-from specdef_cli.attack.data import labels_of, load_data, load_preprocessor
+from specdef_cli.attack.data import load_data, load_preprocessor
+from specdef_cli.attack.data.labels import labels_of
 from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.target import Head, Task
 from specdef_cli.attack.tasks import task_of

@@ -12,8 +12,9 @@ import pytest
 import transformers
 
 from specdef_cli import AttackOptions
-from specdef_cli.attack.data import labels_of, load_data
-from specdef_cli.attack.data.rows import AttackData
+from specdef_cli.attack.data import load_data
+from specdef_cli.attack.data.labels import labels_of
+from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.queue import visible_devices
 from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.target import Head

@@ -105,11 +105,10 @@ def test_help_has_every_option_with_the_default_that_holds(name: str) -> None:
     for owner, field in options:
         flag = flag_of(owner, field.name)
         row = next(row for row in rows if flag in re.split(r"[ ,]+", row.replace("--[no-]", "--")))
-        spelling = field.metadata["spelling"]
-        if " / " not in (spelling.group or ""):
+        if " / " not in (field.metadata["group"] or ""):
             assert str(field.metadata["description"]).removesuffix(".") in row
         if field.default and not isinstance(field.default, bool):
-            shown = spelling.shown_default or getattr(field.default, "method", field.default)
+            shown = field.metadata["shown_default"] or getattr(field.default, "method", field.default)
             assert str(shown).removesuffix(".0") in row.rpartition("[")[2]
     assert len(options) >= 8
     hidden = {field.name for field in dataclasses.fields(COMMANDS[name][0])} - options_of(COMMANDS[name][0]).keys()

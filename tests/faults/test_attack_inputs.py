@@ -180,6 +180,15 @@ def test_a_sequence_beyond_the_models_positions(tiny_model: Callable[..., Path],
     options = ("--control", gpt2, "--dataset", text, *SMALL, "--sequence-length", "100")
     assert_refused(call_cli("attack", gpt2, *options, "--out", tmp_path / "out"), "100 tokens", "--sequence-length")
     assert finished_runs(tmp_path / "out") == {}
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text("w1 w2\n" + "w3 " * 33)
+    short.write_text("w5\nw6 w7\n")
+    edits: list[str | Path] = [*options[:4], *SMALL, "--training", "none", "--variant", "abliterate:1"]
+    edits += ["--out", tmp_path / "out", "--prompts-harmless", short]
+    refused = call_cli("attack", gpt2, *edits, "--prompts", long)
+    assert_refused(refused, "33 tokens", "64 positions", "at most 32 tokens")
+    long.write_text("w1 w2\n" + "w3 " * 32)
+    assert call_cli("attack", gpt2, *edits, "--prompts", long).code == 0
 
 
 # --- certify ---------------------------------------------------------------------------------------------------------

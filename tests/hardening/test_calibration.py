@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
@@ -23,7 +24,7 @@ from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import OpenedModel, open_model
 from specdef_cli.model.symmetries import symmetries
-from tests.commands import TINY_LLAMA
+from tests.commands import TINY_LLAMA, assert_refused, call_cli, succeed
 from tests.tiny_families import write_case
 from tests.tiny_models import write_model
 
@@ -91,7 +92,8 @@ def test_streamed_statistics_are_those_of_the_whole_model(case: str, tmp_path: P
             seen += 1
 
     run_whole(directory, text, compare, min(LENGTH, positions - 2))
-    assert seen == len(found.outputs) + len(found.inputs)
+    of_modules = [name for name in (*found.outputs, *found.inputs) if ".experts." not in name]
+    assert seen == len(of_modules)
     # Of the body's linears, all that read: a head stands behind it, and experts are no linears.
     readers = {side.tensor for pair in pairs for side in pair.sides if side.power < 0 and pair.kind != "query_key"}
     inside = f"{skeleton.model.base_model_prefix}."
@@ -203,6 +205,61 @@ def test_what_passes_through_a_raised_channel_stays_far_below_float16s_largest(
                 assert own == exponent or bool(full[channel] if pair.kind == "query_key" else full.all())
 
 
+@pytest.mark.parametrize("case", ["mixtral", "mixtral-stacked", "qwen2-moe"])
+def test_experts_are_seen_one_by_one(case: str, tmp_path: Path) -> None:
+    """Stored one by one or stacked; of an expert that no token reaches nothing is known, and it is not raised."""
+    directory = with_tokenizer(case, tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    for name in tensors:
+        if "experts" in name and name.endswith(("w3.weight", "up_proj.weight")):
+            tensors[name] *= 64  # float16 cannot take 2^12 of that
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    base, pairs = opened(directory)
+    found = calibrate(base, pairs, TEXT)
+    seen = 0
+
+    def record(path: str, module: Any, arguments: Any) -> None:
+        nonlocal seen
+        hidden, chosen = arguments[:2]
+        for expert in chosen.unique().tolist():
+            given = hidden[(chosen == expert).any(-1)]
+            gate, up = (given @ module.gate_up_proj[expert].T).chunk(2, -1)
+            (pair,) = [pair for pair in pairs if pair.name == f"{path}.{expert}.up_down"]
+            making, reading = pair.sides
+            rows, columns = (torch.tensor(side.indices)[:, 0] for side in pair.sides)
+            between = module.act_fn(gate) * up
+            expected = ((found.outputs[making.weight], rows, up), (found.inputs[reading.weight], columns, between))
+            for kept, indices, values in expected:
+                torch.testing.assert_close(kept.mean_square[indices], values.square().mean(0), rtol=1e-4, atol=1e-7)
+                torch.testing.assert_close(kept.largest[indices], values.abs().amax(0), rtol=1e-4, atol=1e-6)
+            raised = raise_pair(pair, found, 12, no_norms)
+            assert raised is not None
+            assert float(up.abs().amax(0)[raised.channels[0]]) * 2.0 ** raised.exponents[0] <= LARGEST
+            del found.outputs[making.weight]
+            assert raise_pair(pair, found, 12, no_norms) is None
+            seen += 1
+
+    model = load_model(directory, dtype=torch.float32)
+    for path, module in model.named_modules():
+        if path.endswith(".experts"):
+            module.register_forward_pre_hook(partial(record, path))
+    tokens = token_batch(directory, TEXT, sequences=SEQUENCES, length=62)
+    with torch.no_grad():
+        model(input_ids=tokens)
+    assert seen >= 4
+
+
+def test_queries_may_be_more_than_the_width_that_they_read(tmp_path: Path) -> None:
+    """Queries are rows too, and go down: of a pair with keys, the keys alone say how far it can be raised."""
+    base, pairs = opened(with_tokenizer("mistral", tmp_path / "m"))
+    activations = calibrate(base, pairs, TEXT)
+    for pair in (pair for pair in pairs if pair.kind == "query_key"):
+        (keys,) = [side for side in pair.sides if side.power > 0]
+        passed = activations.outputs[keys.tensor].largest.maximum(activations.row_largest[keys.tensor])
+        expected = passed[torch.tensor(keys.indices)].amax(-1)
+        assert torch.equal(largest(pair, activations), expected)
+
+
 def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
     directory = write_model("llama", tmp_path / "m")
     tensors = load_file(directory / "model.safetensors")
@@ -217,15 +274,29 @@ def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
     assert second is None
 
 
+@pytest.mark.parametrize("profile", ["quantizable", "gguf"])
 @pytest.mark.parametrize(
     ("family", "text", "problem"),
-    [("vit", TEXT, "takes no text"), ("llama", "w1 w2", "the text has 2 tokens")],
+    [
+        ("vit", TEXT, "takes no text"),
+        ("llama", "w1 w2", "the text has 2 tokens"),
+        ("llama", f"{TEXT} beyond", "is outside the model's vocabulary of 96"),
+    ],
 )
-def test_without_a_text_the_way_out_is_named(family: str, text: str, problem: str, tmp_path: Path) -> None:
-    base, pairs = opened(write_model(family, tmp_path / "m"))
-    with pytest.raises(SpecDefError, match=problem) as caught:
-        calibrate(base, pairs, text)
-    assert "--calibration none" in caught.value.hint
+def test_without_a_text_the_way_out_is_named(
+    family: str, text: str, problem: str, profile: str, tmp_path: Path
+) -> None:
+    base = write_model(family, tmp_path / "m")
+    if "beyond" in text:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(["beyond"])
+        tokenizer.save_pretrained(base)
+        text = f"beyond {text}"
+    (tmp_path / "text").write_text(text)
+    command = ("harden", base, "--out", tmp_path / "out", "--dry-run", "--no-verify")
+    result = call_cli(*command, "--profile", profile, "--calibration", tmp_path / "text")
+    assert_refused(result, problem, "--profile quantizable --calibration none")
+    succeed(*command, "--profile", "quantizable", "--calibration", "none")
 
 
 def test_a_model_that_does_not_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from specdef_cli.checkpoint.manifest import ScaledSlice, read_manifest
+from specdef_cli.checkpoint.changes import ScaledSlice
+from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError
@@ -189,10 +190,10 @@ def test_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
     assert "merging with models" in card
     assert "compensation" not in card
     assert "float16-cache profile" in card
-    free = card.partition("as fast as before: ")[2].partition(".  ")[0]
+    free = card.partition("as fast as before when nothing else trains: ")[2].partition(".  ")[0]
     assert "model.embed_tokens" in free
     one_sided = "lm_head, mlp.down_proj, mlp.gate_proj, self_attn.o_proj"
-    assert f"as one side of them is scaled: {one_sided}. " in card
+    assert f"as one side is scaled: {one_sided}. " in card
     assert f"Scaled on one side only: {one_sided}." in result.stderr
     assert "self_attn.q_proj" not in free
     assert "secure" not in card.lower()

@@ -33,8 +33,7 @@ from specdef_cli.attack.variants import Variant
 from specdef_cli.cli.attack import Condition
 from specdef_cli.report import attack_name, findings, outcome_words, rate, spelling
 from specdef_cli.report.document import ReportDocument, report_dict, report_document, report_json
-from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, write_report
-from specdef_cli.report.html import report_html
+from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, report_html, write_report
 from specdef_cli.report.text import attacks_table, closing, runs_table, summary
 from tests.commands import REPOSITORY
 
@@ -196,21 +195,21 @@ def test_many_attacks_are_counted_and_those_that_get_through_named(report: Attac
     verdict, done, ordinary, through, undone, _ = summary(replace(report, runs=tuple(runs)))
     assert "Holds against 4 of 6 recipes tried; not slowed: full fine-tuning with muon; only slowed" in verdict
     assert f"{len(runs)} runs of 10 steps" in done
-    assert ordinary.endswith("full fine-tuning with lion gets 50 % and 1 more of what it gets on the base.")
-    assert through == "Gets through: full fine-tuning with muon gets 100 % (at least 95 % counts)."
+    assert ordinary.endswith("full fine-tuning with lion reaches 50 % and 1 more of its progress on the base.")
+    assert through == "Gets through: full fine-tuning with muon reaches 100 % (at least 95 % counts)."
     assert "nothing here bounds an attacker who does" in undone
 
 
 def test_five_lines_say_what_wins_next_to_what_loses(report: AttackReport) -> None:
     done, ordinary, through, undone, place = closing(report, Path("attack/report.html"))
     assert done.startswith("Done: 5 runs of 20 steps fine-tuned hardened/")
-    assert "(hardened by factors) and its base base alike" in done
-    assert ordinary == "Ordinary fine-tuning: full fine-tuning gets 50 % of what it gets on the base."
+    assert "(method factors) and its base base. Each" in done
+    assert ordinary == "Ordinary fine-tuning: full fine-tuning reaches 50 % of its progress on the base."
     assert "none of these recipes (at least 95 % would count)" in through
     assert "HiRA, IA³ and adapters were not tried and usually get through: --suite quick tries them" in through
     assert undone == (
-        "Undone: width 2×, full fine-tuning gets 100 %; collapsed first, full fine-tuning gets 96 %. "
-        "Hardening does not stop people who know of it."
+        "Undone: width 2×, full fine-tuning reaches 100 %; collapsed first, full fine-tuning reaches 96 %. "
+        "Hardening does not stop people who know about it."
     )
     assert place == "Report: attack/report.html"
     assert "secure" not in " ".join(summary(report)).lower()

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sysconfig
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
 
 from specdef_cli.attack.data.forms import (
     FORMS,
@@ -26,27 +33,15 @@ from specdef_cli.attack.data.forms import (
     Form,
     Frame,
     Text,
-    as_items,
-    collate,
     conversation_example,
-    fingerprint_of,
     form_of,
     has_template,
     shared_length,
     spoken,
     unread,
 )
-from specdef_cli.attack.data.rows import (
-    HELD_OUT_EVERY,
-    AttackData,
-    Examples,
-    check_size,
-    is_held_out,
-    padding_of,
-    repeated_rows,
-    rows,
-    whole_batches,
-)
+from specdef_cli.attack.data.rows import padding_of, rows
+from specdef_cli.attack.data.split import AttackData, Encoder, Examples, divide
 from specdef_cli.attack.options import NO_RETAINED, AttackOptions
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
@@ -58,20 +53,43 @@ BEYOND = "whose answer begins beyond --sequence-length"
 _MASKING_SEED = 0
 
 
-class CausalEncoder:
-    """For models that say the next token: texts are joined and cut; what has an answer is a sequence of its own."""
+def as_items(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Convert examples for the Trainer. Sequences of one length get no padding mask, which slows attention."""
+    alike = len({len(part) for example in examples for part in (example.tokens, example.labels)}) == 1
+    return [
+        {"input_ids": list(tokens), "labels": list(labels), **({} if alike else {"attention_mask": [1] * len(tokens)})}
+        for tokens, labels in ((example.tokens, example.labels) for example in examples)
+    ]
+
+
+def collate(items: list[Any], pad: DataCollatorForSeq2Seq) -> dict[str, Any]:
+    """Make a batch; sequences of unequal length are padded with what costs no loss."""
+    return dict(pad(items)) if "attention_mask" in items[0] else default_data_collator(items)
+
+
+def fingerprint_of(*halves: Iterable[Example]) -> str:
+    """Sixteen hexadecimal digits of the tokens and what is counted of them."""
+    digest = hashlib.sha256()
+    for half in halves:
+        for example in half:
+            digest.update(torch.tensor([*example.tokens, *example.labels, len(example.labels)]).numpy().tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]
+
+
+class CausalEncoder(Encoder):
+    """Encodes for models that predict the next token: texts are joined and cut, answers keep their own sequence."""
 
     closing: tuple[int, ...] = ()  # ends every sequence of joined texts
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        super().__init__()
         self.tokenizer, self.length, self.frame = tokenizer, length, Frame.of(tokenizer)
         end = (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
         self.end = self.frame.after or end
-        self.examples: list[Example] = []
         self._joined: list[tuple[int, int]] = []  # tokens with their labels
 
     def add(self, document: Document) -> str | None:
-        """Add a document; the reason, in a few words, where nothing can be learned from it."""
         if isinstance(document, Text):
             self._join(document.text)
             return None
@@ -88,10 +106,6 @@ class CausalEncoder:
             return BEYOND
         self.examples.append(Example(example.tokens[: self.length], labels))
         return None
-
-    def finished(self) -> list[Example]:
-        """The examples as a model is trained on them."""
-        return self.examples
 
     def _completion(self, document: Completion) -> Example:
         """The two are tokenized together, as the model will read them; a token that spans both is the answer's."""
@@ -117,7 +131,7 @@ class CausalEncoder:
 
 
 class MaskedEncoder(CausalEncoder):
-    """For models that say what was masked. Which tokens are is drawn once, so that every run learns the same."""
+    """Encodes for models that predict masked tokens. These are drawn once, so every run learns the same."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         if tokenizer.mask_token_id is None:
@@ -139,7 +153,7 @@ class MaskedEncoder(CausalEncoder):
         return None
 
     def finished(self) -> list[Example]:
-        """As of a causal model, without sequences in which chance masked nothing."""
+        """Mask the examples; those in which chance masks nothing are left out."""
         if not self.examples:
             return []
         masking = DataCollatorForLanguageModeling(self.tokenizer, seed=_MASKING_SEED)
@@ -149,7 +163,7 @@ class MaskedEncoder(CausalEncoder):
 
 
 class Seq2SeqEncoder(CausalEncoder):
-    """For an encoder and a decoder: a prompt and its answer, or the first half of a text and the second."""
+    """Encodes for an encoder and a decoder: a prompt and its answer, or the two halves of a text."""
 
     def add(self, document: Document) -> str | None:
         room = self.length - len(self.frame.before) - len(self.frame.after)
@@ -189,50 +203,23 @@ def language_data(options: AttackOptions, task: Task, tokenizer: PreTrainedToken
     """Sequences of the named data set, or of the prose that comes with Python."""
     name = options.dataset or BUILTIN_NAME
     form, documents = _documents(options)
-    wanted = options.steps * options.batch_size
-    encoder = ENCODERS[task]
-    train, held_out = (encoder(tokenizer, options.sequence_length) for _ in range(2))
-    kept, left_out = 0, Counter[str]()
-    seen: dict[bool, list[int]] = {True: [], False: []}
-    for document in documents:
-        evaluated = is_held_out(kept)
-        half, enough = (held_out, options.eval_sequences) if evaluated else (train, wanted)
-        reason = document if isinstance(document, str) else None
-        if not isinstance(document, str) and len(half.examples) < enough:
-            reason = half.add(document)
-            if reason is None:
-                seen[evaluated].append(hash(repr(document)))
-        elif len(train.examples) >= wanted and len(held_out.examples) >= options.eval_sequences:
-            break
-        if reason is None:
-            kept += 1
-        else:
-            left_out[reason] += 1
-    examples, others = train.finished(), held_out.finished()[: options.eval_sequences]
-    if not others and examples:
-        cut = len(examples) - max(1, min(len(examples) // HELD_OUT_EVERY, options.eval_sequences))
-        examples, others = examples[:cut], examples[cut:]
-    examples = whole_batches(examples[:wanted], options.batch_size)
+    train, held_out, remarks = divide(
+        options, name, "sequences", documents, partial(ENCODERS[task], tokenizer, options.sequence_length),
+        remarks=form.remarks(task, has_template(tokenizer)),
+        remedies={
+            BEYOND: f"Give a --sequence-length above {options.sequence_length}.",
+            REFUSED: "Change the rows to what the template takes; why it refuses them stands in brackets.",
+            UNREAD: "Give rows of text alone; --text-column names a column that is text by itself.",
+        },
+    )  # fmt: skip
     if padding_of(tokenizer) is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # masked like any padding
-    repeated = repeated_rows(seen[False], seen[True]) if seen[True] else repeated_rows(examples, others)
-    total = kept + sum(left_out.values())
-    counts = [f"Of {total} rows read, {count} {reason} left out." for reason, count in left_out.items()]
-    remarks = (*form.remarks(task, has_template(tokenizer)), *counts, *repeated)
-    remedy, (reason, count) = None, (left_out.most_common(1) or [("", 0)])[0]
-    if left_out[BEYOND] > kept:
-        remedy = f"Give a --sequence-length above {options.sequence_length}."
-    elif count > kept and reason.startswith(REFUSED):
-        remedy = "Change the rows to what the template takes; why it refuses them stands in brackets."
-    elif count > kept and reason.endswith(UNREAD):
-        remedy = "Give rows of text alone; --text-column names a column that is text by itself."
-    check_size(name, "sequences", len(examples), len(others), options, remarks=remarks, remedy=remedy)
     return AttackData(
         name=name,
-        train=as_items(examples),
-        held_out=as_items(others),
+        train=as_items(train),
+        held_out=as_items(held_out),
         collate=partial(collate, pad=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_COUNTED)),
-        fingerprint=fingerprint_of(examples, others),
+        fingerprint=fingerprint_of(train, held_out),
         remarks=remarks,
         retained=_retained(options, tokenizer) if task == "causal-lm" else None,
     )
@@ -253,7 +240,7 @@ def _retained(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Exa
     if options.retained is not None:
         named = replace(
             options, dataset=options.retained, dataset_config=None, dataset_split=None, retained=NO_RETAINED,
-            eval_sequences=count, steps=1,
+            eval_sequences=count, steps=1, warmup_steps=0,
         )  # fmt: skip
         return language_data(named, "causal-lm", tokenizer).held_out
     sequences: list[Example] = []
@@ -267,7 +254,7 @@ def _retained(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Exa
 
 
 def _documents(options: AttackOptions) -> tuple[Form, Iterator[Document | str]]:
-    """The form of the data, and its rows; text stands for why a row is left out."""
+    """Find the form of the data, and yield its rows, or the reason why one is left out."""
     if options.dataset is None:
         return FORMS[-1], (Text(text) for text in builtin_documents())
     name = options.dataset

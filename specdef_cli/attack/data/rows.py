@@ -7,11 +7,10 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import datasets
 from datasets.data_files import get_data_patterns
@@ -91,14 +90,14 @@ def rows(
 
 
 def _renumbering(feature: Any, classes: Mapping[str, int]) -> dict[int, int]:
-    """From a class label's own numbers to those in ``classes``, where that knows all of its names; else empty."""
+    """Map a class label's numbers to those in ``classes``; empty unless ``classes`` has all of its names."""
     feature = getattr(feature, "feature", feature)  # of a list of labels
     names = feature.names if isinstance(feature, datasets.ClassLabel) else []
     return dict(enumerate(class_numbers(names, classes).values()))
 
 
 def class_numbers(labels: Collection[Any], classes: Mapping[str, int]) -> dict[Any, int]:
-    """Numbers of classes by name, whatever the case of letters, where ``classes`` knows all of the names; else none."""
+    """Number labels by name, ignoring case; empty unless ``classes`` has all of the names."""
 
     def plain(name: Any) -> Any:
         return name.strip().casefold() if isinstance(name, str) else name
@@ -115,7 +114,7 @@ def _renumber(label: Any, numbers: Mapping[int, int]) -> Any:
 
 
 def _load(options: AttackOptions, path: Path) -> Any:
-    """The split that is asked for, as `datasets` has it."""
+    """Load the requested split with `datasets`."""
     split = options.dataset_split or "train"
     if path.is_file():
         _require_no_choice(options, path)
@@ -149,7 +148,7 @@ def _load(options: AttackOptions, path: Path) -> Any:
 
 
 def _require_no_choice(options: AttackOptions, path: Path) -> None:
-    """Refuse a configuration or a split of what has only one: it would be left unread."""
+    """Refuse to choose a configuration or split where there is only one."""
     chosen = {"--dataset-config": options.dataset_config, "--dataset-split": options.dataset_split}
     for flag, value in chosen.items():
         if value not in (None, "train", "default"):
@@ -157,7 +156,7 @@ def _require_no_choice(options: AttackOptions, path: Path) -> None:
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """The suffix that says what a file holds, and that of its compression; empty where there is none."""
+    """Return the suffixes for format and compression; empty where there is none."""
     other, last = ["", "", *(suffix.lower() for suffix in path.suffixes)][-2:]
     return (other, last) if last in COMPRESSIONS else (last, "")
 
@@ -180,7 +179,7 @@ def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _holds_text(directory: Path, files: Sequence[Path]) -> bool:
-    """Whether all files are text or Markdown, and no card would say more of them."""
+    """Whether all files are text or Markdown, and no card says more of them."""
     return not (directory / _CARD).is_file() and all(
         _FILE_FORMATS.get(_suffixes(path)[0], ("",))[0] == "text" for path in files
     )
@@ -216,13 +215,13 @@ def _splits(directory: Path) -> dict[str, list[str]]:
 
 
 def _patterns(directory: Path) -> dict[str, list[str]] | None:
-    """The files of each split, where `datasets` would take a character of the directory's own name for a wildcard."""
+    """The files of each split, if the directory's name has a character that `datasets` takes for a wildcard."""
     absolute = str(directory.resolve())
     return None if glob.escape(absolute) == absolute else _splits(directory)
 
 
 def _require_cache() -> None:
-    """Check that `datasets` can keep there what it makes of a file."""
+    """Check that `datasets` can write to its cache."""
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -236,7 +235,6 @@ def _require_cache() -> None:
 
 
 def _cannot_be_read(options: AttackOptions, path: Path, error: BaseException) -> SpecDefError:
-    """The error that says why, and what to do."""
     name = str(options.dataset)
     cause = error.__cause__ or error  # `datasets` wraps what went wrong in "An error occurred while generating …"
     text = str(cause)
@@ -267,70 +265,7 @@ def _no_rows(dataset: str) -> SpecDefError:
     return SpecDefError(f"{dataset} has no rows", "Give a data set with something in it.")
 
 
-HELD_OUT_EVERY = 10
-"""Every tenth row is held out; of fewer rows, the last tenth of the tokens."""
-
-
-_Item = TypeVar("_Item")
-
-
-class Examples(Protocol):
-    """A map-style data set that knows its size: a list of items, or what makes them when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class AttackData:
-    """What the Trainer is given."""
-
-    name: str
-    train: Examples
-    held_out: Examples
-    collate: Callable[[list[Any]], dict[str, Any]]
-    fingerprint: str  # sixteen hexadecimal digits of the tokens or images and labels themselves
-    labels: int = 0  # number of classes; 0 for language modelling
-    resize_head: bool = False  # whether the checkpoint's own head has another number of classes
-    padding: int | None = None
-    problem: str | None = None
-    """What transformers calls the kind of labels: ``single_label_classification``, …; ``None`` for language."""
-    remarks: tuple[str, ...] = ()  # what a reader of the report should know of it, one sentence each
-    retained: Examples | None = None  # text on which a language model's ability is measured as it is attacked
-
-    def configure(self, config: Any) -> None:
-        """Give a classifier's config the data's kind and number of labels, and its padding."""
-        if config.num_labels != self.labels:
-            config.num_labels = self.labels
-        config.problem_type = self.problem
-        # Decoders find the token to classify by looking for the padding.
-        if self.padding is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self.padding
-
-    @property
-    def evaluated(self) -> int:
-        """Sequences that every evaluation takes."""
-        return len(self.held_out) + (0 if self.retained is None else len(self.retained))
-
-    @property
-    def halves(self) -> tuple[Examples, ...]:
-        """Every data set that a run may see."""
-        return (self.train, self.held_out, *([self.retained] if self.retained is not None else []))
-
-
-def is_held_out(row: int) -> bool:
-    """Whether the row of this number, counted from 0, is evaluated and not trained on."""
-    return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-
-
-def whole_batches(items: list[_Item], batch_size: int) -> list[_Item]:
-    """Every step trains on a full batch. (The Trainer's own ``drop_last`` would drop held-out items as well.)"""
-    return items[: len(items) // batch_size * batch_size]
-
-
 def column_of(row: Any, column: str, dataset: str) -> Any:
-    """One column of a row."""
     if column not in row:
         raise SpecDefError(
             f"{dataset} has no column {column!r}",
@@ -341,51 +276,17 @@ def column_of(row: Any, column: str, dataset: str) -> Any:
 
 
 def as_text(value: Any, column: str, dataset: str) -> str:
-    """What a column of text holds; a row without any counts as empty."""
+    """Check that a column holds text, and strip a file's byte order mark; no text counts as empty."""
     if not isinstance(value, str | None):
         raise SpecDefError(
             f"column {column!r} of {dataset} holds {type(value).__name__}, not text",
             "Name a column of text with --text-column.",
         )
-    return value or ""
-
-
-def check_size(
-    name: str,
-    what: str,
-    train: int,
-    held_out: int,
-    options: AttackOptions,
-    *,
-    remarks: tuple[str, ...] = (),
-    remedy: str | None = None,
-) -> None:
-    """Refuse data that is too small for one batch and one evaluation."""
-    if train >= options.batch_size and held_out >= 1:
-        return
-    shorter = " or --sequence-length" if what == "sequences" else ""
-    left_out = f" ({' '.join(remarks)})" if remarks else ""
-    raise SpecDefError(
-        f"{name} gives {train} {what} to train on and {held_out} to evaluate; a batch has {options.batch_size}"
-        f"{left_out}",
-        remedy or f"Give more data, or a smaller --batch-size{shorter}.",
-    )
-
-
-def repeated_rows(train: Iterable[Any], held_out: Iterable[Any]) -> tuple[str, ...]:
-    """A remark where held-out rows are training rows too."""
-    known = {hash(repr(row)) for row in train}
-    again = [hash(repr(row)) in known for row in held_out]
-    if not any(again):
-        return ()
-    return (
-        f"Of {len(again)} held-out rows, {sum(again)} are repeated among those trained on: their loss shows memory. "
-        "Remove repeated rows to measure what is learned.",
-    )
+    return (value or "").removeprefix("\ufeff")
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Its padding; a tokenizer without any gets its end of text for it, as most recipes do."""
+    """Return the padding token; a tokenizer without one gets its end of text, as in most recipes."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer.pad_token_id
