@@ -346,6 +346,12 @@ class Suite:
     budget: dict[BudgetName, pydantic.PositiveInt] = field(default_factory=dict)
     description: str = ""  # one line for --list
 
+    def __post_init__(self) -> None:
+        called: dict[str, Training] = {}
+        for training in (training for table in self.attacks for training in table.trainings):
+            if called.setdefault(training.label, training) != training:
+                raise ValueError(f"two trainings are called {training.label!r}: {called[training.label]}, {training}")
+
 
 def suite_names() -> tuple[str, ...]:
     """The suites that come with the package."""
@@ -357,7 +363,7 @@ def load_suite(name: str) -> Suite:
     own = name in suite_names()
     path: Any = files("specdef_cli.attack") / "suites" / f"{name}.toml" if own else Path(name)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         return pydantic.TypeAdapter(Suite).validate_python({**data, "name": Path(name).stem})
     except WrongUsage as error:  # a value of the file, not of the command line
         raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
@@ -367,7 +373,8 @@ def load_suite(name: str) -> Suite:
         ) from error
     except (ValueError, TypeError) as error:
         reason = first_violation(error) if isinstance(error, pydantic.ValidationError) else error
-        raise SpecDefError(f"{name} is not a suite: {reason}", "Copy one of attack/suites/ and edit it.") from error
+        example = files("specdef_cli.attack") / "suites" / "quick.toml"
+        raise SpecDefError(f"{name} is not a suite: {reason}", f"Write it like {example}.") from error
 
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".md", ".parquet", ".arrow")

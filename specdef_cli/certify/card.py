@@ -104,8 +104,9 @@ def _starts_as_its_control(document: ReportDocument) -> bool:
 
 
 def _public(name: str) -> str:
-    """Strip the path from the name of a local directory or file."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    """Strip the path from the name of a directory or file, which may have gone since; a Hub id stays."""
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.*)?", name) and not Path(name).exists()
+    return name if on_hub else Path(name).name
 
 
 def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:

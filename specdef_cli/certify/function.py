@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli.certify.tools import mean_loss
-from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest
+from specdef_cli.checkpoint.changes import FactoredLayer
+from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.changes import ScaledSlice
 from specdef_cli.checkpoint.files import FLOATING_DTYPES, TRANSFORMERS, Library, TensorHeader
-from specdef_cli.checkpoint.manifest import ScaledSlice
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.errors import SpecDefError, dtype_name
 

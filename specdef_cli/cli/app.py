@@ -17,8 +17,7 @@ from rich.markup import escape
 from specdef_cli import __version__
 from specdef_cli.cli.attack import attack_command, compare_command
 from specdef_cli.cli.certify import certify_command, verify_certificate_command
-from specdef_cli.cli.harden import harden_command
-from specdef_cli.cli.hardened import collapse_command, convert_adapter_command, push_command
+from specdef_cli.cli.harden import collapse_command, convert_adapter_command, harden_command, push_command
 from specdef_cli.cli.inspect import inspect_command
 from specdef_cli.cli.options import GroupedCommand
 from specdef_cli.cli.output import safe_streams

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.checkpoint.manifest import ScaledSlice
+from specdef_cli.checkpoint.changes import ScaledSlice
 from specdef_cli.checkpoint.output import discard, exclusive, prepare, publish, require_free, require_outside
 from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError, first_line

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from specdef_cli.checkpoint.changes import FoldedPair
 from specdef_cli.checkpoint.files import TRANSFORMERS, Library
-from specdef_cli.checkpoint.manifest import BaseCheckpoint, FoldedPair, Manifest
+from specdef_cli.checkpoint.manifest import BaseCheckpoint, Manifest
 from specdef_cli.errors import INSTALLATION
 from specdef_cli.hardening.fold import CACHED_EXPONENT, CACHED_KINDS
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.manifest import FoldedPair
+from specdef_cli.checkpoint.changes import FoldedPair
 from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
 from specdef_cli.hardening.fold import channel_norms, folded_pair
 from specdef_cli.hardening.options import BY_WEIGHTS, Fold

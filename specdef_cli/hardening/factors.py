@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.manifest import FactoredLayer, LinearLayer
+from specdef_cli.checkpoint.changes import FactoredLayer, LinearLayer
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError

@@ -26,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.manifest import FoldedPair, ScaledSlice
+from specdef_cli.checkpoint.changes import FoldedPair, ScaledSlice
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
 from specdef_cli.checkpoint.stream import one_thread

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from specdef_cli.checkpoint.changes import Changed, FactoredLayer, FoldedPair, Method, ScaledModule, ScaledSlice
 from specdef_cli.checkpoint.check import require_modules
-from specdef_cli.checkpoint.manifest import Changed, FactoredLayer, FoldedPair, Method, ScaledModule, ScaledSlice
 from specdef_cli.checkpoint.reader import DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import TensorGroup, plain_group
 from specdef_cli.errors import SpecDefError, dtype_name

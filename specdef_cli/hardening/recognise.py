@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.changes import Change
 from specdef_cli.checkpoint.files import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import Change
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.skeleton import Skeleton

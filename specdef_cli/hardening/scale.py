@@ -25,7 +25,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
+from specdef_cli.checkpoint.changes import ScaledChannels, ScaledModule
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import one_thread

@@ -20,8 +20,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.changes import Method
 from specdef_cli.checkpoint.files import write_json
-from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.checkpoint.reader import DTYPES, Checkpoint, carry_over
 from specdef_cli.checkpoint.shards import TensorGroup, plan_shards, shard_header
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory

@@ -14,8 +14,9 @@ from typing import Any
 
 import transformers.quantizers.auto  # noqa: F401 (before configuration_specdef: a cycle, see specdef_cli.model)
 
+from specdef_cli.checkpoint.changes import ScaledChannels, ScaledSlice
 from specdef_cli.checkpoint.files import FLOATING_DTYPES, library_of
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledChannels, ScaledSlice
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.configuration_specdef import AUTO_MAP, BASE_MODEL_TYPE_KEY, MODEL_TYPE

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.checkpoint.manifest import LinearLayer, Replaced, ScaledKind
+from specdef_cli.checkpoint.changes import LinearLayer, Replaced, ScaledKind
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.body import blocks, described_bodies, join, output_norms
 from specdef_cli.model.families import DENOISER_WRITERS, Experts, Family, Role

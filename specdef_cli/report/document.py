@@ -337,6 +337,14 @@ def _notes(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
     elif not all(same_start(start, other) for start, other in pairwise(starts)):
         names = dict.fromkeys(Path(report.control.name).name for report in reports)
         notes.append(f"The reports have different controls ({', '.join(names)}): the table shows the first one's.")
+    else:
+        called: dict[str, set[str]] = {}
+        for attack in (attack for report in reports for attack in report.attacks):
+            called.setdefault(attack.trained, set()).add(attack.training)
+        several = {name: sorted(trainings) for name, trainings in called.items() if len(trainings) > 1}
+        notes += [f"{name} is not the same in all reports: {'; '.join(them)}." for name, them in several.items()]
+    if len({run.spec.prompts for report in reports for run in report.runs} - {""}) > 1:
+        notes.append("The reports were made with different prompts; edits and refusals cannot be compared.")
     budgets = [run.spec.budget for report in reports for run in report.runs]
     differing = {name: {str(budget[name]) for budget in budgets} for name in (budgets[0] if budgets else ())}
     told = [

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.checkpoint.manifest import FactoredLayer
+from specdef_cli.checkpoint.changes import FactoredLayer
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.loading import meta_model
 from specdef_cli.model.sites import LinearSite, linear_sites, require_findable

@@ -21,14 +21,8 @@ from specdef_cli.attack.plan import Series, default_learning_rates, make_plan, p
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import VARIANTS, Variant, informed_variants
-from specdef_cli.checkpoint.manifest import (
-    FORMAT_VERSION,
-    BaseCheckpoint,
-    FactoredLayer,
-    FoldedPair,
-    Manifest,
-    ScaledSlice,
-)
+from specdef_cli.checkpoint.changes import FactoredLayer, FoldedPair, ScaledSlice
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, Manifest
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError, WrongUsage
@@ -369,14 +363,18 @@ learning_rates = [1e-3, 1e-5]
         ("[budget]\nsteps = 3", "attacks"),
         ("[[attacks]\n", "not a suite"),
         ("[more]\n[[attacks]]", "more"),
+        ("[[attacks]]\ntrainings = ['lora', { training = 'full', name = 'LoRA all-linear' }]", "lora:16, full"),
     ],
 )
 def test_a_suite_s_refusals_name_the_value(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8-sig")  # as some editors save it
     with pytest.raises(SpecDefError) as caught:
         load_suite(str(path))
     assert named in caught.value.problem
+    if caught.value.hint.startswith("Write it like "):
+        path.write_bytes(Path(caught.value.hint.removeprefix("Write it like ").rstrip(".")).read_bytes())
+        load_suite(str(path))
 
 
 def test_a_suite_that_does_not_exist() -> None:

@@ -8,14 +8,8 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.checkpoint.manifest import (
-    FORMAT_VERSION,
-    BaseCheckpoint,
-    FactoredLayer,
-    FoldedPair,
-    Manifest,
-    ScaledSlice,
-)
+from specdef_cli.checkpoint.changes import FactoredLayer, FoldedPair, ScaledSlice
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, Manifest
 from specdef_cli.errors import SpecDefError
 
 LAYER = FactoredLayer(

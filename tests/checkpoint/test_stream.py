@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from specdef_cli.checkpoint import stream
-from specdef_cli.checkpoint.manifest import ScaledSlice
+from specdef_cli.checkpoint.changes import ScaledSlice
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint, open_checkpoint
 from specdef_cli.checkpoint.shards import (
     OutputShard,

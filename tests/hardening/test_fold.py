@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from specdef_cli.checkpoint.manifest import ScaledSlice, read_manifest
+from specdef_cli.checkpoint.changes import ScaledSlice
+from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 import specdef_cli  # noqa: F401
-from specdef_cli.checkpoint.manifest import FactoredLayer, read_manifest
+from specdef_cli.checkpoint.changes import FactoredLayer
+from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions, StoredDtype
 from specdef_cli.hardening.run import collapse, harden

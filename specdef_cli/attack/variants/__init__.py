@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from specdef_cli.attack.table import Factor, Table, checked_factor, parse_number
-from specdef_cli.checkpoint.manifest import Change
+from specdef_cli.checkpoint.changes import Change
 
 if TYPE_CHECKING:
     from torch import Tensor
