@@ -189,7 +189,8 @@ def test_the_energy_given_up_is_what_taking_the_channel_out_changes(
                 without = given.clone()
                 without[..., list(readers[name].indices[which])] = 0
                 lost = (module(without) - output).square().sum(-1)
-                changes[which] += float((lost / (given.square() @ module.weight.square().sum(0))).mean())
+                columns = module.get_parameter("weight").square().sum(0)
+                changes[which] += float((lost / (given.square() @ columns)).mean())
 
     def hook(name: str, module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
         if name in readers and "busy" not in readers:
