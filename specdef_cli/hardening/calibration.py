@@ -28,9 +28,10 @@ from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.execute import compute_devices
 from specdef_cli.model.body import SymmetricPair, in_stack
 from specdef_cli.model.inputs import require_in_vocabulary, token_batch
-from specdef_cli.model.loading import without_progress_bars
+from specdef_cli.model.loading import process_state, without_progress_bars
 from specdef_cli.model.opened import OpenedModel
 from specdef_cli.model.skeleton import Skeleton, TensorNames
 
@@ -119,7 +120,7 @@ class _Experts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear:
+        if func is nn.functional.linear and len(args) > 1:
             path, module = self._running
             for leaf, stack in module.named_parameters(recurse=False):
                 offset = args[1].data_ptr() - stack.data_ptr()
@@ -166,7 +167,7 @@ def calibrate(
     except SpecDefError as error:
         raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
     tokens = torch.cat([part[: -(-SEQUENCES // len(parts))] for part in parts])
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = compute_devices(device, process_state(device))[0]
     found = Activations()
     weights = {
         parameter.removesuffix(".weight"): side.tensor
@@ -321,7 +322,7 @@ def _whole_model(base: OpenedModel, found: Activations, device: torch.device) ->
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecDefError(f"--calibration {path} is not a text that can be read", "Give a file of UTF-8.") from error
 

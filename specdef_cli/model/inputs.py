@@ -165,9 +165,7 @@ def token_batch(directory: Path, text: str, *, sequences: int = 32, length: int 
     ids = tokenizer(enough, add_special_tokens=False, verbose=False)["input_ids"]
     count = min(sequences, len(ids) // own)
     if not count:
-        raise SpecDefError(
-            f"the text has {len(ids)} tokens, and one sequence needs {own}", "Give more text, or shorter sequences."
-        )
+        raise SpecDefError(f"the text has {len(ids)} tokens, and one sequence needs {own}", "Give more text.")
     rows = [beginning + ids[own * row : own * (row + 1)] for row in range(count)]
     return torch.tensor(rows, dtype=torch.int64)
 

@@ -108,6 +108,19 @@ def test_a_calibration_that_changes_nothing_or_cannot_be_read_is_refused(tmp_pat
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--device", "gpu0"), ("device 'gpu0' is unknown", "--device cpu")),
+        (("--device", "meta"), ("device 'meta' is not available", "--device cpu")),
+        (("--profile", "gguf", "--layers", "lm_head"), ("gguf can raise no channel of 1 symmetric", "--method scale")),
+    ],
+)
+def test_what_cannot_be_raised_is_refused(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    result = call_cli("harden", TINY_LLAMA, "--out", tmp_path / "m", "--profile", "quantizable", *arguments)
+    assert_refused(result, *words, empty=tmp_path, code=2 if "gpu0" in arguments else 1)
+
+
 def test_gguf_keeps_blocks_of_activations(tmp_path: Path) -> None:
     """No pair's blocks lose more than its part of what all may lose, and a factor more loses more than that."""
     base = open_model(TINY_LLAMA)
