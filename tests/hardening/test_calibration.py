@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening import calibration
 from specdef_cli.hardening.calibration import LENGTH, SEQUENCES, Activations, calibrate, default_text, drowned_energy
 from specdef_cli.hardening.expendable import LARGEST, energies, largest, raise_pair
@@ -24,7 +23,7 @@ from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import OpenedModel, open_model
 from specdef_cli.model.symmetries import symmetries
-from tests.commands import TINY_LLAMA, assert_refused, call_cli, succeed
+from tests.commands import TINY_LLAMA, assert_refused, call_cli, refusal, succeed
 from tests.tiny_families import write_case
 from tests.tiny_models import write_model
 
@@ -322,6 +321,5 @@ def test_without_a_text_the_way_out_is_named(
 def test_a_model_that_does_not_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, pairs = opened(with_tokenizer("mixtral", tmp_path / "m"))
     monkeypatch.setattr(calibration.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10_000}))
-    with pytest.raises(SpecDefError, match="do not fit") as caught:
+    with refusal("do not fit", "--calibration none"):
         calibrate(base, pairs, TEXT)
-    assert "--calibration none" in caught.value.hint

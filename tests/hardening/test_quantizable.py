@@ -21,6 +21,7 @@ from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model
 from specdef_cli.model.symmetries import symmetries
 from tests.commands import TINY_LLAMA, assert_refused, call_cli, succeed
+from tests.hardened import harden_to
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_float16_and_8_bits_cost_what_they_cost_the_base(hardened: tuple[Path, s
     base, fold = (losses(directory, tokens, tmp_path) for directory in (TINY_LLAMA, hardened[0]))
     for name, loss in base.items():
         assert fold[name] == pytest.approx(loss, abs=0.02), name
-    harden(HardenOptions(str(TINY_LLAMA), tmp_path / "default", verify=False))
+    harden_to(tmp_path / "default", TINY_LLAMA)
     default = losses(tmp_path / "default", tokens, tmp_path)
     assert all(not loss < base[name] + 0.5 for name, loss in default.items())
 
@@ -83,11 +84,9 @@ def test_float16_and_8_bits_cost_what_they_cost_the_base(hardened: tuple[Path, s
 def test_a_text_of_ones_own_chooses_other_channels(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("0123456789, " * 2_000)
-    found = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "m", Fold("quantizable", str(text)), verify=False))
-    usual = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "n", Fold("quantizable"), verify=False))
-    assert found is not None
-    assert usual is not None
-    assert [pair.channels for pair in found.manifest.folded] != [pair.channels for pair in usual.manifest.folded]
+    found = harden_to(tmp_path / "m", TINY_LLAMA, Fold("quantizable", str(text)))
+    usual = harden_to(tmp_path / "n", TINY_LLAMA, Fold("quantizable"))
+    assert [pair.channels for pair in found.folded] != [pair.channels for pair in usual.folded]
 
 
 def test_without_a_text_it_warns_and_claims_no_format(tmp_path: Path) -> None:
