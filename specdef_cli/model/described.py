@@ -159,11 +159,6 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
             e.g. ``model.layers.0.self_attn.o_proj``.
     """
     library, native = library_of(config), config.get("model_type")
-    if library.is_transformers and not native:
-        raise SpecDefError(
-            "config.json names no model_type, so transformers cannot tell which model it describes",
-            "Add the model_type of the architecture to config.json.",
-        )
     listed = {module: dict(spec) for module, spec in layers.items()}
     shimmed = {**config, "quantization_config": {"quant_method": MODEL_TYPE, "layers": listed}}
     if not library.is_transformers:
