@@ -83,9 +83,8 @@ class Manifest(Changed):
     @property
     def largest_alpha(self) -> float:
         """The largest factor by which any layer or channel was inflated."""
-        exponents = [exponent for pair in self.folded for exponent in pair.exponents]
-        exponents += [each for module in self.scaled for side in module.scales.values() for each in side.exponents]
-        return max([1.0, *(layer.alpha for layer in self.factored), *(2.0 ** abs(each) for each in exponents)])
+        exponents = (abs(exponent) for each in (*self.folded, *self.scaled) for exponent in each.exponents)
+        return max(1.0, 2.0 ** max(exponents, default=0), *(layer.alpha for layer in self.factored))
 
     def published(self) -> Manifest:
         """The manifest as it leaves this machine: a base that was a directory keeps the last part of its path."""
