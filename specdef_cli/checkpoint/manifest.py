@@ -83,8 +83,9 @@ class Manifest(Changed):
     @property
     def largest_alpha(self) -> float:
         """The largest factor by which any layer or channel was inflated."""
-        exponents = (abs(exponent) for each in (*self.folded, *self.scaled) for exponent in each.exponents)
-        return max(1.0, 2.0 ** max(exponents, default=0), *(layer.alpha for layer in self.factored))
+        powers = [pair.exponents for pair in self.folded] + [module.exponents for module in self.scaled]
+        largest = max((abs(exponent) for exponents in powers for exponent in exponents), default=0)
+        return max(2.0**largest, *(layer.alpha for layer in self.factored), 1.0)
 
     def published(self) -> Manifest:
         """The manifest as it leaves this machine: a base that was a directory keeps the last part of its path."""
