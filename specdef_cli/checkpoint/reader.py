@@ -224,7 +224,7 @@ def _inside(directory: Path, name: Any, index: str) -> Path:
 # Written anew for every output.
 REWRITTEN = frozenset({"config.json", "README.md", MANIFEST_NAME, "certificate.json"})
 SHOWN = 8
-"""How many files that are left out a note names one by one."""
+"""Files that a note names one by one."""
 
 
 @dataclass(frozen=True)

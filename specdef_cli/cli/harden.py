@@ -1,4 +1,4 @@
-"""What makes and publishes hardened directories: ``specdef harden``, ``collapse``, ``convert-adapter`` and ``push``."""
+"""Make and publish hardened directories: ``specdef harden``, ``collapse``, ``convert-adapter`` and ``push``."""
 
 from __future__ import annotations
 
