@@ -244,7 +244,7 @@ def test_whole_numbers_go_by_the_head() -> None:
     assert [head.encoded(2) for head in (single, several, numbers)] == [2, [0.0, 0.0, 1.0], [2.0]]
 
 
-@pytest.mark.parametrize("labels", [[None, 1], [[1], 2], [{"a": 1}], [[[1]]]])
+@pytest.mark.parametrize("labels", [[None, 1], [[1], 2], [{"a": 1}], [[[1]]], [0.5, float("nan")], [float("inf")]])
 def test_labels_that_are_none_are_refused(labels: list[Any]) -> None:
     with pytest.raises(SpecDefError, match="does not hold classes"):
         labels_of(labels, Head(3), "label", "d")
