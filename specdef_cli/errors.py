@@ -49,16 +49,12 @@ class SpecDefError(Exception):
     """A problem with what the user gave, and the way out of it."""
 
     def __init__(self, problem: str, hint: str) -> None:
-        super().__init__(problem)
+        super().__init__(problem, hint)  # both: worker processes send these home, and exceptions pickle by `args`
         self.problem = problem
         self.hint = hint
 
     def __str__(self) -> str:
         return f"{self.problem} ({self.hint})"
-
-    def __reduce__(self) -> tuple[type[SpecDefError], tuple[str, str]]:
-        # Exceptions pickle by `args`, which holds one of our two arguments; worker processes send these home.
-        return type(self), (self.problem, self.hint)
 
 
 class WrongUsage(SpecDefError):
@@ -126,17 +122,6 @@ INSTALLATION = "`pip install .` in a clone of the specdef repository"
 class MissingExtraError(SpecDefError, ImportError):
     """Something that is asked for needs an extra that is not installed."""
 
-    def __init__(self, purpose: str, extra: str) -> None:
-        missing = missing_modules(extra) or EXTRA_MODULES[extra]
-        verb = "is" if len(missing) == 1 else "are"
-        super().__init__(
-            f"{purpose} need {', '.join(missing)}, which {verb} not installed", f"pip install 'specdef-cli[{extra}]'"
-        )
-        self.arguments = (purpose, extra)
-
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
-        return type(self), self.arguments
-
 
 def missing_modules(extra: str) -> tuple[str, ...]:
     """List the modules of an extra that are not installed, without importing them."""
@@ -149,5 +134,9 @@ def require_extra(extra: str, purpose: str) -> None:
     Raises:
         MissingExtraError: A module of the extra is not installed.
     """
-    if missing_modules(extra):
-        raise MissingExtraError(purpose, extra)
+    missing = missing_modules(extra)
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise MissingExtraError(
+            f"{purpose} need {', '.join(missing)}, which {verb} not installed", f"pip install 'specdef-cli[{extra}]'"
+        )

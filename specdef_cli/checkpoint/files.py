@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
-from specdef_cli.errors import MissingExtraError, SpecDefError, WrongUsage
+from specdef_cli.errors import SpecDefError, WrongUsage
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,6 @@ class Library:
 
 TRANSFORMERS = Library("transformers", "model")
 DIFFUSERS = Library("diffusers", "diffusion_pytorch_model")
-
-
-def diffusers_missing(what: object) -> SpecDefError:
-    return MissingExtraError(f"{what} and other models of diffusers", "diffusion")
 
 
 def library_of(config: Mapping[str, Any]) -> Library:

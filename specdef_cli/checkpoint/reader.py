@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -64,17 +63,15 @@ DTYPES: Mapping[str, torch.dtype] = {
     dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
 """What ``--dtype`` takes."""
-TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-        "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-        "C64": torch.complex64,
-    }
-)  # fmt: skip
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+}  # fmt: skip
 """By safetensors' names of :data:`~specdef_cli.checkpoint.files.DTYPE_BYTES`."""
-SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = MappingProxyType({v: k for k, v in TORCH_DTYPES.items()})
+SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,6 @@ class Checkpoint:
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle for the workers of ``--jobs``: a mapping proxy has no pickle."""
-        return Checkpoint, (self.directory, dict(self.config), dict(self.tensors))
 
     @property
     def library(self) -> Library:
@@ -186,7 +179,6 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     require_plain(directory, config, library)
     order = (library.single_file, library.index_file)[:: 1 if library.is_transformers else -1]
     named = next((name for name in order if (directory / name).is_file()), None)
-    tensors: Mapping[str, TensorHeader]
     if named == library.index_file:
         tensors = _read_sharded(directory, directory / named)
     elif named == library.single_file:
@@ -195,7 +187,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise no_weights(directory, library)
     if not tensors:
         raise SpecDefError(f"{directory} holds no tensors", "Fetch the checkpoint again.")
-    return Checkpoint(directory, MappingProxyType(config), MappingProxyType(dict(tensors)))
+    return Checkpoint(directory, config, tensors)
 
 
 def _read_sharded(directory: Path, index_path: Path) -> dict[str, TensorHeader]:

@@ -80,7 +80,7 @@ def harden_command(model: Model, flags: Flags, output: Output, **given: Any) -> 
         def begin(plan: HardeningPlan) -> None:
             for text in plan.notes:
                 output.note(text)
-            bar.start(plan.nbytes)
+            bar.reach(0, plan.nbytes)
 
         def advance(event: Progress) -> None:
             bar.advance(event.label, event.nbytes)
@@ -189,7 +189,7 @@ def collapse_command(model: Model, output: Output, **given: Any) -> None:
     with output.progress("collapsing") as bar:
         result = collapse(
             options,
-            lambda groups: bar.start(sum(group.nbytes for group in groups)),
+            lambda groups: bar.reach(0, sum(group.nbytes for group in groups)),
             lambda event: bar.advance(event.label, event.nbytes),
         )
     if result is not None:

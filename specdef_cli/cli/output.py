@@ -139,14 +139,10 @@ class Bar:
         if self.log_to is not None:
             self.log_to.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
 
-    def reach(self, done: float, total: float, label: str) -> None:
+    def reach(self, done: float, total: float, label: str = "") -> None:
         """Show that ``done`` of ``total`` is finished, and ``label`` under way."""
         self.columns.start()
         self.columns.update(self.task, completed=done, total=total, label=escape(label))
-
-    def start(self, total: float) -> None:
-        self.columns.start()
-        self.columns.update(self.task, total=total)
 
     def advance(self, label: str, amount: float = 1) -> None:
         """Add finished work; ``label`` names it."""

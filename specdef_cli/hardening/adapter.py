@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.checkpoint.changes import ScaledSlice
-from specdef_cli.checkpoint.output import discard, exclusive, prepare, publish, require_free, require_outside
+from specdef_cli.checkpoint.output import discard, exclusive, prepare, publish, require_usable
 from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.opened import OpenedModel, require_sound
@@ -58,8 +58,7 @@ def convert_adapter(
     adapter: str, hardened: OpenedModel, out: Path, *, name: str | None = None, token: str | None = None,
 ) -> ConvertedAdapter:  # fmt: skip
     """Rewrite a LoRA adapter of the base for its hardened model, and publish it as ``out``."""
-    require_free(out)
-    require_outside(out, hardened.directory)
+    require_usable(out, hardened.directory)
     config, weights = _read(adapter, token)
     require_sound(hardened)
     changes = _Changes(hardened)

@@ -28,9 +28,10 @@ from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.execute import compute_devices
 from specdef_cli.model.body import SymmetricPair, in_stack
 from specdef_cli.model.inputs import require_in_vocabulary, token_batch
-from specdef_cli.model.loading import without_progress_bars
+from specdef_cli.model.loading import process_state, without_progress_bars
 from specdef_cli.model.opened import OpenedModel
 from specdef_cli.model.skeleton import Skeleton, TensorNames
 
@@ -66,6 +67,7 @@ class Activations:
     An expert of a stack has the name of :attr:`~specdef_cli.model.body.Side.weight`.
 
     Attributes:
+        inputs: Of linears. The mean square is that of :func:`relative_inputs`, the largest that of what is read.
         column_norms: Of linears: ‖column‖², shape [inputs].
         row_largest: Of linears and norms: the largest weight in each row, shape [outputs].
         drowned: :func:`drowned_energy`, by the exponents that were asked for; shape [exponents, inputs].
@@ -90,9 +92,11 @@ class Activations:
         """Take the statistics of what a weight reads and puts out."""
         self.outputs[name] = _channels(output)
         if name in self.column_norms and inputs is not None:
-            self.inputs[name] = _channels(inputs)
+            norms = self.column_norms[name].to(inputs.device)
+            relative = relative_inputs(inputs, norms)
+            self.inputs[name] = Channels(relative.square().mean(0).cpu(), _channels(inputs).largest)
             if exponents:
-                self.drowned[name] = drowned_energy(inputs, self.column_norms[name].to(inputs.device), exponents)
+                self.drowned[name] = drowned_energy(relative, norms, exponents)
 
     def weigh(self, name: str, weight: Tensor, module: nn.Module | None = None) -> None:
         """Keep statistics of a module's weight, by row and by column; without a module, of a matrix of rows."""
@@ -119,7 +123,7 @@ class _Experts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear:
+        if func is nn.functional.linear and len(args) > 1:
             path, module = self._running
             for leaf, stack in module.named_parameters(recurse=False):
                 offset = args[1].data_ptr() - stack.data_ptr()
@@ -166,7 +170,7 @@ def calibrate(
     except SpecDefError as error:
         raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
     tokens = torch.cat([part[: -(-SEQUENCES // len(parts))] for part in parts])
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = compute_devices(device, process_state(device))[0]
     found = Activations()
     weights = {
         parameter.removesuffix(".weight"): side.tensor
@@ -208,11 +212,22 @@ def _as_chat(tokenizer: Any, text: str) -> list[str]:
         return []
 
 
+def relative_inputs(inputs: Tensor, column_norms: Tensor) -> Tensor:
+    """Inputs x with each token's divided by √Σ_j x_j²·‖column_j‖²; shape [tokens, channels].
+
+    One token of a text, often the first, may put out a thousand times what the others do (massive activations, Sun et
+    al. 2024, arXiv 2402.17762). A mean over tokens would show that one alone.
+    """
+    rows = inputs.detach().float().flatten(0, -2)
+    energy = rows.square() @ column_norms
+    return rows * energy.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()[:, None]
+
+
 def drowned_energy(inputs: Tensor, column_norms: Tensor, exponents: Sequence[int]) -> Tensor:
     """For each channel, what its neighbours lose below their block's step once it is 2^exponent times as large.
 
     Args:
-        inputs: x, shape [..., channels].
+        inputs: x of :func:`relative_inputs`, shape [tokens, channels].
         column_norms: ‖column‖² of the weight that reads them, shape [channels].
 
     Returns:
@@ -321,7 +336,7 @@ def _whole_model(base: OpenedModel, found: Activations, device: torch.device) ->
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecDefError(f"--calibration {path} is not a text that can be read", "Give a file of UTF-8.") from error
 

@@ -32,9 +32,9 @@ LARGEST = torch.finfo(torch.float16).max / 8
 
 LOWEST_EXPONENT = 1
 
-BLOCK_LOSS = 0.04
-"""What blocks of activations may lose in all pairs together, as a share of what each pair's readers put out: 1 % of the
-perplexity of SmolLM2 in Q8_0 (docs/decisions.md)."""
+BLOCK_LOSS = 1 / 4_000
+"""What blocks of activations may lose in a pair, as a share of what its readers put out: about 1 % of the perplexity of
+SmolLM2 and Gemma-3-270m in Q8_0 and Q4_0 (docs/decisions.md)."""
 
 HIGHEST_IN_BLOCKS = 14
 
@@ -57,7 +57,7 @@ def raise_pairs(
     used = [pair for pair in pairs if pair.channels > 1]
     norms = partial(channel_norms, base.checkpoint)
     if wanted.profile == "gguf":
-        found = (raise_within_blocks(pair, activations, norms, BLOCK_LOSS / len(used)) for pair in used)
+        found = (raise_within_blocks(pair, activations, norms, BLOCK_LOSS) for pair in used)
     else:
         found = (raise_pair(pair, activations, EXPONENT, norms) for pair in used)
     return tuple(pair for pair in found if pair is not None)
@@ -126,10 +126,10 @@ def _room(pair: SymmetricPair, activations: Activations) -> Tensor:
 
 
 def energies(pair: SymmetricPair, activations: Activations, norms: NormsOf) -> Tensor:
-    """What each channel contributes to what the pair's consumers put out, as energy; shape [channels], float64.
+    """What each channel contributes to what the pair's readers put out, as energy; shape [channels], float64.
 
-    E[x²]·‖column‖², summed over the consumers; of queries against keys E[q²]·E[k²]. Where x was not seen, the norm of
-    the rows that make it stands for it.
+    E[x²·‖column‖² / Σ_j x_j²·‖column_j‖²], summed over the readers; of queries against keys E[q²]·E[k²]. Where x was
+    not seen, the norm of the rows that make it stands for it.
     """
     readers = [side for side in pair.sides if side.power < 0]
     made = _put_out([side for side in pair.sides if side.power > 0], activations, norms)

@@ -175,6 +175,11 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
     reasons = found.unpaired
     if wanted.calibration == BY_WEIGHTS:
         reasons = ("The weights alone chose the channels: quantized or in float16, that may cost nats.", *reasons)
+    if pairs and not folded:
+        raise SpecDefError(
+            f"--profile {wanted.profile} can raise no channel of {len(pairs)} symmetric pairs",
+            "Use another --profile or --method scale, or other --layers and --exclude.",
+        )
     if not folded:
         why = "".join(f"; {reason}" for reason in reasons[:1])
         others = ", or other --layers and --exclude" if found.pairs else ""

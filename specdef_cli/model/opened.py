@@ -170,28 +170,23 @@ def open_found(
     trust_remote_code: bool = False,
 ) -> OpenedModel:
     """Open a model that is on this disk."""
+    directory = found.directory
     try:
-        return _opened(found, hardened, manifest, trust_remote_code)
+        if hardened is False and (manifest is not None or find_manifest(directory) is not None):
+            raise hardened_already(directory)
+        described = (read_manifest if hardened else manifest_of)(directory, manifest)
+        checkpoint = open_checkpoint(directory)
+        if hardened is False:
+            if is_shim(checkpoint.config):
+                raise hardened_already(directory)
+            require_unquantized(checkpoint)
+        if described is not None:
+            require_its_own(checkpoint, described)
     except SpecDefError as error:
         if found.commit:  # a user knows the id, not where the cache keeps it
             name = "/".join(filter(None, (found.name, found.subfolder)))
-            error.problem, error.hint = (
-                text.replace(str(found.directory), name) for text in (error.problem, error.hint)
-            )
+            error.problem, error.hint = (text.replace(str(directory), name) for text in (error.problem, error.hint))
         raise
-
-
-def _opened(found: Resolved, hardened: bool | None, manifest: Path | None, trust_remote_code: bool) -> OpenedModel:
-    if hardened is False and (manifest is not None or find_manifest(found.directory) is not None):
-        raise hardened_already(found.directory)
-    described = (read_manifest if hardened else manifest_of)(found.directory, manifest)
-    checkpoint = open_checkpoint(found.directory)
-    if hardened is False:
-        if is_shim(checkpoint.config):
-            raise hardened_already(found.directory)
-        require_unquantized(checkpoint)
-    if described is not None:
-        require_its_own(checkpoint, described)
     return OpenedModel(found, checkpoint, described, trust_remote_code)
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening import calibration
 from specdef_cli.hardening.calibration import LENGTH, SEQUENCES, Activations, calibrate, default_text, drowned_energy
 from specdef_cli.hardening.expendable import LARGEST, energies, largest, raise_pair
@@ -24,7 +23,7 @@ from specdef_cli.model.body import SymmetricPair
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import OpenedModel, open_model
 from specdef_cli.model.symmetries import symmetries
-from tests.commands import TINY_LLAMA, assert_refused, call_cli, succeed
+from tests.commands import TINY_LLAMA, assert_refused, call_cli, refusal, succeed
 from tests.tiny_families import write_case
 from tests.tiny_models import write_model
 
@@ -87,7 +86,10 @@ def test_streamed_statistics_are_those_of_the_whole_model(case: str, tmp_path: P
         pairs_of += [(found.inputs, given)] if name in found.inputs else []
         for kept, values in pairs_of:
             rows = values.flatten(0, -2)
-            torch.testing.assert_close(kept[name].mean_square, rows.square().mean(0), rtol=1e-5, atol=1e-7)
+            squares = rows.square()
+            if kept is found.inputs:  # of what each token reads, the part that a channel has
+                squares = squares / (squares @ found.column_norms[name])[:, None]
+            torch.testing.assert_close(kept[name].mean_square, squares.mean(0), rtol=1e-4, atol=1e-7)
             torch.testing.assert_close(kept[name].largest, rows.abs().amax(0), rtol=1e-5, atol=1e-6)
             seen += 1
 
@@ -145,6 +147,16 @@ def test_drowned_energy_is_the_sum_over_neighbours(channels: int, block: int) ->
             assert float(found[index, channel]) == pytest.approx(expected / 5, rel=1e-4)
 
 
+def test_one_massive_token_hides_no_channel() -> None:
+    """Channel 1 is all that 99 tokens have; the first is 10⁴ times as large in channel 0, and would be all of a sum."""
+    inputs = torch.tensor([[1e4, 0.0], *[[0.0, 1.0]] * 99])
+    found = Activations(column_norms={"w": torch.tensor([4.0, 0.25])})
+    found.see("w", inputs, inputs, ())
+    shares = found.inputs["w"].mean_square * found.column_norms["w"]
+    assert shares.tolist() == pytest.approx([0.01, 0.99])
+    assert found.inputs["w"].largest.tolist() == [1e4, 1.0]
+
+
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Checkpoint, tuple[SymmetricPair, ...], Activations]:
     base, pairs = opened(TINY_LLAMA)
@@ -159,7 +171,7 @@ def no_norms(side: Any) -> torch.Tensor:
 def test_the_energy_given_up_is_what_taking_the_channel_out_changes(
     kind: str, tiny: tuple[Checkpoint, tuple[SymmetricPair, ...], Activations]
 ) -> None:
-    """‖W x − W x without the channel‖², a mean over tokens, from the weights and a forward pass."""
+    """‖W x − W x without the channel‖² / Σ_j x_j²·‖column_j‖², a mean over tokens, from weights and a forward pass."""
     _, pairs, activations = tiny
     pair = next(pair for pair in pairs if pair.kind == kind and ".2." in pair.name)
     costs = energies(pair, activations, no_norms)
@@ -175,7 +187,9 @@ def test_the_energy_given_up_is_what_taking_the_channel_out_changes(
             for which in changes:
                 without = given.clone()
                 without[..., list(readers[name].indices[which])] = 0
-                changes[which] += float((module(without) - output).square().sum(-1).mean())
+                lost = (module(without) - output).square().sum(-1)
+                columns = module.get_parameter("weight").square().sum(0)
+                changes[which] += float((lost / (given.square() @ columns)).mean())
 
     def hook(name: str, module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
         if name in readers and "busy" not in readers:
@@ -228,9 +242,14 @@ def test_experts_are_seen_one_by_one(case: str, tmp_path: Path) -> None:
             making, reading = pair.sides
             rows, columns = (torch.tensor(side.indices)[:, 0] for side in pair.sides)
             between = module.act_fn(gate) * up
-            expected = ((found.outputs[making.weight], rows, up), (found.inputs[reading.weight], columns, between))
-            for kept, indices, values in expected:
-                torch.testing.assert_close(kept.mean_square[indices], values.square().mean(0), rtol=1e-4, atol=1e-7)
+            norms = module.down_proj[expert].square().sum(0)
+            parts = between.square() / (between.square() @ norms)[:, None]
+            expected = (
+                (found.outputs[making.weight], rows, up, up.square()),
+                (found.inputs[reading.weight], columns, between, parts),
+            )
+            for kept, indices, values, squares in expected:
+                torch.testing.assert_close(kept.mean_square[indices], squares.mean(0), rtol=1e-4, atol=1e-7)
                 torch.testing.assert_close(kept.largest[indices], values.abs().amax(0), rtol=1e-4, atol=1e-6)
             raised = raise_pair(pair, found, 12, no_norms)
             assert raised is not None
@@ -302,6 +321,5 @@ def test_without_a_text_the_way_out_is_named(
 def test_a_model_that_does_not_fit_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, pairs = opened(with_tokenizer("mixtral", tmp_path / "m"))
     monkeypatch.setattr(calibration.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10_000}))
-    with pytest.raises(SpecDefError, match="do not fit") as caught:
+    with refusal("do not fit", "--calibration none"):
         calibrate(base, pairs, TEXT)
-    assert "--calibration none" in caught.value.hint
