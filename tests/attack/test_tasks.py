@@ -185,7 +185,7 @@ def test_a_fold_is_undone_before_a_new_head_is_put_on(published: str, tmp_path: 
     if published != "LlamaForSequenceClassification":
         torch.manual_seed(0)
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).save_pretrained(base)
-    harden(HardenOptions(str(base), folded, Fold(), verify=False))
+    harden_to(folded, base)
     _, head = task_of(read_config(base), base, task)
     rows = write_rows(tmp_path / "rows.jsonl", lambda n: "abcd"[n % 4])
     data = load_data(options(rows), task, load_preprocessor(task, open_model(base)), head)
