@@ -132,11 +132,21 @@ class RunSpec(SpecPart):
         return self.variant.choice.edits
 
     @property
+    def trained(self) -> str:
+        """What is trained, and with what where that is not AdamW: ``full fine-tuning with sgd``."""
+        return self.training.label if self.optimizer == "adamw" else f"{self.training.label} with {self.optimizer}"
+
+    @property
+    def name(self) -> str:
+        """The attack as people say it: ``undone first (rebalanced), full fine-tuning``."""
+        variant = self.variant.label
+        first = f"undone first ({variant})" if self.variant.choice.informed is not None else variant
+        return ", ".join(filter(None, (first, "" if self.is_edit else self.trained)))
+
+    @property
     def label(self) -> str:
-        """What is run, without the learning rate and the seed: ``hardened, collapsed · full · adamw``."""
-        subject = "control" if self.subject == "control" else "hardened"
-        what = f"{subject}, {self.variant.label}" if self.variant.label else subject
-        return what if self.is_edit else f"{what} · {self.training.label} · {self.optimizer}"
+        """The same, and whether it is the control's: ``base: full fine-tuning``."""
+        return f"base: {self.name}" if self.subject == "control" else self.name
 
 
 _RECORD = TypeAdapter(RunSpec)
