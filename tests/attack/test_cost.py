@@ -161,6 +161,6 @@ def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
     assert any("Not reached within 0 s: undone first (collapsed), full fine-tuning" in note for note in report["notes"])
-    lines = [line for line in result.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d \d+ of about \d+: control", line)]
+    lines = [line for line in result.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d \d+ of about \d+: base: ", line)]
     assert len(lines) == 1
     assert any(line.startswith("note: Not reached") and line.endswith(".") for line in result.stderr.splitlines())
