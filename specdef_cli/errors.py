@@ -49,16 +49,12 @@ class SpecDefError(Exception):
     """A problem with what the user gave, and the way out of it."""
 
     def __init__(self, problem: str, hint: str) -> None:
-        super().__init__(problem)
+        super().__init__(problem, hint)  # both: worker processes send these home, and exceptions pickle by `args`
         self.problem = problem
         self.hint = hint
 
     def __str__(self) -> str:
         return f"{self.problem} ({self.hint})"
-
-    def __reduce__(self) -> tuple[type[SpecDefError], tuple[str, str]]:
-        # Exceptions pickle by `args`, which holds one of our two arguments; worker processes send these home.
-        return type(self), (self.problem, self.hint)
 
 
 class WrongUsage(SpecDefError):
@@ -79,7 +75,7 @@ def first_line(error: BaseException) -> str:
 
 
 def first_violation(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong with a document, in one line: where, what is expected and found."""
+    """Pydantic's first violation in one line: where, what is expected, and what was found."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     if not where:  # not JSON at all: what is there is the whole text
@@ -95,12 +91,12 @@ def dtype_name(dtype: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Text with the control characters spelled out that a name of a file may hold and a terminal would obey."""
+    """Spell out control characters, which a terminal would obey."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that there is not enough memory: torch says it of a GPU and of the machine apart."""
+    """Whether memory ran out, on a GPU or on the machine."""
     said = str(error)
     return (
         isinstance(error, MemoryError)
@@ -126,20 +122,9 @@ INSTALLATION = "`pip install .` in a clone of the specdef repository"
 class MissingExtraError(SpecDefError, ImportError):
     """Something that is asked for needs an extra that is not installed."""
 
-    def __init__(self, purpose: str, extra: str) -> None:
-        missing = missing_modules(extra) or EXTRA_MODULES[extra]
-        verb = "is" if len(missing) == 1 else "are"
-        super().__init__(
-            f"{purpose} need {', '.join(missing)}, which {verb} not installed", f"pip install 'specdef-cli[{extra}]'"
-        )
-        self.arguments = (purpose, extra)
-
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
-        return type(self), self.arguments
-
 
 def missing_modules(extra: str) -> tuple[str, ...]:
-    """The modules of an extra that cannot be imported here; none of them is imported to find out."""
+    """List the modules of an extra that are not installed, without importing them."""
     return tuple(name for name in EXTRA_MODULES[extra] if importlib.util.find_spec(name) is None)
 
 
@@ -149,5 +134,9 @@ def require_extra(extra: str, purpose: str) -> None:
     Raises:
         MissingExtraError: A module of the extra is not installed.
     """
-    if missing_modules(extra):
-        raise MissingExtraError(purpose, extra)
+    missing = missing_modules(extra)
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise MissingExtraError(
+            f"{purpose} need {', '.join(missing)}, which {verb} not installed", f"pip install 'specdef-cli[{extra}]'"
+        )

@@ -102,7 +102,7 @@ def as_declared(options: Any) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A model, where it is found, and what it may do: what the options of most commands begin with."""
+    """A model, where it is found, and what it may do: the first options of most commands."""
 
     model: str | Path
     """A directory, or a Hub id ``org/name[@revision]``."""
@@ -135,7 +135,7 @@ class Source:
 
 
 def in_subfolder(model: str | Path, subfolder: str | None) -> tuple[str | Path, str | None]:
-    """A model and the folder of its repository that it is in; of a directory on this disk, that folder itself."""
+    """Resolve a subfolder: of a local directory, the folder itself; of a repository, its name there."""
     if subfolder is None:
         return model, None
     parts = PurePosixPath(subfolder).parts

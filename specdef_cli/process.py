@@ -26,7 +26,7 @@ NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 def quiet_engines(environ: Mapping[str, str] = os.environ) -> None:
-    """Let the libraries that a command imports log errors alone; transformers' and the user's own warnings stay."""
+    """Limit some libraries to errors; transformers' and the user's own warnings stay."""
     if not environ.get(LOUD):
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -104,7 +104,7 @@ def prefer_huge_pages() -> None:
 
 
 def require_surroundings(environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse what no command can work in, before anything is imported that would fail in words of its own."""
+    """Refuse surroundings in which no command works, before an import fails in its own words."""
     try:
         os.getcwd()  # noqa: PTH109 (asked for its error)
     except FileNotFoundError as error:
@@ -123,7 +123,7 @@ def require_surroundings(environ: Mapping[str, str] = os.environ) -> None:
 
 
 class CallablePackage(ModuleType):
-    """``specdef_cli.attack`` as a package that is called like its function: its import binds its name."""
+    """A package that is called like its function: importing ``specdef_cli.attack`` binds its name."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Call the function of ``run`` that is named as the package is."""

@@ -14,8 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import pytest
 
 import specdef_cli
+from specdef_cli.errors import SpecDefError
 
 REPOSITORY = Path(specdef_cli.__file__).parents[1]
 TINY_LLAMA = REPOSITORY / "examples/tiny_llama/model"
@@ -68,16 +72,18 @@ def run_cli(*arguments: str | Path, cwd: Path | None = None, **changes: str) -> 
     return Result(process.returncode, process.stdout, process.stderr)
 
 
-def run_program(*arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None) -> dict[str, Any]:
-    """Run a Python program, which must succeed, and read the JSON that it prints last."""
+def run_program(
+    *arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None, given: str = ""
+) -> dict[str, Any]:
+    """Run a Python program on this input; it must succeed, and the JSON that it prints last is returned."""
     process = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env=env,
-        stdin=subprocess.DEVNULL,
+        input=given,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert process.returncode == 0, process.stderr[-4000:]
     found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
@@ -114,29 +120,27 @@ for line in json.loads(sys.argv[1]):
 """
 
 
-def call_cli(*arguments: str | Path, width: int = 300) -> Result:
-    """Run the same ``main`` in this process, which has imported torch already; a traceback shows up in ``stderr``."""
+def run_main(*arguments: str | Path, width: int = 300) -> int:
+    """Run the same ``main`` in this process, which has imported torch already, and return its exit code."""
     from specdef_cli.cli.app import main
 
+    typed = ["specdef", *map(str, arguments)]
+    with patch.object(sys, "argv", typed), patch.dict(os.environ, {"COLUMNS": str(width)}):
+        try:
+            main()
+        except SystemExit as leaving:
+            return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        except Exception:
+            traceback.print_exc()
+            return 1
+    return 0
+
+
+def call_cli(*arguments: str | Path, width: int = 300) -> Result:
+    """``run_main``, and what was said; a traceback shows up in ``stderr``."""
     out, err = io.StringIO(), io.StringIO()
-    argv, columns = sys.argv, os.environ.get("COLUMNS")
-    sys.argv = ["specdef", *map(str, arguments)]
-    os.environ["COLUMNS"] = str(width)
-    code = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as leaving:
-                code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-            except Exception:
-                traceback.print_exc()
-                code = 1
-    finally:
-        sys.argv = argv
-        os.environ.pop("COLUMNS")
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_main(*arguments, width=width)
     return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -168,6 +172,22 @@ def dying() -> Iterator[Die]:
     with process:
         yield run
         stdin.close()
+
+
+def death(arguments: Sequence[str], out: Path, target: str | None, call: int, number: int) -> dict[str, Any]:
+    """A run for ``Die``: a command that gets a signal before the ``call``-th call of ``target``."""
+    return {"arguments": [*arguments, str(out)], "target": target, "call": call, "signal": number, "delay": None}
+
+
+@contextlib.contextmanager
+def refusal(*words: str) -> Iterator[None]:
+    """A ``SpecDefError`` of one line and a hint, which name these words between them."""
+    with pytest.raises(SpecDefError) as raised:
+        yield
+    assert "\n" not in raised.value.problem
+    assert raised.value.hint
+    for word in words:
+        assert word in str(raised.value), (word, str(raised.value))
 
 
 def assert_refused(result: Result, *words: str, empty: Path | None = None, code: int = 1) -> None:

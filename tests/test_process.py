@@ -1,17 +1,20 @@
-"""The process of a command: other libraries' noise, and a wait that Ctrl-C ends."""
+"""The process of a command: other libraries' noise, a wait that Ctrl-C ends, and garbage that is freed."""
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 
 import pytest
 
 from specdef_cli.attack import queue
+from specdef_cli.model.loading import new_objects_only
 from specdef_cli.process import NOISY, first_completed, quiet_engines, start_worker
 from tests.commands import environment
 
@@ -100,3 +103,34 @@ def test_what_is_done_and_what_is_not() -> None:
     ready.set_result(1)
     assert first_completed([ready, *open_ones]) == ({ready}, set(open_ones))
     assert first_completed(list[Future[int]]()) == (set(), set())
+
+
+class _Circle:
+    """Garbage that only a collection finds."""
+
+    def __init__(self) -> None:
+        self.self = self
+
+
+def _dropped() -> weakref.ref[_Circle]:
+    circle = _Circle()
+    return weakref.ref(circle)
+
+
+def test_garbage_from_inside_is_freed() -> None:
+    with new_objects_only():
+        inside = _dropped()
+        gc.collect()
+        assert inside() is None
+
+
+def test_older_objects_are_not_walked_through_and_are_collected_again_afterwards() -> None:
+    circle = _Circle()
+    older = weakref.ref(circle)
+    with new_objects_only():
+        assert any(found is circle for found in gc.get_objects()) is False
+        del circle
+        gc.collect()
+        assert older() is not None
+    gc.collect()
+    assert older() is None

@@ -17,7 +17,8 @@ from specdef_cli.certify.certificate import Certificate, Claim, Provenance
 from specdef_cli.certify.curvature import Curvature, CurvatureFigures
 from specdef_cli.certify.formats import FormatFigure
 from specdef_cli.certify.function import FunctionFigures, LayerSpectrum, SpectrumFigures
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, ScaledChannels, ScaledModule
+from specdef_cli.checkpoint.changes import ScaledChannels, ScaledModule
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.hardening.verify import OutputComparison
 from tests.checkpoint.test_manifest import MANIFEST
 from tests.commands import REPOSITORY

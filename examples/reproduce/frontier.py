@@ -3,7 +3,7 @@
     python examples/reproduce/frontier.py MODEL --minutes 30
 
 Each fold differs from its profile in one number: the exponent that every pair gets (quantizable), or what blocks of
-activations may lose in all pairs together (gguf). Finished cells and runs are kept in ``--work``.
+activations may lose in a pair (gguf). Finished cells and runs are kept in ``--work``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from specdef_cli.report.document import compare, read_report
 
 CONSTANTS = {"quantizable": "EXPONENT", "gguf": "BLOCK_LOSS"}
 FOLDS: tuple[tuple[str, float], ...] = (
-    *(("gguf", loss) for loss in (0.04, 0.2, 1, 5)),
+    *(("gguf", loss) for loss in (1 / 4_000, 1 / 750, 1 / 150, 1 / 30)),
     *(("quantizable", exponent) for exponent in (8, 10, 12)),
 )
 """Profile, and its number; the first and the last are the profiles themselves."""
@@ -40,14 +40,14 @@ def main() -> None:
     rows = []
     for profile, number in FOLDS:
         constant = CONSTANTS[profile]
-        suffix = "" if number == getattr(expendable, constant) else f"-{number:g}"
+        suffix = "" if number == getattr(expendable, constant) else f"-{number:.2g}"
         with patch.object(expendable, constant, number):
             fold = hardened(given.model, profile, given.work / f"{model_name(given.model)}-{profile}{suffix}")
         report = given.work / "attacks" / fold.name / "report.json"
         if not report.is_file() and left(end) > 0:
             attack(given.model, fold, given.work, left(end), "--variant plain --training full")
         progress = full_fine_tuning(report) if report.is_file() else "not measured"
-        rows.append((profile, f"{number:g}", *nats(given.model, fold, given.work, left(end)), progress))
+        rows.append((profile, f"{number:.2g}", *nats(given.model, fold, given.work, left(end)), progress))
     print(markdown(["profile", "exponent or loss", "base → Q8_0", "base → Q4_K_M", "full fine-tuning"], rows))
 
 

@@ -28,7 +28,7 @@ WITHOUT_WORKERS = 600
 
 
 def surroundings() -> dict[str, str]:
-    """What the figures of a run depend on besides the model: versions of packages, and the ``device``."""
+    """Versions of packages, and the ``device``: what the figures of a run depend on besides the model."""
     import torch
 
     from specdef_cli.model.loading import process_state
@@ -54,7 +54,7 @@ class Cluster:
     _had_workers: float = field(default_factory=time.monotonic)
 
     def places(self) -> int:
-        """How many runs it makes at once: one a worker. Whatever worker has joined has to be as this machine is."""
+        """Count the runs that it makes at once, one a worker; a worker that differs from this machine is refused."""
         try:
             workers = self.client.nthreads()
         except OSError as error:
@@ -114,7 +114,7 @@ class Cluster:
 
     @contextmanager
     def pool(self) -> Iterator[Callable[..., Future[RunResult]]]:
-        """A way to start a run; Dask makes it again elsewhere if its worker dies."""
+        """Yield a function that starts a run; Dask repeats a run whose worker dies."""
         import cloudpickle
         from distributed.scheduler import KilledWorker
 

@@ -60,7 +60,6 @@ class Budget:
 
     @property
     def budget(self) -> dict[str, Any]:
-        """These fields alone, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Budget)}
 
 
@@ -99,7 +98,7 @@ class RunSpec(SpecPart):
 
     @property
     def run_id(self) -> str:
-        """Sixteen hexadecimal digits that stand for this specification."""
+        """Hash the specification to sixteen hexadecimal digits."""
         record = {"format": RUN_FORMAT, **self.record}
         if not self.prompts:  # as releases wrote it that measured no answers
             del record["prompts"]
@@ -108,12 +107,11 @@ class RunSpec(SpecPart):
 
     @property
     def record(self) -> dict[str, Any]:
-        """As plain JSON data."""
         return _RECORD.dump_python(self, mode="json")
 
     @property
     def attack(self) -> RunSpec:
-        """What all runs of an attack share: everything but the learning rate and the seed."""
+        """The specification without learning rate and seed, which all runs of an attack share."""
         return dataclasses.replace(self, learning_rate=0.0, seed=0)
 
     def control(self, checkpoint: str) -> RunSpec:
@@ -123,29 +121,28 @@ class RunSpec(SpecPart):
 
     @property
     def recipe(self) -> RunSpec:
-        """What an attack has in common with its control."""
+        """The specification that an attack shares with its control."""
         return self.control("").attack
 
     @property
     def is_edit(self) -> bool:
-        """Whether the model is edited, and not trained."""
         return self.variant.choice.edits
 
     @property
     def trained(self) -> str:
-        """What is trained, and with what where that is not AdamW: ``full fine-tuning with sgd``."""
+        """Name training and optimizer as people do: ``full fine-tuning with sgd``."""
         return self.training.label if self.optimizer == "adamw" else f"{self.training.label} with {self.optimizer}"
 
     @property
     def name(self) -> str:
-        """The attack as people say it: ``undone first (rebalanced), full fine-tuning``."""
+        """Name the attack as people do: ``undone first (rebalanced), full fine-tuning``."""
         variant = self.variant.label
         first = f"undone first ({variant})" if self.variant.choice.informed is not None else variant
         return ", ".join(filter(None, (first, "" if self.is_edit else self.trained)))
 
     @property
     def label(self) -> str:
-        """The same, and whether it is the control's: ``base: full fine-tuning``."""
+        """Name the attack, or its control: ``base: full fine-tuning``."""
         return f"base: {self.name}" if self.subject == "control" else self.name
 
 
@@ -203,7 +200,7 @@ class EvalPoint:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a run diverged, and why. It was given up there, unless it was to go on (:attr:`RunResult.given_up`)."""
+    """Where a run diverged, and why. It ended there, unless :attr:`RunResult.given_up` is false."""
 
     step: int
     reason: DivergenceReason
@@ -211,7 +208,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Edit:
-    """What an edit of one strength did, on held-out prompts."""
+    """The effect of an edit of one strength, on held-out prompts."""
 
     strength: float
     """How much of the direction was taken out; 1 is all of it."""
@@ -228,7 +225,7 @@ class Edit:
 
     @property
     def reach(self) -> tuple[bool, float, float]:
-        """For sorting: what an attacker wants most comes first."""
+        """Sort key: the best edit for the attacker comes first."""
         kl, left = (math.inf if value is None else value for value in (self.kl, self.left))
         return (True, kl, left) if self.broken else (False, round(left, 3), kl)
 
@@ -291,12 +288,12 @@ class RunResult:
 
     @property
     def cut(self) -> bool:
-        """Whether the run was given up where it could have gone on, and perhaps come back."""
+        """Whether the run ended although it could have gone on and recovered."""
         return self.divergence is not None and self.given_up and self.divergence.reason == BEYOND_TWICE
 
     @property
     def shortened(self) -> bool:
-        """Whether a search ended the run, which by itself would have gone on."""
+        """Whether its search ended the run early."""
         reason = self.divergence.reason if self.divergence is not None else None
         return self.stopped is not None or reason == BATCHES_BEYOND_TWICE
 
@@ -381,7 +378,6 @@ class RunStore:
         self.directory = directory
 
     def path(self, spec: RunSpec) -> Path:
-        """Where the result of ``spec`` is or will be."""
         return self.directory / f"{spec.run_id}.json"
 
     def load(self, spec: RunSpec) -> RunResult | None:

@@ -72,7 +72,7 @@ _COLUMNS = "Data / Columns"
 
 
 def seeds_of(count: int) -> tuple[int, ...]:
-    """The seeds of so many runs of every attack: 0, 1, …"""
+    """Return that many seeds: 0, 1, …"""
     if not 1 <= count <= MAX_SEEDS:
         raise WrongUsage(f"--seeds {count} is not a number of runs", f"Give 1 to {MAX_SEEDS}.")
     return tuple(range(count))
@@ -239,7 +239,7 @@ class AttackOptions(Budget, Source):
 
     @property
     def tables(self) -> tuple[AttackTable, ...]:
-        """Which attacks to run: the suite's, or what the other fields come to."""
+        """The attacks to run: the suite's, or those that the other fields describe."""
         if self.suite is not None:
             return self.suite.attacks
         asked: tuple[Training, ...] = self.trainings  # type: ignore[assignment]
@@ -259,7 +259,6 @@ class AttackOptions(Budget, Source):
 
     @property
     def eval_interval(self) -> int:
-        """Steps between evaluations."""
         return self.eval_every or max(1, self.steps // 10)
 
     def require_present(self) -> None:
@@ -308,7 +307,7 @@ def _training(asked: str | Mapping[str, str] | Training) -> Training:
 
 
 def _all_of(rows: Iterable[str]) -> pydantic.BeforeValidator:
-    """Puts the names of all rows in the place of ``every``."""
+    """Replace ``every`` by the names of all rows."""
     return pydantic.BeforeValidator(
         lambda asked: [name for each in asked for name in (rows if each == "every" else (each,))]
     )
@@ -347,6 +346,12 @@ class Suite:
     budget: dict[BudgetName, pydantic.PositiveInt] = field(default_factory=dict)
     description: str = ""  # one line for --list
 
+    def __post_init__(self) -> None:
+        called: dict[str, Training] = {}
+        for training in (training for table in self.attacks for training in table.trainings):
+            if called.setdefault(training.label, training) != training:
+                raise ValueError(f"two trainings are called {training.label!r}: {called[training.label]}, {training}")
+
 
 def suite_names() -> tuple[str, ...]:
     """The suites that come with the package."""
@@ -358,7 +363,7 @@ def load_suite(name: str) -> Suite:
     own = name in suite_names()
     path: Any = files("specdef_cli.attack") / "suites" / f"{name}.toml" if own else Path(name)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         return pydantic.TypeAdapter(Suite).validate_python({**data, "name": Path(name).stem})
     except WrongUsage as error:  # a value of the file, not of the command line
         raise SpecDefError(f"{name}: {error.problem}", error.hint) from error
@@ -368,7 +373,8 @@ def load_suite(name: str) -> Suite:
         ) from error
     except (ValueError, TypeError) as error:
         reason = first_violation(error) if isinstance(error, pydantic.ValidationError) else error
-        raise SpecDefError(f"{name} is not a suite: {reason}", "Copy one of attack/suites/ and edit it.") from error
+        example = files("specdef_cli.attack") / "suites" / "quick.toml"
+        raise SpecDefError(f"{name} is not a suite: {reason}", f"Write it like {example}.") from error
 
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".md", ".parquet", ".arrow")

@@ -41,14 +41,11 @@ class Series:
 
     @property
     def hurried(self) -> bool:
-        """Whether its runs end as soon as they cannot become the best; never where they may diverge and come back, or
-        warm up, so that half of a run says less of the rest.
-        """
+        """Whether runs end once they cannot become the best; never if they may diverge and recover, or warm up."""
         first = self.first
         return self.search and not self.thorough and first.stop_at_divergence and not first.warmup_steps
 
     def runs(self, rates: Iterable[float], seeds: Iterable[int]) -> tuple[RunSpec, ...]:
-        """The runs at some rates with some seeds."""
         seeds = tuple(seeds)
         return tuple(replace(self.first, learning_rate=rate, seed=seed) for rate in rates for seed in seeds)
 
@@ -136,7 +133,7 @@ def _series(
 
 
 def _usual_rates(options: AttackOptions, table: AttackTable, optimizer: str) -> tuple[float, ...]:
-    """What a model that nothing was inflated in begins with."""
+    """The first rates for a model without inflated weights."""
     rates = OPTIMIZERS.choose(optimizer).learning_rates
     return rates[1:2] if table.learning_rates == "search" and not options.thorough else rates
 
@@ -146,7 +143,7 @@ def _fixed(table: AttackTable) -> bool:
 
 
 def _variants(table: AttackTable, target: Target) -> list[Variant]:
-    """A table's variants that mean something for this model."""
+    """A table's variants that apply to this model."""
     found: list[Variant] = []
     for variant in table.variants:
         if isinstance(variant, Variant):
@@ -168,7 +165,7 @@ def _combinations(table: AttackTable, target: Target) -> list[tuple[Training, st
 
 
 def _distinct(series: list[Series]) -> list[Series]:
-    """Each attack once: tables may overlap."""
+    """Drop attacks that several tables name."""
     found: dict[RunSpec, Series] = {}
     for candidate in series:
         found.setdefault(candidate.first.attack, candidate)
@@ -236,7 +233,7 @@ class Speed:
 
 
 def speed_of(finished: RunResult, held_out: int) -> Speed:
-    """What the last steps of a run with evaluations of ``held_out`` sequences tell; nothing of loading."""
+    """Estimate the speed from a run's last steps, without loading."""
     before, last = finished.evaluations[-2:]
     trained = (last.step - before.step) * finished.spec.batch_size
     tokens = finished.spec.sequence_length * (trained + FORWARD_SHARE * held_out)
@@ -245,8 +242,6 @@ def speed_of(finished: RunResult, held_out: int) -> Speed:
 
 @dataclass(frozen=True)
 class PlannedAttack:
-    """One series of a plan."""
-
     label: str
     learning_rates: tuple[float, ...]  # those to begin with
     runs: int  # how many there will be; of a search, about
@@ -277,7 +272,7 @@ class Forecast:
 
 
 def assumptions(options: AttackOptions, specs: Sequence[RunSpec], control: str, data: AttackData) -> tuple[str, ...]:
-    """What the user left open and was chosen."""
+    """Sentences on what the user left open and was chosen."""
     said = []
     if options.control is None:
         said.append(f"Control: {control}, the base named in the manifest.")
@@ -309,7 +304,7 @@ def _rates_in_words(options: AttackOptions, specs: Sequence[RunSpec]) -> str:
 
 
 def plan_notes(options: AttackOptions, target: Target) -> tuple[str, ...]:
-    """What is known before anything is run: how the model was made, and what it has nothing for."""
+    """Sentences on what is known before any run: how the model was made, and what does not apply to it."""
     found = target.recognised.sentence or "Nothing in the weights shows that this package hardened it."
     asked = dict.fromkeys(variant for variant in options.variants if isinstance(variant, Variant))
     missing = [variant for variant in asked if not variant.applies_to(target.constructions)]

@@ -82,7 +82,6 @@ class Prompts:
             )
 
     def is_refusal(self, answer: str) -> bool:
-        """Whether an answer has one of the words in it."""
         plain = answer.lower().replace("’", "'")
         return any(word in plain for word in self.refusals)
 
@@ -146,7 +145,7 @@ def _prompts_in(options: AttackOptions, name: str, flag: str) -> tuple[str, ...]
 
 
 def _prompt_of(row: dict[str, Any], name: str, flag: str) -> str:
-    """The first thing that a user says in a row of a data set."""
+    """The first text by a user in a row of a data set."""
     for column in ("prompt", "instruction", "question", "text"):
         value = row.get(column)
         if isinstance(value, str) and value.strip():
@@ -162,7 +161,7 @@ def _prompt_of(row: dict[str, Any], name: str, flag: str) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Up to where the answer begins."""
+    """Encode a prompt up to where the answer begins."""
     if not getattr(tokenizer, "chat_template", None):
         return tuple(tokenizer(text)["input_ids"])
     messages = [{"role": "user", "content": text}]
@@ -185,7 +184,7 @@ hidden states are about the next token already."""
 
 @dataclass(frozen=True)
 class Read:
-    """What a model makes of prompts, at the last token of each; float32, on the CPU."""
+    """A model's states at the last token of each prompt; float32, on the CPU."""
 
     hidden: Tensor  # hidden states, [prompts, layers + 1, d]
     log_probs: Tensor  # of the next token, [prompts, vocabulary]
@@ -220,7 +219,7 @@ def reference_of(opened: OpenedModel, prompts: Prompts, dtype: str, device: str)
 
 
 def load_plainly(opened: OpenedModel, dtype: str, device: str) -> Any:
-    """A checkpoint as a language model that is not trained."""
+    """Load a checkpoint as a language model for evaluation."""
     kind: Any = {"auto": "auto", "mixed": torch.float32}.get(dtype) or getattr(torch, dtype)
     return opened.load(auto_class=AutoModelForCausalLM, dtype=kind).to(device).eval()
 
@@ -234,7 +233,7 @@ def try_edits(
     device: str,
     on_strength: Callable[[int], None] = lambda number: None,
 ) -> tuple[tuple[Edit, ...], Behaviour, int]:
-    """Edit a checkpoint by each strength of a variant, and measure it; how it answers, at the best one."""
+    """Edit a checkpoint by each strength of a variant and measure it; answers are kept of the best one."""
     before, tokenizer = reference_of(opened, prompts, dtype, device), opened.tokenizer()
     edits: list[Edit] = []
     answers: Behaviour | None = None
@@ -255,7 +254,7 @@ def try_edits(
 
 
 def behaviour_of(model: nn.Module, prompts: Prompts, before: Reference, tokenizer: Any) -> Behaviour:
-    """How a model answers after an attack."""
+    """Measure how a model answers after an attack."""
     training = model.training
     model.eval()
     found = _behaviour(model, prompts, before, _read(model, prompts.compared), tokenizer)
@@ -287,7 +286,7 @@ def _refused(prompts: Prompts, answers: Sequence[str]) -> float:
 
 
 def _gap(asked: Read, compared: Read, layer: int, direction: Tensor) -> float:
-    """How far the held-out halves are apart along a direction, in one hidden state."""
+    """Distance of the held-out halves along a direction, in one hidden state."""
     return float((asked.hidden[:, layer].mean(0) - compared.hidden[:, layer].mean(0)) @ direction)
 
 
@@ -301,7 +300,7 @@ def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Read:
-    """What a model makes of prompts, in their order."""
+    """Run a model on prompts, in their order."""
     device = next(model.parameters()).device
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for positions in _batches(prompts):
@@ -318,7 +317,7 @@ def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Read:
 
 @torch.no_grad()
 def _answers(model: Any, prompts: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
-    """The beginning of the answer to each prompt, the likeliest token at every step."""
+    """Generate the beginning of each answer greedily."""
     device = next(model.parameters()).device
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     answers: list[str] = []

@@ -28,25 +28,22 @@ from specdef_cli.process import LONGEST_SLEEP, start_worker
 
 
 class Deadline:
-    """Says whether one more run fits into some seconds: it is taken to last as long as the mean of those so far."""
+    """Decides whether one more run fits into a time, from the mean duration of those so far."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
         self._spent: list[float] = []
 
     def finished(self, seconds: float) -> None:
-        """A run has taken this long."""
         self._spent.append(seconds)
 
     def allows(self) -> bool:
-        """Whether another run may start; the first always may, as without one there is nothing to report."""
+        """Whether another run may start; the first always may."""
         return not self._spent or time.monotonic() + sum(self._spent) / len(self._spent) <= self._end
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a plan."""
-
     runs: tuple[RunResult, ...]  # every run, by series in the order of the plan, largest learning rate first
     left_out: tuple[tuple[str, str], ...]  # series that the model has nothing for: the label, and why
     not_reached: tuple[str, ...] = ()
@@ -58,8 +55,6 @@ class Outcome:
 
 @dataclass(eq=False)
 class _Search:
-    """One series under way."""
-
     series: Series
     rank: int  # its place in the order in which runs are made
     hasty: bool  # whether every attack gets to its best decade before any is searched more closely
@@ -99,7 +94,7 @@ class _Search:
         return self.outstanding
 
     def _next_rates(self, found: dict[float, RunResult]) -> tuple[float, ...] | None:
-        """The rates to run next, empty at the end; ``None`` while that depends on the control."""
+        """The rates to run next; empty at the end, ``None`` while they depend on the control."""
         control = self.control
         if not self.series.hurried or control is None or control.left_out is not None or self.follows is False:
             return next_rates(self.series.grid, found)
@@ -112,14 +107,14 @@ class _Search:
         return () if self.follows else next_rates(self.series.grid, found)
 
     def ended(self, spec: RunSpec, result: RunResult | None = None) -> None:
-        """A run has its result, or will never have one."""
+        """Take a run off the list, with its result if it has one."""
         self.outstanding = tuple(other for other in self.outstanding if other != spec)
         if result is not None:
             self.results[spec] = result
 
     @property
     def remaining(self) -> int:
-        """Runs that it will still make; how many a search takes is known on average only."""
+        """The number of runs still to make; an average for a search."""
         if self.complete or self.left_out is not None:
             return 0
         return max(len(self.outstanding), expected_runs(self.series) - len(self.results))
@@ -162,7 +157,7 @@ def run_all(
 
 @dataclass
 class _Queue:
-    """What waits and what runs, of all series; ``finished`` counts results, those found in the store among them."""
+    """Waiting and running runs of all series; ``finished`` also counts results found in the store."""
 
     searches: list[_Search]
     load: Callable[[RunSpec], RunResult | None]
@@ -185,7 +180,7 @@ class _Queue:
         self.on_progress(replace(event, **changes))
 
     def add(self, search: _Search) -> None:
-        """All that this series can run now; what is in the store counts as finished at once."""
+        """Queue what a series can run now; what the store has counts as finished at once."""
         while specs := search.ready():
             for spec in specs:
                 kept = self.load(spec)
@@ -195,7 +190,7 @@ class _Queue:
                     self._finish(search, spec, kept, "run-reused")
 
     def start(self, submit: Submit, jobs: int) -> None:
-        """Start what comes first, as long as there is a place for it and time."""
+        """Start waiting runs while there is a place and time."""
         while self.waiting and len(self.running) < jobs:
             if self.deadline is not None and not self.deadline.allows():
                 self.waiting.clear()
@@ -209,7 +204,7 @@ class _Queue:
             self.running[submit(spec, search.lead)] = (search, spec, began)
 
     def take(self, future: Future[RunResult]) -> None:
-        """Keep what a run found, and add what its series, and those that it is the control of, can run now."""
+        """Save a result, and queue what its series, and those it is the control of, can run now."""
         search, spec, began = self.running.pop(future)
         try:
             result = future.result()

@@ -43,22 +43,20 @@ class Attack:
 
     @property
     def subject(self) -> Subject:
-        """Whether the control or the model under attack was trained."""
         return self.spec.subject
 
     @property
     def label(self) -> str:
-        """As :attr:`RunSpec.label`."""
         return self.spec.label
 
     @property
     def control(self) -> Attack | None:
-        """What it is measured against: the same recipe and optimizer on the undefended model, a control's itself."""
+        """The same recipe and optimizer on the undefended model; a control is its own."""
         return self if self.subject == "control" else self.base
 
     @property
     def edit(self) -> Edit | None:
-        """What its best strength did; ``None`` for what is trained."""
+        """The best strength of an edit; ``None`` for what is trained."""
         return self.best_run.best_edit
 
     @property
@@ -150,7 +148,7 @@ class Attack:
         return max(0.0, progress - max(0.0, start - expected))
 
     def of_control(self, progress: float | None) -> float | None:
-        """Some progress (nats) as a share of the progress of its control at the best learning rate."""
+        """Progress (nats) as a share of its control's at the best learning rate."""
         reference = self.control.progress() if self.control else None
         return None if progress is None or not reference or reference <= 0 else progress / reference
 
@@ -186,7 +184,6 @@ class Hardening:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Hardening:
-        """What a manifest says."""
         first = manifest.factored[0] if manifest.factored else None
         top_k, gauge = (first.top_k, first.gauge) if first else (None, None)
         counts = [len(changed) for changed in (manifest.factored, manifest.folded, manifest.scaled)]
@@ -247,7 +244,7 @@ class AttackReport:
         )
 
     def of_best_control(self, progress: float | None) -> float | None:
-        """Some progress (nats) as a share of the most that any control of this report made."""
+        """Progress (nats) as a share of the most that any control made."""
         controls = (attack for attack in self.attacks if attack.subject == "control")
         most = max((attack.progress() or 0.0 for attack in controls), default=0.0)
         return None if progress is None or most <= 0 else progress / most
@@ -268,7 +265,7 @@ def same_start(loss: float | None, other: float | None) -> bool:
 
 
 def outcome_notes(options: AttackOptions, outcome: Outcome) -> tuple[str, ...]:
-    """What was left out, or kept from being run by the time limit."""
+    """Sentences on what was left out, or not reached within the time limit."""
     said = [f"Not tried: {label}: {reason}." for label, reason in outcome.left_out]
     if outcome.not_reached:
         said.append(f"Not reached within {in_words(options.time_limit or 0)}: {'; '.join(outcome.not_reached)}.")
@@ -282,7 +279,7 @@ def outcome_notes(options: AttackOptions, outcome: Outcome) -> tuple[str, ...]:
 
 
 def report_notes(options: AttackOptions, target: Target, report: AttackReport) -> tuple[str, ...]:
-    """What must be known to read the figures of a report."""
+    """Sentences that a reader of the figures must know."""
     notes = []
     if len(options.seeds) == 1:
         notes.append("One seed: differences of a few thousandths of a nat are noise.")
@@ -312,7 +309,7 @@ def report_notes(options: AttackOptions, target: Target, report: AttackReport) -
 
 
 def _given_up(report: AttackReport) -> list[str]:
-    """Which attacks have runs that were given up although they could have gone on."""
+    """Name attacks with runs that ended although they could have gone on."""
     cut = {}
     for attack in report.attacks:
         rates = [run.spec.learning_rate for run in attack.runs if run.cut]

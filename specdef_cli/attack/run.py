@@ -241,7 +241,7 @@ def _speed(prepared: Prepared) -> Speed:
 
 
 def _forecast(prepared: Prepared) -> Forecast:
-    """What each series of a plan takes."""
+    """Estimate the time of each series."""
     options, data, speed = prepared.options, prepared.train.data, _speed(prepared)
     jobs = options.jobs if prepared.cluster is None else prepared.cluster.places()
     attacks = []

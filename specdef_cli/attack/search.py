@@ -63,7 +63,7 @@ _STRIDE, _LONG_STRIDE = DECADE, DECADE**2
 
 
 def _upwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
-    """On from the largest rate, while it is the best or moves nothing."""
+    """Continue from the largest rate, while it is the best or moves nothing."""
     best, largest = best_rate(runs), tried[0]
     learned = runs[best].learned
     if largest >= LARGEST_RATE or not (best == largest if learned else not _disturbed(runs[largest])):
@@ -72,7 +72,7 @@ def _upwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[f
 
 
 def _downwards(tried: Sequence[float], runs: Mapping[float, RunResult]) -> tuple[float, ...]:
-    """On from the smallest rate, while it is the best, still disturbs, or stands still alone."""
+    """Continue from the smallest rate, while it is the best, still disturbs, or alone moves nothing."""
     best, smallest = best_rate(runs), tried[-1]
     learned, disturbed = runs[best].learned, _disturbed(runs[smallest])
     unclear = best == smallest if learned else any(_disturbed(runs[rate]) for rate in tried[-UNCHANGED_RATES:])
@@ -123,7 +123,7 @@ def _disturbed(run: RunResult) -> bool:
 
 
 def _without_gradient(run: RunResult) -> bool:
-    """Whether a network was dead from its first step on, as what a quantizer broke may be."""
+    """Whether a network was dead from its first step on, as after a quantizer that broke it."""
     return bool(run.train) and all(point.grad_norm == 0 for point in run.train)
 
 
@@ -148,7 +148,7 @@ SAME = 1e-3
 
 @dataclass(frozen=True)
 class Lead:
-    """What a search knows before a run of it."""
+    """What a search knows before one of its runs."""
 
     progress: float = 0.0  # of its best run so far (nats): what has to be beaten
     start: EvalPoint | None = None
@@ -156,7 +156,7 @@ class Lead:
 
     @classmethod
     def of(cls, runs: Iterable[RunResult]) -> Lead:
-        """What finished runs of one attack tell."""
+        """Sum up the finished runs of one attack."""
         finished = [run for run in runs if run.evaluations]
         if not finished:
             return cls()

@@ -58,7 +58,7 @@ class Table(Mapping[str, RowType], Generic[RowType]):
         return len({*self._rows, *self._added})
 
     def choose(self, name: str) -> RowType:
-        """The row of a name that a user gave."""
+        """Look up a name that a user gave."""
         if name not in self:
             raise WrongUsage(f"{self.kind} {name!r} is unknown", f"Choose one of: {', '.join(self)}.")
         return self[name]
@@ -110,7 +110,7 @@ def parse_number(owner: str, text: str) -> float:
 
 
 def checked_factor(owner: str, factor: Factor | None, value: float | None) -> float | None:
-    """The factor of a row's user: the default where none is given."""
+    """Check the factor that a user gave, or take the row's default."""
     if factor is None:
         if value is not None:
             raise WrongUsage(f"the {owner} takes no factor, and was given {value:g}", "Leave out the part after ':'.")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from specdef_cli.checkpoint.manifest import Change, Manifest
+    from specdef_cli.checkpoint.changes import Change
+    from specdef_cli.checkpoint.manifest import Manifest
     from specdef_cli.hardening.recognise import Recognised
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
@@ -28,7 +29,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Target:
-    """What is attacked."""
+    """The model under attack, its control, and its data."""
 
     manifest: Manifest | None  # None for a model that comes without one
     task: Task

@@ -34,7 +34,7 @@ _NONE = "Train it with a script of its own: no attack of this package is made fo
 
 
 def task_of(config: Mapping[str, Any], directory: Path, asked: Task | None) -> tuple[Task, Head]:
-    """The task of a checkpoint, and its head."""
+    """Find the task of a checkpoint, and its head."""
     labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
     named = config.get("label2id") or {name: number for number, name in (config.get("id2label") or {}).items()}
     head = Head(labels, config.get("problem_type"), {name: int(number) for name, number in named.items()})
@@ -102,7 +102,7 @@ def _attends_both_ways(config: Mapping[str, Any]) -> bool:
 
 
 def task_of_both(model: OpenedModel, control: OpenedModel, asked: Task | None) -> tuple[Task, Head]:
-    """The task and the head of a control; a model of another task is refused: nothing would train both alike."""
+    """Find the task and head of a control; a model of another task is refused."""
     found = task_of(control.checkpoint.config, control.directory, asked)
     first, second = ((each.checkpoint.config.get("architectures") or [""])[0] for each in (model, control))
     try:

@@ -169,7 +169,7 @@ class TrainRun:
         on_step: Callable[[int, float | None], None] = lambda step, loss: None,
         lead: Lead | None = None,
     ) -> RunResult:
-        """Run ``spec``, which a search ends once it cannot get further than its lead."""
+        """Run ``spec``; its search ends it once it cannot get further than the lead."""
         opened = (self.control if spec.subject == "control" else self.model).here()
         if spec.is_edit:
             return self._edited(spec, opened, on_step)
@@ -242,7 +242,7 @@ class TrainRun:
         )
 
     def _edited(self, spec: RunSpec, opened: OpenedModel, on_step: Callable[[int, float | None], None]) -> RunResult:
-        """A run in which nothing is trained: the model is edited and asked."""
+        """Edit the model and question it; nothing is trained."""
         assert self.prompts is not None
         began = time.perf_counter()
         with quiet():

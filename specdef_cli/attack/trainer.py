@@ -169,13 +169,12 @@ def finite(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where runs are reported to as they go; ``directory`` has TensorBoard's files, a directory for each run."""
+    """Trackers of running runs; TensorBoard's files go to ``directory``, one directory a run."""
 
     trackers: tuple[str, ...] = ()
     directory: Path = Path("logs")
 
     def arguments(self, spec: RunSpec) -> dict[str, Any]:
-        """What ``TrainingArguments`` are given."""
         name = f"{spec.label} · η={spec.learning_rate:g} · seed {spec.seed}" if self.trackers else None
         return {"report_to": [other for other in self.trackers if other != "tensorboard"] or "none", "run_name": name}
 
@@ -200,7 +199,7 @@ NOWHERE = Tracking()
 
 @dataclass(frozen=True)
 class Memory:
-    """How the memory of a step is kept down. Curves stay the same but for rounding, so no specification names it."""
+    """Ways to save memory. Curves stay the same up to rounding, so no specification names them."""
 
     accumulation: int = 1  # passes that the sequences of a step are split into
     checkpointing: bool = False  # compute activations once more in the backward pass instead of keeping them
@@ -232,7 +231,7 @@ class AttackTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Trained on is the model's own loss, evaluated that of the labels: many models add a router's to theirs."""
+        """Train on the model's own loss, and evaluate that of the labels: many models add a router's."""
         if model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._task not in _LABEL_LOSSES:
@@ -252,7 +251,7 @@ class AttackTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **more: Any) -> EvalLoopOutput:
-        """Also says whether the outputs were the same for all inputs, which no network that can learn has."""
+        """Report too whether all inputs gave the same output, as in a dead network."""
         self._constant = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **more)
         found = torch.stack(self._constant).all() if self._constant else torch.tensor(False)
@@ -261,7 +260,7 @@ class AttackTrainer(Trainer):
         return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Called after sharding, with the sharded model, where there is any."""
+        """Make the optimizer of the table; called after sharding, with the sharded model."""
         if self.is_fsdp_enabled and not self._choice.elementwise:
             others = (name for name, choice in OPTIMIZERS.items() if choice.elementwise and not choice.second_order)
             raise SpecDefError(

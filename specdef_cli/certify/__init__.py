@@ -58,7 +58,7 @@ class CertifyOptions(Source):
 
 
 def require_certificate(directory: Path) -> Path:
-    """Where the certificate of a hardened directory lies; asked before anything heavy is imported."""
+    """Find the certificate of a hardened directory, before anything heavy is imported."""
     path = directory / CERTIFICATE_NAME
     if not path.is_file():
         raise SpecDefError(

@@ -104,8 +104,9 @@ def _starts_as_its_control(document: ReportDocument) -> bool:
 
 
 def _public(name: str) -> str:
-    """A name without the path of a directory or file of this machine."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    """Strip the path from the name of a directory or file, which may have gone since; a Hub id stays."""
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.*)?", name) and not Path(name).exists()
+    return name if on_hub else Path(name).name
 
 
 def attack_table(attacks: Sequence[AttackFigure]) -> list[str]:
@@ -140,7 +141,7 @@ def attack_section(resistance: Resistance) -> str:
 
 
 def got_through(resistance: Resistance) -> list[str]:
-    """What was not held up, said in full."""
+    """Name the attacks that were not slowed."""
     names = "; ".join(attack.label for attack in resistance.got_through)
     through = (
         f"Got through (at least 95 % of the control's progress): {names}." if names else "None of them got through."
@@ -149,7 +150,7 @@ def got_through(resistance: Resistance) -> list[str]:
 
 
 def with_section(card: str, section: str) -> str:
-    """A hardened directory's card with a section in place of the one with the same heading, or at its end."""
+    """Replace the section with the same heading in a hardened directory's card, or append it."""
     base, mark, parts = _parts(card)
     places = _places(parts, section)
     if places:
@@ -160,14 +161,14 @@ def with_section(card: str, section: str) -> str:
 
 
 def section_like(card: str, section: str) -> str | None:
-    """What a hardened directory's card has under the heading of a section; ``None`` where it has no such heading."""
+    """The card's section with the same heading; ``None`` where it has none."""
     _, _, parts = _parts(card)
     places = _places(parts, section)
     return parts[places[0]].strip("\n") if places else None
 
 
 def _parts(card: str) -> tuple[str, str, list[str]]:
-    """The base's own part of a card, the heading of ours, and what follows, cut before headings of the third level."""
+    """Split a card: the base's part, our heading, and our sections."""
     base, mark, ours = card.rpartition(f"\n{CARD_HEADING}\n")
     return base, mark, re.split(r"^(?=### )", ours, flags=re.MULTILINE)
 

@@ -104,7 +104,6 @@ class Certificate:
     """sha256 of this file's data with an empty digest, keys sorted, without spaces."""
 
     def sealed(self) -> Certificate:
-        """The certificate with its digest."""
         return replace(self, digest=digest_of(json.loads(self.to_json())))
 
     def to_json(self) -> str:
@@ -118,25 +117,24 @@ CERTIFICATE_RECORD = TypeAdapter(Certificate)
 
 
 def digest_of(data: Mapping[str, Any]) -> str:
-    """sha256 of a certificate's JSON data, whatever digest stands in it."""
+    """sha256 of a certificate's JSON data without its digest."""
     text = json.dumps({**data, "digest": ""}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def no_claim_failed(claims: Sequence[Claim]) -> bool:
-    """Whether a certificate with these claims holds."""
     return all(claim.holds is not False for claim in claims)
 
 
 def claims_of(
     function: FunctionFigures, spectrum: SpectrumFigures, curvature: Curvatures | None, reason: str, manifest: Manifest
 ) -> tuple[Claim, ...]:
-    """What follows from the figures; ``reason`` says why there is no curvature."""
+    """Derive the claims from the figures; ``reason`` says why there is no curvature."""
     return function_claim(function, manifest), spectrum_claim(spectrum), curvature_claim(curvature, reason)
 
 
 def function_claim(figures: FunctionFigures, manifest: Manifest) -> Claim:
-    """That the files are those of the manifest and compute what the base computes."""
+    """Claim that the files are the manifest's and compute what the base computes."""
     exact = not manifest.factored
     outputs = figures.outputs
     kept = outputs.equal if exact else outputs.relative <= LOGITS_TOLERANCE
@@ -167,7 +165,7 @@ def function_claim(figures: FunctionFigures, manifest: Manifest) -> Claim:
 
 
 def spectrum_claim(figures: SpectrumFigures) -> Claim:
-    """That the stored weights are inflated as the manifest says."""
+    """Claim that the stored weights are inflated as the manifest says."""
     parts = []
     if figures.layers:
         worst = max(layer.worst for layer in figures.layers)
@@ -185,7 +183,7 @@ def spectrum_claim(figures: SpectrumFigures) -> Claim:
 
 
 def curvature_claim(figures: Curvatures | None, reason: str) -> Claim:
-    """That σ₁ of the loss Hessian grew."""
+    """Claim that σ₁ of the loss Hessian grew."""
     if figures is None:
         return Claim("curvature", None, f"The Hessian was not measured: {reason}.")
     before, after = figures
@@ -261,7 +259,6 @@ def file_hashes(directory: Path) -> dict[str, str]:
 
 
 def manifest_sha256(manifest: Manifest) -> str:
-    """sha256 of a manifest as it is published."""
     return hashlib.sha256(manifest.published().to_json().encode()).hexdigest()
 
 

@@ -149,7 +149,6 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Loss:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -184,7 +184,7 @@ def measure_formats(
 
 
 def chosen_formats(wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of formats, in which ``all`` and ``none`` stand for sets; ``None`` for those that take seconds."""
+    """Resolve names of formats, ``all`` and ``none``; ``None`` is those that take seconds."""
     if wanted is None:
         return DEFAULT_FORMATS
     for name in wanted:
@@ -240,7 +240,7 @@ def judge(measure: Measure, base: float, hardened: float | None) -> Status:
 
 
 def compare(name: str, tool: str, measure: Measure, base: Outcome, hardened: Outcome) -> FormatFigure:
-    """The hardened checkpoint's outcome against the base's, of the same format on the same tokens."""
+    """Compare the outcomes of hardened model and base in one format, on the same tokens."""
     status: Status = "skipped"
     if base.kind == "skipped":
         note = base.note

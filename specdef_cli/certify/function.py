@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdef_cli.certify.tools import mean_loss
-from specdef_cli.checkpoint.manifest import FactoredLayer, Manifest
+from specdef_cli.checkpoint.changes import FactoredLayer
+from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.errors import SpecDefError
@@ -80,8 +81,6 @@ class FunctionFigures:
 
 @dataclass(frozen=True)
 class _Observed:
-    """What one model does."""
-
     inputs: dict[str, Tensor]
     outputs: Tensor
     loss: float | None

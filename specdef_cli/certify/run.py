@@ -107,14 +107,13 @@ class Prepared:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What would be measured."""
         attacks = () if self.resistance is None else ("attacks, from their report",)
         curvature = ("curvature",) if self.options.curvature and self.tokens is not None else ()
         return "function", "spectrum", *curvature, *(f"format {name}" for name in self.formats), *attacks
 
     @property
     def attack_command(self) -> str:
-        """The command that makes the report which ``--attacks`` takes."""
+        """The command that writes the report for ``--attacks``."""
         folder = "" if self.options.subfolder is None else f" --subfolder {self.options.subfolder}"
         command = f"specdef attack {self.options.model}{folder} --control {self.options.base or self.base.directory}"
         try:
@@ -124,7 +123,6 @@ class Prepared:
         return f"{command} --dataset …" if "classification" in task else command
 
     def certify(self, on_progress: Callable[[str], None] = lambda _: None) -> Certificate:
-        """Measure, judge and write."""
         options, base, hardened, tokens = self.options, self.base, self.hardened, self.tokens
         curvatures: list[CurvatureFigures | str] = []
 
@@ -169,7 +167,7 @@ class Prepared:
         return certificate
 
     def _both(self, found: list[CurvatureFigures | str]) -> tuple[Curvatures | None, str]:
-        """The curvatures of base and hardened model, or why there are none."""
+        """The curvatures of both models, or the reason why there are none."""
         match found:
             case [CurvatureFigures() as base, CurvatureFigures() as hardened]:
                 return (base, hardened), ""
@@ -182,7 +180,7 @@ class Prepared:
         return None, "the outputs are not finite"
 
     def _write(self, certificate: Certificate) -> None:
-        """Write the certificate, and where it is carded into the hardened directory and its card too."""
+        """Write the certificate, also into the hardened directory and its card if wanted."""
         self.options.out.mkdir(parents=True, exist_ok=True)
         text = certificate.to_json()
         write_durably(self.options.out / CERTIFICATE_NAME, text)

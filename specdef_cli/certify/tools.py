@@ -47,7 +47,7 @@ PROGRAMS = {"llama.cpp": (CONVERTER, f"set {LLAMA_CPP} to the directory of llama
 
 
 def missing(tool: str) -> str:
-    """Why a tool cannot be used, with what to do about it; empty if it can."""
+    """Say why a tool cannot be used, and what to do; empty if it can."""
     if tool in PACKAGES:
         package, source = PACKAGES[tool]
         # A package that is None in sys.modules is blocked, and find_spec would raise.
@@ -61,7 +61,7 @@ def missing(tool: str) -> str:
 
 
 def program(name: str) -> Path | None:
-    """Where a program lies: in llama.cpp's directory where one is named, beside the interpreter, or on the path."""
+    """Find a program in llama.cpp's named directory, beside the interpreter, or on the path."""
     named = os.environ.get(LLAMA_CPP)
     # A virtual environment that is not activated is not on the path.
     for place in ([Path(named)] if named else []) + [Path(sys.executable).parent]:
@@ -72,14 +72,14 @@ def program(name: str) -> Path | None:
 
 
 def bitsandbytes_8bit() -> dict[str, Any]:
-    """What ``from_pretrained`` is given for LLM.int8: weights and activations in 8 bit, outliers in float16."""
+    """Arguments of ``from_pretrained`` for LLM.int8: weights and activations in 8 bits, outliers in float16."""
     from transformers import BitsAndBytesConfig
 
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
 
 
 def bitsandbytes_4bit(kind: str, *, double: bool = False) -> dict[str, Any]:
-    """What ``from_pretrained`` is given for 4-bit weights (``nf4`` or ``fp4``) in blocks of 64."""
+    """Arguments of ``from_pretrained`` for 4-bit weights (``nf4`` or ``fp4``) in blocks of 64."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
@@ -168,7 +168,7 @@ MAX_LOGITS = 2**24
 
 
 class NotApplicableError(Exception):
-    """A format means nothing for this model, or cannot be had here; the message says why."""
+    """A format does not apply to this model, or is not available here; the message says why."""
 
 
 class RefusedError(Exception):
@@ -197,7 +197,7 @@ class Trial:
         return self.model.directory
 
     def loaded(self, dtype: torch.dtype | None = None, **loading: Any) -> AbstractContextManager[Any]:
-        """The checkpoint's model while it is needed, in ``dtype`` or the dtype that it is stored in."""
+        """Load the model for the block, in ``dtype`` or as it is stored."""
         return self.model.loaded(dtype=dtype, device=self.device, **loading)
 
     def required_tokens(self) -> Tensor:

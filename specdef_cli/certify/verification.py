@@ -70,7 +70,7 @@ def _directory(source: Source) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Provenance]:
-    """A certificate's data, and what it says of the files: the rest may be null, where it was not finite."""
+    """Read a certificate's data and provenance; other figures may be null, where they were not finite."""
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(recorded, dict) or recorded.get("format") != FORMAT_VERSION or "digest" not in recorded:
@@ -103,7 +103,7 @@ def _manifest(origin: Provenance, manifest: Manifest | None, directory: Path) ->
 
 
 def _figures(recorded: dict[str, Any], manifest: Manifest | None, report: Path | None, card: Path) -> tuple[Check, ...]:
-    """What follows from the figures: verdicts, the card, and what is quoted of the attack report."""
+    """Check what follows from the figures: verdicts, the card, and the quoted attacks."""
     names = ("verdicts, from the figures", "model card", "attacks, from their report")
     try:
         certificate = CERTIFICATE_RECORD.validate_python(recorded)
@@ -140,7 +140,7 @@ def _verdicts(name: str, certificate: Certificate, manifest: Manifest) -> Check:
 
 
 def _follows(figure: FormatFigure) -> bool:
-    """Whether the status of a format is one that its figures can have."""
+    """Whether a format's figures allow its status."""
     if figure.base is None:
         return figure.status == "skipped"
     if figure.hardened is None:

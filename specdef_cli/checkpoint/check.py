@@ -86,7 +86,6 @@ def require_not_hardened(source: Source) -> None:
 
 
 def hardened_already(directory: Path) -> SpecDefError:
-    """What is said of a hardened model that is to be hardened."""
     return SpecDefError(
         f"{directory} is hardened already",
         f"Give the base model, or have `specdef collapse` make it, which needs the {MANIFEST_NAME} of {directory}.",
@@ -122,7 +121,7 @@ def require_undefended(base: Path, option: str) -> None:
 
 
 def base_missing(name: str, model: str | Path, option: str, error: SpecDefError) -> SpecDefError:
-    """What is said of a base that the manifest names, and that is not there."""
+    """The error for a base that the manifest names and that is not there."""
     return SpecDefError(
         f"the base {name} that the manifest of {model} names is not available: {error.problem}",
         f"Give its directory or Hub id with {option}.",
@@ -130,7 +129,7 @@ def base_missing(name: str, model: str | Path, option: str, error: SpecDefError)
 
 
 def no_base(model: str | Path, option: str) -> SpecDefError:
-    """What is said of a model without a manifest where its base is not named either."""
+    """The error for a model without a manifest whose base is not named either."""
     return SpecDefError(
         f"{model} has no manifest that names its base, so there is nothing to compare it with",
         f"Name the undefended model with {option}.",
@@ -138,7 +137,7 @@ def no_base(model: str | Path, option: str) -> SpecDefError:
 
 
 def no_config(directory: Path) -> SpecDefError:
-    """What to say of a directory without a ``config.json``: what it is instead, and what to do with it."""
+    """The error for a directory without ``config.json``: what it is instead, and what to do."""
     denoiser = next((name for name in ("unet", "transformer") if (directory / name / "config.json").is_file()), None)
     snapshots = sorted(directory.glob("snapshots/*/config.json"))
     below = _model_below(directory)
@@ -169,7 +168,7 @@ def no_config(directory: Path) -> SpecDefError:
 
 
 def no_weights(directory: Path, library: Library) -> SpecDefError:
-    """What to say of a directory with a ``config.json`` and none of the weight files that its library looks for."""
+    """The error for a directory with ``config.json`` and no weight file that its library loads."""
     if (directory / ADAPTER_CONFIG).is_file():
         return SpecDefError(f"{directory} has no weights of a model: it is {_adapter_of(directory)}", _merge(directory))
     others = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -193,7 +192,7 @@ def no_weights(directory: Path, library: Library) -> SpecDefError:
 
 
 def require_plain(directory: Path, config: dict[str, Any], library: Library) -> None:
-    """Refuse a directory of which transformers would load more, or something else, than the weights of its model."""
+    """Refuse a directory from which transformers would load other weights too."""
     named = config.get("transformers_weights")
     if named is not None:
         raise SpecDefError(
@@ -209,7 +208,7 @@ def require_plain(directory: Path, config: dict[str, Any], library: Library) -> 
 
 
 def require_modules(directory: Path) -> None:
-    """Refuse a model of sentence-transformers of which a module after the transformer would be lost."""
+    """Refuse a model of sentence-transformers that would lose a module after the transformer."""
     try:
         modules = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
         folders = {str(module["path"]): str(module["type"]).rsplit(".", 1)[-1] for module in modules if module["path"]}
@@ -242,7 +241,7 @@ def _merge(directory: Path) -> str:
 
 
 def _model_below(directory: Path) -> Path | None:
-    """A directory with a ``config.json`` of a model right below; of several training checkpoints, the last."""
+    """Find a model in a subdirectory; the last of several training checkpoints."""
     found = []
     for path in directory.glob("*/config.json"):
         try:

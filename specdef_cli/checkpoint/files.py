@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
-from specdef_cli.errors import MissingExtraError, SpecDefError, WrongUsage
+from specdef_cli.errors import SpecDefError, WrongUsage
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Library:
 
     @property
     def single_file(self) -> str:
-        """The file that holds all weights, where there is only one."""
+        """The name of a single weight file."""
         return f"{self.weights}.safetensors"
 
     @property
@@ -45,13 +45,8 @@ TRANSFORMERS = Library("transformers", "model")
 DIFFUSERS = Library("diffusers", "diffusion_pytorch_model")
 
 
-def diffusers_missing(what: object) -> SpecDefError:
-    """What to say of a model of diffusers where diffusers is not installed."""
-    return MissingExtraError(f"{what} and other models of diffusers", "diffusion")
-
-
 def library_of(config: Mapping[str, Any]) -> Library:
-    """The library that wrote a ``config.json``: diffusers names its classes there, transformers its model types."""
+    """Tell which library wrote a ``config.json``: diffusers names classes, transformers model types."""
     return DIFFUSERS if "_class_name" in config and "model_type" not in config else TRANSFORMERS
 
 
@@ -79,7 +74,7 @@ _STATE_OF_TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_
 
 
 def holds_weights(path: PurePath) -> bool:
-    """Whether the name of a file says that it holds weights of a model, or says where they are."""
+    """Whether a file holds weights or their index, by its name."""
     name = path.name.removesuffix(".index.json")
     suffix = PurePath(name).suffix.lower()
     if suffix in PICKLES:
@@ -100,7 +95,7 @@ def is_no_weights(path: Path) -> bool:
 
 
 def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORMERS) -> tuple[str, str] | None:
-    """Which weights in another format a model consists of, and how to convert them; ``None`` where it has none."""
+    """Name weights in another format, and how to convert them; ``None`` where there are none."""
     ordered = sorted(names)
     loads = f"from_pretrained('{source}'"
     for patterns, what, hint in (
@@ -130,7 +125,7 @@ def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORM
 
 
 def locate(model: str, revision: str | None = None) -> Path | tuple[str, str | None]:
-    """The directory that ``model`` names, or else the repository and revision; what can be neither is refused."""
+    """Resolve ``model`` to a directory, or to repository and revision."""
     path = Path(model).expanduser()
     if model and path.is_dir():
         return path
@@ -241,7 +236,6 @@ class TensorHeader:
 
     @property
     def nbytes(self) -> int:
-        """Size of the data in bytes."""
         return self.end - self.begin
 
 
@@ -250,7 +244,7 @@ GIT_LFS = b"version https://git-lfs.github.com/"
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:
-    """The header of a safetensors file, checked to describe exactly its bytes: tensors in the order of their data."""
+    """Read the header of a safetensors file and check it; tensors are in the order of their data."""
     shard = path.name
 
     def corrupt(reason: str) -> SpecDefError:
@@ -322,7 +316,6 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def lfs_pointer(name: str) -> SpecDefError:
-    """What is said of a file that was cloned without Git LFS."""
     return SpecDefError(
         f"{name} is a pointer of Git LFS, which stands for the file",
         "Run `git lfs pull` in the clone, or fetch the model with `hf download`.",

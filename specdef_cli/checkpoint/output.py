@@ -35,8 +35,7 @@ def work_directory(final: Path) -> Path:
 
 def check_output(final: Path, source: Path, nbytes: int) -> None:
     """Refuse an output that is taken, lies in its own input, or does not fit on the disk."""
-    require_outside(final, source)
-    require_free(final)
+    require_usable(final, source)
     existing = writable_ancestor(work_directory(final).resolve().parent)
     free = shutil.disk_usage(existing).free
     for path in work_directory(final).rglob("*"):  # what an interrupted run left is either reused or removed
@@ -132,19 +131,13 @@ def require_usable(final: Path, model: str | Path) -> None:
     """Refuse an output directory that is taken, or lies in the input where that is a directory."""
     if str(model) and Path(model).expanduser().is_dir():
         require_outside(final, Path(model).expanduser())
-    require_free(final)
+    if is_taken(final):
+        raise SpecDefError(f"the output {final} exists already", "Choose another --out, or remove it first.")
 
 
 def require_outside(final: Path, source: Path) -> None:
-    """Refuse an output that lies in its own input."""
     if final.resolve().is_relative_to(source.resolve()):
         raise SpecDefError(f"the output {final} lies in the input {source}", "Choose a directory outside the input.")
-
-
-def require_free(final: Path) -> None:
-    """Refuse an output directory that is taken."""
-    if is_taken(final):
-        raise SpecDefError(f"the output {final} exists already", "Choose another --out, or remove it first.")
 
 
 def is_taken(final: Path) -> bool:

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,7 +39,6 @@ from specdef_cli.errors import ResumableError, SpecDefError, dtype_name
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """A directory's ``config.json``."""
     path = directory / "config.json"
     if not path.is_file():
         raise no_config(directory)
@@ -65,17 +63,15 @@ DTYPES: Mapping[str, torch.dtype] = {
     dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
 """What ``--dtype`` takes."""
-TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-        "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-        "C64": torch.complex64,
-    }
-)  # fmt: skip
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+}  # fmt: skip
 """By safetensors' names of :data:`~specdef_cli.checkpoint.files.DTYPE_BYTES`."""
-SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = MappingProxyType({v: k for k, v in TORCH_DTYPES.items()})
+SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -91,13 +87,8 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle for the workers of ``--jobs``: a mapping proxy has no pickle."""
-        return Checkpoint, (self.directory, dict(self.config), dict(self.tensors))
-
     @property
     def library(self) -> Library:
-        """Who can load it."""
         return library_of(self.config)
 
     @property
@@ -107,7 +98,7 @@ class Checkpoint:
 
     @functools.cached_property
     def companions(self) -> Companions:
-        """The other files of the directory, and what becomes of them."""
+        """The other files of the directory, carried over or left out."""
         index = {self.library.index_file} if self.shards != (self.library.single_file,) else set()
         shapes = {name: header.shape for name, header in self.tensors.items()}
         carried: list[Path] = []
@@ -121,7 +112,6 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors together in bytes."""
         return sum(header.nbytes for header in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
@@ -189,7 +179,6 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     require_plain(directory, config, library)
     order = (library.single_file, library.index_file)[:: 1 if library.is_transformers else -1]
     named = next((name for name in order if (directory / name).is_file()), None)
-    tensors: Mapping[str, TensorHeader]
     if named == library.index_file:
         tensors = _read_sharded(directory, directory / named)
     elif named == library.single_file:
@@ -198,7 +187,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise no_weights(directory, library)
     if not tensors:
         raise SpecDefError(f"{directory} holds no tensors", "Fetch the checkpoint again.")
-    return Checkpoint(directory, MappingProxyType(config), MappingProxyType(dict(tensors)))
+    return Checkpoint(directory, config, tensors)
 
 
 def _read_sharded(directory: Path, index_path: Path) -> dict[str, TensorHeader]:
@@ -245,13 +234,13 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Companions:
-    """What becomes of the files beside the weights; paths relative to the directory."""
+    """The files beside the weights, carried over or left out; paths relative to the directory."""
 
     carried: tuple[Path, ...]
     left_out: Mapping[str, tuple[Path, ...]]
 
     def note(self, done: str = "carried over") -> str | None:
-        """One line that names what is left out; ``None`` where nothing is."""
+        """Name what is left out, in one line; ``None`` if nothing is."""
         parts = []
         for reason, paths in self.left_out.items():
             names = [path.as_posix() for path in paths[:SHOWN]]
@@ -261,7 +250,6 @@ class Companions:
 
 
 def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:
-    """Copy companion files of ``source`` to ``target``."""
     for relative in files:
         require_inside(source, source / relative)
         destination = target / relative
@@ -270,7 +258,7 @@ def carry_over(source: Path, target: Path, files: Collection[Path]) -> None:
 
 
 def _entries(directory: Path) -> list[Path]:
-    """Everything in a directory that is not a directory; a hidden one counts as one entry, a link to one too."""
+    """List files; a hidden directory, or a link to one, counts as a file."""
     found: list[Path] = []
     waiting = [directory]
     while waiting:
@@ -287,7 +275,7 @@ def _hidden(path: PurePath) -> bool:
 
 
 def _by_name(directory: Path, relative: Path) -> str | None:
-    """Why a file is left out, as far as its name and kind tell; ``None`` if it may be carried over."""
+    """Say why a file is left out, by its name and kind; ``None`` if it may be carried over."""
     path = directory / relative
     suffix = PurePath(path.name.removesuffix(".index.json")).suffix.lower()
     if _hidden(relative):

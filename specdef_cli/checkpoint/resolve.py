@@ -34,13 +34,12 @@ from specdef_cli.process import first_completed
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an exception carries."""
     status: int | None = getattr(getattr(error, "response", None), "status_code", None)
     return status
 
 
 def not_available(repository: str, revision: str | None, error: Exception) -> SpecDefError:
-    """What went wrong between here and the Hub, as the user should hear it."""
+    """The error for a failed request to the Hub."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         # The Hub did answer; that the cache could not stand in for it is only the consequence.
         error = error.__cause__
@@ -96,7 +95,7 @@ class Resolved:
 
     @property
     def public_name(self) -> str:
-        """What others may read: the Hub id, or the last part of the directory's path."""
+        """The Hub id, or the last part of the directory's path."""
         return self.name if self.commit else last_part(self.directory)
 
 
@@ -216,14 +215,12 @@ def _existing(path: Path) -> Path:
 
 
 class _HiddenBar(tqdm):
-    """A bar for looking only."""
-
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{**options, "disable": True})
 
 
 def remember_base(manifest: Manifest, base: Path) -> None:
-    """Note on this machine where the base of a manifest lies, which the manifest does not say of a directory."""
+    """Remember on this machine where a manifest's base lies: the manifest names no local path."""
     with contextlib.suppress(OSError):  # it will have to be named with --base
         write_durably(_memory_of(manifest), os.fsencode(base.resolve()))
 
@@ -234,7 +231,7 @@ def _memory_of(manifest: Manifest) -> Path:
 
 
 def base_of(manifest: Manifest, directory: Path) -> tuple[str, str | None]:
-    """Where to look for the base that a manifest names: a directory or a Hub id, and the revision there."""
+    """Find the base that a manifest names: a directory or a Hub id, and its revision."""
     base = manifest.base
     if base.commit or base.revision:
         return base.name, base.commit or base.revision

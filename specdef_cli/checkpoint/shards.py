@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.changes import ScaledSlice
 from specdef_cli.checkpoint.files import FLOATING_DTYPES, TRANSFORMERS, Library, TensorHeader
-from specdef_cli.checkpoint.manifest import ScaledSlice
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.errors import SpecDefError, dtype_name
 
@@ -36,13 +36,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
         return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Produced:
-    """What a transform made: tensors by name, and figures about them for the manifest."""
+    """A transform's tensors by name, and figures for the manifest."""
 
     tensors: Mapping[str, Tensor]
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +74,6 @@ class Rows:
             yield made
 
     def whole(self, checkpoint: Checkpoint) -> Tensor:
-        """All of it."""
         header = checkpoint.tensors[self.tensor]
         (made,) = self.blocks(checkpoint, header.nbytes) if header.nbytes else [checkpoint.read(self.tensor)]
         return made.view(header.shape)
@@ -102,22 +100,21 @@ class TensorGroup:
 
     @property
     def changes(self) -> bool:
-        """Whether any number becomes another one, but for a cast."""
+        """Whether any number changes, casts aside."""
         return self.transform is not None or any(rows.slices for rows in self.streamed.values())
 
     @property
     def nbytes(self) -> int:
-        """Size of the outputs in bytes."""
         return sum(spec.nbytes for spec in self.outputs)
 
 
 def streamed(rows: Rows, shape: tuple[int, ...]) -> TensorGroup:
-    """A tensor of the input on its own, under its name."""
+    """Group one tensor of the input by itself, under its name."""
     return TensorGroup(rows.tensor, (TensorSpec(rows.tensor, rows.dtype, shape),), streamed={rows.tensor: rows})
 
 
 def plain_group(header: TensorHeader, wanted: str | None) -> TensorGroup:
-    """A tensor that is carried over; where it is a floating one and ``wanted`` another safetensors dtype, cast."""
+    """Carry a tensor over; a floating one is cast to the safetensors dtype ``wanted``."""
     dtype = wanted if wanted and header.dtype in FLOATING_DTYPES else header.dtype
     return streamed(Rows(header.name, dtype), header.shape)
 
@@ -131,7 +128,6 @@ class OutputShard:
 
     @property
     def nbytes(self) -> int:
-        """Size of the data in bytes, without the header."""
         return sum(group.nbytes for group in self.groups)
 
 

@@ -39,8 +39,6 @@ CHUNK = 2**20
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a finished shard."""
-
     sha256: str
     figures: Mapping[str, Mapping[str, Any]]
 
@@ -121,7 +119,6 @@ def read_record(directory: Path, shard: str) -> ShardRecord | None:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, as hexadecimal digits."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -234,7 +231,7 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> int:
-    """Write ``data`` at a position, and say where it ends."""
+    """Write ``data`` at a position; return its end."""
     while data:
         written = os.pwrite(descriptor, data[:CHUNK], position)
         data, position = data[written:], position + written

@@ -41,19 +41,15 @@ class Destination:
 
 @dataclass(frozen=True)
 class Upload:
-    """What an upload did."""
-
     address: str
     removed: tuple[str, ...]
 
     @property
     def note(self) -> str:
-        """One line on what was removed."""
         return f"Removed from the repository, as the directory has no such files: {', '.join(self.removed)}."
 
 
 def upload_hint(error: BaseException) -> str:
-    """What to do about an upload that failed."""
     status = status_of(error)
     if status is None:
         return "Check the connection, or unset HF_HUB_OFFLINE."

@@ -17,8 +17,7 @@ from rich.markup import escape
 from specdef_cli import __version__
 from specdef_cli.cli.attack import attack_command, compare_command
 from specdef_cli.cli.certify import certify_command, verify_certificate_command
-from specdef_cli.cli.harden import harden_command
-from specdef_cli.cli.hardened import collapse_command, convert_adapter_command, push_command
+from specdef_cli.cli.harden import collapse_command, convert_adapter_command, harden_command, push_command
 from specdef_cli.cli.inspect import inspect_command
 from specdef_cli.cli.options import GroupedCommand
 from specdef_cli.cli.output import safe_streams
@@ -103,12 +102,12 @@ def _say_failed(failure: SpecDefError) -> None:
 
 
 def _one_line(text: str) -> str:
-    """What other libraries say may have several lines, and names of files may too."""
+    """Join lines: messages of other libraries and names of files may have several."""
     return printable(" ".join(text.splitlines()))
 
 
 def _system_failure(error: OSError) -> SpecDefError:
-    """A full disk or a missing permission, wherever it struck."""
+    """The error for a full disk or a missing permission."""
     reason = error.strerror or str(error) or type(error).__name__
     return SpecDefError(
         reason if error.filename is None else f"{error.filename}: {reason}",
@@ -119,7 +118,7 @@ def _system_failure(error: OSError) -> SpecDefError:
 
 
 def _too_large(error: Exception) -> SpecDefError:
-    """More memory was asked for than there is, on the machine or on a GPU."""
+    """The error for too little memory, on the machine or on a GPU."""
     return SpecDefError(
         f"the memory is not enough: {first_line(error)}",
         "Take a machine or a device with more, or let an attack take less: --batch-size, --sequence-length, "

@@ -15,7 +15,7 @@ from rich.markdown import Markdown
 
 from specdef_cli.attack.options import CHOICES, LOWERED, AttackOptions, load_suite, suite_names
 from specdef_cli.checkpoint.check import require_card, require_models
-from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables, plan_screen
+from specdef_cli.cli.attack_screens import RunProgress, attack_listing, listing_tables, plan_screen, remarks
 from specdef_cli.cli.options import takes
 from specdef_cli.cli.output import Output
 from specdef_cli.errors import WrongUsage, require_extra
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flags:
-    """Options of the command alone."""
-
     suite: str | None = option(
         None, "quick, standard, full, or a TOML file of your own.", metavar="NAME", group="Attacks"
     )
@@ -68,17 +66,7 @@ def attack_command(
     conditions = [Condition.parse(text) for text in flags.fail_if]
     if any(condition.metric == "refusals" for condition in conditions) and "prompts" not in given:
         raise WrongUsage("--fail-if refusals needs prompts that the model refuses", "Give --prompts FILE.")
-    if flags.expand is not None:
-        given["variants"] = (*given.get("variants", ()), f"width:{flags.expand}")
-    suite = flags.suite
-    if "time_limit" in given and suite is None and not given.keys() & CHOICES:
-        suite = "quick"  # what everybody tries, and what usually gets through
-    chosen = load_suite(suite) if suite is not None else None
-    budget: dict[str, Any] = {str(name): value for name, value in (chosen.budget if chosen else {}).items()} | given
-    # What the user gave stays: by a flag, or in a suite of the user's own.
-    kept = given if chosen is None or suite in suite_names() else budget
-    free = tuple(name for name in LOWERED if name not in kept)
-    options = AttackOptions(**budget, model=model, suite=chosen, free=free)
+    options = _options(flags, model, given)
     require_models(options, options.control, "--control")
     if flags.card:
         require_card(options)
@@ -93,10 +81,10 @@ def attack_command(
         forecast = plan_attack(options)
         output.data(forecast, plan_screen(forecast))
         return
-    planned: set[str] = set()
+    planned: list[str] = []
 
     def show_plan(forecast: Forecast) -> None:
-        planned.update((*forecast.assumed, *forecast.notes))
+        planned.extend(remarks(forecast))
         output.show(plan_screen(forecast))
 
     with output.progress("attacking") as bar:
@@ -109,12 +97,9 @@ def attack_command(
         from specdef_cli.report.document import REPORT_NAME
 
         attacks_on_card(options, options.out / REPORT_NAME)
-    for text in report.assumed:
+    for text in remarks(report):
         if text not in planned:
-            output.note(f"assumed: {text}")
-    for text in report.notes:
-        if text not in planned:
-            output.note(f"note: {text}")
+            output.note(text)
     table = runs_table(report) if output.verbose else attacks_table(report)
     tables = [table] if any(not run.spec.is_edit for run in report.runs) else []
     edits = edits_table(report)
@@ -129,6 +114,20 @@ def attack_command(
         raise typer.Exit(1)
 
 
+def _options(flags: Flags, model: str, given: dict[str, Any]) -> AttackOptions:
+    """The options of an attack; what the user gave stays, by a flag or in a suite of the user's own."""
+    if flags.expand is not None:
+        given["variants"] = (*given.get("variants", ()), f"width:{flags.expand}")
+    suite = flags.suite
+    if "time_limit" in given and suite is None and not given.keys() & CHOICES:
+        suite = "quick"  # what everybody tries, and what usually gets through
+    chosen = load_suite(suite) if suite is not None else None
+    budget: dict[str, Any] = {str(name): value for name, value in (chosen.budget if chosen else {}).items()} | given
+    kept = given if chosen is None or suite in suite_names() else budget
+    free = tuple(name for name in LOWERED if name not in kept)
+    return AttackOptions(**budget, model=model, suite=chosen, free=free)
+
+
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -136,17 +135,13 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
 }
 _FRACTIONS = ("share_of_control", "refusals")
-_METRICS: dict[str, Callable[[Finding], float | None]] = {
-    "steps_to_control": lambda finding: _steps_to_control(finding),
-    "share_of_control": lambda finding: finding.share,
-    "best_loss": lambda finding: finding.best,
-    "refusals": lambda finding: finding.refusals,
+_METRICS = {
+    "steps_to_control": "steps_to_control",
+    "share_of_control": "share",
+    "best_loss": "best",
+    "refusals": "refusals",
 }
-
-
-def _steps_to_control(finding: Finding) -> float | None:
-    """Never reached within the budget counts as infinitely many; nothing does where the control learned nothing."""
-    return float("inf") if finding.steps_to_control is None and finding.share is not None else finding.steps_to_control
+"""The field of a finding that a condition compares, by its name there."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,6 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read a condition."""
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
         try:
             if match is None or match[1] not in _METRICS:
@@ -177,14 +171,16 @@ class Condition:
             ) from error
 
     def failures(self, report: AttackReport) -> tuple[str, ...]:
-        """Why a gate on this condition fails, one line each: what was not measured holds nothing back."""
+        """Say why a gate on this condition fails, one line each; what was not measured fails it too."""
         from specdef_cli.report import findings
 
         failed = [f"{label} was not reached within --time-limit" for label in report.not_reached]
         plain = [found for found in findings(report) if found.attack.subject == "model"]
         plain = [found for found in plain if found.knowledge == "none" and self._concerns(found)]
         for finding in plain:
-            value = _METRICS[self.metric](finding)
+            value: float | None = getattr(finding, _METRICS[self.metric])
+            if self.metric == "steps_to_control" and value is None and finding.share is not None:
+                value = float("inf")  # within the budget the control was never reached
             if value is None:
                 failed.append(f"{finding.label}: {self.metric} was not measured, as {_why(finding)}")
             elif _OPERATORS[self.operator](value, self.value):
@@ -192,7 +188,7 @@ class Condition:
         return tuple(failed) or ((f"no attack was measured for {self.text}",) if not plain else ())
 
     def _concerns(self, finding: Finding) -> bool:
-        """An edit has no steps and no loss, and one that breaks the model has no answers."""
+        """Whether the condition applies: an edit has no steps or loss, and a broken model no answers."""
         if finding.edit is None:
             return True
         return self.metric == "share_of_control" or (self.metric == "refusals" and finding.verdict != "broken")

@@ -20,7 +20,7 @@ from specdef_cli.cli.output import Bar
 from specdef_cli.option import in_words
 
 if TYPE_CHECKING:
-    from specdef_cli import Forecast
+    from specdef_cli import AttackReport, Forecast
     from specdef_cli.attack.trainer import ProgressEvent
 
 
@@ -85,8 +85,12 @@ def plan_screen(forecast: Forecast) -> Group:
     said = [f"{forecast.runs} {'run' if forecast.runs == '1' else 'runs'}, about {in_words(forecast.seconds)} here."]
     if forecast.time_limit is not None:
         said.append(f"Stops after {in_words(forecast.time_limit)}; the report lists what was not reached.")
-    said += [f"assumed: {text}" for text in forecast.assumed] + [f"note: {text}" for text in forecast.notes]
-    return Group(facts, Padding(rows, (1, 0), expand=False), Text("\n".join(said)))
+    return Group(facts, Padding(rows, (1, 0), expand=False), Text("\n".join([*said, *remarks(forecast)])))
+
+
+def remarks(about: Forecast | AttackReport) -> list[str]:
+    """What was assumed, and what a reader should know."""
+    return [f"assumed: {text}" for text in about.assumed] + [f"note: {text}" for text in about.notes]
 
 
 class RunProgress:
@@ -100,7 +104,6 @@ class RunProgress:
         self._began: dict[str, float] = {}
 
     def show(self, event: ProgressEvent) -> None:
-        """Show one event."""
         self._reused += event.kind == "run-reused"
         done, total = event.done - self._reused, event.runs - self._reused
         if event.kind == "run-start":

@@ -22,8 +22,6 @@ from specdef_cli.option import Source, option
 
 @dataclass(frozen=True)
 class Flags:
-    """Options of the command alone."""
-
     dry_run: bool = option(False, "Print what would be measured; measure nothing.", group="Output")
 
 
@@ -89,8 +87,6 @@ def certify_command(
 
 @dataclass(frozen=True)
 class Compared:
-    """What a certificate is compared with."""
-
     base: str | None = option(
         None, "What it was made from.", metavar="BASE", shown_default="not checked", group="Model"
     )

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flags:
-    """Options of the command alone."""
-
     every_layer: bool = option(
         False, "List every layer, with σ₁ and effective rank (reads all weights).", "--layers", group="Output"
     )

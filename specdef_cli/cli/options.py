@@ -100,7 +100,7 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
 
 
 def _first(hint: Any) -> Any:
-    """The first member of a union: what else programs may give is made from that one."""
+    """The first member of a union, from which the others are made."""
     return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
 
 
@@ -184,7 +184,7 @@ def _names(parameter: Any) -> str:
 
 
 def _default(parameter: Any, ctx: Any) -> str:
-    """What click says after ``default:``, without its parentheses."""
+    """Click's text after ``default:``, without parentheses."""
     if getattr(parameter, "secondary_opts", ()):
         return ""
     found = DEFAULT.search(parameter.get_help_record(ctx)[1])

@@ -63,7 +63,7 @@ class Output:
         return Console(stderr=True)
 
     def note(self, text: str) -> None:
-        """Something the user should know, that is not data."""
+        """Tell the user something that is not data."""
         if not self.quiet:
             console = self._stderr
             # A command between backticks is copied, so no line break may stand in it; a log is searched line by line.
@@ -97,7 +97,7 @@ class Output:
             self._stderr.print(escape(f"note: {problem}; {written} is complete"), highlight=False)
 
     def show(self, table: Any) -> None:
-        """Something to look at before the result is there, on stderr: anything rich can render."""
+        """Show something on stderr before the result is there: anything rich can render."""
         if not self.quiet:
             width = None if self._stderr.is_terminal else PIPED_WIDTH
             Console(stderr=True, width=width, markup=False, emoji=False).print(table)
@@ -139,18 +139,13 @@ class Bar:
         if self.log_to is not None:
             self.log_to.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
 
-    def reach(self, done: float, total: float, label: str) -> None:
-        """So much of so much is done; ``label`` names what is under way."""
+    def reach(self, done: float, total: float, label: str = "") -> None:
+        """Show that ``done`` of ``total`` is finished, and ``label`` under way."""
         self.columns.start()
         self.columns.update(self.task, completed=done, total=total, label=escape(label))
 
-    def start(self, total: float) -> None:
-        """Set the amount of work."""
-        self.columns.start()
-        self.columns.update(self.task, total=total)
-
     def advance(self, label: str, amount: float = 1) -> None:
-        """Some work is done; ``label`` names it."""
+        """Add finished work; ``label`` names it."""
         self.columns.start()
         self.columns.update(self.task, advance=amount, label=escape(label))
 
@@ -169,16 +164,13 @@ class SafeStream:
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write ``text``; the number of characters that the caller gave."""
         self._unless_silent(self._stream.write, redact(text))
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """Write one text after the other."""
         self.write("".join(lines))
 
     def flush(self) -> None:
-        """Have everything written."""
         self._unless_silent(self._stream.flush)
 
     def _unless_silent(self, act: Callable[..., Any], *arguments: str) -> None:
@@ -199,7 +191,7 @@ class SafeStream:
 
 @contextlib.contextmanager
 def safe_streams() -> Iterator[None]:
-    """Let everything that the block prints pass through a :class:`SafeStream`."""
+    """Pass everything that the block prints through a :class:`SafeStream`."""
     before = sys.stdout, sys.stderr
     for descriptor in (0, 1, 2):
         try:

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.checkpoint.manifest import ScaledSlice
-from specdef_cli.checkpoint.output import discard, exclusive, prepare, publish, require_free, require_outside
+from specdef_cli.checkpoint.changes import ScaledSlice
+from specdef_cli.checkpoint.output import discard, exclusive, prepare, publish, require_usable
 from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError, first_line
 from specdef_cli.model.opened import OpenedModel, require_sound
@@ -47,7 +47,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class ConvertedAdapter:
-    """What was written: how many modules the adapter has, and how many of them were rewritten."""
+    """The written adapter, its modules, and how many of them were rewritten."""
 
     out: Path
     modules: int
@@ -58,8 +58,7 @@ def convert_adapter(
     adapter: str, hardened: OpenedModel, out: Path, *, name: str | None = None, token: str | None = None,
 ) -> ConvertedAdapter:  # fmt: skip
     """Rewrite a LoRA adapter of the base for its hardened model, and publish it as ``out``."""
-    require_free(out)
-    require_outside(out, hardened.directory)
+    require_usable(out, hardened.directory)
     config, weights = _read(adapter, token)
     require_sound(hardened)
     changes = _Changes(hardened)
@@ -130,7 +129,7 @@ def _pairs(adapter: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tenso
 
 
 class _Changes:
-    """What hardening did to each module's weight, as an adapter of that module sees it."""
+    """The changes to each module's weight, as an adapter of that module sees them."""
 
     def __init__(self, hardened: OpenedModel) -> None:
         self._skeleton = hardened.skeleton
@@ -144,7 +143,7 @@ class _Changes:
         self.rewritten = 0
 
     def rewrite(self, path: str, down: Tensor, up: Tensor) -> tuple[str, Tensor, Tensor]:
-        """Where the adapter sits on the hardened model, and its A and B there."""
+        """Return the adapter's place on the hardened model, and its A and B there."""
         module = self._skeleton.modules.get(path)
         shape = _shape(module)
         if shape is None or shape != (up.shape[0], down.shape[1]):

@@ -14,6 +14,7 @@ import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ import psutil
 import torch
 from accelerate.hooks import attach_align_device_hook
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.model.body import SymmetricPair
+from specdef_cli.hardening.execute import compute_devices
+from specdef_cli.model.body import SymmetricPair, in_stack
 from specdef_cli.model.inputs import require_in_vocabulary, token_batch
-from specdef_cli.model.loading import without_progress_bars
+from specdef_cli.model.loading import process_state, without_progress_bars
 from specdef_cli.model.opened import OpenedModel
-from specdef_cli.model.skeleton import Skeleton
+from specdef_cli.model.skeleton import Skeleton, TensorNames
 
 SEQUENCES, LENGTH = 8, 128
 
@@ -51,7 +54,7 @@ DROWNED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Channels:
-    """What a module's inputs or outputs are, channel by channel; every tensor has shape [channels]."""
+    """Statistics of a module's inputs or outputs; every tensor has shape [channels]."""
 
     mean_square: Tensor
     largest: Tensor
@@ -61,7 +64,10 @@ class Channels:
 class Activations:
     """What a text makes of the modules that symmetric pairs belong to, by the names of their weights on disk.
 
+    An expert of a stack has the name of :attr:`~specdef_cli.model.body.Side.weight`.
+
     Attributes:
+        inputs: Of linears. The mean square is that of :func:`relative_inputs`, the largest that of what is read.
         column_norms: Of linears: ‖column‖², shape [inputs].
         row_largest: Of linears and norms: the largest weight in each row, shape [outputs].
         drowned: :func:`drowned_energy`, by the exponents that were asked for; shape [exponents, inputs].
@@ -78,24 +84,59 @@ class Activations:
 
         def record(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if torch.is_tensor(output):
-                self.outputs[weight] = _channels(output)
-            if weight in self.column_norms and arguments:
-                self.inputs[weight] = _channels(arguments[0])
-                if exponents:
-                    norms = self.column_norms[weight].to(arguments[0].device)
-                    self.drowned[weight] = drowned_energy(arguments[0], norms, exponents)
+                self.see(weight, arguments[0] if arguments else None, output, exponents)
 
         return record
 
-    def weigh(self, name: str, module: nn.Module, weight: Tensor) -> None:
-        """Keep what a module's weight is by row and by column."""
+    def see(self, name: str, inputs: Tensor | None, output: Tensor, exponents: Sequence[int]) -> None:
+        """Take the statistics of what a weight reads and puts out."""
+        self.outputs[name] = _channels(output)
+        if name in self.column_norms and inputs is not None:
+            norms = self.column_norms[name].to(inputs.device)
+            relative = relative_inputs(inputs, norms)
+            self.inputs[name] = Channels(relative.square().mean(0).cpu(), _channels(inputs).largest)
+            if exponents:
+                self.drowned[name] = drowned_energy(relative, norms, exponents)
+
+    def weigh(self, name: str, weight: Tensor, module: nn.Module | None = None) -> None:
+        """Keep statistics of a module's weight, by row and by column; without a module, of a matrix of rows."""
         values = weight.detach().float()
-        if isinstance(module, nn.Linear | Conv1D):
+        if module is None or isinstance(module, nn.Linear | Conv1D):
             values = values.T if isinstance(module, Conv1D) else values
             self.column_norms[name] = values.square().sum(0).cpu()
             self.row_largest[name] = values.abs().amax(1).cpu()
         elif values.dim() == 1:
             self.row_largest[name] = values.abs().cpu()
+
+
+class _Experts(TorchFunctionMode):
+    """Takes the statistics of experts, which are no modules: linears whose weight is a slice of a stack."""
+
+    def __init__(self, found: Activations, names: TensorNames, exponents: Sequence[int]) -> None:
+        super().__init__()
+        self._found, self._names, self._exponents = found, names, exponents
+        self._running = ("", nn.Module())
+
+    def enter(self, path: str, module: nn.Module, _: Any) -> None:
+        """Be told, as a forward pre-hook, which module runs."""
+        self._running = (path, module)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and len(args) > 1:
+            path, module = self._running
+            for leaf, stack in module.named_parameters(recurse=False):
+                offset = args[1].data_ptr() - stack.data_ptr()
+                if stack.dim() == 3 and 0 <= offset < stack.nbytes:
+                    self._see(f"{path}.{leaf}", offset // stack[0].nbytes, args[0], args[1], output)
+        return output
+
+    def _see(self, parameter: str, expert: int, inputs: Tensor, weight: Tensor, output: Tensor) -> None:
+        tensor, parts = self._names.tensor(parameter), self._names.stacked.get(parameter, {})
+        named = [in_stack(tensor, expert)] if tensor else [experts[expert] for experts in parts.values()]
+        for name, rows, made in zip(named, weight.chunk(len(named)), output.chunk(len(named), -1), strict=True):
+            self._found.weigh(name, rows)
+            self._found.see(name, inputs, made, self._exponents)
 
 
 def calibrate(
@@ -129,7 +170,7 @@ def calibrate(
     except SpecDefError as error:
         raise SpecDefError(f"calibration: {error.problem}", f"{error.hint} {WITHOUT}") from error
     tokens = torch.cat([part[: -(-SEQUENCES // len(parts))] for part in parts])
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = compute_devices(device, process_state(device))[0]
     found = Activations()
     weights = {
         parameter.removesuffix(".weight"): side.tensor
@@ -142,10 +183,16 @@ def calibrate(
     modules = dict(runner.named_modules())
     for path, weight in weights.items():
         modules[path].register_forward_hook(found.hook(weight, exponents))
+    experts = _Experts(found, skeleton.names, exponents)
+    stacks = {name.rpartition(".")[0] for name, parameter in skeleton.parameters.items() if parameter.dim() == 3}
+    for path in stacks:
+        modules[path].register_forward_pre_hook(partial(experts.enter, path))
+    if stacks:
+        runner.set_experts_implementation("eager")  # one after the other
     inputs: dict[str, Any] = {"input_ids": tokens.to(place), "attention_mask": torch.ones_like(tokens).to(place)}
     if runner.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    with torch.no_grad():
+    with torch.no_grad(), experts:
         runner.base_model(**inputs)
     return found
 
@@ -165,11 +212,22 @@ def _as_chat(tokenizer: Any, text: str) -> list[str]:
         return []
 
 
+def relative_inputs(inputs: Tensor, column_norms: Tensor) -> Tensor:
+    """Inputs x with each token's divided by √Σ_j x_j²·‖column_j‖²; shape [tokens, channels].
+
+    One token of a text, often the first, may put out a thousand times what the others do (massive activations, Sun et
+    al. 2024, arXiv 2402.17762). A mean over tokens would show that one alone.
+    """
+    rows = inputs.detach().float().flatten(0, -2)
+    energy = rows.square() @ column_norms
+    return rows * energy.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()[:, None]
+
+
 def drowned_energy(inputs: Tensor, column_norms: Tensor, exponents: Sequence[int]) -> Tensor:
     """For each channel, what its neighbours lose below their block's step once it is 2^exponent times as large.
 
     Args:
-        inputs: x, shape [..., channels].
+        inputs: x of :func:`relative_inputs`, shape [tokens, channels].
         column_norms: ‖column‖² of the weight that reads them, shape [channels].
 
     Returns:
@@ -207,7 +265,7 @@ def _path_of(model: PreTrainedModel) -> str:
 
 
 def _sources(skeleton: Skeleton, parameter: str) -> str | None:
-    """The tensor on disk that a parameter is as it stands, or that of one which it is tied to."""
+    """The tensor on disk that a parameter, or one it is tied to, is stored as."""
     tensor = skeleton.names.tensor(parameter)
     if tensor is None and parameter in skeleton.tied and isinstance(skeleton.model, PreTrainedModel):
         shared = skeleton.parameters[parameter]
@@ -231,7 +289,7 @@ class _Weights:
         value = self._checkpoint.read(tensor)
         path, _, leaf = parameter.rpartition(".")
         if leaf == "weight":
-            self._found.weigh(tensor, self._skeleton.modules[path], value)
+            self._found.weigh(tensor, value, self._skeleton.modules[path])
         return value
 
 
@@ -272,20 +330,19 @@ def _whole_model(base: OpenedModel, found: Activations, device: torch.device) ->
     for path, module in model.named_modules():
         tensor = skeleton.names.tensor(f"{path}.weight")
         if tensor is not None:
-            found.weigh(tensor, module, module.weight)
+            found.weigh(tensor, module.weight, module)
     return model
 
 
 def read_text(path: Path) -> str:
-    """A text to calibrate with."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecDefError(f"--calibration {path} is not a text that can be read", "Give a file of UTF-8.") from error
 
 
 def default_text() -> str:
-    """Source and prose that every Python has: some modules of the standard library, and what they say of themselves."""
+    """Source and prose of some modules of Python's standard library."""
     modules = (statistics, argparse, logging, textwrap)
     parts = [Path(inspect.getfile(module)).read_text(encoding="utf-8") for module in modules]
     size = SEQUENCES * LENGTH * 4

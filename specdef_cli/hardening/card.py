@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from specdef_cli.checkpoint.changes import FoldedPair
 from specdef_cli.checkpoint.files import TRANSFORMERS, Library
-from specdef_cli.checkpoint.manifest import BaseCheckpoint, FoldedPair, Manifest
+from specdef_cli.checkpoint.manifest import BaseCheckpoint, Manifest
 from specdef_cli.errors import INSTALLATION
 from specdef_cli.hardening.fold import CACHED_EXPONENT, CACHED_KINDS
 
@@ -35,7 +36,7 @@ def hardened_metadata(base: Mapping[str, Any], origin: BaseCheckpoint, library: 
 
 
 def collapsed_metadata(hardened: Mapping[str, Any], origin: BaseCheckpoint) -> dict[str, Any]:
-    """The inverse, for weights that are the base's again; ``None`` removes a key."""
+    """Undo :func:`hardened_metadata`; ``None`` removes a key."""
     tags = _tags(hardened)
     changes: dict[str, Any] = {"tags": [tag for tag in tags if tag != TAG] or None} if TAG in tags else {}
     if origin.hub_name is not None and hardened.get("base_model") == origin.hub_name:
@@ -59,7 +60,6 @@ def hardened_card(
     one_sided: Sequence[str] = (),
     library: Library = TRANSFORMERS,
 ) -> str:
-    """The card's text."""
     front, text = split_card(base_card)
     front = with_keys(front, hardened_metadata(metadata(front), manifest.base, library))
     body = _without_section(text) or f"# {manifest.base.hub_name or 'Hardened model'}"
@@ -67,7 +67,7 @@ def hardened_card(
 
 
 def collapsed_card(card: str, manifest: Manifest) -> str:
-    """The card of the directory that ``collapse`` writes: without the section, the tag and the base."""
+    """Remove the section, the tag and the base from a card, for ``collapse``."""
     front, text = split_card(card)
     return joined(with_keys(front, collapsed_metadata(metadata(front), manifest.base)), f"{_without_section(text)}\n")
 
@@ -82,7 +82,7 @@ def _without_section(text: str) -> str:
 
 
 def section(manifest: Manifest, unchanged: Sequence[str], one_sided: Sequence[str], library: Library) -> str:
-    """The section on SpecDef: what was changed, what it costs, what it does not resist."""
+    """Write the section: what was changed, its cost, and what it does not resist."""
     limit, loading = _limit(manifest, unchanged, one_sided, library), _loading(manifest, library)
     return "\n\n".join((HEADING, "\n".join(_changes(manifest)), limit, loading))
 
@@ -129,7 +129,7 @@ def _range(values: Iterable[float], before: str = "") -> str:
 
 
 def _agreement(manifest: Manifest, origin: str) -> str:
-    """The first sentence: how far these weights are the base's function, as far as that was measured."""
+    """The first sentence: whether the outputs are the base's, as measured."""
     figures = manifest.verification
     if "relative" not in figures:
         reason = figures.get("skipped", "verification was switched off")
@@ -244,13 +244,13 @@ def lost_formats(folded: Sequence[FoldedPair], profile: str | None, *, with_code
 
 
 def serving_advice(lost: Sequence[str]) -> str:
-    """What :func:`lost_formats` found, in a sentence or two."""
+    """Put :func:`lost_formats` into words."""
     dtype = "Serve it in float32 or bfloat16. " if FLOAT16 in lost or CACHE in lost else ""
     return f"{dtype}It does not survive: {', '.join(lost)}."
 
 
 def given_up(folded: Sequence[FoldedPair]) -> str:
-    """What formats lose that round the smallest columns to zero, in a sentence; empty where nothing is known of it."""
+    """Say what is lost in formats that round the smallest columns to zero; empty if not measured."""
     shares = {pair.name: pair.given_up for pair in folded if pair.given_up}
     if not shares:
         return ""
@@ -321,7 +321,6 @@ def with_keys(front: str, changes: Mapping[str, Any]) -> str:
 
 
 def joined(front: str, body: str) -> str:
-    """A card of front matter and body."""
     return (f"---\n{front}\n---\n\n" if front.strip() else "") + body
 
 

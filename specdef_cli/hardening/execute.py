@@ -34,7 +34,7 @@ LAYER_COPIES_PER_WORKER = 4
 
 @dataclass(frozen=True)
 class Written:
-    """What the shards turned out to be."""
+    """The finished shards: hashes and figures."""
 
     work: Path
     sha256: Mapping[str, str]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.manifest import FoldedPair
+from specdef_cli.checkpoint.changes import FoldedPair
 from specdef_cli.hardening.calibration import Activations, calibrate, default_text, read_text
 from specdef_cli.hardening.fold import channel_norms, folded_pair
 from specdef_cli.hardening.options import BY_WEIGHTS, Fold
@@ -31,9 +32,9 @@ LARGEST = torch.finfo(torch.float16).max / 8
 
 LOWEST_EXPONENT = 1
 
-BLOCK_LOSS = 0.04
-"""What blocks of activations may lose in all pairs together, as a share of what each pair's readers put out: 1 % of the
-perplexity of SmolLM2 in Q8_0 (docs/decisions.md)."""
+BLOCK_LOSS = 1 / 4_000
+"""What blocks of activations may lose in a pair, as a share of what its readers put out: about 1 % of the perplexity of
+SmolLM2 and Gemma-3-270m in Q8_0 and Q4_0 (docs/decisions.md)."""
 
 HIGHEST_IN_BLOCKS = 14
 
@@ -47,7 +48,7 @@ NormsOf = Callable[[Side], Tensor]
 def raise_pairs(
     base: OpenedModel, pairs: Sequence[SymmetricPair], wanted: Fold, device: str | None
 ) -> tuple[FoldedPair, ...]:
-    """Fold every pair in one direction, on what can best be lost, as a text or the weights alone show it."""
+    """Fold every pair in one direction, on the channel that can best be lost, by a text or by weights alone."""
     activations = Activations()
     if pairs and wanted.calibration != BY_WEIGHTS:
         text = default_text() if wanted.calibration is None else read_text(Path(wanted.calibration))
@@ -56,7 +57,7 @@ def raise_pairs(
     used = [pair for pair in pairs if pair.channels > 1]
     norms = partial(channel_norms, base.checkpoint)
     if wanted.profile == "gguf":
-        found = (raise_within_blocks(pair, activations, norms, BLOCK_LOSS / len(used)) for pair in used)
+        found = (raise_within_blocks(pair, activations, norms, BLOCK_LOSS) for pair in used)
     else:
         found = (raise_pair(pair, activations, EXPONENT, norms) for pair in used)
     return tuple(pair for pair in found if pair is not None)
@@ -66,8 +67,11 @@ def raise_pair(pair: SymmetricPair, activations: Activations, exponent: int, nor
     """Choose the channel whose loss costs least, of those that take 2^exponent; else of those that take most.
 
     Returns:
-        ``None`` where every channel is zero, which no factor changes, or too large to be raised.
+        ``None`` where every channel is zero, which no factor changes, or too large to be raised, and where the text
+        never reached the pair (an expert, what lies behind the body).
     """
+    if activations.outputs and not any(side.weight in activations.outputs for side in pair.sides if side.power > 0):
+        return None
     costs = energies(pair, activations, norms)
     allowed = torch.full_like(costs, exponent)
     allowed = allowed.minimum(_room(pair, activations))
@@ -97,16 +101,17 @@ def raise_within_blocks(
     """
     if pair.kind == "query_key":
         return raise_pair(pair, activations, EXPONENT, norms)
-    readers = [side for side in pair.sides if side.power < 0 and side.tensor in activations.drowned]
+    readers = [side for side in pair.sides if side.power < 0 and side.weight in activations.drowned]
     if not readers:
         return None
-    costs = energies(pair, activations, norms)
+    raised = tuple(side for side in pair.sides if side.power > 0)
+    costs = energies(replace(pair, sides=(*raised, *readers)), activations, norms)
     drowned = torch.stack(
-        [activations.drowned[side.tensor].double()[:, torch.tensor(side.indices)].sum(-1) for side in readers]
+        [activations.drowned[side.weight].double()[:, torch.tensor(side.indices)].sum(-1) for side in readers]
     ).sum(0)  # [exponents, channels]
     exponents = torch.arange(1, len(drowned) + 1)[:, None]
     lost = (drowned + costs) / costs.sum()
-    mean_square = activations.inputs[readers[0].tensor].mean_square[torch.tensor(readers[0].indices)].sum(-1)
+    mean_square = activations.inputs[readers[0].weight].mean_square[torch.tensor(readers[0].indices)].sum(-1)
     allowed = (lost <= loss) & (exponents <= _room(pair, activations)) & (costs > 0)
     if not allowed.any():
         return None
@@ -121,10 +126,10 @@ def _room(pair: SymmetricPair, activations: Activations) -> Tensor:
 
 
 def energies(pair: SymmetricPair, activations: Activations, norms: NormsOf) -> Tensor:
-    """What each channel contributes to what the pair's consumers put out, as energy; shape [channels], float64.
+    """What each channel contributes to what the pair's readers put out, as energy; shape [channels], float64.
 
-    E[x²]·‖column‖², summed over the consumers; of queries against keys E[q²]·E[k²]. Where x was not seen, the norm of
-    the rows that make it stands for it.
+    E[x²·‖column‖² / Σ_j x_j²·‖column_j‖²], summed over the readers; of queries against keys E[q²]·E[k²]. Where x was
+    not seen, the norm of the rows that make it stands for it.
     """
     readers = [side for side in pair.sides if side.power < 0]
     made = _put_out([side for side in pair.sides if side.power > 0], activations, norms)
@@ -132,11 +137,11 @@ def energies(pair: SymmetricPair, activations: Activations, norms: NormsOf) -> T
         return made * _put_out(readers, activations, norms)
     total = torch.zeros(pair.channels, dtype=torch.float64)
     for side in readers:
-        seen = activations.inputs.get(side.tensor)
+        seen = activations.inputs.get(side.weight)
         if seen is None:
             total += made * norms(side).double()
         else:
-            energy = seen.mean_square.double() * activations.column_norms[side.tensor]
+            energy = seen.mean_square.double() * activations.column_norms[side.weight]
             total += energy[torch.tensor(side.indices)].sum(-1)
     return total
 
@@ -144,11 +149,11 @@ def energies(pair: SymmetricPair, activations: Activations, norms: NormsOf) -> T
 def largest(pair: SymmetricPair, activations: Activations) -> Tensor:
     """The largest magnitude that passes through each channel, and of the rows that are raised; shape [channels]."""
     raised = [side for side in pair.sides if side.power > 0]
-    seen = [(side, activations.row_largest.get(side.tensor)) for side in raised]
-    seen += [(side, activations.outputs[side.tensor].largest) for side in raised if side.tensor in activations.outputs]
+    seen = [(side, activations.row_largest.get(side.weight)) for side in raised]
+    seen += [(side, activations.outputs[side.weight].largest) for side in raised if side.weight in activations.outputs]
     if pair.kind != "query_key":  # there the other side is rows too, and goes down
-        readers = [side for side in pair.sides if side.power < 0 and side.tensor in activations.inputs]
-        seen += [(side, activations.inputs[side.tensor].largest) for side in readers]
+        readers = [side for side in pair.sides if side.power < 0 and side.weight in activations.inputs]
+        seen += [(side, activations.inputs[side.weight].largest) for side in readers]
     found = torch.zeros(pair.channels)
     for side, values in seen:
         if values is not None:
@@ -162,5 +167,5 @@ def _put_out(sides: Sequence[Side], activations: Activations, norms: NormsOf) ->
     A bias is part of what its linear puts out, and only counts where that is not known.
     """
     seen = activations.outputs
-    known = [seen[side.tensor].mean_square[torch.tensor(side.indices)].sum(-1) for side in sides if side.tensor in seen]
+    known = [seen[side.weight].mean_square[torch.tensor(side.indices)].sum(-1) for side in sides if side.weight in seen]
     return torch.stack(known or [norms(side) for side in sides]).double().sum(0)

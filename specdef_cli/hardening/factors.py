@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.manifest import FactoredLayer, LinearLayer
+from specdef_cli.checkpoint.changes import FactoredLayer, LinearLayer
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, TensorGroup, TensorSpec
 from specdef_cli.errors import SpecDefError
@@ -41,12 +41,10 @@ class FactorLayer:
     seed: int
 
     def group(self) -> TensorGroup:
-        """What this layer becomes on disk."""
         outputs = (TensorSpec(name, self.dtype, shape) for name, shape in self.layer.stored.items())
         return TensorGroup(self.layer.module, tuple(outputs), self)
 
     def __call__(self, checkpoint: Checkpoint, device: torch.device) -> Produced:
-        """Compute the factors."""
         layer, stored = self.layer, TORCH_DTYPES[self.dtype]
         weight = read_weight(checkpoint, layer, device)
         seed = layer_seed(self.seed, layer.tensor)
@@ -87,7 +85,6 @@ class CollapseLayer:
     dtype: str
 
     def group(self) -> TensorGroup:
-        """What the layer becomes on disk."""
         outputs = (TensorSpec(name, self.dtype, shape) for name, shape in self.layer.original.items())
         return TensorGroup(self.layer.module, tuple(outputs), self)
 

@@ -26,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.manifest import FoldedPair, ScaledSlice
+from specdef_cli.checkpoint.changes import FoldedPair, ScaledSlice
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Rows, TensorGroup, streamed
 from specdef_cli.checkpoint.stream import one_thread
@@ -253,7 +253,7 @@ def _by_layer(pairs: Sequence[SymmetricPair]) -> list[list[SymmetricPair]]:
 
 
 def by_block(members: Iterable[Member], path: Callable[[Member], str]) -> tuple[list[Member], list[list[Member]]]:
-    """What lies outside of a model's blocks, and the members of each block in order; one empty block if none."""
+    """Split members into those outside of blocks and those of each block, in order; at least one block."""
     outside: list[Member] = []
     blocks: dict[str, list[Member]] = {}
     for member in members:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
-from specdef_cli.checkpoint.manifest import Method
+from specdef_cli.checkpoint.changes import Method
 from specdef_cli.errors import WrongUsage
 from specdef_cli.option import Source, as_declared, option, parse_size
 from specdef_cli.spectral import Gauge

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from specdef_cli.checkpoint.changes import Changed, FactoredLayer, FoldedPair, Method, ScaledModule, ScaledSlice
 from specdef_cli.checkpoint.check import require_modules
-from specdef_cli.checkpoint.manifest import Changed, FactoredLayer, FoldedPair, Method, ScaledModule, ScaledSlice
 from specdef_cli.checkpoint.reader import DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import TensorGroup, plain_group
 from specdef_cli.errors import SpecDefError, dtype_name
@@ -39,7 +39,7 @@ Member = TypeVar("Member")
 
 @dataclass(frozen=True, kw_only=True)
 class Changes(Changed):
-    """What a construction changes."""
+    """The changes that a construction makes."""
 
     folded: tuple[FoldedPair, ...] = ()
     scaled: tuple[ScaledModule, ...] = ()
@@ -49,13 +49,13 @@ class Changes(Changed):
 
     @property
     def multiplied(self) -> set[str]:
-        """Tensors with entries that are multiplied by powers of two."""
+        """Tensors that are multiplied by powers of two."""
         slices = (part for module in self.scaled for part in module.slices)
         return {part.tensor for part in (*self.folded_slices, *slices)}
 
     @property
     def changed(self) -> set[str]:
-        """Tensors of the base with other numbers afterwards."""
+        """Tensors of the base whose numbers change."""
         return self.multiplied | {layer.tensor for layer in self.factored}
 
 
@@ -83,7 +83,6 @@ class HardeningPlan(Changes):
 
     @property
     def nbytes(self) -> int:
-        """Size of all output tensors in bytes."""
         return sum(group.nbytes for group in self.groups)
 
 
@@ -164,7 +163,7 @@ def _scaled(base: OpenedModel, options: HardenOptions) -> Changes:
 
 
 def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
-    """The pairs of a fold; where there is none, a refusal that says why."""
+    """Fold the chosen pairs; a model without pairs is refused, with the reason."""
     found = symmetries(base.skeleton)
     pairs: tuple[SymmetricPair, ...] = ()
     if found.pairs:
@@ -176,6 +175,11 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
     reasons = found.unpaired
     if wanted.calibration == BY_WEIGHTS:
         reasons = ("The weights alone chose the channels: quantized or in float16, that may cost nats.", *reasons)
+    if pairs and not folded:
+        raise SpecDefError(
+            f"--profile {wanted.profile} can raise no channel of {len(pairs)} symmetric pairs",
+            "Use another --profile or --method scale, or other --layers and --exclude.",
+        )
     if not folded:
         why = "".join(f"; {reason}" for reason in reasons[:1])
         others = ", or other --layers and --exclude" if found.pairs else ""
@@ -213,7 +217,7 @@ def _select(
 
 
 def _pair_names(pair: SymmetricPair, names: TensorNames) -> set[str]:
-    """What a user may call the tensors of a pair: as on disk or as in the model, with or without ``.weight``."""
+    """Names for the tensors of a pair: as on disk or as in the model, with or without ``.weight``."""
     found = {name for side in pair.sides for name in (side.tensor, names.parameters[side.tensor])}
     return found | {name.removesuffix(".weight") for name in found}
 
@@ -221,7 +225,7 @@ def _pair_names(pair: SymmetricPair, names: TensorNames) -> set[str]:
 def _notes(
     base: OpenedModel, changes: Changes, profile: str | None, unchanged: Sequence[str], one_sided: Sequence[str]
 ) -> tuple[str, ...]:
-    """What was decided and why, for the user."""
+    """Notes for the user on what was decided, and why."""
     checkpoint, strangers = base.checkpoint, base.skeleton.strangers
     notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.replaced)))]
     notes += [loss] if (loss := given_up(changes.folded)) else []
@@ -279,7 +283,7 @@ def _groups(checkpoint: Checkpoint, changes: Changes, stored: str | None) -> tup
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A ``config.json`` that has the model loaded in a dtype; its text and vision part may name dtypes of their own."""
+    """Set the dtype in ``config.json``, and in its text and vision parts if they name one."""
 
     def renamed(part: Any) -> Any:
         return {key: value for key, value in part.items() if key != "torch_dtype"} | {"dtype": dtype}

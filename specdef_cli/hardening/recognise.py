@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.changes import Change
 from specdef_cli.checkpoint.files import FLOATING_DTYPES
-from specdef_cli.checkpoint.manifest import Change
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.skeleton import Skeleton
@@ -51,7 +51,7 @@ class Recognised:
 
     @property
     def constructions(self) -> frozenset[Change]:
-        """How the model was hardened, as far as it shows."""
+        """The constructions that the weights show."""
         found: dict[Change, tuple[str, ...]] = {"folded": self.folded, "scaled": self.scaled, "factored": self.factored}
         return frozenset(change for change, there in found.items() if there)
 
@@ -81,7 +81,7 @@ def recognise(checkpoint: Checkpoint, skeleton: Skeleton) -> Recognised:
 
 
 def recognised_in(read: Callable[[str], Tensor], names: Collection[str], pairs: Sequence[SymmetricPair]) -> Recognised:
-    """The same for tensors that are read by name, and the symmetric pairs of their model."""
+    """Look at tensors that are read by name, and the symmetric pairs of their model."""
     folded, octaves = [], 0
     for pair in pairs:
         largest = int(channel_exponents(pair, read, sample=SAMPLE).abs().max())
@@ -99,7 +99,7 @@ def recognised_in(read: Callable[[str], Tensor], names: Collection[str], pairs: 
 
 
 def _stems(names: Collection[str], end: str) -> dict[str, None]:
-    """What names begin with that end so, in their order."""
+    """Strip an ending from the names that have it, in their order."""
     return {name.removesuffix(end): None for name in names if name.endswith(end)}
 
 

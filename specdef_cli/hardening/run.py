@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from specdef_cli import __version__
+from specdef_cli.checkpoint.changes import FactoredLayer
 from specdef_cli.checkpoint.files import write_durably, write_json
-from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, FactoredLayer, Manifest
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, BaseCheckpoint, Manifest
 from specdef_cli.checkpoint.output import require_manifest_place
 from specdef_cli.checkpoint.reader import Checkpoint, carry_over
 from specdef_cli.checkpoint.resolve import Resolved, remember_base

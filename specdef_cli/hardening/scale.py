@@ -25,7 +25,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from specdef_cli.checkpoint.manifest import ScaledChannels, ScaledModule
+from specdef_cli.checkpoint.changes import ScaledChannels, ScaledModule
 from specdef_cli.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import Produced, Rows, TensorGroup, TensorSpec
 from specdef_cli.checkpoint.stream import one_thread
@@ -54,7 +54,7 @@ class ScaleVectors:
     dtype: str
 
     def group(self) -> TensorGroup:
-        """What the modules become on disk; the weight and its bias are streamed."""
+        """Describe the output; the weight and its bias are streamed."""
         owner = self.modules[0]
         outputs = [
             TensorSpec(name, self.dtype, shape) for module in self.modules for name, shape in module.stored.items()
@@ -72,7 +72,7 @@ class ScaleVectors:
 
 
 def _scaled(module: ScaledModule, dtype: str) -> dict[str, Rows]:
-    """The weight and the bias of a module, by the names that they get."""
+    """Weight and bias of a module, by their new names."""
     names = {module.inflated_tensor: module.tensor}
     if module.inflated_bias is not None and module.bias is not None:
         names[module.inflated_bias] = module.bias
@@ -82,7 +82,7 @@ def _scaled(module: ScaledModule, dtype: str) -> dict[str, Rows]:
 
 
 def unscaled_group(module: ScaledModule, dtype: str) -> TensorGroup:
-    """The weight and the bias as they were, multiplied back bit for bit."""
+    """Multiply weight and bias back, bit for bit."""
     outputs = [TensorSpec(name, dtype, shape) for name, shape in module.original.items()]
     undone = {
         rows.tensor: Rows(scaled, dtype, tuple(part.inverse for part in rows.slices))
@@ -161,7 +161,7 @@ def spread_exponents(sites: Iterable[ScalableSite]) -> dict[str, tuple[Sequence[
 
 
 def _last_first(sites: Iterable[ScalableSite]) -> tuple[list[ScalableSite], list[list[ScalableSite]]]:
-    """What lies outside of the blocks, and the blocks, each with its last module first."""
+    """Split as :func:`by_block`, each block with its last module first."""
     outside, blocks = by_block(sites, lambda site: site.module)
     return outside, [members[::-1] for members in blocks]
 
@@ -190,7 +190,7 @@ def _sample(checkpoint: Checkpoint, site: ScalableSite) -> tuple[int, Tensor]:
 
 
 def _within(tokens: ScaledChannels, vocabulary: int) -> ScaledChannels | None:
-    """As many of the steps as a vocabulary has tokens for; ``None`` where it has none."""
+    """Drop steps beyond a vocabulary; ``None`` if none is left."""
     kept = sum(index < vocabulary for index in tokens.indices)
     return replace(tokens, indices=tokens.indices[:kept], exponents=tokens.exponents[:kept]) if kept else None
 

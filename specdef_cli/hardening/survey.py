@@ -191,7 +191,6 @@ def outlook(base: OpenedModel) -> Outlook:
 
 
 def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
-    """The figures of a plan."""
     changed: Counter[str] = Counter()
     left: Counter[str] = Counter()
     for group in plan.groups:

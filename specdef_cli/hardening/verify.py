@@ -20,17 +20,17 @@ import psutil
 import torch
 from torch import Tensor
 
+from specdef_cli.checkpoint.changes import Method
 from specdef_cli.checkpoint.files import write_json
-from specdef_cli.checkpoint.manifest import Method
 from specdef_cli.checkpoint.reader import DTYPES, Checkpoint, carry_over
 from specdef_cli.checkpoint.shards import TensorGroup, plan_shards, shard_header
 from specdef_cli.errors import ResumableError, SpecDefError, first_line, is_out_of_memory
 from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.model.described import SHIM_SOURCE, is_shim
-from specdef_cli.model.inputs import model_outputs, no_batch
+from specdef_cli.model.inputs import model_outputs, no_batch, try_out
 from specdef_cli.model.loading import new_objects_only, without_progress_bars
 from specdef_cli.model.opened import OpenedModel
-from specdef_cli.model.skeleton import Skeleton, try_out
+from specdef_cli.model.skeleton import Skeleton
 
 COMPARE_YOURSELF = "With --no-verify it is written unseen: run it, and compare it with the base, before you publish it."
 # Two runs of one model in bfloat16 that round differently part by about 1e-2; a broken layer by more than 1e-1.

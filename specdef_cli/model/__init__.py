@@ -25,18 +25,21 @@ __all__ = ["SpecDefLinear", "SpecDefScaled", "load_model", "load_tokenizer", "wi
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # A cycle: configuration_specdef imports transformers.quantizers.auto, whose callback imports configuration_specdef.
-    # With the former imported first, the callback finds the latter whole.
+    runtime = _runtime()
+    return getattr(runtime if name.startswith("SpecDef") else importlib.import_module(f"{__name__}.loading"), name)
+
+
+def _runtime() -> Any:
+    """``configuration_specdef``, whole: what it imports first has a callback below that imports it."""
     importlib.import_module("transformers.quantizers.auto")
-    home = "configuration_specdef" if name.startswith("SpecDef") else "loading"
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return importlib.import_module(f"{__name__}.configuration_specdef")
 
 
 Callback = Callable[[], None]
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls something after a module was imported. It finds nothing itself: it asks the finders after it."""
+    """Calls a function after a module was imported; it asks the other finders for the module."""
 
     def __init__(self, callbacks: dict[str, Callback]) -> None:
         self.callbacks = callbacks
@@ -67,24 +70,17 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _register_config() -> None:
-    # A cycle: importing configuration_specdef imports transformers.quantizers.auto, whose callback imports
-    # configuration_specdef. So the former's dependency comes first; if it is being imported already, this does nothing.
-    import transformers.quantizers.auto  # noqa: F401
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefConfig
-
-    CONFIG_MAPPING.register(MODEL_TYPE, SpecDefConfig, exist_ok=True)
+    CONFIG_MAPPING.register(_runtime().MODEL_TYPE, _runtime().SpecDefConfig, exist_ok=True)
 
 
 def _register_quantizer() -> None:
-    from specdef_cli.model.configuration_specdef import register_quantizer
-
-    register_quantizer(replace=True)
+    _runtime().register_quantizer(replace=True)
 
 
 def _register_diffusers_quantizer() -> None:
-    import transformers.quantizers.auto  # noqa: F401 (first, for the reason in _register_config)
+    _runtime()
     from diffusers.quantizers import auto
 
     from specdef_cli.model import diffusion

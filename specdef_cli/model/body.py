@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.model.families import FAMILIES, HOMOGENEOUS_ACTIVATIONS, Attention, Experts, Family, Mlp, Stack
+from specdef_cli.model.families import FAMILIES, Attention, Experts, Family, Mlp, Stack
 from specdef_cli.model.skeleton import Skeleton
 
 PairKind = Literal["value_output", "up_down", "query_key", "norm_readers"]
@@ -43,6 +43,11 @@ class Side:
     power: Power
     block: int | None = None
 
+    @property
+    def weight(self) -> str:
+        """Name of the tensor, and of its block where it stacks experts."""
+        return self.tensor if self.block is None else in_stack(self.tensor, self.block)
+
 
 @dataclass(frozen=True)
 class SymmetricPair:
@@ -59,25 +64,30 @@ class SymmetricPair:
     sides: tuple[Side, ...]
 
 
+def in_stack(tensor: str, expert: int) -> str:
+    """The name of an expert's part of a tensor that stacks them."""
+    return f"{tensor}[{expert}]"
+
+
 Found = Iterator[SymmetricPair | str]
 """What one search yields: pairs, and why there are no more."""
 
 
 @dataclass(frozen=True)
 class Symmetries:
-    """All symmetric pairs of a checkpoint, in the order of the model, and why there are no more."""
+    """The symmetric pairs of a checkpoint, in the model's order, and reasons why there are no more."""
 
     pairs: tuple[SymmetricPair, ...]
     unpaired: tuple[str, ...]
 
 
-class NotOnDisk(Exception):
-    """A parameter that a pair needs is not on disk as a tensor of its own."""
+class NoPair(Exception):
+    """A pair that does not hold; the message says why."""
 
 
 @lru_cache(maxsize=64)
 def singles(count: int, start: int = 0) -> Indices:
-    """One position a channel, from ``start``. Cached: a large model has thousands of sides with the same positions."""
+    """One position a channel, from ``start``; cached, as thousands of sides have the same."""
     return tuple((start + channel,) for channel in range(count))
 
 
@@ -133,20 +143,17 @@ class Body:
 
     @property
     def module(self) -> PreTrainedModel:
-        """The body itself."""
         module = self.skeleton.modules[self.path]
         assert isinstance(module, PreTrainedModel)
         return module
 
     @property
     def config(self) -> Any:
-        """The config of what the body reads."""
         return self.module.config.get_text_config()
 
     # --- what there is
 
     def blocks(self, stack: Stack) -> list[str]:
-        """Paths of a stack's blocks."""
         return blocks(self.skeleton.model, self.path, stack)
 
     def sublayers(self, stack: Stack, block: str) -> Iterator[Attention | Mlp | Experts]:
@@ -156,16 +163,29 @@ class Body:
             if all(self.has(join(block, layer.path, parameter)) for parameter in needed):
                 yield layer
 
+    def undescribed(self) -> list[str]:
+        """Parameters inside the blocks that the description does not account for (a cross-attention, say)."""
+        unknown = set()
+        extra = tuple(f".{suffix}" for suffix, _ in self.family.unpaired)
+        for stack in self.family.stacks:
+            for block in self.blocks(stack):
+                known = [join(block, name) for name in self.family.output_norms]
+                for layer in self.sublayers(stack, block):
+                    known += [join(block, part) for part in _parts(layer)]
+                for name in self.skeleton.parameters:
+                    if not name.startswith(f"{block}.") or name.endswith(extra):
+                        continue
+                    if not any(name == path or name.startswith(f"{path}.") for path in known):
+                        unknown.add(generic(name))
+        return sorted(unknown)
+
     def has(self, parameter: str) -> bool:
-        """Whether the model has this parameter."""
         return parameter in self.skeleton.parameters
 
     def out_features(self, module: str) -> int:
-        """Length of what a linear puts out."""
         return int(self.skeleton.parameters[f"{module}.weight"].shape[1 if self._is_transposed(module) else 0])
 
     def in_features(self, module: str) -> int:
-        """Length of what a linear takes in."""
         return int(self.skeleton.parameters[f"{module}.weight"].shape[0 if self._is_transposed(module) else 1])
 
     def is_tied(self, head: str) -> bool:
@@ -187,91 +207,38 @@ class Body:
         """The tensor on disk that is a parameter as it stands.
 
         Raises:
-            NotOnDisk: There is none.
+            NoPair: There is none.
         """
         tensor = self.skeleton.names.tensor(parameter)
         if tensor is None:
-            raise NotOnDisk(parameter)
+            raise NoPair(f"{generic(parameter)} is not one plain tensor on disk, so it takes part in no pair.")
         self.skeleton.require_shape(tensor, tuple(self.skeleton.parameters[parameter].shape), parameter)
         return tensor
 
     def side(self, parameter: str, axis: int, indices: Indices, power: Power) -> Side:
-        """Some positions of a parameter.
-
-        Raises:
-            NotOnDisk, SpecDefError: As :meth:`tensor`.
-        """
+        """Some positions of a parameter, as :meth:`tensor` finds it."""
         return Side(self.tensor(parameter), axis, indices, power)
 
     def rows(self, module: str, indices: Indices, power: Power) -> list[Side]:
-        """What a linear (or a norm) puts out on some channels: rows of the weight, entries of the bias."""
+        """Output channels of a linear (or norm): rows of the weight, entries of the bias."""
         sides = [self.side(f"{module}.weight", 1 if self._is_transposed(module) else 0, indices, power)]
         if self.has(f"{module}.bias"):
             sides.append(self.side(f"{module}.bias", 0, indices, power))
         return sides
 
     def columns(self, module: str, indices: Indices, power: Power) -> list[Side]:
-        """How a linear reads some channels: columns of the weight."""
+        """Input channels of a linear: columns of the weight."""
         return [self.side(f"{module}.weight", 0 if self._is_transposed(module) else 1, indices, power)]
 
     def _is_transposed(self, module: str) -> bool:
         return isinstance(self.skeleton.modules[module], Conv1D)
 
 
-def up_down(body: Body, block: str, layer: Mlp) -> Found:
-    """up → D up, down → down D⁻¹: the MLP is linear in its up branch, or its activation is homogeneous."""
-    module = join(block, layer.path)
-    up, down = join(module, layer.up), join(module, layer.down)
-    if layer.gate is None:
-        activation = getattr(body.config, layer.activation)
-        if activation not in HOMOGENEOUS_ACTIVATIONS:
-            between = f"the activation {activation!r} stands between {layer.up} and {layer.down}"
-            yield f"up_down does not hold: {between}."
-            return
-    width = body.in_features(down)
-    rows = singles(width, width) if layer.fused else singles(width)
-    sides = (*body.rows(up, rows, 1), *body.columns(down, singles(width), -1))
-    yield SymmetricPair(join(module, "up_down"), "up_down", width, sides)
-
-
-def experts_up_down(body: Body, block: str, layer: Experts) -> Found:
-    """The same for each expert of a mixture."""
-    module = join(block, layer.path)
-    if not layer.gated_linearly:
-        reason = "the up branch is clamped and 1 is added to it before the gate"
-        yield f"up_down does not hold in {layer.path}: {reason}."
-        return
-    ups, downs = expert_tensors(body, module, "up"), expert_tensors(body, module, "down")
-    experts, _, width = body.skeleton.parameters[f"{module}.down_proj"].shape
-    for expert in range(experts):
-        if ups is not None:
-            up = Side(ups[expert], 0, singles(width), 1)
-        else:
-            up = Side(body.tensor(f"{module}.gate_up_proj"), 1, singles(width, width), 1, expert)
-        if downs is not None:
-            down = Side(downs[expert], 1, singles(width), -1)
-        else:
-            down = Side(body.tensor(f"{module}.down_proj"), 2, singles(width), -1, expert)
-        yield SymmetricPair(join(module, str(expert), "up_down"), "up_down", int(width), (up, down))
-
-
-def expert_tensors(body: Body, module: str, part: Literal["gate", "up", "down"]) -> list[str] | None:
-    """The tensor of each expert, where experts are stored one by one; ``None`` where they are stacked on disk.
-
-    Raises:
-        NotOnDisk: There are neither all of these nor a stack.
-    """
-    parameter = f"{module}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
-    names = body.skeleton.names
-    if names.tensor(parameter) is not None:
-        return None
-    suffixes = {"gate": "w1|gate_proj", "up": "w3|up_proj", "down": "w2|down_proj"}[part]
-    pattern = re.compile(rf"\.experts\.(\d+)\.(?:{suffixes})\.weight$")
-    found = {int(match[1]): name for name in names.sources.get(parameter, ()) if (match := pattern.search(name))}
-    experts, wide, narrow = body.skeleton.parameters[parameter].shape
-    if sorted(found) != list(range(experts)):
-        raise NotOnDisk(parameter)
-    expected = (wide, narrow) if part == "down" else (wide // 2, narrow)
-    for name in found.values():
-        body.skeleton.require_shape(name, expected, parameter)
-    return [found[expert] for expert in range(experts)]
+def _parts(layer: Attention | Mlp | Experts) -> list[str]:
+    """Modules and parameters that a sublayer is described by, relative to the block."""
+    norm = [layer.norm] if layer.norm else []
+    if isinstance(layer, Experts):
+        readers = [name for reader in layer.readers for name in (reader, reader.removesuffix(".weight"))]
+        return [*norm, layer.path, *readers]
+    norms = (layer.query_norm, layer.key_norm) if isinstance(layer, Attention) else ()
+    return norm + [join(layer.path, part) for part in (*layer.readers, layer.writer, *norms) if part]

@@ -1,12 +1,7 @@
-"""Is a directory what its config.json and its manifest say? Asked before a model is hardened, loaded or published.
-
-transformers fills what is missing with random values and casts what is quantized, and only warns. Figures measured on
-such a model would mean nothing.
-"""
+"""How a hardened directory describes itself: its config.json and names, and a manifest that has to fit its tensors."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +9,9 @@ from typing import Any
 
 import transformers.quantizers.auto  # noqa: F401 (before configuration_specdef: a cycle, see specdef_cli.model)
 
+from specdef_cli.checkpoint.changes import ScaledChannels, ScaledSlice
 from specdef_cli.checkpoint.files import FLOATING_DTYPES, library_of
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, ScaledChannels, ScaledSlice
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.configuration_specdef import AUTO_MAP, BASE_MODEL_TYPE_KEY, MODEL_TYPE
@@ -48,8 +44,8 @@ def require_code_allows(skeleton: Skeleton, *, verify: bool, adds_code: bool) ->
 def require_its_own(checkpoint: Checkpoint, manifest: Manifest) -> None:
     """Refuse a manifest that belongs to other weights: undoing what was never done destroys a model without a sign.
 
-    Inserted layers and scaled modules have tensors of their own, which :func:`require_as_described` looks for. A fold
-    has none: here the channel that it multiplied most must stand out, in the smallest tensor that shows that.
+    Replaced modules have tensors of their own, which :func:`require_as_described` looks for. A fold has none: the
+    channel that it multiplied most must stand out, in the smallest tensor that shows that.
     """
     require_as_described(checkpoint, manifest)
     telling = [
@@ -143,7 +139,7 @@ def _is_a_scale(part: ScaledSlice | ScaledChannels) -> bool:
 
 
 def replaced_stems(names: Iterable[str]) -> list[str]:
-    """What the names on disk of replaced layers and scaled modules begin with, in order."""
+    """Prefixes of the names on disk of replaced layers and scaled modules, in order."""
     ends = (".inflated.weight", ".input_scale.weight", ".output_scale.weight")
     return list(dict.fromkeys(name.removesuffix(end) for name in names for end in ends if name.endswith(end)))
 
@@ -163,51 +159,37 @@ def shim_config(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
             e.g. ``model.layers.0.self_attn.o_proj``.
     """
     library, native = library_of(config), config.get("model_type")
-    if library.is_transformers and not native:
-        raise SpecDefError(
-            "config.json names no model_type, so transformers cannot tell which model it describes",
-            "Add the model_type of the architecture to config.json.",
-        )
-    shimmed = copy.deepcopy(dict(config))
-    shimmed["quantization_config"] = {
-        "quant_method": MODEL_TYPE,
-        "layers": {module: dict(spec) for module, spec in layers.items()},
-    }
+    listed = {module: dict(spec) for module, spec in layers.items()}
+    shimmed = {**config, "quantization_config": {"quant_method": MODEL_TYPE, "layers": listed}}
     if not library.is_transformers:
         return shimmed
-    if "auto_map" in shimmed:
+    if "auto_map" in config:
         # The base's own code would be looked up in a directory that does not hold it; transformers' classes serve.
-        shimmed[BASE_AUTO_MAP_KEY] = shimmed["auto_map"]
+        shimmed[BASE_AUTO_MAP_KEY] = config["auto_map"]
     return shimmed | {"model_type": MODEL_TYPE, BASE_MODEL_TYPE_KEY: native, "auto_map": dict(AUTO_MAP)}
 
 
 def is_shim(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is that of *scale* or *factors*."""
-    if not library_of(config).is_transformers:
-        listed = config.get("quantization_config")
-        return isinstance(listed, Mapping) and listed.get("quant_method") == MODEL_TYPE
-    return config.get("model_type") == MODEL_TYPE
+    """Whether a ``config.json`` is that of *scale* or *factors*; in diffusers' there is no model type."""
+    listed = config.get("quantization_config")
+    method = listed.get("quant_method") if isinstance(listed, Mapping) else None
+    return MODEL_TYPE in (config.get("model_type"), method)
 
 
 def unshim_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The base model's ``config.json``: the inverse of :func:`shim_config`.
-
-    A config that is not a shim comes back as an equal copy.
-    """
-    plain = copy.deepcopy(dict(config))
+    """The base model's ``config.json``, the inverse of :func:`shim_config`; of a config that is no shim, a copy."""
     if not is_shim(config):
-        return plain
-    plain.pop("quantization_config", None)
+        return dict(config)
+    ours = ("quantization_config", "auto_map", BASE_MODEL_TYPE_KEY, BASE_AUTO_MAP_KEY)
+    plain = {key: value for key, value in config.items() if key not in ours}
+    if BASE_AUTO_MAP_KEY in config:
+        plain["auto_map"] = config[BASE_AUTO_MAP_KEY]
     if not library_of(config).is_transformers:
         return plain
-    native = plain.pop(BASE_MODEL_TYPE_KEY, None)
+    native = config.get(BASE_MODEL_TYPE_KEY)
     if not isinstance(native, str) or not native:
         raise SpecDefError(
             f"a hardened model's config.json has no usable {BASE_MODEL_TYPE_KEY}",
             "Restore its files, or harden the base model again.",
         )
-    plain["model_type"] = native
-    plain.pop("auto_map", None)
-    if BASE_AUTO_MAP_KEY in plain:
-        plain["auto_map"] = plain.pop(BASE_AUTO_MAP_KEY)
-    return plain
+    return plain | {"model_type": native}

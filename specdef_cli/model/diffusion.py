@@ -44,7 +44,7 @@ class SpecDefDiffusersConfig(QuantizationConfigMixin):
         self.layers = {module: dict(spec) for module, spec in layers.items()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written: everything, as there are no defaults."""
+        """Write everything, as there are no defaults."""
         return self.to_dict()
 
 
@@ -67,7 +67,7 @@ class SpecDefDiffusersQuantizer(DiffusersQuantizer):
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise where diffusers would only warn, and go on with whatever the memory held.
 
-        Layers that are replaced in the files only need no check here: their tombstones are of another shape.
+        A layer that only the files replace needs no check here, as its tombstone has another shape than a weight.
         """
         if missing_keys:
             raise SpecDefLoadError(f"{min(missing_keys)} is missing from the checkpoint")

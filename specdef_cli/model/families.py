@@ -96,7 +96,7 @@ class Mlp:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """As of :class:`Attention`; so is ``writer``."""
+        """The linears that read a hidden state."""
         return tuple(dict.fromkeys(filter(None, (self.gate, self.up))))
 
     @property
@@ -111,7 +111,6 @@ class Experts:
     Attributes:
         path: The module with the stacked parameters, relative to the block.
         readers: Further parameters that read the same norm (columns are the last axis): the router first.
-        shared: A dense MLP beside the experts.
         transposed: Whether an expert is stored as [in, out].
         gated_linearly: Whether the expert is linear in its up branch (GPT-OSS clamps it and adds 1: it is not).
         norm: As in :class:`Attention`.
@@ -119,7 +118,6 @@ class Experts:
 
     path: str = "mlp.experts"
     readers: tuple[str, ...] = ("mlp.gate.weight",)
-    shared: Mlp | None = None
     transposed: bool = False
     gated_linearly: bool = True
     norm: str | None = "post_attention_layernorm"
@@ -151,6 +149,7 @@ class Family:
             block; in block order.
         heads: Suffix of the model's class name → what reads the final hidden state, relative to the whole model.
             ``None`` stands for the output embeddings.
+        head_norm: The norm of a masked-language head, before the output embeddings.
         unpaired: Parameters of a block (by the end of their name) that no symmetry involves, and why.
     """
 
@@ -163,6 +162,7 @@ class Family:
         ("ForTokenClassification", "score"),
         ("ForQuestionAnswering", "qa_outputs"),
     )
+    head_norm: str | None = None
     unpaired: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -204,6 +204,7 @@ _BERT = Family(
         ("ForTokenClassification", "classifier"),
         ("ForQuestionAnswering", "qa_outputs"),
     ),
+    head_norm="cls.predictions.transform.LayerNorm",
 )
 _ROBERTA = replace(
     _BERT,
@@ -213,6 +214,7 @@ _ROBERTA = replace(
         ("ForTokenClassification", "classifier"),
         ("ForQuestionAnswering", "qa_outputs"),
     ),
+    head_norm="lm_head.layer_norm",
 )
 
 _T5_ATTENTION = Attention("layer.0.SelfAttention", "q", "k", "v", "o", rope=False, norm="layer.0.layer_norm")
@@ -319,10 +321,8 @@ FAMILIES: dict[str, Family] = {
         _decoder(
             _SELF_ATTENTION,
             Mlp(),
-            Experts(
-                readers=("mlp.gate.weight", "mlp.shared_expert_gate.weight"),
-                shared=Mlp("mlp.shared_expert"),
-            ),
+            Experts(readers=("mlp.gate.weight", "mlp.shared_expert_gate.weight")),
+            Mlp("mlp.shared_expert"),
         )
     ),
     "Qwen3MoeModel": Family(_decoder(_NORMED_ATTENTION, Mlp(), Experts())),

@@ -1,16 +1,21 @@
-"""Inputs that are made up, and inputs from a text: what a model is run on to be compared or calibrated."""
+"""Inputs of a model that is compared or calibrated, from a text or made up, and a trial run without numbers."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdef_cli.errors import ResumableError, SpecDefError
@@ -49,7 +54,7 @@ def fixed_inputs(model: Any) -> dict[str, Any]:
 
 
 def _encoder(config: Any) -> Any:
-    """What describes the part that the input goes into."""
+    """The config of the part that takes the input."""
     parts = (getattr(config, name, None) for name in ("encoder", "encoder_config", "audio_config"))
     return next((part for part in parts if isinstance(part, PreTrainedConfig)), config)
 
@@ -124,7 +129,7 @@ def noisy_latents(model: Any, generator: torch.Generator) -> dict[str, Any]:
 
 
 def no_batch(model: Any, inputs: str) -> ResumableError:
-    """What to say of a model for which no batch can be made up."""
+    """The error for a model for which no batch can be made up."""
     return ResumableError(
         f"{type(model).__name__} takes {inputs}, for which there is no fixed batch",
         "Run the same command with --resume --no-verify, and compare the outputs yourself.",
@@ -132,7 +137,7 @@ def no_batch(model: Any, inputs: str) -> ResumableError:
 
 
 def model_outputs(model: Any) -> Tensor:
-    """What the model computes on the fixed batch, on the CPU: logits, else its first output, or both embeddings."""
+    """Run the model on the fixed batch; return :func:`compared_output` on the CPU."""
     inputs = fixed_inputs(model)
     try:
         with torch.inference_mode():
@@ -143,7 +148,7 @@ def model_outputs(model: Any) -> Tensor:
 
 
 def compared_output(outputs: Any) -> Tensor:
-    """Of a model's outputs, what is compared: logits, the embeddings of text and image, or else the first."""
+    """Pick the output that is compared: logits, the embeddings of text and image, or else the first."""
     if "text_embeds" in outputs and "image_embeds" in outputs:
         return torch.cat([outputs["text_embeds"], outputs["image_embeds"]])
     return outputs["logits"] if "logits" in outputs else outputs[0]
@@ -165,9 +170,7 @@ def token_batch(directory: Path, text: str, *, sequences: int = 32, length: int 
     ids = tokenizer(enough, add_special_tokens=False, verbose=False)["input_ids"]
     count = min(sequences, len(ids) // own)
     if not count:
-        raise SpecDefError(
-            f"the text has {len(ids)} tokens, and one sequence needs {own}", "Give more text, or shorter sequences."
-        )
+        raise SpecDefError(f"the text has {len(ids)} tokens, and one sequence needs {own}", "Give more text.")
     rows = [beginning + ids[own * row : own * (row + 1)] for row in range(count)]
     return torch.tensor(rows, dtype=torch.int64)
 
@@ -190,3 +193,96 @@ def require_in_vocabulary(sequences: Iterable[Any], config: Any, directory: Path
             f"token id {largest} (tokenizer of {directory}) is outside the model's vocabulary of {size}",
             "Copy the tokenizer that belongs to the model into its directory.",
         )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The outcome of :func:`try_out`.
+
+    Attributes:
+        inputs: Names of the inputs that were made up.
+        certain: Whether the error, if any, would come with real values too.
+        read_past: Paths of modules whose parameters are read while the module itself does not run.
+    """
+
+    inputs: tuple[str, ...]
+    error: Exception | None
+    certain: bool
+    read_past: frozenset[str]
+
+
+def try_out(model: nn.Module) -> Trial:
+    """Run a model on the meta device once, where it computes shapes alone."""
+    inputs: tuple[str, ...] = ()
+    reads = _Reads(model)
+    training = model.training
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    mixtures = [part.config for part in parts if part._can_set_experts_implementation()]
+    usual = [config._experts_implementation_internal for config in mixtures]
+    try:
+        for config in mixtures:  # other ways to run experts ask for values
+            config._experts_implementation_internal = "batched_mm"
+        batch = fixed_inputs(model.eval())
+        inputs = tuple(batch)
+        batch.pop("attention_mask", None)  # all ones, which models look at the values to find out
+        batch = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in batch.items()}
+        with torch.inference_mode(), torch.device("meta"), reads:
+            model(**batch)
+    except Exception as error:
+        certain = not reads.guessed and not isinstance(error, NotImplementedError) and "meta" not in str(error).lower()
+        return Trial(inputs, error, certain, frozenset(reads.found))
+    finally:
+        reads.remove()
+        model.train(training)
+        for config, implementation in zip(mixtures, usual, strict=True):
+            config._experts_implementation_internal = implementation
+    return Trial(inputs, None, True, frozenset(reads.found))
+
+
+_QUESTIONS = (Tensor.__bool__, Tensor.__contains__, Tensor.item)
+
+
+class _Reads(TorchFunctionMode):
+    """Notices parameters that go into a computation while no module that owns them is running.
+
+    Where a model asks whether a value is so, the answer is no.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.guessed = False
+        self._running: Counter[str] = Counter()
+        self._owners: dict[int, set[str]] = {}
+        self._hooks = []
+        for path, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            for parameter in own:
+                self._owners.setdefault(id(parameter), set()).add(path)
+            if own:
+                self._hooks.append(module.register_forward_pre_hook(partial(self._count, path, 1)))
+                self._hooks.append(module.register_forward_hook(partial(self._count, path, -1)))
+
+    def remove(self) -> None:
+        """Take the hooks off the model again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, path: str, step: int, *_: Any) -> None:
+        self._running[path] += step
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _QUESTIONS and args[0].device.type == "meta":
+            self.guessed = True
+            return False
+        result = func(*args, **(kwargs or {}))
+        computed = isinstance(result, Tensor) or (
+            isinstance(result, tuple | list) and any(map(torch.is_tensor, result))
+        )
+        for value in chain(args, (kwargs or {}).values()) if computed else ():  # not its dtype or its shape
+            owners = self._owners.get(id(value), set()) if isinstance(value, nn.Parameter) else set()
+            if not any(self._running[path] for path in owners):
+                self.found |= owners
+        return result

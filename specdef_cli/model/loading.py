@@ -21,15 +21,15 @@ from specdef_cli.checkpoint.files import (
     DIFFUSERS,
     TRANSFORMERS,
     Library,
-    diffusers_missing,
     is_lfs_pointer,
     lfs_pointer,
     library_of,
 )
 from specdef_cli.checkpoint.reader import Checkpoint, read_config
-from specdef_cli.errors import SpecDefError, first_line
+from specdef_cli.errors import SpecDefError, first_line, require_extra
 from specdef_cli.model import register
 from specdef_cli.model.configuration_specdef import MODEL_TYPE, SpecDefLoadError
+from specdef_cli.model.families import DENOISER_WRITERS
 from specdef_cli.process import forget_stale_launcher
 
 
@@ -150,10 +150,9 @@ def load_model(
     library = library_of(read_config(path))
     try:
         if not library.is_transformers:
-            try:
-                from specdef_cli.model.diffusion import load_denoiser
-            except ImportError as error:
-                raise diffusers_missing(path) from error
+            require_extra("diffusion", "models of diffusers")
+            from specdef_cli.model.diffusion import load_denoiser
+
             return load_denoiser(path, dtype=dtype, device=device, **kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         configure(config)
@@ -219,9 +218,6 @@ def _hint(path: Path) -> str:
     return "Check the directory's files and the installed release of transformers."
 
 
-DIFFUSION_MODELS = ("UNet2DConditionModel",)
-"""The classes of diffusers that can be hardened."""
-
 DEEPEST = 1000
 """Layers that a model may share out among fewer tensors."""
 
@@ -285,15 +281,14 @@ def meta_model(config: PreTrainedConfig | Mapping[str, Any], *, trust_remote_cod
 
 def _diffusion_model(config: Mapping[str, Any]) -> nn.Module:
     name = config["_class_name"]
-    if name not in DIFFUSION_MODELS:
+    if name not in DENOISER_WRITERS:
         raise SpecDefError(
             f"{name!r} is not among the models of diffusers that can be hardened",
-            f"Give a directory with a {', '.join(DIFFUSION_MODELS)}, such as the unet/ of a Stable Diffusion pipeline.",
+            f"Give a directory with a {', '.join(DENOISER_WRITERS)}, such as the unet/ of a Stable Diffusion pipeline.",
         )
-    try:
-        import diffusers
-    except ImportError as error:
-        raise diffusers_missing(name) from error
+    require_extra("diffusion", "models of diffusers")
+    import diffusers
+
     with _building(name, DIFFUSERS):
         return getattr(diffusers, name).from_config(dict(config))
 

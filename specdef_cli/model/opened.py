@@ -54,7 +54,6 @@ class OpenedModel:
 
     @property
     def directory(self) -> Path:
-        """Where its files are."""
         return self.found.directory
 
     @property
@@ -91,7 +90,7 @@ class OpenedModel:
         return digest.hexdigest()[:16]
 
     def here(self) -> OpenedModel:
-        """The same by an absolute path; on a machine that lacks it, from the Hub if it was found there."""
+        """Make the path absolute; on a machine without the directory, fetch it from the Hub if it came from there."""
         found = self.found
         if found.commit is not None and not found.directory.is_dir():
             found = resolve(found.name.partition("@")[0], revision=found.commit, subfolder=found.subfolder)
@@ -101,12 +100,11 @@ class OpenedModel:
         )
 
     def load(self, **arguments: Any) -> Any:
-        """Load it, as :func:`specdef_cli.model.load_model` does."""
         return load_model(self.directory, trust_remote_code=self.trust_remote_code, **arguments)
 
     @contextmanager
     def loaded(self, **arguments: Any) -> Iterator[Any]:
-        """Its model in evaluation mode, without progress bars; its memory is free again afterwards."""
+        """Load the model for the block, in evaluation mode; its memory is free again afterwards."""
         with without_progress_bars():
             model = self.load(**arguments).eval()
         try:
@@ -116,7 +114,7 @@ class OpenedModel:
             gc.collect()
 
     def load_without_weights(self) -> Any:
-        """The model on the meta device; one that would lose a tensor is refused."""
+        """Load on the meta device; a model that would lose a tensor is refused."""
         with without_progress_bars():
             model, found = self.load(device="meta", output_loading_info=True)
         lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
@@ -128,7 +126,7 @@ class OpenedModel:
         return model
 
     def beside(self, directory: Path) -> OpenedModel:
-        """Another directory, whose code may run where this one's may."""
+        """Open another directory, whose code may run if this one's may."""
         return open_found(Resolved(directory, str(directory)), trust_remote_code=self.trust_remote_code)
 
     @property
@@ -171,29 +169,24 @@ def open_found(
     manifest: Path | None = None,
     trust_remote_code: bool = False,
 ) -> OpenedModel:
-    """The same for a model that is on this disk."""
+    """Open a model that is on this disk."""
+    directory = found.directory
     try:
-        return _opened(found, hardened, manifest, trust_remote_code)
+        if hardened is False and (manifest is not None or find_manifest(directory) is not None):
+            raise hardened_already(directory)
+        described = (read_manifest if hardened else manifest_of)(directory, manifest)
+        checkpoint = open_checkpoint(directory)
+        if hardened is False:
+            if is_shim(checkpoint.config):
+                raise hardened_already(directory)
+            require_unquantized(checkpoint)
+        if described is not None:
+            require_its_own(checkpoint, described)
     except SpecDefError as error:
         if found.commit:  # a user knows the id, not where the cache keeps it
             name = "/".join(filter(None, (found.name, found.subfolder)))
-            error.problem, error.hint = (
-                text.replace(str(found.directory), name) for text in (error.problem, error.hint)
-            )
+            error.problem, error.hint = (text.replace(str(directory), name) for text in (error.problem, error.hint))
         raise
-
-
-def _opened(found: Resolved, hardened: bool | None, manifest: Path | None, trust_remote_code: bool) -> OpenedModel:
-    if hardened is False and (manifest is not None or find_manifest(found.directory) is not None):
-        raise hardened_already(found.directory)
-    described = (read_manifest if hardened else manifest_of)(found.directory, manifest)
-    checkpoint = open_checkpoint(found.directory)
-    if hardened is False:
-        if is_shim(checkpoint.config):
-            raise hardened_already(found.directory)
-        require_unquantized(checkpoint)
-    if described is not None:
-        require_its_own(checkpoint, described)
     return OpenedModel(found, checkpoint, described, trust_remote_code)
 
 
@@ -230,7 +223,7 @@ def open_base(
 
 
 def require_sound(model: OpenedModel) -> None:
-    """Refuse a model that transformers could only load as something else than it is. Reads headers only."""
+    """Refuse a model that transformers would load as another one. Reads headers only."""
     if not model.checkpoint.library.is_transformers:
         raise SpecDefError(
             f"{model.directory} is a model of diffusers, and only models of transformers are attacked and certified",

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.checkpoint.manifest import LinearLayer, Replaced, ScaledKind
+from specdef_cli.checkpoint.changes import LinearLayer, Replaced, ScaledKind
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.body import blocks, described_bodies, join, output_norms
 from specdef_cli.model.families import DENOISER_WRITERS, Experts, Family, Role
@@ -37,31 +37,14 @@ _HEAD_NAMES = re.compile(r"(^|\.)(lm_head|classifier|score|qa_outputs|cls|classi
 
 
 def linear_sites(skeleton: Skeleton) -> tuple[LinearSite, ...]:
-    """All linear layers with a weight of their own on disk, in the model's order.
-
-    Left out: embeddings, heads, subclasses of ``nn.Linear``, weights tied to another parameter, weights that the
-    model's code reads itself (WavLM's attention), and weights that transformers merges from or splits into several
-    tensors (Mixtral's experts).
-    """
-    model, names = skeleton.model, skeleton.names
-    roles, head = _roles(model), output_embeddings(model)
+    """The linear layers among :func:`scalable_sites`."""
+    roles = _roles(skeleton.model)
     sites = []
-    for path, module in skeleton.modules.items():
-        # Exactly these: of a subclass (nn.MultiheadAttention's out_proj) the model reads the weight, past its forward.
-        if type(module) not in (nn.Linear, Conv1D) or module is head or is_classifier(model, path):
-            continue
-        parameter = f"{path}.weight"
-        tensor = names.tensor(parameter)
-        if tensor is None or parameter in skeleton.tied or not tensor.endswith(".weight"):
-            continue
-        if path in skeleton.trial.read_past:
-            continue
-        expected = tuple(skeleton.parameters[parameter].shape)
-        skeleton.require_shape(tensor, expected, f"the layer {path}")
-        transposed = isinstance(module, Conv1D)
-        out_features, in_features = expected[::-1] if transposed else expected
-        bias = names.tensor(f"{path}.bias") if f"{path}.bias" in skeleton.parameters else None
-        sites.append(LinearSite(path, tensor, out_features, in_features, bias, transposed, roles.get(path, "other")))
+    for site in scalable_sites(skeleton):
+        if site.kind == "linear" and site.input_axis is not None:
+            m, n, transposed = site.shape[site.output_axis], site.shape[site.input_axis], site.output_axis == 1
+            role = roles.get(site.module, "other")
+            sites.append(LinearSite(site.module, site.tensor, m, n, site.bias, transposed, role))
     return tuple(sites)
 
 
@@ -105,9 +88,8 @@ def _described_roles(model: nn.Module, body: str, family: Family) -> Iterator[tu
     """The paths of the linears that a family's description names, and their roles."""
     for stack in family.stacks:
         for block in blocks(model, body, stack):
-            for sublayer in stack.sublayers:
-                layer = sublayer.shared if isinstance(sublayer, Experts) else sublayer
-                if layer is not None:
+            for layer in stack.sublayers:
+                if not isinstance(layer, Experts):
                     yield join(block, layer.path, layer.writer), layer.role
                     yield from ((join(block, layer.path, reader), "other") for reader in layer.readers)
 
@@ -169,11 +151,11 @@ class ScalableSite:
 
 
 def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
-    """All modules that can be scaled, in the model's order.
+    """All modules with a weight of their own on disk that can be replaced or scaled, in the model's order.
 
     Left out: the heads of classifiers, which an attacker replaces anyway; position embeddings; embeddings of models
-    that have no one kind of input (CLIP); weights that the model's code reads itself (WavLM's attention); weights that
-    transformers merges from or splits into several tensors (Mixtral's experts).
+    that have no one kind of input (CLIP); subclasses of ``nn.Linear``; weights that the model's code reads itself
+    (WavLM's attention); weights that transformers merges from or splits into several tensors (Mixtral's experts).
     """
     model, names, tied = skeleton.model, skeleton.names, skeleton.tied
     try:
@@ -191,19 +173,15 @@ def scalable_sites(skeleton: Skeleton) -> tuple[ScalableSite, ...]:
         parameter = f"{path}.weight"
         shares = kind == "head" and parameter in tied
         tensor = names.tensor(f"{looked_up}.weight" if shares else parameter)
-        if (
-            tensor is None
-            or not tensor.endswith(".weight")
-            or (parameter in tied and kind not in ("head", "embedding"))
-        ):
+        biased = getattr(module, "bias", None) is not None
+        bias = names.tensor(f"{path}.bias") if biased else None
+        if tensor is None or not tensor.endswith(".weight") or (biased and bias is None):
             continue
-        shape = skeleton.shapes[tensor]
-        output, inputs = _AXES[kind]
-        if isinstance(module, Conv1D):
-            output, inputs = 1, 0
-        bias = names.tensor(f"{path}.bias") if getattr(module, "bias", None) is not None else None
-        if getattr(module, "bias", None) is not None and bias is None:
+        if parameter in tied and kind not in ("head", "embedding"):
             continue
+        shape = tuple(skeleton.parameters[parameter].shape)
+        skeleton.require_shape(tensor, shape, f"the layer {path}")
+        output, inputs = (1, 0) if isinstance(module, Conv1D) else _AXES[kind]
         stem = path if shares else tensor.removesuffix(".weight")
         tied_to = looked_up if shares else None
         sites.append(ScalableSite(path, kind, tensor, stem, shape, bias, output, inputs, tied_to, path in writing))
@@ -221,10 +199,11 @@ def _kind(
     model: nn.Module, path: str, module: nn.Module, embedding: nn.Module | None, head: nn.Module | None
 ) -> ScaledKind | None:
     weight = getattr(module, "weight", None)
-    if module is embedding:
-        return "embedding" if isinstance(module, nn.Embedding) else None
+    if module is embedding and isinstance(module, nn.Embedding):
+        return "embedding"
     if module is head:
         return "head" if type(module) is nn.Linear else None
+    # Exactly these: of a subclass (nn.MultiheadAttention's out_proj) the model reads the weight, past its forward.
     if type(module) in (nn.Linear, Conv1D):
         return None if is_classifier(model, path) else "linear"
     if isinstance(weight, nn.Parameter) and weight.dim() == 1 and "norm" in type(module).__name__.lower():

@@ -8,16 +8,13 @@ transformers resolves this while it loads; its own conversion mapping is asked h
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import chain
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.errors import SpecDefError
-from specdef_cli.model.inputs import fixed_inputs
+from specdef_cli.model.inputs import Trial, try_out
 from specdef_cli.model.loading import empty_model, meta_model
 
 
@@ -69,14 +66,14 @@ def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str
     parameters: dict[str, str] = {}
     sources: dict[str, list[str]] = {}
     converted: set[str] = set()
-    # By the converter's every pattern: of one whose tensors are all missing there is an empty list.
+    # By the converter's every pattern: the tensors of one may all be missing.
     patterns = {
         pattern: converter.source_patterns
         for converter in converters
         if any(isinstance(operation, MergeModulelist) for operation in converter.operations)
         for pattern in converter.source_patterns
     }
-    stacked: dict[str, dict[str, list[str]]] = {}
+    stacked: dict[str, dict[str, tuple[str, ...]]] = {}
     # Sorted: merging keeps this order, and some of transformers' renamings depend on an earlier name having been seen.
     for name in sorted(tensors, key=dot_natural_key):
         parameter, converter = rename_source_key(name, renamings, converters, prefix, known)
@@ -89,15 +86,12 @@ def match_names(model: nn.Module, tensors: Iterable[str], *, added: Iterable[str
         if converter is not None:
             converted.add(parameter)
         if converter in patterns:
-            stacked.setdefault(parameter, {one: [] for one in patterns[converter]})[converter].append(name)
+            stacked.setdefault(parameter, dict.fromkeys(patterns[converter], ()))[converter] += (name,)
     return TensorNames(
         parameters=parameters,
         sources={parameter: tuple(names) for parameter, names in sources.items()},
         converted=frozenset(converted),
-        stacked={
-            parameter: {pattern: tuple(names) for pattern, names in parts.items()}
-            for parameter, parts in stacked.items()
-        },
+        stacked=stacked,
     )
 
 
@@ -135,6 +129,8 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 _IN_A_BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+)")
 
 WRONG_CONFIG = "Use the config.json that belongs to this checkpoint (of a quantized one, the unquantized checkpoint)."
+
+INCOMPLETE = "Fetch the checkpoint again, or use the config.json that belongs to it."
 
 Shape = tuple[int, ...]
 
@@ -184,12 +180,11 @@ class Skeleton:
 
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
-        """Every module by its path."""
         return dict(self.model.named_modules())
 
     @cached_property
     def trial(self) -> Trial:
-        """What a run on made-up inputs shows, without numbers."""
+        """A run on made-up inputs, without numbers."""
         return try_out(self.model)
 
     @property
@@ -198,7 +193,6 @@ class Skeleton:
         return type(self.model).__module__.split(".")[0] in ("transformers", "diffusers")
 
     def require_shape(self, tensor: str, expected: Shape, place: str) -> None:
-        """Check the shape of one tensor on disk."""
         shape = tuple(self.shapes[tensor])
         if shape != expected:
             raise SpecDefError(
@@ -242,107 +236,18 @@ class Skeleton:
         self._require_all_blocks()
         made_anew = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
         for parameter, expected in self.parameters.items():
-            tensor = self.names.tensor(parameter)
             for pattern, parts in self.names.stacked.get(parameter, {}).items():
                 if len(parts) != expected.shape[0]:
                     raise SpecDefError(
                         f"by config.json {parameter} is stacked from {expected.shape[0]} tensors {pattern}, and the "
                         f"checkpoint has {len(parts)}",
-                        "Fetch the checkpoint again, or use the config.json that belongs to it.",
+                        INCOMPLETE,
                     )
-            if parameter not in self.names.sources:
-                if parameter in self.tied or any(re.search(pattern, parameter) for pattern in made_anew):
-                    continue
+            if parameter in self.names.sources:
+                tensor = self.names.tensor(parameter)
+                if tensor is not None:
+                    self.require_shape(tensor, tuple(expected.shape), "the model")
+            elif parameter not in self.tied and not any(re.search(pattern, parameter) for pattern in made_anew):
                 raise SpecDefError(
-                    f"by config.json the model has {parameter}, but no tensor of the checkpoint becomes it",
-                    "Fetch the checkpoint again, or use the config.json that belongs to it.",
+                    f"by config.json the model has {parameter}, but no tensor of the checkpoint becomes it", INCOMPLETE
                 )
-            if tensor is not None:
-                self.require_shape(tensor, tuple(expected.shape), "the model")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What came of it."""
-
-    inputs: tuple[str, ...]
-    error: Exception | None
-    certain: bool
-    read_past: frozenset[str]
-
-
-def try_out(model: nn.Module) -> Trial:
-    """Run a model on the meta device once, where it computes shapes alone."""
-    inputs: tuple[str, ...] = ()
-    reads = _Reads(model)
-    training = model.training
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    mixtures = [part.config for part in parts if part._can_set_experts_implementation()]
-    usual = [config._experts_implementation_internal for config in mixtures]
-    try:
-        for config in mixtures:  # other ways to run experts ask for values
-            config._experts_implementation_internal = "batched_mm"
-        batch = fixed_inputs(model.eval())
-        inputs = tuple(batch)
-        batch.pop("attention_mask", None)  # all ones, which models look at the values to find out
-        batch = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in batch.items()}
-        with torch.inference_mode(), torch.device("meta"), reads:
-            model(**batch)
-    except Exception as error:
-        certain = not reads.guessed and not isinstance(error, NotImplementedError) and "meta" not in str(error).lower()
-        return Trial(inputs, error, certain, frozenset(reads.found))
-    finally:
-        reads.remove()
-        model.train(training)
-        for config, implementation in zip(mixtures, usual, strict=True):
-            config._experts_implementation_internal = implementation
-    return Trial(inputs, None, True, frozenset(reads.found))
-
-
-_QUESTIONS = (Tensor.__bool__, Tensor.__contains__, Tensor.item)
-
-
-class _Reads(TorchFunctionMode):
-    """Notices parameters that go into a computation while no module that owns them is running.
-
-    Where a model asks whether a value is so, the answer is no.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-        self.guessed = False
-        self._running: Counter[str] = Counter()
-        self._owners: dict[int, set[str]] = {}
-        self._hooks = []
-        for path, module in model.named_modules():
-            own = list(module.parameters(recurse=False))
-            for parameter in own:
-                self._owners.setdefault(id(parameter), set()).add(path)
-            if own:
-                self._hooks.append(module.register_forward_pre_hook(partial(self._count, path, 1)))
-                self._hooks.append(module.register_forward_hook(partial(self._count, path, -1)))
-
-    def remove(self) -> None:
-        """Take the hooks off the model again."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _count(self, path: str, step: int, *_: Any) -> None:
-        self._running[path] += step
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _QUESTIONS and args[0].device.type == "meta":
-            self.guessed = True
-            return False
-        result = func(*args, **(kwargs or {}))
-        computed = isinstance(result, Tensor) or (
-            isinstance(result, tuple | list) and any(map(torch.is_tensor, result))
-        )
-        for value in chain(args, (kwargs or {}).values()) if computed else ():  # not its dtype or its shape
-            owners = self._owners.get(id(value), set()) if isinstance(value, nn.Parameter) else set()
-            if not any(self._running[path] for path in owners):
-                self.found |= owners
-        return result

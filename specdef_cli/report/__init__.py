@@ -112,12 +112,10 @@ class Finding(Part):
 
     @property
     def learning_rate(self) -> float:
-        """The best of those tried."""
         return self.at.learning_rate
 
     @property
     def best(self) -> float | None:
-        """The lowest held-out loss at that rate."""
         return self.at.loss
 
     @property
@@ -136,14 +134,14 @@ def findings(report: AttackReport) -> tuple[Finding, ...]:
 
 
 def edit_words(finding: Finding) -> str:
-    """What an edit did, at its best strength: ``3 % of the direction left, KL 0.20``."""
+    """Describe an edit at its best strength: ``3 % of the direction left, KL 0.20``."""
     edit = finding.edit
     assert edit is not None
     return f"{percent(edit.left)} of the direction left, KL {number(edit.kl, 2)}"
 
 
 def of_edits(found: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Those of edits, the control's among them."""
+    """Keep the findings of edits, the control's among them."""
     return tuple(finding for finding in found if finding.edit is not None)
 
 
@@ -176,7 +174,7 @@ def growth_words(report: AttackReport) -> tuple[str, ...]:
 
 
 def attack_cells(finding: Finding) -> dict[str, str]:
-    """What an attack came to, in words, by the headings of the report's tables."""
+    """The cells of an attack, by the headings of the report's tables."""
     return {
         "the attacker": "–" if finding.verdict == "control" else KNOWLEDGE_WORDS[finding.knowledge],
         "best η": rate(finding.learning_rate),
@@ -197,7 +195,7 @@ def attack_cells(finding: Finding) -> dict[str, str]:
 
 
 def run_cells(attack: Attack, run: RunResult) -> dict[str, str]:
-    """One run in words, by the headings of the report's tables."""
+    """The cells of a run, by the headings of the report's tables."""
     return {
         "run": run.spec.label,
         "η": rate(run.spec.learning_rate),
@@ -219,12 +217,11 @@ def cell(text: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as a whole percentage."""
     return "–" if share is None else f"{100 * share:.0f} %"
 
 
 def rate(value: float) -> str:
-    """A learning rate: ``1e-05`` as ``1e-5``; none where nothing is trained."""
+    """Write a learning rate: ``1e-05`` as ``1e-5``; a dash where nothing is trained."""
     if value == 0:
         return "–"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
@@ -232,7 +229,6 @@ def rate(value: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A loss."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 

@@ -169,7 +169,6 @@ _SPEC = TypeAdapter(SpecPart)
 
 
 def report_document(report: AttackReport) -> ReportDocument:
-    """A report as ``report.json`` holds it."""
     return ReportDocument(
         schema=SCHEMA_NAME,
         summary=summary(report),
@@ -193,7 +192,6 @@ def report_dict(report: AttackReport) -> dict[str, Any]:
 
 
 def report_json(report: AttackReport) -> str:
-    """The text of ``report.json``."""
     return json.dumps(report_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -223,7 +221,7 @@ def _run(attack: Attack, run: RunResult) -> RunPart:
 
 
 def read_report(path: Path) -> ReportDocument:
-    """The contents of a ``report.json``, or of the one in a directory."""
+    """Read a ``report.json``, or the one in a directory."""
     file = require_report(path)
     try:
         return ReportDocument.model_validate(json.loads(file.read_text(encoding="utf-8")))
@@ -238,7 +236,7 @@ REPORT_NAME = "report.json"
 
 
 def require_report(path: Path) -> Path:
-    """The file of an attack report."""
+    """Find the file of an attack report."""
     file = path / REPORT_NAME if path.is_dir() else path
     if not file.is_file():
         raise SpecDefError(f"no attack report {file} found", "Give the report.json that `specdef attack` wrote.")
@@ -247,8 +245,6 @@ def require_report(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class ComparedAttack:
-    """One row."""
-
     attack: str  # what was done first, trained, and with which optimizer
     control: str  # how far the undefended control came by the same training, with its rate
     control_share: float | None  # what that control made of the best control's progress
@@ -272,13 +268,12 @@ class Comparison:
 
     @property
     def said(self) -> tuple[str, ...]:
-        """What stands below the table, one line each."""
+        """The lines below the table."""
         verdicts = zip(self.models, self.verdicts, strict=True)
         return (*(f"{model}: {verdict}" for model, verdict in verdicts), *self.notes)
 
 
 def compare(reports: Sequence[ReportDocument]) -> Comparison:
-    """Put reports side by side."""
     controls: dict[tuple[str, ...], Finding] = {}
     columns = []
     for report in reports:
@@ -326,7 +321,7 @@ def _learned(control: Finding) -> str:
 
 
 def _notes(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
-    """What a cell's mark means, and what reports must share to be comparable: the data and the budget."""
+    """Explain a cell's mark, and say what keeps reports from being compared: data, control or budget."""
     notes = []
     controls = ((run.loss.start for run in report.runs if run.spec.subject == "control") for report in reports)
     starts = [next(losses, None) for losses in controls]
@@ -337,6 +332,14 @@ def _notes(reports: Sequence[ReportDocument]) -> tuple[str, ...]:
     elif not all(same_start(start, other) for start, other in pairwise(starts)):
         names = dict.fromkeys(Path(report.control.name).name for report in reports)
         notes.append(f"The reports have different controls ({', '.join(names)}): the table shows the first one's.")
+    else:
+        called: dict[str, set[str]] = {}
+        for attack in (attack for report in reports for attack in report.attacks):
+            called.setdefault(attack.trained, set()).add(attack.training)
+        several = {name: sorted(trainings) for name, trainings in called.items() if len(trainings) > 1}
+        notes += [f"{name} is not the same in all reports: {'; '.join(them)}." for name, them in several.items()]
+    if len({run.spec.prompts for report in reports for run in report.runs} - {""}) > 1:
+        notes.append("The reports were made with different prompts; edits and refusals cannot be compared.")
     budgets = [run.spec.budget for report in reports for run in report.runs]
     differing = {name: {str(budget[name]) for budget in budgets} for name in (budgets[0] if budgets else ())}
     told = [

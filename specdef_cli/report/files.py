@@ -105,7 +105,7 @@ def _kind(attack: Attack) -> str:
 
 
 def _strongest(report: AttackReport) -> tuple[Attack, ...]:
-    """Of each kind the attacks that ended lowest, in the order of the report; edits have no curve."""
+    """The attacks of each kind that ended lowest, in the report's order; edits have no curve."""
     kinds: dict[str, list[Attack]] = {}
     trained = [attack for attack in report.attacks if attack.edit is None]
     for attack in sorted(trained, key=lambda attack: math.inf if attack.best is None else attack.best):

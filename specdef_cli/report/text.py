@@ -90,7 +90,7 @@ def _caption(report: AttackReport, more: str = "") -> str:
 
 
 def _table(caption: str, first: str, headings: Iterable[str]) -> Table:
-    """Cells are :class:`Text`, so nothing in a name is taken for markup."""
+    """Make a table whose cells are :class:`Text`: nothing in a name is markup."""
     table = Table(caption=Text(caption), caption_justify="left", pad_edge=False)
     table.add_column(first)
     for heading in headings:
@@ -230,7 +230,7 @@ def _listed(names: Sequence[str], last: str = " and ") -> str:
 
 
 def _edit_sentence(finding: Finding) -> str:
-    """What an edit did to the model and to its control, with an answer of a model that it broke."""
+    """Describe an edit of the model and of its control, with an answer of a model that it broke."""
     attack, control = finding.attack, finding.attack.control
     text = f"{attack.spec.name}, the model has {edit_words(finding)}"
     if control is not None and control.edit is not None:

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
-from specdef_cli.checkpoint.manifest import FactoredLayer
+from specdef_cli.checkpoint.changes import FactoredLayer
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import Factors
 from specdef_cli.model.loading import meta_model
 from specdef_cli.model.sites import LinearSite, linear_sites, require_findable
 from specdef_cli.model.skeleton import Skeleton
+from tests.hardened import harden_to
 from tests.tiny_families import CASES, build_config, read_config, read_shapes, write_case
 
 
@@ -99,48 +100,11 @@ def factored(sites: Iterable[LinearSite]) -> list[FactoredLayer]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_inserted_names_reach_their_modules(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
-    """The check's verdict, and then the event itself: transformers loads the factors into a model that has them."""
-    directory = checkpoints[case]
-    config = read_config(directory)
-    sites = sites_of(directory)
-    require_findable(skeleton_of(directory), factored(sites))
-
-    tensors = load_file(directory / "model.safetensors")
-    expected = {}
-    for site in sites:
-        prefix = site.tensor.removesuffix("weight")
-        inflated = torch.randn(site.out_features, site.in_features)
-        compensation = torch.randn(site.out_features, site.out_features)
-        tensors[site.tensor] = torch.ones(1)
-        tensors[f"{prefix}inflated.weight"] = expected[f"{site.module}.inflated.weight"] = inflated
-        tensors[f"{prefix}compensation.weight"] = expected[f"{site.module}.compensation.weight"] = compensation
-        if site.bias is not None:
-            bias = tensors.pop(site.bias)
-            tensors[f"{prefix}compensation.bias"] = expected[f"{site.module}.compensation.bias"] = bias
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    config.save_pretrained(tmp_path)
-
-    class Pair(nn.Module):
-        def __init__(self, site: LinearSite) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.empty(1))
-            self.inflated = nn.Linear(site.in_features, site.out_features, bias=False)
-            self.compensation = nn.Linear(site.out_features, site.out_features, bias=site.bias is not None)
-
-    model_class = getattr(transformers, CASES[case][0])
-
-    class WithPairs(model_class):  # type: ignore[valid-type,misc]
-        def __init__(self, config: transformers.PreTrainedConfig) -> None:
-            super().__init__(config)
-            for site in sites:
-                self.set_submodule(site.module, Pair(site))
-
-    WithPairs.__name__ = model_class.__name__
-    WithPairs.__module__ = model_class.__module__
-    loaded = WithPairs.from_pretrained(tmp_path)
-    for name, value in expected.items():
-        assert torch.equal(loaded.get_parameter(name), value), name
+def test_factors_of_every_linear_reach_their_modules(case: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """``harden`` loads what it wrote, and compares it with the base."""
+    manifest = harden_to(tmp_path / "out", checkpoints[case], Factors(alpha=16.0, top_k=1), layers=("*",), verify=True)
+    assert {layer.module for layer in manifest.factored} == {site.module for site in sites_of(checkpoints[case])}
+    assert manifest.verification["relative"] < 1e-5
 
 
 def test_a_renaming_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -154,31 +118,6 @@ def test_a_renaming_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(SpecDefError, match="inflated"):
         require_findable(skeleton_of(directory), factored(sites))
-
-
-def test_shapes_that_contradict_the_config_are_refused(checkpoints: dict[str, Path]) -> None:
-    shapes = read_shapes(checkpoints["llama"])
-    name = "model.layers.1.mlp.down_proj.weight"
-    with pytest.raises(SpecDefError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has shape \[32, 40\]"):
-        linear_sites(Skeleton.of(read_config(checkpoints["llama"]), {**shapes, name: (32, 40)}))
-
-
-def test_unknown_and_untrusted_architectures_are_refused() -> None:
-    config = build_config("llama")
-    config.architectures = ["NoSuchModel"]
-    with pytest.raises(SpecDefError, match="NoSuchModel"):
-        meta_model(config)
-    config.auto_map = {"AutoModelForCausalLM": "modeling_x.NoSuchModel"}
-    with pytest.raises(SpecDefError) as caught:
-        meta_model(config)
-    assert "trust-remote-code" in caught.value.hint
-
-
-def test_a_config_that_no_model_fits_is_refused() -> None:
-    config = build_config("bert")
-    config.hidden_size = 30  # not divisible by its 4 heads
-    with pytest.raises(SpecDefError, match="BertForMaskedLM"):
-        meta_model(config)
 
 
 def test_meta_model_needs_no_memory_and_no_architectures() -> None:

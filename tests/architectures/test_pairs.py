@@ -16,10 +16,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from specdef_cli.errors import SpecDefError
 from specdef_cli.model.body import SymmetricPair, Symmetries
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.model.symmetries import symmetries
+from tests.commands import refusal
 from tests.tiny_families import CASES, VOCABULARY, read_config, read_shapes, write_case
 
 ATTENTION = ["value_output", "query_key"]
@@ -166,33 +166,6 @@ def test_kinds_that_hold(checkpoints: dict[str, Path], case: str) -> None:
     assert sum(pair.kind == "norm_readers" for pair in pairs) == norms
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_sides_are_well_formed(checkpoints: dict[str, Path], case: str) -> None:
-    shapes = read_shapes(checkpoints[case])
-    pairs = pairs_of(checkpoints[case])
-    assert len({pair.name for pair in pairs}) == len(pairs)
-    for pair in pairs:
-        assert pair.channels > 0
-        assert {side.power for side in pair.sides} == {1, -1}
-        for side in pair.sides:
-            size = shapes[side.tensor][side.axis]
-            if side.block is not None:
-                assert side.axis > 0
-                assert 0 <= side.block < shapes[side.tensor][0]
-            assert len(side.indices) == pair.channels
-            assert len({len(channel) for channel in side.indices}) == 1
-            flat = [position for channel in side.indices for position in channel]
-            assert len(set(flat)) == len(flat)
-            assert 0 <= min(flat) <= max(flat) < size
-        # No slice is scaled twice by one pair, which would square its factor.
-        regions = [(side.tensor, side.block, side.axis, side.indices) for side in pair.sides]
-        for number, (tensor, block, axis, indices) in enumerate(regions):
-            for other_tensor, other_block, other_axis, other in regions[:number]:
-                if (tensor, block) == (other_tensor, other_block):
-                    assert axis == other_axis
-                    assert not {p for c in indices for p in c} & {p for c in other for p in c}
-
-
 def test_grouped_query_heads_share_the_channels_of_their_key_head(checkpoints: dict[str, Path]) -> None:
     """4 query heads on 2 key heads of 8 dimensions: the closed form of one channel of each kind."""
     pairs = {pair.name: pair for pair in pairs_of(checkpoints["llama"])}
@@ -215,9 +188,8 @@ def test_a_shape_that_the_config_contradicts_is_refused(checkpoints: dict[str, P
     config, shapes = read_config(checkpoints[case]), read_shapes(checkpoints[case])
     involved = sorted({side.tensor for pair in pairs_of(checkpoints[case]) for side in pair.sides})
     for tensor in random.Random(case).sample(involved, 3):
-        with pytest.raises(SpecDefError) as caught:
+        with refusal(tensor):
             symmetries(Skeleton.of(config, {**shapes, tensor: (*shapes[tensor][:-1], shapes[tensor][-1] + 2)}))
-        assert tensor in caught.value.problem
 
 
 def test_what_has_no_pair_is_said(checkpoints: dict[str, Path]) -> None:
@@ -271,11 +243,3 @@ def test_a_checkpoint_that_stores_tied_weights_twice(tmp_path: Path) -> None:
     assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
     expected = outputs(source, "llama-tied", torch.float32)["eager"]
     assert torch.equal(outputs(tmp_path / "target", "llama-tied", torch.float32)["eager"], expected)
-
-
-def test_a_sharded_checkpoint_has_the_same_pairs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    source = checkpoints["mixtral"]
-    transformers.MixtralForCausalLM.from_pretrained(source).save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert pairs_of(tmp_path) == pairs_of(source)
-    shutil.rmtree(tmp_path)

@@ -1,4 +1,4 @@
-"""A random byte-level Llama on disk, and the same in factors."""
+"""A random byte-level Llama on disk, and the same by each method; what tests of attacks ask of a model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,47 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
+from specdef_cli.attack.target import Target
 from specdef_cli.attack.train import TrainRun
-from specdef_cli.hardening.options import Factors, HardenOptions
-from specdef_cli.hardening.run import harden
+from specdef_cli.checkpoint.manifest import Manifest
+from specdef_cli.hardening.options import Factors, Scale
+from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.model.opened import OpenedModel
 from tests.byte_tokenizer import byte_tokenizer
+from tests.hardened import harden_to
 from tests.tiny_models import random_llama
 
 
 def train_run(spec: RunSpec, model: OpenedModel, data: AttackData, **how: Any) -> RunResult:
     """A run of a model that stands for its control too."""
     return TrainRun(model, model, data, **how)(spec)
+
+
+TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Logits, or the last hidden state of a model without head."""
+    inputs = {"input_ids": TOKENS}
+    if model.main_input_name == "pixel_values":
+        inputs = {"pixel_values": torch.randn((2, 3, 16, 16), generator=torch.Generator().manual_seed(1))}
+    elif model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = TOKENS[:, :7]
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def trained_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def target_of(control: Any, manifest: Manifest | None = None) -> Target:
+    """A target with this model as its control."""
+    return Target(manifest, "causal-lm", "", "", "", Recognised(), lambda: control)
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +62,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def hardened(base: Path) -> Path:
     """``base`` with every o_proj and down_proj in factors, α=10³, k=4."""
-    out = base.parent / "hardened"
-    harden(HardenOptions(str(base), out, Factors(alpha=1e3, top_k=4), verify=False))
-    return out
+    harden_to(base.parent / "hardened", base, Factors(alpha=1e3, top_k=4))
+    return base.parent / "hardened"
+
+
+@pytest.fixture(scope="session")
+def fold(base: Path) -> Path:
+    """``base`` folded as by default."""
+    harden_to(base.parent / "fold", base)
+    return base.parent / "fold"
+
+
+@pytest.fixture(scope="session")
+def scaled(base: Path) -> Path:
+    """``base`` with scale vectors."""
+    harden_to(base.parent / "scaled", base, Scale())
+    return base.parent / "scaled"

@@ -21,19 +21,14 @@ from specdef_cli.attack.plan import Series, default_learning_rates, make_plan, p
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import VARIANTS, Variant, informed_variants
-from specdef_cli.checkpoint.manifest import (
-    FORMAT_VERSION,
-    BaseCheckpoint,
-    FactoredLayer,
-    FoldedPair,
-    Manifest,
-    ScaledSlice,
-)
+from specdef_cli.checkpoint.changes import FactoredLayer, FoldedPair, ScaledSlice
+from specdef_cli.checkpoint.manifest import FORMAT_VERSION, BaseCheckpoint, Manifest
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.cli.app import app
 from specdef_cli.errors import SpecDefError, WrongUsage
 from specdef_cli.hardening.recognise import Recognised
 from specdef_cli.model.opened import OpenedModel
+from tests.commands import refusal
 
 LAYER = FactoredLayer("a", "a.weight", 4, 4, None, False, 1e4, 1, "rotated", (1.0,), 0.0)
 FACTORS = Manifest(FORMAT_VERSION, "0", "factors", BaseCheckpoint("base"), "float32", 0, factored=(LAYER,))
@@ -204,32 +199,6 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     assert one.fingerprint != other.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"learning_rates": (-1e-3,)}, "-0.001"),
-        ({"learning_rates": (float("nan"),)}, "nan"),
-        ({"steps": 0}, "--steps 0"),
-        ({"sequence_length": 1}, "--sequence-length 1"),
-        ({"optimizers": ("magic",)}, "'magic'"),
-        ({"suite": load_suite("quick"), "trainings": ("full@*.norm.*",)}, "quick"),
-        ({"suite": load_suite("quick"), "optimizers": ("sgd",)}, "--optimizer"),
-        ({"variants": ("grow:2",)}, "'grow'"),
-        ({"trainings": ("relora",)}, "'relora'"),
-        ({"schedule": "step"}, "'step'"),
-        ({"task": "vision"}, "'vision'"),
-        ({"seeds": ()}, "seed"),
-        ({"jobs": 0}, "--jobs 0"),
-        ({"warmup_steps": 30}, "--warmup-steps 30"),
-        ({"refusal_words": ("no", " ")}, "--refusal-word"),
-    ],
-)
-def test_refusals_name_the_value(arguments: dict[str, Any], named: str) -> None:
-    with pytest.raises(SpecDefError) as caught:
-        AttackOptions(model="m", out=Path("o"), **arguments)
-    assert named in caught.value.problem
-
-
 GIVEN = {
     "control": "base", "dataset": "prose.txt", "dataset_config": "en", "dataset_split": "test", "text_column": "body",
     "text_pair_column": "second",
@@ -313,9 +282,9 @@ def test_what_belongs_in_a_report_undoes_all_of_the_hardening(
 @pytest.mark.parametrize("name", ["paper", "trackio"])
 def test_a_tracker_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(SpecDefError, match=name) as caught:
+    hint = "pip install trackio" if name == "trackio" else "Choose one of: tensorboard, wandb, trackio, mlflow."
+    with refusal(name, hint):
         require_trackers((name,))
-    assert caught.value.hint in ("pip install trackio", "Choose one of: tensorboard, wandb, trackio, mlflow.")
 
 
 def test_the_packages_suites_can_be_read_and_grow() -> None:
@@ -369,17 +338,15 @@ learning_rates = [1e-3, 1e-5]
         ("[budget]\nsteps = 3", "attacks"),
         ("[[attacks]\n", "not a suite"),
         ("[more]\n[[attacks]]", "more"),
+        ("[[attacks]]\ntrainings = ['lora', { training = 'full', name = 'LoRA on every linear' }]", "lora:16, full"),
     ],
 )
 def test_a_suite_s_refusals_name_the_value(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8-sig")  # as some editors save it
     with pytest.raises(SpecDefError) as caught:
         load_suite(str(path))
     assert named in caught.value.problem
-
-
-def test_a_suite_that_does_not_exist() -> None:
-    with pytest.raises(SpecDefError, match="hard") as caught:
-        load_suite("hard")
-    assert "standard" in caught.value.hint
+    if caught.value.hint.startswith("Write it like "):
+        path.write_bytes(Path(caught.value.hint.removeprefix("Write it like ").rstrip(".")).read_bytes())
+        load_suite(str(path))

@@ -22,19 +22,19 @@ from specdef_cli.attack.data.language import BUILTIN_NAME
 from specdef_cli.attack.data.split import Examples
 from specdef_cli.attack.one_run import RunResult, RunStore
 from specdef_cli.attack.results import AttackReport
-from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
 from specdef_cli.checkpoint.manifest import MANIFEST_NAME
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.hardening.recognise import Recognised
-from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model, load_tokenizer
 from specdef_cli.report import findings
 from specdef_cli.report.text import summary
+from tests.attack.conftest import target_of, trained_names
 
-SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "sequence_length": 16, "eval_every": 2, "eval_sequences": 4}
+SMALL: dict[str, Any] = {
+    "trainings": ("full",), "learning_rates": (1e-3,), "steps": 4, "batch_size": 4, "sequence_length": 16,
+    "eval_every": 2, "eval_sequences": 4,
+}  # fmt: skip
 
 
 def options(model: Path, out: Path, **changes: Any) -> AttackOptions:
@@ -46,7 +46,7 @@ def report(hardened: Path, tmp_path_factory: pytest.TempPathFactory) -> AttackRe
     """Control, plain, collapse, frozen, width, inject and depth, at one usual rate and one that blows up."""
     return attack(
         options(
-            hardened, tmp_path_factory.mktemp("attack"), trainings=("full",), learning_rates=(1e-4,),
+            hardened, tmp_path_factory.mktemp("attack"), learning_rates=(1e-4,),
             variants=("freeze-compensation", "width:2", "inject", "depth:2"),
         )
     )  # fmt: skip
@@ -96,7 +96,7 @@ def test_parameters(report: AttackReport) -> None:
 
 
 def test_divergence_is_an_outcome(hardened: Path, tmp_path: Path) -> None:
-    result = attack(options(hardened, tmp_path, trainings=("full",), learning_rates=(1e3,), steps=8))
+    result = attack(options(hardened, tmp_path, learning_rates=(1e3,), steps=8))
     plain = run_of(result, "plain")
     assert plain.divergence is not None
     assert plain.outcome == "diverged"
@@ -105,7 +105,7 @@ def test_divergence_is_an_outcome(hardened: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_beyond_its_divergence_where_asked(hardened: Path, tmp_path: Path) -> None:
-    made = options(hardened, tmp_path, trainings=("full",), learning_rates=(10.0,), steps=8)
+    made = options(hardened, tmp_path, learning_rates=(10.0,), steps=8)
     stopped, longer = attack(made), attack(replace(made, stop_at_divergence=False))
     first, second = run_of(stopped, "plain"), run_of(longer, "plain")
     assert first.divergence == second.divergence
@@ -119,13 +119,11 @@ def test_a_run_goes_on_beyond_its_divergence_where_asked(hardened: Path, tmp_pat
 
 def test_a_run_is_never_repeated(hardened: Path, tmp_path: Path) -> None:
     events: list[ProgressEvent] = []
-    first = attack(options(hardened, tmp_path, trainings=("full",), learning_rates=(1e-4,)), on_progress=events.append)
+    first = attack(options(hardened, tmp_path, learning_rates=(1e-4,)), on_progress=events.append)
     assert [event.kind for event in events][:6] == ["run-start", *["step"] * 4, "run-end"]
     assert [(event.done, event.runs) for event in events if event.kind == "run-end"] == [(1, 3), (2, 3), (3, 3)]
     events.clear()
-    again = attack(
-        options(hardened, tmp_path, trainings=("full",), learning_rates=(1e-4, 1e-5)), on_progress=events.append
-    )
+    again = attack(options(hardened, tmp_path, learning_rates=(1e-4, 1e-5)), on_progress=events.append)
     assert [event.kind for event in events].count("run-reused") == 3
     assert [event.kind for event in events].count("run-end") == 3
     assert set(first.runs) < set(again.runs)
@@ -152,7 +150,7 @@ def sequences(examples: Examples) -> torch.Tensor:
 
 def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path: Path) -> None:
     """Six sequences in batches of four, against the mean written down directly."""
-    made = options(base, tmp_path, control=base, trainings=("full",), learning_rates=(1e-3,), steps=1, eval_sequences=6)
+    made = options(base, tmp_path, control=base, steps=1, eval_sequences=6)
     data = load_data(made, "causal-lm", load_tokenizer(base))
     tokens = sequences(data.held_out)
     with torch.no_grad():
@@ -163,16 +161,10 @@ def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path:
 
 
 def test_seeds_change_the_data_order_and_nothing_before_it(base: Path, hardened: Path, tmp_path: Path) -> None:
-    result = attack(
-        options(hardened, tmp_path, control=base, trainings=("full",), learning_rates=(1e-4,), seeds=(0, 1))
-    )
+    result = attack(options(hardened, tmp_path, control=base, learning_rates=(1e-4,), seeds=(0, 1)))
     first, second = (run for run in result.runs if run.spec.subject == "control")
     assert first.start == second.start
     assert first.train[0].loss != second.train[0].loss
-
-
-def trainable(model: torch.nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 FACTORS = {f"{layer}.{part}" for layer in ("o_proj", "down_proj") for part in ("inflated", "compensation")}
@@ -190,7 +182,7 @@ PLAIN = {f"{name}_proj" for name in ("q", "k", "v", "gate", "up")}
     ids=["all", "o_proj", "two", "default"],
 )
 def test_lora_goes_on_both_factors(training: Training, places: set[str], hardened: Path) -> None:
-    names = trainable(training.apply(load_model(hardened), "causal-lm"))
+    names = trained_names(training.apply(load_model(hardened), "causal-lm"))
     assert all("lora_" in name for name in names)
     found = {place for name in names for place in re.findall(r"(\w+_proj(?:\.[a-z]+)?)\.lora_", name)}
     assert found == places
@@ -199,16 +191,15 @@ def test_lora_goes_on_both_factors(training: Training, places: set[str], hardene
 
 def test_parameter_groups_cover_every_parameter_once(base: Path, hardened: Path) -> None:
     model = load_model(base)
-    target = Target(None, "causal-lm", "", "", "", Recognised(), lambda: model)
-    groups = Training("groups").on(target)
+    groups = Training("groups").on(target_of(model))
     names = [group.name for group in groups]
     assert names == [f"{kind} alone" for kind in (
         "embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norms", "head"
     )]  # fmt: skip
-    found = [name for group in groups for name in trainable(group.apply(load_model(base), "causal-lm"))]
+    found = [name for group in groups for name in trained_names(group.apply(load_model(base), "causal-lm"))]
     assert sorted(found) == sorted(name for name, _ in model.named_parameters())
     down = groups[names.index("down_proj alone")]
-    assert {name.split(".mlp.")[1] for name in trainable(down.apply(load_model(hardened), "causal-lm"))} == {
+    assert {name.split(".mlp.")[1] for name in trained_names(down.apply(load_model(hardened), "causal-lm"))} == {
         "down_proj.inflated.weight", "down_proj.compensation.weight"
     }  # fmt: skip
 
@@ -217,7 +208,7 @@ def test_parameter_groups_cover_every_parameter_once(base: Path, hardened: Path)
 def test_train_globs_mean_the_same_on_every_variant(base: Path, hardened: Path, variant: Variant) -> None:
     model = load_model(hardened)
     variant.apply(model, 0)
-    names = trainable(Training(where=("*.o_proj.weight", "model.norm.*")).apply(model, "causal-lm"))
+    names = trained_names(Training(where=("*.o_proj.weight", "model.norm.*")).apply(model, "causal-lm"))
     expected = {
         "plain": {"o_proj.inflated.weight", "o_proj.compensation.weight"},
         "width": {"o_proj.up.weight", "o_proj.down.weight"},
@@ -253,21 +244,17 @@ def test_utility_is_measured_on_retained_text(report: AttackReport, hardened: Pa
     assert control.evaluations[0].retained != control.evaluations[0].loss
     text = tmp_path / "retained.txt"
     text.write_text("\n\n".join("zzz " * 30 for _ in range(20)))
-    harmful = attack(
-        options(hardened, tmp_path / "out", trainings=("full",), learning_rates=(3e-2,), steps=8, retained=str(text))
-    )
+    harmful = attack(options(hardened, tmp_path / "out", learning_rates=(3e-2,), steps=8, retained=str(text)))
     run = run_of(harmful, "control")
     assert run.useful_progress is not None
     assert run.progress is not None
     assert run.useful_progress <= run.progress
-    unmeasured = attack(
-        options(hardened, tmp_path / "none", trainings=("full",), learning_rates=(1e-3,), retained="none")
-    )
+    unmeasured = attack(options(hardened, tmp_path / "none", retained="none"))
     assert run_of(unmeasured, "control").useful_progress is None
 
 
 def test_two_at_a_time_find_the_same(report: AttackReport, hardened: Path, tmp_path: Path) -> None:
-    two = attack(options(hardened, tmp_path, jobs=2, trainings=("full",), learning_rates=(1e-4,)))
+    two = attack(options(hardened, tmp_path, jobs=2, learning_rates=(1e-4,)))
     assert [run.spec for run in two.runs] == [run.spec for run in report.runs[:3]]
     for here, there in zip(report.runs, two.runs, strict=False):
         assert there.best == pytest.approx(here.best, rel=1e-4)
@@ -275,7 +262,7 @@ def test_two_at_a_time_find_the_same(report: AttackReport, hardened: Path, tmp_p
 
 @pytest.mark.slow
 def test_a_search_brackets_the_best_rate(hardened: Path, tmp_path: Path) -> None:
-    found = attack(options(hardened, tmp_path, trainings=("full",), search=True, steps=2))
+    found = attack(options(hardened, tmp_path, search=True, steps=2, learning_rates=()))
     for tried in found.attacks:
         best, rates = tried.best_learning_rate, tried.learning_rates
         control = tried.control
@@ -295,22 +282,16 @@ def test_classification(hardened: Path, tmp_path: Path) -> None:
     words, labels = ["bad", "good", "so-so"], ["no", "yes", "maybe"]
     rows = [{"text": f"{words[n % 3]} {n}", "label": labels[n % 3]} for n in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = attack(
-        options(hardened, tmp_path / "out", dataset=str(path), task="sequence-classification", learning_rates=(1e-3,))
-    )
+    made = options(hardened, tmp_path / "out", dataset=str(path), task="sequence-classification")
+    result = attack(replace(made, trainings=("full", "lora")))
     control = run_of(result, "control")
     assert control.start == pytest.approx(math.log(3), rel=0.5)
     for run in result.runs:
         assert run.start == pytest.approx(control.start, rel=1e-4)
 
 
-def test_a_base_without_a_control_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpecDefError, match="no manifest"):
-        attack(options(base, tmp_path))
-
-
 def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Path) -> None:
-    result = attack(options(base, tmp_path, control=base, trainings=("full",), learning_rates=(1e-3,)))
+    result = attack(options(base, tmp_path, control=base))
     assert [(run.spec.subject, str(run.spec.variant)) for run in result.runs] == [
         ("control", "plain"), ("model", "plain"), ("model", "rebalance"),
     ]  # fmt: skip
@@ -318,12 +299,14 @@ def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Pat
     assert "Nothing in the weights" in result.notes[0]
 
 
-def test_a_fold_that_comes_without_its_manifest_is_undone_all_the_same(base: Path, tmp_path: Path) -> None:
-    assert harden(HardenOptions(str(base), tmp_path / "fold", verify=False)) is not None
-    (tmp_path / "fold" / MANIFEST_NAME).unlink()
-    result = attack(
-        options(tmp_path / "fold", tmp_path / "out", control=base, trainings=("full",), learning_rates=(1e-3,))
-    )
+def bare(directory: Path, out: Path) -> Path:
+    """A copy without its manifest."""
+    return shutil.copytree(directory, out, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+
+
+def test_a_fold_that_comes_without_its_manifest_is_undone_all_the_same(base: Path, fold: Path, tmp_path: Path) -> None:
+    model = bare(fold, tmp_path / "bare")
+    result = attack(options(model, tmp_path / "out", control=base))
     _, plain, rebalanced = findings(result)
     assert str(rebalanced.attack.spec.variant) == "rebalance"
     assert (rebalanced.share or 0) >= 0.95
@@ -333,38 +316,27 @@ def test_a_fold_that_comes_without_its_manifest_is_undone_all_the_same(base: Pat
     assert not any("stopped" in sentence for sentence in summary(result))
 
 
-def test_a_fold_is_undone_before_float16_that_does_not_hold_it(base: Path, tmp_path: Path) -> None:
-    assert harden(HardenOptions(str(base), tmp_path / "fold", verify=False)) is not None
-    result = attack(
-        options(
-            tmp_path / "fold", tmp_path / "out", control=base, trainings=("full",), learning_rates=(1e-3,), steps=1,
-            dtype="float16",
-        )
-    )  # fmt: skip
+def test_a_fold_is_undone_before_float16_that_does_not_hold_it(base: Path, fold: Path, tmp_path: Path) -> None:
+    result = attack(options(fold, tmp_path / "out", control=base, steps=1, dtype="float16"))
     control, plain, rebalanced = findings(result)
     assert plain.start is None
     assert rebalanced.start == pytest.approx(control.start, rel=1e-3)
 
 
 def test_inserted_layers_without_their_manifest_are_collapsed(base: Path, hardened: Path, tmp_path: Path) -> None:
-    shutil.copytree(hardened, tmp_path / "bare")
-    (tmp_path / "bare" / MANIFEST_NAME).unlink()
-    result = attack(
-        options(tmp_path / "bare", tmp_path / "out", control=base, trainings=("full",), learning_rates=(1e-3,))
-    )
+    model = bare(hardened, tmp_path / "bare")
+    result = attack(options(model, tmp_path / "out", control=base))
     shares = {str(finding.attack.spec.variant): finding.share for finding in findings(result)[1:]}
     assert {"collapse", "rebalance"} <= set(shares)
     assert shares["collapse"] == pytest.approx(1, abs=0.05)
     assert "The weights show factors: 4 layers" in result.notes[0]
 
 
-def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(base: Path, tmp_path: Path) -> None:
-    """`harden` folds where it can, so `attack --expand 2x` must go on from there."""
-    assert harden(HardenOptions(str(base), tmp_path / "hardened", verify=False)) is not None
-    result = attack(
-        options(tmp_path / "hardened", tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1,
-                variants=("width:2",))
-    )  # fmt: skip
+def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(fold: Path, tmp_path: Path) -> None:
+    """`harden` folds where it can, so `attack --expand 2x` must go on from there. Libraries are left as they were."""
+    before = (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
+    result = attack(options(fold, tmp_path / "out", variants=("width:2",), steps=1))
+    assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before
     assert {run.spec.variant.kind for run in result.runs} == {"plain", "rebalance", "width"}
     plain, width = run_of(result, "plain"), run_of(result, "width")
     assert width.start == plain.start
@@ -377,25 +349,17 @@ def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) 
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] *= 1.1  # 0.7 % of the loss: a short attack learns no more
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    made = options(base, tmp_path / "out", trainings=("full",), learning_rates=(1e-3,), steps=1)
+    made = options(base, tmp_path / "out", steps=1)
     assert "The control is another model" in " ".join(attack(replace(made, control=other)).notes)
     assert "another model" not in " ".join(attack(replace(made, control=base)).notes)
 
 
 def test_a_tracker_has_a_log_of_every_run(hardened: Path, tmp_path: Path) -> None:
     """What TensorBoard reads back is what the run recorded."""
-    result = attack(
-        options(hardened, tmp_path, trainings=("full",), learning_rates=(1e-4,), steps=2, report_to=("tensorboard",))
-    )
+    result = attack(options(hardened, tmp_path, learning_rates=(1e-4,), steps=2, report_to=("tensorboard",)))
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {run.spec.run_id for run in result.runs}
     for run in result.runs:
         events = EventAccumulator(str(tmp_path / "logs" / run.spec.run_id))
         events.Reload()
         logged = [event.value for event in events.Scalars("eval/attack_loss")]
         assert logged == pytest.approx([point.loss for point in run.evaluations], rel=1e-6)
-
-
-def test_libraries_are_left_as_they_were(base: Path, tmp_path: Path) -> None:
-    before = (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
-    attack(options(base, tmp_path, control=base, trainings=("full",), learning_rates=(1e-3,), steps=1))
-    assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before

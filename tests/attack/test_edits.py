@@ -16,8 +16,6 @@ from specdef_cli.attack.run import attack
 from specdef_cli.attack.variants import Variant
 from specdef_cli.attack.variants.edits import RANK
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions, Scale
-from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model, load_tokenizer
 from specdef_cli.model.opened import open_model
 from specdef_cli.report import findings
@@ -31,20 +29,6 @@ WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 @pytest.fixture(scope="module")
 def prompts(base: Path) -> Prompts:
     return load_prompts(AttackOptions(model=base), load_tokenizer(base))
-
-
-@pytest.fixture(scope="module")
-def fold(base: Path) -> Path:
-    out = base.parent / "edited-fold"
-    harden(HardenOptions(str(base), out, verify=False))
-    return out
-
-
-@pytest.fixture(scope="module")
-def scaled(base: Path) -> Path:
-    out = base.parent / "edited-scaled"
-    harden(HardenOptions(str(base), out, Scale(), verify=False))
-    return out
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from specdef_cli.attack.variants.factored import (
     original_name,
     widen,
 )
-from specdef_cli.errors import SpecDefError
 from specdef_cli.model import SpecDefLinear
+from tests.commands import refusal
 from tests.tiny_models import random_llama
 
 D, M, LAYERS = 32, 48, 2
@@ -98,12 +98,6 @@ def test_surgery_keeps_the_function_and_counts(
         assert sum(p.numel() for p in layer.mlp.down_proj.parameters() if p.requires_grad) == trainable
 
 
-def test_the_logits_check_would_notice_a_wrong_layer(llama: LlamaForCausalLM, hardened: LlamaForCausalLM) -> None:
-    """The tolerance above is far below what one wrong factor does."""
-    hardened.model.layers[1].mlp.down_proj.compensation.weight.data[:, 0] *= 1.05
-    assert (logits(hardened) - logits(llama)).abs().max() > 2e-3
-
-
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("alpha", [1e2, 1e4])
 def test_depth_is_theorem_8(n: int, alpha: float) -> None:
@@ -126,16 +120,6 @@ def test_depth_is_theorem_8(n: int, alpha: float) -> None:
     assert error.max() < 1e-5
     assert not model[0].compensation.weight.requires_grad
     assert model[0].compensation.bias.requires_grad
-
-
-def test_collapse_gives_the_original_weight_back() -> None:
-    torch.manual_seed(2)
-    linear = nn.Linear(24, 16)
-    model: Any = nn.Sequential(harden(linear, 1e6))
-    collapse(model)
-    assert type(model[0]) is nn.Linear
-    torch.testing.assert_close(model[0].weight, linear.weight, rtol=1e-5, atol=1e-6)
-    assert torch.equal(model[0].bias, linear.bias)
 
 
 def test_width_starts_at_zero_and_at_the_scale_of_its_input() -> None:
@@ -170,6 +154,5 @@ def test_original_names(hardened: LlamaForCausalLM) -> None:
 
 
 def test_a_model_without_inserted_layers_is_refused(llama: LlamaForCausalLM) -> None:
-    with pytest.raises(SpecDefError, match="no factors") as caught:
+    with refusal("no factors", "rebalanc"):
         collapse(llama)
-    assert "rebalanc" in caught.value.hint

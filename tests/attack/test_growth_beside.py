@@ -13,7 +13,7 @@ from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.variants import Variant
 from specdef_cli.attack.variants.grown import outermost_block_paths
 from specdef_cli.model import load_model
-from tests.attack.test_scales import logits
+from tests.attack.conftest import logits
 from tests.tiny_families import CASES
 from tests.tiny_models import random_llama
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.run import attack
 from specdef_cli.attack.trainings import Training
-from specdef_cli.hardening.options import Fold, HardenOptions, Scale
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.options import Fold, Scale
 from specdef_cli.model import load_model
 from tests.byte_tokenizer import byte_tokenizer
+from tests.hardened import harden_to
 from tests.tiny_models import random_llama
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -57,7 +57,7 @@ def test_linears_are_quantized_as_by_transformers(wide: Path, name: str, nested:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_progress_counts_from_the_control_in_the_same_format(wide: Path, tmp_path: Path, scaled: bool) -> None:
     hardened = tmp_path / "hardened"
-    harden(HardenOptions(str(wide), hardened, Scale() if scaled else Fold(), verify=False))
+    harden_to(hardened, wide, Scale() if scaled else Fold())
     report = attack(
         AttackOptions(
             model=hardened, control=wide, trainings=("qlora:4",), learning_rates=(1e-2,), steps=3, batch_size=4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,25 +15,12 @@ from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.trainings.own import train_only
 from specdef_cli.attack.variants.scales import Scaled, channel_scales, equalise, rebalance, scale_rates
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions
 from specdef_cli.hardening.recognise import channel_exponents
-from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
 from specdef_cli.model.body import Side, SymmetricPair
+from tests.attack.conftest import TOKENS, logits
+from tests.hardened import harden_to
 from tests.tiny_families import CASES, build_config, randomize
-
-TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
-
-
-def logits(model: transformers.PreTrainedModel) -> torch.Tensor:
-    """Logits, or the last hidden state of a model without head."""
-    inputs = {"input_ids": TOKENS}
-    if model.main_input_name == "pixel_values":
-        inputs = {"pixel_values": torch.randn((2, 3, 16, 16), generator=torch.Generator().manual_seed(1))}
-    elif model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = TOKENS[:, :7]
-    with torch.inference_mode():
-        return model(**inputs)[0]
 
 
 def octaves(left: torch.nn.Module, right: torch.nn.Module) -> float:
@@ -44,8 +32,7 @@ def octaves(left: torch.nn.Module, right: torch.nn.Module) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_a_fold_is_undone_from_the_weights_alone(case: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     base_directory = checkpoints[case]
-    result = harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False))
-    assert result is not None
+    harden_to(tmp_path / "fold", base_directory)
     base, model = load_model(base_directory), load_model(tmp_path / "fold")
     # No manifest is at hand: the attacker has the loaded model and nothing else.
     before = logits(model)
@@ -90,10 +77,14 @@ def test_a_side_of_zeros_says_nothing() -> None:
     assert not channel_exponents(pair, tensors.__getitem__).any()
 
 
-def test_a_family_without_pairs_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [(rebalance, SpecDefError, "no symmetric pair"), (equalise, NotApplicable, "could be equalised")],
+)
+def test_a_family_without_pairs_is_refused(change: Any, error: type[Exception], said: str) -> None:
     config = transformers.BloomConfig(vocab_size=90, hidden_size=32, n_layer=1, n_head=4)
-    with pytest.raises(SpecDefError, match="no symmetric pair"):
-        rebalance(transformers.BloomForCausalLM(config))
+    with pytest.raises(error, match=said):
+        change(transformers.BloomForCausalLM(config))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,7 +103,7 @@ def test_a_fold_and_its_base_are_converted_to_the_same_weights_but_for_queries_a
 ) -> None:
     """Nothing but the weights says where gains and ranges went: gains are 1, both sides of an MLP range equally."""
     base_directory = checkpoints["llama"]
-    assert harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False)) is not None
+    harden_to(tmp_path / "fold", base_directory)
     base, fold = load_model(base_directory), load_model(tmp_path / "fold")
     for model in (base, fold):
         equalise(model)
@@ -140,12 +131,6 @@ def test_a_gain_of_zero_stays() -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_family_without_pairs_cannot_be_equalised() -> None:
-    config = transformers.BloomConfig(vocab_size=90, hidden_size=32, n_layer=1, n_head=4)
-    with pytest.raises(NotApplicable, match="could be equalised"):
-        equalise(transformers.BloomForCausalLM(config))
-
-
 def after_training(model: nn.Module, steps: int = 3) -> torch.Tensor:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-30, weight_decay=0)
     for _ in range(steps):
@@ -159,7 +144,7 @@ def after_training(model: nn.Module, steps: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("case", ["llama", "gpt2", "qwen2"])
 def test_a_fold_trains_like_its_base(case: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     base_directory = checkpoints[case]
-    assert harden(HardenOptions(str(base_directory), tmp_path / "fold", verify=False)) is not None
+    harden_to(tmp_path / "fold", base_directory)
     base, plain, scaled = load_model(base_directory), load_model(tmp_path / "fold"), load_model(tmp_path / "fold")
     with torch.no_grad():
         before = scaled(input_ids=TOKENS).logits

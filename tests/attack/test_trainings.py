@@ -11,15 +11,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from specdef_cli.attack.table import NotApplicable
-from specdef_cli.attack.target import Target
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.trainings.own import train_only
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.options import HardenOptions, Scale
-from specdef_cli.hardening.recognise import Recognised
-from specdef_cli.hardening.run import harden
 from specdef_cli.model import load_model
-from tests.attack.test_scales import logits
+from tests.attack.conftest import logits, target_of, trained_names
 from tests.tiny_families import CASES
 from tests.tiny_models import random_llama
 
@@ -27,14 +23,6 @@ from tests.tiny_models import random_llama
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     return random_llama(vocab_size=90, num_hidden_layers=4, num_key_value_heads=4)
-
-
-def trained_names(model: torch.nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def target_of(model: LlamaForCausalLM) -> Target:
-    return Target(None, "causal-lm", "", "", "", Recognised(), lambda: model)
 
 
 def test_adapters_stand_after_every_attention_and_mlp(llama: LlamaForCausalLM) -> None:
@@ -81,23 +69,6 @@ def test_adapters_go_on_families_of_every_kind(case: str, method: str, checkpoin
     for name in trained_names(model):
         torch.nn.init.normal_(model.get_parameter(name))
     assert not torch.allclose(logits(model), before)
-
-
-def test_hira_moves_a_weight_by_a_share_of_itself(llama: LlamaForCausalLM) -> None:
-    """So the row that a fold made 2¹³ times as large moves by 2¹³ times as much: no diagonal scale is in its way."""
-    up = llama.model.layers[0].mlp.up_proj.weight
-    scale = torch.ones(48, 1)
-    scale[3] = 2.0**13
-    with torch.no_grad():
-        up *= scale
-    model: Any = Training("hira", 4, ("up_proj",)).apply(llama, "causal-lm")
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    with torch.no_grad():
-        for factor in (layer.hira_A["default"], layer.hira_B["default"]):
-            torch.nn.init.normal_(factor)
-        share = (layer(torch.eye(32)).T - up) / up
-        expected = layer.hira_B["default"] @ layer.hira_A["default"]
-    torch.testing.assert_close(share, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_pissa_holds_the_largest_singular_directions_and_freezes_the_rest(llama: LlamaForCausalLM) -> None:
@@ -148,20 +119,6 @@ def test_single_groups_by_name(llama: LlamaForCausalLM) -> None:
     ]
     with pytest.raises(SpecDefError, match="'gates'"):
         Training.parse("groups@gates").on(target_of(llama))
-
-
-@pytest.fixture(scope="module")
-def fold(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("trainings") / "fold"
-    assert harden(HardenOptions(str(base), directory, verify=False)) is not None
-    return directory
-
-
-@pytest.fixture(scope="module")
-def scaled(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("trainings") / "scaled"
-    assert harden(HardenOptions(str(base), directory, Scale(), verify=False)) is not None
-    return directory
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,10 @@ def test_a_report_without_runs_is_refused(tmp_path: Path) -> None:
     attacked = {**run, "spec": {**run["spec"], "subject": "model"}}
     (tmp_path / "report.json").write_text(json.dumps({**FOLD, "runs": [attacked]}))
     assert read_resistance(tmp_path).model == "somewhere/fold"
+    gone = {**FOLD, "runs": [attacked], "model": {"name": "/home/someone/secret/fold", "hardening": None}}
+    gone["data"] = {**gone["data"], "name": "../someone/notes.jsonl"}
+    (tmp_path / "report.json").write_text(json.dumps(gone))
+    assert (read_resistance(tmp_path).model, read_resistance(tmp_path).data) == ("fold", "notes.jsonl")
     (tmp_path / "report.json").write_text(json.dumps({**FOLD, "runs": []}))
     with pytest.raises(SpecDefError, match="an attack report without runs"):
         read_resistance(tmp_path)

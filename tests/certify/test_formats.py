@@ -27,12 +27,12 @@ from specdef_cli.certify.formats import (
 )
 from specdef_cli.certify.tools import Trial, missing
 from specdef_cli.errors import SpecDefError, WrongUsage
-from specdef_cli.hardening.options import Factors, HardenOptions
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.options import Factors
 from specdef_cli.model import load_model
 from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model
 from tests.commands import TINY_LLAMA
+from tests.hardened import harden_to
 from tests.tiny_families import write_case
 
 
@@ -45,14 +45,14 @@ def tokens() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def fold(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fold") / "hardened"
-    harden(HardenOptions(str(TINY_LLAMA), out, verify=False))
+    harden_to(out, TINY_LLAMA)
     return out
 
 
 @pytest.fixture(scope="module")
 def factored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("factored") / "hardened"
-    harden(HardenOptions(str(TINY_LLAMA), out, Factors(alpha=1e4, top_k=25), verify=False))
+    harden_to(out, TINY_LLAMA, Factors(alpha=1e4, top_k=25))
     return out
 
 
@@ -163,7 +163,7 @@ def test_a_refusal_is_in_the_tools_words_and_names_no_directory(
 
 def test_what_is_no_language_model_is_measured_by_its_outputs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     base = checkpoints["vit"]
-    harden(HardenOptions(str(base), tmp_path / "factors", Factors(alpha=1e3, top_k=4), verify=False))
+    harden_to(tmp_path / "factors", base, Factors(alpha=1e3, top_k=4))
     names = ["float32", "bfloat16", "gguf-f32"]
     figures = {
         figure.format: figure

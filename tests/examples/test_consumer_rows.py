@@ -10,11 +10,10 @@ import torch
 
 from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_format
 from specdef_cli.certify.tools import Trial
-from specdef_cli.hardening.options import HardenOptions
-from specdef_cli.hardening.run import harden
 from specdef_cli.model.opened import open_model
 from tests.certify.test_formats import copied, damaged, tokens
 from tests.commands import TINY_LLAMA
+from tests.hardened import harden_to
 
 REAL = Path(__file__).parents[2] / "examples" / "real"
 with pytest.MonkeyPatch.context() as patch:
@@ -45,7 +44,7 @@ def test_consumers_keep_a_copy_and_see_a_broken_one(name: str, tmp_path: Path, t
 
 
 def test_an_adapter_carried_over_holds_attached_and_merged(tmp_path: Path, tokens: torch.Tensor) -> None:
-    harden(HardenOptions(str(TINY_LLAMA), tmp_path / "fold", verify=False))
+    harden_to(tmp_path / "fold", TINY_LLAMA)
     for name in ("lora", "lora-merged"):
         figure = one(tmp_path / "fold", tokens, name, tmp_path / name)
         assert figure.status == "kept", figure

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import assert_refused, call_cli, snapshot, succeed
+from tests.commands import Result, assert_refused, call_cli, snapshot, succeed
 from tests.faults.small_attack import SMALL, finished_runs
 from tests.hardening.mutations import (
     DOWN,
@@ -27,37 +27,19 @@ from tests.hardening.mutations import (
 from tests.hardening.test_refusals import INPUTS
 
 INFLATED = "model.layers.0.mlp.down_proj.inflated.weight"
-# Where an attack says something else than `harden` of the same directory.
-OTHERWISE: dict[str, tuple[str, ...]] = {
-    "NaN": ("the control", "not finite"),
-    "NaN elsewhere": ("the control", "not finite"),
-    "hardened already": ("specdef.json",),
-}
-# Every command opens a model by the same door, whose refusals `harden` shows: some of every kind.
-BROKEN = (
-    "NaN", "NaN elsewhere", "another shape", "int8", "a missing layer", "GPTQ", "a wider model", "no heads",
-    "an unknown architecture", "config.json not JSON", "truncated", "pickles only", "an index that leaves",
-    "a link that leaves", "hardened already", "code of its own", "a billion layers", "padding beyond the vocabulary",
-    "a dtype of eight bits", "weights cloned without Git LFS", "an attention kernel that is not here",
-)  # fmt: skip
 
 
-@pytest.fixture
-def outside(tmp_path: Path) -> Path:
-    """Where the output would lie."""
-    directory = tmp_path / "outside"
-    directory.mkdir()
-    return directory
+# Where an attack says something else than `harden` of the same directory; all else is told at the door that both open.
+BROKEN = {"NaN": "the control", "NaN elsewhere": "the control", "hardened already": "specdef.json"}
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", [*BROKEN, "code of its own", "a billion layers"])
 def test_a_broken_base_is_not_attacked(name: str, llama: Path, tmp_path: Path, outside: Path) -> None:
     mutation, words = INPUTS[name]
     directory = spoiled(llama, tmp_path, mutation, content("evil.py", "raise SystemExit('code was run')"))
     before = snapshot(directory)
     result = call_cli("attack", directory, "--control", directory, *SMALL, "--out", outside / "out")
-    words = OTHERWISE.get(name, tuple(word for word in words if word != "--exclude"))
-    assert_refused(result, *words)
+    assert_refused(result, *((BROKEN[name],) if name in BROKEN else words))
     assert finished_runs(outside / "out") == {}
     assert {path.name for path in outside.rglob("*")} <= {"out", "runs"}
     assert "code was run" not in result.stderr
@@ -89,15 +71,20 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
 }
 
 
+def measured(command: str, model: Path, base: Path, text: Path, out: Path) -> Result:
+    """Attack or certify a model, as it was hardened from a base, on a text."""
+    if command == "attack":
+        return call_cli(command, model, "--control", base, "--dataset", text, *SMALL, "--out", out)
+    return call_cli(command, model, "--base", base, "--text", text, "--quiet", "--out", out)
+
+
 @pytest.mark.parametrize("command", ["attack", "certify"])
 @pytest.mark.parametrize("name", HARDENED)
 def test_a_damaged_hardened_directory(
     name: str, command: str, hardened: Path, llama: Path, text: Path, tmp_path: Path, outside: Path
 ) -> None:
     mutation, words = HARDENED[name]
-    directory = spoiled(hardened, tmp_path, mutation)
-    options = ("--control", llama, *SMALL) if command == "attack" else ("--base", llama, "--text", text, "--quiet")
-    result = call_cli(command, directory, *options, "--out", outside / "out")
+    result = measured(command, spoiled(hardened, tmp_path, mutation), llama, text, outside / "out")
     if command == "certify" and name.startswith("manifest gone"):
         words = ("specdef.json",)
     assert_refused(result, *words, empty=outside)
@@ -128,10 +115,7 @@ def test_a_tokenizer_that_does_not_fit(
     name: str, command: str, hardened: Path, llama: Path, text: Path, tmp_path: Path, outside: Path
 ) -> None:
     mutation, words = TOKENIZERS[name]
-    base = spoiled(llama, tmp_path, mutation)
-    options = ("--control", base, "--dataset", text, *SMALL) if command == "attack" else ("--base", base)
-    text_option = () if command == "attack" else ("--text", text, "--quiet")
-    result = call_cli(command, hardened, *options, *text_option, "--out", outside / "out")
+    result = measured(command, hardened, spoiled(llama, tmp_path, mutation), text, outside / "out")
     assert_refused(result, *words, empty=outside)
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.checkpoint.output import exclusive
 from specdef_cli.errors import SpecDefError
-from tests.commands import Die, assert_refused, call_cli, command, dying, environment, succeed
+from tests.commands import Die, assert_refused, call_cli, command, death, environment, succeed
 from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, visible
 
 REPORT = {"report.html", "report.json", "curves.csv", "curves.png"}
@@ -27,12 +29,6 @@ POINTS = [
     ("os.replace", 2),
     ("specdef_cli.report.files.write_durably", 3),
 ]
-
-
-@pytest.fixture(scope="module")
-def die() -> Iterator[Die]:
-    with dying() as die:
-        yield die
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +61,9 @@ def go_on(arguments: tuple[str, ...], out: Path, expected: dict[str, Any]) -> in
     return len(before)
 
 
-def case(arguments: tuple[str, ...], out: Path, point: tuple[str, int], number: signal.Signals) -> dict[str, Any]:
-    return {"arguments": [*arguments, str(out)], "target": point[0], "call": point[1], "signal": number, "delay": None}
-
-
 def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path) -> None:
     outs = [tmp_path / str(number) / "out" for number in range(len(POINTS))]
-    fates = die([case(arguments, out, point, signal.SIGKILL) for out, point in zip(outs, POINTS, strict=True)])
+    fates = die([death(arguments, out, *point, signal.SIGKILL) for out, point in zip(outs, POINTS, strict=True)])
     kept = 0
     for point, out, fate in zip(POINTS, outs, fates, strict=True):
         assert fate["killed"] == signal.SIGKILL, (point, fate)
@@ -84,14 +76,32 @@ def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: d
 def test_interrupted_from_the_keyboard(
     die: Die, arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    points = [POINTS[0]]
-    outs = [tmp_path / str(number) / "out" for number in range(len(points))]
-    fates = die([case(arguments, out, point, signal.SIGINT) for out, point in zip(outs, points, strict=True)])
-    for out, fate in zip(outs, fates, strict=True):
-        assert fate["code"] == 130, fate
-        assert "Traceback" not in fate["said"]
-        assert "interrupted" in fate["said"]
-        go_on(arguments, out, expected)
+    (fate,) = die([death(arguments, tmp_path / "out", *POINTS[0], signal.SIGINT)])
+    assert fate["code"] == 130, fate
+    assert "Traceback" not in fate["said"]
+    assert "interrupted" in fate["said"]
+    go_on(arguments, tmp_path / "out", expected)
+
+
+@pytest.mark.parametrize(
+    "writes", ["specdef_cli.attack.one_run.write_durably", "specdef_cli.report.files.write_durably"]
+)
+def test_it_goes_on_when_the_disk_has_room_again(
+    writes: str, arguments: tuple[str, ...], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full at the second run file, and at the second file of the report."""
+    written: list[Path] = []
+
+    def write(path: Path, data: str | bytes) -> None:
+        written.append(path)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_durably(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writes, write)
+        assert_refused(call_cli(*arguments, tmp_path / "out"), "No space left on device")
+    assert go_on(arguments, tmp_path / "out", expected) == (1 if "one_run" in writes else RUNS)
 
 
 def test_a_second_attack_on_the_same_directory_is_told(arguments: tuple[str, ...], tmp_path: Path) -> None:

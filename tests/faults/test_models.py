@@ -14,49 +14,21 @@ from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.model import load_model, opened
 from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.hardening.mutations import config, spoiled
+from tests.tiny_kinds import write_kind
 
-TEXT = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
-WHISPER = {
-    "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
-    "max_source_positions": 20, "max_target_positions": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
-}  # fmt: skip
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "clip": ("CLIPModel", {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16}),
-    "siglip": ("SiglipModel", {"text_config": {**TEXT, "projection_size": 32}, "vision_config": VISION}),
-    "siglip vision": ("SiglipVisionModel", VISION),
-    "time series": ("TimeSeriesTransformerModel", {"prediction_length": 4, "d_model": 16}),
-    "whisper": ("WhisperForConditionalGeneration", WHISPER),
-}
 FACTORS = ("--method", "factors", "--top-k", "4")
-
-
-def write(name: str, directory: Path) -> Path:
-    torch.manual_seed(0)
-    kind, arguments = MODELS[name]
-    model_class = getattr(transformers, kind)
-    model_class(model_class.config_class(**arguments)).eval().save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_a_model_of_two_inputs_is_verified_with_both(name: str, tmp_path: Path) -> None:
-    model, out = write(name, tmp_path / "model"), tmp_path / "out"
+    model, out = write_kind(name, tmp_path / "model"), tmp_path / "out"
     result = succeed("harden", model, "--out", out, *FACTORS, "--json")
     assert 0 < json.loads(result.stdout)["manifest"]["verification"]["relative"] < 1e-4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_a_model_without_a_batch_is_refused_before_any_work(tmp_path: Path) -> None:
-    model = write("time series", tmp_path / "model")
+    model = write_kind("time series", tmp_path / "model")
     command = ("harden", model, "--out", tmp_path / "out", *FACTORS, "--quiet")
     before = snapshot(tmp_path)
     refused = call_cli(*command)
@@ -67,7 +39,7 @@ def test_a_model_without_a_batch_is_refused_before_any_work(tmp_path: Path) -> N
 
 def test_a_linear_whose_weight_is_read_past_it_is_not_planned(tmp_path: Path) -> None:
     """nn.MultiheadAttention hands its out_proj's weight to a kernel."""
-    model = write("siglip vision", tmp_path / "model")
+    model = write_kind("siglip vision", tmp_path / "model")
     command = ("harden", model, *FACTORS, "--layers", "*out_proj")
     plan = json.loads(call_cli(*command, "--dry-run", "--json").stdout)
     assert (plan["layers"], plan["changed"]) == (2, {"self_attn.out_proj": 2})
@@ -78,12 +50,8 @@ def test_a_linear_whose_weight_is_read_past_it_is_not_planned(tmp_path: Path) ->
 
 def test_layers_whose_weight_the_model_s_own_code_reads_are_left_out(tmp_path: Path) -> None:
     """Mamba multiplies by the weight of dt_proj itself; without it, an architecture that nobody described is kept."""
-    torch.manual_seed(0)
-    config = transformers.MambaConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "model")
-    command = ("harden", tmp_path / "model", "--method", "scale", "--json", "--out", tmp_path / "out")
+    model = write_kind("mamba", tmp_path / "model")
+    command = ("harden", model, "--method", "scale", "--json", "--out", tmp_path / "out")
     result = succeed(*command)
     manifest = json.loads(result.stdout)["manifest"]
     assert manifest["verification"]["equal"]

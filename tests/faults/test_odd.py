@@ -66,7 +66,16 @@ USAGE: dict[str, tuple[tuple[str, ...], str]] = {
     "attack that fails on NaN": ((*ATTACK, "--fail-if", "steps_to_control<nan"), "is not a condition"),
     "attack that fails on nothing": ((*ATTACK, "--fail-if", ""), "'' is not a condition"),
     "attack told to nobody": ((*ATTACK, "--report-to", "nobody"), "'nobody' is unknown"),
+    "attack at a rate of NaN": ((*ATTACK, "--lr", "nan"), "--lr nan"),
+    "attack on one token": ((*ATTACK, "--sequence-length", "1"), "--sequence-length 1"),
+    "attack of no schedule": ((*ATTACK, "--schedule", "step"), "'step'"),
+    "attack by no job": ((*ATTACK, "--jobs", "0"), "--jobs 0"),
+    "attack warmed up to its end": ((*ATTACK, "--warmup-steps", "30"), "--warmup-steps 30"),
+    "attack that takes a blank for a refusal": ((*ATTACK, "--refusal-word", " "), "--refusal-word"),
+    "attack by a suite and a training": ((*ATTACK, "--suite", "quick", "--training", "full@*norm*"), "--suite quick"),
+    "attack by a suite and an optimizer": ((*ATTACK, "--suite", "quick", "--optimizer", "sgd"), "--optimizer"),
     "attack of an unknown task": ((*ATTACK, "--task", "chess"), "chess"),
+    "certify on a device of no kind": ((*CERTIFY, "--device", "warp"), "warp"),
     "certify in an unknown format": ((*CERTIFY, "--formats", "jpeg"), "'jpeg'"),
 }  # fmt: skip
 LINES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -104,6 +113,7 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
     "attack in batches larger than all data": ((*ATTACK, *TEXT, "--batch-size", str(10**12)), "a batch has 1000000000"),
     "attack for a task that the model has not": ((*ATTACK, "--task", "seq2seq-lm"), "--task causal-lm"),
     "attack for classes without data": ((*ATTACK, "--task", "sequence-classification"), "labelled texts"),
+    "attack without a control": (("attack", "BASE"), "has no manifest that names its base"),
     "attack on a control that is nowhere": (("attack", "HARDENED", "--control", "./nowhere"), "'./nowhere' is neither"),
     "attack to the data": ((*ATTACK, "--dataset", "TEXT", "--out", "TEXT"), "not a directory"),
     "attack into its control": ((*ATTACK, "--out", "BASE/attack"), "lies in the input"),
@@ -166,6 +176,7 @@ def test_a_task_that_the_model_has_not_leads_to_one_that_it_has(tmp_path: Path) 
     for name, asked, advised in (
         ("t5", "causal-lm", "seq2seq-lm"),
         ("bert", "seq2seq-lm", "masked-lm"),
+        ("bert", "causal-lm", "masked-lm"),
         ("llava", "seq2seq-lm", "causal-lm"),
         ("t5", "image-classification", "seq2seq-lm"),
     ):

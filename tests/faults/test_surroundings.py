@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specdef_cli.cli.output import Output, SafeStream, safe_streams
 from specdef_cli.errors import SpecDefError, clean_token, redact
 from specdef_cli.process import forget_stale_launcher
-from tests.commands import Result, assert_refused, call_cli, succeed
+from tests.commands import Result, assert_refused, call_cli, run_main, succeed
 from tests.faults.small_attack import SMALL
 from tests.hardening.mutations import config, content
 from tests.hub_server import Hub, here, serving
@@ -176,30 +178,13 @@ def test_a_terminal_without_the_characters(encoding: str, llama: Path, tmp_path:
         ("harden", llama, "--method", "factors", "--top-k", "4", "--out", tmp_path / "out"),
         ("collapse", tmp_path / "out", "--out", tmp_path / "back"),
     ):
-        result, shown = through(encoding, *arguments)
-        assert result == 0, shown
+        raw = io.BytesIO()
+        with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding=encoding, errors="strict")) as stdout:
+            assert run_main(*arguments) == 0
+            stdout.flush()
+        shown = raw.getvalue().decode(encoding)
         assert "down_proj" in shown or "back" in shown
     assert (tmp_path / "back" / "config.json").is_file()
-
-
-def through(encoding: str, *arguments: object) -> tuple[int, str]:
-    """The exit code of a command in this process, and what it writes to a stdout of that encoding."""
-    from specdef_cli.cli.app import main
-
-    raw = io.BytesIO()
-    before, argv = sys.stdout, sys.argv
-    sys.stdout = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
-    sys.argv = ["specdef", *map(str, arguments)]
-    code = 0
-    try:
-        main()
-    except SystemExit as leaving:
-        code = int(leaving.code or 0)
-    finally:
-        sys.stdout.flush()
-        shown = raw.getvalue().decode(encoding)
-        sys.stdout, sys.argv = before, argv
-    return code, shown
 
 
 class FullDisk(io.StringIO):
@@ -221,11 +206,8 @@ class NobodyReads(FullDisk):
     ("stdout", "inspected"), [(FullDisk, 1), (NobodyReads, 0), (None, 0)], ids=["full", "gone", "closed"]
 )
 def test_output_does_not_decide_success(
-    stdout: type[FullDisk] | None, inspected: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    from specdef_cli.cli.app import main
-
+    stdout: Any, inspected: int, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     codes = []
     for arguments in (
         ("inspect", llama),
@@ -233,13 +215,8 @@ def test_output_does_not_decide_success(
         ("harden", llama, *FOLD, "--out", tmp_path / "out"),
         ("collapse", tmp_path / "out", "--out", tmp_path / "back", "--json"),
     ):
-        monkeypatch.setattr(sys, "argv", ["specdef", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdout", stdout and stdout())
-        try:
-            main()
-            codes.append(0)
-        except SystemExit as leaving:
-            codes.append(int(leaving.code or 0))
+        with contextlib.redirect_stdout(stdout and stdout()):
+            codes.append(run_main(*arguments))
     # What is only printed is lost; what is published is not.
     assert codes == [inspected, inspected, 0, 0]
     said = capsys.readouterr().err
@@ -257,13 +234,6 @@ def test_a_stream_takes_text_only_and_passes_the_rest_on() -> None:
     assert stream.isatty() is False
     with pytest.raises(TypeError):
         stream.write(b"x")  # type: ignore[arg-type]
-
-
-def test_streams_are_what_they_were_afterwards() -> None:
-    before = sys.stdout, sys.stderr
-    with safe_streams():
-        assert isinstance(sys.stdout, SafeStream)
-    assert (sys.stdout, sys.stderr) == before
 
 
 def test_a_result_that_is_lost_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:

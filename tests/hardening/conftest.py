@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 
 from specdef_cli.hardening.options import Fold, HardenOptions, Scale
 from specdef_cli.hardening.run import harden
-from tests.commands import environment
+from tests.commands import environment, run_program
 
 WAYS: dict[str, dict[str, Any]] = {
     "fold": {},  # what is made by default
@@ -57,16 +55,9 @@ def judge(checkpoints: dict[str, Path], made: Made) -> Callable[[Iterable[tuple[
             }
             for case, way in asked
         ]
-        process = subprocess.run(
-            [sys.executable, Path(__file__).with_name("plain_transformers.py")],
-            input=json.dumps(jobs),
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        assert process.returncode == 0, process.stderr[-3000:]
-        found = {tuple(name.split("|")): result for name, result in json.loads(process.stdout).items()}
+        program = Path(__file__).with_name("plain_transformers.py")
+        said = run_program(program, given=json.dumps(jobs), env=environment())
+        found = {(case, way): result for name, result in said.items() for case, way in [name.split("|")]}
         assert len(found) == len(jobs)
         return found
 

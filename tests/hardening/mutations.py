@@ -36,18 +36,31 @@ def config(**changes: Any) -> Mutation:
     return edit_json("config.json", **changes)
 
 
+def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite config.json in place."""
+    data = json.loads((directory / "config.json").read_text())
+    change(data)
+    (directory / "config.json").write_text(json.dumps(data))
+
+
+def edit_tensors(
+    directory: Path, change: Callable[[dict[str, torch.Tensor]], object], name: str = "model.safetensors"
+) -> None:
+    """Rewrite the weights in place."""
+    tensors = load_file(directory / name)
+    change(tensors)
+    save_file(tensors, directory / name, {"format": "pt"})
+
+
 def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> Mutation:
     """Replace a tensor; ``None`` removes it."""
 
-    def apply(directory: Path) -> None:
-        tensors = load_file(directory / "model.safetensors")
-        if change is None:
-            del tensors[name]
-        else:
-            tensors[name] = change(tensors[name]).contiguous()
-        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    def apply(tensors: dict[str, torch.Tensor]) -> None:
+        weight = tensors.pop(name)
+        if change is not None:
+            tensors[name] = change(weight).contiguous()
 
-    return apply
+    return lambda directory: edit_tensors(directory, apply)
 
 
 def element(value: float) -> Callable[[torch.Tensor], torch.Tensor]:

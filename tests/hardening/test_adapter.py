@@ -16,11 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.adapter import convert_adapter
-from specdef_cli.hardening.options import Factors, Fold, HardenOptions, Scale
-from specdef_cli.hardening.run import harden
+from specdef_cli.hardening.options import Factors, Fold, Scale
 from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
 from tests.commands import assert_refused, call_cli
+from tests.hardened import harden_to
 
 
 def lora(base: Path, out: Path, *, head: bool = False, **settings: Any) -> Path:
@@ -69,7 +69,7 @@ def test_a_converted_adapter_is_the_same_function(
     case: str, way: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     base, hardened = checkpoints[case], tmp_path / "hardened"
-    harden(HardenOptions(str(base), hardened, HARDENED[way], verify=False))
+    harden_to(hardened, base, HARDENED[way])
     adapter = lora(base, tmp_path / "lora", head=case in ("llama", "llama-tied"))
     converted = convert_adapter(str(adapter), open_model(hardened), tmp_path / "converted")
     assert converted.rewritten > 0
@@ -84,14 +84,14 @@ def test_a_converted_adapter_is_the_same_function(
 
 def test_the_adapter_of_the_base_is_another_function_on_a_fold(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     base, fold = checkpoints["llama"], tmp_path / "fold"
-    harden(HardenOptions(str(base), fold, verify=False))
+    harden_to(fold, base)
     adapter = lora(base, tmp_path / "lora")
     assert not torch.allclose(logits(fold, adapter), logits(base, adapter), rtol=0.1, atol=0.1)
 
 
 def test_ranks_alphas_and_rslora_are_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     base, hardened = checkpoints["llama"], tmp_path / "hardened"
-    harden(HardenOptions(str(base), hardened, HARDENED["scale"], verify=False))
+    harden_to(hardened, base, Scale())
     adapter = lora(
         base, tmp_path / "lora", target_modules=["q_proj", "up_proj"], layers_to_transform=[1], use_rslora=True,
         rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 32},
@@ -106,7 +106,7 @@ def test_ranks_alphas_and_rslora_are_kept(checkpoints: dict[str, Path], tmp_path
 def places(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """(adapter, hardened, base)."""
     root, base = tmp_path_factory.mktemp("adapter"), tiny_model("llama")
-    harden(HardenOptions(str(base), root / "fold", verify=False))
+    harden_to(root / "fold", base)
     return lora(base, root / "lora"), root / "fold", base
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdef_cli.checkpoint.manifest import Manifest, ScaledModule, read_manifest
+from specdef_cli.checkpoint.changes import ScaledModule
+from specdef_cli.checkpoint.manifest import Manifest, read_manifest
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.plan import make_plan
 from specdef_cli.hardening.run import collapse

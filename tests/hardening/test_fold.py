@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from specdef_cli.checkpoint.manifest import ScaledSlice, read_manifest
+from specdef_cli.checkpoint.changes import ScaledSlice
+from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.reader import open_checkpoint
 from specdef_cli.checkpoint.shards import scale_slice
 from specdef_cli.errors import SpecDefError
@@ -22,11 +23,12 @@ from specdef_cli.hardening import fold
 from specdef_cli.hardening.fold import HIGHEST_EXPONENT, SAMPLE_ROWS, constant, fold_pairs, spread
 from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
-from specdef_cli.hardening.run import harden
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.opened import open_model
 from tests.commands import assert_refused, call_cli, succeed
+from tests.hardened import harden_to
 from tests.tiny_families import write_case
+from tests.tiny_kinds import write_kind
 
 
 @pytest.mark.parametrize(("construction", "matches"), [(Fold(), 1), (Factors(), 2), (Scale(), 2)])
@@ -76,12 +78,10 @@ def test_gradients_are_those_of_the_base_by_the_inverse_factors(
     base = write_case("llama", tmp_path / "base")
     if steps is not None:
         monkeypatch.setattr(fold, "exponents_of", lambda pairs, profile: spread(pairs, 2, steps))
-    options = HardenOptions(str(base), tmp_path / "out", verify=False)
-    result = harden(options)
-    assert result is not None
+    manifest = harden_to(tmp_path / "out", base)
     expected, found = gradients(base, dtype), gradients(tmp_path / "out", dtype)
     assert expected.keys() == found.keys()
-    for pair in result.manifest.folded:
+    for pair in manifest.folded:
         for part in pair.slices:
             scale_slice(found[part.tensor], part)  # the fold's own factors take the inverse ones out
     for name, gradient in expected.items():
@@ -178,24 +178,52 @@ def test_what_would_be_rounded_or_flushed_is_refused_and_left_as_it_was(dtype: t
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def test_the_card_says_what_holds(llama: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = succeed("harden", llama, "--out", out)
-    manifest = read_manifest(out)
-    assert (manifest.method, manifest.profile) == ("fold", "float16-cache")
-    card = (out / "README.md").read_text()
-    assert "bit for bit" in card
-    assert "rebalancing" in card
-    assert "merging with models" in card
-    assert "compensation" not in card
-    assert "float16-cache profile" in card
-    free = card.partition("as fast as before when nothing else trains: ")[2].partition(".  ")[0]
-    assert "model.embed_tokens" in free
-    one_sided = "lm_head, mlp.down_proj, mlp.gate_proj, self_attn.o_proj"
-    assert f"as one side is scaled: {one_sided}. " in card
-    assert f"Scaled on one side only: {one_sided}." in result.stderr
-    assert "self_attn.q_proj" not in free
-    assert "secure" not in card.lower()
+LOST = "float16 weights, 8- and 4-bit quantization (bitsandbytes, torchao, GGUF), float8, merging "
+ONE_SIDED = "lm_head, mlp.down_proj, mlp.gate_proj, self_attn.o_proj"
+# Options → what stands in the card and is said before the work, in the card alone, and not in the card.
+SAID: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "fold": (
+        (),
+        (LOST,),
+        (
+            "bit for bit", "rebalancing", "merging with models", "float16-cache profile", "model.embed_tokens",
+            f"as one side is scaled: {ONE_SIDED}. ",
+        ),
+        ("compensation", "These weights compute", "secure"),
+    ),
+    "bfloat16 profile": (("--profile", "bfloat16"), ("float16 key/value cache",), ("bit for bit",), ("secure",)),
+    "factors": (
+        ("--method", "factors", "--top-k", "4"),
+        (LOST,),
+        ("freezing the compensation", "embed_tokens"),
+        ("These weights compute", "secure"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_the_card_and_the_notes_say_what_holds_and_what_is_lost(case: str, llama: Path, tmp_path: Path) -> None:
+    options, both, in_card, absent = SAID[case]
+    told = " ".join(succeed("harden", llama, "--out", tmp_path / "out", *options).stderr.split())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert [words for words in both if words not in told or words not in card] == []
+    assert [words for words in in_card if words not in card] == []
+    assert [words for words in absent if words in card.lower() or words in card] == []
+    manifest = read_manifest(tmp_path / "out")
+    if case == "fold":
+        free = card.partition("as fast as before when nothing else trains: ")[2].partition(".  ")[0]
+        assert "model.embed_tokens" in free
+        assert "self_attn.q_proj" not in free
+        assert f"Scaled on one side only: {ONE_SIDED}." in told
+    if case == "bfloat16 profile":  # one staircase over all pairs, beyond what a float16 cache holds
+        assert manifest.verification["equal"]
+        cached = [pair for pair in manifest.folded if pair.kind in ("value_output", "query_key")]
+        assert min(abs(exponent) for pair in cached for exponent in pair.exponents) >= 13
+        assert max(abs(exponent) for pair in manifest.folded for exponent in pair.exponents) == 28
+    if case == "factors":
+        first = card.split("## SpecDef")[1].strip().splitlines()[0]
+        assert first.startswith("On a fixed batch the outputs of these weights are within ")
+        assert f"{manifest.verification['relative']:.1e} (relative)" in first
 
 
 def test_the_last_mlp_and_the_first_attention_stand_apart(llama: Path, tmp_path: Path) -> None:
@@ -211,50 +239,6 @@ def test_the_last_mlp_and_the_first_attention_stand_apart(llama: Path, tmp_path:
     for name, exponents in steps.items():
         cached = name.endswith(("value_output", "query_key"))
         assert exponents == {9} if cached else exponents <= set(range(13, 19)), name
-
-
-def test_the_bfloat16_profile_reaches_further_and_says_what_that_costs(llama: Path, tmp_path: Path) -> None:
-    """One staircase over all pairs; what a cache holds goes beyond float16, and rows and columns still add up to 56."""
-    out = tmp_path / "out"
-    result = succeed("harden", llama, "--out", out, "--profile", "bfloat16")
-    manifest = read_manifest(out)
-    assert manifest.verification["equal"]
-    cached = [pair for pair in manifest.folded if pair.kind in ("value_output", "query_key")]
-    assert min(abs(exponent) for pair in cached for exponent in pair.exponents) >= 13
-    assert max(abs(exponent) for pair in manifest.folded for exponent in pair.exponents) == 28
-    for text in ((out / "README.md").read_text(), result.stderr.replace("\n", " ")):
-        assert "float16 key/value cache" in text
-
-
-def test_what_is_lost_is_said_before_the_work_and_in_the_card(llama: Path, tmp_path: Path) -> None:
-    for options, lost in (
-        (
-            ("--method", "fold"),
-            "float16 weights, 8- and 4-bit quantization (bitsandbytes, torchao, GGUF), float8, merging ",
-        ),
-        (
-            ("--method", "factors", "--top-k", "4"),
-            "float16 weights, 8- and 4-bit quantization (bitsandbytes, torchao, GGUF), float8, merging ",
-        ),
-    ):
-        out = tmp_path / options[1]
-        result = succeed("harden", llama, "--out", out, *options)
-        told = " ".join(result.stderr.split())
-        assert lost in told
-        card = (out / "README.md").read_text()
-        assert lost in card
-        assert ("freezing the compensation" in card) == ("factors" in options)
-        assert "embed_tokens" in card
-        assert "These weights compute" not in card
-
-
-def test_the_card_of_factors_gives_the_deviation_first(llama: Path, tmp_path: Path) -> None:
-    succeed("harden", llama, "--out", tmp_path / "out", "--method", "factors", "--top-k", "4")
-    figures = read_manifest(tmp_path / "out").verification
-    text = (tmp_path / "out" / "README.md").read_text()
-    said = text.split("## SpecDef")[1].strip().splitlines()[0]
-    assert said.startswith("On a fixed batch the outputs of these weights are within ")
-    assert f"{figures['relative']:.1e} (relative)" in said
 
 
 WRONG_USAGE = {
@@ -299,10 +283,7 @@ def test_names_of_the_model_are_known_too(tiny_model: Callable[..., Path], tmp_p
 
 
 def test_a_family_that_is_not_described_is_refused_with_the_reason(tmp_path: Path) -> None:
-    config = transformers.OPTConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, ffn_dim=24, num_attention_heads=2, word_embed_proj_dim=16
-    )
-    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    write_kind("opt", tmp_path / "opt")
     result = call_cli("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "fold", "--quiet")
     assert_refused(result, "no symmetric pair to fold", "OPTForCausalLM", "not described", "--method scale")
     succeed("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "scale", "--quiet")

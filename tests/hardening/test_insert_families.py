@@ -14,14 +14,16 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 import specdef_cli  # noqa: F401
-from specdef_cli.checkpoint.manifest import FactoredLayer, read_manifest
+from specdef_cli.checkpoint.changes import FactoredLayer
+from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.checkpoint.stream import file_sha256
-from specdef_cli.hardening.options import CollapseOptions, Factors, HardenOptions, StoredDtype
-from specdef_cli.hardening.run import collapse, harden
+from specdef_cli.hardening.options import CollapseOptions, Factors, StoredDtype
+from specdef_cli.hardening.run import collapse
 from specdef_cli.model import SpecDefLinear, load_model
+from tests.hardened import harden_to
 from tests.tiny_models import FAMILIES, README, forward
 from tests.tiny_pipeline import denoise, tiny_unet
-from tests.weights import assert_collapsed, relative, tensors
+from tests.weights import assert_collapsed, assert_same_bytes, relative, tensors
 
 TinyModel = Callable[..., Path]
 ALPHA, TOP_K = 1e4, 4
@@ -69,8 +71,7 @@ def hardened(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def build(family: str, dtype: torch.dtype) -> Path:
         if (family, dtype) not in made:
             out = tmp_path_factory.mktemp("hardened") / family
-            options = HardenOptions(str(tiny(family, dtype)), out, Factors(alpha=ALPHA, top_k=TOP_K))
-            assert harden(options) is not None
+            harden_to(out, tiny(family, dtype), Factors(alpha=ALPHA, top_k=TOP_K), verify=True)
             made[family, dtype] = out
         return made[family, dtype]
 
@@ -199,29 +200,27 @@ def test_files_besides_the_weights(family: str, tiny: TinyModel, hardened: Calla
     assert "secure" not in card.lower()
 
 
-def test_shards_in_and_out_hold_the_same(tiny_model: TinyModel, tmp_path: Path) -> None:
-    single = tiny_model("llama")
-    sharded = tiny_model("llama", torch.float32, "30KB")
+@pytest.mark.parametrize(("family", "prefix"), [("llama", "model"), ("unet", "diffusion_pytorch_model")])
+def test_shards_in_and_out_hold_the_same(family: str, prefix: str, tiny: TinyModel, tmp_path: Path) -> None:
+    single, sharded, size = tiny(family), tmp_path / "sharded", 20_000 if family == "llama" else 200_000
+    load_model(single).save_pretrained(sharded, max_shard_size=size)
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    made = {}
-    for name, base, size in (("one", single, 10**9), ("in", sharded, 10**9), ("out", single, 20_000)):
-        options = HardenOptions(str(base), tmp_path / name, Factors(top_k=TOP_K), max_shard_size=size)
-        assert harden(options) is not None
-        made[name] = tensors(tmp_path / name)
-    assert [path.name for path in sorted((tmp_path / "in").glob("*.safetensors"))] == ["model.safetensors"]
+    for name, base, most in (("one", single, 10**9), ("in", sharded, 10**9), ("out", single, size)):
+        harden_to(tmp_path / name, base, Factors(top_k=TOP_K), max_shard_size=most)
+    assert [path.name for path in (tmp_path / "in").glob("*.safetensors")] == [f"{prefix}.safetensors"]
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(shards) > 3
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert [shard.name for shard in shards] == [
+        f"{prefix}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+    ]
+    index = json.loads((tmp_path / "out" / f"{prefix}.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     assert read_manifest(tmp_path / "out").shards == {shard.name: file_sha256(shard) for shard in shards}
     for other in ("in", "out"):
-        assert made[other].keys() == made["one"].keys()
         # The basis depends on seed and name alone, so not on where a tensor stood.
-        assert all(torch.equal(made[other][name], tensor) for name, tensor in made["one"].items())
-    assert torch.equal(forward(load_model(tmp_path / "out")), forward(load_model(tmp_path / "one")))
-    back = collapse(CollapseOptions(str(tmp_path / "out"), tmp_path / "back", max_shard_size=20_000))
-    assert back is not None
-    assert tensors(tmp_path / "back").keys() == tensors(single).keys()
+        assert_same_bytes(tensors(tmp_path / other), tensors(tmp_path / "one"))
+    assert torch.equal(outputs(load_model(tmp_path / "out")), outputs(load_model(tmp_path / "one")))
+    collapse(CollapseOptions(str(tmp_path / "out"), tmp_path / "back", max_shard_size=size))
+    assert relative(outputs(load_model(tmp_path / "back")), outputs(load_model(single))) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -240,13 +239,9 @@ def test_shards_in_and_out_hold_the_same(tiny_model: TinyModel, tmp_path: Path) 
 def test_globs_choose_the_layers(
     layers: tuple[str, ...], exclude: tuple[str, ...], expected: set[str], llama: Path, tmp_path: Path
 ) -> None:
-    options = HardenOptions(
-        str(llama), tmp_path / "out", Factors(top_k=2), layers=layers, exclude=exclude, verify=False
-    )
-    result = harden(options)
-    assert result is not None
-    assert {layer.module for layer in result.manifest.factored} == expected
-    assert result.manifest.verification == {"skipped": "verification was switched off"}
+    manifest = harden_to(tmp_path / "out", llama, Factors(top_k=2), layers=layers, exclude=exclude)
+    assert {layer.module for layer in manifest.factored} == expected
+    assert manifest.verification == {"skipped": "verification was switched off"}
     assert relative(forward(load_model(tmp_path / "out")), forward(load_model(llama))) < 1e-5
 
 
@@ -254,23 +249,19 @@ def test_globs_choose_the_layers(
 def test_another_dtype_casts_every_floating_tensor(
     dtype: StoredDtype, alpha: float, llama: Path, tmp_path: Path
 ) -> None:
-    options = HardenOptions(str(llama), tmp_path / "out", Factors(alpha=alpha, top_k=TOP_K), dtype=dtype)
-    result = harden(options)
-    assert result is not None
+    manifest = harden_to(tmp_path / "out", llama, Factors(alpha=alpha, top_k=TOP_K), dtype=dtype, verify=True)
     expected = getattr(torch, dtype)
     assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {expected}
     assert load_model(tmp_path / "out").dtype == expected
-    assert result.manifest.dtype == dtype
+    assert manifest.dtype == dtype
     base = load_model(llama, dtype=expected)
     assert relative(forward(load_model(tmp_path / "out")), forward(base)) < 2e-2
 
 
 def test_the_symmetric_gauge_is_the_papers(llama: Path, tmp_path: Path) -> None:
-    options = HardenOptions(str(llama), tmp_path / "out", Factors(alpha=1e3, top_k=TOP_K, gauge="symmetric", seed=7))
-    result = harden(options)
-    assert result is not None
+    manifest = harden_to(tmp_path / "out", llama, Factors(alpha=1e3, top_k=TOP_K, gauge="symmetric", seed=7))
     base, found = tensors(llama), tensors(tmp_path / "out")
-    for layer in result.manifest.factored:
+    for layer in manifest.factored:
         left, singular_values, right = torch.linalg.svd(base[layer.tensor].double(), full_matrices=False)
         inflation = torch.ones_like(singular_values)
         inflation[:TOP_K] = 1e3

@@ -21,6 +21,7 @@ from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model
 from specdef_cli.model.symmetries import symmetries
 from tests.commands import TINY_LLAMA, assert_refused, call_cli, succeed
+from tests.hardened import harden_to
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_the_notes_and_the_card_say_what_is_given_up(hardened: tuple[Path, str],
     worst = max(shares, key=lambda name: shares[name] or 0)
     card = (hardened[0] / "README.md").read_text(encoding="utf-8")
     for text in (card, " ".join(hardened[1].split())):
-        assert f"at most {shares[worst]:.2%} of what the pair's readers put out ({worst})" in text
+        assert f"at most {shares[worst]:.2%} of the energy in what the pair's readers output ({worst})" in text
         assert "double quantization" in text
         assert "offset" in text
         assert "float16 weights" not in text
@@ -75,7 +76,7 @@ def test_float16_and_8_bits_cost_what_they_cost_the_base(hardened: tuple[Path, s
     base, fold = (losses(directory, tokens, tmp_path) for directory in (TINY_LLAMA, hardened[0]))
     for name, loss in base.items():
         assert fold[name] == pytest.approx(loss, abs=0.02), name
-    harden(HardenOptions(str(TINY_LLAMA), tmp_path / "default", verify=False))
+    harden_to(tmp_path / "default", TINY_LLAMA)
     default = losses(tmp_path / "default", tokens, tmp_path)
     assert all(not loss < base[name] + 0.5 for name, loss in default.items())
 
@@ -83,11 +84,9 @@ def test_float16_and_8_bits_cost_what_they_cost_the_base(hardened: tuple[Path, s
 def test_a_text_of_ones_own_chooses_other_channels(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("0123456789, " * 2_000)
-    found = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "m", Fold("quantizable", str(text)), verify=False))
-    usual = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "n", Fold("quantizable"), verify=False))
-    assert found is not None
-    assert usual is not None
-    assert [pair.channels for pair in found.manifest.folded] != [pair.channels for pair in usual.manifest.folded]
+    found = harden_to(tmp_path / "m", TINY_LLAMA, Fold("quantizable", str(text)))
+    usual = harden_to(tmp_path / "n", TINY_LLAMA, Fold("quantizable"))
+    assert [pair.channels for pair in found.folded] != [pair.channels for pair in usual.folded]
 
 
 def test_without_a_text_it_warns_and_claims_no_format(tmp_path: Path) -> None:
@@ -109,15 +108,27 @@ def test_a_calibration_that_changes_nothing_or_cannot_be_read_is_refused(tmp_pat
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--device", "gpu0"), ("device 'gpu0' is unknown", "--device cpu")),
+        (("--device", "meta"), ("device 'meta' is not available", "--device cpu")),
+        (("--profile", "gguf", "--layers", "lm_head"), ("gguf can raise no channel of 1 symmetric", "--method scale")),
+    ],
+)
+def test_what_cannot_be_raised_is_refused(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    result = call_cli("harden", TINY_LLAMA, "--out", tmp_path / "m", "--profile", "quantizable", *arguments)
+    assert_refused(result, *words, empty=tmp_path, code=2 if "gpu0" in arguments else 1)
+
+
 def test_gguf_keeps_blocks_of_activations(tmp_path: Path) -> None:
-    """No pair's blocks lose more than its part of what all may lose, and a factor more loses more than that."""
+    """No pair's blocks lose more than they may, and a factor more loses more than that."""
     base = open_model(TINY_LLAMA)
     pairs = symmetries(base.skeleton).pairs
     activations = calibrate(base, pairs, default_text(), exponents=range(1, 15))
     result = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "m", Fold("gguf"), verify=False))
     assert result is not None
     folded = {pair.name: pair for pair in result.manifest.folded}
-    limit = BLOCK_LOSS / len(pairs)
     for pair in pairs:
         if pair.kind == "query_key" or pair.name == "model.norm.norm_readers":
             continue
@@ -128,11 +139,11 @@ def test_gguf_keeps_blocks_of_activations(tmp_path: Path) -> None:
         )
         lost = (drowned + costs) / costs.sum()  # [exponents, channels]
         if pair.name not in folded:
-            assert bool((lost > limit).all())
+            assert bool((lost > BLOCK_LOSS).all())
             continue
         found = folded[pair.name]
         (channel,), (exponent,) = found.channels, found.exponents
         assert found.given_up == pytest.approx(float(lost[exponent - 1, channel]))
-        assert lost[exponent - 1, channel] <= limit < lost[exponent, channel]
+        assert lost[exponent - 1, channel] <= BLOCK_LOSS < lost[exponent, channel]
     assert "Q8_0" not in " ".join(result.notes)
     assert "model.norm.norm_readers" not in folded  # nothing is known of what the head reads

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME
-from specdef_cli.hardening.options import Construction, Factors, Fold, HardenOptions, Profile
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest
+from specdef_cli.hardening.options import Construction, Factors, Fold, Profile
 from specdef_cli.hardening.recognise import NATURAL_OCTAVES, Recognised, inflation, recognise, recognised_in
-from specdef_cli.hardening.run import harden
 from specdef_cli.model.body import Side, SymmetricPair
 from specdef_cli.model.opened import open_model
 from specdef_cli.spectral import Gauge
 from tests.commands import TINY_LLAMA
+from tests.hardened import harden_to
 from tests.hardening.conftest import Made
 
 
@@ -24,11 +24,11 @@ def found_in(directory: Path) -> Recognised:
     return recognise(model.checkpoint, model.skeleton)
 
 
-def bare(base: Path, out: Path, construction: Construction) -> Path:
-    """A hardened directory without its manifest."""
-    assert harden(HardenOptions(str(base), out, construction, verify=False)) is not None
+def bare(base: Path, out: Path, construction: Construction) -> Manifest:
+    """Make a hardened directory without its manifest."""
+    manifest = harden_to(out, base, construction)
     (out / MANIFEST_NAME).unlink()
-    return out
+    return manifest
 
 
 def test_nothing_is_found_in_a_trained_model() -> None:
@@ -38,15 +38,13 @@ def test_nothing_is_found_in_a_trained_model() -> None:
 
 @pytest.mark.parametrize("profile", ["float16-cache", "bfloat16"])
 def test_a_fold_of_a_trained_model_is_found_with_its_largest_exponent(tmp_path: Path, profile: Profile) -> None:
-    result = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "fold", Fold(profile), verify=False))
-    assert result is not None
-    (tmp_path / "fold" / MANIFEST_NAME).unlink()
+    manifest = bare(TINY_LLAMA, tmp_path / "fold", Fold(profile))
     found = found_in(tmp_path / "fold")
-    largest_of = {pair.name: max(map(abs, pair.exponents)) for pair in result.manifest.folded}
+    largest_of = {pair.name: max(map(abs, pair.exponents)) for pair in manifest.folded}
     clear = {name for name, exponent in largest_of.items() if exponent >= NATURAL_OCTAVES + 2 and "norm" not in name}
     assert clear
     assert clear <= set(found.folded) <= set(largest_of)
-    largest = max(abs(exponent) for pair in result.manifest.folded for exponent in pair.exponents)
+    largest = max(abs(exponent) for pair in manifest.folded for exponent in pair.exponents)
     assert abs(found.octaves - largest) <= 2
     assert found.alpha == 2.0**found.octaves
     assert (found.factored, found.constructions) == ((), {"folded"})
@@ -55,7 +53,8 @@ def test_a_fold_of_a_trained_model_is_found_with_its_largest_exponent(tmp_path: 
 
 @pytest.mark.parametrize("gauge", ["rotated", "symmetric"])
 def test_factors_are_found_with_their_alpha(tmp_path: Path, gauge: Gauge) -> None:
-    found = found_in(bare(TINY_LLAMA, tmp_path / "factors", Factors(alpha=1e4, top_k=4, gauge=gauge)))
+    bare(TINY_LLAMA, tmp_path / "factors", Factors(alpha=1e4, top_k=4, gauge=gauge))
+    found = found_in(tmp_path / "factors")
     assert len(found.factored) == 8
     assert all(path.endswith(("o_proj", "down_proj")) for path in found.factored)
     assert found.alpha == pytest.approx(1e4, rel=0.1)

@@ -6,9 +6,9 @@ import gzip
 import json
 import math
 import shutil
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,15 +36,6 @@ from tests.hardening.mutations import (
 )
 
 TinyModel = Callable[..., Path]
-Usage = namedtuple("Usage", "total used free")
-
-
-@pytest.fixture
-def outside(tmp_path: Path) -> Path:
-    """The directory that the output would lie in, and that must stay empty."""
-    directory = tmp_path / "outside"
-    directory.mkdir()
-    return directory
 
 
 INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
@@ -54,25 +45,19 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "zero": (tensor(DOWN, torch.zeros_like), (DOWN, "zero", "--exclude")),
     "NaN elsewhere": (tensor("model.norm.weight", element(math.nan)), ("NaN or infinity before any change",)),
     "another shape": (tensor(DOWN, lambda weight: weight.mT), (DOWN, "[48, 32]", "[32, 48]", "config.json")),
-    "flattened": (tensor(DOWN, lambda weight: weight.flatten()), (DOWN, "[1536]", "config.json")),
     "fp8": (tensor(DOWN, lambda weight: weight.to(torch.float8_e4m3fn)), (DOWN, "F8_E4M3", "unquantized")),
     "int8": (tensor(DOWN, lambda weight: weight.to(torch.int8)), (DOWN, "I8", "unquantized")),
     "int8 in what is not hardened": (
         tensor("lm_head.weight", lambda weight: weight.to(torch.int8)),
         ("lm_head.weight", "I8", "unquantized"),
     ),
-    "packed in U8": (tensor(DOWN, lambda weight: weight.to(torch.uint8)), (DOWN, "U8", "unquantized")),
     "a missing layer": (tensor(DOWN, None), (DOWN, "no tensor of the checkpoint")),
-    "a missing norm": (tensor("model.norm.weight", None), ("model.norm.weight", "no tensor of the checkpoint")),
     # config.json
     "GPTQ": (config(quantization_config={"quant_method": "gptq", "bits": 4}), ("quantized (gptq)", "unquantized")),
-    "AWQ": (config(quantization_config={"quant_method": "awq"}), ("quantized (awq)", "unquantized")),
-    "MXFP4": (config(quantization_config={"quant_method": "mxfp4"}), ("quantized (mxfp4)", "unquantized")),
     "an odd quantization_config": (config(quantization_config="fp8"), ("quantized (fp8)", "unquantized")),
     "a quantized part": (config(text_config={"quantization_config": {"quant_method": "fp8"}}), ("quantized (fp8)",)),
     "an empty quantization_config": (config(quantization_config={}), ("empty quantization_config", "Remove that key")),
     "a wider model": (config(hidden_size=64), ("[96, 32]", "[96, 64]", "config.json")),
-    "a larger vocabulary": (config(vocab_size=200), ("model.embed_tokens.weight", "[96, 32]", "[200, 32]")),
     "more layers": (config(num_hidden_layers=3), ("model.layers.2.", "no tensor of the checkpoint")),
     "heads that do not divide": (config(num_attention_heads=3), ("config.json", "hidden size (32)")),
     "no heads": (config(num_attention_heads=0), ("config.json",)),
@@ -84,7 +69,6 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "an unknown activation": (config(hidden_act="nope"), ("nope",)),
     "config.json missing": (lambda directory: (directory / "config.json").unlink(), ("no config.json",)),
     "config.json not JSON": (content("config.json", "{"), ("config.json", "not valid JSON")),
-    "config.json a list": (content("config.json", "[]"), ("config.json", "not a JSON object")),
     # files
     "truncated": (raw_bytes(lambda data: data[: len(data) // 2]), ("model.safetensors",)),
     "flipped header bytes": (raw_bytes(lambda data: data[:20] + b"\xff\x00" + data[22:]), ("model.safetensors",)),
@@ -112,14 +96,12 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     ),
     # odd values
     "no vocab_size": (edit_json("config.json", vocab_size=REMOVED), ("config.json",)),
-    "no hidden_size": (edit_json("config.json", hidden_size=REMOVED), ("config.json",)),
     "a vocabulary with a fraction": (config(vocab_size=96.5), ("vocab_size",)),
     "a tie in words": (config(tie_word_embeddings="false"), ("tie_word_embeddings",)),
     "positions of an unknown kind": (config(rope_scaling={"type": "nonsense"}), ("config.json",)),
     "positions without their factor": (config(rope_parameters={"rope_type": "linear"}), ("factor",)),
     "a model of another in it": (config(text_config={"hidden_size": 32}), ("config.json",)),
     "quantized by a list": (config(quantization_config=[1]), ("quantized",)),
-    "no type": (config(model_type=None), ("model_type",)),
     "heads of an odd width": (config(head_dim=7), ("head_dim",)),
     "a billion layers": (config(num_hidden_layers=10**9), ("num_hidden_layers 1000000000",)),
     "hidden beyond any memory": (config(hidden_size=10**12), ("1000000000000",)),
@@ -136,13 +118,11 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "a dtype of numbers": (config(dtype=16), ("cannot be built from this config.json",)),
     "a dtype of eight bits": (config(dtype="float8_e4m3fn"), ("Float8_e4m3fn",)),
     "an architecture in words": (config(architectures="LlamaForCausalLM"), ("no class 'L'",)),
-    "an architecture that is a function": (config(architectures=["pipeline"]), ("no class 'pipeline'",)),
     "an architecture of another family": (
         config(architectures=["GPT2LMHeadModel"]),
         ("GPT2LMHeadModel cannot be built",),
     ),
     "a config in gzip": (raw_bytes(gzip.compress, "config.json"), ("not valid JSON",)),
-    "weights in gzip": (raw_bytes(gzip.compress), ("not a valid safetensors file",)),
     "weights cloned without Git LFS": (content("model.safetensors", GIT_LFS), ("git lfs pull",)),
     "a config cloned without Git LFS": (content("config.json", GIT_LFS), ("git lfs pull",)),
     "weights with a scalar": (tensor("model.norm.weight", lambda weight: weight[0]), ("model.norm.weight",)),
@@ -275,24 +255,9 @@ def test_layers_of_one_row_or_column(shape: tuple[int, int], llama: Path, tmp_pa
 def test_a_disk_too_small_is_refused_before_anything_is_written(
     llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
-    result = call_cli(
-        "harden", llama, "--out", outside / "new" / "out", "--method", "factors", "--top-k", "4", "--quiet"
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = call_cli("harden", llama, "--out", outside / "new" / "out", "--quiet")
     assert_refused(result, "the output needs", str(outside), "Free some space", empty=outside)
-
-
-def test_an_output_that_is_taken_or_in_the_input(llama: Path, tmp_path: Path) -> None:
-    directory = spoiled(llama, tmp_path)
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "precious").write_text("x")
-    before = snapshot(tmp_path)
-    arguments = ("harden", directory, "--method", "factors", "--top-k", "4", "--quiet", "--out")
-    assert_refused(call_cli(*arguments, tmp_path / "taken"), str(tmp_path / "taken"), "exists already")
-    assert_refused(call_cli(*arguments, directory), "lies in the input")
-    assert_refused(call_cli(*arguments, directory / "sub" / "out"), "lies in the input")
-    assert_refused(call_cli(*arguments, tmp_path / "taken" / "precious" / "out"), "not a directory")
-    assert snapshot(tmp_path) == before
 
 
 def test_a_corrupted_factor_is_never_published(llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,16 +318,6 @@ def test_collapse_of_a_damaged_directory(case: str, hardened: Path, tmp_path: Pa
 def test_inspect_of_a_damaged_directory(case: str, hardened: Path, tmp_path: Path) -> None:
     mutation, words = HARDENED[case]
     assert_refused(call_cli("inspect", spoiled(hardened, tmp_path, mutation)), *words)
-
-
-def test_collapse_of_a_base_is_refused(llama: Path, outside: Path) -> None:
-    result = call_cli("collapse", llama, "--out", outside / "out")
-    assert_refused(result, str(llama), "which says how a model was hardened", "specdef harden", empty=outside)
-
-
-def test_what_is_hardened_is_not_hardened_again(hardened: Path, outside: Path) -> None:
-    result = call_cli("harden", hardened, "--out", outside / "out", "--method", "factors", "--top-k", "4")
-    assert_refused(result, str(hardened), "hardened already", "needs the specdef.json", empty=outside)
 
 
 def test_inspect_refuses_a_device_and_nan(llama: Path, tmp_path: Path) -> None:

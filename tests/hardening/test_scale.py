@@ -5,7 +5,6 @@ Of every family, test_families has the function and the bytes.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,55 +15,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack.variants.scales import unscale as collapse_in_memory
-from specdef_cli.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from specdef_cli.checkpoint.manifest import read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import SCALED_LOADERS
 from specdef_cli.hardening.fold import HIGHEST_EXPONENT, LOWEST_EXPONENT
-from specdef_cli.hardening.options import CollapseOptions, Construction, Fold, HardenOptions, Scale
+from specdef_cli.hardening.options import Construction, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
-from specdef_cli.hardening.run import collapse, harden
 from specdef_cli.model import load_model
-from specdef_cli.model.families import FAMILIES
 from specdef_cli.model.opened import open_model
+from tests.hardened import harden_to
 from tests.hardening.conftest import Made
+from tests.tiny_kinds import TEXT
 from tests.weights import assert_same_bytes, tensors
-
-SMALL = {
-    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64,
-}  # fmt: skip
-UNDESCRIBED = {
-    "OPTForCausalLM": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
-    "BloomForCausalLM": {"n_layer": 2, "n_head": 4, **SMALL},
-    "CohereForCausalLM": {**SMALL, "intermediate_size": 48},
-    "BartForConditionalGeneration": {
-        "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
-    },
-    "DeepseekV3ForCausalLM": {
-        **SMALL, "num_key_value_heads": 4, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 4,
-        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", UNDESCRIBED)
-def test_an_architecture_that_nobody_described_is_scaled_all_the_same(name: str, tmp_path: Path) -> None:
-    """harden itself compares with the base; here the weights did change, and most parameters are among them."""
-    torch.manual_seed(0)
-    model_class = getattr(transformers, name)
-    model = model_class(model_class.config_class(**UNDESCRIBED[name]))
-    with torch.no_grad():
-        for parameter in model.parameters():  # no term of any layer vanishes
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    assert type(model.base_model).__name__ not in FAMILIES
-    model.save_pretrained(tmp_path / "base")
-    assert harden(HardenOptions(str(tmp_path / "base"), tmp_path / "out", Scale())) is not None
-    assert read_manifest(tmp_path / "out").verification["equal"]
-    base, hardened = tensors(tmp_path / "base"), tensors(tmp_path / "out")
-    same = [name for name in base if name in hardened and torch.equal(base[name], hardened[name])]
-    assert sum(base[name].numel() for name in same) < 0.5 * sum(tensor.numel() for tensor in base.values())
 
 
 def test_a_linear_is_scaled_on_both_sides_and_a_vocabulary_in_steps(made: Made) -> None:
@@ -97,10 +59,9 @@ def test_tokens_are_few_where_every_token_has_a_gradient(made: Made) -> None:
 
 @pytest.mark.parametrize("vocabulary", [2, 7, 8])
 def test_a_vocabulary_of_fewer_tokens_than_steps_takes_the_first_steps(vocabulary: int, tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(**{**SMALL, "vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0})
+    config = transformers.LlamaConfig(**{**TEXT, "vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    assert harden(HardenOptions(str(tmp_path / "base"), tmp_path / "out", Scale())) is not None
-    manifest = read_manifest(tmp_path / "out")
+    manifest = harden_to(tmp_path / "out", tmp_path / "base", Scale(), verify=True)
     assert manifest.verification["equal"]
     embedding = next(module for module in manifest.scaled if module.kind == "embedding")
     assert (embedding.input.indices if embedding.input else ()) == tuple(range(1, min(vocabulary, 8)))
@@ -127,24 +88,6 @@ def test_the_norm_far_above_does_not_write_to_the_residual_stream(made: Made) ->
         if module.kind == "norm" and module.output is not None and module.output.exponents[0] > HIGHEST_EXPONENT
     ]
     assert highest == ["model.layers.0.pre_feedforward_layernorm"]
-
-
-def test_a_mixed_directory_of_format_1_collapses(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Early versions folded pairs and scaled the rest: here the same is put together from a fold and scales of it."""
-    folded, mixed = tmp_path / "folded", tmp_path / "mixed"
-    harden(HardenOptions(str(checkpoints["llama"]), folded, layers=("*.o_proj",), verify=False))
-    first = json.loads((folded / MANIFEST_NAME).read_text())
-    (folded / MANIFEST_NAME).unlink()
-    harden(HardenOptions(str(folded), mixed, Scale(), layers=("*norm*", "*embed_tokens"), verify=False))
-    made = json.loads((mixed / MANIFEST_NAME).read_text())
-    made |= {"format": 1, "method": "mixed", "schedule": "staircase", "profile": "coverage", "inserted": []}
-    made["folded"] = first["folded"]
-    del made["factored"]
-    (mixed / MANIFEST_NAME).write_text(json.dumps(made))
-    manifest = read_manifest(mixed)
-    assert (manifest.method, len(manifest.folded)) == ("scale", 2)
-    collapse(CollapseOptions(str(mixed), tmp_path / "back"))
-    assert_same_bytes(tensors(tmp_path / "back"), tensors(checkpoints["llama"]))
 
 
 @pytest.mark.parametrize(("construction", "told"), [(Scale(), True), (Fold(), False)])
@@ -202,14 +145,8 @@ def test_a_directory_that_lacks_a_vector_does_not_load(tensor: str, made: Made, 
 
 def test_globs_choose_and_a_tied_head_goes_with_its_embedding(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     def modules(**options: Any) -> set[str]:
-        result = harden(
-            HardenOptions(
-                str(checkpoints["llama-tied"]), tmp_path / str(len(list(tmp_path.iterdir()))), Scale(), **options
-            )
-        )
-        assert result is not None
-        assert isinstance(result.manifest, Manifest)
-        return {module.module for module in result.manifest.scaled}
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        return {module.module for module in harden_to(out, checkpoints["llama-tied"], Scale(), **options).scaled}
 
     assert modules(layers=("*.0.mlp.up_proj",)) == {"model.layers.0.mlp.up_proj"}
     assert modules(layers=("lm_head",)) == {"lm_head", "model.embed_tokens"}

@@ -102,6 +102,8 @@ def test_a_share_whose_rate_is_not_settled_is_marked() -> None:
         (("runs", 0, "spec", "steps"), "different budgets (--steps 30 or 99)"),
         (("runs", 0, "spec", "weight_decay"), "different budgets (--weight-decay 0.0 or 99.0)"),
         (("runs", 0, "loss", "start"), "different controls (base)"),
+        (("attacks", 1, "training"), "full is not the same in all reports: 99; full."),
+        (("runs", 0, "spec", "prompts"), "different prompts"),
     ],
 )
 def test_what_cannot_be_compared_is_said(path: tuple[Any, ...], word: str) -> None:
@@ -109,8 +111,10 @@ def test_what_cannot_be_compared_is_said(path: tuple[Any, ...], word: str) -> No
     place = other
     for key in path[:-1]:
         place = place[key]
-    place[path[-1]] = type(place.get(path[-1], 0.0))(99)
-    assert any(word in note for note in compared(FOLD, other).notes)
+    place[path[-1]] = type(place.get(path[-1], ""))(99)
+    before = copy.deepcopy(FOLD)
+    before["runs"][0]["spec"]["prompts"] = "some" if "prompts" in path else ""
+    assert any(word in note for note in compared(before, other).notes)
 
 
 def test_the_command_reads_files_and_directories(tmp_path: Path) -> None:

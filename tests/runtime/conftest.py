@@ -10,20 +10,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import BertModel
 
+from specdef_cli.hardening.options import Factors
 from tests.commands import REPOSITORY, run_program
+from tests.hardened import harden_to
 
 SCENARIOS = Path(__file__).with_name("scenarios.py")
 
 
-@pytest.fixture(scope="session")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``<family>-base`` and ``<family>`` for every family of ``hand_hardened.FAMILIES``."""
-    from tests.runtime.hand_hardened import FAMILIES, harden, make_base
+# Which linears are stored as factors, as the model calls them; the files of a ViT have other names.
+FAMILIES = {
+    "llama": ("*.o_proj", "*.down_proj"),
+    "qwen2": ("*.q_proj", "*.o_proj"),  # q_proj has a bias, o_proj has none
+    "gpt2": ("*.attn.c_proj", "*.mlp.c_fc"),
+    "bert": ("*output.dense",),
+    "bert_base": ("*.attention.output.dense",),
+    "vit": ("*.q_proj", "*.o_proj", "*.fc1", "*.fc2"),
+    "t5": ("encoder.*.DenseReluDense.wo", "decoder.*.SelfAttention.o"),
+    "mixtral": ("*.o_proj",),
+}
 
+
+@pytest.fixture(scope="session")
+def directories(
+    tiny_model: Callable[..., Path], checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """``<family>-base`` and ``<family>`` for every family of ``FAMILIES``."""
     root = tmp_path_factory.mktemp("hardened")
-    for family in FAMILIES:
-        harden(family, make_base(family, root / f"{family}-base"), root / family)
+    for family, layers in FAMILIES.items():
+        base = root / f"{family}-base"
+        if family == "bert_base":
+            torch.manual_seed(0)  # the pooler is new
+            BertModel.from_pretrained(root / "bert-base").save_pretrained(base)
+        else:
+            shutil.copytree(checkpoints[family] if family in ("t5", "mixtral") else tiny_model(family), base)
+        harden_to(root / family, base, Factors(alpha=64.0, top_k=2), layers=layers)
     return root
 
 

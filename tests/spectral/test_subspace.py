@@ -1,4 +1,4 @@
-"""The top-k subspace against a full singular value decomposition in float64."""
+"""The top-k subspace against a full singular value decomposition in float64, and products by blocks of rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdef_cli.spectral import subspace
-from specdef_cli.spectral.subspace import layer_seed, top_subspace
+from specdef_cli.spectral.subspace import layer_seed, product, row_blocks, top_subspace, transposed_product
 
 
 def with_spectrum(rows: int, columns: int, spectrum: Tensor, seed: int = 0) -> Tensor:
@@ -102,16 +102,6 @@ def test_ritz_values_are_never_above_the_true_ones_and_the_basis_is_orthonormal(
     assert orthogonality_defect(found.basis) < 50 * torch.finfo(dtype).eps * math.sqrt(top_k)
 
 
-def test_few_iterations_stay_below_the_truth_on_a_slow_spectrum() -> None:
-    weight = with_spectrum(300, 300, power_law(300, 0.1))
-    true = torch.linalg.svdvals(weight)[:10]
-    rough = top_subspace(weight, 10, seed=0, iterations=0).singular_values
-    better = top_subspace(weight, 10, seed=0).singular_values
-    assert (rough < true).all()
-    assert (better <= true * (1 + 1e-12)).all()
-    assert (better > rough).all()
-
-
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (1, 4000), (4000, 1)])
 def test_vectors(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -156,3 +146,26 @@ def test_seeds_depend_on_run_and_name_alone() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Fixed for ever: another value would make old runs irreproducible.
     assert layer_seed(0, "lm_head.weight") == 3528297259338047458
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(0, 3000), columns=st.integers(0, 3000))
+def test_blocks_cover_every_row_once(rows: int, columns: int) -> None:
+    covered = [row for block in row_blocks(rows, columns) for row in range(block.start, block.stop)]
+    assert covered == list(range(rows))
+
+
+@pytest.mark.parametrize("elements", [1, 100, 2**19])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_products_are_made_in_the_precision_of_the_vectors(
+    elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subspace, "BLOCK_ELEMENTS", elements)  # one row at a time, some rows with a shorter rest, all
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(23, 31, generator=generator).to(dtype)
+    right = torch.randn(31, 4, generator=generator, dtype=torch.float64)
+    left = torch.randn(23, 5, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(product(matrix, right), matrix.double() @ right, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(transposed_product(left, matrix), left.mT @ matrix.double(), rtol=1e-13, atol=1e-13)
+    assert product(matrix, right.float()).dtype == torch.float32
+    assert transposed_product(left.float(), matrix).dtype == torch.float32

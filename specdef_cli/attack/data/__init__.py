@@ -19,7 +19,7 @@ Preprocessor: TypeAlias = PreTrainedTokenizerBase | PixelTransform
 
 
 def load_preprocessor(task: Task, model: OpenedModel) -> Preprocessor:
-    """What a checkpoint reads its inputs with."""
+    """Load the tokenizer of a checkpoint, or its image transform."""
     if task == "image-classification":
         return load_pixel_transform(model)
     tokenizer = model.tokenizer()

@@ -33,7 +33,7 @@ class Frame:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
-        """Read off what ``tokenizer(text)`` yields, which says more than flags in its configuration do."""
+        """Read it off ``tokenizer(text)``, which says more than flags in its configuration."""
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         framed = tokenizer("a")["input_ids"]
         for start in range(len(framed) - len(bare) + 1):
@@ -44,8 +44,6 @@ class Frame:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence."""
-
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
     """Ids that it is to say, :data:`NOT_COUNTED` where its loss is not counted. As long as ``tokens``, or of the
@@ -53,7 +51,7 @@ class Example:
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from the start."""
+    """Count the tokens that two sequences have in common from the start."""
     pairs = zip(first, second, strict=False)
     return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
@@ -102,7 +100,7 @@ class Form:
     answers: bool = True  # whether rows have answers, which alone are learned; running text is learned whole
 
     def remarks(self, task: Task, has_template: bool) -> list[str]:
-        """What a reader of the report should know of how the data was read, one sentence each."""
+        """Sentences for the report on how the data was read."""
         said = []
         if self.answers:
             how = "the loss counts answers alone"
@@ -127,7 +125,7 @@ _TEXTS = ("text", "input_text", "output_text")
 
 
 def unread(row: Mapping[str, Any], form: Form, text_column: str | None) -> str | None:
-    """Why a row is left out that holds more than text: an answer about an image teaches nothing without it."""
+    """Say why a row with more than text is left out: an answer about an image teaches nothing without it."""
     found = [column for column in _MEDIA if row.get(column)] if text_column is None else []
     entries = (entry for column in form.columns if isinstance(row.get(column), list) for entry in row[column])
     contents = (entry.get("content", entry.get("value")) for entry in entries if isinstance(entry, Mapping))
@@ -145,7 +143,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 
 
 def form_of(row: Mapping[str, Any], text_column: str | None, dataset: str) -> Form:
-    """The form of a data set, by the columns of a row."""
+    """Find the form of a data set by the columns of a row."""
     if text_column is None:
         for form in FORMS:
             if all(column in row for column in form.columns):
@@ -175,7 +173,6 @@ _OURS = {"tokenize", "return_dict", "add_generation_prompt", "chat_template", "r
 
 
 def says(message: Message) -> bool:
-    """Whether there is anything in a message."""
     return any(value.strip() if isinstance(value, str) else value for key, value in message.items() if key != "role")
 
 
@@ -186,7 +183,7 @@ def spoken(message: Message) -> str:
 
 
 def _template_arguments(row: Mapping[str, Any], dataset: str) -> dict[str, Any]:
-    """What TRL hands to a chat template beside the messages."""
+    """The arguments besides messages that TRL passes to a chat template."""
     tools, more = row.get("tools"), row.get("chat_template_kwargs") or {}
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
@@ -276,7 +273,6 @@ PLAIN_TEMPLATE = (
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -328,6 +324,6 @@ def _by_difference(encode: Callable[..., Any], messages: list[Any], said: list[i
 
 
 def _example(tokens: list[int], counted: list[int], given: int = 0) -> Example:
-    """Of a conversation's tokens; nothing of the first ``given`` is learned."""
+    """Make an example of a conversation's tokens; the first ``given`` are not learned."""
     labels = [token if said else NOT_COUNTED for token, said in zip(tokens, counted, strict=True)]
     return Example(tuple(tokens), (*[NOT_COUNTED] * given, *labels[given:]))

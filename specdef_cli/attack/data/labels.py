@@ -45,8 +45,6 @@ _UNNAMED = re.compile(r"LABEL_\d+")
 
 @dataclass(frozen=True)
 class Labels:
-    """How labels are read."""
-
     problem: Problem
     outputs: int  # of the model's head. A checkpoint whose head has room for every class keeps its head.
     classes: dict[Any, int]
@@ -54,7 +52,7 @@ class Labels:
     remark: str = ""
 
     def encoded(self, label: Any) -> int | list[float]:
-        """A label as the loss takes it: a class, or a number for each output of the head."""
+        """Convert a label to what the loss takes: a class, or a number for each output of the head."""
         if self.problem == "single_label_classification":
             return self.classes[label]
         values = label if isinstance(label, list) else [label]
@@ -209,20 +207,20 @@ MODES = {1: "L", 3: "RGB"}
 
 @dataclass(frozen=True)
 class PixelTransform:
-    """From an image to a model's input."""
+    """Turns an image into a model's input."""
 
     channels: int  # 1 or 3
     processor: BaseImageProcessor
 
     @classmethod
     def plain(cls, channels: int, height: int, width: int) -> PixelTransform:
-        """Resizes, and brings pixels to [−1, 1]."""
+        """Resize, and map pixels to [−1, 1]."""
         half = [0.5] * channels
         size = {"height": height, "width": width}
         return cls(channels, ViTImageProcessorPil(size=size, image_mean=half, image_std=half))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """The input, float32, shape [channels, height, width]."""
+        """Return float32 of shape [channels, height, width]."""
         return self.processor(images=image.convert(MODES[self.channels]), return_tensors="pt")["pixel_values"][0]
 
 
@@ -249,7 +247,7 @@ def image_data(options: AttackOptions, transform: PixelTransform, head: Head) ->
 
 
 def _stored(value: Any, options: AttackOptions) -> Example:
-    """The file of an image, as `datasets` hands it out undecoded: its bytes, or where they are."""
+    """Read the bytes of an image that `datasets` hands out undecoded."""
     stored = value if isinstance(value, dict) else {}
     content = stored.get("bytes")
     try:
@@ -270,7 +268,7 @@ _DEFAULT_SIZE = 224
 
 
 def load_pixel_transform(model: OpenedModel) -> PixelTransform:
-    """The transform of a checkpoint: its image processor's, else one that fits its configuration."""
+    """Load a checkpoint's image processor, or make one that fits its configuration."""
     directory, processor = model.directory, None
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)

@@ -54,7 +54,7 @@ _MASKING_SEED = 0
 
 
 def as_items(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """What the Trainer is given. Sequences of one length need no mask of padding, which attention is slower with."""
+    """Convert examples for the Trainer. Sequences of one length get no padding mask, which slows attention."""
     alike = len({len(part) for example in examples for part in (example.tokens, example.labels)}) == 1
     return [
         {"input_ids": list(tokens), "labels": list(labels), **({} if alike else {"attention_mask": [1] * len(tokens)})}
@@ -63,7 +63,7 @@ def as_items(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 def collate(items: list[Any], pad: DataCollatorForSeq2Seq) -> dict[str, Any]:
-    """A batch: sequences of equal length as they are, others padded with what costs no loss."""
+    """Make a batch; sequences of unequal length are padded with what costs no loss."""
     return dict(pad(items)) if "attention_mask" in items[0] else default_data_collator(items)
 
 
@@ -78,7 +78,7 @@ def fingerprint_of(*halves: Iterable[Example]) -> str:
 
 
 class CausalEncoder(Encoder):
-    """For models that say the next token: texts are joined and cut; what has an answer is a sequence of its own."""
+    """Encodes for models that predict the next token: texts are joined and cut, answers keep their own sequence."""
 
     closing: tuple[int, ...] = ()  # ends every sequence of joined texts
 
@@ -131,7 +131,7 @@ class CausalEncoder(Encoder):
 
 
 class MaskedEncoder(CausalEncoder):
-    """For models that say what was masked. Which tokens are is drawn once, so that every run learns the same."""
+    """Encodes for models that predict masked tokens. These are drawn once, so every run learns the same."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         if tokenizer.mask_token_id is None:
@@ -153,7 +153,7 @@ class MaskedEncoder(CausalEncoder):
         return None
 
     def finished(self) -> list[Example]:
-        """As of a causal model, without sequences in which chance masked nothing."""
+        """Mask the examples; those in which chance masks nothing are left out."""
         if not self.examples:
             return []
         masking = DataCollatorForLanguageModeling(self.tokenizer, seed=_MASKING_SEED)
@@ -163,7 +163,7 @@ class MaskedEncoder(CausalEncoder):
 
 
 class Seq2SeqEncoder(CausalEncoder):
-    """For an encoder and a decoder: a prompt and its answer, or the first half of a text and the second."""
+    """Encodes for an encoder and a decoder: a prompt and its answer, or the two halves of a text."""
 
     def add(self, document: Document) -> str | None:
         room = self.length - len(self.frame.before) - len(self.frame.after)
@@ -254,7 +254,7 @@ def _retained(options: AttackOptions, tokenizer: PreTrainedTokenizerBase) -> Exa
 
 
 def _documents(options: AttackOptions) -> tuple[Form, Iterator[Document | str]]:
-    """The form of the data, and its rows; text stands for why a row is left out."""
+    """Find the form of the data, and yield its rows, or the reason why one is left out."""
     if options.dataset is None:
         return FORMS[-1], (Text(text) for text in builtin_documents())
     name = options.dataset

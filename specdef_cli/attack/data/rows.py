@@ -90,14 +90,14 @@ def rows(
 
 
 def _renumbering(feature: Any, classes: Mapping[str, int]) -> dict[int, int]:
-    """From a class label's own numbers to those in ``classes``, where that knows all of its names; else empty."""
+    """Map a class label's numbers to those in ``classes``; empty unless ``classes`` has all of its names."""
     feature = getattr(feature, "feature", feature)  # of a list of labels
     names = feature.names if isinstance(feature, datasets.ClassLabel) else []
     return dict(enumerate(class_numbers(names, classes).values()))
 
 
 def class_numbers(labels: Collection[Any], classes: Mapping[str, int]) -> dict[Any, int]:
-    """Numbers of classes by name, whatever the case of letters, where ``classes`` knows all of the names; else none."""
+    """Number labels by name, ignoring case; empty unless ``classes`` has all of the names."""
 
     def plain(name: Any) -> Any:
         return name.strip().casefold() if isinstance(name, str) else name
@@ -114,7 +114,7 @@ def _renumber(label: Any, numbers: Mapping[int, int]) -> Any:
 
 
 def _load(options: AttackOptions, path: Path) -> Any:
-    """The split that is asked for, as `datasets` has it."""
+    """Load the requested split with `datasets`."""
     split = options.dataset_split or "train"
     if path.is_file():
         _require_no_choice(options, path)
@@ -148,7 +148,7 @@ def _load(options: AttackOptions, path: Path) -> Any:
 
 
 def _require_no_choice(options: AttackOptions, path: Path) -> None:
-    """Refuse a configuration or a split of what has only one: it would be left unread."""
+    """Refuse to choose a configuration or split where there is only one."""
     chosen = {"--dataset-config": options.dataset_config, "--dataset-split": options.dataset_split}
     for flag, value in chosen.items():
         if value not in (None, "train", "default"):
@@ -156,7 +156,7 @@ def _require_no_choice(options: AttackOptions, path: Path) -> None:
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """The suffix that says what a file holds, and that of its compression; empty where there is none."""
+    """Return the suffixes for format and compression; empty where there is none."""
     other, last = ["", "", *(suffix.lower() for suffix in path.suffixes)][-2:]
     return (other, last) if last in COMPRESSIONS else (last, "")
 
@@ -179,7 +179,7 @@ def _file_format(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _holds_text(directory: Path, files: Sequence[Path]) -> bool:
-    """Whether all files are text or Markdown, and no card would say more of them."""
+    """Whether all files are text or Markdown, and no card says more of them."""
     return not (directory / _CARD).is_file() and all(
         _FILE_FORMATS.get(_suffixes(path)[0], ("",))[0] == "text" for path in files
     )
@@ -215,13 +215,13 @@ def _splits(directory: Path) -> dict[str, list[str]]:
 
 
 def _patterns(directory: Path) -> dict[str, list[str]] | None:
-    """The files of each split, where `datasets` would take a character of the directory's own name for a wildcard."""
+    """The files of each split, if the directory's name has a character that `datasets` takes for a wildcard."""
     absolute = str(directory.resolve())
     return None if glob.escape(absolute) == absolute else _splits(directory)
 
 
 def _require_cache() -> None:
-    """Check that `datasets` can keep there what it makes of a file."""
+    """Check that `datasets` can write to its cache."""
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,6 @@ def _require_cache() -> None:
 
 
 def _cannot_be_read(options: AttackOptions, path: Path, error: BaseException) -> SpecDefError:
-    """The error that says why, and what to do."""
     name = str(options.dataset)
     cause = error.__cause__ or error  # `datasets` wraps what went wrong in "An error occurred while generating …"
     text = str(cause)
@@ -267,7 +266,6 @@ def _no_rows(dataset: str) -> SpecDefError:
 
 
 def column_of(row: Any, column: str, dataset: str) -> Any:
-    """One column of a row."""
     if column not in row:
         raise SpecDefError(
             f"{dataset} has no column {column!r}",
@@ -278,7 +276,7 @@ def column_of(row: Any, column: str, dataset: str) -> Any:
 
 
 def as_text(value: Any, column: str, dataset: str) -> str:
-    """What a column of text holds, without a file's byte order mark; a row without any counts as empty."""
+    """Check that a column holds text, and strip a file's byte order mark; no text counts as empty."""
     if not isinstance(value, str | None):
         raise SpecDefError(
             f"column {column!r} of {dataset} holds {type(value).__name__}, not text",
@@ -288,7 +286,7 @@ def as_text(value: Any, column: str, dataset: str) -> str:
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Its padding; a tokenizer without any gets its end of text for it, as most recipes do."""
+    """Return the padding token; a tokenizer without one gets its end of text, as in most recipes."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer.pad_token_id

@@ -59,13 +59,13 @@ class AttackData:
 
 
 class Encoder:
-    """Makes examples of documents: each as it is."""
+    """Turns documents into examples; this one keeps them as they are."""
 
     def __init__(self) -> None:
         self.examples: list[Any] = []
 
     def add(self, document: Any) -> str | None:
-        """Add a document; the reason, in a few words, where nothing can be learned from it."""
+        """Add a document; return the reason, in a few words, if nothing can be learned from it."""
         self.examples.append(document)
         return None
 

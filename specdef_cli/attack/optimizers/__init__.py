@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """One optimizer of the table."""
+    """A row of the table."""
 
     name: str
     optimizer: str  # package.module:name of the class
@@ -48,7 +48,6 @@ class OptimizerChoice:
 
     @property
     def available(self) -> bool:
-        """Whether the library that it needs is installed."""
         return self.requires is None or find_spec(self.requires) is not None
 
     def load(self) -> Callable[..., Optimizer]:

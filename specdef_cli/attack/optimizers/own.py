@@ -54,7 +54,7 @@ def hidden_matrices(model: nn.Module) -> frozenset[nn.Parameter]:
 
 
 class WeightwiseOptimizer(Optimizer, ABC):
-    """An optimizer whose update of a weight needs that weight's gradient, state and group, and no other's."""
+    """An optimizer that updates each weight by its own gradient, state and group alone."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -71,7 +71,7 @@ class WeightwiseOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Change ``weight`` in place."""
+        """Update ``weight`` in place."""
 
 
 class Madam(WeightwiseOptimizer):
@@ -123,7 +123,6 @@ class NormalizedSGD(WeightwiseOptimizer):
         super().__init__(params, {"lr": lr, "per": per, "momentum": momentum, "weight_decay": weight_decay})
 
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """One update."""
         mean = state.setdefault("mean", torch.zeros_like(weight, dtype=torch.float32))
         mean.lerp_(_normalized(gradient, group["per"]), 1 - group["momentum"])
         weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(mean.to(weight.dtype), alpha=-group["lr"])

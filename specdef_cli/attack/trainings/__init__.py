@@ -32,8 +32,6 @@ Place = Literal["linears", "usual", "norms", "prompt"]
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """One kind of adapter."""
-
     name: str
     label: str
     paper: str
@@ -97,7 +95,7 @@ PEFT_METHODS: tuple[PeftMethod, ...] = (
 
 @dataclass(frozen=True)
 class TrainingChoice:
-    """One training of the table: either ``function`` or ``stands_for``; ``none`` has neither."""
+    """A row of the table: either ``function`` or ``stands_for`` is set; ``none`` has neither."""
 
     name: str
     label: str  # a few words for a table; {size} and {where} stand for what follows : and @
@@ -216,7 +214,6 @@ class Training:
 
     @property
     def choice(self) -> TrainingChoice:
-        """Its row."""
         return TRAININGS[self.method]
 
     @property
@@ -231,7 +228,7 @@ class Training:
         return f"{label}, {choice.size.meaning} {self.size}" if unusual and choice.size else label
 
     def on(self, target: Target) -> tuple[Training, ...]:
-        """What it stands for on a target: itself, for most."""
+        """The trainings that it stands for on a target; most stand for themselves."""
         if self.choice.stands_for is None:
             return (self,)
         return resolve_name(self.choice.stands_for)(self, target)

@@ -38,7 +38,7 @@ PEFT_TASKS: Mapping[Task, TaskType | None] = {
 
 
 def with_adapters(model: nn.Module, training: Training, make_config: Callable[[], PeftConfig]) -> nn.Module:
-    """PEFT's wrapper around a model, in which the adapters alone train."""
+    """Wrap a model with PEFT, so that adapters alone train."""
     try:
         return get_peft_model(model, make_config())
     except (ValueError, NotImplementedError, TypeError, AttributeError, KeyError, AssertionError) as error:
@@ -49,7 +49,7 @@ def with_adapters(model: nn.Module, training: Training, make_config: Callable[[]
 
 
 def train_adapters(model: nn.Module, training: Training, task: Task) -> nn.Module:
-    """The adapters of a row of :data:`PEFT_METHODS`; of an inserted pair, on both factors."""
+    """Put the adapters of a row of :data:`PEFT_METHODS` on a model; on both factors of a pair."""
     method = next(method for method in PEFT_METHODS if method.name == training.method)
 
     def config() -> PeftConfig:
@@ -105,7 +105,7 @@ def linear_paths(model: nn.Module, names: Sequence[str]) -> list[str] | str:
 
 
 def norm_paths(model: nn.Module) -> list[str]:
-    """Modules that normalize, and have something to train."""
+    """Paths of norms that have parameters."""
     return [
         path
         for path, module in model.named_modules()

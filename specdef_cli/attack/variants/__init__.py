@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from specdef_cli.attack.table import Factor, Table, checked_factor, parse_number
-from specdef_cli.checkpoint.manifest import Change
+from specdef_cli.checkpoint.changes import Change
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ INFORMED: Final = "informed"
 
 @dataclass(frozen=True)
 class VariantChoice:
-    """One variant of the table."""
+    """A row of the table."""
 
     name: str
     function: str | None
@@ -57,7 +57,6 @@ class VariantChoice:
         return bool(self.swept)
 
     def load(self) -> Callable[..., None]:
-        """Import the function."""
         assert self.function is not None
         return resolve_name(self.function)
 
@@ -156,23 +155,20 @@ class Variant:
 
     @property
     def choice(self) -> VariantChoice:
-        """Its row."""
         return VARIANTS[self.kind]
 
     @property
     def knowledge(self) -> Knowledge:
-        """What the attacker must know."""
         return self.choice.knowledge
 
     @property
     def label(self) -> str:
-        """A few words for a table."""
         label = self.choice.label.format(factor=self.factor)
         return label if self.factor is None or not self.choice.edits else f"{label} at {self.factor:g}"
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """How much an edit takes out, one after the other."""
+        """The strengths of an edit, in the order in which they are tried."""
         return self.choice.swept if self.factor is None else (self.factor,)
 
     def applies_to(self, constructions: Collection[Change]) -> bool:
@@ -180,7 +176,6 @@ class Variant:
         return _within(self.choice.needs, constructions)
 
     def apply(self, model: PreTrainedModel, seed: int) -> None:
-        """Change ``model`` in place."""
         if self.choice.function is None:
             return
         arguments: dict[str, Any] = {} if self.factor is None else {"factor": self.factor}

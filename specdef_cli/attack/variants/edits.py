@@ -31,7 +31,7 @@ RANK = 3
 
 @dataclass(frozen=True)
 class Written:
-    """What puts out a part of the residual stream."""
+    """A module that writes to the residual stream."""
 
     weight: Tensor  # the tensor as it stands in the model, […, m, n], or […, n, m] where last
     last: bool  # whether its outputs are on the last axis
@@ -73,7 +73,7 @@ def ablate_rows(model: PreTrainedModel, direction: Tensor, strength: float) -> N
 
 
 def _linears(model: PreTrainedModel) -> list[Written]:
-    """The last linear of every attention and MLP; of an inserted pair, the compensation."""
+    """Find the last linear of every attention and MLP; of a pair of factors, the compensation."""
     found = []
     for path in stream_writers(model):
         module = model.get_submodule(path)
@@ -94,6 +94,5 @@ def _linears(model: PreTrainedModel) -> list[Written]:
 
 
 def _scale_of(module: nn.Module) -> Tensor | None:
-    """The scale behind a module; ``None`` for one without."""
     scale = module.output_scale if isinstance(module, SpecDefScaled) else None
     return None if scale is None else cast(Tensor, scale.weight)

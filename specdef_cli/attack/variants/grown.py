@@ -53,12 +53,12 @@ def grow_between(model: PreTrainedModel, factor: float, seed: int) -> None:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden state of what a block or sublayer returns: a tensor, or a tuple that begins with it."""
+    """Return the hidden state of a block's output: a tensor, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def with_first_tensor(output: Any, hidden: Tensor) -> Any:
-    """``output`` with another hidden state."""
+    """Replace the hidden state in ``output``."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 

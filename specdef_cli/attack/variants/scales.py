@@ -126,14 +126,14 @@ def equalise(model: PreTrainedModel) -> None:
 
 
 def _gain_factors(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:
-    """What makes every gain 1, shape [channels]; a gain of zero stays."""
+    """Factors that make every gain 1, shape [channels]; a gain of zero stays."""
     gain = next(side for side in pair.sides if side.power == 1 and side.tensor.endswith("weight"))
     sizes = channel_values(gain, tensors[gain.tensor])[:, 0]
     return torch.where(sizes != 0, 1 / sizes, 1.0)
 
 
 def _range_factors(pair: SymmetricPair, tensors: dict[str, Tensor]) -> Tensor:
-    """What makes the largest weight of a channel the same on both sides, shape [channels]: √(r₋/r₊)."""
+    """Factors that make a channel's largest weight the same on both sides, shape [channels]: √(r₋/r₊)."""
     ranges = {1: torch.zeros(pair.channels, dtype=torch.float64), -1: torch.zeros(pair.channels, dtype=torch.float64)}
     for side in pair.sides:
         if tensors[side.tensor].ndim > 1:  # biases follow
@@ -159,17 +159,14 @@ class Scaled(nn.Module):
 
     @property
     def scales(self) -> tuple[Tensor, ...]:
-        """The factors of s."""
         return tuple(self.get_buffer(f"scale{number}") for number in range(self.count))
 
     def forward(self, trained: Tensor) -> Tensor:
-        """w."""
         for scale in self.scales:
             trained = trained * scale
         return trained
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """v."""
         for scale in self.scales:
             weight = weight / scale
         return weight
@@ -206,7 +203,7 @@ def channel_scales(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def parameter_name(name: str) -> str:
-    """What a parameter was called before :func:`scale_rates`."""
+    """The name of a parameter before :func:`scale_rates`."""
     return name.replace(".parametrizations.", ".").removesuffix(".original")
 
 
