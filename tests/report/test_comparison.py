@@ -102,7 +102,7 @@ def test_a_share_whose_rate_is_not_settled_is_marked() -> None:
         (("runs", 0, "spec", "steps"), "different budgets (--steps 30 or 99)"),
         (("runs", 0, "spec", "weight_decay"), "different budgets (--weight-decay 0.0 or 99.0)"),
         (("runs", 0, "loss", "start"), "different controls (base)"),
-        (("attacks", 1, "training"), "full fine-tuning is not the same in all reports: 99; full."),
+        (("attacks", 1, "training"), "full fine-tuning is not the same in all reports: 99; full fine-tuning."),
         (("runs", 0, "spec", "prompts"), "different prompts"),
     ],
 )
