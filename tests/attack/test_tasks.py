@@ -149,6 +149,12 @@ def test_a_control_that_is_trained_for_something_else_is_refused_before_it_is_tr
         plan_attack(AttackOptions(model=tmp_path / "bert", control=tmp_path / "t5", out=tmp_path / "out"))
 
 
+def test_an_encoder_is_not_trained_as_a_causal_model(tmp_path: Path) -> None:
+    directory = save("bert", tmp_path / "bert")
+    with refusal("is an encoder", "Use --task masked-lm."):
+        task_of(read_config(directory), directory, "causal-lm")
+
+
 LABELS: dict[str, tuple[Callable[[int], Any], str, int]] = {
     # The label of a row, what transformers calls it, and the outputs of a head that has three.
     "numbers": (lambda n: n % 3, "single_label_classification", 3),

@@ -220,7 +220,7 @@ def gate(text: str, report: Any, **changes: Any) -> tuple[str, ...]:
 
 def test_a_gate_fails_on_what_was_not_measured(report: Any) -> None:
     assert gate("share_of_control>0.9", report) == ()
-    assert gate("share_of_control>0.4", report) == ("hardened · full · adamw meets share_of_control>0.4",)
+    assert gate("share_of_control>0.4", report) == ("full fine-tuning meets share_of_control>0.4",)
     control, *attacks = report.runs
     assert gate("best_loss<0", report, runs=(control,)) == ("no attack was measured for best_loss<0",)
     informed = tuple(run for run in attacks if run.spec.variant.kind == "collapse")
