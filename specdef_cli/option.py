@@ -33,7 +33,7 @@ def option(
 
     Args:
         names: Flags, as typer declares them; by default the field's own name.
-        shown_default: What a default of ``None`` or of nothing comes to.
+        shown_default: The text for a default of ``None`` or of nothing.
         group: Its group in ``--help``, with words after `` / `` that several options of one row share.
         envvar: The environment variable that gives it, too.
         parse: Makes its value of the text or number that people write; its parameter's type says which.

@@ -26,16 +26,13 @@ TABLES = Path(__file__).parents[1] / "tables"
 ASSETS = Path(__file__).parents[1] / "assets"
 METHODS = ("fold", "scale", "factors")
 NAMES = {
-    "full": "full fine-tuning",
-    "LoRA all-linear": "LoRA on every linear",
     "LoRA default": "LoRA on queries and values",
     "the last half of the layers": "last half of the layers",
-    "channel-rates: full": "full, a rate for each channel",
-    "equalise: full": "channels equalised first, then full",
+    "equalised, full fine-tuning": "channels equalised, full fine-tuning",
 }
 """What people say, where a table's own name is another."""
 
-UNDONE = ("rebalance: full", "unscale: full", "collapse: full")
+UNDONE = re.compile(r"(undone first) \(\w+\)")
 """One row: each method has an attack of its own that undoes it."""
 
 
@@ -82,8 +79,7 @@ def resistance_rows(text: str) -> tuple[list[str], list[tuple[str, list[str | No
     methods = [method for method in METHODS if method in columns]
     found: dict[str, list[str | None]] = {}
     for row in body:
-        attack = row[0].removesuffix(", adamw")
-        name = "undone first, then full" if attack in UNDONE else NAMES.get(attack, attack)
+        name = UNDONE.sub(r"\1", NAMES.get(row[0], row[0]))
         shares = found.setdefault(name, [None] * len(methods))
         for place, method in enumerate(methods):
             share = re.match(r"\d+ %", row[columns[method]])

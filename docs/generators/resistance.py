@@ -13,7 +13,8 @@ from pictures import TABLES, resistance_rows
 
 README = Path(__file__).parents[2] / "README.md"
 README_ATTACKS = (
-    "undone first, then full", "HiRA", "adapters", "embeddings alone", "LoRA on every linear", "full fine-tuning",
+    "undone first, full fine-tuning", "HiRA", "adapters", "embeddings alone", "LoRA on every linear",
+    "full fine-tuning",
 )  # fmt: skip
 README_METHODS = {"fold": "`fold` (default)", "scale": "`scale`", "factors": "`factors` (the paper's)"}
 MODELS = {

@@ -101,8 +101,8 @@ def row(name: str, out: Path) -> tuple[str, ...]:
         )
     )
     found = [each for each in report.attacks if each.subject == "model"]
-    attacks = {(each.spec.training.label, each.spec.optimizer): each for each in found}
-    chosen = [attacks[key] for key in (("HiRA", "adamw"), ("IA³", "adamw"), ("full", "madam"), ("full", "adamw"))]
+    attacks = {each.spec.trained: each for each in found}
+    chosen = [attacks[key] for key in ("HiRA", "IA³", "full fine-tuning with madam", "full fine-tuning")]
     shares = [f"{percent(each.share())} ({rate(each.best_learning_rate)})" for each in chosen]
     return (name, f"{verification['max_abs']:.0e}", *shares)
 

@@ -69,10 +69,9 @@ def best_runs(reports: Iterable[Report]) -> list[tuple[str, Run]]:
 
 
 def _name(run: Run, report: Report) -> str:
-    """The run's label with the model's name in it: ``factors, collapsed · full · adamw``."""
-    subject, others = run["label"][: len("hardened")], run["label"]
-    name = Path(report["model"]["name"]).name
-    return others.replace("hardened", name, 1) if subject == "hardened" else others.replace("control", "original", 1)
+    """The run's label with the model's name in it: ``factors: undone first (collapsed), full fine-tuning``."""
+    name = "original" if run["spec"]["subject"] == "control" else Path(report["model"]["name"]).name
+    return f"{name}: {run['label'].removeprefix('base: ')}"
 
 
 def _number(value: float | None) -> str:

@@ -129,11 +129,21 @@ class RunSpec(SpecPart):
         return self.variant.choice.edits
 
     @property
+    def trained(self) -> str:
+        """Name training and optimizer as people do: ``full fine-tuning with sgd``."""
+        return self.training.label if self.optimizer == "adamw" else f"{self.training.label} with {self.optimizer}"
+
+    @property
+    def name(self) -> str:
+        """Name the attack as people do: ``undone first (rebalanced), full fine-tuning``."""
+        variant = self.variant.label
+        first = f"undone first ({variant})" if self.variant.choice.informed is not None else variant
+        return ", ".join(filter(None, (first, "" if self.is_edit else self.trained)))
+
+    @property
     def label(self) -> str:
-        """Name the attack: ``hardened, collapsed · full · adamw``."""
-        subject = "control" if self.subject == "control" else "hardened"
-        what = f"{subject}, {self.variant.label}" if self.variant.label else subject
-        return what if self.is_edit else f"{what} · {self.training.label} · {self.optimizer}"
+        """Name the attack, or its control: ``base: full fine-tuning``."""
+        return f"base: {self.name}" if self.subject == "control" else self.name
 
 
 _RECORD = TypeAdapter(RunSpec)

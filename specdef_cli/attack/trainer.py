@@ -280,9 +280,11 @@ _LABEL_LOSSES: dict[Task, Callable[..., torch.Tensor]] = {
 
 
 def _constant(inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
-    """Whether inputs that differ give one output: a boolean scalar. Of tokens, the first sequence tells."""
+    """Whether inputs that differ give one output: a boolean scalar. Of tokens, the first sequence tells, unless each
+    of them answers with one token.
+    """
     read, outputs = inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"], logits.detach()
-    if logits.ndim > 2:
+    if logits.ndim > 2 and logits.shape[1] > 1:
         read, outputs = read[0], outputs[0]
     spread, largest = (outputs.amax(0) - outputs.amin(0)).max(), outputs.abs().max()
     return (read != read[0]).any() & (spread <= CONSTANT_WITHIN * largest)

@@ -210,8 +210,9 @@ class ScaledModule:
         return {f"{self.stem}.{name}.weight": side for name, side in sides.items() if side is not None}
 
     @property
-    def channels(self) -> int:
-        return sum(len(side.indices) for side in self.scales.values())
+    def exponents(self) -> tuple[int, ...]:
+        """log2 of the factor of each scaled channel, on both sides."""
+        return tuple(exponent for side in self.scales.values() for exponent in side.exponents)
 
     @property
     def parameters_added(self) -> int:

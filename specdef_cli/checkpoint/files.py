@@ -94,33 +94,36 @@ def is_no_weights(path: Path) -> bool:
     return size <= _LARGE and any(fnmatchcase(path.name.lower(), pattern) for pattern in _BINARY_COMPANIONS)
 
 
+_OTHER_WEIGHTS = (
+    (
+        PICKLED_WEIGHTS,
+        "pickled weights, which are never loaded",
+        "Convert it first: in {library}, {loads}).save_pretrained(...).",
+    ),
+    (
+        ("*.gguf",),
+        "weights for llama.cpp",
+        "Convert it first: in transformers, AutoModelForCausalLM.{loads}, gguf_file='{name}', "
+        "quantization_config=GgufConfig(dequantize=True)).save_pretrained(...).",
+    ),
+    (
+        ("*.h5", "*.msgpack"),
+        "weights of TensorFlow or Flax",
+        "Convert it first: in transformers 4, {loads}, from_tf=True), or from_flax=True, and .save_pretrained(...).",
+    ),
+    (("*.onnx",), "a graph for ONNX", "Give the model that it was exported from."),
+)
+"""Names of files, what they hold, and what to do about it."""
+
+
 def held_instead(names: Iterable[str], source: str, library: Library = TRANSFORMERS) -> tuple[str, str] | None:
     """Name weights in another format, and how to convert them; ``None`` where there are none."""
     ordered = sorted(names)
-    loads = f"from_pretrained('{source}'"
-    for patterns, what, hint in (
-        (
-            PICKLED_WEIGHTS,
-            "pickled weights, which are never loaded",
-            f"Convert it first: in {library.name}, {loads}).save_pretrained(...).",
-        ),
-        (
-            ("*.gguf",),
-            "weights for llama.cpp",
-            f"Convert it first: in transformers, AutoModelForCausalLM.{loads}, "
-            "gguf_file='{name}', quantization_config=GgufConfig(dequantize=True)).save_pretrained(...).",
-        ),
-        (
-            ("*.h5", "*.msgpack"),
-            "weights of TensorFlow or Flax",
-            f"Convert it first: in transformers 4, {loads}, from_tf=True), or from_flax=True, and "
-            ".save_pretrained(...).",
-        ),
-        (("*.onnx",), "a graph for ONNX", "Give the model that it was exported from."),
-    ):
-        name = next((name for name in ordered if any(fnmatchcase(name, pattern) for pattern in patterns)), None)
-        if name is not None:
-            return f"{what} ({name})", hint.replace("{name}", name)
+    for patterns, what, hint in _OTHER_WEIGHTS:
+        for name in ordered:
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                loads = f"from_pretrained('{source}'"
+                return f"{what} ({name})", hint.format(library=library.name, loads=loads, name=name)
     return None
 
 
@@ -161,7 +164,7 @@ def require_inside(directory: Path, path: Path) -> None:
 
 
 UNFINISHED_SUFFIX = ".partial"
-"""What a write that was killed leaves is a hidden file of this suffix."""
+"""A killed write leaves a hidden file of this suffix."""
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

@@ -83,9 +83,9 @@ class Manifest(Changed):
     @property
     def largest_alpha(self) -> float:
         """The largest factor by which any layer or channel was inflated."""
-        exponents = [exponent for pair in self.folded for exponent in pair.exponents]
-        exponents += [each for module in self.scaled for side in module.scales.values() for each in side.exponents]
-        return max([1.0, *(layer.alpha for layer in self.factored), *(2.0 ** abs(each) for each in exponents)])
+        powers = [pair.exponents for pair in self.folded] + [module.exponents for module in self.scaled]
+        largest = max((abs(exponent) for exponents in powers for exponent in exponents), default=0)
+        return max(2.0**largest, *(layer.alpha for layer in self.factored), 1.0)
 
     def published(self) -> Manifest:
         """The manifest as it leaves this machine: a base that was a directory keeps the last part of its path."""

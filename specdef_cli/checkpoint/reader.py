@@ -18,13 +18,11 @@ from torch import Tensor
 
 from specdef_cli.checkpoint.check import no_config, no_weights, require_plain
 from specdef_cli.checkpoint.files import (
-    DIFFUSERS,
     GIT_LFS,
     INVALID_JSON,
     OTHER_FORMATS,
     PICKLES,
     SAFETENSORS,
-    TRANSFORMERS,
     Library,
     TensorHeader,
     is_no_weights,
@@ -58,7 +56,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-INDEX_FILE = TRANSFORMERS.index_file
 DTYPES: Mapping[str, torch.dtype] = {
     dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
@@ -167,11 +164,9 @@ class Checkpoint:
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read ``config.json`` and the headers of every shard of a checkpoint directory."""
-    for name in ("config.json", INDEX_FILE, DIFFUSERS.index_file, "README.md", MANIFEST_NAME):
-        if (directory / name).exists():
-            require_inside(directory, directory / name)
     for entry in _entries(directory):
-        if _by_name(directory, entry) is None:
+        read = entry.as_posix() in REWRITTEN and (directory / entry).exists()
+        if read or _by_name(directory, entry) is None:
             require_inside(directory, directory / entry)
     config = read_config(directory)
     library = library_of(config)
@@ -212,7 +207,7 @@ def _read_sharded(directory: Path, index_path: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
-def _inside(directory: Path, name: Any, index: str = INDEX_FILE) -> Path:
+def _inside(directory: Path, name: Any, index: str) -> Path:
     """The path of a shard, if its name is a plain file name and any link stays within the checkpoint or its cache."""
     if not isinstance(name, str) or name != os.path.basename(name) or name in {"", ".", ".."}:  # noqa: PTH119
         raise SpecDefError(f"{index} names the shard {name!r}", "A shard must be a file next to the index.")
@@ -228,7 +223,7 @@ def _inside(directory: Path, name: Any, index: str = INDEX_FILE) -> Path:
 # Written anew for every output.
 REWRITTEN = frozenset({"config.json", "README.md", MANIFEST_NAME, "certificate.json"})
 SHOWN = 8
-"""How many files that are left out a note names one by one."""
+"""Files that a note names one by one."""
 
 
 @dataclass(frozen=True)

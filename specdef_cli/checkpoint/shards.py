@@ -1,4 +1,4 @@
-"""Which tensors go into which output file, decided before the first byte is written.
+"""Assign tensors to output files before the first byte is written.
 
 Names, dtypes and shapes of everything that will be written are known from the input's headers alone. So the layout of
 every output shard, down to the byte offsets, is a pure function of the plan: any process can write any part of it, and

@@ -182,9 +182,9 @@ class Condition:
             if self.metric == "steps_to_control" and value is None and finding.share is not None:
                 value = float("inf")  # within the budget the control was never reached
             if value is None:
-                failed.append(f"{finding.attack.label}: {self.metric} was not measured, as {_why(finding)}")
+                failed.append(f"{finding.label}: {self.metric} was not measured, as {_why(finding)}")
             elif _OPERATORS[self.operator](value, self.value):
-                failed.append(f"{finding.attack.label} meets {self.text}")
+                failed.append(f"{finding.label} meets {self.text}")
         return tuple(failed) or ((f"no attack was measured for {self.text}",) if not plain else ())
 
     def _concerns(self, finding: Finding) -> bool:

@@ -1,13 +1,14 @@
-"""What makes and publishes hardened directories: ``specdef harden``, ``collapse``, ``convert-adapter`` and ``push``."""
+"""Make and publish hardened directories: ``specdef harden``, ``collapse``, ``convert-adapter`` and ``push``."""
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -27,8 +28,6 @@ from specdef_cli.process import prefer_huge_pages
 
 if TYPE_CHECKING:
     from specdef_cli.hardening.run import HardenResult
-
-Kinded = TypeVar("Kinded", FoldedPair, ScaledModule)
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,10 @@ def harden_command(model: Model, flags: Flags, output: Output, **given: Any) -> 
     elif result is not None:
         output.data(result, result_tables(result), written=options.out)
         if options.manifest_out is not None:
+            back = shlex.join(["specdef", "collapse", str(options.out), "--manifest", str(options.manifest_out)])
             output.note(
-                f"Keep {options.manifest_out}: certify, attack and inspect need it (--manifest), and `specdef collapse "
-                f"{options.out} --manifest {options.manifest_out}` gives the original back."
+                f"Keep {options.manifest_out}: certify, attack and inspect need it (--manifest), and `{back}` gives "
+                "the original back."
             )
         if destination is not None:
             upload = push(options.out, destination)
@@ -143,30 +143,19 @@ def result_tables(result: HardenResult) -> Group:
                 f"{layer.reconstruction_error:.1e}",
             )
         parts.append(layers)
-    if manifest.folded:
-        pairs = table_of("symmetric pairs", "count", "channels", "scaled by")
-        for kind, folded in _by_kind(manifest.folded):
-            channels = sum(len(pair.channels) for pair in folded)
-            powers = _powers(exponent for pair in folded for exponent in pair.exponents)
-            pairs.add_row(kind.replace("_", "/"), str(len(folded)), str(channels), powers)
-        parts.append(pairs)
-    if manifest.scaled:
-        modules = table_of("scaled modules", "count", "scaled by")
-        for kind, scaled in _by_kind(manifest.scaled):
-            sides = [side for module in scaled for side in module.scales.values()]
-            modules.add_row(kind, str(len(scaled)), _powers(value for side in sides for value in side.exponents))
-        parts.append(modules)
+    changed: tuple[tuple[str, Sequence[FoldedPair | ScaledModule]], ...] = (
+        ("symmetric pairs", manifest.folded),
+        ("scaled modules", manifest.scaled),
+    )
+    for title, members in changed:
+        table = table_of(title, "count", "channels", "scaled by")
+        for kind in dict.fromkeys(each.kind for each in members):
+            alike = [each.exponents for each in members if each.kind == kind]
+            powers = [*chain(*alike)]
+            span = f"2^{min(powers)} to 2^{max(powers)}"
+            table.add_row(kind.replace("_", "/"), str(len(alike)), str(len(powers)), span)
+        parts += [table] if members else []
     return Group(*parts)
-
-
-def _by_kind(changed: Sequence[Kinded]) -> Iterator[tuple[str, list[Kinded]]]:
-    for kind in dict.fromkeys(each.kind for each in changed):
-        yield kind, [each for each in changed if each.kind == kind]
-
-
-def _powers(exponents: Iterable[int]) -> str:
-    found = list(exponents)
-    return f"2^{min(found)} to 2^{max(found)}"
 
 
 @takes(CollapseOptions, without=("trust_remote_code",))

@@ -113,12 +113,11 @@ def _changes(manifest: Manifest) -> Iterator[str]:
         )
         yield from filter(None, [given_up(manifest.folded)])
     if manifest.scaled:
-        sides = [side for module in manifest.scaled for side in module.scales.values()]
+        exponents = [abs(exponent) for module in manifest.scaled for exponent in module.exponents]
         added = sum(module.parameters_added for module in manifest.scaled)
         yield (
             f"Channels of the weights of {len(manifest.scaled)} modules were scaled by powers of two "
-            f"({_range((abs(step) for side in sides for step in side.exponents), '2^')}); a vector beside each weight "
-            f"undoes this, which adds {added:,} parameters."
+            f"({_range(exponents, '2^')}); a vector beside each weight undoes this, which adds {added:,} parameters."
         )
 
 

@@ -1,4 +1,4 @@
-"""What each family's blocks are made of, as far as exact symmetries need to know it.
+"""Descriptions of each family's blocks, as far as exact symmetries depend on them.
 
 Every entry was read off the family's modeling code in transformers; the tests hold each one to ``torch.equal`` logits.
 A family that is not here has no pairs: guessing them from names would publish broken models.
@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "leaky_relu", "linear"})
 
 Role = Literal["attention_output", "mlp_down", "other"]
-"""What a linear layer writes to: the residual stream, as the last one of an attention or an MLP, or something else."""
+"""Where a linear layer writes: to the residual stream, as the last one of an attention or an MLP, or elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -167,35 +167,33 @@ class Family:
 
     @property
     def is_post_norm(self) -> bool:
-        """Whether norms come after the addition, so that what they put out is the residual stream."""
+        """Whether norms come after the addition, so that their output is the residual stream."""
         return any(stack.final_norm is None for stack in self.stacks)
 
 
-def _decoder(*sublayers: Attention | Mlp | Experts) -> tuple[Stack, ...]:
-    return (Stack("layers", sublayers, "norm"),)
+def _stack(
+    *sublayers: Attention | Mlp | Experts, blocks: str = "layers", final_norm: str | None = "norm"
+) -> tuple[Stack, ...]:
+    return (Stack(blocks, sublayers, final_norm),)
 
 
 _SELF_ATTENTION = Attention("self_attn")
 _NORMED_ATTENTION = Attention("self_attn", query_norm="q_norm", key_norm="k_norm")
-_LLAMA = Family(_decoder(_SELF_ATTENTION, Mlp()))
+_LLAMA = Family(_stack(_SELF_ATTENTION, Mlp()))
 
 _GEMMA_MLP = Mlp(norm="pre_feedforward_layernorm")
 _GEMMA = Family(
-    _decoder(_SELF_ATTENTION, _GEMMA_MLP),
+    _stack(_SELF_ATTENTION, _GEMMA_MLP),
     gain="one_plus",
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
 _BERT = Family(
-    (
-        Stack(
-            "encoder.layer",
-            (
-                Attention("attention", "self.query", "self.key", "self.value", "output.dense", rope=False, norm=None),
-                Mlp("", None, "intermediate.dense", "output.dense", norm=None),
-            ),
-            None,
-        ),
+    _stack(
+        Attention("attention", "self.query", "self.key", "self.value", "output.dense", rope=False, norm=None),
+        Mlp("", None, "intermediate.dense", "output.dense", norm=None),
+        blocks="encoder.layer",
+        final_norm=None,
     ),
     output_norms=("attention.output.LayerNorm", "output.LayerNorm"),
     heads=(
@@ -219,28 +217,17 @@ _ROBERTA = replace(
 
 _T5_ATTENTION = Attention("layer.0.SelfAttention", "q", "k", "v", "o", rope=False, norm="layer.0.layer_norm")
 _T5_CROSS = Attention("layer.1.EncDecAttention", "q", "k", "v", "o", rope=False, norm="layer.1.layer_norm", cross=True)
+
+
+def _t5_stack(side: str, *attentions: Attention) -> tuple[Stack, ...]:
+    path, norm = (f"layer.{len(attentions)}.{name}" for name in ("DenseReluDense", "layer_norm"))
+    plain = Mlp(path, None, "wi", "wo", activation="dense_act_fn", norm=norm)
+    gated = Mlp(path, "wi_0", "wi_1", "wo", norm=norm)
+    return _stack(*attentions, plain, gated, blocks=f"{side}.block", final_norm=f"{side}.final_layer_norm")
+
+
 _T5 = Family(
-    (
-        Stack(
-            "encoder.block",
-            (
-                _T5_ATTENTION,
-                Mlp("layer.1.DenseReluDense", None, "wi", "wo", activation="dense_act_fn", norm="layer.1.layer_norm"),
-                Mlp("layer.1.DenseReluDense", "wi_0", "wi_1", "wo", norm="layer.1.layer_norm"),
-            ),
-            "encoder.final_layer_norm",
-        ),
-        Stack(
-            "decoder.block",
-            (
-                _T5_ATTENTION,
-                _T5_CROSS,
-                Mlp("layer.2.DenseReluDense", None, "wi", "wo", activation="dense_act_fn", norm="layer.2.layer_norm"),
-                Mlp("layer.2.DenseReluDense", "wi_0", "wi_1", "wo", norm="layer.2.layer_norm"),
-            ),
-            "decoder.final_layer_norm",
-        ),
-    ),
+    _t5_stack("encoder", _T5_ATTENTION) + _t5_stack("decoder", _T5_ATTENTION, _T5_CROSS),
     heads=(("T5ForConditionalGeneration", None),),
     unpaired=(("relative_attention_bias.weight", "it is added to the scores, and a softmax follows"),),
 )
@@ -250,84 +237,63 @@ FAMILIES: dict[str, Family] = {
     "LlamaModel": _LLAMA,
     "MistralModel": _LLAMA,
     "Qwen2Model": _LLAMA,
-    "Qwen3Model": Family(_decoder(_NORMED_ATTENTION, Mlp())),
+    "Qwen3Model": Family(_stack(_NORMED_ATTENTION, Mlp())),
     "Gemma2Model": _GEMMA,
-    "Gemma3TextModel": replace(_GEMMA, stacks=_decoder(_NORMED_ATTENTION, _GEMMA_MLP)),
+    "Gemma3TextModel": replace(_GEMMA, stacks=_stack(_NORMED_ATTENTION, _GEMMA_MLP)),
     "Phi3Model": Family(
-        _decoder(
+        _stack(
             Attention("self_attn", "qkv_proj", "qkv_proj", "qkv_proj", fused="stacked"),
             Mlp(gate="gate_up_proj", up="gate_up_proj", fused=True),
         )
     ),
-    "OlmoModel": Family(_decoder(Attention("self_attn", clip="clip_qkv"), Mlp()), gain="none"),
+    "OlmoModel": Family(_stack(Attention("self_attn", clip="clip_qkv"), Mlp()), gain="none"),
     "Olmo2Model": Family(
-        _decoder(
+        _stack(
             Attention("self_attn", query_norm="q_norm", key_norm="k_norm", norm_width="all_heads", norm=None),
             Mlp(norm=None),
         ),
         output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
     "GPT2Model": Family(
-        (
-            Stack(
-                "h",
-                (
-                    Attention("attn", "c_attn", "c_attn", "c_attn", "c_proj", fused="stacked", rope=False, norm="ln_1"),
-                    Mlp("mlp", None, "c_fc", "c_proj", activation="activation_function", norm="ln_2"),
-                ),
-                "ln_f",
-            ),
+        _stack(
+            Attention("attn", "c_attn", "c_attn", "c_attn", "c_proj", fused="stacked", rope=False, norm="ln_1"),
+            Mlp("mlp", None, "c_fc", "c_proj", activation="activation_function", norm="ln_2"),
+            blocks="h",
+            final_norm="ln_f",
         ),
         heads=(("LMHeadModel", None), ("ForSequenceClassification", "score"), ("ForTokenClassification", "classifier")),
     ),
     "GPTNeoXModel": Family(
-        (
-            Stack(
-                "layers",
-                (
-                    Attention(
-                        "attention",
-                        "query_key_value",
-                        "query_key_value",
-                        "query_key_value",
-                        "dense",
-                        fused="per_head",
-                    ),
-                    Mlp("mlp", None, "dense_h_to_4h", "dense_4h_to_h"),
-                ),
-                "final_layer_norm",
-            ),
+        _stack(
+            Attention("attention", "query_key_value", "query_key_value", "query_key_value", "dense", fused="per_head"),
+            Mlp("mlp", None, "dense_h_to_4h", "dense_4h_to_h"),
+            final_norm="final_layer_norm",
         ),
         heads=(("ForCausalLM", None), ("ForSequenceClassification", "score"), ("ForTokenClassification", "classifier")),
     ),
     "BertModel": _BERT,
     "RobertaModel": _ROBERTA,
     "ViTModel": Family(
-        (
-            Stack(
-                "layers",
-                (
-                    Attention("attention", rope=False, norm="layernorm_before"),
-                    Mlp("mlp", None, "fc1", "fc2", norm="layernorm_after"),
-                ),
-                "layernorm",
-            ),
+        _stack(
+            Attention("attention", rope=False, norm="layernorm_before"),
+            Mlp("mlp", None, "fc1", "fc2", norm="layernorm_after"),
+            final_norm="layernorm",
         ),
         heads=(("ForImageClassification", "classifier"),),
     ),
     **dict.fromkeys(("T5Model", "T5EncoderModel", "T5ForConditionalGeneration"), _T5),
-    "MixtralModel": Family(_decoder(_SELF_ATTENTION, Experts())),
+    "MixtralModel": Family(_stack(_SELF_ATTENTION, Experts())),
     "Qwen2MoeModel": Family(
-        _decoder(
+        _stack(
             _SELF_ATTENTION,
             Mlp(),
             Experts(readers=("mlp.gate.weight", "mlp.shared_expert_gate.weight")),
             Mlp("mlp.shared_expert"),
         )
     ),
-    "Qwen3MoeModel": Family(_decoder(_NORMED_ATTENTION, Mlp(), Experts())),
+    "Qwen3MoeModel": Family(_stack(_NORMED_ATTENTION, Mlp(), Experts())),
     "GptOssModel": Family(
-        _decoder(
+        _stack(
             _SELF_ATTENTION,
             Experts(readers=("mlp.router.weight",), transposed=True, gated_linearly=False),
         ),

@@ -18,24 +18,6 @@ from specdef_cli.attack.search import next_rates
 from specdef_cli.attack.variants import Knowledge
 
 
-def training_name(attack: Attack) -> str:
-    """Name training and optimizer as people do: ``full fine-tuning with SGD``."""
-    label = attack.spec.training.label
-    if attack.spec.training.method == "full" and not attack.spec.training.name:
-        label = "full fine-tuning" + label.removeprefix("full")
-    name = label.replace(" all-linear", " on every linear")
-    return name if attack.spec.optimizer == "adamw" else f"{name} with {attack.spec.optimizer}"
-
-
-def attack_name(attack: Attack) -> str:
-    """Name the attack as people do: ``undone first (rebalanced), full fine-tuning``."""
-    variant = attack.spec.variant.label
-    if not variant:
-        return training_name(attack)
-    first = f"undone first ({variant})" if attack.spec.variant.choice.informed is not None else variant
-    return first if attack.edit is not None else f"{first}, {training_name(attack)}"
-
-
 def spelling(attack: Attack) -> str:
     """The flags that run an attack alone."""
     parts = [f"--training {attack.spec.training}"]
@@ -189,11 +171,6 @@ def growth_words(report: AttackReport) -> tuple[str, ...]:
             times = f"{attack.parameters_times:.2f}× the base's"
             lines.append(f"{attack.spec.variant.label}: {added:+,} parameters, {times}")
     return tuple(dict.fromkeys(lines))
-
-
-def full_name(attack: Attack) -> str:
-    """An attack, or the control that it is measured against."""
-    return f"base: {attack_name(attack)}" if attack.subject == "control" else attack_name(attack)
 
 
 def attack_cells(finding: Finding) -> dict[str, str]:

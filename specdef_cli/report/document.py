@@ -274,17 +274,13 @@ class Comparison:
 
 
 def compare(reports: Sequence[ReportDocument]) -> Comparison:
-    controls: dict[str, Finding] = {}
-    columns: list[dict[str, Finding]] = []
+    controls: dict[tuple[str, ...], Finding] = {}
+    columns = []
     for report in reports:
-        column = {}
         for attack in report.attacks:
             if attack.subject == "control":
                 controls.setdefault(_recipe(attack), attack)
-            else:
-                first = "" if attack.variant == "plain" or attack.edit is not None else f"{attack.variant}: "
-                column[first + _recipe(attack)] = attack
-        columns.append(column)
+        columns.append({attack.label: attack for attack in report.attacks if attack.subject == "model"})
     rows = []
     for name in dict.fromkeys(name for column in columns for name in column):
         attacks = [column.get(name) for column in columns]
@@ -313,10 +309,9 @@ def comparison_markdown(comparison: Comparison) -> str:
     return "\n".join([*lines, "", *(f"- {line}" for line in comparison.said)]) + "\n"
 
 
-def _recipe(attack: Finding) -> str:
-    if attack.edit is not None:
-        return attack.variant
-    return f"{attack.trained}, {attack.optimizer}"
+def _recipe(attack: Finding) -> tuple[str, ...]:
+    """What it has in common with its control."""
+    return (attack.trained, attack.optimizer) if attack.edit is None else (attack.variant,)
 
 
 def _learned(control: Finding) -> str:

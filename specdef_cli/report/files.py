@@ -31,7 +31,6 @@ from specdef_cli.report import (
     Finding,
     attack_cells,
     findings,
-    full_name,
     growth_words,
     number,
     of_edits,
@@ -70,7 +69,7 @@ def curves_png(report: AttackReport) -> bytes:
         left.plot(
             [point.step for point in points],
             [point.loss for point in points],
-            label=f"{full_name(attack)} (η = {rate(attack.best_learning_rate)})",
+            label=f"{attack.label} (η = {rate(attack.best_learning_rate)})",
             **style,
         )
         frontier = [(value, attack.best_at(value)) for value in attack.learning_rates]
@@ -196,7 +195,7 @@ def report_html(report: AttackReport, image: bytes) -> str:
     )
     attacks, costs = [], []
     for finding in trained:
-        named, flags = {"attack": full_name(finding.attack)}, spelling(finding.attack)
+        named, flags = {"attack": finding.label}, spelling(finding.attack)
         cells = attack_cells(finding)
         usual = {"of its control": _share(finding), "at its control’s η": percent(finding.usual_share)}
         shown = {**named, **{key: cells[key] for key in ATTACKS}, **usual, "verdict": finding.verdict}
@@ -209,7 +208,6 @@ def report_html(report: AttackReport, image: bytes) -> str:
             (each for each in trained if each.share is not None and each.verdict != "control"),
             key=lambda each: -(each.share or 0.0),
         ),
-        name=full_name,
         spelling=spelling,
         percent=percent,
         knowledge=KNOWLEDGE_WORDS,
@@ -234,7 +232,7 @@ def report_html(report: AttackReport, image: bytes) -> str:
 def _accuracy_rows(found: Sequence[Finding]) -> list[Row]:
     """Accuracy on tasks, of each attack's run at its best learning rate; none where none was measured."""
     tasks = sorted({task for finding in found for task in finding.attack.best_run.accuracy})
-    measured = [(full_name(finding.attack), finding.attack.best_run.accuracy) for finding in found if tasks]
+    measured = [(finding.label, finding.attack.best_run.accuracy) for finding in found if tasks]
     return [Row({"attack": label, **{task: number(each.get(task)) for task in tasks}}) for label, each in measured]
 
 
@@ -243,7 +241,7 @@ def _edit_rows(found: Sequence[Finding]) -> list[Row]:
     return [
         Row(
             {
-                "edit": full_name(finding.attack),
+                "edit": finding.label,
                 "strength": f"{edit.strength:g}",
                 "of the direction left": percent(edit.left),
                 "KL, harmless prompts": number(edit.kl),
@@ -262,7 +260,7 @@ def _behaviour_rows(found: Sequence[Finding]) -> list[Row]:
     return [
         Row(
             {
-                "attack": full_name(finding.attack),
+                "attack": finding.label,
                 "refused before": percent(finding.refusals_before),
                 "refused after": percent(finding.refusals),
                 "KL, harmless prompts": number(finding.kl),

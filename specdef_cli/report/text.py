@@ -13,16 +13,13 @@ from specdef_cli.attack.results import CONTROL_SHARE, AttackReport
 from specdef_cli.report import (
     Finding,
     attack_cells,
-    attack_name,
     edit_words,
     findings,
-    full_name,
     growth_words,
     number,
     of_edits,
     percent,
     run_cells,
-    training_name,
 )
 
 ATTACKS = {
@@ -50,7 +47,7 @@ def attacks_table(report: AttackReport) -> Table:
             table.add_section()
         previous = group
         cells = attack_cells(finding)
-        _add(table, [full_name(finding.attack), *(cells[key] for key in headings)], finding.verdict == "not slowed")
+        _add(table, [finding.label, *(cells[key] for key in headings)], finding.verdict == "not slowed")
     return table
 
 
@@ -66,7 +63,7 @@ def edits_table(report: AttackReport) -> Table | None:
     for finding in found:
         edit = finding.edit
         assert edit is not None
-        name, strength = full_name(finding.attack), f"{edit.strength:g}"
+        name, strength = finding.label, f"{edit.strength:g}"
         cells = [name, strength, percent(edit.left), number(edit.kl), percent(finding.share)]
         cells += [percent(finding.refusals)] if asked else []
         _add(table, [*cells, finding.verdict], finding.verdict == "not slowed")
@@ -130,7 +127,7 @@ def verdict_line(found: Sequence[Finding]) -> str:
         parts.append(f"Holds against {held} of {len(plain)} recipes tried")
     shown = {"not slowed": "not slowed", "slowed": "only slowed", "not settled": "rate not bracketed"}
     for verdict, words in shown.items():
-        names = [attack_name(finding.attack) for finding in plain if finding.verdict == verdict]
+        names = [finding.attack.spec.name for finding in plain if finding.verdict == verdict]
         if names:
             parts.append(f"{words}: {_listed(names, ', ')}")
     undone = [finding.attack.spec.variant.label for finding in informed if finding.verdict == "not slowed"]
@@ -181,7 +178,7 @@ def _done(report: AttackReport) -> str:
 
 def _ordinary(plain: Sequence[Finding]) -> str:
     known = sorted((each for each in plain if each.share is not None), key=lambda each: each.share or 0.0)
-    unknown = [training_name(finding.attack) for finding in plain if finding.share is None]
+    unknown = [finding.attack.spec.trained for finding in plain if finding.share is None]
     text = f"{_shares(known)} of its progress on the base." if known else ""
     if unknown:
         text += f" {_listed(unknown)} learned nothing on the base, so there is nothing to compare."
@@ -196,7 +193,7 @@ def _through(plain: Sequence[Finding]) -> str:
     limit = f"at least {percent(CONTROL_SHARE)}"
     text = f"{_shares(through)} ({limit} counts)." if through else f"none of these recipes ({limit} would count)."
     if unsettled:
-        names = _listed([attack_name(finding.attack) for finding in unsettled])
+        names = _listed([finding.attack.spec.name for finding in unsettled])
         text += f" Not settled, as the learning rates do not bracket the best one: {names}."
     if missing and not through:
         text += f" {_listed(missing)} were not tried and usually get through: --suite quick tries them."
@@ -212,7 +209,7 @@ def _undone(informed: Sequence[Finding]) -> str:
     for finding in known:
         variant = finding.attack.spec.variant
         first = f"{variant.label} first" if variant.choice.informed is not None else variant.label
-        names.append(f"{first}, {training_name(finding.attack)} reaches {percent(finding.share)}")
+        names.append(f"{first}, {finding.attack.spec.trained} reaches {percent(finding.share)}")
     text = f"{'; '.join(names[:MAX_NAMED])}."
     if known[0].verdict == "not slowed":
         text += " Hardening does not stop people who know about it."
@@ -220,7 +217,7 @@ def _undone(informed: Sequence[Finding]) -> str:
 
 
 def _shares(found: Sequence[Finding]) -> str:
-    names = [f"{attack_name(finding.attack)} reaches {percent(finding.share)}" for finding in found]
+    names = [f"{finding.attack.spec.name} reaches {percent(finding.share)}" for finding in found]
     return _listed(names)
 
 
@@ -235,7 +232,7 @@ def _listed(names: Sequence[str], last: str = " and ") -> str:
 def _edit_sentence(finding: Finding) -> str:
     """Describe an edit of the model and of its control, with an answer of a model that it broke."""
     attack, control = finding.attack, finding.attack.control
-    text = f"{attack_name(attack)}, the model has {edit_words(finding)}"
+    text = f"{attack.spec.name}, the model has {edit_words(finding)}"
     if control is not None and control.edit is not None:
         text += f"; the base has {percent(control.edit.left)} and {number(control.edit.kl, 2)}"
     text += f" ({finding.verdict})."
@@ -251,6 +248,6 @@ def _utility_sentence(found: Sequence[Finding]) -> list[str]:
     strongest = max(measured, key=lambda finding: finding.useful_share or 0)
     return [
         f"With perplexity on retained text within {percent(UTILITY_LIMIT)} of the start's, the strongest attack "
-        f"({attack_name(strongest.attack)}) makes {percent(strongest.useful_share)} of the control's progress, "
+        f"({strongest.attack.spec.name}) makes {percent(strongest.useful_share)} of the control's progress, "
         f"and the control itself {percent(strongest.control_useful_share)}."
     ]

@@ -338,7 +338,7 @@ learning_rates = [1e-3, 1e-5]
         ("[budget]\nsteps = 3", "attacks"),
         ("[[attacks]\n", "not a suite"),
         ("[more]\n[[attacks]]", "more"),
-        ("[[attacks]]\ntrainings = ['lora', { training = 'full', name = 'LoRA all-linear' }]", "lora:16, full"),
+        ("[[attacks]]\ntrainings = ['lora', { training = 'full', name = 'LoRA on every linear' }]", "lora:16, full"),
     ],
 )
 def test_a_suite_s_refusals_name_the_value(tmp_path: Path, text: str, named: str) -> None:

@@ -113,7 +113,7 @@ def test_a_run_goes_on_beyond_its_divergence_where_asked(hardened: Path, tmp_pat
     assert first.divergence.step == first.train[-1].step < 8 == second.train[-1].step == second.evaluations[-1].step
     assert (first.cut, first.outcome) == (True, "diverged")
     assert (second.cut, second.outcome) == (False, "worse")
-    assert any("Given up" in note and "full · adamw from 10 on" in note for note in stopped.notes)
+    assert any("Runs ended" in note and "full fine-tuning from 10 on" in note for note in stopped.notes)
     assert not any("Given up" in note for note in longer.notes)
 
 

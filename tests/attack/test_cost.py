@@ -120,8 +120,8 @@ def test_a_plan_says_what_will_be_run_and_keeps_nothing(hardened: Path, base: Pa
     )
     forecast = plan_attack(options)
     assert [attack.label for attack in forecast.attacks] == [
-        "control · full · adamw", "hardened, collapsed · full · adamw", "hardened · full · adamw",
-        "control · LoRA all-linear · adamw", "hardened · LoRA all-linear · adamw",
+        "base: full fine-tuning", "undone first (collapsed), full fine-tuning", "full fine-tuning",
+        "base: LoRA on every linear", "LoRA on every linear",
     ]  # fmt: skip
     assert forecast.runs == f"about {sum(attack.runs for attack in forecast.attacks)}", "every rate is searched"
     assert forecast.seconds > 0
@@ -160,7 +160,7 @@ def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(
     assert result.code == 0, result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
-    assert any("Not reached within 0 s: hardened, collapsed · full · adamw" in note for note in report["notes"])
-    lines = [line for line in result.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d \d+ of about \d+: control", line)]
+    assert any("Not reached within 0 s: undone first (collapsed), full fine-tuning" in note for note in report["notes"])
+    lines = [line for line in result.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d \d+ of about \d+: base: ", line)]
     assert len(lines) == 1
     assert any(line.startswith("note: Not reached") and line.endswith(".") for line in result.stderr.splitlines())

@@ -159,10 +159,8 @@ def test_an_attack_by_edits_alone(base: Path, fold: Path, tmp_path: Path) -> Non
     options = AttackOptions(model=fold, control=base, trainings=("none",), out=tmp_path / "out")
     report = attack(options)
     names = ("abliterated", "abliterated by rows")
-    assert [each.spec.label for each in report.runs] == [
-        f"{who}, {name}" for name in names for who in ("control", "hardened")
-    ]
-    plain = next(each for each in findings(report) if each.attack.label == "hardened, abliterated")
+    assert [each.spec.label for each in report.runs] == [f"{who}{name}" for name in names for who in ("base: ", "")]
+    plain = next(each for each in findings(report) if each.attack.label == "abliterated")
     assert plain.verdict == "not slowed"
     assert plain.share == pytest.approx(1.0, abs=1e-3)
     assert summary(report)[0].startswith("Edits: abliterated not slowed")
@@ -178,12 +176,12 @@ def test_refusals_are_counted_after_every_run(base: Path, fold: Path, tmp_path: 
     ended = call_cli("attack", str(fold), *common, "--variant", "abliterate:1", "--fail-if", "refusals<0.5",
                 "--out", str(tmp_path / "out"))  # fmt: skip
     assert ended.code == 1
-    assert "hardened, abliterated at 1 meets refusals<0.5" in ended.stderr
+    assert "abliterated at 1 meets refusals<0.5" in ended.stderr
     document = json.loads((tmp_path / "out" / "report.json").read_text())
     by_label = {each["label"]: each for each in document["attacks"]}
-    assert by_label["hardened, rebalanced · full · adamw"]["refusals"] == 0.0  # random bytes refuse nothing
-    assert by_label["hardened, abliterated at 1"]["refusals_before"] == 0.0
-    assert by_label["hardened, abliterated at 1"]["edit"]["strength"] == 1.0
+    assert by_label["undone first (rebalanced), full fine-tuning"]["refusals"] == 0.0  # random bytes refuse nothing
+    assert by_label["abliterated at 1"]["refusals_before"] == 0.0
+    assert by_label["abliterated at 1"]["edit"]["strength"] == 1.0
     assert document["prompts"]["held_out"] == 3
     assert "i cannot" in document["prompts"]["refusal_words"]
     page = (tmp_path / "out" / "report.html").read_text()

@@ -42,7 +42,7 @@ def test_the_pages_package_adds_an_attack(base: Path, tmp_path: Path, installed:
     assert set(attacks) == {"plain", "halve-mlp:4", "rebalance"}  # which needs no manifest
     added = attacks["halve-mlp:4"]
     assert (added["training"], added["optimizer"]) == ("last-linear", "signum")
-    assert added["label"] == "hardened, MLP scaled by 1/4 · the last linear · signum"
+    assert added["label"] == "MLP scaled by 1/4, the last linear with signum"
     assert added["start"] == pytest.approx(attacks["plain"]["start"], rel=1e-6)
     listed = run_cli("attack", "--list", cwd=tmp_path, PYTHONPATH=installed).stdout
     assert {"halve-mlp:2", "last-linear", "signum"} <= {line.split()[0] for line in listed.splitlines() if line.strip()}

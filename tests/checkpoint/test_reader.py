@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from specdef_cli.checkpoint.files import DTYPE_BYTES, read_headers
-from specdef_cli.checkpoint.reader import INDEX_FILE, TORCH_DTYPES, open_checkpoint
+from specdef_cli.checkpoint.files import DTYPE_BYTES, TRANSFORMERS, read_headers
+from specdef_cli.checkpoint.reader import TORCH_DTYPES, open_checkpoint
 from specdef_cli.errors import ResumableError, SpecDefError
 
+INDEX_FILE = TRANSFORMERS.index_file
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]
 
 

@@ -327,4 +327,4 @@ def test_an_attack_without_a_name_finds_what_was_hardened_here_and_its_base(
     planned = [line.split() for line in result.stdout.splitlines()]
     assert ["model", "hardened"] in planned
     assert ["control", "tiny-llama"] in planned
-    assert "hardened, width 2× · full · adamw" in " ".join(result.stdout.split())
+    assert "width 2×, full fine-tuning" in " ".join(result.stdout.split())

@@ -123,9 +123,9 @@ def test_harden_names_nothing_that_the_tools_kept(path: Path) -> None:
 SMALL = """\
 | attack | control | small-fold | small-scale |
 |---|---|---|---|
-| full, adamw | 2 → 1 (1e-3) | 1 % (1e-9) | 3 % (1e-9) ? |
-| HiRA, adamw | 2 → 1 (1e-3) | 100 % (1e-3) | – |
-| unscale: full, adamw | 2 → 1 (1e-3) | – | 90 % (1e-3) |
+| full fine-tuning | 2 → 1 (1e-3) | 1 % (1e-9) | 3 % (1e-9) ? |
+| HiRA | 2 → 1 (1e-3) | 100 % (1e-3) | – |
+| undone first (unscaled), full fine-tuning | 2 → 1 (1e-3) | – | 90 % (1e-3) |
 
 | hardened | size |
 |---|---|
@@ -134,7 +134,7 @@ SMALL = """\
 DEEP = """\
 | attack | control | deep-scale | deep-fold |
 |---|---|---|---|
-| full, adamw | 2 → 1 (1e-3) | 4 % (1e-9) | 2 % (1e-9) ? |
+| full fine-tuning | 2 → 1 (1e-3) | 4 % (1e-9) | 2 % (1e-9) ? |
 """
 
 
@@ -148,10 +148,10 @@ def test_cells_hold_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
         "| HiRA | 100 % | – |",
         "| full fine-tuning | 1 % | 2 % ? |",
     ]
-    assert "| undone first, then full | 90 % | – |" in resistance.method_table(texts, "scale")
+    assert "| undone first, full fine-tuning | 90 % | – |" in resistance.method_table(texts, "scale")
     assert resistance.readme_table(SMALL).splitlines()[2:] == [
         "| HiRA | 100 % | – |",
-        "| undone first, then full | – | 90 % |",
+        "| undone first, full fine-tuning | – | 90 % |",
         "| full fine-tuning | 1 % | 3 % ? |",
     ]
 

@@ -139,23 +139,24 @@ def test_tables_of_runs_by_hand(tables: ModuleType) -> None:
             "divergence": None, "curve": {"evaluations": points},
         } | changes  # fmt: skip
 
-    control = run("0", "control · full · adamw", "control", 1e-5)
+    control = run("0", "base: full fine-tuning", "control", 1e-5)
     diverged = run(
-        "1", "hardened, collapsed · full · adamw", "model", 3e-5, divergence={"step": 7}, outcome="diverged",
+        "1", "undone first (collapsed), full fine-tuning", "model", 3e-5, divergence={"step": 7}, outcome="diverged",
         best_step=None, loss={"start": 2.0, "best": None},
         curve={"evaluations": [{"retained": 1.0}, {"retained": None}]},
     )  # fmt: skip
-    worse = run("2", "hardened, collapsed · full · adamw", "model", 1e-6, outcome="worse")
+    worse = run("2", "undone first (collapsed), full fine-tuning", "model", 1e-6, outcome="worse")
     attacks = [
         {"runs": ["0"], "best": {"learning_rate": 1e-5}}, {"runs": ["1", "2"], "best": {"learning_rate": 1e-6}},
     ]  # fmt: skip
     report = {"model": {"name": "out/factors"}, "runs": [diverged, worse, control], "attacks": attacks}
 
     table = tables.runs_table(tables.all_runs([report, report])).splitlines()[2:]
+    informed = "factors: undone first (collapsed), full fine-tuning"
     assert table == [
-        "| original · full · adamw | 1e-05 | 2.000 → 1.500 | 3 | +800.50 | 0.250 | finished |",
-        "| factors, collapsed · full · adamw | 3e-05 | 2.000 → – | – | not finite | 0.250 | diverged at step 7 |",
-        "| factors, collapsed · full · adamw | 1e-06 | 2.000 → 1.500 | 3 | +800.50 | 0.250 | worse |",
+        "| original: full fine-tuning | 1e-05 | 2.000 → 1.500 | 3 | +800.50 | 0.250 | finished |",
+        f"| {informed} | 3e-05 | 2.000 → – | – | not finite | 0.250 | diverged at step 7 |",
+        f"| {informed} | 1e-06 | 2.000 → 1.500 | 3 | +800.50 | 0.250 | worse |",
     ]
     assert [run["id"] for _, run in tables.best_runs([report])] == ["0", "2"]
     released = tables.released_table({"org/base": {"a": 0.5, "b": 1.0}, "out/factors": {"a": 0.25}}).splitlines()

@@ -176,7 +176,6 @@ def test_a_task_that_the_model_has_not_leads_to_one_that_it_has(tmp_path: Path) 
     for name, asked, advised in (
         ("t5", "causal-lm", "seq2seq-lm"),
         ("bert", "seq2seq-lm", "masked-lm"),
-        ("bert", "causal-lm", "masked-lm"),
         ("llava", "seq2seq-lm", "causal-lm"),
         ("t5", "image-classification", "seq2seq-lm"),
     ):

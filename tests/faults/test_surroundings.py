@@ -236,6 +236,13 @@ def test_a_stream_takes_text_only_and_passes_the_rest_on() -> None:
         stream.write(b"x")  # type: ignore[arg-type]
 
 
+def test_streams_are_what_they_were_afterwards() -> None:
+    before = sys.stdout, sys.stderr
+    with safe_streams():
+        assert isinstance(sys.stdout, SafeStream)
+    assert (sys.stdout, sys.stderr) == before
+
+
 def test_a_result_that_is_lost_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", FullDisk())
     with safe_streams(), pytest.raises(SpecDefError, match="No space left"):

@@ -22,15 +22,17 @@ from specdef_cli.report.document import (
 )
 
 
-def attack(subject: str, share: float, *, variant: str = "plain", trained: str = "full") -> dict[str, Any]:
+def attack(subject: str, share: float, *, variant: str = "plain", trained: str = "full fine-tuning") -> dict[str, Any]:
     nothing = dict.fromkeys(
         (
             "share_of_control_over_seeds", "share_of_control_at_its_rates", "share_of_control_with_utility_kept",
             "control_share_with_utility_kept", "divergent_learning_rate", "steps_to_control", "seconds_to_control",
         )
     )  # fmt: skip
+    first = "" if variant == "plain" else f"{variant} first, "
     return {
-        **nothing, "label": "l", "subject": subject, "variant": variant, "knowledge": "none", "training": trained,
+        **nothing, "label": first + trained, "subject": subject, "variant": variant, "knowledge": "none",
+        "training": trained,
         "trained": trained, "optimizer": "adamw", "learning_rates": [1e-3], "start": 3.0, "parameters_times": 1.0,
         "flops_times": 1.0, "best": {"learning_rate": 1e-3, "loss": 3.0 - 2 * share}, "share_of_control": share,
         "share_of_best_control": share / 2, "verdict": "stopped" if share <= 0.05 else "not slowed", "runs": ["r"],
@@ -73,7 +75,7 @@ def test_each_model_has_its_column() -> None:
     comparison = compared(FOLD, INSERT)
     assert comparison.models == ("fold", "insert")
     cells = {row.attack: [cell and cell.share for cell in row.cells] for row in comparison.rows}
-    assert cells == {"full, adamw": [0.01, 0.77], "rebalance: full, adamw": [1.0, None]}
+    assert cells == {"full fine-tuning": [0.01, 0.77], "rebalance first, full fine-tuning": [1.0, None]}
     assert {row.control for row in comparison.rows} == {"3.000 → 1.000 (1e-3)"}
     assert comparison.notes == ()
 
@@ -81,7 +83,7 @@ def test_each_model_has_its_column() -> None:
 def test_markdown() -> None:
     lines = comparison_markdown(compared(FOLD, INSERT)).splitlines()
     assert lines[0] == "| attack | control: loss (best η), of the best control | fold | insert |"
-    assert lines[2] == "| full, adamw | 3.000 → 1.000 (1e-3), 50 % | 1 % (1e-3) | 77 % (1e-3) |"
+    assert lines[2] == "| full fine-tuning | 3.000 → 1.000 (1e-3), 50 % | 1 % (1e-3) | 77 % (1e-3) |"
     assert "- fold: Verdict of fold." in lines
 
 
@@ -100,7 +102,7 @@ def test_a_share_whose_rate_is_not_settled_is_marked() -> None:
         (("runs", 0, "spec", "steps"), "different budgets (--steps 30 or 99)"),
         (("runs", 0, "spec", "weight_decay"), "different budgets (--weight-decay 0.0 or 99.0)"),
         (("runs", 0, "loss", "start"), "different controls (base)"),
-        (("attacks", 1, "training"), "full is not the same in all reports: 99; full."),
+        (("attacks", 1, "training"), "full fine-tuning is not the same in all reports: 99; full fine-tuning."),
         (("runs", 0, "spec", "prompts"), "different prompts"),
     ],
 )

@@ -31,7 +31,7 @@ from specdef_cli.attack.results import Attack, AttackReport, DataSummary, Harden
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
 from specdef_cli.cli.attack import Condition
-from specdef_cli.report import attack_name, findings, outcome_words, rate, spelling
+from specdef_cli.report import findings, outcome_words, rate, spelling
 from specdef_cli.report.document import ReportDocument, report_dict, report_document, report_json
 from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, report_html, write_report
 from specdef_cli.report.text import attacks_table, closing, runs_table, summary
@@ -232,7 +232,7 @@ def test_five_lines_say_what_wins_next_to_what_loses(report: AttackReport) -> No
 )
 def test_attacks_have_people_s_names_and_a_spelling(changes: dict[str, Any], name: str, flags: str) -> None:
     attack = Attack((run("model", [3.0, 2.0], **changes),))
-    assert (attack_name(attack), spelling(attack)) == (name, flags)
+    assert (attack.label, spelling(attack)) == (name, flags)
 
 
 def test_json_is_strict_and_documented(report: AttackReport) -> None:
@@ -414,7 +414,7 @@ def test_a_model_that_was_converted_first_has_rows_of_its_own(report: AttackRepo
     runs = (run("control", [3.0, 1.0]), run("model", [3.0, 2.9]), run("model", [3.0, 2.0], kind="equalise"))
     found = findings(replace(report, runs=runs))
     assert {each.label: each.share for each in found if each.subject == "model"} == pytest.approx(
-        {"hardened · full · adamw": 0.05, "hardened, equalised · full · adamw": 0.5}
+        {"full fine-tuning": 0.05, "equalised, full fine-tuning": 0.5}
     )
     assert "only slowed: full fine-tuning, equalised, full fine-tuning;" in summary(replace(report, runs=runs))[0]
 

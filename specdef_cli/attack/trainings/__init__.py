@@ -125,7 +125,7 @@ _PLACES: Mapping[Place, str] = {
 
 def _peft_row(method: PeftMethod) -> TrainingChoice:
     placed = method.on != "prompt"
-    everywhere = f"{method.label} all-linear" if method.alpha and method.on == "linears" else method.label
+    everywhere = f"{method.label} on every linear" if method.alpha and method.on == "linears" else method.label
     return TrainingChoice(
         method.name,
         f"{method.label} {{where}}" if placed else method.label,
@@ -143,9 +143,9 @@ TRAININGS: Table[TrainingChoice] = Table(
     TrainingChoice,
     (
         TrainingChoice(
-            "full", "full on {where}",
+            "full", "full fine-tuning on {where}",
             "Every parameter, those that globs name (full@*norm*), or all but some (full@!*bias).",
-            function=f"{_HERE}.own:train_parameters", where="parameters", label_everywhere="full",
+            function=f"{_HERE}.own:train_parameters", where="parameters", label_everywhere="full fine-tuning",
         ),
         TrainingChoice("none", "no training", "Nothing: edits such as --variant abliterate need no training."),
         TrainingChoice(
@@ -218,7 +218,7 @@ class Training:
 
     @property
     def label(self) -> str:
-        """In words for a table: ``full``, ``LoRA all-linear``, ``full on *norm*``."""
+        """As people say it: ``full fine-tuning``, ``LoRA on every linear``, ``full fine-tuning on *norm*``."""
         if self.name:
             return self.name
         choice = self.choice
