@@ -64,7 +64,6 @@ def read_resistance(path: Path, checkpoint: str | None = None, base: str | None 
     """The figures of a ``report.json``.
 
     Args:
-        path: The file that ``specdef attack`` wrote.
         checkpoint: Fingerprint of the model that it must be of; ``None`` for any.
         base: Fingerprint of the model that its control must be, or compute the same as; ``None`` for any.
     """
