@@ -122,7 +122,7 @@ def _options(flags: Flags, model: str, given: dict[str, Any]) -> AttackOptions:
             "Leave it out, or copy the suite's file and add width:2 to its variants.",
         )
     if flags.expand is not None:
-        given["variants"] = (*given.get("variants", ()), f"width:{flags.expand}")
+        given["variants"] = (*given.get("variants", ()), f"width:{flags.expand.removeprefix('width:')}")
     suite = flags.suite
     if "time_limit" in given and suite is None and not given.keys() & CHOICES:
         suite = "quick"  # what everybody tries, and what usually gets through
