@@ -76,7 +76,6 @@ class Checkpoint:
     """A checkpoint directory whose headers have been read and checked.
 
     Attributes:
-        config: ``config.json``.
         tensors: Headers by tensor name, in the order of the shards and of the data within them.
     """
 

@@ -52,13 +52,7 @@ Transform = Callable[[Checkpoint, torch.device], Produced]
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor of the input that is cast and multiplied by powers of two, exactly, a few rows at a time.
-
-    Attributes:
-        tensor: Its name in the input.
-        dtype: safetensors dtype that it is stored in.
-        slices: What is multiplied.
-    """
+    """A tensor of the input that is cast to a safetensors dtype, its slices multiplied by powers of two, row by row."""
 
     tensor: str
     dtype: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,16 @@ def test_every_command_takes_it(llama: Path, text: Path, hardened: tuple[Path, P
 
     # The base comes from the manifest, and the report is of these weights to certify too.
     succeed("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", "--card", *SMALL)
-    assert "### Attacks" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "### Attacks" in card
+    other = tmp_path / "other"
+    shutil.copytree(llama, other)
+    save_file({name: 1.5 * tensor for name, tensor in expected.items()}, other / "model.safetensors", {"format": "pt"})
+    where = ("--manifest", manifest, "--out", tmp_path / "against another", "--control", other)
+    compared = call_cli("attack", out, *where, "--card", *SMALL)
+    assert compared.code == 1
+    assert "compares with other, which starts at another loss" in compared.stderr
+    assert (out / "README.md").read_text() == card
     certified = succeed(
         "certify", out, "--manifest", manifest, "--attacks", tmp_path / "attack" / "report.json", "--text", text,
         "--formats", "none", "--no-curvature", "--out", tmp_path / "certificate", "--json",
