@@ -103,4 +103,6 @@ def outside(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """For certificates that are not about the function: starting a process takes most of their time."""
-    monkeypatch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
+    from specdef_cli.certify import function
+
+    monkeypatch.setattr(function, "_fresh_process", lambda *_: (True, ""))

@@ -99,18 +99,37 @@ class Manifest(Changed):
         from pydantic import ValidationError
 
         try:
-            return manifest_record().validate_json(text)
+            return manifest_record().validate_json(_in_this_format(text))
         except ValidationError as error:
             first = error.errors()[0]
             if first["loc"] == ("format",) and first["type"] == "literal_error":
                 raise SpecDefError(
-                    f"{origin} has format {first['input']!r}; this version reads format {FORMAT_VERSION}",
+                    f"{origin} has format {first['input']!r}; this version reads formats 1 and {FORMAT_VERSION}",
                     "Install the release of specdef-cli that wrote it.",
                 ) from error
             raise SpecDefError(
                 f"{origin} is not a valid manifest: {first_violation(error)}",
                 "Harden the base model again, or restore the file.",
             ) from error
+
+
+def _in_this_format(text: str) -> str:
+    """A manifest of format 1, in which methods and profiles had other names, as one of this format; others as is."""
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not (isinstance(read, dict) and type(read.get("format")) is int and read["format"] == 1):
+        return text
+    record = {name: value for name, value in read.items() if name != "schedule"}
+    record |= {"format": FORMAT_VERSION, "factored": record.pop("inserted", [])}
+    if record.get("config_changes") == []:  # of early ones, where it is always so
+        del record["config_changes"]
+    if record.get("method") in ("insert", "mixed"):
+        record["method"] = "factors" if record["factored"] else "scale"
+    if record.get("profile") == "coverage":
+        record["profile"] = "float16-cache"
+    return json.dumps(record)
 
 
 @functools.cache

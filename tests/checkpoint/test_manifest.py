@@ -45,6 +45,51 @@ def test_round_trip() -> None:
     assert dataclasses.replace(LAYER, bias=None).compensation_bias is None
 
 
+def in_format_1(method: str, profile: str | None, **changes: list[Any]) -> str:
+    """A manifest as early versions wrote it, with what each construction had changed."""
+    data = json.loads(MANIFEST.to_json())
+    data |= {"format": 1, "method": method, "schedule": "staircase", "profile": profile, "folded": [], "scaled": []}
+    data["inserted"] = []
+    del data["factored"]
+    return json.dumps(data | changes)
+
+
+FACTORS = json.loads(MANIFEST.to_json())["factored"]
+FOLDED = json.loads(MANIFEST.to_json())["folded"]
+SCALED = [
+    {"module": "norm", "kind": "norm", "tensor": "norm.weight", "stem": "norm", "shape": [4], "bias": None,
+     "output": {"axis": 0, "indices": [1], "exponents": [3], "period": None}, "input": None, "tied_to": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("written", "method", "profile"),
+    [
+        (in_format_1("fold", "coverage", folded=FOLDED), "fold", "float16-cache"),
+        (in_format_1("fold", "bfloat16", folded=FOLDED), "fold", "bfloat16"),
+        (in_format_1("insert", None, scaled=SCALED), "scale", None),
+        (in_format_1("insert", None, inserted=FACTORS), "factors", None),
+        (in_format_1("mixed", "coverage", folded=FOLDED, scaled=SCALED), "scale", "float16-cache"),
+        (in_format_1("fold", "coverage", folded=FOLDED, config_changes=[]), "fold", "float16-cache"),
+    ],
+    ids=["fold", "another profile", "scales", "factors", "mixed", "an early field"],
+)
+def test_format_1_is_read_under_the_names_of_today(written: str, method: str, profile: str | None) -> None:
+    found, data = Manifest.from_json(written), json.loads(written)
+    assert (found.format, found.method, found.profile) == (FORMAT_VERSION, method, profile)
+    again = json.loads(found.to_json())
+    assert again["factored"] == data["inserted"]
+    for name in ("folded", "scaled", "shards", "verification", "base", "seed", "dtype"):
+        assert again[name] == data[name]
+    assert Manifest.from_json(found.to_json()) == found
+
+
+def test_an_early_fold_that_changed_the_config_is_refused() -> None:
+    changes = [{"key": "rms_norm_eps", "before": 1e-6, "after": 4e-6}]
+    with pytest.raises(SpecDefError, match="config_changes"):
+        Manifest.from_json(in_format_1("fold", "coverage", folded=FOLDED, config_changes=changes))
+
+
 def edited(path: list[Any], value: Any) -> str:
     data = json.loads(MANIFEST.to_json())
     here = data
@@ -95,7 +140,7 @@ def test_what_is_no_manifest(text: str) -> None:
 
 
 def test_another_format_is_named() -> None:
-    with pytest.raises(SpecDefError, match="has format 3; this version reads format 2"):
+    with pytest.raises(SpecDefError, match="has format 3; this version reads formats 1 and 2"):
         Manifest.from_json(edited(["format"], 3))
 
 

@@ -5,6 +5,7 @@ Of every family, test_families has the function and the bytes.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from specdef_cli.attack.variants.scales import unscale as collapse_in_memory
-from specdef_cli.checkpoint.manifest import read_manifest
+from specdef_cli.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import SCALED_LOADERS
 from specdef_cli.hardening.fold import HIGHEST_EXPONENT, LOWEST_EXPONENT
-from specdef_cli.hardening.options import Construction, Fold, HardenOptions, Scale
+from specdef_cli.hardening.options import CollapseOptions, Construction, Fold, HardenOptions, Scale
 from specdef_cli.hardening.plan import make_plan
+from specdef_cli.hardening.run import collapse, harden
 from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
 from tests.hardened import harden_to
@@ -88,6 +90,24 @@ def test_the_norm_far_above_does_not_write_to_the_residual_stream(made: Made) ->
         if module.kind == "norm" and module.output is not None and module.output.exponents[0] > HIGHEST_EXPONENT
     ]
     assert highest == ["model.layers.0.pre_feedforward_layernorm"]
+
+
+def test_a_mixed_directory_of_format_1_collapses(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Early versions folded pairs and scaled the rest: here the same is put together from a fold and scales of it."""
+    folded, mixed = tmp_path / "folded", tmp_path / "mixed"
+    harden(HardenOptions(str(checkpoints["llama"]), folded, layers=("*.o_proj",), verify=False))
+    first = json.loads((folded / MANIFEST_NAME).read_text())
+    (folded / MANIFEST_NAME).unlink()
+    harden(HardenOptions(str(folded), mixed, Scale(), layers=("*norm*", "*embed_tokens"), verify=False))
+    made = json.loads((mixed / MANIFEST_NAME).read_text())
+    made |= {"format": 1, "method": "mixed", "schedule": "staircase", "profile": "coverage", "inserted": []}
+    made["folded"] = first["folded"]
+    del made["factored"]
+    (mixed / MANIFEST_NAME).write_text(json.dumps(made))
+    manifest = read_manifest(mixed)
+    assert (manifest.method, len(manifest.folded)) == ("scale", 2)
+    collapse(CollapseOptions(str(mixed), tmp_path / "back"))
+    assert_same_bytes(tensors(tmp_path / "back"), tensors(checkpoints["llama"]))
 
 
 @pytest.mark.parametrize(("construction", "told"), [(Scale(), True), (Fold(), False)])
