@@ -1,4 +1,4 @@
-"""What a user reads when something fails: one line of what is wrong, one of what to do, and no secret in either."""
+"""Errors for people to read: one line says what is wrong, one what to do, and neither holds a secret."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ResumableError(SpecDefError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, in one line: its first with text in it, else its type.
+    """The first line with text of another library's exception, else its type.
 
     Without the token that an HTTP client may quote.
     """
@@ -116,7 +116,7 @@ EXTRA_MODULES: Mapping[str, tuple[str, ...]] = {
 """Names as they are imported, by extra."""
 
 INSTALLATION = "`pip install .` in a clone of the specdef repository"
-"""How a reader gets this package, in the words of a model card: it is on no package index."""
+"""Installation in the words of a model card: the package is on no package index."""
 
 
 class MissingExtraError(SpecDefError, ImportError):

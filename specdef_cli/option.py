@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -33,7 +34,7 @@ def option(
 
     Args:
         names: Flags, as typer declares them; by default the field's own name.
-        shown_default: What a default of ``None`` or of nothing comes to.
+        shown_default: The text for a default of ``None`` or of nothing.
         group: Its group in ``--help``, with words after `` / `` that several options of one row share.
         envvar: The environment variable that gives it, too.
         parse: Makes its value of the text or number that people write; its parameter's type says which.
@@ -72,8 +73,9 @@ def require_positive(options: Any, *names: str) -> None:
 def as_declared(options: Any) -> None:
     """Make the values of a class of options those that its fields declare, as programs write them by hand.
 
-    Sizes and durations are parsed. Text becomes a path where only a path is meant, and the only element where several
-    texts are. The command line checks choices itself; here a word that is none would be taken for the default.
+    Sizes and durations are parsed. Text becomes a path where only a path is meant. A list becomes a tuple, and so does
+    what stands alone where several are meant. The command line checks choices and numbers itself; here a word that is
+    none would be taken for the default.
     """
     hints = get_type_hints(type(options))
     for field in dataclasses.fields(options):
@@ -84,9 +86,19 @@ def as_declared(options: Any) -> None:
             continue
         if isinstance(value, Path):  # no shell expands --out=~/here
             object.__setattr__(options, name, value.expanduser())
+        kinds = (declared,) if get_origin(declared) in (Literal, tuple) else get_args(declared) or (declared,)
+        several = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
+        if several is not None and isinstance(value, list | Real):
+            value = tuple(value) if isinstance(value, list) else (value,)
+            object.__setattr__(options, name, value)
+        item = several or next((kind for kind in kinds if {*kinds} <= {kind, type(None)}), None)
+        numbers: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float: (Real, "a number")}
+        number, called = numbers.get(item, (object, ""))
+        for each in value if several is not None and isinstance(value, tuple) else (value,):
+            if not isinstance(each, number) and not (each is None and type(None) in kinds):
+                raise WrongUsage(f"{flag_of(type(options), name)} {each!r} is not {called}", f"Give {called}.")
         if not isinstance(value, str):
             continue
-        kinds = (declared,) if get_origin(declared) in (Literal, tuple) else get_args(declared) or (declared,)
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         if choices and value not in choices:
             raise WrongUsage(
@@ -96,7 +108,7 @@ def as_declared(options: Any) -> None:
             continue
         if Path in kinds:
             object.__setattr__(options, name, Path(value).expanduser())
-        elif any(get_origin(kind) is tuple for kind in kinds):
+        elif several is not None:
             object.__setattr__(options, name, (value,))
 
 

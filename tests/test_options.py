@@ -37,6 +37,20 @@ def test_one_text_is_no_sequence_of_letters() -> None:
     assert alone == AttackOptions("model", trainings=("lora",))
 
 
+def test_numbers_stand_alone_or_in_lists_and_are_numbers() -> None:
+    several = AttackOptions("m", learning_rates=[1e-3], seeds=[0, 5], trainings=["full"])  # type: ignore[arg-type]
+    assert (several.learning_rates, several.seeds) == ((1e-3,), (0, 5))
+    assert hash(several.trainings) == hash(AttackOptions("m", trainings=("full",)).trainings)
+    assert AttackOptions("m", learning_rates=1e-3, seeds=2).seeds == (0, 1)  # type: ignore[arg-type]
+    for name, value in {
+        "steps": "30", "eval_every": 2.5, "learning_rates": ("1e-3",), "max_grad_norm": None, "seeds": ["a"],
+    }.items():  # fmt: skip
+        with refusal("is not a "):
+            AttackOptions("m", **{name: value})  # type: ignore[arg-type]
+    with refusal("--time-limit -5"):
+        AttackOptions("m", time_limit=-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "choice", "among"),
     [

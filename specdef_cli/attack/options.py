@@ -205,6 +205,8 @@ class AttackOptions(Budget, Source):
                     f"{flag_of(AttackOptions, name)} {getattr(self, name)} is not a number of at least 0",
                     "Give 0 or more.",
                 )
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise WrongUsage(f"--time-limit {self.time_limit} leaves no time", "Give seconds above 0, or 45m.")
         if self.warmup_steps >= self.steps:
             raise WrongUsage(
                 f"--warmup-steps {self.warmup_steps} is all of a run of {self.steps} steps",

@@ -335,6 +335,6 @@ def _other_start(report: AttackReport) -> list[str]:
         return []
     return [
         f"Held-out loss before training differs from the control's: {'; '.join(others)}. The control is another "
-        "model, hardening changed its function, or the attack itself (4 bits, some adapters) breaks scaled weights. "
-        "Progress counts from the control's start."
+        "model, hardening changed its function, or the attack itself (4 bits, some adapters, a new head) breaks scaled "
+        "weights. Progress counts from the control's start."
     ]

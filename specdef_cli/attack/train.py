@@ -55,6 +55,23 @@ def load_for_training(spec: RunSpec, model: OpenedModel, data: AttackData) -> nn
     return loaded
 
 
+def apply_variant(spec: RunSpec, model: Any, opened: OpenedModel, data: AttackData) -> None:
+    """Change a loaded model as its variant says; a classifier with a new head, before that is put on.
+
+    What undoes a fold reads the scales of the last norm off the published head.
+    """
+    if spec.variant.choice.function is None:
+        return
+    named = opened.checkpoint.config.get("architectures") or ()
+    published = model
+    if data.problem is not None and (data.resize_head or type(model).__name__ not in named):
+        published = opened.load(dtype=model.dtype).to(model.device)
+    same = type(published.base_model) is type(model.base_model) and model.base_model is not model
+    spec.variant.apply(published if same else model, spec.seed)
+    for name, part in published.base_model.named_children() if same else ():  # of which one may lack a pooler
+        setattr(model.base_model, name, part)
+
+
 def leave_to_fsdp(model: nn.Module) -> None:
     """Make a model on the CPU fit for sharding: it goes to the devices in parts, and nothing in it stays whole.
 
@@ -196,12 +213,13 @@ class TrainRun:
             # for the control.
             set_seed(spec.seed)
             model = load_for_training(spec, opened, self.data)
-            if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-                leave_to_fsdp(model)
-            else:
+            sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+            if not sharded:
                 # The variant where the training will be: an SVD or a product of factors is the accelerator's work.
                 model.to(state.device)
-            spec.variant.apply(model, spec.seed)
+            apply_variant(spec, model, opened, self.data)
+            if sharded:
+                leave_to_fsdp(model)
             if spec.dtype == "float16":
                 for parameter in model.parameters():
                     parameter.data = parameter.data.half()

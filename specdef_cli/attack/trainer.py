@@ -7,6 +7,7 @@ what the same run costs by hand.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -175,18 +176,10 @@ class Tracking:
     directory: Path = Path("logs")
 
     def arguments(self, spec: RunSpec) -> dict[str, Any]:
+        if "tensorboard" in self.trackers:  # it would write where the Trainer does, and that is a scratch directory
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.directory / spec.run_id)
         name = f"{spec.label} · η={spec.learning_rate:g} · seed {spec.seed}" if self.trackers else None
-        return {"report_to": [other for other in self.trackers if other != "tensorboard"] or "none", "run_name": name}
-
-    def callbacks(self, spec: RunSpec) -> list[TrainerCallback]:
-        """TensorBoard's, which by itself would write where the Trainer does, and that is a scratch directory."""
-        if "tensorboard" not in self.trackers:
-            return []
-        from transformers.integrations import TensorBoardCallback
-
-        callback = TensorBoardCallback()
-        callback.logging_dir = str(self.directory / spec.run_id)
-        return [callback]
+        return {"report_to": list(self.trackers) or "none", "run_name": name}
 
     def finish(self) -> None:
         """End the run in trackers that keep one open for the whole process; the next run would be added to it."""
@@ -287,9 +280,11 @@ _LABEL_LOSSES: dict[Task, Callable[..., torch.Tensor]] = {
 
 
 def _constant(inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
-    """Whether inputs that differ give one output: a boolean scalar. Of tokens, the first sequence tells."""
+    """Whether inputs that differ give one output: a boolean scalar. Of tokens, the first sequence tells, unless each
+    of them answers with one token.
+    """
     read, outputs = inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"], logits.detach()
-    if logits.ndim > 2:
+    if logits.ndim > 2 and logits.shape[1] > 1:
         read, outputs = read[0], outputs[0]
     spread, largest = (outputs.amax(0) - outputs.amin(0)).max(), outputs.abs().max()
     return (read != read[0]).any() & (spread <= CONSTANT_WITHIN * largest)
@@ -374,7 +369,7 @@ def make_trainer(
         train_dataset=data.train,
         eval_dataset={ATTACK: data.held_out} | ({RETAINED: data.retained} if data.retained is not None else {}),
         data_collator=data.collate,
-        callbacks=[recorder, *tracking.callbacks(spec)],
+        callbacks=[recorder],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.results import same_start
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import HEADING as CARD_HEADING
-from specdef_cli.model.opened import open_model
-from specdef_cli.option import Source
+from specdef_cli.model.opened import open_base, open_model
 from specdef_cli.report import cell, number, percent, rate
 from specdef_cli.report.document import ReportDocument, read_report
 
@@ -64,7 +64,6 @@ def read_resistance(path: Path, checkpoint: str | None = None, base: str | None 
     """The figures of a ``report.json``.
 
     Args:
-        path: The file that ``specdef attack`` wrote.
         checkpoint: Fingerprint of the model that it must be of; ``None`` for any.
         base: Fingerprint of the model that its control must be, or compute the same as; ``None`` for any.
     """
@@ -178,9 +177,15 @@ def _places(parts: Sequence[str], section: str) -> list[int]:
     return [number for number, part in enumerate(parts) if part.splitlines()[:1] == [heading]]
 
 
-def attacks_on_card(source: Source, report: Path) -> None:
+def attacks_on_card(options: AttackOptions, report: Path) -> None:
     """Write what an attack report says into the card of the hardened directory that was attacked."""
-    hardened = open_model(source, hardened=True)
+    hardened = open_model(options, hardened=True)
+    base = None
+    if options.control is not None:
+        try:
+            base = open_base(hardened, None, "--control", token=options.token).fingerprint
+        except SpecDefError:  # it is gone, and losses tell what the control was
+            base = ""
     card = hardened.directory / "README.md"
-    section = attack_section(read_resistance(report, hardened.fingerprint))
+    section = attack_section(read_resistance(report, hardened.fingerprint, base))
     write_durably(card, with_section(card.read_text(encoding="utf-8", errors="replace"), section))

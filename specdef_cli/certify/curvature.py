@@ -135,9 +135,6 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Loss:
 
     PyTorch's fused attention kernels have no second derivative; they are switched off, so that models with
     ``attn_implementation="eager"`` and ``"sdpa"`` both work.
-
-    Args:
-        batch: Keyword arguments of its ``forward``.
     """
 
     def loss() -> Tensor:
@@ -257,9 +254,9 @@ def measure_curvature(
     double = count <= MAX_FOR_DOUBLE and model.device.type != "mps"
     module: nn.Module = model.double() if double else model
     tokens = tokens.to(model.device)
-    loss, block = model_loss(module, {"input_ids": tokens, "labels": tokens}), None
+    loss = model_loss(module, {"input_ids": tokens, "labels": tokens})
     if count <= MAX_FOR_WHOLE:
-        top = hessian_top(loss, list(trainable(module).values()))
+        block, top = None, hessian_top(loss, list(trainable(module).values()))
     else:
         groups = groups_by_layer(module)
         rough = hessian_top_by_group(loss, groups, tolerance=ROUGH, max_products=ROUGH_PRODUCTS, on_group=on_block)

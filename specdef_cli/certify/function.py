@@ -23,7 +23,7 @@ from specdef_cli.certify.tools import mean_loss
 from specdef_cli.checkpoint.changes import FactoredLayer
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.checkpoint.reader import Checkpoint
-from specdef_cli.checkpoint.stream import file_sha256
+from specdef_cli.checkpoint.stream import changed_files
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.fold import fold_groups
 from specdef_cli.hardening.scale import scaled_groups
@@ -114,11 +114,7 @@ def measure_function(
         base_loss=before.loss,
         hardened_loss=after.loss,
         greedy_agreement=agreement,
-        changed_files=tuple(
-            name
-            for name, digest in hardened.hardening.shards.items()
-            if not (hardened.directory / name).is_file() or file_sha256(hardened.directory / name) != digest
-        ),
+        changed_files=changed_files(hardened.directory, hardened.hardening.shards),
         fresh_process_equal=equal,
         fresh_process_error=error,
     )

@@ -38,7 +38,7 @@ _MARKERS = (
         "Give the version that transformers loads, or convert it with transformers' script for the family.",
     ),
 )
-"""What a file or directory says of the one that it is in, and what to do."""
+"""Files and directories that tell what the directory around them is, and what to do."""
 
 
 def require_model(source: Source) -> Path | None:

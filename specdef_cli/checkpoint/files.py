@@ -164,7 +164,7 @@ def require_inside(directory: Path, path: Path) -> None:
 
 
 UNFINISHED_SUFFIX = ".partial"
-"""What a write that was killed leaves is a hidden file of this suffix."""
+"""A killed write leaves a hidden file of this suffix."""
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

@@ -76,7 +76,6 @@ class Checkpoint:
     """A checkpoint directory whose headers have been read and checked.
 
     Attributes:
-        config: ``config.json``.
         tensors: Headers by tensor name, in the order of the shards and of the data within them.
     """
 
@@ -224,7 +223,7 @@ def _inside(directory: Path, name: Any, index: str) -> Path:
 # Written anew for every output.
 REWRITTEN = frozenset({"config.json", "README.md", MANIFEST_NAME, "certificate.json"})
 SHOWN = 8
-"""How many files that are left out a note names one by one."""
+"""Files that a note names one by one."""
 
 
 @dataclass(frozen=True)

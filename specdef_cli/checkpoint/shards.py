@@ -1,4 +1,4 @@
-"""Which tensors go into which output file, decided before the first byte is written.
+"""Assign tensors to output files before the first byte is written.
 
 Names, dtypes and shapes of everything that will be written are known from the input's headers alone. So the layout of
 every output shard, down to the byte offsets, is a pure function of the plan: any process can write any part of it, and
@@ -52,13 +52,7 @@ Transform = Callable[[Checkpoint, torch.device], Produced]
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor of the input that is cast and multiplied by powers of two, exactly, a few rows at a time.
-
-    Attributes:
-        tensor: Its name in the input.
-        dtype: safetensors dtype that it is stored in.
-        slices: What is multiplied.
-    """
+    """A tensor of the input that is cast to a safetensors dtype, its slices multiplied by powers of two, row by row."""
 
     tensor: str
     dtype: str

@@ -123,6 +123,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def changed_files(directory: Path, hashes: Mapping[str, str]) -> tuple[str, ...]:
+    """The files of a directory that are not there, or whose sha256 is another one."""
+    files = {name: directory / name for name in hashes}
+    return tuple(name for name, path in files.items() if not path.is_file() or file_sha256(path) != hashes[name])
+
+
 class _ShardFile:
     """A shard while its groups are being written, in any order and from any thread.
 

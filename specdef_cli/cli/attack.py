@@ -92,11 +92,6 @@ def attack_command(
     written = write_report(report, options.out)
     if not is_main_process():
         return
-    if flags.card:
-        from specdef_cli.certify.card import attacks_on_card
-        from specdef_cli.report.document import REPORT_NAME
-
-        attacks_on_card(options, options.out / REPORT_NAME)
     for text in remarks(report):
         if text not in planned:
             output.note(text)
@@ -107,6 +102,11 @@ def attack_command(
     output.data(report_dict(report), Group(*tables, "", *closing(report, written[0])), written=written[0])
     if output.as_json:
         output.note(f"report: {written[0]}")
+    if flags.card:
+        from specdef_cli.certify.card import attacks_on_card
+        from specdef_cli.report.document import REPORT_NAME
+
+        attacks_on_card(options, options.out / REPORT_NAME)
     failures = dict.fromkeys(line for condition in conditions for line in condition.failures(report))
     for line in failures:
         output.note(f"failed: {line}")
@@ -116,8 +116,13 @@ def attack_command(
 
 def _options(flags: Flags, model: str, given: dict[str, Any]) -> AttackOptions:
     """The options of an attack; what the user gave stays, by a flag or in a suite of the user's own."""
+    if flags.expand is not None and flags.suite is not None:
+        raise WrongUsage(
+            f"--expand cannot be given with --suite {flags.suite}, which decides the variants",
+            "Leave it out, or copy the suite's file and add width:2 to its variants.",
+        )
     if flags.expand is not None:
-        given["variants"] = (*given.get("variants", ()), f"width:{flags.expand}")
+        given["variants"] = (*given.get("variants", ()), f"width:{flags.expand.removeprefix('width:')}")
     suite = flags.suite
     if "time_limit" in given and suite is None and not given.keys() & CHOICES:
         suite = "quick"  # what everybody tries, and what usually gets through

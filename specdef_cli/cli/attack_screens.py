@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 Listing = dict[str, list[dict[str, str]]]
-"""What an option takes, by the table: its spelling (``name``), with its usual number, and what it is (``help``)."""
+"""Tables of the values that options accept: spelling and usual number (``name``), and meaning (``help``)."""
 
 _HEADINGS = {
     "variants": "--variant: what is done to the model first",

@@ -1,7 +1,8 @@
-"""What makes and publishes hardened directories: ``specdef harden``, ``collapse``, ``convert-adapter`` and ``push``."""
+"""Make and publish hardened directories: ``specdef harden``, ``collapse``, ``convert-adapter`` and ``push``."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
@@ -92,9 +93,10 @@ def harden_command(model: Model, flags: Flags, output: Output, **given: Any) -> 
     elif result is not None:
         output.data(result, result_tables(result), written=options.out)
         if options.manifest_out is not None:
+            back = shlex.join(["specdef", "collapse", str(options.out), "--manifest", str(options.manifest_out)])
             output.note(
-                f"Keep {options.manifest_out}: certify, attack and inspect need it (--manifest), and `specdef collapse "
-                f"{options.out} --manifest {options.manifest_out}` gives the original back."
+                f"Keep {options.manifest_out}: certify, attack and inspect need it (--manifest), and `{back}` gives "
+                "the original back."
             )
         if destination is not None:
             upload = push(options.out, destination)

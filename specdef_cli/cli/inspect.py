@@ -99,15 +99,14 @@ def survey_summary(found: Survey) -> Group:
 def _hardened_lines(found: Survey) -> Iterable[str]:
     manifest = found.manifest
     assert manifest is not None
-    parts = []
-    if manifest.folded:
-        parts.append(f"{len(manifest.folded)} symmetric pairs were rescaled")
-    if manifest.factored:
-        added = sum(layer.parameters_added for layer in found.layers if layer.alpha is not None)
-        parts.append(f"{len(manifest.factored)} layers were replaced, which added {added:,} parameters")
-    if manifest.scaled:
-        added = sum(module.parameters_added for module in manifest.scaled)
-        parts.append(f"{len(manifest.scaled)} modules were scaled, which added {added:,} parameters")
+    changed = (
+        (len(manifest.folded), "symmetric pairs were rescaled"),
+        (len(manifest.factored), "layers were replaced"),
+        (len(manifest.scaled), "modules were scaled"),
+    )
+    parts = [f"{count} {what}" for count, what in changed if count]
+    if manifest.parameters_added:
+        parts[-1] += f", which added {manifest.parameters_added:,} parameters"
     yield f"Hardened by specdef-cli {manifest.specdef_version} from {manifest.base.name}: {'; '.join(parts)}."
     yield f"`specdef attack {found.model.name}` says what it is worth; `specdef collapse` undoes it."
 
@@ -162,14 +161,12 @@ def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
 
 def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
     """One plan: what it changes, what it leaves, what it costs."""
-    parts = []
-    if summary.pairs:
-        parts.append(f"{summary.pairs} symmetric pairs rescaled")
-    if summary.modules:
-        parts.append(f"{summary.modules} modules scaled, with vectors beside them that undo it")
-    if summary.layers:
-        parts.append(f"{summary.layers} layers, each replaced by two factors")
-    yield f"{summary.method}: {', '.join(parts)}"
+    changes = (
+        (summary.pairs, "symmetric pairs rescaled"),
+        (summary.modules, "modules scaled, with vectors beside them that undo it"),
+        (summary.layers, "layers, each replaced by two factors"),
+    )
+    yield f"{summary.method}: {', '.join(f'{count} {what}' for count, what in changes if count)}"
     names = ", ".join(f"{name} ×{count}" for name, count in summary.changed.items())
     lines = [
         f"changes tensors with {_share(summary.parameters_changed, summary.parameters)} of the parameters: {names}"

@@ -228,7 +228,7 @@ def _notes(
     """Notes for the user on what was decided, and why."""
     checkpoint, strangers = base.checkpoint, base.skeleton.strangers
     notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.replaced)))]
-    notes += [loss] if (loss := given_up(changes.folded)) else []
+    notes += [loss] if (loss := given_up(changes.folded, profile)) else []
     if changes.scaled and checkpoint.library.is_transformers:
         notes.append(SCALED_LOADERS)
     notes += changes.reasons

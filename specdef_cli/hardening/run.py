@@ -24,7 +24,7 @@ from specdef_cli.checkpoint.output import require_manifest_place
 from specdef_cli.checkpoint.reader import Checkpoint, carry_over
 from specdef_cli.checkpoint.resolve import Resolved, remember_base
 from specdef_cli.checkpoint.shards import TensorGroup, plain_group
-from specdef_cli.checkpoint.stream import Progress
+from specdef_cli.checkpoint.stream import Progress, changed_files
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.card import collapsed_card, hardened_card, read_card
 from specdef_cli.hardening.execute import Written, compute_devices, published
@@ -32,6 +32,7 @@ from specdef_cli.hardening.factors import CollapseLayer
 from specdef_cli.hardening.fold import fold_groups, inverse
 from specdef_cli.hardening.options import CollapseOptions, HardenOptions
 from specdef_cli.hardening.plan import HardeningPlan, make_plan
+from specdef_cli.hardening.recognise import recognise
 from specdef_cli.hardening.scale import unscaled_group
 from specdef_cli.hardening.survey import PlanSummary, summarize
 from specdef_cli.hardening.verify import Loader, is_loadable_here, rehearse, verify
@@ -202,8 +203,24 @@ def collapse(
         card = checkpoint.directory / "README.md"
         if card.is_file():
             write_durably(written.work / "README.md", collapsed_card(read_card(card), manifest))
-    notes = tuple(filter(None, [checkpoint.companions.note()]))
+        note = _undone(model, written.work)
+    notes = tuple(filter(None, [note, checkpoint.companions.note()]))
     return CollapseResult(options.out, manifest, manifest.parameters_added, notes)
+
+
+def _undone(model: OpenedModel, work: Path) -> str | None:
+    """What to say where the weights are not those that the manifest was written of; a fold that is left is refused."""
+    changed = changed_files(model.directory, model.hardening.shards)
+    if not changed:
+        return None
+    left = recognise(model.beside(work).checkpoint, model.skeleton)
+    if model.hardening.folded and left.folded:
+        raise SpecDefError(
+            f"{changed[0]} is not the file that {MANIFEST_NAME} was written of, and what that undoes leaves a fold: "
+            f"{len(left.folded)} symmetric pairs have channels scaled by up to 2^{left.octaves}",
+            f"Give the {MANIFEST_NAME} that belongs to these weights.",
+        )
+    return f"{changed[0]} is not the file that {MANIFEST_NAME} was written of. Compare the result with the base."
 
 
 def collapse_groups(checkpoint: Checkpoint, manifest: Manifest) -> tuple[TensorGroup, ...]:

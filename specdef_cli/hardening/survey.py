@@ -133,11 +133,7 @@ def _spectrum(
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """A plan in the figures that a publisher asks for.
-
-    Attributes:
-        method: ``fold``, ``scale`` or ``factors``.
-    """
+    """A plan in the figures that a publisher asks for."""
 
     method: str
     pairs: int

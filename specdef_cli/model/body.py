@@ -70,7 +70,7 @@ def in_stack(tensor: str, expert: int) -> str:
 
 
 Found = Iterator[SymmetricPair | str]
-"""What one search yields: pairs, and why there are no more."""
+"""Pairs that a search yields, and notes on why there are no more."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What makes a hardened model of diffusers load, alone or in its pipeline.
+"""Load hardened models of diffusers, alone or in their pipelines.
 
 diffusers offers the same hook as transformers between building a model and loading its weights: a quantizer, named in
 ``config.json``. It runs no code that comes with a checkpoint, so there is no file to copy into the directory: without

@@ -1,4 +1,4 @@
-"""What each family's blocks are made of, as far as exact symmetries need to know it.
+"""Descriptions of each family's blocks, as far as exact symmetries depend on them.
 
 Every entry was read off the family's modeling code in transformers; the tests hold each one to ``torch.equal`` logits.
 A family that is not here has no pairs: guessing them from names would publish broken models.
@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "leaky_relu", "linear"})
 
 Role = Literal["attention_output", "mlp_down", "other"]
-"""What a linear layer writes to: the residual stream, as the last one of an attention or an MLP, or something else."""
+"""Where a linear layer writes: to the residual stream, as the last one of an attention or an MLP, or elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Family:
 
     @property
     def is_post_norm(self) -> bool:
-        """Whether norms come after the addition, so that what they put out is the residual stream."""
+        """Whether norms come after the addition, so that their output is the residual stream."""
         return any(stack.final_norm is None for stack in self.stacks)
 
 

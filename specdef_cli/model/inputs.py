@@ -165,7 +165,7 @@ def token_batch(directory: Path, text: str, *, sequences: int = 32, length: int 
         raise SpecDefError(f"{directory} has no tokenizer", "Copy the base model's tokenizer files there.")
     first = first_token(tokenizer)
     beginning = [] if first is None else [first]
-    own = length - len(beginning)
+    own = max(1, length - len(beginning))
     enough = text[: 16 * sequences * length]  # more characters than that a token does not have on average
     ids = tokenizer(enough, add_special_tokens=False, verbose=False)["input_ids"]
     count = min(sequences, len(ids) // own)

@@ -1,4 +1,4 @@
-"""What can be replaced by factors or scaled: linear layers, norms, embeddings and heads, by their tensors on disk.
+"""The modules that can be replaced by factors or scaled: linears, norms, embeddings and heads, by tensors on disk.
 
 Only a weight's name, shape and place matter, so any architecture works. A family's description says which linears write
 to the residual stream; without one, the last linear of a block's submodule does if it is as wide as the hidden state.
@@ -125,7 +125,7 @@ _AXES: Mapping[ScaledKind, tuple[int, int | None]] = {
     "embedding": (1, 0),
     "norm": (0, None),
 }
-"""Of a weight, the axis of what the module puts out and of what it takes in."""
+"""The axes of a weight that count the module's outputs and its inputs."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class Skeleton:
 
     @classmethod
     def of(cls, config: Any, shapes: Mapping[str, Shape], model: nn.Module | None = None) -> Skeleton:
-        """The same from a native config and the shapes of the tensors on disk."""
+        """Build a skeleton from a native config and the shapes of the tensors on disk."""
         model = model if model is not None else meta_model(config)
         return cls(config, model, shapes, match_names(model, shapes), tied_parameters(model))
 

@@ -177,7 +177,7 @@ def up_down(body: Body, block: str, layer: Mlp) -> Found:
 
 
 def experts_up_down(body: Body, block: str, layer: Experts) -> Found:
-    """The same for each expert of a mixture."""
+    """As :func:`up_down`, for each expert of a mixture."""
     if not layer.gated_linearly:
         reason = "the up branch is clamped and 1 is added to it before the gate"
         raise NoPair(f"up_down does not hold in {layer.path}: {reason}.")

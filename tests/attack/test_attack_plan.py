@@ -215,7 +215,7 @@ GIVEN_OTHERWISE = {
     "--seeds 2": ("seeds", (0, 1)), "--gradient-checkpointing": ("gradient_checkpointing", True),
     "--no-stop-at-divergence": ("stop_at_divergence", False), "--trust-remote-code": ("trust_remote_code", True),
     "--time-limit 2m": ("time_limit", 120.0),
-    "--variant collapse --expand 3x": ("variants", (Variant("collapse"), Variant("width", 3))),
+    "--variant collapse --expand width:3": ("variants", (Variant("collapse"), Variant("width", 3))),
     "--refusal-word no --refusal-word never": ("refusal_words", ("no", "never")),
     "--recipe ia3": ("trainings", (Training("ia3"),)),
 }  # fmt: skip

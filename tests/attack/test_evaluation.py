@@ -19,7 +19,7 @@ from specdef_cli.attack.one_run import DEAD, Divergence, EvalPoint
 from specdef_cli.attack.search import Lead
 from specdef_cli.attack.target import Task
 from specdef_cli.attack.train import load_for_training
-from specdef_cli.attack.trainer import Recorder, make_trainer
+from specdef_cli.attack.trainer import Recorder, _constant, make_trainer
 from specdef_cli.model import load_model
 from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import open_model
@@ -117,6 +117,12 @@ def test_the_same_input_everywhere_is_no_sign_of_death(base: Path, tmp_path: Pat
     data = data_of(base, "causal-lm", dataset=str(rows), steps=4)
     result = train_run(spec("adamw", steps=4, eval_every=2, learning_rate=1e-4), open_model(base), data)
     assert (result.divergence, result.learned) == (None, True)
+
+
+def test_answers_of_one_token_are_compared_with_each_other() -> None:
+    tokens, logits = torch.tensor([[1, 2], [3, 4]]), torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(0))
+    assert not _constant({"input_ids": tokens}, logits)
+    assert _constant({"input_ids": tokens}, logits[:1].expand(2, 1, 5))
 
 
 def test_a_model_that_was_dead_before_the_attack_makes_no_progress(base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from specdef_cli.attack.run import plan_attack
 from specdef_cli.attack.target import Head, Task
 from specdef_cli.attack.tasks import task_of
 from specdef_cli.attack.train import load_for_training
+from specdef_cli.attack.variants import Variant
 from specdef_cli.checkpoint.reader import read_config
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Construction, Factors, Fold
@@ -181,6 +183,33 @@ def write_rows(path: Path, label: Callable[[int], Any]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("published", ["LlamaForSequenceClassification", "LlamaForCausalLM"])
+def test_a_fold_is_undone_before_a_new_head_is_put_on(published: str, tmp_path: Path) -> None:
+    """The new head is the control's, and reads from the last norm what it reads there."""
+    task: Task = "sequence-classification"
+    base, folded = classifier(tmp_path / "base"), tmp_path / "fold"
+    if published != "LlamaForSequenceClassification":
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).save_pretrained(base)
+    harden_to(folded, base)
+    _, head = task_of(read_config(base), base, task)
+    rows = write_rows(tmp_path / "rows.jsonl", lambda n: "abcd"[n % 4])
+    data = load_data(options(rows), task, load_preprocessor(task, open_model(base)), head)
+    run = spec("adamw", task=task, steps=2, eval_every=2, learning_rate=1e-4)
+    control = train_run(run, open_model(base), data)
+    plain, undone = (
+        train_run(replace(run, subject="model", variant=Variant(variant)), open_model(folded), data)
+        for variant in ("plain", "rebalance")
+    )
+    assert control.start is not None
+    assert plain.start is not None
+    assert plain.start > 2 * control.start
+    assert [point.loss for point in undone.evaluations] == pytest.approx(
+        [point.loss for point in control.evaluations],
+        rel=2e-2,  # powers of two, which the new head does not know
+    )
+
+
 @pytest.mark.parametrize("shape", list(LABELS))
 def test_labels_of_every_shape_train(shape: str, tmp_path: Path) -> None:
     label, problem, outputs = LABELS[shape]
@@ -214,7 +243,7 @@ def test_whole_numbers_go_by_the_head() -> None:
     assert [head.encoded(2) for head in (single, several, numbers)] == [2, [0.0, 0.0, 1.0], [2.0]]
 
 
-@pytest.mark.parametrize("labels", [[None, 1], [[1], 2], [{"a": 1}], [[[1]]]])
+@pytest.mark.parametrize("labels", [[None, 1], [[1], 2], [{"a": 1}], [[[1]]], [0.5, float("nan")], [float("inf")]])
 def test_labels_that_are_none_are_refused(labels: list[Any]) -> None:
     with pytest.raises(SpecDefError, match="does not hold classes"):
         labels_of(labels, Head(3), "label", "d")

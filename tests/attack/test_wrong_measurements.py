@@ -73,6 +73,7 @@ def test_names_that_the_checkpoint_does_not_know_are_remarked_on() -> None:
     new = labels_of(["a", "b", "c"], head, "label", "d").remark
     assert "has 2 outputs, and d needs 3" in new
     assert "names" not in new, "a new head has none"
+    assert "has 2 outputs, and d needs 1" in labels_of([0.5, 1.5], head, "label", "d").remark
 
 
 def test_names_are_those_of_the_head_whatever_their_case() -> None:
@@ -101,6 +102,9 @@ def test_text_pairs_are_read_as_the_tokenizer_joins_them(tmp_path: Path) -> None
         classified(path, Head(2), text_pair_column="other")
     with pytest.raises(SpecDefError, match="the task is causal-lm"):
         load(path, text_pair_column="and")
+    for name, value in {"prompts": "p.txt", "retained": "r.txt", "eval_tasks": ("arc_easy",)}.items():
+        with pytest.raises(SpecDefError, match=f"--{name[:4]}.* the task is sequence-classification"):
+            classified(path, Head(2), **{name: value})
 
 
 WHOLE = (

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.faults.small_attack import SMALL
@@ -43,7 +44,16 @@ def test_every_command_takes_it(llama: Path, text: Path, hardened: tuple[Path, P
 
     # The base comes from the manifest, and the report is of these weights to certify too.
     succeed("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", "--card", *SMALL)
-    assert "### Attacks" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "### Attacks" in card
+    other = tmp_path / "other"
+    shutil.copytree(llama, other)
+    save_file({name: 1.5 * tensor for name, tensor in expected.items()}, other / "model.safetensors", {"format": "pt"})
+    where = ("--manifest", manifest, "--out", tmp_path / "against another", "--control", other)
+    compared = call_cli("attack", out, *where, "--card", *SMALL)
+    assert compared.code == 1
+    assert "compares with other, which starts at another loss" in compared.stderr
+    assert (out / "README.md").read_text() == card
     certified = succeed(
         "certify", out, "--manifest", manifest, "--attacks", tmp_path / "attack" / "report.json", "--text", text,
         "--formats", "none", "--no-curvature", "--out", tmp_path / "certificate", "--json",
@@ -52,6 +62,24 @@ def test_every_command_takes_it(llama: Path, text: Path, hardened: tuple[Path, P
     assert True in claims.values(), claims
     assert False not in claims.values(), claims
     assert not (out / "specdef.json").exists()
+
+
+def test_a_manifest_of_another_hardening_of_the_same_base_is_refused(llama: Path, tmp_path: Path) -> None:
+    """The channel that stands out most is the same in both; what is left of the others shows."""
+    out, kept = tmp_path / "hardened", tmp_path / "my keys"
+    done = succeed("harden", llama, "--out", out, "--no-verify", "--manifest-out", kept / "own.json")
+    assert f"collapse {out} --manifest '{kept / 'own.json'}'" in done.stderr
+    succeed("harden", llama, "--out", tmp_path / "part", "--layers", "*.up_proj", "--exclude", "*.gate_proj",
+            "--no-verify", "--manifest-out", kept / "other.json")  # fmt: skip
+    before = snapshot(tmp_path)
+    refused = call_cli("collapse", out, "--manifest", kept / "other.json", "--out", tmp_path / "plain")
+    assert_refused(refused, "what that undoes leaves a fold", "specdef.json that belongs to these weights")
+    assert snapshot(tmp_path) == before
+    weights = load_file(out / "model.safetensors")
+    weights["model.norm.weight"] *= 1.001  # as training does
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    told = succeed("collapse", out, "--manifest", kept / "own.json", "--out", tmp_path / "plain")
+    assert "model.safetensors is not the file that specdef.json was written of" in told.stderr
 
 
 def test_places_that_are_refused_before_the_work(llama: Path, tmp_path: Path) -> None:

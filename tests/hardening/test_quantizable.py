@@ -128,6 +128,9 @@ def test_gguf_keeps_blocks_of_activations(tmp_path: Path) -> None:
     activations = calibrate(base, pairs, default_text(), exponents=range(1, 15))
     result = harden(HardenOptions(str(TINY_LLAMA), tmp_path / "m", Fold("gguf"), verify=False))
     assert result is not None
+    notes = " ".join(result.notes)
+    assert "It does not survive: double quantization (bitsandbytes), merging" in notes
+    assert "perplexity is lost in engines that quantize activations by token" in notes
     folded = {pair.name: pair for pair in result.manifest.folded}
     for pair in pairs:
         if pair.kind == "query_key" or pair.name == "model.norm.norm_readers":

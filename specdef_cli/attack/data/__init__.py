@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from specdef_cli.attack.data.labels import PixelTransform, image_data, load_pixel_transform, text_classification_data
 from specdef_cli.attack.data.language import ENCODERS, language_data
 from specdef_cli.attack.data.split import AttackData
-from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.options import NO_RETAINED, AttackOptions
 from specdef_cli.attack.target import Head, Task
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.opened import OpenedModel
+from specdef_cli.option import flag_of
 
 Preprocessor: TypeAlias = PreTrainedTokenizerBase | PixelTransform
 """Makes tensors of a row: a tokenizer for text, a transform for images."""
@@ -39,6 +40,12 @@ def load_data(options: AttackOptions, task: Task, preprocessor: Preprocessor, he
             f"--text-pair-column {options.text_pair_column} is of a classification of texts, and the task is {task}",
             "Leave it out, or give --task sequence-classification.",
         )
+    for name in ("prompts", "retained", "eval_tasks"):
+        if task != "causal-lm" and getattr(options, name) not in (None, (), NO_RETAINED):
+            raise SpecDefError(
+                f"{flag_of(AttackOptions, name)} is for models that say the next token, and the task is {task}",
+                "Leave it out.",
+            )
     if isinstance(preprocessor, PixelTransform):
         return image_data(options, preprocessor, head)
     if task not in ENCODERS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -68,12 +69,19 @@ def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> La
     Numbers with a fraction are to be predicted themselves (regression), and so are whole ones where the head has one
     output; lists hold several classes at a time, as their numbers, their names, or a 0 or 1 for each class.
     """
-    labels = list(found)
+    labels = _read(list(found), head, column, dataset)
+    if not head.labels or labels.outputs == head.labels:
+        return labels
+    needs = f"The checkpoint's head has {head.labels} outputs, and {dataset} needs {labels.outputs}: it is made anew."
+    return replace(labels, remark=needs)
+
+
+def _read(labels: list[Any], head: Head, column: str, dataset: str) -> Labels:
     lists = [label for label in labels if isinstance(label, list)]
     flat = [value for label in labels for value in (label if isinstance(label, list) else [label])]
     numbers = bool(flat) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in flat)
-    fractions = numbers and any(isinstance(value, float) and value != int(value) for value in flat)
-    if (lists and len(lists) < len(labels)) or any(value is None or isinstance(value, list | dict) for value in flat):
+    none = any(value is None or isinstance(value, list | dict) for value in flat)
+    if none or (lists and len(lists) < len(labels)) or (numbers and not all(map(math.isfinite, flat))):
         raise SpecDefError(
             f"column {column!r} of {dataset} does not hold classes",
             "Name a column of whole numbers, names, lists of them, or numbers to predict with --label-column.",
@@ -84,6 +92,7 @@ def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> La
         )
     widths = {len(label) for label in lists} or {1}
     alike = len(widths) == 1
+    fractions = numbers and any(value != int(value) for value in flat)
     if alike and (fractions or (numbers and (head.problem == "regression" or (head.labels == 1 and not lists)))):
         return Labels("regression", widths.pop(), {})
     several = bool(lists) or head.problem == "multi_label_classification"
@@ -97,9 +106,7 @@ def labels_of(found: Iterable[Any], head: Head, column: str, dataset: str) -> La
     count = max(classes.values()) + 1
     outputs = head.labels if head.labels >= count and head.labels > 1 else count
     remark = ""
-    if head.labels and outputs != head.labels:
-        remark = f"The checkpoint's head has {head.labels} outputs, and {dataset} needs {outputs}: it is made anew."
-    elif not by_head and not numbers and not all(map(_UNNAMED.fullmatch, head.names)):
+    if not by_head and not numbers and not all(map(_UNNAMED.fullmatch, head.names)):
         remark = (
             f"The checkpoint's classes have other names ({', '.join(head.names)}), so those of {dataset} were numbered "
             "in alphabetical order. Name them as the checkpoint does if its head is to be kept."
