@@ -188,7 +188,7 @@ def agreement(base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = load_prompts(AttackOptions(model=base), tokenizer)
     variant = Variant("abliterate", 1.0)
     opened = open_model(base)
-    (edit,), _, _, _ = try_edits(variant, opened, prompts, dtype="float32", device="cpu")
+    (edit,), _, _ = try_edits(variant, opened, prompts, dtype="float32", device="cpu")
     model = load_plainly(opened, "float32", "cpu")
     variant.edit(model, reference_of(opened, prompts, "float32", "cpu").direction, 1.0)
     place = arguments.cells.resolve() / "edited" / base.name

@@ -211,7 +211,8 @@ def outcome(trial: Trial, name: str, bench: Bench) -> Outcome:
             process.join()
             return Outcome("skipped", note=f"stopped after {SECONDS} s")
         if not path.is_file():
-            how = f"crashed (signal {-process.exitcode})" if (process.exitcode or 0) < 0 else "failed"
+            code = process.exitcode or 0
+            how = f"crashed (signal {-code})" if code < 0 else "failed"
             # Not kept: memory may have been short, and the next run finds out.
             return Outcome("refused", note=f"the process {how}")
     return Outcome(**json.loads(path.read_text(encoding="utf-8")))

@@ -36,7 +36,7 @@ def main() -> None:
         pinned = place / "requirements.txt"
         pinned.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
         options = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "--quiet", "--disable-pip-version-check"]
-        command = [sys.executable, "-m", "pip", "download", *options, "--requirement", pinned, "--dest", place]
+        command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(pinned), "--dest", scratch]
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"error: pip could not download the source archive of {PACKAGE}")
         with tarfile.open(next(place.glob("llama_cpp_python-*.tar.gz"))) as archive:

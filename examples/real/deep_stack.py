@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
@@ -20,7 +21,7 @@ WRITES = 0.1
 """What a random layer writes to the residual stream, as a share of what its initialization would."""
 
 
-def deepen(directory: Path, layers: int, seed: int = 0) -> torch.nn.Module:
+def deepen(directory: Path, layers: int, seed: int = 0) -> Any:
     """A model with ``layers`` layers, among which those of the checkpoint stand at equal distances.
 
     Args:

@@ -9,7 +9,6 @@ base text) as one Markdown table. Takes some minutes on one core.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from setting import base_text
@@ -52,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

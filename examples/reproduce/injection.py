@@ -10,7 +10,6 @@ block grows as α^{2(N−1)/N}: not at all for N = 1 (C frozen, nothing else), a
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import matplotlib
@@ -56,7 +55,10 @@ def measure(alpha: float, factors: int) -> Point:
     elif factors > 1:
         deepen(model, factors)
         deepened = {name: module for name, module in model.named_modules() if isinstance(module, DeepenedLayer)}
-        weights = {name: [factor.weight.detach() for factor in layer.factors] for name, layer in deepened.items()}
+        weights = {
+            name: [factor.get_parameter("weight").detach() for factor in layer.factors]
+            for name, layer in deepened.items()
+        }
         sigma = max(_sigma(weight) for parts in weights.values() for weight in parts)
         error = max(
             _sigma(torch.linalg.multi_dot(parts[::-1]) - inflated[name]) / _sigma(inflated[name])
@@ -122,4 +124,4 @@ def _sigma(weight: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

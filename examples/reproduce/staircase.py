@@ -18,7 +18,6 @@ import dataclasses
 import random
 import re
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -191,8 +190,8 @@ class Experiment:
             pairs = [self.pairs[name] for name in names]
             training = Training(where=(f"*{weight}.weight",))
             generator = random.Random(0)
-            choices = [[self.chosen[name] for name in names]]
-            choices += [[generator.sample(range(pair.channels), 2) for pair in pairs] for _ in range(draws)]
+            choices = [[tuple(self.chosen[name]) for name in names]]
+            choices += [[tuple(generator.sample(range(pair.channels), 2)) for pair in pairs] for _ in range(draws)]
             found = []
             for number, choice in enumerate(choices):
                 exponents = {
@@ -225,4 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

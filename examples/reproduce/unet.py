@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +214,7 @@ def main() -> None:
 
     data = encode(pipeline, stripes(256, math.pi / 4, pipeline.unet.config.sample_size * pipeline.vae_scale_factor))
     start = held_out_loss(pipeline.unet, pipeline.scheduler, data)
-    rows = []
+    attacked: list[tuple[str, ...]] = []
     for where, names in TARGETS.items():
         control = None
         for name, model in models.items():
@@ -223,11 +222,11 @@ def main() -> None:
             control = control or start - min(losses)
             best = f"{RATES[losses.index(min(losses))]:.0e}"
             share = f"{(start - min(losses)) / control:.0%}"
-            rows.append((where, name, share, best, *(f"{loss:.4f}" for loss in losses)))
+            attacked.append((where, name, share, best, *(f"{loss:.4f}" for loss in losses)))
     header = ("LoRA on", "UNet", "of control's progress", "at η", *(f"{rate:.0e}" for rate in RATES))
     print(f"\nBest held-out loss of {arguments.steps} steps at each η; {start:.4f} at the start.\n")
-    print(markdown(header, rows))
+    print(markdown(header, attacked))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -294,10 +294,18 @@ def compare(reports: Sequence[ReportDocument]) -> Comparison:
             )
         )
     return Comparison(
-        models=tuple(Path(report.model.name).name for report in reports),
+        models=_columns([Path(report.model.name).name or report.model.name for report in reports]),
         verdicts=tuple(report.summary[0] for report in reports),
         rows=tuple(rows),
         notes=_notes(reports),
+    )
+
+
+def _columns(names: Sequence[str]) -> tuple[str, ...]:
+    """Names with a number behind those that several reports share, in their order."""
+    return tuple(
+        name if names.count(name) == 1 else f"{name} ({names[:place].count(name) + 1})"
+        for place, name in enumerate(names)
     )
 
 

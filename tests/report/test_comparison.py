@@ -80,6 +80,11 @@ def test_each_model_has_its_column() -> None:
     assert comparison.notes == ()
 
 
+def test_reports_on_one_model_have_columns_of_their_own() -> None:
+    here = {**FOLD, "model": {**FOLD["model"], "name": "."}}
+    assert compared(FOLD, INSERT, here, FOLD).models == ("fold (1)", "insert", ".", "fold (2)")
+
+
 def test_markdown() -> None:
     lines = comparison_markdown(compared(FOLD, INSERT)).splitlines()
     assert lines[0] == "| attack | control: loss (best η), of the best control | fold | insert |"
