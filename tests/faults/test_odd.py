@@ -353,8 +353,8 @@ def test_tensors_that_the_model_has_no_place_for_are_named(llama: Path, tmp_path
     save_file(more, model / "model.safetensors", {"format": "pt"})
     result = call_cli("harden", model, "--dry-run")
     assert result.code == 0, result.stderr
-    assert f"not protected: {len(beyond) + 2} tensors" in result.stderr
-    assert "not protected" not in call_cli("harden", llama, "--dry-run").stderr
+    assert f"copied unchanged and not hardened: {len(beyond) + 2} tensors" in result.stderr
+    assert "copied unchanged" not in call_cli("harden", llama, "--dry-run").stderr
 
 
 def test_names_with_escapes_do_not_reach_the_terminal(llama: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_the_notes_name_what_is_left_and_why(checkpoints: dict[str, Path], tmp_p
         result = succeed("harden", checkpoints[case], "--out", tmp_path / "x", "--dry-run", "--json", *arguments)
         return "\n".join(json.loads(result.stdout)["notes"])
 
-    assert "Not hardened: model.embed_tokens, model.norm. Training these" in notes("llama-tied")
+    assert "Not hardened: model.embed_tokens, model.norm. Training only these" in notes("llama-tied")
     assert "mlp.experts.down_proj," in notes("gpt-oss")
     assert "1+w" in notes("gemma2")
 
