@@ -36,7 +36,7 @@ def fields_table(module: str, name: str) -> str:
         return ""
     lines = ["", "| field | default | what it is | on the command line |", "|---|---|---|---|"]
     for field in fields.values():
-        shown = field.metadata["spelling"].shown_default or field.default
+        shown = field.metadata["shown_default"] or field.default
         words = field.metadata["description"].replace("|", "\\|")
         lines.append(f"| `{field.name}` | {shown} | {words} | `{flag_of(model, field.name)}` |")
     return "\n".join(lines) + "\n"
