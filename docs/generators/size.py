@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "specdef_cli"
-LIMITS = {"lines": 22_000, "files": 100, "docstrings/code": 0.22}
+LIMITS = {"lines": 21_500, "files": 100, "docstrings/code": 0.22}
 """What is reached, so that growth is a decision; the aim is 18,500 lines in 100 files."""
 
 KINDS = ("lines", "code", "docstrings", "comments", "blank", "imports", "files")

@@ -13,7 +13,7 @@ import logging
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Activations:
         if name in self.column_norms and inputs is not None:
             norms = self.column_norms[name].to(inputs.device)
             relative = relative_inputs(inputs, norms)
-            self.inputs[name] = Channels(relative.square().mean(0).cpu(), _channels(inputs).largest)
+            self.inputs[name] = replace(_channels(inputs), mean_square=relative.square().mean(0).cpu())
             if exponents:
                 self.drowned[name] = drowned_energy(relative, norms, exponents)
 
@@ -234,8 +234,7 @@ def drowned_energy(inputs: Tensor, column_norms: Tensor, exponents: Sequence[int
         Mean over tokens of Σ_j min(x_j², s²/12)·‖column_j‖², s = |x_c|·2^exponent/127; shape [exponents, channels].
     """
     channels = inputs.shape[-1]
-    rows = inputs.float().flatten(0, -2)
-    rows = rows[:: max(1, len(rows) // DROWNED_TOKENS)]
+    rows = inputs[:: max(1, len(inputs) // DROWNED_TOKENS)]
     block = WIDE_BLOCK if channels % WIDE_BLOCK == 0 else BLOCK
     energy = (
         nn.functional.pad(rows, (0, -channels % block)).square().unflatten(-1, (-1, block))
