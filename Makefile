@@ -202,7 +202,8 @@ reproduce-serving: real-models  ## formats and attacks by profile of a fold: doc
 	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/reproduce/serving.py $(REAL_NAMES:%=$(REAL)/%) $(TINY) \
 	  --profiles float16-cache quantizable gguf $(addprefix --minutes ,$(MINUTES)) --out docs/tables/serving.md
 
-reproduce-frontier: real-models  ## what Q8_0 and Q4_K_M cost against the resistance that is left: docs/tables/frontier.md; MINUTES=30, goes on where it was stopped
+reproduce-frontier: real-models  ## what Q8_0 and Q4_K_M cost against the resistance that is left, and what wider layers allow: docs/tables/frontier.md, widths.md; MINUTES=30, goes on where it was stopped
+	$(BIN)/python examples/reproduce/widths.py $(REAL)/smollm2-135m-instruct | tee docs/tables/widths.md
 	LLAMA_CPP=$(REAL)/tools/llama.cpp $(BIN)/python examples/reproduce/frontier.py $(REAL)/smollm2-135m-instruct \
 	  $(addprefix --minutes ,$(MINUTES)) | tee docs/tables/frontier.md
 
