@@ -2,9 +2,9 @@
 
     python examples/reproduce/widths.py MODEL
 
-Layers of other widths are made of MODEL's own channels, drawn with replacement and in any order: they have its spread of
-activations and of columns, and nothing else of a real model of that width. Each gets the exponent that the profile gguf
-would give the pair in front of it.
+Layers of other widths are made of MODEL's own channels, drawn with replacement and in any order: they have its spread
+of activations and of columns, and nothing else of a real model of that width. Each gets the exponent that the profile
+gguf would give the pair in front of it.
 """
 
 from __future__ import annotations
