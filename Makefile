@@ -92,7 +92,7 @@ $(foreach way,$(patsubst WAY_%,%,$(filter WAY_%,$(.VARIABLES))),$(eval $(call ha
 
 .SECONDARY: $(foreach model,$(REAL_NAMES) $(ENCODERS),$(call consumed_directories,$(model)))
 real-consumers: real-models real-tools $(patsubst %,docs/tables/consumers-%.md,$(REAL_NAMES) $(ENCODERS))  ## what users' tools make of the hardened models: docs/tables/consumers*.md, in an hour; EVERY=1 for more columns; goes on where it was stopped
-	$(BIN)/python docs/generators/consumers.py | tee docs/tables/consumers.md
+	$(BIN)/python docs/generators/tools.py | tee docs/tables/consumers.md
 
 .SECONDEXPANSION:
 docs/tables/consumers-%.md: $$(call consumed_directories,$$*) FORCE

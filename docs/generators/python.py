@@ -31,7 +31,7 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
 def fields_table(module: str, name: str) -> str:
     """The fields of a class that the command line takes too, in Markdown; nothing where there are none."""
     model: Any = getattr(importlib.import_module(module), name)
-    fields = options_of(model) if dataclasses.is_dataclass(model) else {}
+    fields = options_of(model) if isinstance(model, type) and dataclasses.is_dataclass(model) else {}
     if not fields:
         return ""
     lines = ["", "| field | default | what it is | on the command line |", "|---|---|---|---|"]

@@ -56,7 +56,7 @@ def tiny_llama() -> PreTrainedModel:
 def attack_batch(sequences: int, length: int) -> dict[str, Tensor]:
     """The first tokens of the attack text, int64, shape [sequences, length]; the labels are the inputs."""
     sys.path.insert(0, str(TINY_LLAMA))
-    from texts import attack_text  # type: ignore[import-not-found]
+    from texts import attack_text
 
     tokenizer = load_tokenizer(TINY_LLAMA / "model")
     text = attack_text()[0]

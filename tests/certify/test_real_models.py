@@ -99,6 +99,6 @@ def test_a_cell_of_the_table_comes_out_as_it_stands_there(
     row = rows.ROWS[name]
     if reason := rows.missing(row.tool):
         pytest.skip(reason)
-    table = generator("consumers").read_table((TABLES / f"consumers-{SMOLLM2.name}.md").read_text(encoding="utf-8"))
+    table = generator("tools").read_table((TABLES / f"consumers-{SMOLLM2.name}.md").read_text(encoding="utf-8"))
     figure = one(hardened[way], tokens[:, :128], name, tmp_path, SMOLLM2)
     assert figure.verdict == table.verdicts[row.tool, row.description][way], figure

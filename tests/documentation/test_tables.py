@@ -10,7 +10,7 @@ from specdef_cli.hardening import card
 from tests.commands import REPOSITORY
 from tests.consumer_tables import TABLES, generator, measured_tables
 
-consumers = generator("consumers")
+consumers = generator("tools")
 
 FIRST = """\
 one: nats a token, 8 tokens.

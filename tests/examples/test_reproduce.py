@@ -299,7 +299,7 @@ def test_same_images_and_a_row_for_every_attack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import unet  # type: ignore[import-not-found]
+    import unet
 
     monkeypatch.setattr(unet, "RATES", (1e-2, 1e-9))
     monkeypatch.setattr(unet, "HELD_OUT", 4)
