@@ -154,7 +154,7 @@ def frontier_figure(text: str, theme: Theme) -> Figure:
         for _, value, _, nats, progress in (row for row in body if row[0] == profile):
             before, after = (float(loss) for loss in nats.split(" → "))
             points.append((max(after - before, 0.001), number(progress)))
-            axes.annotate(f"  {value}", points[-1], fontsize=7.5, color=theme.ink)
+            axes.annotate(value, points[-1], (5, 4), textcoords="offset points", fontsize=7.5, color=theme.ink)
         axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=profile, lw=1.2)
     axes.set(xscale="log", xlabel="nats that Q4_K_M costs", ylabel="of the progress of full fine-tuning")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

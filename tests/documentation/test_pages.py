@@ -19,7 +19,8 @@ from tests.commands import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
-MAKE_TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+MAKEFILES = [(REPOSITORY / name).read_text(encoding="utf-8") for name in ("Makefile", "examples/measure.mk")]
+MAKE_TARGETS = set(re.findall(r"^([a-z][a-z-]*):", "".join(MAKEFILES), re.MULTILINE))
 
 
 @dataclass(frozen=True)
