@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -55,7 +56,9 @@ def main() -> None:
                 reasons.setdefault(shorten(each["refused"], 80, placeholder=" …"), []).append(f"{ROWS[row]}, {way}")
     if reasons:
         lines += ["", "Refused:", "", *(f"- {'; '.join(cells)}: `{reason}`" for reason, cells in reasons.items())]
-    agreement = cell("agreement", arguments.base, arguments)
+    asked = set(HERETIC) & set(arguments.rows.split(","))
+    heard = any("kl" in cell(row, arguments.base, arguments) for row in asked)  # heretic wants a chat template
+    agreement = cell("agreement", arguments.base, arguments) if heard else {}
     if "ours" in agreement:
         ours, theirs = agreement["ours"], agreement["heretic"]
         lines += [
@@ -70,10 +73,11 @@ def main() -> None:
 
 
 EXPLANATION = (
-    "heretic: KL divergence of the next token on harmless prompts at {trials} random strengths, the same ones in every "
-    "column. The others: held-out loss before and after {steps} steps (DPO: its loss on held-out pairs). *works*: at "
-    "least half of the base's progress, or a KL divergence like the base's; *broken*: less than 5 %, a loss that is "
-    "not finite, or a KL divergence beyond 1 at every strength; *no progress*: not on the base either."
+    "heretic: KL divergence of the next token on harmless prompts at {trials} random strengths, the same in every "
+    "column. The others: held-out loss before and after {steps} steps (DPO: its loss on held-out pairs, and the loss on "
+    "text where that doubles). *works*: at least half of the base's progress, or a KL divergence like the base's; "
+    "*broken*: less than 5 %, a loss that is not finite or doubles, or a KL divergence beyond 1 at every strength; "
+    "*no progress*: not on the base either."
 )
 
 
@@ -135,6 +139,8 @@ def words(found: dict[str, Any], base: dict[str, Any]) -> str:
         return f"{'works' if same else 'works less well'} ({values})"
     start, end = found["start"], found["end"]
     figures = f"{start:.3f} → {end:{'.3f' if end < 1e3 else '.0e'}}"
+    if found.get("text_after", 0.0) > 2 * found.get("text", math.inf):  # a model of garbage can tell words in order
+        return f"**broken** ({figures}; its loss on text {found['text']:.2f} → {found['text_after']:.2f})"
     if "start" not in base:
         return figures
     expected, gained = base["start"] - base["end"], base["start"] - end
@@ -269,9 +275,10 @@ def dpo(directory: Path, steps: int) -> dict[str, float]:
         model, args=config, train_dataset=Dataset.from_list(rows[16:]), eval_dataset=Dataset.from_list(rows[:16]),
         processing_class=tokenizer,
     )  # fmt: skip
-    start = trainer.evaluate()["eval_loss"]
+    text, start = held_out_loss(model, blocks(tokenizer, 16)), trainer.evaluate()["eval_loss"]
     trainer.train()
-    return {"start": start, "end": trainer.evaluate()["eval_loss"]}
+    end, text_after = trainer.evaluate()["eval_loss"], held_out_loss(model, blocks(tokenizer, 16))
+    return {"start": start, "end": end, "text": text, "text_after": text_after}
 
 
 def qlora(directory: Path, steps: int) -> dict[str, float]:

@@ -234,4 +234,4 @@ def test_the_tables_have_a_row_for_everything(outcome: Path) -> None:
     # Two of the attacks of each report are on the original, and the same ones.
     assert [len(part) for part in rows] == [3, 2 + 2 * 4, sum(attacked) - 2, 8]
     assert any(line.startswith("| factors: width 1.5×") for line in sweep)
-    assert sum(line.startswith("| rebalance: ") for line in shares) == 1
+    assert sum(line.startswith("| undone first (rebalanced), ") for line in shares) == 1
