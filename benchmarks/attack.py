@@ -49,7 +49,7 @@ def _attack(options: AttackOptions, data: AttackData) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         set_seed(0)
         model = load_for_training(spec, open_model(MODEL), data)
-        return _timed(make_trainer(spec, model, data, Recorder(lambda step, loss: None), scratch))
+        return _timed(make_trainer(spec, model, data, Recorder(lambda step, loss: None), scratch, options))
 
 
 def _by_hand(options: AttackOptions, data: AttackData) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 
 from specdef_cli.attack.cluster import Cluster
 from specdef_cli.attack.one_run import RunResult, RunSpec
-from specdef_cli.attack.plan import Series, expected_runs
+from specdef_cli.attack.plan import Series, expected_runs, in_order
 from specdef_cli.attack.search import Lead, best_rate, is_refinement, next_rates, trains_as_control
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.trainer import EventKind, ProgressEvent, ProgressHook
@@ -128,16 +128,11 @@ def run_all(
     save: Callable[[RunResult], None],
     jobs: int = 1,
     cluster: Cluster | None = None,
-    order: Sequence[Series] = (),
     deadline: Deadline | None = None,
     on_progress: ProgressHook = lambda event: None,
 ) -> Outcome:
-    """Run a plan to its end, or to a deadline; what is finished is saved whatever happens.
-
-    Args:
-        order: The order in which series are run, one to its end before the next with one job; by default the plan's.
-    """
-    ranks = {id(series): rank for rank, series in enumerate(order or plan)}
+    """Run a plan to its end, or to a deadline, likely bypasses first; what is finished is saved whatever happens."""
+    ranks = {id(series): rank for rank, series in enumerate(in_order(plan))}
     searches = [_Search(series, ranks[id(series)], deadline is not None) for series in plan]
     controls = {each.series.first.recipe: each for each in searches if each.series.first.subject == "control"}
     for search in searches:

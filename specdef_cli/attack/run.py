@@ -40,7 +40,7 @@ from specdef_cli.attack.results import AttackReport, DataSummary, Hardening, Pro
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.tasks import task_of_both
 from specdef_cli.attack.train import TrainRun, quiet
-from specdef_cli.attack.trainer import NOWHERE, Memory, ProgressHook, Tracking
+from specdef_cli.attack.trainer import ProgressHook
 from specdef_cli.checkpoint.files import remove_unfinished
 from specdef_cli.checkpoint.output import exclusive, require_outside
 from specdef_cli.errors import SpecDefError
@@ -50,7 +50,7 @@ from specdef_cli.model.loading import process_state
 from specdef_cli.model.opened import open_base, open_model, require_sound
 from specdef_cli.process import first_completed
 
-RUNS_DIRECTORY, LOGS_DIRECTORY = "runs", "logs"
+RUNS_DIRECTORY = "runs"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def attack(
     with connected(options.dask) as cluster:
         prepared = _prepare(options, cluster)
         expected = None if on_plan is None else _forecast(prepared)
-        order, options, train = in_order(prepared.plan), prepared.options, prepared.train
+        options, train = prepared.options, prepared.train
         # No process may start the first run while another still looks for its result: they would disagree on what is
         # finished.
         state.wait_for_everyone()
@@ -105,7 +105,6 @@ def attack(
                 save=prepared.store.save if state.is_main_process else lambda result: None,
                 jobs=options.jobs,
                 cluster=cluster,
-                order=order,
                 deadline=deadline,
                 on_progress=on_progress if on_progress is not None and state.is_main_process else lambda event: None,
             )
@@ -202,10 +201,10 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> Prepared:
     if prompts is not None and any(series.first.prompts for series in plan):
         require_in_vocabulary(prompts.tokens, config, control.directory)
         prompts.require_within(getattr(config.get_text_config(), "max_position_embeddings", None))
-    memory = Memory(options.gradient_accumulation, options.gradient_checkpointing)
-    tracking = Tracking(options.report_to, (options.out / LOGS_DIRECTORY).absolute())
     tasks = options.eval_task_path and options.eval_task_path.absolute()
-    train = TrainRun(control.here(), model.here(), data, prompts, memory, tracking, tasks)
+    # Workers may be in another directory, and the token is no business of theirs.
+    sent = replace(options, out=options.out.absolute(), eval_task_path=tasks, token=None)
+    train = TrainRun(control.here(), model.here(), data, sent, prompts)
     if cluster is not None:
         directories = [each.directory for each in (train.control, train.model) if each.found.commit is None]
         cluster.require(*directories, *([tasks] if tasks else []))
@@ -231,7 +230,7 @@ def _speed(prepared: Prepared) -> Speed:
     count = min(control.first.batch_size, len(train.data.held_out))
     few = replace(train.data, held_out=Subset(train.data.held_out, range(count)), retained=None)  # type: ignore[arg-type]
     began = time.perf_counter()
-    two_steps = replace(train, data=few, tracking=NOWHERE)
+    two_steps = replace(train, data=few, options=replace(train.options, report_to=()))
     with executor(two_steps, 1, lambda *event, **more: None, prepared.cluster) as submit:  # where the others will be
         future = submit(replace(control.first, **TWO_STEPS), None)
         first_completed({future})

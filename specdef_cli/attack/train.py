@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from transformers import set_seed
 from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
+from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.prompts import Prompts, behaviour_of, reference_of, try_edits
 from specdef_cli.attack.search import Lead
 from specdef_cli.attack.tasks import auto_class
-from specdef_cli.attack.trainer import NOWHERE, Memory, Recorder, Tracking, make_trainer
+from specdef_cli.attack.trainer import Recorder, make_trainer
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model import SpecDefLinear, SpecDefScaled
 from specdef_cli.model.loading import new_objects_only, process_state, without_progress_bars
@@ -142,15 +144,16 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
+def _check_passes(spec: RunSpec, state: PartialState, options: AttackOptions) -> None:
     """Refuse what does not split over processes and passes."""
+    passes = options.gradient_accumulation
     choice = OPTIMIZERS.choose(spec.optimizer)
-    if spec.batch_size % (state.num_processes * memory.accumulation):
+    if spec.batch_size % (state.num_processes * passes):
         over = [f"{state.num_processes} processes"] * (state.num_processes > 1)
-        over += [f"{memory.accumulation} passes"] * (memory.accumulation > 1)
+        over += [f"{passes} passes"] * (passes > 1)
         raise SpecDefError(
             f"--batch-size {spec.batch_size} does not split over {' of '.join(over)}",
-            f"Give a multiple of {state.num_processes * memory.accumulation}.",
+            f"Give a multiple of {state.num_processes * passes}.",
         )
     if choice.second_order and state.num_processes > 1:
         raise SpecDefError(
@@ -158,7 +161,7 @@ def _check_passes(spec: RunSpec, state: PartialState, memory: Memory) -> None:
             f"{state.num_processes} processes",
             "Run it without `accelerate launch`, or choose a first-order optimizer.",
         )
-    if choice.second_order and memory != Memory():
+    if choice.second_order and (passes > 1 or options.gradient_checkpointing):
         raise SpecDefError(
             f"--optimizer {spec.optimizer} differentiates the gradient, which needs all of a step's graph",
             "Leave --gradient-accumulation and --gradient-checkpointing out, or choose a first-order optimizer.",
@@ -175,10 +178,8 @@ class TrainRun:
     control: OpenedModel
     model: OpenedModel
     data: AttackData
+    options: AttackOptions  # of them, what changes no curve
     prompts: Prompts | None = None
-    memory: Memory = field(default_factory=Memory)
-    tracking: Tracking = NOWHERE
-    eval_task_path: Path | None = None
 
     def __call__(
         self,
@@ -206,8 +207,8 @@ class TrainRun:
         return result
 
     def _trained(self, spec: RunSpec, opened: OpenedModel, recorder: Recorder) -> RunResult:
-        state = process_state()
-        _check_passes(spec, state, self.memory)
+        state, options = process_state(), self.options
+        _check_passes(spec, state, options)
         with quiet(), new_objects_only(), tempfile.TemporaryDirectory(prefix="specdef-attack-") as scratch:
             # Before loading: a classification head that the checkpoint lacks is drawn at random, and must be the same
             # for the control.
@@ -226,16 +227,18 @@ class TrainRun:
             parameters = sum(parameter.numel() for parameter in model.parameters())
             model = spec.training.apply(model, spec.task)
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            trainer = make_trainer(spec, model, self.data, recorder, scratch, self.memory, self.tracking)
+            trainer = make_trainer(spec, model, self.data, recorder, scratch, options)
             began = time.perf_counter()
             try:
                 trainer.train()
             finally:
-                self.tracking.finish()
+                for tracker in options.report_to:  # some keep one run open, to which the next would be added
+                    getattr(sys.modules.get(tracker), "finish", lambda: None)()
             seconds = time.perf_counter() - began
             accuracy, behaviour = {}, None
             if spec.eval_tasks:
-                accuracy = task_accuracy(model, opened.tokenizer(), spec.eval_tasks, task_directory=self.eval_task_path)
+                own = options.eval_task_path
+                accuracy = task_accuracy(model, opened.tokenizer(), spec.eval_tasks, task_directory=own)
             if self.prompts is not None and spec.prompts and recorder.divergence is None and recorder.stopped is None:
                 before = reference_of(opened, self.prompts, spec.dtype, str(state.device))
                 behaviour = behaviour_of(model, self.prompts, before, opened.tokenizer())

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,6 +34,7 @@ from specdef_cli.attack.one_run import (
 )
 from specdef_cli.attack.optimizers import OPTIMIZERS, OptimizerChoice
 from specdef_cli.attack.optimizers.own import build_optimizer
+from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.search import Lead, is_hopeless
 from specdef_cli.attack.target import Task
 from specdef_cli.errors import SpecDefError
@@ -168,36 +168,6 @@ def finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-@dataclass(frozen=True)
-class Tracking:
-    """Trackers of running runs; TensorBoard's files go to ``directory``, one directory a run."""
-
-    trackers: tuple[str, ...] = ()
-    directory: Path = Path("logs")
-
-    def arguments(self, spec: RunSpec) -> dict[str, Any]:
-        if "tensorboard" in self.trackers:  # it would write where the Trainer does, and that is a scratch directory
-            os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.directory / spec.run_id)
-        name = f"{spec.label} · η={spec.learning_rate:g} · seed {spec.seed}" if self.trackers else None
-        return {"report_to": list(self.trackers) or "none", "run_name": name}
-
-    def finish(self) -> None:
-        """End the run in trackers that keep one open for the whole process; the next run would be added to it."""
-        for tracker in self.trackers:
-            getattr(sys.modules.get(tracker), "finish", lambda: None)()
-
-
-NOWHERE = Tracking()
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Ways to save memory. Curves stay the same up to rounding, so no specification names them."""
-
-    accumulation: int = 1  # passes that the sequences of a step are split into
-    checkpointing: bool = False  # compute activations once more in the backward pass instead of keeping them
-
-
 CONSTANT_WITHIN = 1e-6
 """Outputs that differ by no more than this share of the largest are the same."""
 
@@ -216,6 +186,8 @@ class AttackTrainer(Trainer):
         self._choice = choice
         self._task = task
         self._constant: list[torch.Tensor] = []
+        if choice.second_order:  # the gradient's graph stays, for the optimizer to differentiate
+            self.accelerator.backward = partial(self.accelerator.backward, create_graph=True)
 
     def compute_loss(
         self,
@@ -290,45 +262,32 @@ def _constant(inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
     return (read != read[0]).any() & (spread <= CONSTANT_WITHIN * largest)
 
 
-class SecondOrderTrainer(AttackTrainer):
-    """Leaves the gradient's graph for the optimizer to differentiate. One process, no gradient accumulation."""
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """One forward and backward pass that can be differentiated once more."""
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        self.accelerator.backward(loss, create_graph=True)
-        return loss.detach()
-
-
 def make_trainer(
     spec: RunSpec,
     model: nn.Module,
     data: AttackData,
     recorder: Recorder,
     scratch: str,
-    memory: Memory = Memory(),
-    tracking: Tracking = NOWHERE,
+    options: AttackOptions,
 ) -> Trainer:
-    """The Trainer of a run, silent and without checkpoints."""
+    """The Trainer of a run, silent and without checkpoints; of the options, what saves memory and what tracks it."""
     choice = OPTIMIZERS.choose(spec.optimizer)
-    if memory.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+    accumulation, checkpointing = options.gradient_accumulation, options.gradient_checkpointing
+    if checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise SpecDefError(
             f"{type(model).__name__} does not support --gradient-checkpointing",
             "Leave it out; --gradient-accumulation also saves memory.",
         )
+    if "tensorboard" in options.report_to:  # it would write where the Trainer does, and that is a scratch directory
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(options.out / "logs" / spec.run_id)
     arguments = TrainingArguments(
         output_dir=scratch,
         max_steps=spec.steps,
-        per_device_train_batch_size=spec.batch_size // process_state().num_processes // memory.accumulation,
-        per_device_eval_batch_size=spec.batch_size // memory.accumulation,
-        gradient_accumulation_steps=memory.accumulation,
-        gradient_checkpointing=memory.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if memory.checkpointing else None,
+        per_device_train_batch_size=spec.batch_size // process_state().num_processes // accumulation,
+        per_device_eval_batch_size=spec.batch_size // accumulation,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         learning_rate=spec.learning_rate,
         # Of these two the Trainer's plain one leaves a warm-up out, without a word.
         lr_scheduler_type="constant_with_warmup" if spec.schedule == "constant" else spec.schedule,
@@ -351,7 +310,8 @@ def make_trainer(
         # The filter replaces a loss that is not finite by the mean of earlier ones, which would hide a divergence.
         logging_nan_inf_filter=False,
         save_strategy="no",
-        **tracking.arguments(spec),
+        report_to=list(options.report_to) or "none",
+        run_name=f"{spec.label} · η={spec.learning_rate:g} · seed {spec.seed}" if options.report_to else None,
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -361,7 +321,7 @@ def make_trainer(
     # Outside `accelerate launch` the Trainer would spread a batch over all GPUs by DataParallel, which changes its
     # size.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    trainer = (SecondOrderTrainer if choice.second_order else AttackTrainer)(
+    trainer = AttackTrainer(
         choice,
         spec.task,
         model=model,

@@ -148,7 +148,7 @@ def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
             yield from summary_lines(summary)
         yield ""
     if outlook.recommended is not None:
-        yield f"Recommended: {recommendation(outlook.recommended)}"
+        yield f"Recommended: {recommendation(outlook, outlook.recommended)}"
     else:
         found = outlook.methods[0]
         assert isinstance(found, Obstacle)
@@ -189,15 +189,20 @@ def summary_lines(summary: PlanSummary) -> Iterator[RenderableType]:
         yield Padding(line, (0, 0, 0, 2), expand=False)
 
 
-def recommendation(summary: PlanSummary) -> str:
-    """Why the default plan is the one to take."""
+def recommendation(outlook: Outlook, summary: PlanSummary) -> str:
+    """Why a plan is the one to take."""
+    found = outlook.methods[0]
+    weak = getattr(found, "weak", False)
+    why = "no norm inside the blocks can be folded" if weak else "no symmetric pair is known for this architecture"
+    code = "needs code to load: trust_remote_code=True, or `import specdef_cli`"
     reasons = {
         "fold": "fold (the default). The outputs stay bit-identical, and anything that loads the architecture loads "
         "the result, in float32 and bfloat16.",
-        "scale": "scale, as no symmetric pair is known for this architecture. The outputs stay bit-identical; the "
-        "result needs code to load: trust_remote_code=True, or `import specdef_cli`.",
-        "factors": "factors. The result needs code to load: trust_remote_code=True, or `import specdef_cli`.",
+        "scale": f"scale, as {why}. The outputs stay bit-identical; the result {code}.",
+        "factors": f"factors. The result {code}.",
     }
+    if weak and summary.method == "scale":
+        return reasons["scale"] + " Without code, the fold slows recipes less."
     reached = summary.parameters_changed / summary.parameters
     caution = f" It reaches tensors with only {reached:.0%} of the parameters." if reached < FEW else ""
     return reasons[summary.method] + caution

@@ -15,7 +15,7 @@ from specdef_cli.checkpoint.check import require_modules
 from specdef_cli.checkpoint.reader import DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from specdef_cli.checkpoint.shards import TensorGroup, plain_group
 from specdef_cli.errors import SpecDefError, dtype_name
-from specdef_cli.hardening.card import SCALED_LOADERS, given_up, lost_formats, serving_advice
+from specdef_cli.hardening.card import SCALED_LOADERS, given_up, lost_formats, resistance, serving_advice
 from specdef_cli.hardening.expendable import raise_pairs
 from specdef_cli.hardening.factors import factor_groups, factor_layers
 from specdef_cli.hardening.fold import fold_groups, fold_pairs
@@ -125,7 +125,7 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
         dtype=", ".join(sorted(map(dtype_name, dtypes))),
         groups=_groups(checkpoint, changes, stored),
         config=shim_config(config, {layer.module: layer.spec for layer in replaced}) if replaced else config,
-        notes=_notes(base, changes, profile, unchanged, one_sided),
+        notes=_notes(base, changes, profile or wanted.method, unchanged, one_sided),
         unchanged=unchanged,
         one_sided=one_sided,
     )
@@ -223,12 +223,16 @@ def _pair_names(pair: SymmetricPair, names: TensorNames) -> set[str]:
 
 
 def _notes(
-    base: OpenedModel, changes: Changes, profile: str | None, unchanged: Sequence[str], one_sided: Sequence[str]
+    base: OpenedModel, changes: Changes, way: str, unchanged: Sequence[str], one_sided: Sequence[str]
 ) -> tuple[str, ...]:
-    """Notes for the user on what was decided, and why."""
+    """Notes for the user on what was decided, and why.
+
+    Args:
+        way: The profile of a fold, or another method.
+    """
     checkpoint, strangers = base.checkpoint, base.skeleton.strangers
-    notes = [serving_advice(lost_formats(changes.folded, profile, with_code=bool(changes.replaced)))]
-    notes += [loss] if (loss := given_up(changes.folded, profile)) else []
+    notes = [serving_advice(lost_formats(changes.folded, way, with_code=bool(changes.replaced)))]
+    notes += filter(None, [given_up(changes.folded, way), resistance(changes.folded, way)])
     if changes.scaled and checkpoint.library.is_transformers:
         notes.append(SCALED_LOADERS)
     notes += changes.reasons

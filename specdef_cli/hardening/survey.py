@@ -16,7 +16,7 @@ from specdef_cli.checkpoint.reader import Checkpoint
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.checkpoint.stream import Progress
 from specdef_cli.errors import SpecDefError
-from specdef_cli.hardening.card import lost_formats
+from specdef_cli.hardening.card import is_weak, lost_formats
 from specdef_cli.hardening.execute import compute_devices
 from specdef_cli.hardening.factors import read_weight
 from specdef_cli.hardening.options import CONSTRUCTIONS, Construction, HardenOptions
@@ -136,6 +136,7 @@ class PlanSummary:
     """A plan in the figures that a publisher asks for."""
 
     method: str
+    weak: bool  # whether it is a fold that leaves out the norms inside the blocks
     pairs: int
     layers: int
     modules: int
@@ -164,7 +165,7 @@ class Outlook:
     """What hardening would do to a checkpoint.
 
     Attributes:
-        recommended: The first of the methods that can be used; ``None`` where none can.
+        recommended: The first of the methods that can be used, but scale before a weak fold; ``None`` where none can.
     """
 
     methods: tuple[PlanSummary | Obstacle, ...]
@@ -183,7 +184,9 @@ def outlook(base: OpenedModel) -> Outlook:
         return summarize(plan, base.checkpoint)
 
     methods = tuple(attempt(kind()) for kind in CONSTRUCTIONS.values())
-    return Outlook(methods, next((found for found in methods if isinstance(found, PlanSummary)), None))
+    usable = {found.method: found for found in methods if isinstance(found, PlanSummary)}
+    first = next(iter(usable.values()), None)
+    return Outlook(methods, usable.get("scale", first) if first is not None and first.weak else first)
 
 
 def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
@@ -198,6 +201,7 @@ def summarize(plan: HardeningPlan, checkpoint: Checkpoint) -> PlanSummary:
     parameters = sum(math.prod(header.shape) for header in checkpoint.tensors.values())
     return PlanSummary(
         method=plan.method,
+        weak=is_weak(plan.folded),
         pairs=len(plan.folded),
         layers=len(plan.factored),
         modules=len(plan.scaled),

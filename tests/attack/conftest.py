@@ -10,6 +10,7 @@ import torch
 
 from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
+from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.target import Target
 from specdef_cli.attack.train import TrainRun
 from specdef_cli.checkpoint.manifest import Manifest
@@ -23,7 +24,7 @@ from tests.tiny_models import random_llama
 
 def train_run(spec: RunSpec, model: OpenedModel, data: AttackData, **how: Any) -> RunResult:
     """A run of a model that stands for its control too."""
-    return TrainRun(model, model, data, **how)(spec)
+    return TrainRun(model, model, data, AttackOptions("", **how))(spec)
 
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -73,14 +73,15 @@ def test_a_plan_stops_at_its_deadline_with_the_most_telling_runs_done() -> None:
         made.append(run)
         return result(run, 1e-4)
 
-    plan = [make_series("last"), make_series("first"), make_series("second")]
-    order = [plan[1], plan[2], plan[0]]
-    labels = [series.first.label for series in order]
-    outcome, _ = run_plan(plan, execute, order=order, deadline=TenRuns(1e9))
+    last = make_series("last")
+    known = (Training("hira", name="first"), Training("full", name="second"))
+    plan = [last, *(replace(last, first=replace(last.first, training=training)) for training in known)]
+    labels = [plan[place].first.label for place in (1, 2, 0)]
+    outcome, _ = run_plan(plan, execute, deadline=TenRuns(1e9))
     assert [run.training.name for run in made] == ["first"] * 4 + ["second"] * 4 + ["last"] * 2
     assert (outcome.coarse, outcome.cut_short, outcome.not_reached) == (tuple(labels[:2]), (labels[2],), ())
     assert len(outcome.runs) == 10
-    everything, _ = run_plan(plan, execute, order=order)
+    everything, _ = run_plan(plan, execute)
     assert [run.training.name for run in made[10:]] == ["first"] * 6 + ["second"] * 6 + ["last"] * 6
     assert (everything.coarse, everything.cut_short, everything.not_reached) == ((), (), ())
 

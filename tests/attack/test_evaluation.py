@@ -86,7 +86,7 @@ def dead_run(base: Path, task: Task, data: Any, tmp_path: Path) -> Recorder:
     recorder = Recorder(lambda step, loss: None)
     model = load_for_training(run, open_model(base), data)
     with new_objects_only(), tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
-        trainer = make_trainer(run, model, data, recorder, scratch)
+        trainer = make_trainer(run, model, data, recorder, scratch, AttackOptions(""))
         trainer.add_callback(Kill())
         trainer.train()
     return recorder

@@ -25,8 +25,9 @@ from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunSpec
 from specdef_cli.attack.optimizers import OPTIMIZERS
 from specdef_cli.attack.optimizers.own import Madam, NormalizedSGD, build_optimizer, hidden_matrices
+from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.train import _check_passes, load_for_training
-from specdef_cli.attack.trainer import AttackTrainer, Memory, Recorder, make_trainer
+from specdef_cli.attack.trainer import AttackTrainer, Recorder, make_trainer
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
@@ -60,7 +61,7 @@ def spec(optimizer: str, **changes: Any) -> RunSpec:
 def trained(run: RunSpec, base: Path, data: AttackData, scratch: Path, *callbacks: TrainerCallback) -> AttackTrainer:
     set_seed(run.seed)
     model = load_for_training(run, open_model(base), data)
-    trainer = make_trainer(run, model, data, Recorder(lambda step, loss: None), str(scratch))
+    trainer = make_trainer(run, model, data, Recorder(lambda step, loss: None), str(scratch), AttackOptions(""))
     for callback in callbacks:
         trainer.add_callback(callback)
     with new_objects_only():
@@ -239,11 +240,11 @@ def test_madam_commutes_with_scaling() -> None:
 
 def test_second_order_is_refused_over_processes() -> None:
     state: Any = SimpleNamespace(num_processes=2)
-    _check_passes(spec("adamw"), state, Memory())
+    _check_passes(spec("adamw"), state, AttackOptions(""))
     with pytest.raises(SpecDefError, match="--optimizer sophia"):
-        _check_passes(spec("sophia"), state, Memory())
+        _check_passes(spec("sophia"), state, AttackOptions(""))
     with pytest.raises(SpecDefError, match="--batch-size 4 does not split over 2 processes of 4 passes"):
-        _check_passes(spec("adamw"), state, Memory(accumulation=4))
+        _check_passes(spec("adamw"), state, AttackOptions("", gradient_accumulation=4))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -260,7 +261,7 @@ def test_saving_memory_changes_no_curve(
     monkeypatch.setattr(AttackTrainer, "training_step", record)
     run = spec("adamw", training=Training(method))
     plain = train_run(run, open_model(base), memorizable)
-    saving = train_run(run, open_model(base), memorizable, memory=Memory(accumulation=2, checkpointing=True))
+    saving = train_run(run, open_model(base), memorizable, gradient_accumulation=2, gradient_checkpointing=True)
     assert passes == [(4, False)] * STEPS + [(2, True)] * 2 * STEPS
     for one, other in ((plain.evaluations, saving.evaluations), (plain.train, saving.train)):
         assert [point.loss for point in one] == pytest.approx([point.loss for point in other], rel=1e-5)
@@ -269,19 +270,23 @@ def test_saving_memory_changes_no_curve(
 
 def test_saving_memory_is_refused_where_it_cannot_be(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
     with pytest.raises(SpecDefError, match="--optimizer sophia differentiates the gradient"):
-        train_run(spec("sophia"), open_model(base), memorizable, memory=Memory(checkpointing=True))
+        train_run(spec("sophia"), open_model(base), memorizable, gradient_checkpointing=True)
     model: Any = load_for_training(spec("adamw"), open_model(base), memorizable)
     model.supports_gradient_checkpointing = False
     recorder = Recorder(lambda step, loss: None)
     with pytest.raises(SpecDefError, match="LlamaForCausalLM does not support --gradient-checkpointing"):
-        make_trainer(spec("adamw"), model, memorizable, recorder, str(tmp_path), Memory(checkpointing=True))
+        make_trainer(
+            spec("adamw"), model, memorizable, recorder, str(tmp_path), AttackOptions("", gradient_checkpointing=True)
+        )
 
 
 def test_shards_are_refused_by_what_needs_whole_tensors(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
     for name in ("adamw", "muon"):
         run = spec(name)
         model = load_for_training(run, open_model(base), memorizable)
-        trainer = make_trainer(run, model, memorizable, Recorder(lambda step, loss: None), str(tmp_path))
+        trainer = make_trainer(
+            run, model, memorizable, Recorder(lambda step, loss: None), str(tmp_path), AttackOptions("")
+        )
         trainer.is_fsdp_enabled = True  # what the launcher sets
         if OPTIMIZERS.choose(name).elementwise:
             trainer.create_optimizer(model)

@@ -305,7 +305,7 @@ def test_two_processes_download_each_shard_once(method: str, base: Path, tmp_pat
             timeout=300,
         )
     assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.count("adds") == 1
+    assert process.stdout.count("parameters added") == 1
     sent = [path for verb, path, _ in hub.seen if verb == "GET" and path.endswith(".safetensors")]
     assert sorted(path.rsplit("/", 1)[-1] for path in sent) == shards(base)
     assert_as_from_a_directory(method, out, base, tmp_path / "other")

@@ -305,6 +305,11 @@ def test_inspect_fits_a_screen_and_lists_layers_when_asked(llama: Path) -> None:
     assert "model.layers.1.mlp.down_proj" in call_cli("inspect", llama, "--layers").stdout
 
 
+def test_inspect_recommends_scale_where_no_norm_can_be_folded(checkpoints: dict[str, Path]) -> None:
+    words = " ".join(call_cli("inspect", checkpoints["gemma3"]).stdout.split())
+    assert "Recommended: scale, as no norm inside the blocks can be folded" in words
+
+
 def test_inspect_says_what_stands_in_the_way(tiny_model: TinyModel, tmp_path: Path) -> None:
     """A quantized checkpoint: every method is refused, and so is the recommendation."""
     shutil.copytree(tiny_model("llama"), tmp_path / "quantized")

@@ -215,7 +215,7 @@ def test_the_papers_attack_is_made_on_both_and_on_who_knows(outcome: Path, metho
 @pytest.mark.parametrize("method", METHODS)
 def test_the_sweep_has_every_attack_of_the_suite(outcome: Path, method: str) -> None:
     report = report_of(outcome, method, "sweep")
-    others = ["freeze-compensation", "inject", "width:1.5", "depth:2"] if method == "factors" else []
+    others = ["width:1.5", "depth:2", *(["freeze-compensation", "inject"] if method == "factors" else [])]
     attacks = [(subject, "plain", trained) for subject in ("control", "model") for trained in ("lora:16", THIRD)]
     attacks += [("model", variant, THIRD) for variant in (INFORMED[method], *others)]
     assert {key(run) for run in report["runs"]} == {(*attack, 1e-3) for attack in attacks}
@@ -233,5 +233,5 @@ def test_the_tables_have_a_row_for_everything(outcome: Path) -> None:
     attacked = [len(report_of(outcome, method, "sweep")["attacks"]) for method in METHODS]
     # Two of the attacks of each report are on the original, and the same ones.
     assert [len(part) for part in rows] == [3, 2 + 2 * 4, sum(attacked) - 2, 8]
-    assert any(line.startswith("| factors, width 1.5×") for line in sweep)
+    assert any(line.startswith("| factors: width 1.5×") for line in sweep)
     assert sum(line.startswith("| rebalance: ") for line in shares) == 1
