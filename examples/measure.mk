@@ -134,9 +134,8 @@ reproduce-serving-long: install  ## 1,000 steps, quantizable: serving-long.md
 	$(BIN)/specdef compare $(SUITE)/quantizable-attack --markdown | tee docs/tables/serving-long.md
 
 reproduce: $(METHODS:%=$(SUITE)/%)  ## the paper's other claims (25 minutes)
-	mkdir -p $(DEMO)/reproduce
 	for name in curvature bound divergence injection utility prior; do \
-	  $(BIN)/python examples/reproduce/$$name.py --out $(DEMO)/reproduce | tee docs/tables/$$name.md; done
+	  $(BIN)/python examples/reproduce/$$name.py | tee docs/tables/$$name.md; done
 	$(BIN)/python examples/reproduce/deployment.py $(TINY) $(METHODS:%=$(SUITE)/%) | tee docs/tables/deployment.md
 
 reproduce-staircase: install  ## where a fold's largest factors belong

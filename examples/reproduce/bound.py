@@ -1,25 +1,20 @@
 """Both lower bounds against the measured σ₁ of the Hessian over random networks: the ratio may never exceed 1.
 
-python examples/reproduce/bound.py --out bound
+python examples/reproduce/bound.py
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
-import itertools
-
 import torch
 from compensation_bound import compensation_bounds
-from matplotlib import pyplot as plt
 from path_bound import PathBound, path_bound
-from setting import insert, markdown, output_directory
+from setting import insert, markdown
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -161,8 +156,7 @@ def row(name: str, ratios: list[float]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Measure, print a Markdown table, save the histogram."""
-    out = output_directory(__doc__)
+    """Measure and print a Markdown table."""
     samples = [
         sample for family, count in EXAMPLES.items() for seed in range(count) for sample in measure(family, seed)
     ]
@@ -176,17 +170,6 @@ def main() -> None:
             row(f"{family}: literal reading / σ₁(block)", [s.literal for s in mine if s.literal is not None]),
         ]
     print(markdown(("ratio", "layers", "largest", "median", "smallest", "above 1"), rows))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    bins = [10 ** (exponent / 4) for exponent in range(-32, 3)]
-    for axis, name in zip(axes, ("compensation", "path"), strict=True):
-        ratios = [[getattr(s, name) for s in samples if s.family == f and getattr(s, name)] for f in FAMILIES]
-        axis.hist(ratios, bins=bins, stacked=True, label=list(FAMILIES))
-        axis.axvline(1, color="black", linewidth=1)
-        axis.set(xscale="log", xlabel=f"{name} bound / measured σ₁")
-    axes[0].set_ylabel("layers")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(out / "bound.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,15 @@
 """σ₁ of the loss Hessian of the tiny Llama against α, measured, and the two lower bounds from its inflated weights.
 
-python examples/reproduce/curvature.py --out curvature
+python examples/reproduce/curvature.py
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from compensation_bound import compensation_bounds
-from matplotlib import pyplot as plt
 from path_bound import path_bound
-from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, output_directory, slope, tiny_llama
+from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, slope, tiny_llama
 
 from specdef_cli.certify.curvature import Curvature, hessian_top, model_loss, trainable
 
@@ -60,26 +55,8 @@ def measure(alpha: float, top_k: int) -> Point:
     return Point(alpha, top_k, measured, frozen, best.value, best.layer, path.value)
 
 
-def plot(points: list[Point], path: Path) -> None:
-    """Measured σ₁ and both bounds over α, one panel for each k."""
-    figure, axes = plt.subplots(1, len(TOP_KS), figsize=(10, 4), sharey=True, squeeze=False)
-    for axis, top_k in zip(axes[0], TOP_KS, strict=True):
-        mine = [point for point in points if point.top_k == top_k]
-        alphas = [point.alpha for point in mine]
-        axis.loglog(alphas, [point.measured.value for point in mine], "o-", label="measured, all parameters")
-        axis.loglog(alphas, [point.compensation for point in mine], "v--", label="bound: compensation block, ∝ α²")
-        axis.loglog(alphas, [point.path for point in mine], "^:", label="bound: Theorem 3's block, ∝ α")
-        axis.loglog(alphas, [point.frozen.value for point in mine], "s-", label="measured, compensations frozen")
-        axis.set(xlabel="α", title=f"k = {top_k}")
-    axes[0][0].set_ylabel("σ₁ of the loss Hessian")
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
-    """Measure, print a Markdown table and the slopes, save the plot."""
-    out = output_directory(__doc__)
+    """Measure, print a Markdown table and the slopes."""
     points = [measure(alpha, top_k) for top_k in TOP_KS for alpha in ALPHAS]
     rows = [
         (
@@ -109,7 +86,6 @@ def main() -> None:
         }
         print(f"\nk = {top_k}, slope of log σ₁ over log α from α = 10³: ", end="")
         print(", ".join(f"{name} {slope(alphas, values):.3f}" for name, values in slopes.items()) + ".")
-    plot(points, out / "curvature.png")
 
 
 if __name__ == "__main__":

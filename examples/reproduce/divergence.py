@@ -3,7 +3,7 @@
 Three problems, hardened at α from 1 to 10⁶: an MLP near a minimum, where the loss is nearly quadratic; the same MLP at
 its random start, where it is not; and the tiny Llama on the attack text.
 
-    python examples/reproduce/divergence.py --out divergence
+    python examples/reproduce/divergence.py
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
 from descent import DivergenceRate, observed_divergence_rate
-from matplotlib import pyplot as plt
-from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, output_directory, slope, tiny_llama
+from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, slope, tiny_llama
 from torch import nn
 
 from specdef_cli.certify.curvature import (
@@ -93,25 +89,17 @@ def measure(problem: Problem, alpha: float) -> tuple[float, DivergenceRate]:
 
 
 def main() -> None:
-    """Measure, print a Markdown table, save the plot."""
-    out = output_directory(__doc__)
-    figure, axis = plt.subplots(figsize=(6, 4))
+    """Measure and print a Markdown table."""
     rows, slopes = [], []
     for name, problem in PROBLEMS.items():
         found = [measure(problem, alpha) for alpha in problem.alphas]
         for alpha, (predicted, observed) in zip(problem.alphas, found, strict=True):
             ratio = observed.value / predicted
             rows.append((name, f"{alpha:.0e}", f"{predicted:.3g}", f"{observed.value:.3g}", f"{ratio:.2f}"))
-        (line,) = axis.loglog(problem.alphas, [predicted for predicted, _ in found], "--")
-        axis.loglog(problem.alphas, [rate.value for _, rate in found], "o", color=line.get_color(), label=name)
         large = [(alpha, rate.value) for alpha, (_, rate) in zip(problem.alphas, found, strict=True) if alpha >= 1e2]
         slopes.append(f"{name} {slope([alpha for alpha, _ in large], [rate for _, rate in large]):.2f}")
     print(markdown(("problem", "α", "2/σ₁", "diverges at η", "ratio"), rows))
     print(f"\nSlope of log η over log α from α = 10²: {', '.join(slopes)}.")
-    axis.set(xlabel="α", ylabel="learning rate", title="2/σ₁ (dashed) and divergence seen (dots)")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(out / "divergence.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ no rate that fits all of them. The symmetric gauge loses about α in accuracy, s
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from setting import TINY_LLAMA, markdown, output_directory
+from setting import TINY_LLAMA, markdown
 
 from specdef_cli import AttackOptions, Factors, HardenOptions, attack, harden
 from specdef_cli.attack.options import AttackTable, Suite
@@ -108,6 +109,8 @@ def row(name: str, out: Path) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    place = output_directory(__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    place = parser.parse_args().out
     header = ("α", "logits differ by", "HiRA", "IA³", "full, Madam", "full, AdamW")
     print(markdown(header, [row(name, place) for name in STAIRCASES]))

@@ -5,19 +5,15 @@ compensation C frozen, ΔF_i changes the layer's output by C F_N ⋯ F_{i+1} ΔF
 carries α^{(i−1)/N}; the side behind it carries none in the directions that C does not shrink. So the last factor's
 block grows as α^{2(N−1)/N}: not at all for N = 1 (C frozen, nothing else), as α for N = 2, and faster for more.
 
-    python examples/reproduce/injection.py --out injection
+    python examples/reproduce/injection.py
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
-from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, output_directory, slope, tiny_llama
+from setting import RESIDUAL_WRITERS, attack_batch, insert, markdown, slope, tiny_llama
 
 from specdef_cli.attack.variants.factored import DeepenedLayer, collapse, deepen, freeze_compensation
 from specdef_cli.certify.curvature import Curvature, hessian_top, model_loss, trainable
@@ -77,10 +73,8 @@ def collapsed() -> float:
 
 
 def main() -> None:
-    """Measure, print a Markdown table, save the plot."""
-    out = output_directory(__doc__)
+    """Measure and print a Markdown table."""
     original = collapsed()
-    figure, axis = plt.subplots(figsize=(6, 4))
     rows = []
     for factors in FACTORS:
         points = [measure(alpha, factors) for alpha in ALPHAS]
@@ -99,7 +93,6 @@ def main() -> None:
                 f"{max(point.product_error for point in points):.0e}",
             )
         )
-        axis.loglog(ALPHAS, values, "o-", label=name)
     header = (
         "inflated weight",
         *(f"σ₁(H), α = {alpha:.0e}" for alpha in ALPHAS),
@@ -112,11 +105,6 @@ def main() -> None:
     )
     print(markdown(header, rows))
     print(f"\nCollapsed (C·W~ multiplied out): σ₁(H) = {original:.3g}, whatever α.")
-    axis.axhline(original, color="black", linestyle=":", label="collapsed")
-    axis.set(xlabel="α", ylabel="σ₁ of the loss Hessian")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(out / "injection.png", dpi=150)
 
 
 def _sigma(weight: torch.Tensor) -> float:

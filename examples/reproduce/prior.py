@@ -15,7 +15,7 @@ SpecDef changes no function, so it removes nothing by itself: the unlearned mode
 All are attacked with the same prose on the same budget, over the usual learning rates and from there on wherever a
 search for the best one leads. Takes about five minutes on one core.
 
-    python examples/reproduce/prior.py --out prior
+    python examples/reproduce/prior.py
 """
 
 from __future__ import annotations
@@ -25,12 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
-from setting import TINY_LLAMA, base_text, markdown, output_directory
+from setting import TINY_LLAMA, base_text, markdown
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -280,25 +276,8 @@ def table(rows: Sequence[Row], scale: Capability) -> str:
     return markdown(header, lines)
 
 
-def plot(rows: Sequence[Row], scale: Capability, path: Path) -> None:
-    """Loss reached over the learning rate, a line for each defence, dashed where the attacker knows it."""
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for row in rows:
-        rates = row.attack.learning_rates
-        style = "o-" if row.attack.spec.variant.knowledge == "none" else "x--"
-        axis.plot(rates, [row.attack.best_at(rate) for rate in rates], style, label=row.name)
-    for loss, name in ((scale.absent, "prose never learned"), (scale.present, "prose learned")):
-        axis.axhline(loss, color="black", linestyle=":")
-        axis.annotate(f"{name}, before", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    axis.set(xscale="log", ylim=(1.4, 3.5), xlabel="learning rate η", ylabel="held-out loss on the prose (nats a byte)")
-    axis.legend(loc="center left", fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
-    """Train, attack, print a Markdown table, save the plot."""
-    out = output_directory(__doc__)
+    """Train, attack, print a Markdown table."""
     budget = Budget()
     with quiet(), tempfile.TemporaryDirectory(prefix="specdef-prior-") as scratch:
         rows = measure(build(Path(scratch), budget), Path(scratch) / "attacks", budget)
@@ -311,7 +290,6 @@ def main() -> None:
         "any attack. Code: held-out loss on the base text before the attack. Of control: progress from before to "
         "best, over that of the unlearned model, from which the hardened ones were made. One seed."
     )
-    plot(rows, scale, out / "prior.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ command, which stores float32 at best.
 
 from __future__ import annotations
 
-import argparse
 import math
 import runpy
 import sys
@@ -26,19 +25,6 @@ from specdef_cli.spectral.factors import rotated_factors, symmetric_factors
 
 TINY_LLAMA = Path(__file__).parents[1] / "tiny_llama"
 RESIDUAL_WRITERS = ("*.o_proj", "*.down_proj")
-
-
-def output_directory(description: str | None) -> Path:
-    """What ``--out`` names, made; the one option of most scripts here.
-
-    Args:
-        description: The script's docstring, whose first line ``--help`` shows.
-    """
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    out: Path = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 @cache

@@ -4,7 +4,7 @@ The tiny Llama is stored in the dtype, hardened as the command does it, loaded a
 dtype on held-out base text. Where hardening refuses, the same factors are built in memory and cast to the dtype, which
 gives what publishing them would have cost.
 
-    python examples/reproduce/utility.py --out utility
+    python examples/reproduce/utility.py
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
-from setting import RESIDUAL_WRITERS, TINY_LLAMA, base_text, insert, markdown, output_directory
+from setting import RESIDUAL_WRITERS, TINY_LLAMA, base_text, insert, markdown
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -174,27 +170,8 @@ def table(columns: Sequence[Column]) -> str:
     return "\n".join(lines)
 
 
-def plot(columns: Sequence[Column], path: Path) -> None:
-    """The largest difference of a logit over α; hollow where hardening refuses, absent where it is not finite."""
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for color, column in enumerate(columns):
-        for gauge, marker, style in zip(GAUGES, "os", ("-", "--"), strict=True):
-            costs = {alpha: cost for (used, alpha), cost in column.factored.items() if used == gauge}
-            refused = [alpha for alpha, cost in costs.items() if cost.refusal]
-            axis.plot(
-                list(costs), [cost.outputs.max_abs for cost in costs.values()], marker + style, color=f"C{color}",
-                label=f"{column.name}, {gauge}",
-            )  # fmt: skip
-            axis.plot(refused, [costs[alpha].outputs.max_abs for alpha in refused], marker + "w", markersize=4)
-    axis.set(xscale="log", yscale="log", xlabel="α", ylabel="largest difference of a logit from the base's")
-    axis.legend(title="hollow: refused", loc="center right", bbox_to_anchor=(1, 0.35), fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
-    """Measure, print a Markdown table, save the plot."""
-    out = output_directory(__doc__)
+    """Measure and print a Markdown table."""
     _, held_out = base_text()
     tokens = token_batch(BASE, held_out, sequences=16, length=256)
     with quiet():
@@ -205,7 +182,6 @@ def main() -> None:
         f"likely next byte is the same · largest difference of a logit. k = {TOP_K}, every o_proj and down_proj. "
         "Refused: nothing is published; the figures are what it would have cost."
     )
-    plot(columns, out / "utility.png")
 
 
 if __name__ == "__main__":

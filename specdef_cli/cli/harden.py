@@ -193,15 +193,14 @@ def collapse_command(model: Model, output: Output, **given: Any) -> None:
             "modules_unscaled": modules,
             "parameters_removed": result.parameters_removed,
         }
-        output.data(
-            summary,
-            Text(
-                f"{result.out}: {layers} pairs of factors multiplied, {pairs} folded pairs undone, "
-                f"{modules} modules unscaled, "
-                f"{result.parameters_removed:,} parameters removed"
-            ),
-            written=options.out,
-        )
+        done = {
+            "pairs of factors multiplied": layers,
+            "folded pairs undone": pairs,
+            "modules unscaled": modules,
+            "parameters removed": result.parameters_removed,
+        }
+        said = ", ".join(f"{count:,} {what}" for what, count in done.items() if count)
+        output.data(summary, Text(f"{result.out}: {said}"), written=options.out)
 
 
 @dataclass(frozen=True)
