@@ -1,6 +1,6 @@
 """What of a checkpoint's life after release still works after hardening, tool by tool, as one Markdown table.
 
-    python examples/real/consumers.py HARDENED [HARDENED …] --base BASE [--rows nf4,q8_0 | --group bitsandbytes]
+    python examples/real/consumers.py HARDENED [HARDENED …] --base BASE [--rows nf4,q8_0]
 
 Every cell (a checkpoint, a row) runs in a process of its own, since a tool may crash, and is kept under ``--cells`` by
 a key of the weights, the row, the text and the tool's release: a run that was cut off goes on where it was. ``--jobs``
@@ -89,7 +89,6 @@ def main() -> None:
     parser.add_argument("hardened", type=Path, nargs="*", help="hardened directories; a column each")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--rows", default="", help="names of formats, with commas between them")
-    parser.add_argument("--group", default="", help="tools whose rows are wanted, with commas between them")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
@@ -98,7 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file for the table, besides the output")
     arguments = parser.parse_args()
     causal = is_causal_lm(read_config(arguments.base))
-    rows = wanted_rows(arguments.rows, arguments.group, ROWS if causal else ENCODER_ROWS)
+    rows = wanted_rows(arguments.rows, ROWS if causal else ENCODER_ROWS)
     tokens = evaluation_tokens(arguments.base, arguments.sequences, arguments.length) if causal else None
     # Of the processes that measure, and of the tools' own.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
@@ -122,14 +121,13 @@ def main() -> None:
         write_durably(arguments.out, table + "\n")
 
 
-def wanted_rows(names: str, tools: str, usual: Sequence[str]) -> Sequence[str]:
-    """The rows that are named, else those of the tools that are named, else the usual ones."""
+def wanted_rows(names: str, usual: Sequence[str]) -> Sequence[str]:
+    """The rows that are named, else the usual ones."""
     found = [name for name in names.split(",") if name]
     for name in found:
         if name not in FORMATS:
             sys.exit(f"error: there is no format {name!r}\nChoose from {', '.join(FORMATS)}.")
-    groups = [name for name in tools.split(",") if name]
-    return found or [name for name in usual if not groups or FORMATS[name].tool in groups]
+    return found or usual
 
 
 def evaluation_tokens(base: Path, sequences: int, length: int) -> torch.Tensor:

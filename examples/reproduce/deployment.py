@@ -3,7 +3,7 @@
 Puts base and hardened checkpoints through every format, and prints the losses (nats a byte, on the held-out half of the
 base text) as one Markdown table. Takes some minutes on one core.
 
-    python examples/reproduce/deployment.py BASE HARDENED [HARDENED …] [--formats NAME …] [--sequences 16]
+    python examples/reproduce/deployment.py BASE HARDENED [HARDENED …]
 """
 
 from __future__ import annotations
@@ -32,13 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("base", type=Path)
     parser.add_argument("hardened", type=Path, nargs="+", help="hardened directories; a column each")
-    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--sequences", type=int, default=16)
     arguments = parser.parse_args()
     _, held_out = base_text()
-    tokens = token_batch(arguments.base, held_out, sequences=arguments.sequences, length=256)
+    tokens = token_batch(arguments.base, held_out, sequences=16, length=256)
     columns = {
-        directory.name: measure_formats(open_model(arguments.base), open_model(directory), tokens, arguments.formats)
+        directory.name: measure_formats(open_model(arguments.base), open_model(directory), tokens, list(FORMATS))
         for directory in arguments.hardened
     }
     print(f"| format | base | {' | '.join(columns)} | note |")

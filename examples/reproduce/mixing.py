@@ -78,14 +78,12 @@ def main() -> None:
     """Mix, measure the function, attack, print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--conditions", type=float, nargs="+", default=CONDITIONS, metavar="κ")
-    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     base = TINY_LLAMA / "model"
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for condition in arguments.conditions:
+        for condition in CONDITIONS:
             directory = Path(scratch) / f"{condition:g}"
             model = tiny_llama()
             mix(model, condition)
@@ -99,7 +97,7 @@ def main() -> None:
                         model=directory, control=base, out=arguments.out / f"{condition:g}-{name.replace(' ', '-')}",
                         runs=arguments.out / "runs", trainings=(Training("full", where=globs),),
                         optimizers=OPTIMIZERS,
-                        search=True, steps=arguments.steps, batch_size=8, sequence_length=64, eval_every=5,
+                        search=True, steps=30, batch_size=8, sequence_length=64, eval_every=5,
                         eval_sequences=16, jobs=arguments.jobs,
                     )
                 )  # fmt: skip

@@ -100,11 +100,16 @@ class _Search:
             return next_rates(self.series.grid, found)
         if not (control.complete or (self.hasty and control.refining)):
             return None
-        best = best_rate(control.found)
-        if best not in found:
-            return (best,)
-        self.follows = trains_as_control(found[best], control.found[best])
-        return () if self.follows else next_rates(self.series.grid, found)
+        # In haste the best decade comes first, also where all of the control is there already: a plan that goes on
+        # makes the runs of one that was never cut off.
+        decades = {rate: run for rate, run in control.found.items() if f"{rate:.0e}".startswith("1e")}
+        for best in (best_rate((self.hasty and decades) or control.found), best_rate(control.found)):
+            if best not in found:
+                return (best,)
+            self.follows = trains_as_control(found[best], control.found[best])
+            if not self.follows:
+                return next_rates(self.series.grid, found)
+        return ()
 
     def ended(self, spec: RunSpec, result: RunResult | None = None) -> None:
         """Take a run off the list, with its result if it has one."""

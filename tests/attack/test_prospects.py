@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from specdef_cli.attack.one_run import Divergence, EvalPoint, RunResult, RunSpec
+from specdef_cli.attack.queue import Deadline
 from specdef_cli.attack.results import AttackReport, DataSummary
 from specdef_cli.attack.search import Lead, is_hopeless, trains_as_control
 from specdef_cli.report import findings
@@ -119,6 +120,25 @@ def test_a_thorough_search_and_one_that_may_come_back_take_over_nothing() -> Non
         outcome, _ = run_plan([control, attack], execute)
         assert len(outcome.runs) == 12, "six each"
         assert set(asked) == {None}
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_plan_in_haste_that_is_given_again_makes_no_further_run(follows: bool) -> None:
+    """The control is best between two decades, and was compared with at the best one before that was known."""
+    made: list[RunSpec] = []
+
+    def execute(spec: RunSpec, *_: Any) -> RunResult:
+        made.append(spec)
+        return result(spec, 4e-4 if follows or spec.subject == "control" else 1e-8)
+
+    attack = make_series("a")
+    plan = [replace(attack, first=attack.first.control("c")), attack]
+    first, kept = run_plan(plan, execute, deadline=Deadline(1e9))
+    best = {run.spec.subject: run.spec.learning_rate for run in sorted(first.runs, key=lambda run: -(run.best or 9.0))}
+    assert best["control"] == 3e-4
+    count = len(made)
+    again, _ = run_plan(plan, execute, kept=kept, deadline=Deadline(1e9))
+    assert (len(made), again) == (count, first)
 
 
 def test_runs_have_to_beat_what_was_finished_when_they_were_chosen() -> None:
