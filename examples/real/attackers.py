@@ -74,8 +74,8 @@ def main() -> None:
 
 EXPLANATION = (
     "heretic: KL divergence of the next token on harmless prompts at {trials} random strengths, the same in every "
-    "column. The others: held-out loss before and after {steps} steps (DPO: its loss on held-out pairs, and the loss on "
-    "text where that doubles). *works*: at least half of the base's progress, or a KL divergence like the base's; "
+    "column. The others: held-out loss before and after {steps} steps (DPO: its loss on held-out pairs, and the loss "
+    "on text where that doubles). *works*: at least half of the base's progress, or a KL divergence like the base's; "
     "*broken*: less than 5 %, a loss that is not finite or doubles, or a KL divergence beyond 1 at every strength; "
     "*no progress*: not on the base either."
 )
