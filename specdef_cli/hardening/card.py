@@ -142,8 +142,10 @@ def resistance(folded: Sequence[FoldedPair], way: str) -> str:
             "No norm inside the blocks is rescaled, as on Gemma-3-270m, where full fine-tuning keeps "
             f"{gemma} % of its progress."
         )
-    left = f"full fine-tuning {full} % of its progress and LoRA {lora} %"
-    return f"SmolLM2-135M-Instruct, hardened so in full, leaves {left}."
+    return (
+        f"On SmolLM2-135M-Instruct, all of it hardened so, full fine-tuning keeps {full} % of its progress and "
+        f"LoRA {lora} %."
+    )
 
 
 def is_weak(folded: Sequence[FoldedPair]) -> bool:
