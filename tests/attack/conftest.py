@@ -8,23 +8,41 @@ from typing import Any
 import pytest
 import torch
 
+from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.data.split import AttackData
 from specdef_cli.attack.one_run import RunResult, RunSpec
 from specdef_cli.attack.options import AttackOptions
-from specdef_cli.attack.target import Target
+from specdef_cli.attack.target import Head, Target, Task
 from specdef_cli.attack.train import TrainRun
 from specdef_cli.checkpoint.manifest import Manifest
 from specdef_cli.hardening.options import Factors, Scale
 from specdef_cli.hardening.recognise import Recognised
-from specdef_cli.model.opened import OpenedModel
+from specdef_cli.model.opened import open_model
 from tests.byte_tokenizer import byte_tokenizer
 from tests.hardened import harden_to
 from tests.tiny_models import random_llama
 
 
-def train_run(spec: RunSpec, model: OpenedModel, data: AttackData, **how: Any) -> RunResult:
+def train_run(spec: RunSpec, model: Path, data: AttackData, **how: Any) -> RunResult:
     """A run of a model that stands for its control too."""
-    return TrainRun(model, model, data, AttackOptions("", **how))(spec)
+    opened = open_model(model)
+    return TrainRun(opened, opened, data, AttackOptions("", **how))(spec)
+
+
+def learned(run: RunResult) -> float:
+    """The nats by which the held-out loss fell."""
+    assert run.start is not None
+    assert run.best is not None
+    return run.start - run.best
+
+
+def load(
+    dataset: Path | str | None, reader: Any, task: Task = "causal-lm", head: Head | None = None, **changes: Any
+) -> AttackData:
+    """Data for four batches of four; the reader is a tokenizer, or the directory of a model that has one."""
+    fields = {"steps": 4, "batch_size": 4, "sequence_length": 96, "eval_sequences": 2, **changes}
+    preprocessor = load_preprocessor(task, open_model(reader)) if isinstance(reader, Path) else reader
+    return load_data(AttackOptions("m", dataset=None if dataset is None else str(dataset), **fields), task, preprocessor, head)
 
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import transformers
 from transformers import PreTrainedModel, TrainerCallback
 
 from specdef_cli import AttackOptions
-from specdef_cli.attack.data import load_data, load_preprocessor
 from specdef_cli.attack.one_run import DEAD, Divergence, EvalPoint
 from specdef_cli.attack.search import Lead
 from specdef_cli.attack.target import Task
@@ -23,10 +21,10 @@ from specdef_cli.attack.trainer import Recorder, _constant, make_trainer
 from specdef_cli.model import load_model
 from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import open_model
-from tests.attack.conftest import train_run
-from tests.attack.test_optimizers import spec
-from tests.attack.test_tasks import DECODER
+from tests.attack.conftest import load, train_run
+from tests.attack.test_tasks import DECODER, classifier, write_rows
 from tests.byte_tokenizer import byte_tokenizer
+from tests.runs import spec
 
 
 def mixtral(routed: bool) -> PreTrainedModel:
@@ -45,13 +43,6 @@ def bamba(added: bool) -> PreTrainedModel:
     return transformers.BambaForCausalLM(config)
 
 
-def data_of(directory: Path, task: Task, **changes: Any) -> Any:
-    fields = {"steps": 2, "batch_size": 4, "sequence_length": 16, "eval_sequences": 4, **changes}
-    return load_data(
-        AttackOptions(model="m", out=Path("o"), **fields), task, load_preprocessor(task, open_model(directory))
-    )
-
-
 @pytest.mark.parametrize("make", [mixtral, bamba])
 def test_what_a_model_adds_to_its_loss_is_not_held_out_loss(make: Any, tmp_path: Path) -> None:
     """The same weights twice, and the mean written down directly."""
@@ -61,8 +52,8 @@ def test_what_a_model_adds_to_its_loss_is_not_held_out_loss(make: Any, tmp_path:
         directory = tmp_path / str(added)
         make(added).save_pretrained(directory)
         byte_tokenizer().save_pretrained(directory)
-        data = data_of(directory, "causal-lm")
-        starts.append(train_run(spec("adamw", steps=1, eval_every=1), open_model(directory), data).start)
+        data = load(None, directory, eval_sequences=4)
+        starts.append(train_run(spec(steps=1), directory, data).start)
     assert starts[0] == pytest.approx(starts[1], rel=1e-6)
     batch = data.collate([data.held_out[index] for index in range(4)])
     with torch.no_grad():
@@ -81,41 +72,30 @@ class Kill(TrainerCallback):
                 parameter.zero_()
 
 
-def dead_run(base: Path, task: Task, data: Any, tmp_path: Path) -> Recorder:
-    run = spec("adamw", task=task, steps=4, eval_every=2, learning_rate=1e-5)
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_a_dead_network_has_diverged_whatever_its_loss_is(task: Task, base: Path, tmp_path: Path) -> None:
+    """It says ln 258 of everything, which is below the start of a random model."""
+    directory, rows = base, None
+    if task != "causal-lm":
+        directory, rows = classifier(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", lambda n: n % 2)
+    data = load(rows, directory, task)
+    run = spec(task=task, steps=4, eval_every=2, learning_rate=1e-5)
     recorder = Recorder(lambda step, loss: None)
-    model = load_for_training(run, open_model(base), data)
     with new_objects_only(), tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+        model = load_for_training(run, open_model(directory), data)
         trainer = make_trainer(run, model, data, recorder, scratch, AttackOptions(""))
         trainer.add_callback(Kill())
         trainer.train()
-    return recorder
-
-
-def test_a_dead_network_has_diverged_whatever_its_loss_is(base: Path, tmp_path: Path) -> None:
-    """It says ln 258 of everything, which is below the start of a random model."""
-    recorder = dead_run(base, "causal-lm", data_of(base, "causal-lm"), tmp_path)
-    assert recorder.evaluations[0].loss == pytest.approx(5.7, abs=0.13)
     assert recorder.divergence == Divergence(2, DEAD)
     assert [(point.step, point.loss) for point in recorder.evaluations[1:]] == [(2, None)]
-
-
-def test_so_has_a_dead_classifier(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    directory, rows = tmp_path / "model", tmp_path / "rows.jsonl"
-    transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**DECODER)).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    rows.write_text("\n".join(json.dumps({"text": f"{'ab'[n % 2]} {n}", "label": n % 2}) for n in range(60)))
-    data = data_of(directory, "sequence-classification", dataset=str(rows))
-    assert dead_run(directory, "sequence-classification", data, tmp_path).divergence == Divergence(2, DEAD)
 
 
 def test_the_same_input_everywhere_is_no_sign_of_death(base: Path, tmp_path: Path) -> None:
     """Of one token repeated, a network without positions says the same everywhere."""
     rows = tmp_path / "rows.txt"
     rows.write_text("\n\n".join("a" * 400 for _ in range(40)))
-    data = data_of(base, "causal-lm", dataset=str(rows), steps=4)
-    result = train_run(spec("adamw", steps=4, eval_every=2, learning_rate=1e-4), open_model(base), data)
+    data = load(rows, base, sequence_length=16)
+    result = train_run(spec(steps=4, eval_every=2, learning_rate=1e-4), base, data)
     assert (result.divergence, result.learned) == (None, True)
 
 
@@ -132,7 +112,7 @@ def test_a_model_that_was_dead_before_the_attack_makes_no_progress(base: Path, t
             parameter.zero_()
     model.save_pretrained(tmp_path / "dead")
     byte_tokenizer().save_pretrained(tmp_path / "dead")
-    result = train_run(spec("adamw", steps=4, eval_every=2), open_model(tmp_path / "dead"), data_of(base, "causal-lm"))
+    result = train_run(spec(steps=4, eval_every=2), tmp_path / "dead", load(None, base))
     assert (result.divergence, result.outcome, result.final) == (Divergence(2, DEAD), "diverged", None)
     assert result.progress == 0
 
@@ -158,19 +138,13 @@ def record(
     return recorder, control
 
 
-def test_a_run_ends_beyond_twice_its_start() -> None:
-    recorder, control = record([START, 2.9, 6.1, 2.0])
-    assert control.should_training_stop
-    assert [point.loss for point in recorder.evaluations] == [START, 2.9, 6.1]
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_run_ends_beyond_twice_its_start_or_goes_on_where_it_is_asked_to(stop: bool) -> None:
+    losses = [START, 2.9, 6.1, 7.0, 2.0]
+    recorder, control = record(losses, stop=stop)
+    assert control.should_training_stop is stop
+    assert [point.loss for point in recorder.evaluations] == losses[: 3 if stop else None]
     assert recorder.divergence == Divergence(2, "held-out loss is beyond twice the start")
-
-
-def test_it_goes_on_where_it_is_asked_to_and_remembers_where_it_diverged() -> None:
-    recorder, control = record([START, 6.1, 7.0, 2.0], stop=False)
-    assert not control.should_training_stop
-    assert [point.loss for point in recorder.evaluations] == [START, 6.1, 7.0, 2.0]
-    assert [point.step for point in recorder.train] == [1, 2, 3]
-    assert recorder.divergence == Divergence(1, "held-out loss is beyond twice the start")
 
 
 @pytest.mark.parametrize("train", [None, {3: float("nan")}])

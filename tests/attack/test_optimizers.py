@@ -29,12 +29,12 @@ from specdef_cli.attack.options import AttackOptions
 from specdef_cli.attack.train import _check_passes, load_for_training
 from specdef_cli.attack.trainer import AttackTrainer, Recorder, make_trainer
 from specdef_cli.attack.trainings import Training
-from specdef_cli.attack.variants import Variant
 from specdef_cli.errors import SpecDefError
 from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import open_model
-from tests.attack.conftest import train_run
+from tests.attack.conftest import learned, train_run
 from tests.commands import refusal
+from tests.runs import spec
 
 SECOND_ORDER = [name for name, choice in OPTIMIZERS.items() if choice.second_order]
 STEPS = 3
@@ -46,16 +46,6 @@ def memorizable() -> AttackData:
     tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
     items: list[dict[str, Any]] = [{"input_ids": row, "labels": row} for row in tokens]
     return AttackData("bytes", items * STEPS, items, default_data_collator, "0")
-
-
-def spec(optimizer: str, **changes: Any) -> RunSpec:
-    fields: dict[str, Any] = {
-        "subject": "control", "checkpoint": "", "data": "", "task": "causal-lm", "variant": Variant(),
-        "training": Training(), "optimizer": optimizer, "learning_rate": OPTIMIZERS.choose(optimizer).learning_rates[1],
-        "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 1.0, "weight_decay": 0.0, "steps": STEPS,
-        "batch_size": 4, "sequence_length": 16, "eval_every": 1, "seed": 0, "dtype": "float32",
-    }  # fmt: skip
-    return RunSpec(**{**fields, **changes})
 
 
 def trained(run: RunSpec, base: Path, data: AttackData, scratch: Path, *callbacks: TrainerCallback) -> AttackTrainer:
@@ -76,10 +66,7 @@ INSTALLED = [name for name, choice in OPTIMIZERS.items() if choice.available]
 @pytest.mark.parametrize("name", INSTALLED)
 def test_each_learns_a_batch_by_heart(name: str, base: Path, memorizable: AttackData) -> None:
     # The initial loss is about log 258, and random bytes have nothing to generalize from: it falls by memory alone.
-    run = train_run(spec(name, eval_every=STEPS), open_model(base), memorizable)
-    assert run.start is not None
-    assert run.best is not None
-    assert run.best < run.start - 0.02
+    assert learned(train_run(spec(name, eval_every=STEPS), base, memorizable)) > 0.02
 
 
 @pytest.mark.parametrize(
@@ -106,13 +93,6 @@ def test_every_schedule_warms_up(schedule: Any, base: Path, memorizable: AttackD
     assert rates == pytest.approx([rate * share for share in (0, 1 / 4, 1 / 2, 3 / 4, 1, last)])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_rates_fall(name: str) -> None:
-    rates = OPTIMIZERS.choose(name).learning_rates
-    assert list(rates) == sorted(set(rates), reverse=True)
-    assert len(rates) >= 3
-
-
 @pytest.mark.parametrize("name", SECOND_ORDER)
 def test_probes_are_plus_or_minus_one(name: str) -> None:
     """With z² = 1, z ⊙ Hz is a diagonal H's diagonal from a single probe, exactly; with no other z is it."""
@@ -122,14 +102,6 @@ def test_probes_are_plus_or_minus_one(name: str) -> None:
     (0.5 * (diagonal * model.weight.square()).sum()).backward(create_graph=True)
     optimizer.step()
     assert torch.equal(optimizer.state[model.weight]["hessian"], diagonal[None])
-
-
-@pytest.mark.parametrize("name", SECOND_ORDER)
-def test_second_order_takes_eager_attention(name: str, base: Path, memorizable: AttackData) -> None:
-    second_order: Any = load_for_training(spec(name), open_model(base), memorizable)
-    first_order: Any = load_for_training(spec("adamw"), open_model(base), memorizable)
-    assert second_order.config._attn_implementation == "eager"
-    assert first_order.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(("name", "clipped"), [("adahessian", False), ("sgd", True)])
@@ -211,16 +183,16 @@ def test_madam_by_hand() -> None:
     start = torch.tensor([2.0, -2.0, 0.5, 0.0], dtype=torch.float64)
     weight = nn.Parameter(start.clone())
     optimizer = Madam([weight], lr=0.1, beta=0.75, bound=1.2)
-    weight.grad = torch.tensor([3.0, 3.0, -0.01, 1.0], dtype=torch.float64)
-    optimizer.step()  # the first normalized gradient is the sign
-    expected = start * torch.exp(-0.1 * torch.tensor([1.0, -1.0, -1.0, 0.0], dtype=torch.float64))
-    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0)
-    weight.grad = torch.tensor([4.0, 0.0, -1.0, 1.0], dtype=torch.float64)
-    optimizer.step()
     # Mean squares: (0.75 · 0.25 · 9 + 0.25 · 16) / (1 − 0.75²) and so on; the third is far beyond the bound.
-    first = 4 / math.sqrt((0.75 * 0.25 * 9 + 0.25 * 16) / (1 - 0.75**2))
-    expected *= torch.exp(-0.1 * torch.tensor([first, 0.0, -1.2, 0.0], dtype=torch.float64))
-    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0)
+    second = 4 / math.sqrt((0.75 * 0.25 * 9 + 0.25 * 16) / (1 - 0.75**2))
+    for gradient, normalized in (
+        ([3.0, 3.0, -0.01, 1.0], [1.0, -1.0, -1.0, 0.0]),  # the first normalized gradient is the sign
+        ([4.0, 0.0, -1.0, 1.0], [second, 0.0, -1.2, 0.0]),
+    ):
+        weight.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+        start *= torch.exp(-0.1 * torch.tensor(normalized, dtype=torch.float64))
+        torch.testing.assert_close(weight.detach(), start, rtol=1e-6, atol=0)
 
 
 def test_madam_commutes_with_scaling() -> None:
@@ -260,39 +232,31 @@ def test_saving_memory_changes_no_curve(
 
     monkeypatch.setattr(AttackTrainer, "training_step", record)
     run = spec("adamw", training=Training(method))
-    plain = train_run(run, open_model(base), memorizable)
-    saving = train_run(run, open_model(base), memorizable, gradient_accumulation=2, gradient_checkpointing=True)
+    plain = train_run(run, base, memorizable)
+    saving = train_run(run, base, memorizable, gradient_accumulation=2, gradient_checkpointing=True)
     assert passes == [(4, False)] * STEPS + [(2, True)] * 2 * STEPS
     for one, other in ((plain.evaluations, saving.evaluations), (plain.train, saving.train)):
         assert [point.loss for point in one] == pytest.approx([point.loss for point in other], rel=1e-5)
     assert plain.evaluations[-1].loss != plain.evaluations[0].loss
 
 
-def test_saving_memory_is_refused_where_it_cannot_be(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
     with pytest.raises(SpecDefError, match="--optimizer sophia differentiates the gradient"):
-        train_run(spec("sophia"), open_model(base), memorizable, gradient_checkpointing=True)
-    model: Any = load_for_training(spec("adamw"), open_model(base), memorizable)
-    model.supports_gradient_checkpointing = False
-    recorder = Recorder(lambda step, loss: None)
+        train_run(spec("sophia"), base, memorizable, gradient_checkpointing=True)
+
+    def trainer(name: str, supports: bool = True, **options: Any) -> AttackTrainer:
+        model: Any = load_for_training(spec(name), open_model(base), memorizable)
+        model.supports_gradient_checkpointing = supports
+        recorder = Recorder(lambda step, loss: None)
+        return make_trainer(spec(name), model, memorizable, recorder, str(tmp_path), AttackOptions("", **options))
+
     with pytest.raises(SpecDefError, match="LlamaForCausalLM does not support --gradient-checkpointing"):
-        make_trainer(
-            spec("adamw"), model, memorizable, recorder, str(tmp_path), AttackOptions("", gradient_checkpointing=True)
-        )
-
-
-def test_shards_are_refused_by_what_needs_whole_tensors(base: Path, memorizable: AttackData, tmp_path: Path) -> None:
-    for name in ("adamw", "muon"):
-        run = spec(name)
-        model = load_for_training(run, open_model(base), memorizable)
-        trainer = make_trainer(
-            run, model, memorizable, Recorder(lambda step, loss: None), str(tmp_path), AttackOptions("")
-        )
-        trainer.is_fsdp_enabled = True  # what the launcher sets
-        if OPTIMIZERS.choose(name).elementwise:
-            trainer.create_optimizer(model)
-            continue
-        with pytest.raises(SpecDefError, match="muon has to see whole tensors"):
-            trainer.create_optimizer(model)
+        trainer("adamw", supports=False, gradient_checkpointing=True)
+    elementwise, whole = trainer("adamw"), trainer("muon")
+    elementwise.is_fsdp_enabled = whole.is_fsdp_enabled = True  # what the launcher sets: weights in shards
+    elementwise.create_optimizer(elementwise.model)
+    with pytest.raises(SpecDefError, match="muon has to see whole tensors"):
+        whole.create_optimizer(whole.model)
 
 
 @pytest.mark.parametrize(("per", "dimensions"), [("tensor", (0, 1)), ("row", (1,))])
