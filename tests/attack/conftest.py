@@ -42,7 +42,8 @@ def load(
     """Data for four batches of four; the reader is a tokenizer, or the directory of a model that has one."""
     fields = {"steps": 4, "batch_size": 4, "sequence_length": 96, "eval_sequences": 2, **changes}
     preprocessor = load_preprocessor(task, open_model(reader)) if isinstance(reader, Path) else reader
-    return load_data(AttackOptions("m", dataset=None if dataset is None else str(dataset), **fields), task, preprocessor, head)
+    named = None if dataset is None else str(dataset)
+    return load_data(AttackOptions("m", dataset=named, **fields), task, preprocessor, head)
 
 
 TOKENS = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
