@@ -95,7 +95,10 @@ LINES: dict[str, tuple[tuple[str, ...], str]] = {
     "attack by a rank that no memory holds": (
         (*ATTACK, *SMALL[2:], "--training", f"lora:{10**12}"), "memory is not enough",
     ),
-    "attack by adapters on nothing": ((*ATTACK, *SMALL[2:], "--training", "lora@no"), "cannot be put on no"),
+    "attack by adapters on nothing, second": (
+        (*ATTACK, *SMALL, "--training", "lora@no"), "cannot be put on no: Target modules",
+    ),
+    "attack by adapters of an odd size, second": ((*ATTACK, *SMALL, "--training", "boft:7"), "or another size"),
     "attack on parameters of no name": ((*ATTACK, *SMALL[2:], "--training", "full@z*"), "z* names no parameter"),
     "attack that retains what is nowhere": ((*ATTACK, "--retained", "nowhere.txt"), "no data file nowhere.txt"),
     "attack on a data set's address": (

@@ -13,12 +13,13 @@ Tokens (embeddings, of tokens that are named). The rest of PEFT's has not been t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
-from specdef_cli.attack.table import Factor, Table, checked_factor, parse_number
+from specdef_cli.attack.table import Factor, NotApplicable, Table, checked_factor, parse_number
 from specdef_cli.errors import WrongUsage
 
 if TYPE_CHECKING:
@@ -232,6 +233,14 @@ class Training:
         if self.choice.stands_for is None:
             return (self,)
         return resolve_name(self.choice.stands_for)(self, target)
+
+    def rehearse(self, target: Target) -> None:
+        """Refuse what cannot be put on the control, before any run; the control has no numbers here."""
+        try:
+            self.apply(copy.deepcopy(target.control_model()), target.task)
+        except (NotApplicable, RuntimeError) as error:
+            if isinstance(error, NotApplicable) and "meta" not in error.problem:
+                raise
 
     def apply(self, model: nn.Module, task: Task) -> nn.Module:
         """Set what trains. What a variant has frozen stays frozen."""

@@ -39,12 +39,13 @@ PEFT_TASKS: Mapping[Task, TaskType | None] = {
 
 def with_adapters(model: nn.Module, training: Training, make_config: Callable[[], PeftConfig]) -> nn.Module:
     """Wrap a model with PEFT, so that adapters alone train."""
+    placed = training.choice.where is not None
     try:
         return get_peft_model(model, make_config())
     except (ValueError, NotImplementedError, TypeError, AttributeError, KeyError, AssertionError) as error:
         raise NotApplicable(
             f"{training.label} cannot be put on {','.join(training.where) or 'this model'}: {first_line(error)}",
-            f"Name linear layers of this model, as in --training {training.method}@q_proj.",
+            f"Choose another --training or another size{', or name linear layers, as in @q_proj' * placed}.",
         ) from error
 
 
@@ -53,6 +54,8 @@ def train_adapters(model: nn.Module, training: Training, task: Task) -> nn.Modul
     method = next(method for method in PEFT_METHODS if method.name == training.method)
 
     def config() -> PeftConfig:
+        if method.on == "prompt" and PEFT_TASKS[task] is None:
+            raise ValueError(f"PEFT puts no tokens in front for {task}")
         size = int(training.size or 0)
         arguments: dict[str, Any] = dict(method.arguments)
         if method.size is not None:
