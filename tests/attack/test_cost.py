@@ -17,9 +17,9 @@ from specdef_cli.attack.plan import SEARCHED_RUNS, Series, Speed, expected_runs,
 from specdef_cli.attack.queue import Deadline
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
-from tests.attack.test_optimizers import spec
 from tests.attack.test_search import GRID, make_series, result, run_plan
 from tests.commands import Result, call_cli
+from tests.runs import spec
 
 FREE = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences")
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
+from specdef_cli.attack.options import AttackOptions
+from specdef_cli.attack.run import attack
 from specdef_cli.attack.table import NotApplicable
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.trainings.own import train_only
 from specdef_cli.errors import SpecDefError
+from specdef_cli.hardening.options import Construction, Fold, Scale
 from specdef_cli.model import load_model
 from tests.attack.conftest import logits, target_of, trained_names
+from tests.byte_tokenizer import byte_tokenizer
+from tests.hardened import harden_to
 from tests.tiny_families import CASES
 from tests.tiny_models import random_llama
 
@@ -160,3 +166,62 @@ def training_curve(directory: Path, method: str) -> torch.Tensor:
         optimizer.step()
         curve.append(loss.detach())
     return torch.stack(curve)
+
+
+# --- QLoRA, against transformers' own way of loading a model in 4 bits -----------------------------------------------
+
+
+def quantized(model: torch.nn.Module) -> list[Any]:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose linears read multiples of 64 features."""
+    directory = tmp_path_factory.mktemp("qlora") / "base"
+    sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
+    random_llama(**sizes, eos_token_id=256, pad_token_id=257).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(("name", "nested"), [("qlora", True), ("qlora-single", False)])
+def test_linears_are_quantized_as_by_transformers(wide: Path, name: str, nested: bool) -> None:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    expected = AutoModelForCausalLM.from_pretrained(wide, quantization_config=config, dtype=torch.float32)
+    model = Training(name).apply(load_model(wide), "causal-lm")
+    states = [module.weight.quant_state for module in quantized(model)]
+    assert len(states) == 2 * 7
+    assert {(state.nested, state.quant_type) for state in states} == {(nested, "nf4")}
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(model), logits(load_model(wide)), atol=1e-2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+
+
+@pytest.mark.parametrize("construction", [Fold(), Scale()], ids=["fold", "scale"])
+def test_progress_counts_from_the_control_in_the_same_format(
+    wide: Path, tmp_path: Path, construction: Construction
+) -> None:
+    harden_to(tmp_path / "hardened", wide, construction)
+    options = AttackOptions(
+        model=tmp_path / "hardened", control=wide, trainings=("qlora:4",), learning_rates=(1e-2,), steps=3,
+        batch_size=4, sequence_length=32, eval_sequences=8, retained="none", out=tmp_path / "out",
+    )  # fmt: skip
+    control, attacked = attack(options).attacks[:2]
+    plain = attack(replace(options, trainings=("lora:4",), steps=1)).attacks[0]
+    start = control.best_run.start
+    assert start is not None
+    assert start != plain.best_run.start  # the control is in 4 bits, too
+    assert attacked.best_run.start is None or attacked.best_run.start > start
+    assert (attacked.share() or 0.0) < 0.5
+
+
+def test_rows_of_half_blocks_are_quantized_too(base: Path) -> None:
+    model = Training("qlora").apply(load_model(base), "causal-lm")
+    assert len(quantized(model)) == 2 * 7
+    assert torch.isfinite(logits(model)).all()

@@ -61,11 +61,9 @@ def test_a_section_takes_the_place_of_its_own_kind_alone() -> None:
 
 
 def test_a_report_without_runs_is_refused(tmp_path: Path) -> None:
-    (run,) = FOLD["runs"]
-    attacked = {**run, "spec": {**run["spec"], "subject": "model"}}
-    (tmp_path / "report.json").write_text(json.dumps({**FOLD, "runs": [attacked]}))
+    (tmp_path / "report.json").write_text(json.dumps(FOLD))
     assert read_resistance(tmp_path).model == "somewhere/fold"
-    gone = {**FOLD, "runs": [attacked], "model": {"name": "/home/someone/secret/fold", "hardening": None}}
+    gone = {**FOLD, "model": {"name": "/home/someone/secret/fold", "hardening": None}}
     gone["data"] = {**gone["data"], "name": "../someone/notes.jsonl"}
     (tmp_path / "report.json").write_text(json.dumps(gone))
     assert (read_resistance(tmp_path).model, read_resistance(tmp_path).data) == ("fold", "notes.jsonl")

@@ -36,6 +36,7 @@ from specdef_cli.report.document import ReportDocument, report_dict, report_docu
 from specdef_cli.report.files import CURVE_COLUMNS, curves_csv, report_html, write_report
 from specdef_cli.report.text import attacks_table, closing, runs_table, summary
 from tests.commands import REPOSITORY
+from tests.runs import spec
 
 SCHEMA = json.loads((REPOSITORY / "specdef_cli/report/schema.json").read_text(encoding="utf-8"))
 NASTY = "<script>alert('x')</script> & \"[bold]quoted[/bold]\""
@@ -47,15 +48,12 @@ def run(
     seed: int = 0, recipe: str = "full", train: tuple[str, ...] = (), optimizer: str = "adamw",
     retained: list[float] | None = None,
 ) -> RunResult:  # fmt: skip
-    spec = RunSpec(
-        subject=subject, checkpoint="c", data="d", task="causal-lm",
-        variant=Variant(kind),
-        training=Training(recipe, where=train), optimizer=optimizer,
-        learning_rate=learning_rate, schedule="constant", warmup_steps=0, max_grad_norm=1.0, weight_decay=0.0,
-        steps=10 * (len(losses) - 1), batch_size=1, sequence_length=8, eval_every=10, seed=seed, dtype="float32",
+    made = spec(
+        optimizer, subject=subject, variant=Variant(kind), training=Training(recipe, where=train), seed=seed,
+        learning_rate=learning_rate, steps=10 * (len(losses) - 1), batch_size=1, sequence_length=8, eval_every=10,
     )  # fmt: skip
     return RunResult(
-        spec=spec,
+        spec=made,
         train=(
             TrainPoint(1, losses[0], 2.5),
             TrainPoint(2, None if diverged else losses[0], None if diverged else 2.0),
@@ -100,6 +98,11 @@ def report() -> AttackReport:
     )
 
 
+def of(report: AttackReport, *runs: RunResult) -> AttackReport:
+    """The same report on other runs."""
+    return replace(report, runs=runs)
+
+
 def test_shares_and_verdicts(report: AttackReport) -> None:
     control, plain, collapse, width = findings(report)
     assert (control.verdict, control.share) == ("control", 1.0)
@@ -116,17 +119,15 @@ def test_shares_and_verdicts(report: AttackReport) -> None:
 def test_stopped_needs_rates_that_bracket_the_best(report: AttackReport) -> None:
     """At one rate the model diverges: a better one may lie below. When two below it move nothing, it is stopped."""
     runs = (run("control", [3.0, 1.0]), run("model", [3.0, 2.98], diverged=True))
-    once = replace(report, runs=runs)
-    assert findings(once)[1].verdict == "not settled"
+    once, settled = of(report, *runs), of(report, *runs, *around())
+    assert (findings(once)[1].verdict, findings(settled)[1].verdict) == ("not settled", "stopped")
     assert "rate not bracketed: full fine-tuning" in summary(once)[0]
     assert "Holds against 0 of 1" in summary(once)[0]
-    settled = replace(report, runs=(*runs, *around()))
-    assert findings(settled)[1].verdict == "stopped"
     assert "Holds against 1 of 1" in summary(settled)[0]
 
 
 def test_unknown(report: AttackReport) -> None:
-    stuck = replace(report, runs=(run("control", [3.0, 3.1]), run("model", [3.0, 2.0])))
+    stuck = of(report, run("control", [3.0, 3.1]), run("model", [3.0, 2.0]))
     assert findings(stuck)[1].verdict == "unknown"
     verdict, done, ordinary, *_ = summary(stuck)
     assert verdict == "The control learned nothing, so there is nothing to compare."
@@ -134,35 +135,41 @@ def test_unknown(report: AttackReport) -> None:
     assert done.startswith("Done: 2 runs of 10 steps")
 
 
-def test_seeds_are_averaged(report: AttackReport) -> None:
-    runs = (
+def test_seeds_are_averaged_at_a_rate_that_all_of_them_ran_at(report: AttackReport) -> None:
+    """A lucky single seed at another rate does not count; the spread over seeds is told."""
+    control, plain = findings(of(
+        report,
         run("control", [3.0, 1.0]), run("control", [3.0, 2.0], seed=1),
-        run("model", [3.0, 2.0]), run("model", [3.0, 2.5], seed=1),
-    )  # fmt: skip
-    control, plain = findings(replace(report, runs=runs))
+        run("model", [3.0, 1.9], learning_rate=1e-4), run("model", [3.0, 2.0]), run("model", [3.0, 2.7], seed=1),
+    ))  # fmt: skip
     assert control.best == pytest.approx(1.5)
-    assert plain.share == pytest.approx(0.75 / 1.5)
+    assert (plain.learning_rate, plain.share) == (1e-3, pytest.approx(0.65 / 1.5))
+    assert plain.share_range == pytest.approx((0.2, 2 / 3))
 
 
-def test_each_recipe_has_its_own_control(report: AttackReport) -> None:
-    runs = (
-        run("control", [3.0, 1.0]), run("control", [3.0, 2.0], recipe="lora"),
-        run("model", [3.0, 2.0]), run("model", [3.0, 2.0], recipe="lora"),
-    )  # fmt: skip
-    shares = [finding.share for finding in findings(replace(report, runs=runs))]
-    assert shares == pytest.approx([1.0, 1.0, 0.5, 1.0])
+def test_each_recipe_has_its_own_control_and_progress_two_denominators(report: AttackReport) -> None:
+    """Norms alone reach all that they reach on the control (1 nat): half of what full training learns there."""
+    found = findings(of(
+        report,
+        run("control", [3.0, 1.0]), run("control", [3.0, 2.0], train=("*norm*",)),
+        run("model", [3.0, 2.0]), run("model", [3.0, 2.0], train=("*norm*",)),
+    ))  # fmt: skip
+    assert [finding.share for finding in found] == pytest.approx([1.0, 1.0, 0.5, 1.0])
+    assert [finding.share_of_best for finding in found] == pytest.approx([1.0, 0.5, 0.5, 0.5])
 
 
 def test_utility_bounds_what_counts(report: AttackReport) -> None:
-    """ln 1.1 ≈ 0.095: the second evaluation keeps the utility, the third does not."""
-    runs = (
-        run("control", [3.0, 2.0, 1.0], retained=[1.0, 1.0, 1.0]),
+    """ln 1.1 ≈ 0.095: the second evaluations keep the utility, the third do not."""
+    limited = of(
+        report,
+        run("control", [3.0, 2.0, 1.0], retained=[1.0, 1.0, 1.5]),
         run("model", [3.0, 2.4, 1.5], retained=[1.0, 1.09, 1.2]),
     )
-    _, plain = findings(replace(report, runs=runs))
-    assert plain.share == pytest.approx(0.75)
-    assert plain.useful_share == pytest.approx(0.3)
-    assert "(full fine-tuning) makes 30 % of the control's progress" in " ".join(summary(replace(report, runs=runs)))
+    _, plain = findings(limited)
+    assert (plain.share, plain.useful_share) == pytest.approx((0.75, 0.3))
+    text = " ".join(summary(limited))
+    assert "(full fine-tuning) makes 30 % of the control's progress" in text
+    assert "and the control itself 50 %" in text
     assert findings(report)[1].useful_share is None
 
 
@@ -175,24 +182,12 @@ def test_cost_of_an_attack(report: AttackReport) -> None:
     assert (plain.divergent_rate, control.divergent_rate) == (1e-3, None)
 
 
-def test_the_best_rate_is_one_that_all_seeds_ran_at(report: AttackReport) -> None:
-    """A lucky single seed at another rate does not count; the spread over seeds is told."""
-    runs = (
-        run("control", [3.0, 1.0]),
-        run("model", [3.0, 1.9], learning_rate=1e-4),
-        run("model", [3.0, 2.0]), run("model", [3.0, 2.5], seed=1),
-    )  # fmt: skip
-    plain = findings(replace(report, runs=runs))[1]
-    assert (plain.learning_rate, plain.share) == (1e-3, pytest.approx(0.375))
-    assert plain.share_range == pytest.approx((0.25, 0.5))
-
-
 def test_many_attacks_are_counted_and_those_that_get_through_named(report: AttackReport) -> None:
     losses = {"adamw": 2.99, "sgd": 2.98, "lion": 2.0, "muon": 1.0, "soap": 2.97, "madam": 2.96}
     runs = [run("control", [3.0, 0.8 if name == "soap" else 1.0], optimizer=name) for name in losses]
     runs += [run("model", [3.0, loss], optimizer=name) for name, loss in losses.items()]
     runs += [run for name in ("adamw", "sgd", "soap", "madam") for run in around(optimizer=name)]
-    verdict, done, ordinary, through, undone, _ = summary(replace(report, runs=tuple(runs)))
+    verdict, done, ordinary, through, undone, _ = summary(of(report, *runs))
     assert "Holds against 4 of 6 recipes tried; not slowed: full fine-tuning with muon; only slowed" in verdict
     assert f"{len(runs)} runs of 10 steps" in done
     assert ordinary.endswith("full fine-tuning with lion reaches 50 % and 1 more of its progress on the base.")
@@ -222,11 +217,7 @@ def test_five_lines_say_what_wins_next_to_what_loses(report: AttackReport) -> No
         ({"train": ("*norm*",)}, "full fine-tuning on *norm*", "--training full@*norm*"),
         ({"recipe": "lora"}, "LoRA on every linear", "--training lora:16"),
         ({"recipe": "hira", "optimizer": "sgd"}, "HiRA with sgd", "--training hira:16 --optimizer sgd"),
-        (
-            {"kind": "rebalance"},
-            "undone first (rebalanced), full fine-tuning",
-            "--training full --variant rebalance",
-        ),
+        ({"kind": "rebalance"}, "undone first (rebalanced), full fine-tuning", "--training full --variant rebalance"),
         ({"kind": "width"}, "width 2×, full fine-tuning", "--training full --variant width:2"),
     ],
 )
@@ -236,15 +227,22 @@ def test_attacks_have_people_s_names_and_a_spelling(changes: dict[str, Any], nam
 
 
 def test_json_is_strict_and_documented(report: AttackReport) -> None:
+    """A model that is broken from the start has a report, too."""
+
     def refuse(token: str) -> None:
         raise AssertionError(token)
 
-    data = json.loads(report_json(report), parse_constant=refuse)
+    broken = run("model", [None], diverged=True, kind="equalise")
+    data = json.loads(report_json(of(report, *report.runs, broken)), parse_constant=refuse)
     jsonschema.validate(data, SCHEMA)
     assert data["schema"] == "specdef-attack-report/2"
     assert data["runs"][1]["loss"] == {"start": 3.0, "best": 2.98, "final": None}
     assert data["runs"][1]["divergence"] == {"step": 2, "reason": "training loss is not finite"}
+    assert data["runs"][-1]["loss"]["start"] is None
     assert data["runs"][0]["spec"].keys() == {field.name for field in fields(RunSpec)}
+    for each in (*report.runs, broken):
+        record = RUN_RECORD.dump_python(each, mode="json")
+        assert RUN_RECORD.validate_python(json.loads(json.dumps(record, allow_nan=False))) == each
 
 
 def objects(data: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], dict[str, Any]]]:
@@ -271,12 +269,6 @@ def test_later_keys_break_no_consumer_and_missing_ones_do(report: AttackReport) 
             value = place.pop(key)
             assert not validator.is_valid(data), (path, key)
             place[key] = value
-
-
-def test_runs_survive_json(report: AttackReport) -> None:
-    for run in report.runs:
-        record = RUN_RECORD.dump_python(run, mode="json")
-        assert RUN_RECORD.validate_python(json.loads(json.dumps(record, allow_nan=False))) == run
 
 
 def test_csv(report: AttackReport) -> None:
@@ -311,7 +303,9 @@ class Page(HTMLParser):
 def test_files(report: AttackReport, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("old")
     hostile = "<img src=x onerror=alert(1)>&\"'[red]"
-    paths = write_report(replace(report, control=hostile), tmp_path / "deep" / "out")
+    broken = run("model", [None], diverged=True, kind="equalise")
+    shown = replace(report, control=hostile, runs=(*report.runs, broken))
+    paths = write_report(shown, tmp_path / "deep" / "out")
     assert {path.name for path in (tmp_path / "deep" / "out").iterdir()} == {path.name for path in paths}
     png = (tmp_path / "deep" / "out" / "curves.png").read_bytes()
     assert png.startswith(b"\x89PNG")
@@ -327,8 +321,8 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     assert "folded pairs: 21, layers in factors: 2" in page.text
     assert "secure" not in page.text.lower()
     assert not re.search(r"url\(|@import|\{\{|\{%", html)
-    # 4 attacks in two tables and 5 runs, with a head each; the curves
-    assert page.tags.count("tr") == 3 + 4 + 4 + 5
+    # 5 attacks in two tables and 6 runs, with a head each; the curves
+    assert page.tags.count("tr") == 3 + 5 + 5 + 6
     assert page.tags.count("img") == 1
     # One sentence, then the bars from the longest to the shortest, then the table.
     bars = re.findall(r'class="name">([^<]+)<.*?width: ([0-9.]+)%.*?class="figure">([^<]+)<', html)
@@ -352,12 +346,6 @@ def test_table(report: AttackReport) -> None:
         assert part in text
 
 
-def test_a_broken_model_still_gives_a_report(report: AttackReport, tmp_path: Path) -> None:
-    broken = run("model", [None], diverged=True)
-    write_report(replace(report, runs=(report.runs[0], broken)), tmp_path)
-    assert report_dict(replace(report, runs=(report.runs[0], broken)))["runs"][1]["loss"]["start"] is None
-
-
 @pytest.mark.parametrize(("value", "text"), [(1e-5, "1e-5"), (3e-4, "3e-4"), (0.25, "2.5e-1"), (1.0, "1e0")])
 def test_rate(value: float, text: str) -> None:
     assert rate(value) == text
@@ -371,32 +359,11 @@ def test_the_verdict_comes_first_and_names_what_walks_through(report: AttackRepo
         run("control", [3.0, 2.0], train=("*embed*",)), run("model", [3.0, 2.5], train=("*embed*",)),
         run("model", [3.0, 1.0], kind="collapse"),
     )  # fmt: skip
-    assert summary(replace(report, runs=runs))[0] == (
+    assert summary(of(report, *runs))[0] == (
         "Holds against 1 of 3 recipes tried; not slowed: full fine-tuning on *norm*; "
         "only slowed: full fine-tuning on *embed*; "
         "undone: collapsed."
     )
-
-
-def test_progress_has_two_denominators(report: AttackReport) -> None:
-    """Norms alone reach all that they reach on the control (1 nat): half of what full training learns there."""
-    runs = (
-        run("control", [3.0, 1.0]), run("control", [3.0, 2.0], train=("*norm*",)),
-        run("model", [3.0, 2.0], train=("*norm*",)),
-    )  # fmt: skip
-    full, norms, attack = findings(replace(report, runs=runs))
-    assert [finding.share_of_best for finding in (full, norms, attack)] == pytest.approx([1.0, 0.5, 0.5])
-    assert attack.share == pytest.approx(1.0)
-
-
-def test_the_control_under_the_same_limit_stands_beside(report: AttackReport) -> None:
-    """The control keeps its utility down to 2.0 of 1.0: half of its progress."""
-    runs = (
-        run("control", [3.0, 2.0, 1.0], retained=[1.0, 1.0, 1.5]),
-        run("model", [3.0, 2.4, 1.5], retained=[1.0, 1.09, 1.2]),
-    )
-    text = " ".join(summary(replace(report, runs=runs)))
-    assert "and the control itself 50 %" in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -412,18 +379,18 @@ def test_the_terminal_keeps_whole_words(report: AttackReport, width: int) -> Non
 def test_a_model_that_was_converted_first_has_rows_of_its_own(report: AttackReport) -> None:
     """Both are full fine-tuning by somebody who knows only recipes; neither may stand in the other's place."""
     runs = (run("control", [3.0, 1.0]), run("model", [3.0, 2.9]), run("model", [3.0, 2.0], kind="equalise"))
-    found = findings(replace(report, runs=runs))
+    found = findings(of(report, *runs))
     assert {each.label: each.share for each in found if each.subject == "model"} == pytest.approx(
         {"full fine-tuning": 0.05, "equalised, full fine-tuning": 0.5}
     )
-    assert "only slowed: full fine-tuning, equalised, full fine-tuning;" in summary(replace(report, runs=runs))[0]
+    assert "only slowed: full fine-tuning, equalised, full fine-tuning;" in summary(of(report, *runs))[0]
 
 
 def test_progress_counts_from_the_control_s_start(report: AttackReport) -> None:
     """An adapter that breaks a hardened model at step 0 and mends half of that has brought its attacker nowhere."""
     controls = (run("control", [3.0, 1.0]), run("control", [3.0, 1.0], optimizer="sgd"))
     runs = (*controls, run("model", [9.0, 5.0]), run("model", [3.5, 2.0], optimizer="sgd"))
-    broken, mended = (finding for finding in findings(replace(report, runs=runs)) if finding.verdict != "control")
+    broken, mended = (finding for finding in findings(of(report, *runs)) if finding.verdict != "control")
     assert (broken.share, broken.share_of_best) == (0.0, 0.0)
     assert mended.share == pytest.approx(0.5)
 
@@ -432,27 +399,21 @@ def test_a_run_that_its_search_stopped_says_so(report: AttackReport) -> None:
     stopped = replace(run("model", [3.0, 2.9]), stopped=10)
     assert (stopped.outcome, outcome_words(stopped)) == ("stopped", "stopped at step 10")
     assert replace(stopped, evaluations=run("model", [3.0, 3.2]).evaluations).outcome == "worse"
-    written = report_dict(replace(report, runs=(run("control", [3.0, 1.0]), stopped)))
+    written = report_dict(of(report, run("control", [3.0, 1.0]), stopped))
     assert [part["stopped"] for part in written["runs"]] == [None, 10]
 
 
-def test_a_rate_that_was_taken_over_from_the_control_is_at_no_edge(report: AttackReport) -> None:
+def test_which_rate_is_at_an_edge(report: AttackReport) -> None:
     """Under a time limit a control's best decade is taken over, and later its best rate: both are the control's."""
     rates = {1e-2: 2.0, 3e-3: 1.0, 1e-3: 1.5}
     controls = tuple(run("control", [3.0, loss], learning_rate=rate) for rate, loss in rates.items())
     followed = tuple(run("model", [3.0, rates[rate]], learning_rate=rate) for rate in (3e-3, 1e-3))
-    taken_over = replace(report, runs=(*controls, *followed))
-    assert [attack.edge for attack in taken_over.attacks] == [None, None]
-    alone = replace(report, runs=(*controls[:1], *followed))
-    assert alone.attacks[1].edge == "largest"
-
-
-def test_an_attack_that_learned_nothing_is_at_no_edge(report: AttackReport) -> None:
-    """Where the loss stands still, chance decides which rate was best."""
+    assert [attack.edge for attack in of(report, *controls, *followed).attacks] == [None, None]
+    assert of(report, *controls[:1], *followed).attacks[1].edge == "largest"
+    # Where the loss stands still, chance decides which rate was best.
     for loss, edge in ((2.999, None), (2.9, "smallest")):
         runs = (run("model", [3.0, 3.0], learning_rate=1e-3), run("model", [3.0, loss], learning_rate=1e-4))
-        found = replace(report, runs=(run("control", [3.0, 1.0]), *runs))
-        assert found.attacks[1].edge == edge
+        assert of(report, run("control", [3.0, 1.0]), *runs).attacks[1].edge == edge
 
 
 def edited(subject: Literal["control", "model"], *points: tuple[float, float | None, float | None]) -> RunResult:
@@ -496,11 +457,11 @@ def test_an_edit_is_judged_by_what_is_left_and_by_divergence(
     assert any("abliterated meets" in text for text in met) == (verdict != "broken")
 
 
-def gate(text: str, report: Any, **changes: Any) -> tuple[str, ...]:
+def gate(text: str, report: AttackReport, **changes: Any) -> tuple[str, ...]:
     return Condition.parse(text).failures(replace(report, **changes))
 
 
-def test_a_gate_fails_on_what_was_not_measured(report: Any) -> None:
+def test_a_gate_fails_on_what_was_not_measured(report: AttackReport) -> None:
     assert gate("share_of_control>0.9", report) == ()
     assert gate("share_of_control>0.4", report) == ("full fine-tuning meets share_of_control>0.4",)
     control, *attacks = report.runs
