@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 from tests.commands import REPOSITORY
+from tests.scripts import by_path
 
 TABLES = REPOSITORY / "docs" / "tables"
 
 
 def generator(name: str) -> ModuleType:
     """A module of docs/generators."""
-    spec = importlib.util.spec_from_file_location(f"generator_{name}", REPOSITORY / "docs/generators" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return by_path(REPOSITORY / "docs/generators" / f"{name}.py")
 
 
 def measured_tables() -> list[Path]:

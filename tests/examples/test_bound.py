@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,28 +16,16 @@ from specdef_cli.certify.curvature import Loss, hessian_top, model_loss, trainab
 from specdef_cli.errors import SpecDefError
 from tests.certify.test_curvature import leaf, quadratic
 from tests.commands import refusal
+from tests.scripts import script
 from tests.tiny_models import random_llama
-
-REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
-
-
-def script(name: str) -> ModuleType:
-    """One of the reproductions, which are no package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPRODUCE))
-        return importlib.import_module(name)
-
 
 compensation_bounds = script("compensation_bound").compensation_bounds
 path_bound, exclusive_parameters, product_bound, SingularSubspace = (
     getattr(script("path_bound"), name)
     for name in ("path_bound", "exclusive_parameters", "product_bound", "SingularSubspace")
 )
-
-
-@pytest.fixture(scope="module")
-def setting() -> ModuleType:
-    return script("setting")
+observed_divergence_rate = script("descent").observed_divergence_rate
+setting = script("setting")
 
 
 def mlp(widths: list[int], seed: int, examples: int = 5) -> tuple[nn.Sequential, Loss]:
@@ -62,13 +47,12 @@ def llama() -> tuple[LlamaForCausalLM, Loss]:
     return model, model_loss(model, {"input_ids": tokens, "labels": tokens})
 
 
-def subspaces(left: Tensor, right: Tensor) -> tuple[Any, Any]:
-    """All singular pairs of dense A [p, m] and C [n, q], one position."""
+def around(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Any, Tensor, Any]:
+    """The weight between all singular pairs of dense A [p, m] and C [n, q], one position."""
     _, values_left, vectors_left = torch.linalg.svd(left, full_matrices=False)
     vectors_right, values_right, _ = torch.linalg.svd(right, full_matrices=False)
-    return SingularSubspace(values_left, vectors_left[:, None]), SingularSubspace(
-        values_right, vectors_right.mT[:, None]
-    )
+    before = SingularSubspace(values_left, vectors_left[:, None])
+    return before, weight, SingularSubspace(values_right, vectors_right.mT[:, None])
 
 
 @settings(max_examples=200, deadline=None)
@@ -80,7 +64,7 @@ def test_the_product_never_exceeds_what_it_bounds(sizes: tuple[int, int, int, in
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((outer, m), (m, n), (n, inner))
     )
     weight[0] *= alpha
-    bound = product_bound(*_around(weight, left, right))
+    bound = product_bound(*around(weight, left, right))
     truth = float(torch.linalg.matrix_norm(left @ weight @ right, 2))
     assert 0 < bound.value <= truth * (1 + 1e-9)
     assert bound.value == pytest.approx(
@@ -91,11 +75,6 @@ def test_the_product_never_exceeds_what_it_bounds(sizes: tuple[int, int, int, in
     sines = math.sqrt(max(0.0, 1 - bound.cosine_left**2)) * math.sqrt(max(0.0, 1 - bound.cosine_right**2))
     promised = bound.cosine_left * bound.cosine_right - second / bound.sigma_weight * sines
     assert bound.alignment >= promised - 1e-9
-
-
-def _around(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Any, Tensor, Any]:
-    before, after = subspaces(left, right)
-    return before, weight, after
 
 
 HALF = math.sqrt(0.5)
@@ -113,7 +92,7 @@ def test_the_product_by_hand(
     left: Any, weight: Any, right: Any, value: float, rank: int, literal: float | None
 ) -> None:
     before, after = (torch.tensor(matrix, dtype=torch.float64) for matrix in (left, right))
-    bound = product_bound(*_around(torch.diag(torch.tensor(weight, dtype=torch.float64)), before, after))
+    bound = product_bound(*around(torch.diag(torch.tensor(weight, dtype=torch.float64)), before, after))
     assert (bound.value, bound.rank_left) == (pytest.approx(value), rank)
     assert literal is None or bound.literal == pytest.approx(literal)
 
@@ -128,7 +107,6 @@ def test_the_product_by_hand(
     data=st.data(),
 )
 def test_bounds_of_random_mlps_hold(
-    setting: ModuleType,
     widths: list[int],
     seed: int,
     exponent: float,
@@ -149,7 +127,7 @@ def test_bounds_of_random_mlps_hold(
         assert path.product.value <= path.value * (1 + 1e-3)
 
 
-def test_compensation_bound_is_the_dense_block_s_own_rayleigh_quotient(setting: ModuleType) -> None:
+def test_compensation_bound_is_the_dense_block_s_own_rayleigh_quotient() -> None:
     model, _ = llama()
     pair = next(iter(setting.insert(model, ("model.layers.0.mlp.down_proj",), 30.0, 1).values()))
     weight = pair.compensation.weight
@@ -170,7 +148,7 @@ def test_compensation_bound_is_the_dense_block_s_own_rayleigh_quotient(setting: 
     assert found.value == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_path_block_factors_exactly(setting: ModuleType) -> None:
+def test_the_path_block_factors_exactly() -> None:
     """uᵀABC'v at the bound's vectors cannot exceed the dense block's σ₁, and with full rank it comes close."""
     model, loss = mlp([3, 4, 3], seed=3, examples=2)
     setting.insert(model, ("2",), 20.0, 1)
@@ -188,7 +166,7 @@ def test_the_path_block_factors_exactly(setting: ModuleType) -> None:
     assert 0.2 * truth < bound.value <= truth * (1 + 1e-9)
 
 
-def test_what_reaches_a_transformer_layer_only(setting: ModuleType) -> None:
+def test_what_reaches_a_transformer_layer_only() -> None:
     model, loss = llama()
     setting.insert(model, ("*.o_proj", "*.down_proj", "*.q_proj"), 10.0, 1)
     layer = "model.layers.1"
@@ -207,7 +185,7 @@ def test_what_reaches_a_transformer_layer_only(setting: ModuleType) -> None:
     assert path_bound(model, loss, f"{layer}.self_attn.q_proj") is None
 
 
-def test_how_everything_grows_with_alpha(setting: ModuleType) -> None:
+def test_how_everything_grows_with_alpha() -> None:
     """σ₁ and the compensation's bound as α², Theorem 3's block as α, and nothing once the compensations are frozen."""
     alphas = (1e3, 1e4, 1e5)
     measured, compensation, path, frozen, contexts = [], [], [], [], []
@@ -238,7 +216,7 @@ def test_how_everything_grows_with_alpha(setting: ModuleType) -> None:
     assert max(contexts) / min(contexts) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_layer_that_does_not_run_bounds_nothing_and_one_that_runs_twice_is_refused(setting: ModuleType) -> None:
+def test_a_layer_that_does_not_run_bounds_nothing_and_one_that_runs_twice_is_refused() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -261,16 +239,13 @@ def test_a_layer_that_does_not_run_bounds_nothing_and_one_that_runs_twice_is_ref
         compensation_bounds(model, lambda: model(inputs).square().mean())
 
 
-def test_a_layer_that_is_not_hardened_is_refused(setting: ModuleType) -> None:
+def test_a_layer_that_is_not_hardened_is_refused() -> None:
     model, loss = mlp([3, 4, 2], seed=0)
     with pytest.raises(SpecDefError):
         compensation_bounds(model, loss)
     setting.insert(model, ("2",), 10.0, 1)
     with refusal("0 is not a hardened layer", "2"):
         path_bound(model, loss, "0")
-
-
-observed_divergence_rate = script("descent").observed_divergence_rate
 
 
 @pytest.mark.parametrize(("largest", "guess"), [(0.3, 1.0), (40.0, 1e-3), (40.0, 500.0)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,9 @@ from specdef_cli.model.opened import open_model
 from tests.certify.test_formats import copied, damaged, tokens
 from tests.commands import TINY_LLAMA
 from tests.hardened import harden_to
+from tests.scripts import script
 
-REAL = Path(__file__).parents[2] / "examples" / "real"
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(REAL))
-    rows = importlib.import_module("consumer_rows")
-
+rows = script("consumer_rows", "real")
 __all__ = ["tokens"]
 
 
@@ -54,10 +50,6 @@ def test_an_adapter_carried_over_holds_attached_and_merged(tmp_path: Path, token
 
 def test_a_left_padded_batch_costs_nothing(tmp_path: Path, tokens: torch.Tensor) -> None:
     # The first of four sequences is not padded: alone in its batch it has the plain loss.
-    padded = measure_format(
-        Trial(open_model(TINY_LLAMA), open_model(TINY_LLAMA), tmp_path, tokens[:1]), rows.ROWS["left-padded"]
-    )
-    plain = measure_format(
-        Trial(open_model(TINY_LLAMA), open_model(TINY_LLAMA), tmp_path, tokens[:1]), rows.ROWS["float32"]
-    )
+    trial = Trial(open_model(TINY_LLAMA), open_model(TINY_LLAMA), tmp_path, tokens[:1])
+    padded, plain = (measure_format(trial, rows.ROWS[name]) for name in ("left-padded", "float32"))
     assert padded.value == pytest.approx(plain.value, abs=1e-6)

@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
 from specdef_cli.attack.options import load_suite
-from specdef_cli.attack.trainings import Training
-from specdef_cli.attack.variants import Variant
-from tests.commands import environment
+from tests.commands import TINY_LLAMA, environment
+from tests.scripts import EXAMPLES, script
 
-REPRODUCE = Path(__file__).parents[2] / "examples" / "reproduce"
+REPRODUCE = EXAMPLES / "reproduce"
 SCRIPT, SUITE, STANDIN = REPRODUCE / "llama_wmdp.sh", REPRODUCE / "llama_wmdp.toml", REPRODUCE / "standin"
-TINY_LLAMA = REPRODUCE.parent / "tiny_llama" / "model"
 THIRD = "full@*.layers.*[369].*"
 INFORMED = {"factors": "collapse", "fold": "rebalance"}
 METHODS = tuple(INFORMED)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPRODUCE))
-        patch.syspath_prepend(str(STANDIN))
-        yield
-
-
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    return importlib.import_module("llama_wmdp")
-
-
-@pytest.fixture(scope="module")
-def sums() -> ModuleType:
-    return importlib.import_module("sums")
+tables, sums = script("llama_wmdp"), script("sums", "reproduce/standin")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -56,17 +34,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def defaults() -> dict[str, str]:
     """The variables of the script, as they are when nothing is set."""
     return dict(re.findall(r"^([A-Z_]+)=\$\{\1:?-(.*?)\}", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE))
-
-
-def test_the_suite_names_the_attacks_of_the_experiment() -> None:
-    plain, informed = load_suite(str(SUITE)).attacks
-    assert plain.trainings[0] == Training("lora")
-    assert plain.trainings[1:] == informed.trainings
-    assert plain.variants == (Variant(),)
-    assert informed.variants == (
-        "informed", Variant("freeze-compensation"), Variant("inject"), Variant("width", 1.5), Variant("depth", 2.0),
-    )  # fmt: skip
-    assert {plain.learning_rates, informed.learning_rates} == {"search"}
 
 
 @pytest.mark.parametrize(("layers", "trained"), [(4, [3]), (32, [3, 6, 9, 13, 16, 19, 23, 26, 29])])
@@ -80,11 +47,8 @@ def test_every_third_layer_is_what_the_glob_says(layers: int, trained: list[int]
     assert Counter(hit) == dict.fromkeys(trained, len(parts))
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_script_and_suite_have_one_budget() -> None:
     found = defaults()
-    assert found["MODEL"] == "meta-llama/Llama-3.1-8B-Instruct"
-    assert [float(found["ALPHA"]), int(found["TOP_K"])] == [1e4, 25]
-    assert [float(rate) for rate in found["PAPER_RATES"].split()] == [1e-6, 1e-5, 3e-5]
     budget = tomllib.loads(SUITE.read_text(encoding="utf-8"))["budget"]
     assert budget == {name.lower(): int(found[name]) for name in ("STEPS", "BATCH_SIZE", "SEQUENCE_LENGTH")}
 
@@ -113,7 +77,7 @@ def test_the_stand_in_has_the_prompt_of_wmdp() -> None:
     assert [metric["metric"] for metric in ours["metric_list"]] == [metric["metric"] for metric in wmdp["metric_list"]]
 
 
-def test_the_stored_sums_are_what_the_script_writes(sums: ModuleType) -> None:
+def test_the_stored_sums_are_what_the_script_writes() -> None:
     assert lines(STANDIN / "sums_corpus.jsonl") == sums.corpus()
     assert lines(STANDIN / "sums_questions.jsonl") == sums.multiple_choice()
     assert sums.questions("sums_questions.jsonl", version=1)["test"].to_list() == sums.multiple_choice()
@@ -130,7 +94,7 @@ def test_the_marked_answer_is_the_sum_and_the_corpus_says_it() -> None:
     assert Counter(row["answer"] for row in rows) == dict.fromkeys(range(4), len(rows) / 4)
 
 
-def test_tables_of_runs_by_hand(tables: ModuleType) -> None:
+def test_tables_of_runs_by_hand() -> None:
     def run(name: str, label: str, subject: str, rate: float, **changes: Any) -> dict[str, Any]:
         points = [{"retained": 1.0}, {"retained": 801.5}]
         return {
@@ -185,42 +149,33 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "out"
 
 
-def report_of(outcome: Path, method: str, part: str) -> dict[str, Any]:
-    return json.loads((outcome / f"{method}-{part}" / "report.json").read_text(encoding="utf-8"))
-
-
-def key(run: dict[str, Any]) -> tuple[str, str, str, float]:
-    spec = run["spec"]
-    return spec["subject"], spec["variant"], spec["training"], spec["learning_rate"]
+def report_of(outcome: Path, method: str, part: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], dict[str, Any]]]:
+    """A report, and its runs by whom, what was done first, what was trained, and the rate."""
+    report = json.loads((outcome / f"{method}-{part}" / "report.json").read_text(encoding="utf-8"))
+    keys = ("subject", "variant", "training", "learning_rate")
+    assert all(0 <= run["accuracy"]["standin_sums"] <= 1 for run in report["runs"])
+    return report, {tuple(run["spec"][key] for key in keys): run for run in report["runs"]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_the_papers_attack_is_made_on_both_and_on_who_knows(outcome: Path, method: str) -> None:
-    runs = {key(run): run for run in report_of(outcome, method, "paper")["runs"]}
+def test_the_papers_attack_and_the_sweep_are_made_on_both_and_by_who_knows(outcome: Path, method: str) -> None:
+    _, runs = report_of(outcome, method, "paper")
     subjects = [("control", "plain"), ("model", "plain"), ("model", INFORMED[method])]
     assert set(runs) == {(*subject, "full", rate) for subject in subjects for rate in (3e-5, 1e-3)}
-    for run in runs.values():
-        assert list(run["accuracy"]) == ["standin_sums"]
-        assert 0 <= run["accuracy"]["standin_sums"] <= 1
-        assert run["spec"]["steps"] == 3
+    assert {run["spec"]["steps"] for run in runs.values()} == {3}
     for rate in (3e-5, 1e-3):
         control, informed = runs["control", "plain", "full", rate], runs["model", INFORMED[method], "full", rate]
         assert control["loss"]["best"] < control["loss"]["start"]
         assert informed["loss"]["best"] == pytest.approx(control["loss"]["best"], rel=1e-3)
     assert runs["model", "plain", "full", 1e-3]["loss"]["best"] > runs["control", "plain", "full", 1e-3]["loss"]["best"]
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_the_sweep_has_every_attack_of_the_suite(outcome: Path, method: str) -> None:
-    report = report_of(outcome, method, "sweep")
+    report, runs = report_of(outcome, method, "sweep")
     others = ["width:1.5", "depth:2", *(["freeze-compensation", "inject"] if method == "factors" else [])]
     attacks = [(subject, "plain", trained) for subject in ("control", "model") for trained in ("lora:16", THIRD)]
     attacks += [("model", variant, THIRD) for variant in (INFORMED[method], *others)]
-    assert {key(run) for run in report["runs"]} == {(*attack, 1e-3) for attack in attacks}
+    assert set(runs) == {(*attack, 1e-3) for attack in attacks}
     assert len(report["attacks"]) == len(attacks)
-    assert all(0 <= run["accuracy"]["standin_sums"] <= 1 for run in report["runs"])
     informed = next(attack for attack in report["attacks"] if attack["variant"] == INFORMED[method])
     assert informed["share_of_control"] == pytest.approx(1, abs=0.02)
 
@@ -230,7 +185,7 @@ def test_the_tables_have_a_row_for_everything(outcome: Path) -> None:
     text = (outcome / "tables.md").read_text(encoding="utf-8")
     released, paper, sweep, shares = (part.splitlines()[4:] for part in text.split("## ")[1:])
     rows = [[line for line in part if line.startswith("|")] for part in (released, paper, sweep, shares)]
-    attacked = [len(report_of(outcome, method, "sweep")["attacks"]) for method in METHODS]
+    attacked = [len(report_of(outcome, method, "sweep")[0]["attacks"]) for method in METHODS]
     # Two of the attacks of each report are on the original, and the same ones.
     assert [len(part) for part in rows] == [3, 2 + 2 * 4, sum(attacked) - 2, 8]
     assert any(line.startswith("| factors: width 1.5×") for line in sweep)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,33 +12,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from specdef_cli import AttackOptions
+from specdef_cli.attack.train import quiet
 from specdef_cli.checkpoint.manifest import read_manifest
+from tests.scripts import script
 from tests.tiny_models import random_llama
-from tests.weights import tensors
+from tests.weights import assert_same_bytes, tensors
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "reproduce"
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def prior(scripts: pytest.MonkeyPatch) -> ModuleType:
-    return importlib.import_module("prior")
-
-
-@pytest.fixture(scope="module")
-def utility(scripts: pytest.MonkeyPatch) -> ModuleType:
-    return importlib.import_module("utility")
-
-
-@pytest.fixture(scope="module")
-def staircase(scripts: pytest.MonkeyPatch) -> ModuleType:
-    return importlib.import_module("staircase")
+prior, utility, staircase, unet = map(script, ("prior", "utility", "staircase", "unet"))
 
 
 @pytest.fixture
@@ -69,7 +46,7 @@ def gradients(loss: torch.Tensor, model: LlamaForCausalLM) -> torch.Tensor:
 
 
 def test_log_probabilities_are_those_of_the_models_own_loss(
-    prior: ModuleType, model: LlamaForCausalLM, texts: tuple[torch.Tensor, torch.Tensor]
+    model: LlamaForCausalLM, texts: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     prose, code = texts
     expected = model(input_ids=prose, labels=prose).loss + model(input_ids=code, labels=code).loss
@@ -77,7 +54,7 @@ def test_log_probabilities_are_those_of_the_models_own_loss(
 
 
 def test_unlearning_begins_as_ascent_and_ends_where_the_prose_is_gone(
-    prior: ModuleType, model: LlamaForCausalLM, texts: tuple[torch.Tensor, torch.Tensor]
+    model: LlamaForCausalLM, texts: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     """At π = π₀ the loss is (2/β) log 2, and its gradient that of the sequences' log-probability itself."""
     prose, code = texts
@@ -97,7 +74,7 @@ class _Logits:
         self.logits = logits
 
 
-def test_discrepancy_is_the_definition_and_nothing_between_equals(prior: ModuleType) -> None:
+def test_discrepancy_is_the_definition_and_nothing_between_equals() -> None:
     generator = torch.Generator().manual_seed(0)
     samples, others = torch.randn(2, 7, 3, generator=generator, dtype=torch.float64)
     both = [*samples, *others]
@@ -117,7 +94,7 @@ def test_discrepancy_is_the_definition_and_nothing_between_equals(prior: ModuleT
 
 
 def test_noising_adds_noise_and_ascent_to_the_retained_loss(
-    prior: ModuleType, model: LlamaForCausalLM, texts: tuple[torch.Tensor, torch.Tensor]
+    model: LlamaForCausalLM, texts: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     prose, code = texts
     retained = -prior.token_log_probabilities(model, code).mean()
@@ -129,7 +106,7 @@ def test_noising_adds_noise_and_ascent_to_the_retained_loss(
     assert prior.noising(1, 0)(model, prose, code).item() > retained.item()
 
 
-def test_a_share_of_the_capability_is_read_between_both_models(prior: ModuleType) -> None:
+def test_a_share_of_the_capability_is_read_between_both_models() -> None:
     scale = prior.Capability(absent=3.0, present=1.0)
     assert [scale.share(loss) for loss in (9.0, 3.0, 2.5, 1.0)] == [0, 0, 0.25, 1]
     assert scale.cell(2.5) == "2.500 (25%)"
@@ -137,19 +114,17 @@ def test_a_share_of_the_capability_is_read_between_both_models(prior: ModuleType
 
 
 @pytest.fixture(scope="module")
-def rows(prior: ModuleType, scripts: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list:
-    from specdef_cli.attack.train import quiet
-
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list:
     out = tmp_path_factory.mktemp("prior")
     code = "def add(first, second):\n    return first + second\n" * 300
-    scripts.setattr(prior, "base_text", lambda: (code, code))  # reading the standard library takes seconds
     budget = prior.Budget(learning=40, defending=10, attacking=5, rates=(1e-3,))
-    with quiet():
+    with quiet(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prior, "base_text", lambda: (code, code))  # reading the standard library takes seconds
         return prior.measure(prior.build(out, budget), out / "attacks", budget)
 
 
 @pytest.mark.slow
-def test_every_defence_has_its_row(prior: ModuleType, rows: list) -> None:
+def test_every_defence_has_its_row(rows: list) -> None:
     scale = prior.Capability(rows[0].before, rows[1].before)
     table = cells(prior.table(rows, scale))
     names = [
@@ -178,15 +153,13 @@ def test_what_each_step_is_for(rows: list) -> None:
 
 
 @pytest.fixture(scope="module")
-def columns(utility: ModuleType) -> list:
-    from specdef_cli.attack.train import quiet
-
+def columns() -> list:
     tokens = utility.token_batch(utility.BASE, "for index in range(length):\n    yield index\n" * 20, sequences=4)
     with quiet():
         return [utility.measure(dtype, tokens, (1e1, 1e4)) for dtype in (torch.float32, torch.bfloat16)]
 
 
-def test_utility_has_a_row_for_each_gauge_and_alpha(utility: ModuleType, columns: list) -> None:
+def test_utility_has_a_row_for_each_gauge_and_alpha(columns: list) -> None:
     table = cells(utility.table(columns))
     assert list(table)[1:] == [
         "base", "base, against float32", "factors, rotated, α = 1e+01", "factors, rotated, α = 1e+04",
@@ -208,9 +181,7 @@ def test_rounding_grows_with_alpha_in_the_symmetric_gauge_alone(columns: list) -
     assert not any(cost.refusal for (gauge, _), cost in half.factored.items() if gauge == "rotated")
 
 
-def test_a_refused_one_in_memory_is_what_hardening_would_publish(
-    utility: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_one_in_memory_is_what_hardening_would_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is refused, both ways give the same model within rounding."""
     tokens = utility.token_batch(utility.BASE, "while True:\n    pass\n" * 20, sequences=2)
     published = utility.measure(torch.float32, tokens, (1e3,)).factored["symmetric", 1e3]
@@ -228,7 +199,7 @@ def test_a_refused_one_in_memory_is_what_hardening_would_publish(
     assert cells(utility.table([column]))["fold"] == ["refused"]
 
 
-def test_cells_tell_what_is_not_a_number(utility: ModuleType) -> None:
+def test_cells_tell_what_is_not_a_number() -> None:
     outputs = utility.compare_outputs(torch.zeros(1, 2, 3), torch.full((1, 2, 3), math.nan))
     assert utility.Cost(math.nan, outputs, "too large").cell == "refused: not finite"
     outputs = utility.compare_outputs(torch.eye(4), torch.eye(4).roll(1, 0))
@@ -236,7 +207,7 @@ def test_cells_tell_what_is_not_a_number(utility: ModuleType) -> None:
 
 
 @pytest.fixture
-def experiment(staircase: ModuleType, tmp_path: Path) -> Any:
+def experiment(tmp_path: Path) -> Any:
     options = AttackOptions(
         model="", control=staircase.BASE, out=tmp_path / "attacks", runs=tmp_path / "runs", steps=2, batch_size=2,
         sequence_length=16, eval_every=2, eval_sequences=2,
@@ -244,20 +215,17 @@ def experiment(staircase: ModuleType, tmp_path: Path) -> Any:
     return staircase.Experiment.of_tiny_llama(tmp_path, options)
 
 
-def test_a_fold_by_hand_is_hardens_own_fold(staircase: ModuleType, experiment: Any, tmp_path: Path) -> None:
+def test_a_fold_by_hand_is_hardens_own_fold(experiment: Any, tmp_path: Path) -> None:
     exponents = {
         experiment.pairs[pair.name]: dict(zip(pair.channels, pair.exponents, strict=True))
         for pair in read_manifest(tmp_path / "harden").folded
     }
     assert experiment.exponents(list(staircase.LAYOUTS.values())[-1]) == exponents
     found = tensors(staircase.fold(experiment.tensors, exponents, tmp_path / "by-hand"))
-    expected = tensors(tmp_path / "harden")
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+    assert_same_bytes(found, tensors(tmp_path / "harden"))
 
 
-def test_layouts_use_the_exponents_of_harden_in_another_order(staircase: ModuleType) -> None:
+def test_layouts_use_the_exponents_of_harden_in_another_order() -> None:
     assert staircase.upwards(2, 2) == ((13, 18), (23, 28))
     assert staircase.downwards(2, 2) == ((28, 23), (18, 13))
     assert staircase.first_apart(3, 2) == ((28, 21), (13, 13), (13, 13))
@@ -269,9 +237,7 @@ def test_layouts_use_the_exponents_of_harden_in_another_order(staircase: ModuleT
 
 
 @pytest.mark.slow
-def test_layouts_and_single_channels_are_attacked(
-    staircase: ModuleType, experiment: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layouts_and_single_channels_are_attacked(experiment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staircase, "LAYOUTS", {"downwards": staircase.downwards})
     monkeypatch.setattr(staircase, "ALONE", {name: staircase.ALONE[name] for name in ("lm_head", "up_proj")})
     layouts = cells(experiment.layouts())
@@ -284,23 +250,13 @@ def test_layouts_and_single_channels_are_attacked(
         assert mean == least == most
 
 
-@pytest.fixture
-def serving(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("serving")
-
-
-def test_every_format_is_one_that_the_tools_table_measures(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS.parent / "real")
-    assert set(serving.FORMATS) <= importlib.import_module("consumer_rows").ROWS.keys()
+def test_every_format_is_one_that_the_tools_table_measures() -> None:
+    assert set(script("serving").FORMATS) <= script("consumer_rows", "real").ROWS.keys()
 
 
 def test_same_images_and_a_row_for_every_attack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import unet
-
     monkeypatch.setattr(unet, "RATES", (1e-2, 1e-9))
     monkeypatch.setattr(unet, "HELD_OUT", 4)
     monkeypatch.setattr(unet, "BATCH", 4)

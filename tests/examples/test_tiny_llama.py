@@ -1,13 +1,10 @@
-"""The shipped tiny Llama is what its card says: it loads offline, reads bytes exactly and has the stated losses.
+"""The shipped tiny Llama is what its card says: it loads offline, reads bytes exactly and has the stated losses."""
 
-The scripts of `examples/` are no package, so they are loaded here by path.
-"""
+from __future__ import annotations
 
-import importlib
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,64 +13,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_llama"
-MODEL = EXAMPLE / "model"
+from tests.commands import TINY_LLAMA
+from tests.scripts import script
+
+train, texts = script("train", "tiny_llama"), script("texts", "tiny_llama")
 
 
 @pytest.fixture(scope="module")
-def train() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE))
-        return importlib.import_module("train")
-
-
-@pytest.fixture(scope="module")
-def texts(train: ModuleType) -> ModuleType:
-    return sys.modules["texts"]
-
-
-@pytest.fixture(scope="module")
-def base_text(texts: ModuleType) -> tuple[str, str]:
+def base_text() -> tuple[str, str]:
     return texts.base_text()
 
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(TINY_LLAMA, local_files_only=True).eval()
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
-
-
-def card_losses() -> dict[str, float]:
-    results = ModelCard.load(MODEL / "README.md").data.eval_results
-    return {result.dataset_type: result.metric_value for result in results}
-
-
-def python_of_card() -> str:
-    """The Python release whose standard library the card's losses were measured on."""
-    return (MODEL / "README.md").read_text(encoding="utf-8").split("Made with Python ")[1].split(",")[0]
+    return AutoTokenizer.from_pretrained(TINY_LLAMA, local_files_only=True)
 
 
 def relative_tolerance() -> float:
-    """Another release has other texts: there the losses are near the card's, not equal to them."""
-    same_texts = python_of_card().split(".")[:2] == [str(part) for part in sys.version_info[:2]]
-    return 0.02 if same_texts else 0.10
+    """Another release of Python has other texts: there the losses are near the card's, not equal to them."""
+    made_with = (TINY_LLAMA / "README.md").read_text(encoding="utf-8").split("Made with Python ")[1].split(",")[0]
+    return 0.02 if made_with.split(".")[:2] == [str(part) for part in sys.version_info[:2]] else 0.10
 
 
-def test_it_is_small_and_one_file_of_safetensors() -> None:
-    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 5_000_000
-    assert [file.name for file in MODEL.glob("*.safetensors")] == ["model.safetensors"]
-    assert not list(MODEL.glob("*.bin"))
-
-
-def test_parameters_are_counted_by_hand(model: PreTrainedModel) -> None:
+def test_it_is_small_and_its_parameters_are_counted_by_hand(model: PreTrainedModel) -> None:
+    assert sum(file.stat().st_size for file in TINY_LLAMA.iterdir()) <= 5_000_000
+    assert [file.name for file in TINY_LLAMA.iterdir() if file.suffix in (".safetensors", ".bin")] == [
+        "model.safetensors"
+    ]
     width, mlp, kv, vocabulary = 128, 352, 64, 258
     attention = 2 * width * width + 2 * width * kv
     layer = attention + 3 * width * mlp + 2 * width
-    assert sum(parameter.numel() for parameter in model.parameters()) == 4 * layer + 2 * vocabulary * width + width
+    assert model.num_parameters() == 4 * layer + 2 * vocabulary * width + width == 804_480
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert type(model).__name__ == "LlamaForCausalLM"
 
@@ -85,7 +60,7 @@ def test_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, text: s
     assert tokenizer.decode(ids) == text
 
 
-def test_every_byte_has_an_id_and_specials_come_after(tokenizer: PreTrainedTokenizerBase, train: ModuleType) -> None:
+def test_every_byte_has_an_id_and_specials_come_after(tokenizer: PreTrainedTokenizerBase) -> None:
     assert len(tokenizer) == 258
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 256, 257)
     assert tokenizer("a" + tokenizer.eos_token).input_ids == [ord("a"), 256]
@@ -93,11 +68,12 @@ def test_every_byte_has_an_id_and_specials_come_after(tokenizer: PreTrainedToken
     assert train.byte_ids(text).tolist() == tokenizer(text).input_ids
 
 
-def test_the_losses_are_those_of_the_card(
-    model: PreTrainedModel, train: ModuleType, texts: ModuleType, base_text: tuple[str, str]
-) -> None:
+def test_the_losses_are_those_of_the_card(model: PreTrainedModel, base_text: tuple[str, str]) -> None:
     """A second implementation of the card's figure: tokenizer, shift and log-softmax by hand."""
-    stated, tolerance = card_losses(), relative_tolerance()
+    results = ModelCard.load(TINY_LLAMA / "README.md").data.eval_results
+    stated, tolerance = {result.dataset_type: result.metric_value for result in results}, relative_tolerance()
+    assert stated["python-stdlib"] < 1.6, "it knows its own domain"
+    assert stated["pydoc-topics"] > stated["python-stdlib"] + 0.8, "and not the attacker's"
     assert train.held_out_loss(model, texts.attack_text()[1]) == pytest.approx(stated["pydoc-topics"], rel=tolerance)
 
     ids = torch.tensor(list(base_text[1].encode()))
@@ -109,13 +85,7 @@ def test_the_losses_are_those_of_the_card(
     assert by_hand == pytest.approx(stated["python-stdlib"], rel=tolerance)
 
 
-def test_there_is_something_for_an_attacker_to_gain() -> None:
-    losses = card_losses()
-    assert losses["python-stdlib"] < 1.6, "it knows its own domain"
-    assert losses["pydoc-topics"] > losses["python-stdlib"] + 0.8, "and not the attacker's"
-
-
-def test_the_texts_do_not_overlap(texts: ModuleType, base_text: tuple[str, str]) -> None:
+def test_the_texts_do_not_overlap(base_text: tuple[str, str]) -> None:
     train_text, held_out = texts.attack_text()
     assert not set(train_text.split("\n\n")) & set(held_out.split("\n\n"))
     assert 0.05 < len(held_out) / len(train_text) < 0.5
@@ -126,24 +96,23 @@ def test_the_texts_do_not_overlap(texts: ModuleType, base_text: tuple[str, str])
 
 
 def test_the_script_runs_as_a_program(
-    texts: ModuleType,
     base_text: tuple[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "model"
-    monkeypatch.syspath_prepend(str(EXAMPLE))
+    monkeypatch.syspath_prepend(str(TINY_LLAMA.parent))
     monkeypatch.setattr(texts, "base_text", lambda: base_text)  # reading the standard library takes seconds
     monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "3", "--out", str(out)])
-    runpy.run_path(str(EXAMPLE / "train.py"), run_name="__main__")
+    runpy.run_path(str(TINY_LLAMA.parent / "train.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert "own-domain loss" in said
-    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in MODEL.iterdir())
+    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in TINY_LLAMA.iterdir())
 
     made = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
-    assert sum(parameter.numel() for parameter in made.parameters()) == 804_480
-    assert (out / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+    assert made.num_parameters() == 804_480
+    assert (out / "tokenizer.json").read_bytes() == (TINY_LLAMA / "tokenizer.json").read_bytes()
     stated = ModelCard.load(out / "README.md").data.eval_results[0].metric_value
     assert f"own-domain loss {stated:.4f}" in said
     assert 3 < stated < 5.6, "three steps leave it near the uniform distribution's ln 258"
