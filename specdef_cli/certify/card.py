@@ -141,7 +141,7 @@ def attack_section(resistance: Resistance) -> str:
 
 def got_through(resistance: Resistance) -> list[str]:
     """Name the attacks that were not slowed."""
-    names = "; ".join(attack.label for attack in resistance.got_through)
+    names = "; ".join(cell(attack.label) for attack in resistance.got_through)
     through = (
         f"Got through (at least 95 % of the control's progress): {names}." if names else "None of them got through."
     )

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,7 +63,7 @@ save_file({"outputs": (found["logits"] if "logits" in found else found[0]).conti
 
 @dataclass(frozen=True)
 class FunctionFigures:
-    """How the hardened checkpoint's function compares with the base's, both in their stored dtype."""
+    """How the hardened checkpoint's function compares with the base's, both in the dtype of the hardened one."""
 
     outputs: OutputComparison
     """Outputs on a fixed batch of random inputs."""
@@ -100,8 +101,9 @@ def measure_function(
         tokens: int64, shape [sequences, length], for a causal language model; ``None`` for others.
     """
     run_code = hardened.code_may_run
-    with new_objects_only():
-        before = _observe(base, tokens, on_model)
+    stored, wanted = (getattr(each.skeleton.config, "dtype", None) for each in (base, hardened))
+    with new_objects_only():  # a base that was hardened in another dtype is cast to that, as `harden` compared it
+        before = _observe(base, tokens, on_model, None if wanted == stored else wanted)
         if not torch.isfinite(before.outputs).all():
             raise SpecDefError(f"the outputs of {base.directory} hold NaN or infinity", "Repair its weights.")
         after = _observe(hardened, tokens, on_model)
@@ -120,8 +122,10 @@ def measure_function(
     )
 
 
-def _observe(opened: OpenedModel, tokens: Tensor | None, on_model: Callable[[PreTrainedModel], None]) -> _Observed:
-    with opened.loaded() as model:
+def _observe(
+    opened: OpenedModel, tokens: Tensor | None, on_model: Callable[[PreTrainedModel], None], dtype: Any = None
+) -> _Observed:
+    with opened.loaded(dtype=dtype) as model:
         observed = _Observed(
             inputs=fixed_inputs(model),
             outputs=model_outputs(model),

@@ -33,15 +33,21 @@ RESISTANCE = Resistance(
         figure("embeddings", 1.0, 0.4, "not slowed"),
         figure("odd", None, None, "unknown"),
         figure("hira", 0.96, 0.91, "not slowed"),
+        figure("full fine-tuning on *norm*", 0.95, 0.1, "not slowed"),
     ),
 )
 
 
 def test_the_attack_that_got_furthest_stands_first() -> None:
     rows = attack_table(RESISTANCE.attacks)[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| hira", "| embeddings", "| odd"]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| hira",
+        "| embeddings",
+        r"| full fine-tuning on \*norm\*",
+        "| odd",
+    ]
     assert "| 96 % | 91 % |" in rows[0]
-    assert "| – | – |" in rows[2]
+    assert "| – | – |" in rows[-1]
 
 
 def test_a_section_takes_the_place_of_its_own_kind_alone() -> None:
@@ -49,7 +55,10 @@ def test_a_section_takes_the_place_of_its_own_kind_alone() -> None:
     once = with_section(CARD, section)
     assert once.startswith(CARD.rstrip())
     assert once.count("### Attacks") == 2  # the base has one
-    assert "Got through (at least 95 % of the control's progress): embeddings; hira." in once
+    assert (
+        r"Got through (at least 95 % of the control's progress): embeddings; hira; full fine-tuning on \*norm\*."
+        in once
+    )
     assert with_section(once, section) == once
     with_both = with_section(once, "### Certificate\n\n- function: holds.")
     assert with_both.index("hira") < with_both.index("### Certificate")

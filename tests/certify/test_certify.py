@@ -291,6 +291,18 @@ def test_changed_weights_fail(attacked: tuple[Path, Path, Path], text: Path, tmp
     assert not (hardened / "certificate.json").exists()
 
 
+def test_a_base_hardened_in_another_dtype_is_cast_to_it(
+    tiny_model: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    base, hardened = tiny_model("llama"), tmp_path / "hardened"
+    succeed("harden", base, "--out", hardened, "--dtype", "bfloat16", "--quiet")
+    given = ("--base", base, "--text", text, "--out", tmp_path / "out", "--formats", "none", "--no-curvature")
+    succeed("certify", hardened, *given)
+    function = json.loads((hardened / "certificate.json").read_text())["function"]
+    assert function["outputs"]["equal"]
+    assert function["fresh_process_equal"]
+
+
 @pytest.mark.usefixtures("no_fresh_process")
 def test_weights_that_are_not_as_planned_fail(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
     """The function is kept, but a changed tensor is not what the manifest says: half as inflated, or not the base's."""
