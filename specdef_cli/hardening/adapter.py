@@ -61,6 +61,12 @@ def convert_adapter(
     require_usable(out, hardened.directory)
     config, weights = _read(adapter, token)
     require_sound(hardened)
+    trained_on = config.base_model_name_or_path
+    if trained_on and Path(trained_on).resolve() == hardened.directory.resolve():
+        raise SpecDefError(
+            f"{adapter} names {hardened.directory} as its base: it was converted already, or trained there",
+            "Give an adapter of the model that was hardened.",
+        )
     changes = _Changes(hardened)
     found = _pairs(adapter, weights)
     written: dict[str, Tensor] = {}
@@ -122,6 +128,8 @@ def _pairs(adapter: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tenso
                 f"{adapter} has a tensor {name} of shape {list(tensor.shape)}; only LoRA of linear layers is converted",
                 MERGE,
             )
+        if not torch.isfinite(tensor).all():
+            raise SpecDefError(f"{adapter} holds NaN or infinity in {name}", "Train it again.")
         found.setdefault(match[1], {})[match[2]] = tensor.float()
     if not found or any(len(parts) != 2 for parts in found.values()):
         raise SpecDefError(f"{adapter} does not hold lora_A and lora_B of every module", "Save it again with PEFT.")

@@ -19,7 +19,7 @@ from specdef_cli.hardening.adapter import convert_adapter
 from specdef_cli.hardening.options import Factors, Fold, Scale
 from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
-from tests.commands import assert_refused, call_cli
+from tests.commands import assert_refused, call_cli, succeed
 from tests.hardened import harden_to
 
 
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], dict[str, Any
         lambda w: w.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 8)}), {},
         ("embed_tokens", "linear"),
     ),
-    "what is not finite": (lambda w: w.update({DOWN: w[DOWN] * torch.inf}), {}, ("down_proj",)),
+    "what is not finite": (lambda w: w.update({DOWN: w[DOWN] * torch.inf}), {}, ("down_proj.lora_A", "Train")),
 }  # fmt: skip
 
 
@@ -157,6 +157,8 @@ def test_places_that_do_not_fit(places: tuple[Path, Path, Path], tmp_path: Path)
     assert_refused(call_cli("convert-adapter", adapter, base, "--out", tmp_path / "new"), "specdef.json")
     assert_refused(call_cli("convert-adapter", adapter, fold, "--out", base), "exists already")
     assert_refused(call_cli("convert-adapter", base, fold, "--out", tmp_path / "new"), "adapter_config.json")
+    succeed("convert-adapter", adapter, fold, "--out", tmp_path / "once")
+    assert_refused(call_cli("convert-adapter", tmp_path / "once", fold, "--out", tmp_path / "new"), "converted already")
     with pytest.raises(SpecDefError, match="lies in the input"):
         convert_adapter(str(adapter), open_model(fold), fold / "new")
     assert not (tmp_path / "new").exists()
