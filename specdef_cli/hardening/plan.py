@@ -108,8 +108,11 @@ def make_plan(base: OpenedModel, options: HardenOptions) -> HardeningPlan:
     _require_range(checkpoint, changes.multiplied, stored, loaded)
     if not changes.changed:
         raise SpecDefError(
-            "no linear layer is left to harden", "Name some with --layers; `specdef inspect MODEL` lists them."
-        )
+            "no linear layer is left to harden",
+            "Name some with --layers; `specdef inspect MODEL` lists them." if linear_sites(skeleton)
+            else "Use --method scale." if scalable_sites(skeleton)
+            else NOTHING_TO_HARDEN,
+        )  # fmt: skip
     config = dict(checkpoint.config)
     if options.dtype is not None and checkpoint.library.is_transformers:
         config = _with_dtype(config, options.dtype)
@@ -173,8 +176,6 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
     else:
         folded = fold_pairs(base.checkpoint, pairs, wanted.profile)
     reasons = found.unpaired
-    if wanted.calibration == BY_WEIGHTS:
-        reasons = ("The weights alone chose the channels: quantized or in float16, that may cost nats.", *reasons)
     if pairs and not folded:
         raise SpecDefError(
             f"--profile {wanted.profile} can raise no channel of {len(pairs)} symmetric pairs",
@@ -187,6 +188,8 @@ def _folded(base: OpenedModel, options: HardenOptions, wanted: Fold) -> Changes:
             f"{base.directory} has no symmetric pair to fold{why}",
             f"Use --method scale{others}." if found.pairs or scalable_sites(base.skeleton) else NOTHING_TO_HARDEN,
         )
+    if wanted.calibration == BY_WEIGHTS:
+        reasons = ("The weights alone chose the channels: quantized or in float16, that may cost nats.", *reasons)
     return Changes(folded=folded, reasons=reasons)
 
 

@@ -284,6 +284,7 @@ def test_names_of_the_model_are_known_too(tiny_model: Callable[..., Path], tmp_p
 
 def test_a_family_that_is_not_described_is_refused_with_the_reason(tmp_path: Path) -> None:
     write_kind("opt", tmp_path / "opt")
-    result = call_cli("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "fold", "--quiet")
-    assert_refused(result, "no symmetric pair to fold", "OPTForCausalLM", "not described", "--method scale")
+    for profile in ((), ("--profile", "quantizable", "--calibration", "none")):
+        result = call_cli("harden", tmp_path / "opt", "--out", tmp_path / "out", *profile, "--quiet")
+        assert_refused(result, "no symmetric pair to fold", "OPTForCausalLM", "not described", "--method scale")
     succeed("harden", tmp_path / "opt", "--out", tmp_path / "out", "--method", "scale", "--quiet")

@@ -346,7 +346,7 @@ def test_resume_with_other_options_is_refused_and_keeps_the_work(
     succeed(*arguments, "41KB", "--top-k", "4", "--resume")
 
 
-@pytest.mark.parametrize("method", ["fold", "scale"])
+@pytest.mark.parametrize("method", ["fold", "scale", "factors"])
 def test_a_model_of_convolutions_is_not_sent_from_one_method_to_the_other(method: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
     ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "base")
