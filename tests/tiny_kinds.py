@@ -35,6 +35,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "marian": ("MarianMTModel", PARTS),
     "bart": ("BartForConditionalGeneration", PARTS),
+    "bart classifier": ("BartForSequenceClassification", PARTS),
+    "masked patches": ("ViTMAEForPreTraining", {
+        **VISION, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 24,
+    }),
     "segformer": ("SegformerForSemanticSegmentation", {
         "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 16],
         "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [2, 2], "mlp_ratios": [2, 2],

@@ -53,6 +53,7 @@ gc.freeze()
 gc.enable()
 model = architecture.from_pretrained(directory, config=config, dtype="auto").eval()
 assert "specdef_cli" not in sys.modules
+torch.manual_seed(0)
 with torch.inference_mode():
     found = model(**load_file(inputs))
 if "text_embeds" in found and "image_embeds" in found:

@@ -47,6 +47,8 @@ def fixed_inputs(model: Any) -> dict[str, Any]:
             raise no_batch(model, kind)
         if config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
             inputs["decoder_input_ids"] = _token_ids(config, generator)["input_ids"]
+            if "input_ids" in inputs and isinstance(config.eos_token_id, int):  # which classifiers look for
+                inputs["input_ids"][:, -1] = config.eos_token_id
     except AttributeError as error:  # a config that names the sizes of its input in another way
         raise no_batch(model, f"{kind} of sizes that its config.json does not name") from error
     floating = {name for name, tensor in inputs.items() if tensor.is_floating_point()}
@@ -140,7 +142,8 @@ def model_outputs(model: Any) -> Tensor:
     """Run the model on the fixed batch; return :func:`compared_output` on the CPU."""
     inputs = fixed_inputs(model)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.random.fork_rng(()):
+            torch.manual_seed(0)  # some models draw numbers: which patches to mask, for example
             outputs = model(**inputs)
     except (TypeError, ValueError, AttributeError) as error:
         raise no_batch(model, f"more than {' and '.join(inputs)}") from error

@@ -17,13 +17,13 @@ from tests.hardening.mutations import Mutation, config, content, spoiled, tensor
 from tests.tiny_families import CASES, write_case
 from tests.tiny_kinds import BLOCKS, write_kind
 
+OTHERS = ("wav2vec2", "wavlm", "ast", "whisper", "marian", "segformer", "vision and text", "bart classifier",
+          "masked patches")  # fmt: skip
 UNDESCRIBED = ("opt", "bloom", "cohere", "bart", "deepseek")
 """Text models of no family that the package describes."""
 
 
-@pytest.mark.parametrize(
-    "name", ["wav2vec2", "wavlm", "ast", "whisper", "marian", "segformer", "vision and text", *UNDESCRIBED]
-)
+@pytest.mark.parametrize("name", [*OTHERS, *UNDESCRIBED])
 def test_a_scaled_model_is_verified_and_given_back_whole(name: str, tmp_path: Path) -> None:
     base = write_kind(name, tmp_path / "base")
     command: tuple[str | Path, ...] = ("harden", base, "--method", "scale", "--out", tmp_path / "out", "--json")
