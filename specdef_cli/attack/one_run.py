@@ -34,12 +34,12 @@ class Budget:
     """What all runs of an attack have in common. Options, run records and the report take these fields from here."""
 
     schedule: Schedule = option("constant", "constant, linear or cosine.", metavar="NAME", group="Budget")
-    warmup_steps: int = option(0, "Steps of linear warm-up.", metavar="N", group=_TRAINER)
-    max_grad_norm: float = option(1.0, "Gradient clipping; 0 turns it off.", metavar="X", group=_TRAINER)
-    weight_decay: float = option(0.0, "Weight decay.", metavar="X", group=_TRAINER)
-    steps: int = option(30, "Steps per run; fewer for a large model.", metavar="N", group="Budget")
-    batch_size: int = option(16, "Sequences per step.", metavar="N", group="Budget")
-    sequence_length: int = option(128, "Tokens per sequence.", metavar="N", group="Budget")
+    warmup_steps: int = option(0, "Steps of linear warm-up.", metavar="N", group=_TRAINER, at_least=0)
+    max_grad_norm: float = option(1.0, "Gradient clipping; 0 turns it off.", metavar="X", group=_TRAINER, at_least=0)
+    weight_decay: float = option(0.0, "Weight decay.", metavar="X", group=_TRAINER, at_least=0)
+    steps: int = option(30, "Steps per run; fewer for a large model.", metavar="N", group="Budget", at_least=1)
+    batch_size: int = option(16, "Sequences per step.", metavar="N", group="Budget", at_least=1)
+    sequence_length: int = option(128, "Tokens per sequence.", metavar="N", group="Budget", at_least=2)
     dtype: Dtype = option("float32", "bfloat16, float16, mixed or auto.", metavar="DTYPE", group="Budget")
     eval_tasks: tuple[str, ...] = option(
         (),

@@ -37,7 +37,7 @@ from specdef_cli.attack.trainings import TRAININGS, Training
 from specdef_cli.attack.variants import INFORMED, VARIANTS, Variant
 from specdef_cli.checkpoint.output import writable_ancestor
 from specdef_cli.errors import SpecDefError, WrongUsage, first_violation, require_extra
-from specdef_cli.option import Source, flag_of, into_folder, option, parse_duration, require_positive
+from specdef_cli.option import Source, flag_of, into_folder, option, parse_duration
 
 NO_RETAINED = "none"  # leaves out what is measured on retained text
 
@@ -149,21 +149,31 @@ class AttackOptions(Budget, Source):
         (), "adamw, sgd, …", "--optimizer", metavar="NAME", shown_default="adamw", group="Attacks"
     )
     learning_rates: tuple[float, ...] = option(
-        (), "Learning rate.", "--lr", metavar="RATE", shown_default="searched", group="Attacks"
+        (), "Learning rate.", "--lr", metavar="RATE", shown_default="searched", group="Attacks", above=0
     )
     search: bool = option(
         True, "Bracket the best rate, or try only decades.", "--lr-sweep/--no-lr-sweep", group="Attacks"
     )
     thorough: bool = option(False, "Finish even runs that cannot become the best.", group="Attacks")
-    gradient_accumulation: int = option(1, "Passes a step, to save memory.", metavar="N", group=_MEMORY)
+    gradient_accumulation: int = option(1, "Passes a step, to save memory.", metavar="N", group=_MEMORY, at_least=1)
     gradient_checkpointing: bool = option(False, "Compute activations twice, to save memory.", group=_MEMORY)
     eval_every: int | None = option(
-        None, "Steps between evaluations.", metavar="N", shown_default="a tenth of --steps", group="Measurements"
+        None,
+        "Steps between evaluations.",
+        metavar="N",
+        shown_default="a tenth of --steps",
+        group="Measurements",
+        at_least=1,
     )
-    eval_sequences: int = option(64, "Held-out sequences.", metavar="N", group="Measurements")
+    eval_sequences: int = option(64, "Held-out sequences.", metavar="N", group="Measurements", at_least=1)
     free: tuple[str, ...] = ()  # which of LOWERED may be
     time_limit: float | None = option(
-        None, "Stop then; the most telling attacks run first.", metavar="45m", group="Budget", parse=parse_duration
+        None,
+        "Stop then; the most telling attacks run first.",
+        metavar="45m",
+        group="Budget",
+        parse=parse_duration,
+        above=0,
     )
     """Seconds after which no further run starts; ``None`` runs all. The most telling attacks come first."""
     report_to: tuple[str, ...] = option(
@@ -173,7 +183,9 @@ class AttackOptions(Budget, Source):
         (0,), "Runs of each attack.", metavar="N", shown_default="1", group="Budget", parse=seeds_of
     )
     """One run each, for adapters' and paths' initial values, dropout and data order."""
-    jobs: int = option(1, "Runs at once, each on its own GPU.", "--jobs", "-j", metavar="N", group=_AT_A_TIME)
+    jobs: int = option(
+        1, "Runs at once, each on its own GPU.", "--jobs", "-j", metavar="N", group=_AT_A_TIME, at_least=1
+    )
     dask: str | None = option(
         None, "Address of a Dask scheduler, whose workers make the runs.", metavar="ADDRESS", group=_AT_A_TIME
     )
@@ -187,26 +199,6 @@ class AttackOptions(Budget, Source):
         trainings = tuple(Training.parse(asked) if isinstance(asked, str) else asked for asked in self.trainings)
         object.__setattr__(self, "variants", variants)
         object.__setattr__(self, "trainings", trainings)
-        require_positive(
-            self, "steps", "batch_size", "gradient_accumulation", "eval_sequences", "sequence_length", "jobs"
-        )
-        if self.sequence_length < 2:
-            raise WrongUsage(
-                f"--sequence-length {self.sequence_length} leaves no token to predict", "Give 2 or more tokens."
-            )
-        if self.eval_every is not None:
-            require_positive(self, "eval_every")
-        for rate in self.learning_rates:
-            if not (math.isfinite(rate) and rate > 0):
-                raise WrongUsage(f"--lr {rate} is not a learning rate", "Give a positive number, e.g. --lr 1e-4.")
-        for name in ("warmup_steps", "max_grad_norm", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise WrongUsage(
-                    f"{flag_of(AttackOptions, name)} {getattr(self, name)} is not a number of at least 0",
-                    "Give 0 or more.",
-                )
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise WrongUsage(f"--time-limit {self.time_limit} leaves no time", "Give seconds above 0, or 45m.")
         if self.warmup_steps >= self.steps:
             raise WrongUsage(
                 f"--warmup-steps {self.warmup_steps} is all of a run of {self.steps} steps",

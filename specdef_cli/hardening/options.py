@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -57,20 +56,14 @@ class Factors:
 
     method: ClassVar[Method] = "factors"
     alpha: float = option(
-        1e4, "factors: multiplies the singular values.", metavar="X", shown_default="1e4", group="Method"
+        1e4, "factors: multiplies the singular values.", metavar="X", shown_default="1e4", group="Method", at_least=1
     )
-    top_k: int = option(25, "factors: how many singular values.", metavar="N", group="Method")
+    top_k: int = option(25, "factors: how many singular values.", metavar="N", group="Method", at_least=1)
     gauge: Gauge = option("rotated", "factors: symmetric is the paper's.", metavar="NAME", group="Method")
     seed: int = option(0, "factors: seed of the random basis.", metavar="N", group="Method")
 
     def __post_init__(self) -> None:
         as_declared(self)
-        if not (math.isfinite(self.alpha) and self.alpha >= 1):
-            raise WrongUsage(
-                f"--alpha is {self.alpha:g}; it must be a finite number of at least 1", "Give e.g. --alpha 1e4."
-            )
-        if self.top_k < 1:
-            raise WrongUsage(f"--top-k is {self.top_k}; it must be at least 1", "Give e.g. --top-k 25.")
 
 
 Construction = Fold | Scale | Factors

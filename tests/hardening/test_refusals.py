@@ -146,18 +146,18 @@ def test_input(case: str, llama: Path, tmp_path: Path, outside: Path) -> None:
 
 
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "alpha 0": (("--alpha", "0"), ("alpha is 0", "--alpha")),
-    "alpha negative": (("--alpha", "-2"), ("alpha is -2", "--alpha")),
-    "alpha below 1": (("--alpha", "0.5"), ("alpha is 0.5", "--alpha")),
-    "alpha NaN": (("--alpha", "nan"), ("alpha is nan", "--alpha")),
-    "alpha infinite": (("--alpha", "inf"), ("alpha is inf", "--alpha")),
+    "alpha 0": (("--alpha", "0"), ("--alpha 0.0 is not a number of at least 1",)),
+    "alpha negative": (("--alpha", "-2"), ("--alpha -2.0",)),
+    "alpha below 1": (("--alpha", "0.5"), ("--alpha 0.5",)),
+    "alpha NaN": (("--alpha", "nan"), ("--alpha nan",)),
+    "alpha infinite": (("--alpha", "inf"), ("--alpha inf",)),
     "alpha 1e40": (("--alpha", "1e40"), ("1e+40", "float32", "--alpha")),
     "symmetric in bfloat16": (
         ("--dtype", "bfloat16", "--gauge", "symmetric"),
         ("10000", "bfloat16", "symmetric", "--alpha 2 or less", "--gauge rotated"),
     ),
     "float16": (("--dtype", "float16"), ("10000", "float16", "--alpha 100 or less", "--dtype bfloat16")),
-    "top-k 0": (("--top-k", "0"), ("top-k is 0",)),
+    "top-k 0": (("--top-k", "0"), ("--top-k 0 is not a whole number of at least 1",)),
     "top-k beyond the rank": (("--top-k", "33"), ("top-k 33", "o_proj", "32×32", "--top-k 32 or less")),
     "a glob without a match": (("--layers", "*.qkv"), ("'*.qkv' matches no linear layer", "specdef inspect")),
     "an exclusion without a match": (("--exclude", "*.qkv"), ("'*.qkv' matches no linear layer",)),
