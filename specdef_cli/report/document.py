@@ -314,7 +314,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     head = ["attack", "control: loss (best η), of the best control", *comparison.models]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [f"| {' | '.join(map(cell, row.texts))} |" for row in comparison.rows]
-    return "\n".join([*lines, "", *(f"- {line}" for line in comparison.said)]) + "\n"
+    return "\n".join([*lines, "", *(f"- {cell(line)}" for line in comparison.said)]) + "\n"
 
 
 def _recipe(attack: Finding) -> tuple[str, ...]:

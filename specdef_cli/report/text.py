@@ -170,8 +170,11 @@ def _done(report: AttackReport) -> str:
     if not trained:
         return f"{report.model}{hardened} and its base {report.control} were edited; nothing was trained."
     steps = {run.spec.steps for run in trained}
+    runs = f"{len(trained)} run{'s' * (len(trained) > 1)} of {max(steps)} steps"
+    if all(run.spec.subject == "control" for run in trained):  # the time limit came first
+        return f"{runs} fine-tuned the base {report.control} alone; {report.model}{hardened} was not attacked."
     return (
-        f"{len(trained)} runs of {max(steps)} steps fine-tuned {report.model}{hardened} and its base {report.control}. "
+        f"{runs} fine-tuned {report.model}{hardened} and its base {report.control}. "
         "Each attack is judged at its best learning rate."
     )
 

@@ -65,6 +65,10 @@ def test_markdown() -> None:
     printed = comparison_markdown(compared(unsettled, INSERT))
     assert "2 % (1e-3) ?" in printed
     assert "- ?: the rates tried do not bracket" in printed
+    starred = report(
+        "fold", run("model", [3.0, 2.96], train=("*norm*",)), run("control", [3.0, 1.0], train=("*norm*",))
+    )
+    assert r"rate not bracketed: full fine-tuning on \*norm\*" in comparison_markdown(compared(starred, INSERT))
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,8 @@ def test_unknown(report: AttackReport) -> None:
     assert verdict == "The control learned nothing, so there is nothing to compare."
     assert "full fine-tuning learned nothing on the base" in ordinary
     assert done.startswith("Done: 2 runs of 10 steps")
+    (done,) = closing(replace(of(report, run("control", [3.0, 1.0])), hardening=None))
+    assert done == f"Done: 1 run of 10 steps fine-tuned the base base alone; {report.model} was not attacked."
 
 
 def test_seeds_are_averaged_at_a_rate_that_all_of_them_ran_at(report: AttackReport) -> None:
