@@ -28,7 +28,8 @@ from tests.commands import Die, dying
 
 collect_less_garbage()  # as every command does
 
-settings.register_profile("local", suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
+# A busy machine is no failure.
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # A change is judged by examples that do not change; on a developer's machine they are new every time.
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")

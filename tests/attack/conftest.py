@@ -23,6 +23,15 @@ from tests.hardened import harden_to
 from tests.tiny_models import random_llama
 
 
+def small(model: Path | str, out: Path, **changes: Any) -> AttackOptions:
+    """Full fine-tuning for four steps of four short sequences at one rate."""
+    fields: dict[str, Any] = {
+        "trainings": ("full",), "learning_rates": (1e-3,), "steps": 4, "batch_size": 4, "sequence_length": 16,
+        "eval_every": 2, "eval_sequences": 4,
+    }  # fmt: skip
+    return AttackOptions(model=model, out=out, **{**fields, **changes})
+
+
 def train_run(spec: RunSpec, model: Path, data: AttackData, **how: Any) -> RunResult:
     """A run of a model that stands for its control too."""
     opened = open_model(model)

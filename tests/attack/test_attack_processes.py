@@ -10,23 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from specdef_cli import AttackOptions, attack
+from specdef_cli import attack
+from tests.attack.conftest import small
 from tests.commands import TWO_PROCESSES
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from specdef_cli import AttackOptions, attack
+from specdef_cli import attack
 from specdef_cli.report.files import write_report
 from specdef_cli.model.loading import process_state
+from tests.attack.conftest import small
 
 out = Path(sys.argv[2])
 if int(sys.argv[3]) != process_state().num_processes:
     raise SystemExit(f"{process_state().num_processes} processes")
-report = attack(AttackOptions(
-    model=Path(sys.argv[1]), out=out, steps=3, batch_size=4, sequence_length=16, eval_sequences=4,
-    trainings=("full", "lora"), learning_rates=(1e-3,),
-))
+report = attack(small(Path(sys.argv[1]), out, steps=3, trainings=("full", "lora")))
 write_report(report, out)
 """
 
@@ -97,12 +96,7 @@ def test_in_processes_of_their_own(
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"runs", "report.html", "report.json", "curves.csv", "curves.png"}
     found = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]
-    here = attack(
-        AttackOptions(
-            model=hardened, out=tmp_path / "here", steps=3, batch_size=4, sequence_length=16, eval_sequences=4,
-            trainings=("full", "lora"), learning_rates=(1e-3,),
-        )
-    ).runs  # fmt: skip
+    here = attack(small(hardened, tmp_path / "here", steps=3, trainings=("full", "lora"))).runs
     assert len(found) == len(here) > 4  # the control and the model, full and LoRA, and the model collapsed
     for one, other in zip(found, here, strict=True):
         curve = [point["loss"] for point in one["curve"]["evaluations"]]

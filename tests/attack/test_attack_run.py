@@ -8,7 +8,6 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,27 +28,14 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.model import load_model, load_tokenizer
 from specdef_cli.report import findings
 from specdef_cli.report.text import summary
-from tests.attack.conftest import target_of, trained_names
-
-SMALL: dict[str, Any] = {
-    "trainings": ("full",), "learning_rates": (1e-3,), "steps": 4, "batch_size": 4, "sequence_length": 16,
-    "eval_every": 2, "eval_sequences": 4,
-}  # fmt: skip
-
-
-def options(model: Path, out: Path, **changes: Any) -> AttackOptions:
-    return AttackOptions(model=model, out=out, **{**SMALL, **changes})
+from tests.attack.conftest import load, small, target_of, trained_names
 
 
 @pytest.fixture(scope="module")
 def report(hardened: Path, tmp_path_factory: pytest.TempPathFactory) -> AttackReport:
     """Control, plain, collapse, frozen, width, inject and depth, at one usual rate and one that blows up."""
-    return attack(
-        options(
-            hardened, tmp_path_factory.mktemp("attack"), learning_rates=(1e-4,),
-            variants=("freeze-compensation", "width:2", "inject", "depth:2"),
-        )
-    )  # fmt: skip
+    variants = ("freeze-compensation", "width:2", "inject", "depth:2")
+    return attack(small(hardened, tmp_path_factory.mktemp("attack"), learning_rates=(1e-4,), variants=variants))
 
 
 def run_of(report: AttackReport, kind: str) -> RunResult:
@@ -91,7 +77,7 @@ def test_parameters(report: AttackReport) -> None:
 
 
 def test_a_run_goes_on_beyond_its_divergence_where_asked(hardened: Path, tmp_path: Path) -> None:
-    made = options(hardened, tmp_path, learning_rates=(10.0,), steps=8)
+    made = small(hardened, tmp_path, learning_rates=(10.0,), steps=8)
     stopped, longer = attack(made), attack(replace(made, stop_at_divergence=False))
     first, second = run_of(stopped, "plain"), run_of(longer, "plain")
     assert first.divergence == second.divergence
@@ -106,11 +92,11 @@ def test_a_run_goes_on_beyond_its_divergence_where_asked(hardened: Path, tmp_pat
 
 def test_a_run_is_never_repeated(hardened: Path, tmp_path: Path) -> None:
     events: list[ProgressEvent] = []
-    first = attack(options(hardened, tmp_path, learning_rates=(1e-4,)), on_progress=events.append)
+    first = attack(small(hardened, tmp_path, learning_rates=(1e-4,)), on_progress=events.append)
     assert [event.kind for event in events][:6] == ["run-start", *["step"] * 4, "run-end"]
     assert [(event.done, event.runs) for event in events if event.kind == "run-end"] == [(1, 3), (2, 3), (3, 3)]
     events.clear()
-    again = attack(options(hardened, tmp_path, learning_rates=(1e-4, 1e-5)), on_progress=events.append)
+    again = attack(small(hardened, tmp_path, learning_rates=(1e-4, 1e-5)), on_progress=events.append)
     assert [event.kind for event in events].count("run-reused") == 3
     assert [event.kind for event in events].count("run-end") == 3
     assert set(first.runs) < set(again.runs)
@@ -134,7 +120,7 @@ def sequences(examples: Examples) -> torch.Tensor:
 
 def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path: Path) -> None:
     """Six sequences in batches of four, against the mean written down directly."""
-    made = options(base, tmp_path, control=base, steps=1, eval_sequences=6)
+    made = small(base, tmp_path, control=base, steps=1, eval_sequences=6)
     data = load_data(made, "causal-lm", load_tokenizer(base))
     tokens = sequences(data.held_out)
     with torch.no_grad():
@@ -145,7 +131,7 @@ def test_the_held_out_loss_is_over_every_held_out_sequence(base: Path, tmp_path:
 
 
 def test_seeds_change_the_data_order_and_nothing_before_it(base: Path, hardened: Path, tmp_path: Path) -> None:
-    result = attack(options(hardened, tmp_path, control=base, learning_rates=(1e-4,), seeds=(0, 1)))
+    result = attack(small(hardened, tmp_path, control=base, learning_rates=(1e-4,), seeds=(0, 1)))
     first, second = (run for run in result.runs if run.spec.subject == "control")
     assert first.start == second.start
     assert first.train[0].loss != second.train[0].loss
@@ -209,10 +195,9 @@ def test_a_variant_that_leaves_nothing_to_train(hardened: Path) -> None:
         Training(where=("*.o_proj.compensation.weight",)).apply(model, "causal-lm")
 
 
-def test_the_builtin_text_is_split_by_document(base: Path, tmp_path: Path) -> None:
+def test_the_builtin_text_is_split_by_document(base: Path) -> None:
     tokenizer = load_tokenizer(base)
-    data = load_data(options(base, tmp_path, steps=50, batch_size=8, sequence_length=64, eval_sequences=100),
-                     "causal-lm", tokenizer)  # fmt: skip
+    data = load(None, base, steps=50, batch_size=8, sequence_length=64, eval_sequences=100)
     assert (data.name, len(data.train), len(data.held_out)) == (BUILTIN_NAME, 400, 100)
     train = tokenizer.decode(sequences(data.train).flatten())
     held_out = tokenizer.decode(sequences(data.held_out).flatten())
@@ -228,16 +213,16 @@ def test_utility_is_measured_on_retained_text(report: AttackReport, hardened: Pa
     assert control.evaluations[0].retained != control.evaluations[0].loss
     text = tmp_path / "retained.txt"
     text.write_text("\n\n".join("zzz " * 30 for _ in range(20)))
-    harmful = attack(options(hardened, tmp_path / "out", learning_rates=(3e-2,), steps=8, retained=str(text)))
+    harmful = attack(small(hardened, tmp_path / "out", learning_rates=(3e-2,), steps=8, retained=str(text)))
     run = run_of(harmful, "control")
     assert run.useful_progress is not None
     assert run.useful_progress <= (run.progress or 0)
-    unmeasured = attack(options(hardened, tmp_path / "none", retained="none"))
+    unmeasured = attack(small(hardened, tmp_path / "none", retained="none"))
     assert run_of(unmeasured, "control").useful_progress is None
 
 
 def test_two_at_a_time_find_the_same(report: AttackReport, hardened: Path, tmp_path: Path) -> None:
-    two = attack(options(hardened, tmp_path, jobs=2, learning_rates=(1e-4,)))
+    two = attack(small(hardened, tmp_path, jobs=2, learning_rates=(1e-4,)))
     assert [run.spec for run in two.runs] == [run.spec for run in report.runs[:3]]
     for here, there in zip(report.runs, two.runs, strict=False):
         assert there.best == pytest.approx(here.best, rel=1e-4)
@@ -249,7 +234,7 @@ def test_classification(hardened: Path, tmp_path: Path) -> None:
     words, labels = ["bad", "good", "so-so"], ["no", "yes", "maybe"]
     rows = [{"text": f"{words[n % 3]} {n}", "label": labels[n % 3]} for n in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = options(hardened, tmp_path / "out", dataset=str(path), task="sequence-classification")
+    made = small(hardened, tmp_path / "out", dataset=str(path), task="sequence-classification")
     result = attack(replace(made, trainings=("full", "lora")))
     control = run_of(result, "control")
     assert control.start == pytest.approx(math.log(3), rel=0.5)
@@ -258,7 +243,7 @@ def test_classification(hardened: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_manifest_needs_only_a_control(base: Path, tmp_path: Path) -> None:
-    result = attack(options(base, tmp_path, control=base))
+    result = attack(small(base, tmp_path, control=base))
     assert [(run.spec.subject, str(run.spec.variant)) for run in result.runs] == [
         ("control", "plain"), ("model", "plain"), ("model", "rebalance"),
     ]  # fmt: skip
@@ -271,7 +256,7 @@ def without_manifest(directory: Path, out: Path) -> Path:
 
 
 def test_a_fold_that_comes_without_its_manifest_is_undone_all_the_same(base: Path, fold: Path, tmp_path: Path) -> None:
-    result = attack(options(without_manifest(fold, tmp_path), tmp_path / "out", control=base))
+    result = attack(small(without_manifest(fold, tmp_path), tmp_path / "out", control=base))
     _, plain, rebalanced = findings(result)
     assert str(rebalanced.attack.spec.variant) == "rebalance"
     assert (rebalanced.share or 0) >= 0.95
@@ -282,14 +267,14 @@ def test_a_fold_that_comes_without_its_manifest_is_undone_all_the_same(base: Pat
 
 
 def test_a_fold_is_undone_before_float16_that_does_not_hold_it(base: Path, fold: Path, tmp_path: Path) -> None:
-    result = attack(options(fold, tmp_path / "out", control=base, steps=1, dtype="float16"))
+    result = attack(small(fold, tmp_path / "out", control=base, steps=1, dtype="float16"))
     control, plain, rebalanced = findings(result)
     assert plain.start is None
     assert rebalanced.start == pytest.approx(control.start, rel=1e-3)
 
 
 def test_inserted_layers_without_their_manifest_are_collapsed(base: Path, hardened: Path, tmp_path: Path) -> None:
-    result = attack(options(without_manifest(hardened, tmp_path), tmp_path / "out", control=base))
+    result = attack(small(without_manifest(hardened, tmp_path), tmp_path / "out", control=base))
     shares = {str(finding.attack.spec.variant): finding.share for finding in findings(result)[1:]}
     assert {"collapse", "rebalance"} <= set(shares)
     assert shares["collapse"] == pytest.approx(1, abs=0.05)
@@ -299,7 +284,7 @@ def test_inserted_layers_without_their_manifest_are_collapsed(base: Path, harden
 def test_a_fold_grows_beside_its_blocks_and_rebalancing_is_there(fold: Path, tmp_path: Path) -> None:
     """`harden` folds where it can, so `attack --expand 2x` must go on from there. Libraries are left as they were."""
     before = (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
-    result = attack(options(fold, tmp_path / "out", variants=("width:2",), steps=1))
+    result = attack(small(fold, tmp_path / "out", variants=("width:2",), steps=1))
     assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before
     assert {run.spec.variant.kind for run in result.runs} == {"plain", "rebalance", "width"}
     plain, width = run_of(result, "plain"), run_of(result, "width")
@@ -313,14 +298,14 @@ def test_a_control_that_is_another_model_is_noticed(base: Path, tmp_path: Path) 
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] *= 1.1  # 0.7 % of the loss: a short attack learns no more
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    made = options(base, tmp_path / "out", steps=1)
+    made = small(base, tmp_path / "out", steps=1)
     assert "The control is another model" in " ".join(attack(replace(made, control=other)).notes)
     assert "another model" not in " ".join(attack(replace(made, control=base)).notes)
 
 
 def test_a_tracker_has_a_log_of_every_run(hardened: Path, tmp_path: Path) -> None:
     """What TensorBoard reads back is what the run recorded."""
-    result = attack(options(hardened, tmp_path, learning_rates=(1e-4,), steps=2, report_to=("tensorboard",)))
+    result = attack(small(hardened, tmp_path, learning_rates=(1e-4,), steps=2, report_to=("tensorboard",)))
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {run.spec.run_id for run in result.runs}
     for run in result.runs:
         events = EventAccumulator(str(tmp_path / "logs" / run.spec.run_id))

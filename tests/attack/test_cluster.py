@@ -22,12 +22,9 @@ from specdef_cli.attack.cluster import Cluster, connected
 from specdef_cli.checkpoint.resolve import Resolved
 from specdef_cli.errors import MissingExtraError, SpecDefError
 from specdef_cli.model.opened import open_model
+from tests.attack.conftest import small
 from tests.commands import assert_refused, call_cli, environment, refusal
 
-SMALL: dict[str, Any] = {
-    "steps": 4, "batch_size": 4, "sequence_length": 16, "eval_every": 2, "eval_sequences": 4, "retained": "none",
-    "trainings": ("full",), "learning_rates": (1e-3,),
-}  # fmt: skip
 SOME_RUN: Any = SimpleNamespace(label="full fine-tuning", learning_rate=0.1)
 Workers = Callable[..., list[subprocess.Popen[bytes]]]
 
@@ -78,7 +75,7 @@ def test_a_run_whose_worker_is_killed_is_made_again(
 ) -> None:
     """The model is given by a path that leads nowhere from the workers' directories."""
     monkeypatch.chdir(hardened.parent)
-    here = attack(AttackOptions(model=hardened.name, out=tmp_path / "here", **SMALL))
+    here = attack(small(hardened.name, tmp_path / "here"))
     processes, events = workers(2), []
 
     def kill() -> None:
@@ -92,7 +89,7 @@ def test_a_run_whose_worker_is_killed_is_made_again(
         if len(events) == 1:
             killing.start()
 
-    asked = AttackOptions(model=hardened.name, out=tmp_path / "there", dask=scheduler.address, **SMALL)
+    asked = small(hardened.name, tmp_path / "there", dask=scheduler.address)
     there = attack(asked, on_progress=on_progress)
     killing.join()
     assert len(scheduler.workers) == 1
@@ -120,7 +117,7 @@ def test_ctrl_c_ends_runs_at_their_next_step(hardened: Path, tmp_path: Path, sch
 
     endless = {"steps": 20_000, "batch_size": 1, "sequence_length": 8}  # 200 seconds
     with client:
-        asked = AttackOptions(model=hardened, out=tmp_path, dask=scheduler.address, **{**SMALL, **endless})
+        asked = small(hardened, tmp_path, dask=scheduler.address, retained="none", **endless)
         with pytest.raises(KeyboardInterrupt):
             attack(asked, on_progress=on_progress)
         wait_until(lambda: not at_work(), seconds=100)

@@ -17,8 +17,9 @@ from specdef_cli.attack.plan import SEARCHED_RUNS, Series, Speed, expected_runs,
 from specdef_cli.attack.queue import Deadline
 from specdef_cli.attack.trainings import Training
 from specdef_cli.attack.variants import Variant
+from tests.attack.conftest import small
 from tests.attack.test_search import GRID, make_series, result, run_plan
-from tests.commands import Result, call_cli
+from tests.commands import call_cli
 from tests.runs import spec
 
 FREE = ("steps", "batch_size", "sequence_length", "eval_every", "eval_sequences")
@@ -127,37 +128,31 @@ def test_a_plan_says_what_will_be_run_and_keeps_nothing(hardened: Path, base: Pa
     assert forecast.runs == f"about {sum(attack.runs for attack in forecast.attacks)}", "every rate is searched"
     assert forecast.seconds > 0
     assert not (tmp_path / "out").exists()
-    assert json.dumps(forecast.budget) == '"4 steps of 4 sequences of 32 tokens, float32"'
+    assert forecast.budget == "4 steps of 4 sequences of 32 tokens, float32"
 
 
 def test_a_finished_run_of_the_control_is_not_measured_again(
     hardened: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = AttackOptions(
-        model=hardened, control=base, out=tmp_path, trainings=("full",), learning_rates=(1e-4,), steps=2, batch_size=2,
-        sequence_length=16, eval_sequences=2,
-    )  # fmt: skip
+    options = small(hardened, tmp_path, control=base, steps=2, batch_size=2, eval_every=1, eval_sequences=2)
     report = attack(options)
     monkeypatch.setattr("specdef_cli.attack.run.TWO_STEPS", None)  # would fail
     forecast = plan_attack(options)
     assert [planned.finished for planned in forecast.attacks] == [planned.runs for planned in forecast.attacks]
     assert forecast.seconds == 0
-    another = plan_attack(replace(options, learning_rates=(1e-4, 1e-5)))
+    another = plan_attack(replace(options, learning_rates=(1e-3, 1e-5)))
     before, last = report.runs[0].evaluations[-2:]
     # From step 1 to 2: 2 sequences trained on, 3 evaluated at a third each. A run: 4, and 3 evaluations of 3.
     assert another.seconds == pytest.approx(len(report.runs) * 7 / 3 * (last.seconds - before.seconds), rel=1e-6)
-
-
-def attack_command(hardened: Path, base: Path, out: Path, *more: str) -> Result:
-    budget = ("--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--eval-sequences", "2")
-    return call_cli("attack", str(hardened), "--control", str(base), "--out", str(out), *budget, *more)
 
 
 def test_a_time_limit_leaves_a_report_that_lists_what_was_not_reached(
     hardened: Path, base: Path, tmp_path: Path
 ) -> None:
     """The first run is always made. In a pipe, every run is a line with a time."""
-    result = attack_command(hardened, base, tmp_path / "out", "--time-limit", "0.01s")
+    budget = ("--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--eval-sequences", "2")
+    limited = (*budget, "--time-limit", "0.01s", "--out", tmp_path / "out")
+    result = call_cli("attack", hardened, "--control", base, *limited)
     assert result.code == 0, result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1

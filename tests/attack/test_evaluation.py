@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from specdef_cli import AttackOptions
 from specdef_cli.attack.one_run import DEAD, Divergence, EvalPoint
@@ -26,31 +26,26 @@ from tests.attack.test_tasks import DECODER, classifier, write_rows
 from tests.byte_tokenizer import byte_tokenizer
 from tests.runs import spec
 
-
-def mixtral(routed: bool) -> PreTrainedModel:
-    config = transformers.MixtralConfig(
-        **DECODER, num_local_experts=4, router_aux_loss_coef=0.5, output_router_logits=routed
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
-def bamba(added: bool) -> PreTrainedModel:
-    """Adds the square of its logits' partition function, and says so in none of its outputs."""
-    config = transformers.BambaConfig(
-        **DECODER, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_state=8, mamba_d_head=16, mamba_n_groups=1,
-        z_loss_coefficient=0.1 if added else 0.0,
-    )  # fmt: skip
-    return transformers.BambaForCausalLM(config)
+# A class, the arguments of its config, and those with which it adds something to its loss.
+ADDING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Mixtral": ({"num_local_experts": 4, "router_aux_loss_coef": 0.5}, {"output_router_logits": True}),
+    # The square of its logits' partition function, and says so in none of its outputs.
+    "Bamba": (
+        {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
+        {"z_loss_coefficient": 0.1},
+    ),
+}
 
 
-@pytest.mark.parametrize("make", [mixtral, bamba])
-def test_what_a_model_adds_to_its_loss_is_not_held_out_loss(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ADDING)
+def test_what_a_model_adds_to_its_loss_is_not_held_out_loss(kind: str, tmp_path: Path) -> None:
     """The same weights twice, and the mean written down directly."""
-    starts = []
-    for added in (False, True):
+    always, adding = ADDING[kind]
+    make, starts = getattr(transformers, f"{kind}ForCausalLM"), []
+    for more in ({}, adding):
         torch.manual_seed(0)
-        directory = tmp_path / str(added)
-        make(added).save_pretrained(directory)
+        directory = tmp_path / str(len(more))
+        make(make.config_class(**DECODER, **always, **more)).save_pretrained(directory)
         byte_tokenizer().save_pretrained(directory)
         data = load(None, directory, eval_sequences=4)
         starts.append(train_run(spec(steps=1), directory, data).start)

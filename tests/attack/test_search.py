@@ -262,18 +262,27 @@ def test_the_control_s_curve(losses: tuple[float | None, ...], control: tuple[fl
     assert trains_as_control(run_of(SPEC, *losses), run_of(CONTROL, *control)) is same
 
 
-def plan_with_control(best: dict[str, float], **options: Any) -> tuple[Any, list[RunSpec]]:
-    """A control and an attack on parabolas with these best rates."""
-    made: list[RunSpec] = []
+Made = list[tuple[RunSpec, Lead | None]]
+
+
+def recorder(landscape: Callable[[RunSpec], RunResult]) -> tuple[Made, Callable[..., RunResult]]:
+    """The runs that were made, with what each had to beat, and what makes them."""
+    made: Made = []
 
     def execute(spec: RunSpec, _: Any, lead: Lead | None) -> RunResult:
-        made.append(spec)
-        return result(spec, best[spec.subject])
+        made.append((spec, lead))
+        return landscape(spec)
 
+    return made, execute
+
+
+def plan_with_control(best: dict[str, float], **options: Any) -> tuple[Any, list[RunSpec]]:
+    """A control and an attack on parabolas with these best rates."""
+    made, execute = recorder(lambda spec: result(spec, best[spec.subject]))
     attack = make_series("a")
     control = replace(attack, first=attack.first.control("c"), grid=(1e-3,))
     outcome, _ = run_plan([control, attack], execute, **options)
-    return outcome, made
+    return outcome, [spec for spec, _ in made]
 
 
 def test_what_trains_as_its_control_is_run_at_the_control_s_best_rate_alone() -> None:
@@ -292,33 +301,22 @@ def test_anything_else_is_searched(best: float) -> None:
     assert min(rates) < best < max(rates)
 
 
-def test_a_thorough_search_and_one_that_may_come_back_take_over_nothing() -> None:
-    first = make_series("a").first
-    cases: list[dict[str, Any]] = [{"thorough": True}]
-    cases += [{"first": replace(first, stop_at_divergence=False)}, {"first": replace(first, warmup_steps=9)}]
-    for changes in cases:
-        asked: list[Lead | None] = []
-        attack = replace(make_series("a"), **changes)
-        control = replace(attack, first=attack.first.control("c"))
-
-        def execute(spec: RunSpec, _: Any, lead: Lead | None) -> RunResult:
-            asked.append(lead)  # noqa: B023
-            return result(spec, 1e-4)
-
-        outcome, _ = run_plan([control, attack], execute)
-        assert len(outcome.runs) == 12, "six each"
-        assert set(asked) == {None}
+@pytest.mark.parametrize("changes", [{"thorough": True}, {"stop_at_divergence": False}, {"warmup_steps": 9}])
+def test_a_thorough_search_and_one_that_may_come_back_take_over_nothing(changes: dict[str, Any]) -> None:
+    attack = make_series("a")
+    attack = (
+        replace(attack, **changes) if "thorough" in changes else replace(attack, first=replace(attack.first, **changes))
+    )
+    made, execute = recorder(lambda spec: result(spec, 1e-4))
+    outcome, _ = run_plan([replace(attack, first=attack.first.control("c")), attack], execute)
+    assert len(outcome.runs) == 12, "six each"
+    assert {lead for _, lead in made} == {None}
 
 
 @pytest.mark.parametrize("follows", [True, False])
 def test_a_plan_in_haste_that_is_given_again_makes_no_further_run(follows: bool) -> None:
     """The control is best between two decades, and was compared with at the best one before that was known."""
-    made: list[RunSpec] = []
-
-    def execute(spec: RunSpec, *_: Any) -> RunResult:
-        made.append(spec)
-        return result(spec, 4e-4 if follows or spec.subject == "control" else 1e-8)
-
+    made, execute = recorder(lambda spec: result(spec, 4e-4 if follows or spec.subject == "control" else 1e-8))
     attack = make_series("a")
     plan = [replace(attack, first=attack.first.control("c")), attack]
     first, kept = run_plan(plan, execute, deadline=Deadline(1e9))
@@ -330,13 +328,9 @@ def test_a_plan_in_haste_that_is_given_again_makes_no_further_run(follows: bool)
 
 
 def test_runs_have_to_beat_what_was_finished_when_they_were_chosen() -> None:
-    asked: dict[tuple[float, int], Lead | None] = {}
-
-    def execute(spec: RunSpec, _: Any, lead: Lead | None) -> RunResult:
-        asked[spec.learning_rate, spec.seed] = lead
-        return result(spec, 1e-4)
-
+    made, execute = recorder(lambda spec: result(spec, 1e-4))
     run_plan([make_series("a", seeds=(0, 1))], execute)
+    asked = {(spec.learning_rate, spec.seed): lead for spec, lead in made}
     start = EvalPoint(0, 3.0, 0.0)
     first = [asked[rate, 0] for rate in GRID]
     assert first == [Lead(), Lead(), Lead(0.75, start), Lead(0.75, start)], "two at a time"
@@ -346,19 +340,12 @@ def test_runs_have_to_beat_what_was_finished_when_they_were_chosen() -> None:
 
 def test_a_shortened_run_serves_searches_alone() -> None:
     spec = replace(make_series("a").first, learning_rate=1e-2)
-    for shortened in (
-        replace(result(spec, 1e-4), stopped=5),
-        replace(result(spec, 1e-4), divergence=Divergence(3, "training loss is beyond twice the start")),
-    ):
-        for search, again in ((True, False), (False, True)):
-            made: list[RunSpec] = []
-
-            def execute(spec: RunSpec, *_: Any) -> RunResult:
-                made.append(spec)  # noqa: B023
-                return result(spec, 1e-4)
-
+    beyond = Divergence(3, "training loss is beyond twice the start")
+    for shortened in (replace(result(spec, 1e-4), stopped=5), replace(result(spec, 1e-4), divergence=beyond)):
+        for search in (True, False):
+            made, execute = recorder(lambda spec: result(spec, 1e-4))
             run_plan([make_series("a", search=search)], execute, kept={spec: shortened})
-            assert (spec in made) is again
+            assert (spec in [run for run, _ in made]) is not search
 
 
 def ended_early(run: RunResult, lead: Lead | None) -> RunResult:

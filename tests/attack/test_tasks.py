@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from specdef_cli import AttackOptions
 from specdef_cli.attack.run import plan_attack
@@ -38,62 +38,34 @@ VISION = {
 }  # fmt: skip
 
 
-def t5() -> PreTrainedModel:
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=264, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=257,
-            pad_token_id=257, eos_token_id=256,
-        )
-    )  # fmt: skip
-
-
-def llava() -> PreTrainedModel:
-    return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            text_config=transformers.LlamaConfig(**DECODER),
-            vision_config=transformers.CLIPVisionConfig(**VISION),
-            image_token_id=260,
-        )
-    )
-
-
-def qwen2_vl() -> PreTrainedModel:
-    return transformers.Qwen2VLForConditionalGeneration(
-        transformers.Qwen2VLConfig(
-            text_config={**DECODER, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
-            vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
-            image_token_id=260, video_token_id=261, vision_start_token_id=262, vision_end_token_id=263,
-        )
-    )  # fmt: skip
-
-
-def gemma3() -> PreTrainedModel:
-    return transformers.Gemma3ForConditionalGeneration(
-        transformers.Gemma3Config(
-            text_config=transformers.Gemma3TextConfig(**DECODER, head_dim=8),
-            vision_config=transformers.SiglipVisionConfig(**VISION),
-            image_token_id=260, mm_tokens_per_image=4, boi_token_index=261, eoi_token_index=262,
-        )
-    )  # fmt: skip
-
-
-def bert() -> PreTrainedModel:
-    return transformers.BertForMaskedLM(transformers.BertConfig(**TEXT, pad_token_id=257))
-
-
-MODELS: dict[str, tuple[Callable[[], PreTrainedModel], PreTrainedTokenizerFast, Task]] = {
-    "t5": (t5, ENDING, "seq2seq-lm"),
-    "bert": (bert, MASKING, "masked-lm"),
-    "llava": (llava, byte_tokenizer(), "causal-lm"),
-    "qwen2-vl": (qwen2_vl, byte_tokenizer(), "causal-lm"),
-    "gemma3": (gemma3, byte_tokenizer(), "causal-lm"),
-}
+# The class, the arguments of its config, the tokenizer and the task.
+MODELS: dict[str, tuple[str, dict[str, Any], PreTrainedTokenizerFast, Task]] = {
+    "t5": ("T5ForConditionalGeneration", {
+        "vocab_size": 264, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+        "decoder_start_token_id": 257, "pad_token_id": 257, "eos_token_id": 256,
+    }, ENDING, "seq2seq-lm"),
+    "bert": ("BertForMaskedLM", {**TEXT, "pad_token_id": 257}, MASKING, "masked-lm"),
+    "llava": ("LlavaForConditionalGeneration", {
+        "text_config": {"model_type": "llama", **DECODER}, "image_token_id": 260,
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+    }, byte_tokenizer(), "causal-lm"),
+    "qwen2-vl": ("Qwen2VLForConditionalGeneration", {
+        "text_config": {**DECODER, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
+        "image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263,
+    }, byte_tokenizer(), "causal-lm"),
+    "gemma3": ("Gemma3ForConditionalGeneration", {
+        "text_config": {**DECODER, "head_dim": 8}, "vision_config": VISION, "image_token_id": 260,
+        "mm_tokens_per_image": 4, "boi_token_index": 261, "eoi_token_index": 262,
+    }, byte_tokenizer(), "causal-lm"),
+}  # fmt: skip
 
 
 def save(name: str, directory: Path) -> Path:
-    make, tokenizer, _ = MODELS[name]
+    kind, arguments, tokenizer, _ = MODELS[name]
     torch.manual_seed(0)
-    make().save_pretrained(directory)
+    make = getattr(transformers, kind)
+    make(make.config_class(**arguments)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -102,9 +74,9 @@ def save(name: str, directory: Path) -> Path:
 def test_a_language_model_is_trained_as_what_it_is(name: str, tmp_path: Path) -> None:
     directory = save(name, tmp_path / name)
     task, _ = task_of(read_config(directory), directory, None)
-    assert task == MODELS[name][2]
+    assert task == MODELS[name][3]
     data = load(None, directory, task)
-    read = MODELS[name][1].decode(data.train[0]["input_ids"])
+    read = MODELS[name][2].decode(data.train[0]["input_ids"])
     begins, ends = {"t5": ("", "<end>"), "bert": ("<cls>", "<sep>")}.get(name, ("", ""))
     assert read.startswith(begins), "as its tokenizer begins a text"
     assert read.endswith(ends), "and as it ends one"

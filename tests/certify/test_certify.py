@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from specdef_cli import AttackOptions, attack
 from specdef_cli.certify import curvature as curvature_module
@@ -25,6 +24,10 @@ from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
 from specdef_cli.report.files import write_report
 from tests.commands import assert_refused, call_cli, succeed
+from tests.hardening.mutations import edit_json, tensor
+
+QUICK = ("--formats", "none", "--no-curvature")
+NO_CARD = (*QUICK, "--no-card")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +99,7 @@ def test_a_sound_checkpoint(
     assert informed["label"] in card
     assert "secure" not in card.lower()
     request.getfixturevalue("no_fresh_process")
-    certify(attacked, text, tmp_path / "again", "--formats", "none", "--no-curvature", model=hardened)
+    certify(attacked, text, tmp_path / "again", *QUICK, model=hardened)
     card = (hardened / "README.md").read_text()
     assert card.count("### Certificate") == card.count("### Attacks") == card.count("## SpecDef") == 1
     assert "not measured" in card
@@ -118,6 +121,12 @@ def write_sealed(directory: Path, certificate: dict[str, Any]) -> None:
     (directory / "certificate.json").write_text(text)
 
 
+@pytest.fixture
+def copied(certified: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The hardened directory with its certificate, to be spoiled."""
+    return shutil.copytree(certified[0], tmp_path / "hardened")
+
+
 @pytest.fixture(scope="module")
 def certified(
     attacked: tuple[Path, Path, Path], text: Path, tmp_path_factory: pytest.TempPathFactory
@@ -125,13 +134,11 @@ def certified(
     """A hardened directory with its certificate, and where that was written."""
     root = tmp_path_factory.mktemp("certified")
     hardened = shutil.copytree(attacked[1], root / "hardened")
-    skip = ("--formats", "none", "--no-curvature")
     base, _, report = attacked
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("specdef_cli.certify.function._fresh_process", lambda *_: (True, ""))
-        assert (
-            certify((base, hardened, report.parent), text, root / "out", *skip)[0] == 0
-        )  # the report by its directory
+        by_directory = (base, hardened, report.parent)
+        assert certify(by_directory, text, root / "out", *QUICK)[0] == 0
     return hardened, root / "out"
 
 
@@ -165,10 +172,10 @@ def test_a_certificate_is_checked_against_the_files(
 
 
 def test_a_certificate_that_does_not_fit_differs(
-    attacked: tuple[Path, Path, Path], certified: tuple[Path, Path], tmp_path: Path
+    attacked: tuple[Path, Path, Path], copied: Path, tmp_path: Path
 ) -> None:
-    base, report = attacked[0], attacked[2]
-    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
+    base, _, report = attacked
+    hardened = copied
     whole = ("--base", base, "--attacks", report)
     written = (hardened / "certificate.json").read_text()
 
@@ -233,47 +240,41 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_what_was_forged_differs(
-    attacked: tuple[Path, Path, Path], certified: tuple[Path, Path], tmp_path: Path, forgery: str
-) -> None:
-    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
-    certificate = json.loads((hardened / "certificate.json").read_text())
+def test_what_was_forged_differs(attacked: tuple[Path, Path, Path], copied: Path, forgery: str) -> None:
+    certificate = json.loads((copied / "certificate.json").read_text())
     change, noticed = FORGERIES[forgery]
     change(certificate)
-    write_sealed(hardened, certificate)
-    code, found = check(hardened, "--base", attacked[0], "--attacks", attacked[2])
+    write_sealed(copied, certificate)
+    code, found = check(copied, "--base", attacked[0], "--attacks", attacked[2])
     assert code == 1
     assert {name for name, result in found.items() if result == "differs"} >= noticed
 
 
-def test_a_figure_that_was_not_finite_is_no_forgery(certified: tuple[Path, Path], tmp_path: Path) -> None:
-    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
-    certificate = json.loads((hardened / "certificate.json").read_text())
+def test_a_figure_that_was_not_finite_is_no_forgery(copied: Path) -> None:
+    certificate = json.loads((copied / "certificate.json").read_text())
     certificate["function"]["outputs"]["kl"] = None
-    write_sealed(hardened, certificate)
-    code, found = check(hardened)
+    write_sealed(copied, certificate)
+    code, found = check(copied)
     assert (code, found["verdicts"]) == (0, "not checked")
 
 
-def test_a_card_that_says_otherwise_differs(certified: tuple[Path, Path], tmp_path: Path) -> None:
-    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
-    card = hardened / "README.md"
+def test_a_card_that_says_otherwise_differs(copied: Path) -> None:
+    card = copied / "README.md"
     written = card.read_text()
     card.write_text(written.replace("- curvature: not measured.", "- curvature: holds."))
-    code, found = check(hardened)
+    code, found = check(copied)
     assert (code, found["model card"]) == (1, "differs")
     card.write_text(re.sub("not slowed|not settled|slowed|stopped|unknown", "broken", written))  # as a later attack may
-    code, found = check(hardened)
+    code, found = check(copied)
     assert (code, found["model card"]) == (0, "not checked")
 
 
-def test_code_that_a_model_brings_is_hashed_too(certified: tuple[Path, Path], tmp_path: Path) -> None:
-    hardened = shutil.copytree(certified[0], tmp_path / "hardened")
-    if not read_manifest(hardened).factored:
+def test_code_that_a_model_brings_is_hashed_too(copied: Path) -> None:
+    if not read_manifest(copied).factored:
         pytest.skip("a fold brings no code")
-    with (hardened / "configuration_specdef.py").open("a") as file:
+    with (copied / "configuration_specdef.py").open("a") as file:
         file.write("\n# and something else\n")
-    code, found = check(hardened)
+    code, found = check(copied)
     assert (code, found["hardened files"]) == (1, "differs")
 
 
@@ -281,9 +282,8 @@ def test_code_that_a_model_brings_is_hashed_too(certified: tuple[Path, Path], tm
 def test_changed_weights_fail(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
     """One matrix that hardening did not touch is another one: the function and the hash say so."""
     hardened = tamper(attacked[1], tmp_path / "hardened", "model.layers.1.self_attn.q_proj.weight", 1.5)
-    skip = ("--formats", "none", "--no-curvature", "--no-card")
     # The report names the manifest, and the manifest is unchanged.
-    code, certificate = certify(attacked, text, tmp_path / "out", *skip, model=hardened)
+    code, certificate = certify(attacked, text, tmp_path / "out", *NO_CARD, model=hardened)
     assert code == 1
     assert verdicts(certificate)["function"] is False
     assert certificate["function"]["changed_files"] == ["model.safetensors"]
@@ -308,48 +308,32 @@ def test_weights_that_are_not_as_planned_fail(attacked: tuple[Path, Path, Path],
     """The function is kept, but a changed tensor is not what the manifest says: half as inflated, or not the base's."""
     manifest = read_manifest(attacked[1])
     hardened = shutil.copytree(attacked[1], tmp_path / "hardened")
-    weights = load_file(hardened / "model.safetensors")
     if manifest.factored:
         layer = manifest.factored[0]
-        weights[layer.inflated_tensor] /= 2
-        weights[layer.compensation_tensor] *= 2
-    else:
-        for name in ("up_proj", "down_proj"):  # an even factor on a pair, which no output sees
-            weights[f"model.layers.0.mlp.{name}.weight"] *= 2 if name == "up_proj" else 0.5
-    save_file(weights, hardened / "model.safetensors", {"format": "pt"})
-    rewrite_hash(hardened)
-    skip = ("--formats", "none", "--no-curvature", "--no-card")
-    report = json.loads(attacked[2].read_text())
+        changed = {layer.inflated_tensor: 0.5, layer.compensation_tensor: 2.0}
+    else:  # an even factor on a pair, which no output sees
+        changed = {"model.layers.0.mlp.up_proj.weight": 2.0, "model.layers.0.mlp.down_proj.weight": 0.5}
+    for name, factor in changed.items():
+        tensor(name, lambda weight, factor=factor: weight * factor)(hardened)  # type: ignore[misc]
+    edit_json("specdef.json", shards={"model.safetensors": file_sha256(hardened / "model.safetensors")})(hardened)
+    report = attacked[2].read_text()
     relabelled = tmp_path / "report.json"
-
-    relabelled.write_text(
-        json.dumps(report).replace(open_model(attacked[1]).fingerprint, open_model(hardened).fingerprint)
-    )
-    code, certificate = certify((attacked[0], hardened, relabelled), text, tmp_path / "out", *skip)
+    relabelled.write_text(report.replace(open_model(attacked[1]).fingerprint, open_model(hardened).fingerprint))
+    code, certificate = certify((attacked[0], hardened, relabelled), text, tmp_path / "out", *NO_CARD)
     assert code == 1
     assert verdicts(certificate) == {"function": True, "spectrum": False, "curvature": None}
 
 
-def tamper(source: Path, target: Path, tensor: str, factor: float) -> Path:
+def tamper(source: Path, target: Path, name: str, factor: float) -> Path:
     shutil.copytree(source, target)
-    weights = load_file(target / "model.safetensors")
-    weights[tensor] = weights[tensor] * factor
-    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    tensor(name, lambda weight: weight * factor)(target)
     return target
-
-
-def rewrite_hash(directory: Path) -> None:
-    manifest = json.loads((directory / "specdef.json").read_text())
-    manifest["shards"] = {"model.safetensors": file_sha256(directory / "model.safetensors")}
-    (directory / "specdef.json").write_text(json.dumps(manifest))
 
 
 def test_refusals(attacked: tuple[Path, Path, Path], text: Path, tmp_path: Path) -> None:
     base, hardened, report = attacked
     other = shutil.copytree(hardened, tmp_path / "other")
-    rewritten = json.loads((other / "specdef.json").read_text())
-    rewritten["seed"] = 7
-    (other / "specdef.json").write_text(json.dumps(rewritten))
+    edit_json("specdef.json", seed=7)(other)
     out = tmp_path / "out"
     common = ("--out", out, "--text", text)
     assert_refused(call_cli("certify", other, "--base", base, "--attacks", report, *common), "report.json")

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from specdef_cli.certify import formats
 from specdef_cli.certify.formats import (
@@ -33,6 +32,7 @@ from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import open_model
 from tests.commands import TINY_LLAMA
 from tests.hardened import harden_to
+from tests.hardening.mutations import edit_tensors
 from tests.tiny_families import write_case
 
 
@@ -62,25 +62,21 @@ def one(base: Path, hardened: Path, tokens: torch.Tensor | None, name: str) -> F
 
 def damaged(out: Path) -> Path:
     """The tiny Llama with the signs of one layer's outputs turned: it loads everywhere, and says nothing sensible."""
+
+    def turn(weights: dict[str, torch.Tensor]) -> None:
+        for name in weights:
+            if name.endswith(("down_proj.weight", "o_proj.weight")):
+                weights[name] = -3 * weights[name]
+
     shutil.copytree(TINY_LLAMA, out)
-    path = next(out.glob("*.safetensors"))
-    weights = load_file(path)
-    for name in weights:
-        if name.endswith(("down_proj.weight", "o_proj.weight")):
-            weights[name] = -3 * weights[name]
-    save_file(weights, path, metadata={"format": "pt"})
-    return out
-
-
-def copied(directory: Path, out: Path) -> Path:
-    shutil.copytree(directory, out)
+    edit_tensors(out, turn)
     return out
 
 
 @pytest.mark.slow
 def test_an_unhardened_copy_keeps_everything_to_the_last_bit(tmp_path: Path, tokens: torch.Tensor) -> None:
     seen: list[FormatFigure] = []
-    copy = copied(TINY_LLAMA, tmp_path / "copy")
+    copy = shutil.copytree(TINY_LLAMA, tmp_path / "copy")
     names = [name for name in FORMATS if name != "compile"]
     figures = measure_formats(open_model(TINY_LLAMA), open_model(copy), tokens, names, on_figure=seen.append)
     assert [figure.format for figure in figures] == names
@@ -118,7 +114,7 @@ def test_engines_keep_a_copy_and_see_a_broken_one(name: str, tmp_path: Path, tok
     tool = FORMATS[name].tool
     if missing(tool):
         pytest.skip(missing(tool))
-    kept = one(TINY_LLAMA, copied(TINY_LLAMA, tmp_path / "copy"), tokens, name)
+    kept = one(TINY_LLAMA, shutil.copytree(TINY_LLAMA, tmp_path / "copy"), tokens, name)
     if kept.status == "skipped":
         pytest.skip(kept.note)  # what the engine does not take at this size
     assert kept.status == "kept", kept
@@ -165,17 +161,13 @@ def test_what_is_no_language_model_is_measured_by_its_outputs(checkpoints: dict[
     base = checkpoints["vit"]
     harden_to(tmp_path / "factors", base, Factors(alpha=1e3, top_k=4))
     names = ["float32", "bfloat16", "gguf-f32"]
-    figures = {
-        figure.format: figure
-        for figure in measure_formats(open_model(base), open_model(tmp_path / "factors"), None, names)
-    }
+    found = measure_formats(open_model(base), open_model(tmp_path / "factors"), None, names)
+    figures = {figure.format: figure for figure in found}
     assert {figure.measure for figure in figures.values()} == {"relative error"}
     assert figures["float32"].base == 0
     assert figures["float32"].hardened == pytest.approx(0, abs=1e-3)
     assert figures["float32"].status == "kept"
-    rounded = figures["bfloat16"].base
-    assert rounded is not None
-    assert 1e-4 < rounded < 0.05
+    assert 1e-4 < (figures["bfloat16"].base or 0) < 0.05
     assert figures["gguf-f32"].status == "skipped"
 
 
@@ -200,7 +192,7 @@ def test_a_base_that_breaks_by_itself_says_nothing_of_the_hardening(
     fold: Path, tmp_path: Path, tokens: torch.Tensor
 ) -> None:
     # The fold stands for a base with such outliers.
-    figure = one(fold, copied(fold, tmp_path / "copy"), tokens, "float16")
+    figure = one(fold, shutil.copytree(fold, tmp_path / "copy"), tokens, "float16")
     assert (figure.status, figure.base, figure.hardened) == ("skipped", None, None)
     assert "base itself" in figure.note
 

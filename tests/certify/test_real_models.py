@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from specdef_cli.certify.formats import FORMATS, measure_format, measure_formats
 from specdef_cli.certify.tools import LLAMA_CPP, Trial, missing
@@ -17,6 +16,7 @@ from specdef_cli.model.opened import open_model
 from tests.commands import REPOSITORY, run_cli
 from tests.consumer_tables import TABLES, generator
 from tests.examples.test_consumer_rows import one, rows
+from tests.hardening.mutations import edit_tensors
 
 SMOLLM2 = REPOSITORY / "models" / "smollm2-135m-instruct"
 CONVERTED = REPOSITORY / "models" / "tools" / "llama.cpp"
@@ -46,14 +46,15 @@ def tokens() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with the gains of the norms before its MLPs scaled by 2^12: it loads everywhere."""
-    out = tmp_path_factory.mktemp("damaged") / "model"
-    shutil.copytree(SMOLLM2, out)
-    for path in out.glob("*.safetensors"):
-        weights = load_file(path)
-        for name, weight in weights.items():
+    out = shutil.copytree(SMOLLM2, tmp_path_factory.mktemp("damaged") / "model")
+
+    def scale(weights: dict[str, torch.Tensor]) -> None:
+        for name in weights:
             if name.endswith("post_attention_layernorm.weight"):
-                weights[name] = weight * 2.0**12
-        save_file(weights, path, metadata={"format": "pt"})
+                weights[name] = weights[name] * 2.0**12
+
+    for path in out.glob("*.safetensors"):
+        edit_tensors(out, scale, path.name)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from specdef_cli.certify.formats import FormatFigure, Outcome, compare, measure_format
 from specdef_cli.certify.tools import Trial
 from specdef_cli.model.opened import open_model
-from tests.certify.test_formats import copied, damaged, tokens
+from tests.certify.test_formats import damaged, tokens
 from tests.commands import TINY_LLAMA
 from tests.hardened import harden_to
 from tests.scripts import script
@@ -32,7 +33,7 @@ def one(hardened: Path, tokens: torch.Tensor, name: str, scratch: Path, base: Pa
 def test_consumers_keep_a_copy_and_see_a_broken_one(name: str, tmp_path: Path, tokens: torch.Tensor) -> None:
     if reason := rows.missing(rows.ROWS[name].tool):
         pytest.skip(reason)
-    kept = one(copied(TINY_LLAMA, tmp_path / "copy"), tokens, name, tmp_path / "a")
+    kept = one(shutil.copytree(TINY_LLAMA, tmp_path / "copy"), tokens, name, tmp_path / "a")
     assert kept.status == "kept", kept
     assert kept.hardened == pytest.approx(kept.base, abs=1e-3)
     broken = one(damaged(tmp_path / "broken"), tokens, name, tmp_path / "b")
@@ -44,7 +45,9 @@ def test_an_adapter_carried_over_holds_attached_and_merged(tmp_path: Path, token
     for name in ("lora", "lora-merged"):
         figure = one(tmp_path / "fold", tokens, name, tmp_path / name)
         assert figure.status == "kept", figure
-        plain = one(copied(TINY_LLAMA, tmp_path / f"copy-{name}"), tokens, "float32", tmp_path / f"plain-{name}")
+        plain = one(
+            shutil.copytree(TINY_LLAMA, tmp_path / f"copy-{name}"), tokens, "float32", tmp_path / f"plain-{name}"
+        )
         assert figure.base != pytest.approx(plain.base, abs=0.01), "the adapter does nothing"
 
 

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.commands import Result, assert_refused, call_cli, snapshot, succeed
 from tests.faults.small_attack import SMALL, finished_runs
 from tests.hardening.mutations import (
     DOWN,
+    GIT_LFS,
     REMOVED,
     Mutation,
     content,
     edit_json,
     element,
-    raw_bytes,
     spoiled,
     tensor,
 )
@@ -46,10 +45,8 @@ def test_a_broken_base_is_not_attacked(name: str, llama: Path, tmp_path: Path, o
     assert snapshot(directory) == before
 
 
+# What `collapse` and `inspect` refuse at the same door is in test_refusals.
 HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
-    "W~ missing": (tensor(INFLATED, None), (INFLATED, "missing")),
-    "W~ in int8": (tensor(INFLATED, lambda weight: weight.to(torch.int8)), (INFLATED, "I8", "specdef.json")),
-    "manifest not JSON": (content("specdef.json", "{"), ("specdef.json", "not a valid manifest")),
     "manifest gone, and the list of layers": (
         lambda directory: (
             (directory / "specdef.json").unlink() or edit_json("config.json", quantization_config=REMOVED)(directory)
@@ -60,7 +57,6 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
         lambda directory: (directory / "specdef.json").unlink() or tensor(INFLATED, None)(directory),
         (INFLATED, "missing"),
     ),
-    "truncated": (raw_bytes(lambda data: data[:-5]), ("model.safetensors",)),
     "weights behind a link": (
         lambda directory: (
             (directory / "model.safetensors").rename(directory.parent / "elsewhere.safetensors")
@@ -99,6 +95,7 @@ def unknown_tokens(directory: Path) -> None:
 
 
 TOKENIZERS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
+    "cloned without Git LFS": (content("tokenizer.json", GIT_LFS), ("tokenizer.json", "git lfs pull")),
     "of another model": (unknown_tokens, ("tokenizer", "token id 5", "vocabulary of 96")),
     "not JSON": (content("tokenizer.json", "{"), ("tokenizer", "cannot be loaded")),
     "of another shape": (content("tokenizer.json", '{"model": 3}'), ("tokenizer", "cannot be loaded")),

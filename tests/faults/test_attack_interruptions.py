@@ -17,7 +17,6 @@ import pytest
 
 from specdef_cli.checkpoint.files import write_durably
 from specdef_cli.checkpoint.output import exclusive
-from specdef_cli.errors import SpecDefError
 from tests.commands import Die, assert_refused, call_cli, command, death, environment, succeed
 from tests.faults.small_attack import RUNS, SMALL, finished_runs, identities, visible
 
@@ -105,17 +104,13 @@ def test_it_goes_on_when_the_disk_has_room_again(
 
 
 def test_a_second_attack_on_the_same_directory_is_told(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    with exclusive(tmp_path / "out"):
-        result = call_cli(*arguments, tmp_path / "out")
-    assert_refused(result, f"another run is writing {tmp_path / 'out'}", empty=tmp_path)
-
-
-def test_the_lock_is_the_same_when_the_directory_has_come_into_being(tmp_path: Path) -> None:
-    """An attack makes its directory while it holds the lock."""
-    with exclusive(tmp_path / "out"):
-        (tmp_path / "out").mkdir()
-        with pytest.raises(SpecDefError, match="another run is writing"), exclusive(tmp_path / "out"):
-            pass
+    """An attack makes its directory while it holds the lock: it is the same before and afterwards."""
+    out = tmp_path / "out"
+    with exclusive(out):
+        assert_refused(call_cli(*arguments, out), f"another run is writing {out}")
+        assert not out.exists()
+        out.mkdir()
+        assert_refused(call_cli(*arguments, out), f"another run is writing {out}", empty=out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import LlamaForCausalLM
 
 from specdef_cli.model import load_model
@@ -64,30 +63,41 @@ def test_the_weights_are_those_that_transformers_loads(case: str, llama: Path, t
     assert call_cli("harden", directory, "--dry-run", *FOLD).stderr == result.stderr
 
 
-def sentence_transformer(directory: Path) -> None:
-    """The files around a transformer with a dense layer after it, as sentence-transformers saves them."""
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
-    ]
-    (directory / "modules.json").write_text(json.dumps(modules))
-    for name in ("1_Pooling", "2_Dense"):
-        (directory / name).mkdir()
-        (directory / name / "config.json").write_text("{}")
-    save_file({"linear.weight": torch.ones(12, 32)}, directory / "2_Dense" / SINGLE)
+def added(files: Mapping[str, bytes | str]) -> Mutation:
+    """Files of this content beside those of the model, or below."""
+
+    def apply(directory: Path) -> None:
+        for name, data in files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            content(name, data)(directory)
+
+    return apply
 
 
-def in_many_formats(directory: Path) -> None:
-    for name in ("pytorch_model.bin", "onnx/model.onnx", "model.Q8_0.gguf", "optimizer.pt", "tf_model.h5"):
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_bytes(b"x")
-    (directory / "onnx" / "config.json").write_text("{}")
-
-
-def copied_below(directory: Path) -> None:
-    (directory / "original").mkdir()
-    shutil.copyfile(directory / SINGLE, directory / "original" / SINGLE)
+MODULES = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Dense", "Dense")]
+DENSE = f"2_Dense/{SINGLE}"
+# The files around a transformer with a dense layer after it, as sentence-transformers saves them.
+SENTENCES: dict[str, bytes | str] = {
+    "modules.json": json.dumps(
+        [{"idx": int(n), "name": n, "path": path, "type": f"sentence_transformers.models.{kind}"}
+         for n, path, kind in MODULES]
+    ),
+    "1_Pooling/config.json": "{}", "2_Dense/config.json": "{}", DENSE: save({"linear.weight": torch.ones(12, 32)}),
+}  # fmt: skip
+OTHER_FORMATS = ("pytorch_model.bin", "onnx/model.onnx", "model.Q8_0.gguf", "optimizer.pt", "tf_model.h5")
+UNKNOWN = (
+    "rust_model.ot",
+    "saved_model/variables.data-00000-of-00001",
+    "model.safetensors.bak",
+    "onnx/model.onnx.data",
+)
+NO_WEIGHTS: dict[str, bytes | str] = {
+    "tokenizer.model": b"\n\0", "LICENSE": "© 2026".encode("cp1252"), "images/a.png": b"\0",
+    "chat_template.jinja": b"{{ x }}", "code.py": b"",
+}  # fmt: skip
+ADAPTER: dict[str, bytes | str] = {
+    "adapter_config.json": "{}", "adapter_model.safetensors": save({"base_model.x": torch.ones(2, 2)}),
+}  # fmt: skip
 
 
 def under_other_names(directory: Path) -> None:
@@ -95,59 +105,34 @@ def under_other_names(directory: Path) -> None:
     save_file(tensors, directory / "consolidated.safetensors")
 
 
-def in_unknown_kinds(directory: Path) -> None:
-    data = (directory / SINGLE).read_bytes()
-    for name in ("rust_model.ot", "saved_model/variables.data-00000-of-00001", "model.safetensors.bak",
-                 "onnx/model.onnx.data"):  # fmt: skip
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_bytes(data)
-    (directory / "images").mkdir()
-    for name, data in {"tokenizer.model": b"\n\0", "LICENSE": "© 2026".encode("cp1252"), "images/a.png": b"\0",
-                          "chat_template.jinja": b"{{ x }}", "code.py": b""}.items():  # fmt: skip
-        (directory / name).write_bytes(data)
-
-
-def adapter_below(directory: Path) -> None:
-    (directory / "lora").mkdir()
-    (directory / "lora" / "adapter_config.json").write_text("{}")
-    save_file({"base_model.x": torch.ones(2, 2)}, directory / "lora" / "adapter_model.safetensors")
-
-
 def linked(directory: Path) -> None:
-    (directory / "assets").mkdir()
-    (directory / "assets" / "a.txt").write_text("a")
+    added({"assets/a.txt": "a"})(directory)
     (directory / "alias").symlink_to("assets")
     (directory / "gone.txt").symlink_to("nowhere")
 
 
 # What is added → files that are carried over, and files that are named as left out.
-COMPANIONS: dict[str, tuple[Mutation, set[str], set[str]]] = {
-    "modules of sentence-transformers": (
-        sentence_transformer,
-        {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"},
-        set(),
-    ),
+COMPANIONS: dict[str, tuple[Mutation, Iterable[str], Iterable[str]]] = {
+    "modules of sentence-transformers": (added(SENTENCES), SENTENCES, ()),
     "other formats": (
-        in_many_formats,
-        {"onnx/config.json"},
-        {"pytorch_model.bin", "onnx/model.onnx", "model.Q8_0.gguf", "optimizer.pt", "tf_model.h5"},
+        added({**dict.fromkeys(OTHER_FORMATS, b"x"), "onnx/config.json": "{}"}), ["onnx/config.json"], OTHER_FORMATS,
     ),
     "kinds that nobody knows": (
-        in_unknown_kinds,
-        {"tokenizer.model", "LICENSE", "images/a.png", "chat_template.jinja", "code.py"},
-        {"rust_model.ot", "saved_model/variables.data-00000-of-00001", "model.safetensors.bak", "onnx/model.onnx.data"},
+        lambda d: added({**dict.fromkeys(UNKNOWN, (d / SINGLE).read_bytes()), **NO_WEIGHTS})(d), NO_WEIGHTS, UNKNOWN,
     ),
-    "a copy of the model below": (copied_below, set(), {"original/model.safetensors"}),
-    "a copy under other names": (under_other_names, set(), {"consolidated.safetensors"}),
-    "an adapter below": (adapter_below, set(), {"lora/adapter_config.json", "lora/adapter_model.safetensors"}),
-    "links": (linked, {"assets/a.txt"}, {"alias", "gone.txt"}),
-    "hidden files": (content(".env", "SECRET=1"), set(), {".env"}),
+    "a copy of the model below": (
+        lambda d: added({f"original/{SINGLE}": (d / SINGLE).read_bytes()})(d), (), [f"original/{SINGLE}"],
+    ),
+    "a copy under other names": (under_other_names, (), ["consolidated.safetensors"]),
+    "an adapter below": (
+        added({f"lora/{name}": data for name, data in ADAPTER.items()}), (), [f"lora/{name}" for name in ADAPTER],
+    ),
+    "links": (linked, ["assets/a.txt"], ["alias", "gone.txt"]),
+    "hidden files": (added({".env": "SECRET=1"}), (), [".env"]),
     "weights of another part": (
-        lambda d: save_file({"projector.weight": torch.ones(7, 5)}, d / "projector.safetensors"),
-        {"projector.safetensors"},
-        set(),
+        added({"projector.safetensors": save({"projector.weight": torch.ones(7, 5)})}), ["projector.safetensors"], (),
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", COMPANIONS)
@@ -167,12 +152,12 @@ def test_every_file_is_carried_over_or_named(case: str, llama: Path, tmp_path: P
 
 
 def test_a_module_that_is_only_pickled_is_refused(llama: Path, tmp_path: Path) -> None:
-    directory = spoiled(llama, tmp_path, sentence_transformer)
-    (directory / "2_Dense" / SINGLE).rename(directory / "2_Dense" / "pytorch_model.bin")
-    command = ("harden", directory, "--out", tmp_path / "out", *FOLD)
-    assert_refused(call_cli(*command), "2_Dense", "Dense", "save_pretrained")
-    (directory / "2_Dense" / "pytorch_model.bin").unlink()  # as from the Hub, where pickles are not downloaded
-    assert_refused(call_cli(*command), "2_Dense", "Dense", "save_pretrained")
+    directory = spoiled(llama, tmp_path, added(SENTENCES))
+    pickled = (directory / DENSE).rename(directory / "2_Dense" / "pytorch_model.bin")
+    for _ in range(2):
+        refused = call_cli("harden", directory, "--out", tmp_path / "out", *FOLD)
+        assert_refused(refused, "2_Dense", "Dense", "save_pretrained")
+        pickled.unlink(missing_ok=True)  # as from the Hub, where pickles are not downloaded
 
 
 # --- directories that are something else -----------------------------------------------------------------------------
@@ -184,12 +169,7 @@ def emptied(directory: Path) -> None:
 
 
 def holding(name: str, text: str = "{}") -> Mutation:
-    def apply(directory: Path) -> None:
-        emptied(directory)
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text(text)
-
-    return apply
+    return lambda directory: emptied(directory) or added({name: text})(directory)
 
 
 def moved_below(*parts: str) -> Mutation:
@@ -209,16 +189,11 @@ def checkpoints(directory: Path) -> None:
     shutil.copytree(directory / "checkpoint-90", directory / "checkpoint-1000")
 
 
-def adapter_beside(directory: Path) -> None:
-    (directory / "adapter_config.json").write_text("{}")
-    save_file({"base_model.x": torch.ones(2, 2)}, directory / "adapter_model.safetensors")
-
-
-ADAPTER = json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"})
+PEFT = json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"})
 ELSE: dict[str, tuple[Mutation, tuple[str, ...]]] = {
-    "an adapter": (holding("adapter_config.json", ADAPTER), ("adapter of PEFT for org/base", "merge_and_unload")),
+    "an adapter": (holding("adapter_config.json", PEFT), ("adapter of PEFT for org/base", "merge_and_unload")),
     "an adapter without a base": (holding("adapter_config.json", "["), ("adapter of PEFT", "merge_and_unload")),
-    "a model with an adapter": (adapter_beside, ("adapter", "loads both", "Move adapter_config.json")),
+    "a model with an adapter": (added(ADAPTER), ("adapter", "loads both", "Move adapter_config.json")),
     "shards without an index": (
         lambda d: without_single(d) or (d / INDEX).unlink(),
         ("model-00001-of-00002.safetensors", INDEX, "Fetch"),
@@ -252,18 +227,14 @@ ELSE: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "empty": (emptied, ("it is empty",)),
     "one JSON file": (holding("tokenizer.json"), ("no config.json",)),
 }  # fmt: skip
-COMMANDS: dict[str, Callable[[Path, Path], tuple[Any, ...]]] = {
-    "harden": lambda model, out: ("harden", model, "--out", out, *FOLD, "--quiet"),
-    "inspect": lambda model, out: ("inspect", model, "--quiet"),
-    "attack": lambda model, out: ("attack", model, "--control", model, "--out", out, "--quiet"),
-}
 
 
 @pytest.mark.parametrize("case", ELSE)
 def test_a_directory_that_is_something_else_is_called_by_its_name(case: str, llama: Path, tmp_path: Path) -> None:
     mutation, words = ELSE[case]
-    directory = spoiled(llama, tmp_path, mutation)
+    directory, out = spoiled(llama, tmp_path, mutation), ("--out", tmp_path / "out")
     before = snapshot(tmp_path)
-    for command in COMMANDS.values():
-        assert_refused(call_cli(*command(directory, tmp_path / "out")), *words)
+    assert_refused(call_cli("harden", directory, *out, *FOLD), *words)
+    assert_refused(call_cli("inspect", directory), *words)
+    assert_refused(call_cli("attack", directory, "--control", directory, *out), *words)
     assert snapshot(tmp_path) == before

@@ -28,9 +28,15 @@ def harden(model: Path, out: Path, *options: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", ["attack", "certify"])
-def test_a_base_is_found_beside_the_hardened_directory(
-    command: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# What is refused after the base was found.
+WRONG: dict[str, tuple[str, ...]] = {
+    "attack": ("--dataset", "nowhere.txt", *SMALL), "certify": ("--text", "nowhere.txt", "--quiet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "option"), [("attack", "--control"), ("certify", "--base")])
+def test_a_base_is_found_beside_the_hardened_directory_or_asked_for(
+    command: str, option: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`harden model` was run in one directory, and the command in another."""
     (tmp_path / "elsewhere").mkdir()
@@ -38,23 +44,11 @@ def test_a_base_is_found_beside_the_hardened_directory(
     shutil.copytree(llama, "model")
     harden(Path("model"), Path("out") / "hardened")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    # What is refused now comes after the base was found.
-    wrong = ("--dataset", "nowhere.txt", *SMALL) if command == "attack" else ("--text", "nowhere.txt", "--quiet")
-    assert_refused(call_cli(command, "../out/hardened", *wrong, "--out", tmp_path / "r"), "nowhere.txt")
-
-
-@pytest.mark.parametrize(("command", "option"), [("attack", "--control"), ("certify", "--base")])
-def test_a_base_that_is_gone_is_named_by_the_commands_own_option(
-    command: str, option: str, llama: Path, tmp_path: Path
-) -> None:
-    base = spoiled(llama, tmp_path)
-    out = harden(base, tmp_path / "out")
-    shutil.rmtree(base)
-    refused = call_cli(command, out, "--quiet", "--out", tmp_path / "r")
-    assert_refused(refused, f"./{base.name}", f"with {option}.")
-    wrong = ("--dataset", "nowhere.txt", *SMALL) if command == "attack" else ("--text", "nowhere.txt", "--quiet")
-    followed = call_cli(command, out, option, llama, *wrong, "--out", tmp_path / "r")
-    assert_refused(followed, "nowhere.txt")
+    run: tuple[str | Path, ...] = (command, "../out/hardened", "--out", tmp_path / "r", *WRONG[command])
+    assert_refused(call_cli(*run), "nowhere.txt")
+    shutil.rmtree(tmp_path / "model")
+    assert_refused(call_cli(*run), "./model", f"with {option}.")
+    assert_refused(call_cli(*run, option, llama), "nowhere.txt")
 
 
 def test_a_task_that_is_advised_is_one_that_the_model_has(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from specdef_cli.hardening import verify as verification
 from specdef_cli.model import load_model, opened
 from tests.commands import Result, assert_refused, call_cli, command, environment, snapshot, succeed
 from tests.faults.small_attack import SMALL
-from tests.hardening.mutations import GIT_LFS, config, content, file_in_place_of, spoiled
+from tests.hardening.mutations import config, content, file_in_place_of, spoiled
 from tests.tiny_kinds import write_kind
 
 FOLD = ("--method", "fold", "--quiet")
@@ -369,12 +369,6 @@ def test_files_that_transformers_reads_with_the_weights(name: str, text: str, ll
     assert_refused(call_cli("harden", directory, *FOLD, "--dry-run"), "cannot be loaded")
     attack = ("attack", directory, "--control", directory, *SMALL, "--out", tmp_path / "out")
     assert_refused(call_cli(*attack), "cannot be loaded")
-
-
-def test_a_tokenizer_cloned_without_git_lfs(llama: Path, tmp_path: Path) -> None:
-    model = spoiled(llama, tmp_path, content("tokenizer.json", GIT_LFS))
-    attack = ("attack", model, "--control", model, *SMALL, "--out", tmp_path / "out")
-    assert_refused(call_cli(*attack), "tokenizer.json", "git lfs pull")
 
 
 def test_a_layer_that_config_json_does_not_count_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.cli.output import Output, SafeStream, safe_streams
-from specdef_cli.errors import SpecDefError, clean_token, redact
+from specdef_cli.cli.output import SafeStream, safe_streams
+from specdef_cli.errors import clean_token, redact
 from specdef_cli.process import forget_stale_launcher
 from tests.commands import Result, assert_refused, call_cli, run_main, succeed
 from tests.faults.small_attack import SMALL
@@ -49,13 +49,9 @@ def every_command(base: Path, hardened: Path, text: Path, out: Path) -> dict[str
     }
 
 
-def copied(model: Path, target: Path) -> Path:
-    return Path(shutil.copytree(model, target))
-
-
 def test_no_pickle_is_ever_loaded(llama: Path, hardened: Path, text: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    base, spoiled = copied(llama, tmp_path / "base"), copied(hardened, tmp_path / "spoiled")
+    base, spoiled = shutil.copytree(llama, tmp_path / "base"), shutil.copytree(hardened, tmp_path / "spoiled")
     for name in PICKLES:
         for directory in (base, spoiled):
             (directory / name).write_bytes(pickle.dumps(Canary(canary)))
@@ -69,18 +65,18 @@ def test_no_pickle_is_ever_loaded(llama: Path, hardened: Path, text: Path, tmp_p
 def test_code_in_a_checkpoint_is_run_only_if_asked_for(llama: Path, hardened: Path, text: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     evil = f"open({str(canary)!r}, 'w').close()\nclass SpecDefConfig: pass\n"
-    base = copied(llama, tmp_path / "base")
+    base = shutil.copytree(llama, tmp_path / "base")
     # transformers knows Llama itself: the code is not needed, and not run.
     for mutate in (content("evil.py", evil), config(auto_map={"AutoConfig": "evil.SpecDefConfig"})):
         mutate(base)
-    shim = copied(hardened, tmp_path / "shim")
+    shim = shutil.copytree(hardened, tmp_path / "shim")
     content("configuration_specdef.py", evil)(shim)
     results = every_command(base, shim, text, tmp_path)
     for name in ("harden", "inspect", "inspect hardened", "collapse", "attack"):
         assert results[name].code == 0, (name, results[name].stderr)
     assert_refused(results["certify"], "configuration_specdef.py", "--trust-remote-code")
     assert not canary.exists()
-    elsewhere = copied(hardened, tmp_path / "elsewhere")
+    elsewhere = shutil.copytree(hardened, tmp_path / "elsewhere")
     config(auto_map={"AutoConfig": "evil.SpecDefConfig"})(elsewhere)
     content("evil.py", evil)(elsewhere)
     options = ("--base", llama, "--text", text, "--quiet", "--out", tmp_path / "no")
@@ -197,8 +193,6 @@ class FullDisk(io.StringIO):
 
 
 class NobodyReads(FullDisk):
-    """A stdout whose reader has gone."""
-
     error = BrokenPipeError(32, "Broken pipe")
 
 
@@ -211,6 +205,7 @@ def test_output_does_not_decide_success(
     codes = []
     for arguments in (
         ("inspect", llama),
+        ("inspect", llama, "--json"),
         ("harden", llama, *FOLD, "--dry-run"),
         ("harden", llama, *FOLD, "--out", tmp_path / "out"),
         ("collapse", tmp_path / "out", "--out", tmp_path / "back", "--json"),
@@ -218,14 +213,14 @@ def test_output_does_not_decide_success(
         with contextlib.redirect_stdout(stdout and stdout()):
             codes.append(run_main(*arguments))
     # What is only printed is lost; what is published is not.
-    assert codes == [inspected, inspected, 0, 0]
+    assert codes == [inspected, inspected, inspected, 0, 0]
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert ("No space left on device" in said) is (stdout is FullDisk)
     assert (tmp_path / "back" / "config.json").is_file()
 
 
-def test_a_stream_takes_text_only_and_passes_the_rest_on() -> None:
+def test_a_stream_takes_secrets_out_and_streams_are_what_they_were_afterwards() -> None:
     inner = io.StringIO()
     stream = SafeStream(inner)
     assert stream.write(f"a {TOKEN} b") == len(f"a {TOKEN} b")
@@ -234,19 +229,10 @@ def test_a_stream_takes_text_only_and_passes_the_rest_on() -> None:
     assert stream.isatty() is False
     with pytest.raises(TypeError):
         stream.write(b"x")  # type: ignore[arg-type]
-
-
-def test_streams_are_what_they_were_afterwards() -> None:
     before = sys.stdout, sys.stderr
     with safe_streams():
         assert isinstance(sys.stdout, SafeStream)
     assert (sys.stdout, sys.stderr) == before
-
-
-def test_a_result_that_is_lost_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", FullDisk())
-    with safe_streams(), pytest.raises(SpecDefError, match="No space left"):
-        Output(as_json=True).data({"a": 1}, None)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -258,20 +244,12 @@ STALE: dict[str, dict[str, str]] = {
     "a rank of eight": {"LOCAL_RANK": "3", "WORLD_SIZE": "1"},
     "MPI": {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
 }
-REFUSED: dict[str, dict[str, str]] = {
-    "two processes": {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
-    "two processes of MPI": {"PMI_SIZE": "2", "PMI_RANK": "1"},
-    "a rank beyond": {"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"},
-    "no number": {"RANK": "x", "WORLD_SIZE": "1"},
-    "a size in words": {"WORLD_SIZE": "two"},
-}
 
 
 @pytest.mark.parametrize("case", STALE)
 def test_what_a_launch_of_one_process_left_is_ignored(case: str) -> None:
     environ = {**STALE[case], "HOME": "/"}
-    note = forget_stale_launcher(environ)
-    assert note is not None
+    note = forget_stale_launcher(environ) or ""
     assert all(name in note for name in STALE[case])
     assert environ == {"HOME": "/"}
 
@@ -290,11 +268,21 @@ def test_a_launch_that_can_be_joined_is_left_alone(environ: dict[str, str]) -> N
     assert environ == before
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+        {"PMI_SIZE": "2", "PMI_RANK": "1"},
+        {"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"},
+        {"RANK": "x", "WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "two"},
+    ],
+    ids=["two processes", "two processes of MPI", "a rank beyond", "no number", "a size in words"],
+)
 def test_a_launch_that_cannot_be_joined(
-    case: str, llama: Path, hardened: Path, monkeypatch: pytest.MonkeyPatch
+    environ: dict[str, str], llama: Path, hardened: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in REFUSED[case].items():
+    for name, value in environ.items():
         monkeypatch.setenv(name, value)
     for arguments in (("inspect", llama), ("harden", llama, "--dry-run"), ("collapse", hardened, "--out", "nowhere")):
         result = call_cli(*arguments)

@@ -338,14 +338,18 @@ def test_files(report: AttackReport, tmp_path: Path) -> None:
     assert 'title="--training full --variant collapse"' in html
 
 
-def test_table(report: AttackReport) -> None:
-    bad = run("model", [3.0, 2.0], train=("[bold]*[/bold]",))
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(runs_table(replace(report, runs=(*report.runs, bad))))
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_tables_of_the_terminal_keep_whole_words(report: AttackReport, width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(attacks_table(of(report, *report.runs, run("model", [3.0, 2.0], optimizer="adahessian"))))
     text = console.export_text()
-    assert "[bold]*[/bold]" in text
-    for part in ("diverged at step 2", ">20", "1e-6", "+1,000 parameters, 1.50× the base's"):
-        assert part in text
+    for word in ("collapsed", "adahessian", "slowed", "verdict", "control"):
+        assert re.search(rf"(?<!\w){word}(?!\w)", text), text
+    assert "…" not in text
+    console.print(runs_table(of(report, *report.runs, run("model", [3.0, 2.0], train=("[bold]*[/bold]",)))))
+    text = console.export_text()
+    for part in ("[bold]*[/bold]", "diverged at step 2", ">20", "1e-6", "+1,000 parameters, 1.50× the base's"):
+        assert width < 200 or part in text
 
 
 @pytest.mark.parametrize(("value", "text"), [(1e-5, "1e-5"), (3e-4, "3e-4"), (0.25, "2.5e-1"), (1.0, "1e0")])
@@ -366,16 +370,6 @@ def test_the_verdict_comes_first_and_names_what_walks_through(report: AttackRepo
         "only slowed: full fine-tuning on *embed*; "
         "undone: collapsed."
     )
-
-
-@pytest.mark.parametrize("width", [80, 120])
-def test_the_terminal_keeps_whole_words(report: AttackReport, width: int) -> None:
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(attacks_table(replace(report, runs=(*report.runs, run("model", [3.0, 2.0], optimizer="adahessian")))))
-    text = console.export_text()
-    for word in ("collapsed", "adahessian", "slowed", "verdict", "control"):
-        assert re.search(rf"(?<!\w){word}(?!\w)", text), text
-    assert "…" not in text
 
 
 def test_a_model_that_was_converted_first_has_rows_of_its_own(report: AttackReport) -> None:
