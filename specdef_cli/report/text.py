@@ -194,7 +194,8 @@ def _through(plain: Sequence[Finding]) -> str:
     tried = {finding.attack.spec.training.method for finding in plain}
     missing = [name for method, name in KNOWN_TO_GET_THROUGH.items() if method not in tried]
     limit = f"at least {percent(CONTROL_SHARE)}"
-    text = f"{_shares(through)} ({limit} counts)." if through else f"none of these recipes ({limit} would count)."
+    which = "those that can be compared" if any(finding.share is None for finding in plain) else "these recipes"
+    text = f"{_shares(through)} ({limit} counts)." if through else f"none of {which} ({limit} would count)."
     if unsettled:
         names = _listed([finding.attack.spec.name for finding in unsettled])
         text += f" Not settled, as the learning rates do not bracket the best one: {names}."

@@ -129,9 +129,10 @@ def test_stopped_needs_rates_that_bracket_the_best(report: AttackReport) -> None
 def test_unknown(report: AttackReport) -> None:
     stuck = of(report, run("control", [3.0, 3.1]), run("model", [3.0, 2.0]))
     assert findings(stuck)[1].verdict == "unknown"
-    verdict, done, ordinary, *_ = summary(stuck)
+    verdict, done, ordinary, through, *_ = summary(stuck)
     assert verdict == "The control learned nothing, so there is nothing to compare."
     assert "full fine-tuning learned nothing on the base" in ordinary
+    assert "none of those that can be compared" in through
     assert done.startswith("Done: 2 runs of 10 steps")
     (done,) = closing(replace(of(report, run("control", [3.0, 1.0])), hardening=None))
     assert done == f"Done: 1 run of 10 steps fine-tuned the base base alone; {report.model} was not attacked."
