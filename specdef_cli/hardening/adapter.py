@@ -62,9 +62,9 @@ def convert_adapter(
     config, weights = _read(adapter, token)
     require_sound(hardened)
     trained_on = config.base_model_name_or_path
-    if trained_on and Path(trained_on).resolve() == hardened.directory.resolve():
+    if trained_on and (trained_on == name or Path(trained_on).resolve() == hardened.directory.resolve()):
         raise SpecDefError(
-            f"{adapter} names {hardened.directory} as its base: it was converted already, or trained there",
+            f"{adapter} names {trained_on} as its base: it was converted already, or trained there",
             "Give an adapter of the model that was hardened.",
         )
     changes = _Changes(hardened)
