@@ -1,6 +1,6 @@
 """What a stranger's process does with hardened directories. Run as a script; the scenarios are run in their order.
 
-    python scenarios.py '{"<scenario>": {<arguments>}, …}'   →   one JSON object on the last line of stdout
+    python scenarios.py '{"<scenario>": {<arguments>}, …}'   →   a JSON object of what each ended with, "" where it held
 
 With ``without_package`` first, ``specdef_cli`` cannot be imported here, wherever it is installed.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+import traceback
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -27,6 +28,7 @@ HEADS = {
     "mixtral": "AutoModelForCausalLM",
 }
 TRUST = {"trust_remote_code": True}
+SHIM = Path(__file__).parents[2] / "specdef_cli/model/configuration_specdef.py"
 
 
 def without_package(root: str, work: str) -> None:
@@ -77,85 +79,71 @@ def failure(action: Callable[[], Any]) -> str:
 # --- scenarios -----------------------------------------------------------------------------------------------------
 
 
-def remote_code(root: str, work: str) -> dict[str, Any]:
+def remote_code(root: str, work: str) -> None:
     """Every family by the directory's own code."""
-    return _families(root, work, TRUST, *HEADS)
+    _families(root, work, TRUST, *HEADS)
 
 
-def package_alone(root: str, work: str) -> dict[str, Any]:
+def package_alone(root: str, work: str) -> None:
     """By the package's registration, for files whose names are the model's, for others, and for two stacks."""
     import specdef_cli  # noqa: F401
 
-    return _families(root, work, {}, "llama", "vit", "t5")
+    _families(root, work, {}, "llama", "vit", "t5")
 
 
-def _families(root: str, work: str, load: dict[str, Any], *families: str) -> dict[str, Any]:
+def _families(root: str, work: str, load: dict[str, Any], *families: str) -> None:
     """Load every family, save it, load that; also without its head, save that, and load it with a head again."""
     import torch
     import transformers
     from safetensors.torch import load_file
     from torch import nn
 
-    results = {}
     for family in families:
         auto = getattr(transformers, HEADS[family])
         here, base = f"{root}/{family}", f"{root}/{family}-base"
         native, model = auto.from_pretrained(base), auto.from_pretrained(here, **load)
+        assert type(model) is type(native), family
+        assert model.config.model_type == native.config.model_type, family
+        assert difference(model, native) < 1e-4, family
         names = swapped(model)
-        result: dict[str, Any] = {
-            "type": f"{type(model).__module__}.{type(model).__name__}",
-            "native": type(model) is type(native) and model.config.model_type == native.config.model_type,
-            "difference": difference(model, native),
-            "swapped": sorted(names),
-            "plain_linears": all(
-                type(child) is nn.Linear for name in names for child in model.get_submodule(name).children()
-            ),
-            "traces": [key for key in ("hf_quantizer", "is_quantized", "quantization_method") if hasattr(model, key)]
-            + [key for key in ("_is_quantized",) if hasattr(model.config, key)],
-        }
+        listed = [layer["module"] for layer in json.loads(Path(here, "specdef.json").read_text())["factored"]]
+        assert len(names) >= 2, family
+        assert sorted(names) == sorted(listed), family
+        children = [child for name in names for child in model.get_submodule(name).children()]
+        assert all(type(child) is nn.Linear for child in children), family
+        traces = [key for key in ("hf_quantizer", "is_quantized", "quantization_method") if hasattr(model, key)]
+        assert traces == [], family
+        assert not hasattr(model.config, "_is_quantized"), family
 
         saved = Path(work) / f"{family}-saved"
         model.save_pretrained(saved)
-        again = auto.from_pretrained(saved, **load)
+        assert same(model, auto.from_pretrained(saved, **load)), family
         before, after = load_file(f"{here}/model.safetensors"), load_file(saved / "model.safetensors")
-        result["same_tensors"] = before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before)
-        result["same_output"] = same(model, again)
+        assert before.keys() == after.keys(), family
+        assert all(before[key].equal(after[key]) for key in before), family
         config, resaved = (json.loads(Path(at, "config.json").read_text()) for at in (here, saved))
-        volatile = ("dtype", "transformers_version")
-        result["config_difference"] = sorted(
-            key for key in config.keys() | resaved.keys() if key not in volatile and config.get(key) != resaved.get(key)
-        )
-        result["code"] = (saved / "configuration_specdef.py").read_text()
+        for volatile in ("dtype", "transformers_version"):
+            config.pop(volatile, None), resaved.pop(volatile, None)
+        assert config == resaved, family
+        assert (saved / "configuration_specdef.py").read_text() == SHIM.read_text(), family
 
-        copies = {"deepcopy": deepcopy(model.config), "pickle": pickle.loads(pickle.dumps(model.config))}
-        result["copies"] = [
-            name
-            for name, copy in copies.items()
-            if type(copy) is not type(model.config) or copy.to_json_string() != model.config.to_json_string()
-        ]
-        passed_on = auto.from_pretrained(here, config=copies["pickle"], **load)
-        result["config_passed_on"] = same(model, passed_on)
+        passed_on = pickle.loads(pickle.dumps(model.config))
+        for copy in (deepcopy(model.config), passed_on):
+            assert type(copy) is type(model.config), family
+            assert copy.to_json_string() == model.config.to_json_string(), family
+        assert same(model, auto.from_pretrained(here, config=passed_on, **load)), family
 
-        headless, native_headless = (
-            transformers.AutoModel.from_pretrained(here, **load),
-            transformers.AutoModel.from_pretrained(base),
-        )
-        result["headless_difference"] = difference(headless, native_headless)
+        headless = transformers.AutoModel.from_pretrained(here, **load)
+        assert difference(headless, transformers.AutoModel.from_pretrained(base)) < 1e-4, family
         headless.save_pretrained(Path(work) / f"{family}-headless")
-        head_again = auto.from_pretrained(Path(work) / f"{family}-headless", **load)
-        result["head_again"] = sorted(swapped(head_again))
-        result["head_again_equal"] = all(
-            torch.equal(a, b)
-            for name in swapped(head_again)
-            for a, b in zip(
-                head_again.get_submodule(name).parameters(), model.get_submodule(name).parameters(), strict=True
-            )
-        )
-        results[family] = result
-    return results
+        again = auto.from_pretrained(Path(work) / f"{family}-headless", **load)
+        assert swapped(again) == names, family
+        for name in names:
+            pairs = zip(*(of.get_submodule(name).parameters() for of in (again, model)), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs), (family, name)
 
 
-def usage(root: str, work: str) -> dict[str, Any]:
+def usage(root: str, work: str) -> None:
     """What people do with a model: dtypes, devices, generation, pipelines, heads."""
     import torch
     from transformers import (
@@ -170,92 +158,81 @@ def usage(root: str, work: str) -> dict[str, Any]:
     here, base = f"{root}/llama", f"{root}/llama-base"
     native = AutoModelForCausalLM.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(here, **TRUST)
-    result: dict[str, Any] = {}
 
     half = AutoModelForCausalLM.from_pretrained(here, dtype=torch.bfloat16, **TRUST)
-    result["bfloat16"] = sorted({str(tensor.dtype) for tensor in half.state_dict().values()})
-    result["half"] = str(deepcopy(model).half().model.layers[0].self_attn.o_proj.inflated.weight.dtype)
-    result["double_difference"] = difference(deepcopy(model).to(torch.float64), native)
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16}
+    assert deepcopy(model).half().model.layers[0].self_attn.o_proj.inflated.weight.dtype == torch.float16
+    assert difference(deepcopy(model).to(torch.float64), native) < 1e-4
     for device_map in ("cpu", "auto"):
-        placed = AutoModelForCausalLM.from_pretrained(here, device_map=device_map, **TRUST)
-        result[f"device_map_{device_map}"] = same(placed, model)
+        assert same(AutoModelForCausalLM.from_pretrained(here, device_map=device_map, **TRUST), model)
     split: dict[str, str] = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     split |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     for name, layers in (("split", split), ("disk", {"": "disk"})):
         offloaded = AutoModelForCausalLM.from_pretrained(
             here, device_map=layers, offload_folder=f"{work}/{name}", **TRUST
         )
-        result[f"device_map_{name}"] = difference(offloaded, model) < 1e-6  # its tensors are not here to compare
+        assert difference(offloaded, model) < 1e-6, name  # its tensors are not here to compare
 
-    prompt = torch.arange(3, 9)[None]
     generate = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    result["generate"] = torch.equal(model.generate(prompt, **generate), native.generate(prompt, **generate))
     text = "w3 w4 w5"
-    make = pipeline("text-generation", model=here, **TRUST)
-    plain = pipeline("text-generation", model=base)
-    result["pipeline"] = make(text, **generate) == plain(text, **generate)
-    result["pipeline_swapped"] = len(swapped(make.model))
-    result["tokenizer"] = AutoTokenizer.from_pretrained(here, **TRUST)(text)["input_ids"]
+    made, plain = pipeline("text-generation", model=here, **TRUST), pipeline("text-generation", model=base)
+    assert made(text, **generate) == plain(text, **generate)
+    assert len(swapped(made.model)) == 4
+    assert AutoTokenizer.from_pretrained(here, **TRUST)(text)["input_ids"] == [3, 4, 5]
 
-    for family in ("bert_base", "llama"):
+    for family, count in (("bert_base", 2), ("llama", 4)):
         classifier = AutoModelForSequenceClassification.from_pretrained(f"{root}/{family}", num_labels=5, **TRUST)
         classifier.config.pad_token_id = 0
         classifier.save_pretrained(f"{work}/{family}-classifier")
         again = AutoModelForSequenceClassification.from_pretrained(f"{work}/{family}-classifier", **TRUST)
-        result[f"{family}_classifier"] = {
-            "swapped": len(swapped(classifier)),
-            "shape": list(output(classifier).shape),
-            "round_trip": same(classifier, again),
-        }
+        assert (len(swapped(classifier)), list(output(classifier).shape)) == (count, [1, 5])
+        assert same(classifier, again), family
     # An encoder alone lacks half of the layers. T5 reads `wo.weight.dtype`, and keeps `wo` in float32.
     config = AutoConfig.from_pretrained(f"{root}/t5", **TRUST)
     encoder = T5EncoderModel.from_pretrained(f"{root}/t5", config=config, dtype=torch.float16)
+    assert swapped(encoder) == [f"encoder.block.{block}.layer.1.DenseReluDense.wo" for block in (0, 1)]
     wo = encoder.encoder.block[0].layer[1].DenseReluDense.wo
-    result["encoder"] = {
-        "swapped": swapped(encoder),
-        "dtypes": sorted({str(tensor.dtype) for tensor in wo.state_dict().values()}),
-        "difference": difference(encoder, T5EncoderModel.from_pretrained(f"{root}/t5-base", dtype=torch.float16)),
-    }
+    assert {tensor.dtype for tensor in wo.state_dict().values()} == {torch.float32}
+    assert difference(encoder, T5EncoderModel.from_pretrained(f"{root}/t5-base", dtype=torch.float16)) < 0.05
 
     merged = deepcopy(model.config)
     del merged.quantization_config
     merged.save_pretrained(f"{work}/merged")
-    result["merged"] = [merged.to_dict()["model_type"], json.loads(merged.to_json_string())["model_type"]]
-    result["merged_files"] = sorted(path.name for path in Path(work, "merged").iterdir())
+    assert merged.to_dict()["model_type"] == json.loads(merged.to_json_string())["model_type"] == "llama"
+    assert [path.name for path in Path(work, "merged").iterdir()] == ["config.json"]
 
     model.save_pretrained(f"{work}/sharded", max_shard_size="20KB")
-    result["shards"] = len(list(Path(work, "sharded").glob("*.safetensors")))
-    sharded = AutoModelForCausalLM.from_pretrained(f"{work}/sharded", **TRUST)
-    result["sharded"] = same(sharded, model)
-    return result
+    assert len(list(Path(work, "sharded").glob("*.safetensors"))) > 1
+    assert same(AutoModelForCausalLM.from_pretrained(f"{work}/sharded", **TRUST), model)
 
 
-def training(root: str, work: str) -> dict[str, Any]:
+def training(root: str, work: str) -> None:
     """PEFT, and a full fine-tuning run whose checkpoint is loaded again and resumed from."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     here = f"{root}/llama"
-    result: dict[str, Any] = {}
-
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(here, **TRUST),
         LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    result["all_linear"] = sorted(
-        {name.split(".layers.0.")[1].removesuffix(".lora_A") for name, _ in adapted.named_modules() if "lora_A" in name
-         and ".layers.0." in name and name.endswith("lora_A")}
-    )  # fmt: skip
+    found = {name.split(".layers.0.")[1] for name, _ in adapted.named_modules() if ".layers.0." in name}
+    attention = ["k_proj", "o_proj.compensation", "o_proj.inflated", "q_proj", "v_proj"]
+    mlp = ["down_proj.compensation", "down_proj.inflated", "gate_proj", "up_proj"]
+    assert {name.removesuffix(".lora_A") for name in found if name.endswith("lora_A")} == {
+        *(f"self_attn.{name}" for name in attention),
+        *(f"mlp.{name}" for name in mlp),
+    }
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     adapted.save_pretrained(f"{work}/adapter")
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(here, **TRUST), f"{work}/adapter")
-    result["adapter_round_trip"] = same(adapted, reloaded)
+    assert same(adapted, reloaded)
     defaults = get_peft_model(AutoModelForCausalLM.from_pretrained(here, **TRUST), LoraConfig(r=2))
-    result["default_targets"] = sorted(defaults.peft_config["default"].target_modules)
+    assert defaults.peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
     model = AutoModelForCausalLM.from_pretrained(here, **TRUST)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -266,28 +243,21 @@ def training(root: str, work: str) -> dict[str, Any]:
         "learning_rate": 1e-3, "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no",
     }  # fmt: skip
     Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=data).train()
-    factors = ("inflated.weight", "compensation.weight")
-    result["trained"] = all(
-        not torch.equal(parameter, start[name])
-        for name, parameter in model.named_parameters()
-        if name.endswith(factors)
-    )
+    for name, parameter in model.named_parameters():
+        if name.endswith(("inflated.weight", "compensation.weight")):
+            assert not torch.equal(parameter, start[name]), name
     checkpoint = f"{work}/trainer/checkpoint-2"
     again = AutoModelForCausalLM.from_pretrained(checkpoint, **TRUST)
-    result["checkpoint_swapped"] = len(swapped(again))
-    result["checkpoint_equal"] = same(again, model.eval())
+    assert len(swapped(again)) == 4
+    assert same(again, model.eval())
+    fresh = AutoModelForCausalLM.from_pretrained(here, **TRUST)
     arguments |= {"max_steps": 4, "save_strategy": "no"}
-    resumed = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(here, **TRUST),
-        args=TrainingArguments(**arguments),
-        train_dataset=data,
-    )
+    resumed = Trainer(model=fresh, args=TrainingArguments(**arguments), train_dataset=data)
     resumed.train(resume_from_checkpoint=checkpoint)
-    result["resumed_steps"] = resumed.state.global_step
-    return result
+    assert resumed.state.global_step == 4
 
 
-def registered_twice(root: str, work: str) -> dict[str, Any]:
+def registered_twice(root: str, work: str) -> None:
     """A directory's own code first, then the package, in one process; and the other way round."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -295,28 +265,25 @@ def registered_twice(root: str, work: str) -> dict[str, Any]:
     here = f"{root}/llama"
     model = AutoModelForCausalLM.from_pretrained(here, **TRUST)
     config = AutoConfig.from_pretrained(here, **TRUST)
-    result: dict[str, Any] = {"package_imported_before": "specdef_cli" in sys.modules}
-    first = AUTO_QUANTIZER_MAPPING["specdef"].__module__
+    assert "specdef_cli" not in sys.modules
+    assert AUTO_QUANTIZER_MAPPING["specdef"].__module__.startswith("transformers_modules.")
 
     import specdef_cli  # noqa: F401
     from specdef_cli.model import SpecDefLinear
 
-    result["hooks"] = [first.split(".")[0], AUTO_QUANTIZER_MAPPING["specdef"].__module__]
+    assert AUTO_QUANTIZER_MAPPING["specdef"].__module__ == "specdef_cli.model.configuration_specdef"
     packaged = AutoModelForCausalLM.from_pretrained(here)
     mixed = AutoModelForCausalLM.from_pretrained(here, config=config)  # their config, our hook
     trusted = AutoModelForCausalLM.from_pretrained(here, **TRUST)
-    result["equal"] = [same(model, other) for other in (packaged, mixed, trusted)]
-    result["ours"] = [isinstance(other.model.layers[0].mlp.down_proj, SpecDefLinear) for other in (packaged, mixed)]
-    mixed.save_pretrained(f"{work}/mixed")
-    model.save_pretrained(f"{work}/first")  # loaded by the directory's code before the package came
-    result["pickles"] = pickle.loads(pickle.dumps(mixed.config)).model_type
-    result["saved"] = [
-        same(model, AutoModelForCausalLM.from_pretrained(f"{work}/{name}")) for name in ("mixed", "first")
-    ]
-    return result
+    assert [same(model, other) for other in (packaged, mixed, trusted)] == [True] * 3
+    assert all(isinstance(other.model.layers[0].mlp.down_proj, SpecDefLinear) for other in (packaged, mixed))
+    assert pickle.loads(pickle.dumps(mixed.config)).model_type == "llama"
+    for saved in (mixed, model):  # the second was loaded by the directory's code before the package came
+        saved.save_pretrained(f"{work}/again")
+        assert same(model, AutoModelForCausalLM.from_pretrained(f"{work}/again"))
 
 
-def native_class(root: str, work: str) -> dict[str, Any]:
+def native_class(root: str, work: str) -> None:
     """The explicit native class, with the package imported: it asks for no model_type, but it finds the hook."""
     import specdef_cli  # noqa: F401
 
@@ -326,31 +293,29 @@ def native_class(root: str, work: str) -> dict[str, Any]:
 
     native = LlamaForCausalLM.from_pretrained(f"{root}/llama-base")
     model = LlamaForCausalLM.from_pretrained(f"{root}/llama")
+    assert difference(model, native) < 1e-4
     model.save_pretrained(f"{work}/explicit")
-    config = json.loads(Path(work, "explicit", "config.json").read_text())
+    assert model.config.model_type == "llama"
+    assert json.loads(Path(work, "explicit", "config.json").read_text())["model_type"] == "specdef"
     from transformers import AutoModelForCausalLM
 
-    again = AutoModelForCausalLM.from_pretrained(f"{work}/explicit")
-    return {
-        "difference": difference(model, native),
-        "model_type": model.config.model_type,
-        "saved_model_type": config["model_type"],
-        "again": difference(again, native),
-    }
+    assert difference(AutoModelForCausalLM.from_pretrained(f"{work}/explicit"), native) < 1e-4
 
 
-def strangers(root: str, work: str) -> dict[str, Any]:
-    """Without the package and without running the directory's code, nothing may load."""
+def strangers(root: str, work: str) -> None:
+    """Without the package and without running the directory's code nothing loads, for the right reason."""
     import transformers
 
-    result = {}
+    untrusted: list[Callable[[], Any]] = [
+        lambda: transformers.AutoConfig.from_pretrained(f"{root}/llama"),
+        lambda: transformers.pipeline("text-generation", model=f"{root}/llama"),
+    ]
     for family, head in HEADS.items():
-        auto = getattr(transformers, head)
-        result[f"{family} {head}"] = failure(partial(auto.from_pretrained, f"{root}/{family}"))
-        result[f"{family} untrusted"] = failure(
-            partial(auto.from_pretrained, f"{root}/{family}", trust_remote_code=False)
-        )
-    result["config"] = failure(lambda: transformers.AutoConfig.from_pretrained(f"{root}/llama"))
+        load = partial(getattr(transformers, head).from_pretrained, f"{root}/{family}")
+        untrusted += [load, partial(load, trust_remote_code=False)]
+    for action in untrusted:
+        raised = failure(action)
+        assert "custom code" in raised, (action, raised)
     for family, name in (
         ("llama", "LlamaForCausalLM"),
         ("llama", "LlamaModel"),
@@ -363,43 +328,47 @@ def strangers(root: str, work: str) -> dict[str, Any]:
         ("t5", "T5EncoderModel"),
         ("mixtral", "MixtralForCausalLM"),
     ):
-        native = getattr(transformers, name)
-        result[f"{family} {name}"] = failure(partial(native.from_pretrained, f"{root}/{family}"))
-    result["pipeline"] = failure(lambda: transformers.pipeline("text-generation", model=f"{root}/llama"))
-    return result
+        raised = failure(partial(getattr(transformers, name).from_pretrained, f"{root}/{family}"))
+        assert "size" in raised or "shape" in raised, (name, raised)  # a tombstone where a weight belongs
 
 
-def damaged(root: str, work: str) -> dict[str, Any]:
-    """Directories whose files and config disagree, below the name of the Auto class that is to load them."""
+def damaged(root: str, work: str) -> None:
+    """Directories whose files and config disagree, each with the Auto class that is to load it and what it says."""
     import transformers
 
-    result = {}
-    for at in Path(work).glob("AutoModel*/*"):
-        result[at.name] = failure(partial(getattr(transformers, at.parent.name).from_pretrained, at, **TRUST))
-    result["ignored mismatch"] = failure(
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            f"{work}/AutoModelForCausalLM/wrong shape", ignore_mismatched_sizes=True, **TRUST
-        )
-    )
+    for at in Path(work, "damaged").iterdir():
+        head, message = json.loads((at / "expected.json").read_text())
+        raised = failure(partial(getattr(transformers, head).from_pretrained, at, **TRUST))
+        assert raised.startswith("SpecDefLoadError"), (at.name, raised)
+        assert message in raised, (at.name, raised)
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, f"{work}/damaged/wrong shape", **TRUST)
+    assert "has shape [96, 32]" in failure(partial(load, ignore_mismatched_sizes=True))
 
-    def from_state_dict() -> None:
-        # No files to check: what is missing shows only after loading.
+    def from_state_dict() -> None:  # no files to check: what is missing shows only after loading
         config = transformers.AutoConfig.from_pretrained(f"{root}/llama", **TRUST)
         state = transformers.AutoModelForCausalLM.from_pretrained(f"{root}/llama", **TRUST).state_dict()
         del state["model.layers.1.mlp.down_proj.compensation.weight"]
         transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
 
-    result["state dict"] = failure(from_state_dict)
-    return result
+    assert "model.layers.1.mlp.down_proj.compensation.weight was not loaded" in failure(from_state_dict)
 
 
-def lazy(root: str, work: str) -> dict[str, Any]:
+def lazy(root: str, work: str) -> None:
     """``import specdef_cli`` is cheap."""
     import specdef_cli
 
-    heavy = [name for name in ("torch", "transformers", "numpy", "safetensors") if name in sys.modules]
-    return {"heavy": heavy, "version": specdef_cli.__version__, "error": specdef_cli.SpecDefError.__module__}
+    assert [name for name in ("torch", "transformers", "numpy", "safetensors") if name in sys.modules] == []
+    assert specdef_cli.__version__
+    assert specdef_cli.SpecDefError.__module__ == "specdef_cli.errors"
+
+
+def ending(name: str, given: dict[str, str]) -> str:
+    try:
+        globals()[name](**given)
+    except Exception:
+        return traceback.format_exc()
+    return ""
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps({name: globals()[name](**given) for name, given in json.loads(sys.argv[1]).items()}))
+    print("\n" + json.dumps({name: ending(name, given) for name, given in json.loads(sys.argv[1]).items()}))

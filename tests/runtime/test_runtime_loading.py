@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,9 @@ from typing import Any
 
 import pytest
 
-from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.model.described import SHIM_SOURCE
 from tests.hardening.mutations import edit_config, edit_tensors
-from tests.runtime.conftest import FAMILIES
 
-Results = dict[str, Any]
+Results = dict[str, str]
 
 
 def without(name: str) -> Callable[[Path], object]:
@@ -85,122 +83,32 @@ DAMAGED: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
 
 
 @pytest.fixture(scope="module")
-def stranger(
+def ended(
     run_scenarios: Callable[..., Results], directories: Path, poisoned: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Results:
-    """One process without the package. First what may not load: afterwards the directories' code has been run."""
+    """How each scenario ended. Without the package, first what may not load: then the directories' code has been run.
+
+    The second process has loaded a directory by its own code when it imports the package; the third imports it first.
+    """
     work = tmp_path_factory.mktemp("damaged")
-    for name, (family, auto, damage, _) in DAMAGED.items():
-        shutil.copytree(directories / family, work / auto / name)
-        damage(work / auto / name)
+    for name, (family, auto, damage, message) in DAMAGED.items():
+        at = shutil.copytree(directories / family, work / "damaged" / name)
+        damage(at)
+        (at / "expected.json").write_text(json.dumps([auto, message]))
     trusted = dict.fromkeys(("remote_code", "usage", "training", "damaged"), directories)
-    return run_scenarios(package=False, work=work, without_package=work, strangers=poisoned, **trusted)
+    return {
+        **run_scenarios(package=False, work=work, without_package=work, strangers=poisoned, **trusted),
+        **run_scenarios(package=True, registered_twice=directories, package_alone=poisoned),
+        **run_scenarios(package=True, lazy=poisoned, native_class=poisoned),
+    }
 
 
-@pytest.fixture(scope="module")
-def packaged(run_scenarios: Callable[..., Results], directories: Path, poisoned: Path) -> Results:
-    """One process that has loaded a directory by its own code, and then imports the package."""
-    return run_scenarios(package=True, registered_twice=directories, package_alone=poisoned)
-
-
-@pytest.mark.parametrize("by", ["remote_code", "package_alone"])
-def test_every_family_loads_as_its_native_class_and_survives_saving(
-    by: str, directories: Path, request: pytest.FixtureRequest
-) -> None:
-    results = request.getfixturevalue("stranger" if by == "remote_code" else "packaged")[by]
-    assert results.keys() == FAMILIES.keys() if by == "remote_code" else len(results) == 3
-    for family, result in results.items():
-        assert result["native"], (family, result["type"])
-        assert result["type"].startswith("transformers.models."), family
-        assert result["difference"] < 1e-4, family
-        assert result["headless_difference"] < 1e-4, family
-        expected = sorted(layer.module for layer in read_manifest(directories / family).factored)
-        assert len(expected) >= 2
-        assert result["swapped"] == result["head_again"] == expected
-        for kept in ("plain_linears", "same_tensors", "same_output", "config_passed_on", "head_again_equal"):
-            assert result[kept], (family, kept)
-        for empty in ("traces", "config_difference", "copies"):
-            assert result[empty] == [], (family, empty)
-        assert result["code"] == SHIM_SOURCE.read_text(), family
-
-
-def test_dtypes_devices_generation_pipelines_and_heads(stranger: Results) -> None:
-    result = stranger["usage"]
-    assert result["bfloat16"] == ["torch.bfloat16"]
-    assert result["half"] == "torch.float16"
-    assert result["double_difference"] < 1e-4
-    for same in (
-        *(f"device_map_{places}" for places in ("cpu", "auto", "split", "disk")),
-        "generate",
-        "pipeline",
-        "sharded",
-    ):
-        assert result[same], same
-    assert result["shards"] > 1
-    assert result["pipeline_swapped"] == 4
-    assert result["tokenizer"] == [3, 4, 5]
-    encoder = result["encoder"]
-    assert encoder["swapped"] == [f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in (0, 1)]
-    assert encoder["dtypes"] == ["torch.float32"]
-    assert encoder["difference"] < 0.05  # float16
-    assert result["merged"] == ["llama", "llama"]
-    assert result["merged_files"] == ["config.json"]
-    assert result["bert_base_classifier"] == {"swapped": 2, "shape": [1, 5], "round_trip": True}
-    assert result["llama_classifier"] == {"swapped": 4, "shape": [1, 5], "round_trip": True}
-
-
-def test_adapters_and_full_fine_tuning(stranger: Results) -> None:
-    result = stranger["training"]
-    attention = [
-        f"self_attn.{name}" for name in ("k_proj", "o_proj.compensation", "o_proj.inflated", "q_proj", "v_proj")
-    ]
-    mlp = [f"mlp.{name}" for name in ("down_proj.compensation", "down_proj.inflated", "gate_proj", "up_proj")]
-    assert result["all_linear"] == mlp + attention
-    assert result["adapter_round_trip"]
-    assert result["default_targets"] == ["q_proj", "v_proj"]
-    assert result["trained"]
-    assert result["checkpoint_swapped"] == 4
-    assert result["checkpoint_equal"]
-    assert result["resumed_steps"] == 4
-
-
-def test_package_and_directory_code_in_one_process(packaged: Results) -> None:
-    result = packaged["registered_twice"]
-    assert not result["package_imported_before"]
-    assert result["hooks"] == ["transformers_modules", "specdef_cli.model.configuration_specdef"]
-    assert result["equal"] == [True, True, True]
-    assert result["ours"] == [True, True]
-    assert result["saved"] == [True, True]
-    assert result["pickles"] == "llama"
-
-
-def test_the_native_class_where_the_package_is_imported_first(
-    run_scenarios: Callable[..., Results], poisoned: Path
-) -> None:
-    """That import brings neither torch nor transformers."""
-    results = run_scenarios(package=True, lazy=poisoned, native_class=poisoned)
-    assert results["lazy"] == {"heavy": [], "version": "0.1.0", "error": "specdef_cli.errors"}
-    result = results["native_class"]
-    assert result["difference"] < 1e-4
-    assert result["again"] < 1e-4
-    assert result["model_type"] == "llama"
-    assert result["saved_model_type"] == "specdef"
-
-
-def test_nothing_loads_without_the_code(stranger: Results) -> None:
-    results = stranger["strangers"]
-    assert len(results) > 20
-    assert [name for name, raised in results.items() if not raised] == []
-    # The right reason: code that was not trusted, or a tombstone where a weight belongs.
-    for name, raised in results.items():
-        explicit = "Auto" not in name and name.split()[-1] not in ("untrusted", "config", "pipeline")
-        assert ("size" in raised or "shape" in raised) if explicit else "custom code" in raised, (name, raised)
-
-
-def test_damaged_directories_name_what_is_wrong(stranger: Results) -> None:
-    results = stranger["damaged"]
-    for name, (*_, message) in DAMAGED.items():
-        assert results[name].startswith("SpecDefLoadError"), (name, results[name])
-        assert message in results[name], (name, results[name])
-    assert "has shape [96, 32]" in results["ignored mismatch"]
-    assert f"{DOWN}.compensation.weight was not loaded" in results["state dict"]
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        *("strangers", "remote_code", "usage", "training", "damaged"),
+        *("registered_twice", "package_alone", "lazy", "native_class"),
+    ],
+)
+def test_hardened_directories_in_fresh_processes(scenario: str, ended: Results) -> None:
+    assert ended[scenario] == ""
