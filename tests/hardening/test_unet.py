@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,11 +19,10 @@ from specdef_cli.hardening.survey import survey
 from specdef_cli.model import load_model
 from tests.commands import assert_refused, call_cli, environment, refusal, run_program
 from tests.hardened import harden_to
-from tests.hardening.mutations import edit_config, edit_tensors
+from tests.hardening.mutations import edit_config, edit_tensors, spoiled
 from tests.tiny_pipeline import denoise, tiny_unet, write_pipeline
 from tests.weights import relative
 
-PROCESS = Path(__file__).with_name("plain_diffusers.py")
 SINGLE = "diffusion_pytorch_model.safetensors"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
 PAIRS = 12
@@ -39,17 +37,6 @@ def unets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "unet", root / "hardened"
 
 
-@pytest.fixture
-def unet(unets: tuple[Path, Path]) -> Path:
-    return unets[0]
-
-
-@pytest.fixture
-def hardened(unets: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
-    return Path(shutil.copytree(unets[1], tmp_path / "hardened"))
-
-
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with ``pipeline`` and ``hardened``."""
@@ -60,31 +47,10 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def in_a_process(name: str, root: Path) -> dict[str, Any]:
-    return run_program(PROCESS, name, root, env=environment())
-
-
-def test_the_pipeline_draws_the_same_after_an_import(pipelines: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(pipelines, tmp_path / "root"))
-    result = in_a_process("with_package", root)
-    assert result["early"] == []
-    assert result["torch.float32"] < 1e-5
-    assert result["torch.bfloat16"] < 5e-2
-    assert result["class"].startswith("diffusers.")
-    assert result["swapped"] == PAIRS
-    assert result["again"]
-    assert result["dtype"] == "torch.float32"
-
-
-def test_nothing_loads_without_the_package(pipelines: Path, tmp_path: Path) -> None:
-    raised = in_a_process("without_package", Path(shutil.copytree(pipelines, tmp_path / "root")))
-    assert raised.pop("imported") == ""
-    assert raised.pop("after a late import") == ""
-    assert len(raised) == 9
-    for name, message in raised.items():
-        # The right reason: the unknown name, or a tombstone where a weight belongs.
-        reasons = ("shape", "size mismatch") if "stripped" in name or name == "state dict" else ("got specdef",)
-        assert any(reason in message for reason in reasons), (name, message)
+@pytest.mark.parametrize("scenario", ["with_package", "without_package"])
+def test_in_a_process_of_its_own(scenario: str, pipelines: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(pipelines, tmp_path / "root")
+    run_program(Path(__file__).with_name("plain_diffusers.py"), scenario, root, env=environment())
 
 
 def test_files_besides_the_weights(unets: tuple[Path, Path]) -> None:
@@ -100,8 +66,8 @@ def test_files_besides_the_weights(unets: tuple[Path, Path]) -> None:
     assert "secure" not in card.lower()
 
 
-def test_another_dtype_and_other_layers(unet: Path, tmp_path: Path) -> None:
-    chosen = ("*.to_q", "time_embedding.*")
+def test_another_dtype_and_other_layers(unets: tuple[Path, Path], tmp_path: Path) -> None:
+    unet, chosen = unets[0], ("*.to_q", "time_embedding.*")
     manifest = harden_to(
         tmp_path / "out", unet, Factors(alpha=1e6, top_k=2), layers=chosen, dtype="bfloat16", verify=True
     )
@@ -168,39 +134,33 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_damaged_directories_name_what_is_wrong(case: str, hardened: Path) -> None:
+def test_damaged_directories_name_what_is_wrong(case: str, unets: tuple[Path, Path], tmp_path: Path) -> None:
     damage, message = DAMAGES[case]
-    damage(hardened)
     with refusal(message):
-        load_model(hardened)
+        load_model(spoiled(unets[1], tmp_path, damage))
 
 
-def harden_command(directory: Path, out: Path, *arguments: str) -> Any:
-    return call_cli(
-        "harden", directory, "--out", out / "out", "--method", "factors", "--top-k", "4", "--quiet", *arguments
-    )
+def test_refusals_of_harden(
+    unets: tuple[Path, Path], tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(directory: Path, *words: str, method: str = "factors") -> None:
+        result = call_cli("harden", directory, "--out", outside / "out", "--method", method, "--quiet")
+        assert_refused(result, *words, empty=outside)
 
-
-def test_refusals_of_harden(unets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unet, hardened = unets
-    out = tmp_path / "outside"
-    out.mkdir()
-    fold = call_cli("harden", unet, "--out", out / "out", "--method", "fold", "--quiet")
-    assert_refused(fold, "no symmetric pair", "UNet2DConditionModel", "--method scale", empty=out)
-    assert_refused(harden_command(hardened, out), "hardened already", "specdef collapse", empty=out)
+    shim, wider, pickled = (shutil.copytree(unet, tmp_path / name) for name in ("shim", "wider", "pickled"))
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
-    assert_refused(harden_command(tmp_path / "vae", out), "AutoencoderKL", "UNet2DConditionModel", empty=out)
-    shutil.copytree(unet, tmp_path / "shim")
-    edit_config(tmp_path / "shim", lambda c: c.update(quantization_config={"quant_method": "specdef", "layers": {}}))
-    assert_refused(harden_command(tmp_path / "shim", out), "hardened already", empty=out)
-    shutil.copytree(unet, tmp_path / "wider")
-    edit_config(tmp_path / "wider", lambda c: c.update(cross_attention_dim=32))
-    assert_refused(harden_command(tmp_path / "wider", out), "attn2.to_k.weight", "[16, 24]", "[16, 32]", empty=out)
-    shutil.copytree(unet, tmp_path / "pickled")
-    (tmp_path / "pickled" / SINGLE).rename(tmp_path / "pickled" / "diffusion_pytorch_model.bin")
-    assert_refused(harden_command(tmp_path / "pickled", out), "pickled", "diffusers", "save_pretrained", empty=out)
+    edit_config(shim, lambda c: c.update(quantization_config={"quant_method": "specdef", "layers": {}}))
+    edit_config(wider, lambda c: c.update(cross_attention_dim=32))
+    (pickled / SINGLE).rename(pickled / "diffusion_pytorch_model.bin")
+    refused(unet, "no symmetric pair", "UNet2DConditionModel", "--method scale", method="fold")
+    refused(hardened, "hardened already", "specdef collapse")
+    refused(tmp_path / "vae", "AutoencoderKL", "UNet2DConditionModel")
+    refused(shim, "hardened already")
+    refused(wider, "attn2.to_k.weight", "[16, 24]", "[16, 32]")
+    refused(pickled, "pickled", "diffusers", "save_pretrained")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert_refused(harden_command(unet, out), "not installed", "specdef-cli[diffusion]", empty=out)
+    refused(unet, "not installed", "specdef-cli[diffusion]")
 
 
 def test_attack_and_certify_refuse(unets: tuple[Path, Path], tmp_path: Path) -> None:
