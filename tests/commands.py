@@ -60,42 +60,47 @@ def command(*arguments: str | Path) -> list[str]:
 
 def run_cli(*arguments: str | Path, cwd: Path | None = None, **changes: str) -> Result:
     """Run ``python -m specdef_cli`` in a process of its own; keywords in capitals set environment variables."""
-    process = subprocess.run(
-        command(*arguments),
-        cwd=cwd,
-        env=environment(**changes),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return Result(process.returncode, process.stdout, process.stderr)
+    return _run(command(*arguments), environment(**changes), cwd)
+
+
+def _run(arguments: Sequence[str | Path], env: Mapping[str, str], cwd: Path | None = None, given: str = "") -> Result:
+    done = subprocess.run(arguments, env=env, cwd=cwd, input=given, capture_output=True, text=True, timeout=500)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def run_two_processes(*arguments: str | Path, home: Path, **changes: str) -> Result:
+    """``specdef ARGUMENTS`` in two processes that know of each other; a script of its own is put into ``home``."""
+    script = home / "specdef.py"
+    script.write_text(_LAUNCHED)
+    result = _run([*TWO_PROCESSES, script, *arguments], environment(**{"HF_HOME": str(home), **changes}))
+    for number in (0, 1):
+        assert f"process {number} of 2" in result.stderr, result.stderr[-3000:]
+    return result
+
+
+_LAUNCHED = """
+import sys
+from specdef_cli.cli.app import main
+from specdef_cli.model.loading import process_state
+print(f"process {process_state().process_index} of {process_state().num_processes}", file=sys.stderr)
+main()
+"""
 
 
 def run_program(
     *arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None, given: str = ""
 ) -> dict[str, Any]:
     """Run a Python program on this input; it must succeed, and the JSON that it prints last is returned."""
-    process = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=env,
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    result = _run([sys.executable, *arguments], env, cwd, given)
+    assert result.code == 0, result.stderr[-4000:]
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 
 def run_light(*lines: Sequence[str], cwd: Path | None = None) -> list[tuple[int, str, set[str]]]:
     """Exit code, stderr and imported packages of several commands, each a fork of one process that imported nothing."""
-    done = subprocess.run(
-        [sys.executable, "-c", _FORKS, json.dumps(lines)],
-        env=environment(), cwd=cwd, capture_output=True, text=True, check=True, timeout=300,
-    )  # fmt: skip
+    done = _run([sys.executable, "-c", _FORKS, json.dumps(lines)], environment(), cwd)
+    assert done.code == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(lines)
     return [(code, said, set(modules)) for code, said, modules in found]
@@ -154,7 +159,6 @@ def succeed(*arguments: str | Path) -> Result:
 Die = Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
 
 
-@contextlib.contextmanager
 def dying() -> Iterator[Die]:
     """Has runs die, and says how each ended; the process that they are forked from imports everything once."""
     program = REPOSITORY / "tests" / "hardening" / "kill_points.py"
@@ -191,13 +195,9 @@ def refusal(*words: str) -> Iterator[None]:
 
 
 def assert_refused(result: Result, *words: str, empty: Path | None = None, code: int = 1) -> None:
-    """The exit code, one line of what is wrong, one hint that follows it, nothing on stdout and no traceback.
+    """One line of what is wrong and one hint, which name these words; no traceback, and nothing left in ``empty``.
 
-    Args:
-        result: What the command did.
-        words: What the two lines must name.
-        code: 1; 2 where no file and nothing on the Hub could make the command line right.
-        empty: A directory that the output would have come to lie in: nothing may be in it, not even a hidden file.
+    The exit code is 2 where no file and nothing on the Hub could make the command line right.
     """
     assert "Traceback" not in result.stderr, result.stderr
     assert result.code == code, (result.code, result.stdout, result.stderr)

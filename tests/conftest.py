@@ -16,7 +16,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="specdef-tests-")
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from specdef_cli.process import collect_less_garbage
-from tests.commands import Die, dying
+from tests.commands import dying
 
 collect_less_garbage()  # as every command does
 
@@ -86,11 +86,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return Written()
 
 
-@pytest.fixture(scope="session")
-def die() -> Iterator[Die]:
-    """Have runs of commands die; the process that they are forked from imports everything once."""
-    with dying() as die:
-        yield die
+die = pytest.fixture(scope="session")(dying)
 
 
 @pytest.fixture

@@ -33,39 +33,22 @@ PULL_REQUEST = {
 
 @dataclass
 class Hub:
-    """A stand-in for the Hub: one repository, ``org/name``, with the files of a directory.
+    """A stand-in for the Hub: a repository to read, ``org/name``, and one to write, ``org/out``."""
 
-    Attributes:
-        files: Name → content.
-        api_status, file_status: What to answer instead of 200, for the repository's metadata and for its files.
-        error_code: The Hub's ``X-Error-Code`` that goes with it.
-        broken: The name of a file whose connection breaks half way.
-        denied: The name of a file that is never sent.
-        seconds: How long it takes to send a weight file.
-        sizes: Name → what to say of its size, instead of the truth.
-        push_status: What to answer to an upload instead of 200.
-        account: What to say of the owner of a token.
-        created: What was asked of every repository and branch that was to be made.
-        pushed: Name → content of what is in ``org/out``.
-        commits: The names that each commit to it added or deleted.
-        seen: Method, path and Authorization header of every request.
-        address: Where it listens.
-    """
-
-    files: dict[str, bytes]
-    api_status: int = 200
-    file_status: int = 200
-    error_code: str = ""
-    broken: str = ""
-    denied: str = ""
-    seconds: float = 0.0
-    sizes: dict[str, int] = field(default_factory=dict)
-    push_status: int = 200
+    files: dict[str, bytes]  # name → content
+    api_status: int = 200  # what to answer instead, for the repository's metadata
+    file_status: int = 200  # and for its files
+    error_code: str = ""  # the Hub's X-Error-Code that goes with it
+    broken: str = ""  # the name of a file whose connection breaks half way
+    denied: str = ""  # the name of a file that is never sent
+    seconds: float = 0.0  # how long it takes to send a weight file
+    sizes: dict[str, int] = field(default_factory=dict)  # name → what to say of its size, instead of the truth
+    push_status: int = 200  # what to answer to an upload
     account: dict[str, object] = field(default_factory=lambda: {"name": "someone", "orgs": [{"name": "org"}]})
-    created: list[dict[str, object]] = field(default_factory=list)
-    pushed: dict[str, bytes] = field(default_factory=dict)
-    commits: list[list[str]] = field(default_factory=list)
-    seen: list[tuple[str, str, str]] = field(default_factory=list)
+    created: list[dict[str, object]] = field(default_factory=list)  # what was asked of each repository and branch
+    pushed: dict[str, bytes] = field(default_factory=dict)  # name → content of what is in org/out
+    commits: list[list[str]] = field(default_factory=list)  # the names that each added or deleted
+    seen: list[tuple[str, str, str]] = field(default_factory=list)  # method, path and Authorization of every request
     address: str = ""
 
     def downloaded(self) -> list[str]:
@@ -229,6 +212,13 @@ def here(hub: Hub, directory: Path) -> Iterator[None]:
     names |= {"HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"}
     with patch.multiple("huggingface_hub.constants", **names):
         yield
+
+
+@contextmanager
+def online(hub: Hub, directory: Path) -> Iterator[Hub]:
+    """Have huggingface_hub take ``hub`` for the Hub in this process, with its cache in ``directory``."""
+    with serving(hub), here(hub, directory):
+        yield hub
 
 
 def model_files(directory: Path) -> dict[str, bytes]:

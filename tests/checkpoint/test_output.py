@@ -7,12 +7,11 @@ import errno
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,9 +27,6 @@ from specdef_cli.checkpoint.output import (
     work_directory,
 )
 from specdef_cli.errors import ResumableError, SpecDefError
-from tests.commands import environment
-
-Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
@@ -39,6 +35,10 @@ def source(tmp_path: Path) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text("{}")
     return directory
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 def refused(final: Path, source: Path, nbytes: int = 10) -> str:
@@ -101,26 +101,30 @@ def test_a_parent_whose_file_system_takes_no_files_is_refused(source: Path) -> N
 
 
 def test_a_disk_too_small_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 3 * 10**9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
     check_output(tmp_path / "out", source, 3 * 10**9)
     assert "needs 4.0 GB" in refused(tmp_path / "deep" / "er" / "out", source, 4 * 10**9)
 
 
-def test_what_an_interrupted_run_wrote_is_not_counted_twice(
+def test_what_a_dead_run_wrote_is_not_counted_twice(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = work_directory(tmp_path / "out")
     work.mkdir()
     (work / "shard").write_bytes(bytes(10**6))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 500_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500_000))
     check_output(tmp_path / "out", source, 1_200_000)
     assert "needs" in refused(tmp_path / "out", source, 2_000_000)
 
 
-def test_publishing_is_one_rename_of_everything_but_the_bookkeeping(tmp_path: Path) -> None:
+@pytest.mark.parametrize("empty", [False, True])
+def test_publishing_is_one_rename_of_everything_but_the_bookkeeping(empty: bool, tmp_path: Path) -> None:
+    """It takes the place of an empty directory."""
     final = tmp_path / "out"
+    if empty:
+        final.mkdir()
     work = prepare(final, "plan", resume=False)
-    assert work.parent == final.parent
+    assert work.parent == (final if empty else final.parent)
     assert work.name.startswith(".")
     (work / "model.safetensors").write_bytes(b"weights")
     (work / f"model.safetensors{RECORD_SUFFIX}").write_text("{}")
@@ -128,21 +132,10 @@ def test_publishing_is_one_rename_of_everything_but_the_bookkeeping(tmp_path: Pa
     (work / "sub" / "pooling.json").write_text("{}")
     inode = (work / "model.safetensors").stat().st_ino
     publish(final)
-    assert sorted(str(path.relative_to(final)) for path in final.rglob("*")) == [
-        "model.safetensors",
-        "sub",
-        "sub/pooling.json",
-    ]
+    assert names(final) == ["model.safetensors", "sub"]
+    assert names(final / "sub") == ["pooling.json"]
     assert (final / "model.safetensors").stat().st_ino == inode
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_publishing_takes_the_place_of_an_empty_directory(tmp_path: Path) -> None:
-    final = tmp_path / "out"
-    final.mkdir()
-    (prepare(final, "plan", resume=False) / "file").write_text("x")
-    publish(final)
-    assert [path.name for path in final.iterdir()] == ["file"]
+    assert names(tmp_path) == ["out"]
 
 
 def test_publishing_overwrites_nothing(tmp_path: Path) -> None:
@@ -197,8 +190,8 @@ def test_a_mounted_volume_is_filled_from_within(source: Path, tmp_path: Path, mo
         check_output(final, source, 10)  # as another process, or a resumed run, asks
         assert prepare(final, "plan", resume=True) == work
         publish(final)
-    assert sorted(path.name for path in final.iterdir()) == ["config.json", "lost+found", "sub"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "volume"]
+    assert names(final) == ["config.json", "lost+found", "sub"]
+    assert names(tmp_path) == ["source", "volume"]
     assert "exists already" in refused(final, source)
 
 
@@ -234,42 +227,29 @@ def test_of_three_processes_one_holds_the_lock(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from specdef_cli.checkpoint.output import exclusive
-with exclusive(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+def _hold(final: Path, held: Event) -> None:
+    with exclusive(final):
+        held.set()
+        time.sleep(300)
 
 
 def test_a_second_run_is_told_and_a_dead_run_holds_nothing(tmp_path: Path) -> None:
-    final = tmp_path / "deep" / "out"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(final)],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    final, context = tmp_path / "deep" / "out", multiprocessing.get_context("fork")
+    held = context.Event()
+    holder = context.Process(target=_hold, args=(final, held))
+    holder.start()
     try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+        assert held.wait(60)
         with pytest.raises(SpecDefError, match="another run is writing"), exclusive(final):
             pass
         with exclusive(tmp_path / "deep" / "other"):
             pass
     finally:
         holder.kill()
-        holder.wait()
+        holder.join()
     with exclusive(final):
         pass
-    assert list((tmp_path / "deep").iterdir()) == []
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    assert names(tmp_path / "deep") == []
 
 
 def test_text_and_bytes_replace_what_was_there(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from specdef_cli.checkpoint.resolve import resolve
 from specdef_cli.errors import SpecDefError
 from tests.commands import assert_refused, call_cli, refusal
-from tests.hub_server import COMMITS, Hub, here, model_files, serving
+from tests.hub_server import COMMITS, Hub, here, model_files, online, serving
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
 
@@ -28,31 +27,9 @@ def found(model: str, revision: str | None = None) -> tuple[Path, str, str | Non
     return resolved.directory, resolved.name, resolved.revision, resolved.commit
 
 
-def fill_cache(cache: Path, model: Path, repository: str = "org/name") -> dict[str, Path]:
-    """The Hub's cache with ``model`` at two commits: ``main`` and, with a file more, ``v1``."""
-    root = cache / f"models--{repository.replace('/', '--')}"
-    snapshots = {}
-    for ref, commit in COMMITS.items():
-        snapshot = root / "snapshots" / commit
-        snapshot.mkdir(parents=True)
-        (root / "blobs").mkdir(exist_ok=True)
-        (root / "refs").mkdir(exist_ok=True)
-        (root / "refs" / ref).write_text(commit)
-        files = {file.name: file.read_bytes() for file in model.iterdir() if file.is_file()}
-        for name, data in (files | {"which.txt": ref.encode()}).items():
-            blob = root / "blobs" / hashlib.sha256(data).hexdigest()
-            blob.write_bytes(data)
-            (snapshot / name).symlink_to(f"../../blobs/{blob.name}")
-        snapshots[ref] = snapshot
-    return snapshots
-
-
 def base_at(ref: str) -> dict[str, str | None]:
     """What a manifest says of ``org/name`` as its base."""
     return {"name": "org/name", "revision": ref, "commit": COMMITS[ref], "hub_id": None, "subfolder": None}
-
-
-# --- what is typed ---------------------------------------------------------------------------------------------------
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +79,8 @@ def test_a_hub_id_with_a_slash_at_its_end_is_told_without_it() -> None:
     ],
     ids=["card", "adapter", "config", "marked config"],
 )
-def test_a_repository_without_a_model_is_called_by_its_id(
-    files: dict[str, bytes], words: tuple[str, ...], tmp_path: Path
-) -> None:
-    hub = Hub(files)
-    with serving(hub), here(hub, tmp_path):
+def test_a_repository_without_a_model_is_named(files: dict[str, bytes], words: tuple[str, ...], tmp_path: Path) -> None:
+    with online(Hub(files), tmp_path):
         refused = call_cli("harden", "org/name", "--out", tmp_path / "out")
     assert_refused(refused, *words)
     assert "snapshots" not in refused.stderr
@@ -127,10 +101,8 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("beside", [{}, {"README.md": b"x", "config.json": b"{}"}], ids=["alone", "with a config"])
-def test_a_repository_of_another_format_names_it(
-    name: str, words: tuple[str, ...], beside: dict[str, bytes], tmp_path: Path
-) -> None:
-    with serving(Hub({name: b"x" * 9, **beside})) as hub, here(hub, tmp_path), pytest.raises(SpecDefError) as raised:
+def test_another_format_is_named(name: str, words: tuple[str, ...], beside: dict[str, bytes], tmp_path: Path) -> None:
+    with online(Hub({name: b"x" * 9, **beside}), tmp_path) as hub, pytest.raises(SpecDefError) as raised:
         resolve("org/name")
     assert raised.value.problem.startswith("org/name has only ")
     for word in (*words, name, "'org/name'"):
@@ -147,33 +119,11 @@ def test_two_revisions_are_refused() -> None:
         resolve("org/name@v1", revision="v2")
 
 
-# --- out of the cache ------------------------------------------------------------------------------------------------
-
-
-def test_the_cache_serves_offline_and_pins_revisions(
+def test_a_model_is_fetched_once_and_then_served_offline(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshots = fill_cache(tmp_path, llama)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for model, revision, ref in (
-        ("org/name", None, "main"),
-        ("org/name@v1", None, "v1"),
-        ("org/name", "v1", "v1"),
-        ("org/name@v1", "v1", "v1"),
-    ):
-        assert found(model, revision) == (snapshots[ref], "org/name", ref, COMMITS[ref])
-    assert found("org/name", COMMITS["v1"]) == (snapshots["v1"], "org/name", COMMITS["v1"], COMMITS["v1"])
-    said = told("org/other")
-    assert "org/other" in said
-    assert "HF_HUB_OFFLINE" in said
-
-
-# --- from a server ---------------------------------------------------------------------------------------------------
-
-
-def test_a_model_is_fetched_once_and_without_pickles(llama: Path, tmp_path: Path) -> None:
     others = {"pytorch_model.bin": b"a pickle", "model.onnx": b"x", "weights.pt": b"a pickle"}
-    with serving(Hub(model_files(llama) | others)) as hub, here(hub, tmp_path):
+    with online(Hub(model_files(llama) | others), tmp_path) as hub:
         resolve("org/name", token=TOKEN)
         assert not others.keys() & set(hub.downloaded())
         assert "model.safetensors" in hub.downloaded()
@@ -182,6 +132,20 @@ def test_a_model_is_fetched_once_and_without_pickles(llama: Path, tmp_path: Path
         assert found("org/name")[2:] == ("main", COMMITS["main"])
         assert len(hub.downloaded()) == count
         assert found("org/name@v1")[2:] == ("v1", COMMITS["v1"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for model, revision, ref in (
+        ("org/name", None, "main"),
+        ("org/name@v1", None, "v1"),
+        ("org/name", "v1", "v1"),
+        ("org/name@v1", "v1", "v1"),
+        ("org/name", COMMITS["v1"], COMMITS["v1"]),
+    ):
+        commit = COMMITS.get(ref, ref)
+        directory = tmp_path / "cache/models--org--name/snapshots" / commit
+        assert found(model, revision) == (directory, "org/name", ref, commit)
+    said = told("org/other")
+    assert "org/other" in said
+    assert "HF_HUB_OFFLINE" in said
 
 
 @pytest.mark.parametrize(
@@ -197,18 +161,18 @@ def test_a_model_is_fetched_once_and_without_pickles(llama: Path, tmp_path: Path
     ],
     ids=["files-403", "files-401", "api-403-gated", "api-403", "api-401", "api-404", "api-500"],
 )
-def test_what_the_hub_denies_is_one_line_and_a_hint(
+def test_what_the_hub_denies_is_told_in_two_lines(
     hub: Hub, words: tuple[str, ...], llama: Path, tmp_path: Path
 ) -> None:
     hub.files = model_files(llama)
-    with serving(hub), here(hub, tmp_path):
+    with online(hub, tmp_path):
         said = told("org/name", token=TOKEN)
     for word in words:
         assert word in said
 
 
 def test_an_unknown_repository_and_an_unknown_revision(llama: Path, tmp_path: Path) -> None:
-    with serving(Hub(model_files(llama))) as hub, here(hub, tmp_path):
+    with online(Hub(model_files(llama)), tmp_path):
         assert "org/misspelt" in told("org/misspelt")
         assert "org/name has no revision v9" in told("org/name@v9")
 

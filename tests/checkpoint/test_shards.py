@@ -31,11 +31,6 @@ def test_shards_are_filled_greedily_in_order() -> None:
     assert [shard.nbytes for shard in shards] == [10, 10, 1]
 
 
-def test_a_group_larger_than_a_shard_stands_alone() -> None:
-    shards = plan_shards([group("a", 1), group("huge", 100), group("b", 1)], 10)
-    assert [[group.label for group in shard.groups] for shard in shards] == [["a"], ["huge"], ["b"]]
-
-
 def test_one_shard_has_the_usual_name_and_no_index() -> None:
     shards = plan_shards([group("a", 4)], 10)
     assert [shard.name for shard in shards] == ["model.safetensors"]

@@ -15,14 +15,13 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from typing import Any
 
 import torch
 
 import specdef_cli.hardening.run
 import specdef_cli.hardening.verify  # noqa: F401
-from specdef_cli.cli.app import main
+from tests.commands import run_main
 
 torch.set_num_threads(1)
 
@@ -52,15 +51,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             os.dup2(stderr.fileno(), 1)
             code = 99
             try:
-                sys.argv = ["specdef", *case["arguments"]]
                 if case["target"]:
                     strike(case["target"], case["call"], case["signal"])
-                main()
-                code = 0
-            except SystemExit as leaving:
-                code = int(leaving.code or 0)
-            except Exception:
-                traceback.print_exc()
+                code = run_main(*case["arguments"])
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
