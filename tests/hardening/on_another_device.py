@@ -28,8 +28,7 @@ from specdef_cli.model.opened import open_model
 from specdef_cli.spectral.subspace import effective_rank, top_subspace
 from tests.hardening.other_device import other_device
 
-Check = Callable[[torch.device], float]
-"""Takes the other device and returns the largest difference from what the CPU computes."""
+Compute = Callable[[torch.device], list[Tensor]]
 
 CPU = torch.device("cpu")
 HARDENED: dict[str, dict[str, Any]] = {
@@ -42,11 +41,20 @@ HARDENED: dict[str, dict[str, Any]] = {
 def main(directory: str, device: str | None = None) -> None:
     """Print the distances as JSON, by name."""
     with other_device() if device is None else nullcontext(torch.device(device)) as chosen:
-        found = {name: check(chosen) for name, check in checks(Path(directory)).items()}
+        found = {name: distance(run(chosen), run(CPU)) for name, run in computations(Path(directory)).items()}
     print(json.dumps(found))
 
 
-def checks(directory: Path) -> dict[str, Check]:
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, relative to numbers above 1; what was computed there must be there."""
+    largest = 0.0
+    for there, here in zip(found, expected, strict=True):
+        assert there.device != CPU, there.device
+        largest = max(largest, float((there.to(CPU) - here).abs().max() / here.abs().max().clamp(min=1)))
+    return largest
+
+
+def computations(directory: Path) -> dict[str, Compute]:
     """What is run, by name."""
     return {
         **NUMERICAL,
@@ -55,93 +63,68 @@ def checks(directory: Path) -> dict[str, Check]:
     }
 
 
-def subspace(rows: int, columns: int, device: torch.device) -> float:
+def subspace(rows: int, columns: int, device: torch.device) -> list[Tensor]:
     """The projection onto the basis, which has no sign, and the singular values."""
-    weight = _gaussian(rows, columns)
-    here, there = (top_subspace(weight.to(place), 4, 0) for place in (CPU, device))
-    return max(
-        distance(there.basis @ there.basis.mT, here.basis @ here.basis.mT),
-        distance(there.singular_values, here.singular_values),
-    )
+    found = top_subspace(_gaussian(rows, columns).to(device), 4, 0)
+    return [found.basis @ found.basis.mT, found.singular_values]
 
 
-def rank(device: torch.device) -> float:
+def rank(device: torch.device) -> list[Tensor]:
     """The effective rank."""
-    weight = _gaussian(300, 400)
-    return abs(effective_rank(weight.to(device), 0) - effective_rank(weight, 0))
+    return [torch.tensor(effective_rank(_gaussian(300, 400).to(device), 0)).to(device)]
 
 
 def _gaussian(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def transforms(directory: Path, options: dict[str, Any], device: torch.device) -> float:
-    """Every tensor that hardening computes; of two factors their product, relative to its largest value."""
+def transforms(directory: Path, options: dict[str, Any], device: torch.device) -> list[Tensor]:
+    """Every tensor that hardening computes; of two factors their product."""
     base = open_model(directory)
-    checkpoint, plan = base.checkpoint, make_plan(base, HardenOptions(str(directory), Path("unused"), **options))
-    largest = 0.0
-    for group in plan.groups:
-        if group.transform is not None:
-            here, there = (_products(group.transform(checkpoint, place).tensors) for place in (CPU, device))
-            largest = max(largest, *(_relative(there[name], here[name]) for name in here))
-    return largest
+    plan = make_plan(base, HardenOptions(str(directory), Path("unused"), **options))
+    made = [group.transform(base.checkpoint, device).tensors for group in plan.groups if group.transform is not None]
+    return [tensor.to(device) for tensors in made for tensor in _products(tensors)]
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
-
-
-def _products(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _products(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     found = {name: tensor.to(CPU).double() for name, tensor in tensors.items()}
     for name in [name for name in found if name.endswith(".compensation.weight")]:
         inflated = name.replace(".compensation.", ".inflated.")
         found[inflated] = found.pop(name) @ found[inflated]
-    return found
+    return list(found.values())
 
 
-def hessian(device: torch.device) -> float:
+def hessian(device: torch.device) -> list[Tensor]:
     """σ₁ of a network of two layers."""
+    torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    inputs = torch.randn(5, 6, dtype=torch.float64)
-    found = []
-    for place in (CPU, device):
-        weights = {name: value.detach().to(place).requires_grad_() for name, value in network.named_parameters()}
-        loss = partial(_squares, network, weights, inputs.to(place))
-        found.append(hessian_top(loss, list(weights.values())).eigenvalue)
-    return abs(found[0] - found[1])
+    inputs = torch.randn(5, 6, dtype=torch.float64).to(device)
+    weights = {name: value.detach().to(device).requires_grad_() for name, value in network.named_parameters()}
+
+    def loss() -> Tensor:
+        outputs: Tensor = torch.func.functional_call(network, weights, (inputs,))
+        return outputs.square().mean()
+
+    return [torch.tensor(hessian_top(loss, list(weights.values())).eigenvalue).to(device)]
 
 
-def _squares(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
-    outputs: Tensor = torch.func.functional_call(network, weights, (inputs,))
-    return outputs.square().mean()
-
-
-def step(optimizer: str, device: torch.device) -> float:
+def step(optimizer: str, device: torch.device) -> list[Tensor]:
     """Three steps of an optimizer on one linear layer."""
-    results = []
-    for place in (CPU, device):
-        torch.manual_seed(0)  # some draw vectors
-        layer = nn.Linear(6, 4)
-        with torch.no_grad():
-            for number, parameter in enumerate(layer.parameters()):
-                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape) + number)
-        layer.weight, layer.bias = (nn.Parameter(value.detach().to(place)) for value in (layer.weight, layer.bias))
-        chosen = build_optimizer(OPTIMIZERS.choose(optimizer), layer, 1e-3)
-        for _ in range(3):
-            chosen.zero_grad()
-            layer(torch.linspace(-1, 2, 12, device=place).reshape(2, 6)).square().mean().backward(create_graph=True)
-            chosen.step()
-        results.append(layer.weight.detach())
-    return distance(results[1], results[0])
+    torch.manual_seed(0)  # some draw vectors
+    layer = nn.Linear(6, 4)
+    with torch.no_grad():
+        for number, parameter in enumerate(layer.parameters()):
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape) + number)
+    layer.weight, layer.bias = (nn.Parameter(value.detach().to(device)) for value in (layer.weight, layer.bias))
+    chosen = build_optimizer(OPTIMIZERS.choose(optimizer), layer, 1e-3)
+    for _ in range(3):
+        chosen.zero_grad()
+        layer(torch.linspace(-1, 2, 12, device=device).reshape(2, 6)).square().mean().backward(create_graph=True)
+        chosen.step()
+    return [layer.weight.detach()]
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference; the first tensor must be on the other device."""
-    assert found.device != CPU, found.device
-    return float((found.to(CPU) - expected).abs().max())
-
-
-NUMERICAL: dict[str, Check] = {
+NUMERICAL: dict[str, Compute] = {
     "subspace by Krylov iteration": partial(subspace, 300, 400),
     "subspace by SVD": partial(subspace, 20, 30),
     "effective rank": rank,

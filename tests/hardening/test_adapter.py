@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from specdef_cli.errors import SpecDefError
@@ -21,6 +20,7 @@ from specdef_cli.model import load_model
 from specdef_cli.model.opened import open_model
 from tests.commands import assert_refused, call_cli, succeed
 from tests.hardened import harden_to
+from tests.hardening.mutations import edit_json, edit_tensors, spoiled
 
 
 def lora(base: Path, out: Path, *, head: bool = False, **settings: Any) -> Path:
@@ -65,9 +65,7 @@ HARDENED: dict[str, Fold | Scale | Factors] = {"fold": Fold(), "scale": Scale(),
     [("llama", "fold"), ("phi3", "fold"), ("gpt2-untied", "fold"), ("gpt-neox", "fold"), ("llama", "factors"),
      ("gpt2", "factors"), ("llama-tied", "scale"), ("gemma3", "scale"), ("gpt2", "scale")],
 )  # fmt: skip
-def test_a_converted_adapter_is_the_same_function(
-    case: str, way: str, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_converted_adapter_does_the_same(case: str, way: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     base, hardened = checkpoints[case], tmp_path / "hardened"
     harden_to(hardened, base, HARDENED[way])
     adapter = lora(base, tmp_path / "lora", head=case in ("llama", "llama-tied"))
@@ -80,13 +78,8 @@ def test_a_converted_adapter_is_the_same_function(
     for merged in (False,) if case == "llama-tied" else (False, True):
         found = logits(hardened, tmp_path / "converted", merged=merged)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * scale)
-
-
-def test_the_adapter_of_the_base_is_another_function_on_a_fold(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    base, fold = checkpoints["llama"], tmp_path / "fold"
-    harden_to(fold, base)
-    adapter = lora(base, tmp_path / "lora")
-    assert not torch.allclose(logits(fold, adapter), logits(base, adapter), rtol=0.1, atol=0.1)
+    if (case, way) == ("llama", "fold"):  # unconverted it is another function
+        assert not torch.allclose(logits(hardened, adapter), expected, rtol=0.1, atol=0.1)
 
 
 def test_ranks_alphas_and_rslora_are_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -108,16 +101,6 @@ def places(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     root, base = tmp_path_factory.mktemp("adapter"), tiny_model("llama")
     harden_to(root / "fold", base)
     return lora(base, root / "lora"), root / "fold", base
-
-
-def edited(adapter: Path, out: Path, tensors: Callable[[dict[str, torch.Tensor]], Any], **settings: Any) -> Path:
-    out.mkdir()
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (out / "adapter_config.json").write_text(json.dumps(config | settings))
-    weights = load_file(adapter / "adapter_model.safetensors")
-    tensors(weights)
-    save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    return out
 
 
 DOWN = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
@@ -143,13 +126,12 @@ REFUSED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], dict[str, Any
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_converted_is_refused(case: str, places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_converted(case: str, places: tuple[Path, Path, Path], tmp_path: Path, outside: Path) -> None:
     adapter, fold, _ = places
-    tensors, settings, words = REFUSED[case]
-    changed = edited(adapter, tmp_path / "adapter", tensors, **settings)
-    out = tmp_path / "outside"
-    out.mkdir()
-    assert_refused(call_cli("convert-adapter", changed, fold, "--out", out / "converted"), *words, empty=out)
+    change, settings, words = REFUSED[case]
+    weights = partial(edit_tensors, change=change, name="adapter_model.safetensors")
+    changed = spoiled(adapter, tmp_path, edit_json("adapter_config.json", **settings), weights)
+    assert_refused(call_cli("convert-adapter", changed, fold, "--out", outside / "converted"), *words, empty=outside)
 
 
 def test_places_that_do_not_fit(places: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from specdef_cli.model.inputs import token_batch
 from specdef_cli.model.opened import OpenedModel, open_model
 from specdef_cli.model.symmetries import symmetries
 from tests.commands import TINY_LLAMA, assert_refused, call_cli, refusal, succeed
+from tests.hardening.mutations import edit_tensors
 from tests.tiny_families import write_case
 from tests.tiny_models import write_model
 
@@ -176,28 +177,21 @@ def test_the_energy_given_up_is_what_taking_the_channel_out_changes(
     pair = next(pair for pair in pairs if pair.kind == kind and ".2." in pair.name)
     costs = energies(pair, activations, no_norms)
     channel = int(costs.argsort()[len(costs) // 2])
-    raised = raise_pair(pair, activations, 12, no_norms)
-    assert raised is not None
+    raised: Any = raise_pair(pair, activations, 12, no_norms)
     (raised_channel,) = raised.channels
     changes = {channel: 0.0, raised_channel: 0.0}
     readers = {side.tensor: side for side in pair.sides if side.power < 0}
 
     def take_out(name: str, module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
         if name in readers:
+            weight = module.get_parameter("weight")
             for which in changes:
                 without = given.clone()
                 without[..., list(readers[name].indices[which])] = 0
-                lost = (module(without) - output).square().sum(-1)
-                columns = module.get_parameter("weight").square().sum(0)
-                changes[which] += float((lost / (given.square() @ columns)).mean())
+                lost = (without @ weight.T - output).square().sum(-1)
+                changes[which] += float((lost / (given.square() @ weight.square().sum(0))).mean())
 
-    def hook(name: str, module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
-        if name in readers and "busy" not in readers:
-            readers["busy"] = readers[name]
-            take_out(name, module, given, output)
-            del readers["busy"]
-
-    run_whole(TINY_LLAMA, default_text(), hook)
+    run_whole(TINY_LLAMA, default_text(), take_out)
     assert changes[channel] == pytest.approx(float(costs[channel]), rel=2e-2 if kind != "value_output" else 0.5)
     assert raised.given_up == pytest.approx(float(costs[raised_channel] / costs.sum()))
     assert costs[raised_channel] < costs[channel]
@@ -209,8 +203,7 @@ def test_what_passes_through_a_raised_channel_stays_far_below_float16s_largest(
     checkpoint, pairs, activations = tiny
     for pair in pairs:
         for exponent in (4, 12, 20):
-            raised = raise_pair(pair, activations, exponent, partial(channel_norms, checkpoint))
-            assert raised is not None
+            raised: Any = raise_pair(pair, activations, exponent, partial(channel_norms, checkpoint))
             for channel, own in zip(raised.channels, raised.exponents, strict=True):
                 passed = largest(pair, activations) * 2.0**own
                 assert passed[channel] <= LARGEST
@@ -251,8 +244,7 @@ def test_experts_are_seen_one_by_one(case: str, tmp_path: Path) -> None:
             for kept, indices, values, squares in expected:
                 torch.testing.assert_close(kept.mean_square[indices], squares.mean(0), rtol=1e-4, atol=1e-7)
                 torch.testing.assert_close(kept.largest[indices], values.abs().amax(0), rtol=1e-4, atol=1e-6)
-            raised = raise_pair(pair, found, 12, no_norms)
-            assert raised is not None
+            raised: Any = raise_pair(pair, found, 12, no_norms)
             assert float(up.abs().amax(0)[raised.channels[0]]) * 2.0 ** raised.exponents[0] <= LARGEST
             del found.outputs[making.weight]
             assert raise_pair(pair, found, 12, no_norms) is None
@@ -281,10 +273,8 @@ def test_queries_may_be_more_than_the_width_that_they_read(tmp_path: Path) -> No
 
 def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
     directory = write_model("llama", tmp_path / "m")
-    tensors = load_file(directory / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"][3] = 0
-    tensors["model.layers.1.mlp.down_proj.weight"][:] = 0
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    edit_tensors(directory, lambda t: t["model.layers.0.mlp.up_proj.weight"][3].zero_())
+    edit_tensors(directory, lambda t: t["model.layers.1.mlp.down_proj.weight"].zero_())
     base, pairs = opened(directory)
     activations = calibrate(base, pairs, TEXT)
     first, second = [raise_pair(pair, activations, 12, no_norms) for pair in pairs if pair.kind == "up_down"]
@@ -302,9 +292,7 @@ def test_a_channel_of_zeros_is_never_raised(tmp_path: Path) -> None:
         ("llama", f"{TEXT} beyond", "is outside the model's vocabulary of 96"),
     ],
 )
-def test_without_a_text_the_way_out_is_named(
-    family: str, text: str, problem: str, profile: str, tmp_path: Path
-) -> None:
+def test_without_a_text_a_way_out_is_named(family: str, text: str, problem: str, profile: str, tmp_path: Path) -> None:
     base = write_model(family, tmp_path / "m")
     if "beyond" in text:
         tokenizer = AutoTokenizer.from_pretrained(base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,9 +32,8 @@ MANIFEST = Manifest(
 )  # fmt: skip
 
 
-def card_data(directory: Path) -> dict[str, object]:
-    data: dict[str, object] = ModelCard.load(directory / "README.md").data.to_dict()
-    return data
+def card_data(directory: Path) -> Any:
+    return ModelCard.load(directory / "README.md").data.to_dict()
 
 
 def test_a_directory_leaves_no_path_in_its_card(llama: Path, tmp_path: Path) -> None:
@@ -43,11 +43,8 @@ def test_a_directory_leaves_no_path_in_its_card(llama: Path, tmp_path: Path) -> 
     assert llama.name not in card
     assert "the base model" in card
     assert "may diverge at usual learning rates" in card, "whoever fine-tunes it in good faith reads it here"
-    assert card_data(tmp_path / "out") == {
-        "license": "mit",
-        "tags": ["tiny", "specdef"],
-        "library_name": "transformers",
-    }
+    data = {"license": "mit", "tags": ["tiny", "specdef"], "library_name": "transformers"}
+    assert card_data(tmp_path / "out") == data
 
 
 def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path: Path) -> None:
@@ -68,9 +65,7 @@ def test_base_model_names_where_a_directory_is_on_the_hub(llama: Path, tmp_path:
     assert_refused(refused, "--base-model", "org/name", code=2)
 
 
-def test_a_base_is_found_again_and_its_name_is_no_other_model_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_is_found_again_and_is_no_other_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     base, manifest = tmp_path / "far" / "gpt2", replace(MANIFEST, base=BaseCheckpoint("gpt2"))
     assert base_of(manifest, tmp_path / "out") == ("./gpt2", None)  # the Hub has a model of this name

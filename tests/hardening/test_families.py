@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,11 +92,10 @@ def highest_crossing(manifest: Manifest) -> int:
 
 
 @pytest.mark.parametrize(("case", "way"), [made for made in [*MADE, *SCALED] if "pro" not in made[1]])
-def test_collapse_gives_every_byte_back(
+def test_collapse_gives_bytes_back(
     case: str, way: str, checkpoints: dict[str, Path], made: Made, tmp_path: Path
 ) -> None:
-    result = collapse(CollapseOptions(str(made(case, way)), tmp_path / "back"))
-    assert result is not None
+    result: Any = collapse(CollapseOptions(str(made(case, way)), tmp_path / "back"))
     assert (result.parameters_removed > 0) == way.startswith("scale")
     expected, config = tensors(checkpoints[case]), json.loads((checkpoints[case] / "config.json").read_text())
     if way.endswith("bfloat16"):
@@ -136,9 +136,7 @@ def unscaled(module: ScaledModule, files: dict[str, torch.Tensor]) -> torch.Tens
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_vectors_times_the_stored_weight_are_the_weight(
-    case: str, checkpoints: dict[str, Path], made: Made
-) -> None:
+def test_vectors_times_the_stored_weight_are_the_weight(case: str, checkpoints: dict[str, Path], made: Made) -> None:
     directory = made(case, "scale")
     manifest, files, expected = read_manifest(directory), tensors(directory), tensors(checkpoints[case])
     assert manifest.method == "scale"

@@ -32,7 +32,7 @@ from tests.tiny_kinds import write_kind
 
 
 @pytest.mark.parametrize(("construction", "matches"), [(Fold(), 1), (Factors(), 2), (Scale(), 2)])
-def test_names_are_matched_once_a_plan(
+def test_names_are_matched_once(
     construction: Construction, matches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one model, too. The names that factors and scales add are matched beside the base's."""
@@ -47,9 +47,6 @@ def test_names_are_matched_once_a_plan(
     make_plan(open_model(base), HardenOptions(str(base), tmp_path / "x", construction))
     assert len(models) == matches
     assert len({id(model) for model in models}) == 1
-
-
-# --- gradients -------------------------------------------------------------------------------------------------------
 
 
 def gradients(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -89,9 +86,6 @@ def test_gradients_are_those_of_the_base_by_the_inverse_factors(
         assert torch.equal(found[name], gradient), name
 
 
-# --- channels --------------------------------------------------------------------------------------------------------
-
-
 def checkpoint_of(directory: Path, **tensors: torch.Tensor) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text("{}")
@@ -108,25 +102,27 @@ def singles(count: int) -> tuple[tuple[int, ...], ...]:
     return tuple((channel,) for channel in range(count))
 
 
-def test_the_largest_channels_are_taken(tmp_path: Path) -> None:
-    down = torch.ones(4, 6) * torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0])
-    directory = checkpoint_of(tmp_path / "m", up=torch.ones(6, 5), down=down)  # the smaller side is measured
-    pair = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
-    assert folded_channels(directory, pair) == (2, 4)
+MLP = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
+SCORES = SymmetricPair("a", "query_key", 6, (Side("query", 0, singles(6), 1), Side("key", 0, singles(6), -1)))
+VALUES = SymmetricPair(
+    "a", "value_output", 2, (Side("value", 0, singles(2), 1), Side("output", 1, ((0, 2), (1, 3)), -1))
+)
+NORMS = torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0])
 
 
-def test_what_a_cache_holds_is_scaled_on_channels_of_middling_norm(tmp_path: Path) -> None:
-    key = torch.ones(6, 4) * torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0])[:, None]
-    directory = checkpoint_of(tmp_path / "m", query=torch.ones(6, 9), key=key)
-    pair = SymmetricPair("a", "query_key", 6, (Side("query", 0, singles(6), 1), Side("key", 0, singles(6), -1)))
-    assert folded_channels(directory, pair) == (4, 0)
-
-
-def test_channels_of_a_group_of_heads_count_together(tmp_path: Path) -> None:
-    output = torch.ones(4, 4) * torch.tensor([1.0, 9.0, 8.0, 4.0])
-    directory = checkpoint_of(tmp_path / "m", value=torch.ones(2, 9), output=output)
-    sides = (Side("value", 0, singles(2), 1), Side("output", 1, ((0, 2), (1, 3)), -1))
-    assert folded_channels(directory, SymmetricPair("a", "value_output", 2, sides)) == (1,)
+@pytest.mark.parametrize(
+    ("pair", "tensors", "expected"),
+    [
+        (MLP, {"up": torch.ones(6, 5), "down": torch.ones(4, 6) * NORMS}, (2, 4)),
+        (SCORES, {"query": torch.ones(6, 9), "key": torch.ones(6, 4) * NORMS[:, None]}, (4, 0)),
+        (VALUES, {"value": torch.ones(2, 9), "output": torch.ones(4, 4) * torch.tensor([1.0, 9.0, 8.0, 4.0])}, (1,)),
+    ],
+    ids=["the largest of the smaller side", "of middling norm where a cache holds them", "a group of heads together"],
+)
+def test_which_channels_are_taken(
+    pair: SymmetricPair, tensors: dict[str, torch.Tensor], expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    assert folded_channels(checkpoint_of(tmp_path / "m", **tensors), pair) == expected
 
 
 @pytest.mark.parametrize("block", [0, 2])
@@ -147,18 +143,12 @@ def test_planning_reads_a_sample_of_a_large_matrix(tmp_path: Path) -> None:
     down[:, 4] = 2
     down[SAMPLE_ROWS:, 1] = 1000
     directory = checkpoint_of(tmp_path / "m", up=torch.ones(6, 5 * SAMPLE_ROWS), down=down)
-    pair = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
-    assert folded_channels(directory, pair)[0] == 4
+    assert folded_channels(directory, MLP)[0] == 4
 
 
 def test_a_pair_of_zeros_is_left_out(tmp_path: Path) -> None:
     directory = checkpoint_of(tmp_path / "m", up=torch.zeros(6, 4), down=torch.zeros(4, 6))
-    pair = SymmetricPair("mlp", "up_down", 6, (Side("up", 0, singles(6), 1), Side("down", 1, singles(6), -1)))
-    checkpoint = open_checkpoint(directory)
-    assert fold_pairs(checkpoint, [pair], "float16-cache") == ()
-
-
-# --- scaling ---------------------------------------------------------------------------------------------------------
+    assert fold_pairs(open_checkpoint(directory), [MLP], "float16-cache") == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -173,9 +163,6 @@ def test_what_would_be_rounded_or_flushed_is_refused_and_left_as_it_was(dtype: t
     fits = torch.tensor([[1.0, tiny]], dtype=dtype)
     scale_slice(fits, ScaledSlice("w", 1, None, (1,), (3,)))
     assert fits[0, 1] == 8 * tiny
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
 
 
 LOST = "float16 weights, 8- and 4-bit quantization (bitsandbytes, torchao, GGUF), float8, merging "
@@ -241,17 +228,15 @@ def test_the_last_mlp_and_the_first_attention_stand_apart(llama: Path, tmp_path:
         assert exponents == {9} if cached else exponents <= set(range(13, 19)), name
 
 
-WRONG_USAGE = {
-    "fold": (("--alpha", "100"), ("--top-k", "4"), ("--gauge", "rotated"), ("--seed", "0")),
-    "scale": (("--profile", "bfloat16"), ("--alpha", "100"), ("--top-k", "25")),
-    "factors": (("--profile", "float16-cache"),),
-}
-
-
 @pytest.mark.parametrize(
-    ("method", "option"), [(method, option) for method, given in WRONG_USAGE.items() for option in given]
+    ("method", "option"),
+    [
+        *(("fold", option) for option in (("--alpha", "9"), ("--top-k", "4"), ("--gauge", "rotated"), ("--seed", "0"))),
+        *(("scale", option) for option in (("--profile", "bfloat16"), ("--alpha", "100"), ("--top-k", "25"))),
+        ("factors", ("--profile", "float16-cache")),
+    ],
 )
-def test_an_option_of_another_method_is_wrong_usage(
+def test_an_option_of_another_method_is_wrong(
     method: str, option: tuple[str, str], llama: Path, tmp_path: Path
 ) -> None:
     """Even where it gives the default; the message names the method that has it, which takes it."""
@@ -263,9 +248,9 @@ def test_an_option_of_another_method_is_wrong_usage(
     succeed("harden", llama, "--method", owner, *option, "--dry-run")
 
 
-def test_globs_choose_pairs(llama: Path, tmp_path: Path) -> None:
-    def kinds(**globs: tuple[str, ...]) -> set[str]:
-        plan = make_plan(open_model(llama), HardenOptions(str(llama), tmp_path / "x", **globs))  # type: ignore[arg-type]
+def test_globs_choose_pairs(llama: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    def kinds(base: Path = llama, **globs: tuple[str, ...]) -> set[str]:
+        plan = make_plan(open_model(base), HardenOptions(str(base), tmp_path / "x", **globs))  # type: ignore[arg-type]
         return {pair.kind for pair in plan.folded}
 
     assert kinds(layers=("*.o_proj",)) == {"value_output"}
@@ -273,13 +258,8 @@ def test_globs_choose_pairs(llama: Path, tmp_path: Path) -> None:
     assert kinds(exclude=("*norm*",)) == {"value_output", "query_key", "up_down"}
     # v_proj is in two pairs: with its output, and with the norm that it reads.
     assert kinds(layers=("*.v_proj",)) == {"value_output", "norm_readers"}
-
-
-def test_names_of_the_model_are_known_too(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """A ViT's files call vit.encoder.layer.0.layernorm_before what the model calls layers.0.layernorm_before."""
-    vit = tiny_model("vit")
-    options = HardenOptions(str(vit), tmp_path / "x", layers=("*layers.0.layernorm_before",))
-    assert [pair.kind for pair in make_plan(open_model(vit), options).folded] == ["norm_readers"]
+    # A ViT's files call vit.encoder.layer.0.layernorm_before what the model calls layers.0.layernorm_before.
+    assert kinds(tiny_model("vit"), layers=("*layers.0.layernorm_before",)) == {"norm_readers"}
 
 
 def test_a_family_that_is_not_described_is_refused_with_the_reason(tmp_path: Path) -> None:

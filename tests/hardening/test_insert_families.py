@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from specdef_cli.hardening.options import CollapseOptions, Factors, StoredDtype
 from specdef_cli.hardening.run import collapse
 from specdef_cli.model import SpecDefLinear, load_model
 from tests.hardened import harden_to
-from tests.tiny_models import FAMILIES, README, forward
+from tests.tiny_models import README, forward
 from tests.tiny_pipeline import denoise, tiny_unet
 from tests.weights import assert_collapsed, assert_same_bytes, relative, tensors
 
@@ -66,14 +67,11 @@ def tiny(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture(scope="module")
 def hardened(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Path]:
-    made: dict[tuple[str, torch.dtype], Path] = {}
-
+    @cache
     def build(family: str, dtype: torch.dtype) -> Path:
-        if (family, dtype) not in made:
-            out = tmp_path_factory.mktemp("hardened") / family
-            harden_to(out, tiny(family, dtype), Factors(alpha=ALPHA, top_k=TOP_K), verify=True)
-            made[family, dtype] = out
-        return made[family, dtype]
+        out = tmp_path_factory.mktemp("hardened") / family
+        harden_to(out, tiny(family, dtype), Factors(alpha=ALPHA, top_k=TOP_K), verify=True)
+        return out
 
     return build
 
@@ -160,8 +158,7 @@ def test_collapse_gives_the_base_back(
     family: str, dtype: torch.dtype, tiny: TinyModel, hardened: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = tiny(family, dtype)
-    result = collapse(CollapseOptions(str(hardened(family, dtype)), tmp_path / "back"))
-    assert result is not None
+    result: Any = collapse(CollapseOptions(str(hardened(family, dtype)), tmp_path / "back"))
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((base / "config.json").read_text())
     found, expected = tensors(tmp_path / "back"), tensors(base)
     changed = {layer.tensor for layer in result.manifest.factored}
@@ -175,29 +172,25 @@ def test_collapse_gives_the_base_back(
     assert relative(outputs(model), outputs(load_model(base))) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_files_besides_the_weights(family: str, tiny: TinyModel, hardened: Callable[..., Path]) -> None:
-    base, directory = tiny(family), hardened(family, torch.float32)
-    rewritten = {"config.json", "README.md", "model.safetensors"}
+    base, directory, unet = tiny(family), hardened(family, torch.float32), family == "unet"
+    weights = f"{'diffusion_pytorch_model' if unet else 'model'}.safetensors"
     for path in base.iterdir():
-        if path.name not in rewritten:
+        if path.name not in {"config.json", "README.md", weights}:
             assert (directory / path.name).read_bytes() == path.read_bytes()
-    assert {path.name for path in directory.iterdir()} == {path.name for path in base.iterdir()} | {
-        "specdef.json",
-        "configuration_specdef.py",
-    }
-    manifest = read_manifest(directory)
-    assert manifest.shards == {"model.safetensors": file_sha256(directory / "model.safetensors")}
-    with safe_open(directory / "model.safetensors", "pt") as file:
+    added = {"specdef.json", "README.md", *(() if unet else ("configuration_specdef.py",))}
+    assert {path.name for path in directory.iterdir()} == {path.name for path in base.iterdir()} | added
+    assert read_manifest(directory).shards == {weights: file_sha256(directory / weights)}
+    with safe_open(directory / weights, "pt") as file:
         assert file.metadata() == {"format": "pt"}
     card = (directory / "README.md").read_text()
-    body = README.split("---\n")[2].strip()
-    assert body in card
-    assert "license: mit" in card
-    assert "- tiny" in card
-    assert "- specdef" in card
-    assert "does not resist" in card
-    assert "secure" not in card.lower()
+    said = ("license: mit", "- tiny", README.split("---\n")[2].strip())
+    of_pipelines = ("import specdef_cli", "convolutions", "No attack was measured")
+    for words in ("- specdef", "does not resist", *(of_pipelines if unet else said)):
+        assert words in card, words
+    for words in ("secure", *(("trust_remote_code", "kl") if unet else ())):
+        assert words not in card.lower(), words
 
 
 @pytest.mark.parametrize(("family", "prefix"), [("llama", "model"), ("unet", "diffusion_pytorch_model")])
@@ -229,11 +222,6 @@ def test_shards_in_and_out_hold_the_same(family: str, prefix: str, tiny: TinyMod
         (("*.v_proj",), (), {"model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"}),
         (("*.0.*_proj",), ("*.mlp.*", "*.q_proj"), {f"model.layers.0.self_attn.{x}_proj" for x in "kvo"}),
         ((), ("*.o_proj.weight",), {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}),
-        (
-            ("model.layers.1.mlp.up_proj", "*.1.*.gate_proj"),
-            (),
-            {f"model.layers.1.mlp.{x}_proj" for x in ("up", "gate")},
-        ),
     ],
 )
 def test_globs_choose_the_layers(
@@ -246,9 +234,7 @@ def test_globs_choose_the_layers(
 
 
 @pytest.mark.parametrize(("dtype", "alpha"), [("bfloat16", 1e9), ("float16", 100.0), ("float32", 1e6)])
-def test_another_dtype_casts_every_floating_tensor(
-    dtype: StoredDtype, alpha: float, llama: Path, tmp_path: Path
-) -> None:
+def test_another_dtype_casts_floating_tensors(dtype: StoredDtype, alpha: float, llama: Path, tmp_path: Path) -> None:
     manifest = harden_to(tmp_path / "out", llama, Factors(alpha=alpha, top_k=TOP_K), dtype=dtype, verify=True)
     expected = getattr(torch, dtype)
     assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {expected}

@@ -79,7 +79,7 @@ def test_killed_at_every_stage(die: Die, arguments: tuple[str, ...], expected: d
     assert resumed > len(POINTS) / 2
 
 
-def test_interrupted_from_the_keyboard(
+def test_interrupted_by_keyboard(
     die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
 ) -> None:
     points = [(WRITE, 12), ("specdef_cli.hardening.run.verify", 1)]
@@ -94,7 +94,7 @@ def test_interrupted_from_the_keyboard(
 
 
 @pytest.mark.slow
-def test_killed_at_many_random_moments(
+def test_killed_at_random_moments(
     die: Die, arguments: tuple[str, ...], expected: dict[str, str], tmp_path: Path
 ) -> None:
     generator = random.Random(0)

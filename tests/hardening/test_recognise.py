@@ -87,9 +87,7 @@ def test_a_channel_that_is_large_by_nature_is_no_fold() -> None:
 
 @pytest.mark.parametrize("case", ["llama-tied", "gemma3", "gpt2"])
 @pytest.mark.parametrize("manifest", [True, False])
-def test_scaled_modules_are_found_where_the_head_shares_the_embedding(
-    case: str, manifest: bool, made: Made, tmp_path: Path
-) -> None:
+def test_scales_are_found_where_head_and_embedding_share(case: str, manifest: bool, made: Made, tmp_path: Path) -> None:
     """The head has a tombstone on disk, and no weight of its own in the original architecture."""
     directory = made(case, "scale")
     if not manifest:

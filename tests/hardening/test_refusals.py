@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import shutil
@@ -13,11 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
 from specdef_cli.hardening import factors
-from specdef_cli.model import load_model
 from specdef_cli.spectral.factors import Factors
 from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.hardening.mutations import (
@@ -67,27 +64,8 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "no model_type": (config(model_type=REMOVED), ("model_type",)),
     "an unknown architecture": (config(architectures=["NopeForCausalLM"]), ("NopeForCausalLM",)),
     "an unknown activation": (config(hidden_act="nope"), ("nope",)),
-    "config.json missing": (lambda directory: (directory / "config.json").unlink(), ("no config.json",)),
-    "config.json not JSON": (content("config.json", "{"), ("config.json", "not valid JSON")),
-    # files
+    # files; tests/checkpoint/test_reader.py has the others
     "truncated": (raw_bytes(lambda data: data[: len(data) // 2]), ("model.safetensors",)),
-    "flipped header bytes": (raw_bytes(lambda data: data[:20] + b"\xff\x00" + data[22:]), ("model.safetensors",)),
-    "an empty shard": (raw_bytes(lambda data: b""), ("model.safetensors",)),
-    "pickles only": (
-        lambda directory: (directory / "model.safetensors").rename(directory / "pytorch_model.bin"),
-        ("pickled", "save_pretrained"),
-    ),
-    "an index that leaves": (
-        lambda directory: (
-            (directory / "model.safetensors").unlink()
-            or (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}')
-        ),
-        ("'../../x.safetensors'",),
-    ),
-    "a link that leaves": (
-        lambda directory: (directory / "README.md").unlink() or (directory / "README.md").symlink_to("/etc/passwd"),
-        ("README.md is a link that leaves",),
-    ),
     "hardened already": (content("specdef.json", "{}"), ("hardened already", "specdef collapse")),
     "a shim's config": (config(model_type="specdef"), ("hardened already",)),
     "code of its own": (
@@ -122,7 +100,6 @@ INPUTS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
         config(architectures=["GPT2LMHeadModel"]),
         ("GPT2LMHeadModel cannot be built",),
     ),
-    "a config in gzip": (raw_bytes(gzip.compress, "config.json"), ("not valid JSON",)),
     "weights cloned without Git LFS": (content("model.safetensors", GIT_LFS), ("git lfs pull",)),
     "a config cloned without Git LFS": (content("config.json", GIT_LFS), ("git lfs pull",)),
     "weights with a scalar": (tensor("model.norm.weight", lambda weight: weight[0]), ("model.norm.weight",)),
@@ -195,17 +172,12 @@ def test_options(case: str, llama: Path, outside: Path) -> None:
 
 def test_the_alpha_that_is_advised_for_a_layer_is_accepted(llama: Path, outside: Path) -> None:
     # Within the dtype's rough limit, but not within this layer's own: its spectrum decays.
-    arguments = ("harden", llama, "--method", "factors", "--gauge", "symmetric", "--top-k", "8", "--quiet")
-    weight = load_file(llama / "model.safetensors")[DOWN].double()
-    directory = spoiled(
-        llama,
-        outside.parent,
-        tensor(DOWN, lambda _: decaying(weight)),
-    )
-    refused = call_cli(arguments[0], directory, *arguments[2:], "--alpha", "1e5", "--out", outside / "out")
+    directory = spoiled(llama, outside.parent, tensor(DOWN, decaying))
+    arguments = ("harden", directory, "--method", "factors", "--gauge", "symmetric", "--top-k", "8", "--quiet")
+    refused = call_cli(*arguments, "--alpha", "1e5", "--out", outside / "out")
     assert_refused(refused, "mlp.down_proj", "100000", "--alpha", empty=outside)
     advised = refused.stderr.split("--alpha ")[1].split()[0]
-    succeed(arguments[0], directory, *arguments[2:], "--alpha", advised, "--out", outside / "out")
+    succeed(*arguments, "--alpha", advised, "--out", outside / "out")
 
 
 DATA_DEPENDENT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[str, ...]]] = {
@@ -227,7 +199,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(case: str, llama: Path, tmp_path
 
 
 def decaying(weight: torch.Tensor) -> torch.Tensor:
-    left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    left, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
     return ((left * torch.arange(1, 33) ** -2.0) @ right).float()
 
 
@@ -252,7 +224,7 @@ def test_layers_of_one_row_or_column(shape: tuple[int, int], llama: Path, tmp_pa
     assert layer["reconstruction_error"] < 1e-5
 
 
-def test_a_disk_too_small_is_refused_before_anything_is_written(
+def test_a_disk_too_small_is_refused_before_any_work(
     llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -274,12 +246,7 @@ def test_a_corrupted_factor_is_never_published(llama: Path, outside: Path, monke
     assert_refused(call_cli(*arguments), "model.layers.", "relative error", empty=outside)  # whichever layer is first
     monkeypatch.setattr(factors.FactorLayer, "_require_restored", lambda self, error: None)
     assert_refused(call_cli(*arguments), "the hardened model's outputs differ from the base's", empty=outside)
-    result = call_cli(*arguments, "--no-verify")
-    assert result.code == 0
-    assert load_model(outside / "out") is not None
-
-
-# --- collapse and inspect --------------------------------------------------------------------------------------------
+    succeed(*arguments, "--no-verify")
 
 
 @pytest.fixture(scope="module")
@@ -299,10 +266,7 @@ HARDENED: dict[str, tuple[Mutation, tuple[str, ...]]] = {
     "W~ in int8": (tensor(INFLATED, lambda weight: weight.to(torch.int8)), (INFLATED, "I8", "specdef.json")),
     "no manifest": (lambda directory: (directory / "specdef.json").unlink(), ("specdef.json", "specdef harden")),
     "manifest not JSON": (content("specdef.json", "{"), ("specdef.json", "not a valid manifest")),
-    "manifest a list": (content("specdef.json", "[]"), ("specdef.json", "not a valid manifest")),
     "manifest of the future": (edit_json("specdef.json", format=99), ("format 99", "Install")),
-    "manifest without base": (edit_json("specdef.json", base=REMOVED), ("specdef.json", "base")),
-    "layers as text": (edit_json("specdef.json", factored="all"), ("specdef.json",)),
     "truncated": (raw_bytes(lambda data: data[:-5]), ("model.safetensors",)),
 }
 
@@ -326,9 +290,7 @@ def test_inspect_refuses_a_device_and_nan(llama: Path, tmp_path: Path) -> None:
     assert_refused(call_cli("inspect", spoilt, "--layers"), DOWN, "NaN")
 
 
-def test_resume_with_other_options_is_refused_and_keeps_the_work(
-    llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_with_other_options_is_refused(llama: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("harden", llama, "--out", outside / "out", "--method", "factors", "--quiet", "--max-shard-size")
 
     def full(source: Any, target: Any, **keywords: Any) -> None:

@@ -12,8 +12,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from specdef_cli.checkpoint.manifest import read_manifest
-from specdef_cli.checkpoint.stream import file_sha256
 from specdef_cli.hardening.options import Factors
 from specdef_cli.hardening.survey import survey
 from specdef_cli.model import load_model
@@ -29,15 +27,6 @@ PAIRS = 12
 
 
 @pytest.fixture(scope="module")
-def unets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Base and hardened directory."""
-    root = tmp_path_factory.mktemp("unets")
-    tiny_unet().save_pretrained(root / "unet")
-    harden_to(root / "hardened", root / "unet", Factors(top_k=4), verify=True)
-    return root / "unet", root / "hardened"
-
-
-@pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with ``pipeline`` and ``hardened``."""
     root = tmp_path_factory.mktemp("pipelines")
@@ -47,23 +36,16 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def unets(pipelines: Path) -> tuple[Path, Path]:
+    """Base and hardened directory."""
+    return pipelines / "pipeline" / "unet", pipelines / "hardened" / "unet"
+
+
 @pytest.mark.parametrize("scenario", ["with_package", "without_package"])
 def test_in_a_process_of_its_own(scenario: str, pipelines: Path, tmp_path: Path) -> None:
     root = shutil.copytree(pipelines, tmp_path / "root")
     run_program(Path(__file__).with_name("plain_diffusers.py"), scenario, root, env=environment())
-
-
-def test_files_besides_the_weights(unets: tuple[Path, Path]) -> None:
-    directory = unets[1]
-    assert {path.name for path in directory.iterdir()} == {"config.json", "README.md", "specdef.json", SINGLE}
-    assert load_model(directory).training is False
-    assert read_manifest(directory).shards == {SINGLE: file_sha256(directory / SINGLE)}
-    card = (directory / "README.md").read_text()
-    for words in ("import specdef_cli", "does not resist", "convolutions", "No attack was measured"):
-        assert words in card
-    assert "trust_remote_code" not in card
-    assert "KL" not in card
-    assert "secure" not in card.lower()
 
 
 def test_another_dtype_and_other_layers(unets: tuple[Path, Path], tmp_path: Path) -> None:
@@ -140,9 +122,7 @@ def test_damaged_directories_name_what_is_wrong(case: str, unets: tuple[Path, Pa
         load_model(spoiled(unets[1], tmp_path, damage))
 
 
-def test_refusals_of_harden(
-    unets: tuple[Path, Path], tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals(unets: tuple[Path, Path], tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(directory: Path, *words: str, method: str = "factors") -> None:
         result = call_cli("harden", directory, "--out", outside / "out", "--method", method, "--quiet")
         assert_refused(result, *words, empty=outside)
