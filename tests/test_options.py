@@ -77,24 +77,20 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "5", "GB", "-5GB", "0GB", "0.0001KB", "5 GBs", "1..5GB", "nanGB", "infGB", "1e3GB", "9" * 400 + "GB"]
-)
-def test_what_is_no_size(text: str) -> None:
-    with refusal(repr(text), "5GB"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize(
     ("text", "seconds"), [("45m", 2700), ("1h30m", 5400), ("90s", 90), ("1.5h", 5400), ("2h 5min", 7500)]
 )
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text, "--time-limit") == seconds
 
 
-@pytest.mark.parametrize("text", ["", "45", "m", "-3m", "0s", "1d"])
-def test_what_is_no_duration(text: str) -> None:
-    with refusal("not a duration", "45m"):
-        parse_duration(text, "--time-limit")
+def test_what_is_no_size_and_no_duration() -> None:
+    sizes = ("", "5", "GB", "-5GB", "0GB", "0.0001KB", "5 GBs", "1..5GB", "nanGB", "infGB", "1e3GB", "9" * 400 + "GB")
+    for text in sizes:
+        with refusal(repr(text), "5GB"):
+            parse_size(text)
+    for text in ("", "45", "m", "-3m", "0s", "1d"):
+        with refusal("not a duration", "45m"):
+            parse_duration(text, "--time-limit")
 
 
 def test_durations_in_words() -> None:

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from specdef_cli.model.skeleton import Skeleton
+
 VOCABULARY = 96
 _COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 _GQA = {**_COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -169,3 +171,7 @@ def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 
 def read_config(directory: Path) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(directory)
+
+
+def skeleton_of(directory: Path) -> Skeleton:
+    return Skeleton.of(read_config(directory), read_shapes(directory))

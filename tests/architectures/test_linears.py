@@ -17,13 +17,8 @@ from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Factors
 from specdef_cli.model.loading import meta_model
 from specdef_cli.model.sites import LinearSite, linear_sites, require_findable
-from specdef_cli.model.skeleton import Skeleton
 from tests.hardened import harden_to
-from tests.tiny_families import CASES, build_config, read_config, read_shapes, write_case
-
-
-def skeleton_of(directory: Path) -> Skeleton:
-    return Skeleton.of(read_config(directory), read_shapes(directory))
+from tests.tiny_families import CASES, build_config, skeleton_of, write_case
 
 
 @cache
@@ -39,6 +34,8 @@ def test_sites_are_the_tensors_that_transformers_loads_there(checkpoints: dict[s
     sites = sites_of(directory)
     assert sites
     for site in sites:
+        # Heads, embeddings and tied weights are no sites.
+        assert not any(word in site.module for word in ("lm_head", "embed", "cls.", "score", "classifier"))
         module = model.get_submodule(site.module)
         assert torch.equal(module.weight, disk[site.tensor])
         assert isinstance(module, Conv1D) == site.transposed
@@ -64,29 +61,11 @@ def test_every_block_has_one_writer_a_sublayer(checkpoints: dict[str, Path], cas
     assert {site.out_features for site in outputs + downs} == {32}
 
 
-def test_heads_embeddings_and_tied_weights_are_no_sites(checkpoints: dict[str, Path]) -> None:
-    for case in CASES:
-        modules = {site.module for site in sites_of(checkpoints[case])}
-        assert not [name for name in modules if any(word in name for word in ("lm_head", "embed", "cls.", "score"))]
-        assert "classifier" not in modules
-
-
 def test_structural_roles_agree_with_the_table(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     by_table = {case: sites_of(checkpoints[case]) for case in CASES}
     monkeypatch.setattr("specdef_cli.model.body.FAMILIES", {})
     for case in CASES:
         assert linear_sites(skeleton_of(checkpoints[case])) == by_table[case], case
-
-
-def test_experts_on_disk_are_many_to_one(checkpoints: dict[str, Path]) -> None:
-    directory = checkpoints["mixtral"]
-    names = skeleton_of(directory).names
-    down = "model.layers.0.mlp.experts.down_proj"
-    assert names.sources[down] == tuple(
-        f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight" for expert in range(4)
-    )
-    assert names.tensor(down) is None
-    assert set(names.parameters) == set(read_shapes(directory))
 
 
 def factored(sites: Iterable[LinearSite]) -> list[FactoredLayer]:

@@ -20,7 +20,8 @@ from specdef_cli.model.body import SymmetricPair, Symmetries
 from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.model.symmetries import symmetries
 from tests.commands import refusal
-from tests.tiny_families import CASES, VOCABULARY, read_config, read_shapes, write_case
+from tests.hardening.plain_transformers import outputs
+from tests.tiny_families import CASES, read_config, read_shapes, skeleton_of, write_case
 
 ATTENTION = ["value_output", "query_key"]
 STANDARD = ["value_output", "query_key", "up_down", "norm_readers"]
@@ -66,7 +67,7 @@ EXPECTED: dict[str, tuple[list[str], int]] = {
 
 @cache
 def found_in(directory: Path) -> Symmetries:
-    return symmetries(Skeleton.of(read_config(directory), read_shapes(directory)))
+    return symmetries(skeleton_of(directory))
 
 
 def pairs_of(directory: Path) -> tuple[SymmetricPair, ...]:
@@ -98,49 +99,16 @@ def rescale(
     shutil.copyfile(source / "config.json", target / "config.json")
 
 
-def inputs_of(case: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    if case == "vit":
-        return {"pixel_values": torch.randn((2, 3, 16, 16), generator=generator)}
-    ids = torch.randint(3, VOCABULARY, (2, 13), generator=generator)
-    mask = torch.ones_like(ids)
-    if "classifier" not in case:
-        ids[1, -3:], mask[1, -3:] = 0, 0  # a padded row
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if case.startswith("t5") and case != "t5-encoder":
-        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
-    return inputs
-
-
-def load(directory: Path, case: str, dtype: torch.dtype, attention: str = "eager") -> transformers.PreTrainedModel:
-    model_class = getattr(transformers, CASES[case][0])
-    return model_class.from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()
-
-
-def outputs(directory: Path, case: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Logits (of a headless model the hidden state) by attention implementation."""
-    model = load(directory, case, dtype)
-    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs_of(case).items()}
-    results = {}
-    for attention in ("eager", "sdpa"):
-        if attention == "sdpa":
-            if not model._supports_sdpa:
-                continue
-            model.set_attn_implementation("sdpa")
-        with torch.no_grad():
-            found = model(**inputs, use_cache=False) if case != "vit" else model(**inputs)
-        results[attention] = found["logits"] if "logits" in found else found["last_hidden_state"]
-        assert torch.isfinite(results[attention]).all()
-    return results
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_rescaled_checkpoints_keep_every_bit(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
     source = checkpoints[case]
-    rescale(source, tmp_path, pairs_of(source))
-    for dtype in (torch.float32, torch.bfloat16):
-        found = outputs(tmp_path, case, dtype)
-        for attention, value in outputs(source, case, dtype).items():
+    pairs, (kinds, norms) = pairs_of(source), EXPECTED[case]
+    assert {pair.kind for pair in pairs} == set(kinds)
+    assert sum(pair.kind == "norm_readers" for pair in pairs) == norms
+    rescale(source, tmp_path, pairs)
+    for dtype in ("float32", "bfloat16"):
+        found = outputs(tmp_path, dtype, generate=False)
+        for attention, value in outputs(source, dtype, generate=False).items():
             assert torch.equal(found[attention], value), (dtype, attention)
 
 
@@ -148,35 +116,24 @@ def test_rescaled_checkpoints_keep_every_bit(checkpoints: dict[str, Path], case:
 def test_half_a_pair_changes_the_logits(checkpoints: dict[str, Path], case: str, tmp_path: Path) -> None:
     """Negative control: leave out any one side of a pair, and the oracle above notices."""
     source = checkpoints[case]
-    expected = outputs(source, case, torch.float32)["eager"]
+    expected = outputs(source, "float32", generate=False)["eager"]
     first_of_kind = {pair.kind: pair for pair in reversed(pairs_of(source))}
     generator = random.Random(case)
     for pair in first_of_kind.values():
         for side in generator.sample(range(len(pair.sides)), min(2, len(pair.sides))):
             rescale(source, tmp_path, [pair], omit=(pair.name, side))
-            found = outputs(tmp_path, case, torch.float32)["eager"]
+            found = outputs(tmp_path, "float32", generate=False)["eager"]
             assert not torch.equal(found, expected), (pair.name, pair.sides[side].tensor)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_kinds_that_hold(checkpoints: dict[str, Path], case: str) -> None:
-    pairs = pairs_of(checkpoints[case])
-    kinds, norms = EXPECTED[case]
-    assert {pair.kind for pair in pairs} == set(kinds)
-    assert sum(pair.kind == "norm_readers" for pair in pairs) == norms
 
 
 def test_grouped_query_heads_share_the_channels_of_their_key_head(checkpoints: dict[str, Path]) -> None:
     """4 query heads on 2 key heads of 8 dimensions: the closed form of one channel of each kind."""
     pairs = {pair.name: pair for pair in pairs_of(checkpoints["llama"])}
-    values, outputs_side = pairs["model.layers.0.self_attn.value_output"], 2
-    assert [side.tensor.split("self_attn.")[1] for side in values.sides] == [
-        "v_proj.weight",
-        "v_proj.bias",
-        "o_proj.weight",
-    ]
-    assert values.sides[0].indices[8 + 3] == (8 + 3,)
-    assert values.sides[outputs_side].indices[8 + 3] == (16 + 3, 24 + 3)
+    value, bias, output = pairs["model.layers.0.self_attn.value_output"].sides
+    names = [side.tensor.removeprefix("model.layers.0.self_attn.") for side in (value, bias, output)]
+    assert names == ["v_proj.weight", "v_proj.bias", "o_proj.weight"]
+    assert value.indices[8 + 3] == (8 + 3,)
+    assert output.indices[8 + 3] == (16 + 3, 24 + 3)
     scores = pairs["model.layers.0.self_attn.query_key"]
     assert scores.channels == 2 * 4  # planes of each key head
     assert scores.sides[0].indices[4 + 1] == (16 + 1, 16 + 5, 24 + 1, 24 + 5)
@@ -241,5 +198,4 @@ def test_a_checkpoint_that_stores_tied_weights_twice(tmp_path: Path) -> None:
     rescale(source, tmp_path / "target", pairs)
     after = load_file(tmp_path / "target" / "model.safetensors")
     assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
-    expected = outputs(source, "llama-tied", torch.float32)["eager"]
-    assert torch.equal(outputs(tmp_path / "target", "llama-tied", torch.float32)["eager"], expected)
+    assert torch.equal(outputs(tmp_path / "target", "float32")["eager"], outputs(source, "float32")["eager"])

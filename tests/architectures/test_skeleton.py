@@ -9,18 +9,17 @@ import pytest
 import transformers
 
 from specdef_cli.checkpoint.reader import open_checkpoint
-from specdef_cli.errors import SpecDefError
 from specdef_cli.model.sites import linear_sites
-from specdef_cli.model.skeleton import WRONG_CONFIG, Skeleton
+from specdef_cli.model.skeleton import Skeleton
 from specdef_cli.model.symmetries import symmetric_pairs, symmetries
-from tests.tiny_families import CASES, read_config, read_shapes
+from tests.tiny_families import CASES, skeleton_of
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3-tied", "vit", "mixtral", "t5-untied", "bert"])
 def test_a_directory_a_config_and_a_model_in_memory_agree(checkpoints: dict[str, Path], case: str) -> None:
     directory = checkpoints[case]
     read = Skeleton.read(open_checkpoint(directory))
-    built = Skeleton.of(read_config(directory), read_shapes(directory))
+    built = skeleton_of(directory)
     assert (dict(read.shapes), read.names, read.tied) == (dict(built.shapes), built.names, built.tied)
     assert symmetries(read) == symmetries(built)
 
@@ -33,20 +32,6 @@ def test_a_directory_a_config_and_a_model_in_memory_agree(checkpoints: dict[str,
     on_disk = {pair.name: {parameters[side.tensor] for side in pair.sides} for pair in symmetries(read).pairs}
     in_memory = {pair.name: {side.tensor for side in pair.sides} for pair in symmetric_pairs(model)}
     assert on_disk.items() <= in_memory.items()
-
-
-def test_completeness_is_judged_by_the_model(checkpoints: dict[str, Path]) -> None:
-    directory = checkpoints["llama"]
-    whole = Skeleton.of(read_config(directory), read_shapes(directory))
-    whole.require_complete()
-    shapes = dict(whole.shapes)
-    norm = "model.norm.weight"
-    lacking = Skeleton.of(whole.config, {name: shape for name, shape in shapes.items() if name != norm})
-    with pytest.raises(SpecDefError, match=norm):
-        lacking.require_complete()
-    with pytest.raises(SpecDefError, match=rf"{norm} has shape \[33\]") as raised:
-        Skeleton.of(whole.config, {**shapes, norm: (33,)}).require_complete()
-    assert raised.value.hint == WRONG_CONFIG
 
 
 def test_a_trial_leaves_the_way_that_experts_are_run(checkpoints: dict[str, Path]) -> None:

@@ -33,7 +33,9 @@ from tests.commands import (
     succeed,
 )
 from tests.faults.small_attack import SMALL
+from tests.hardening.mutations import config, spoiled
 from tests.hardening.test_adapter import lora
+from tests.weights import tensors
 
 TinyModel = Callable[..., Path]
 
@@ -64,9 +66,6 @@ def test_root_help_names_every_command_in_whole_sentences() -> None:
     assert all(command in root for command in COMMANDS)
     assert "secure" not in root.lower()
     assert "..." not in root.partition("Commands:")[2]
-
-
-def test_version() -> None:
     assert call_cli("--version").stdout == f"specdef {specdef_cli.__version__}\n"
 
 
@@ -82,22 +81,16 @@ def test_from_a_directory_and_back_in_processes_of_their_own(
     base = tiny_model("llama", torch.bfloat16)
     arguments = ("--method", "factors", "--top-k", "4", "--max-shard-size", "20KB")
     hardened = run_cli("harden", base, "--out", "hardened", *arguments, "--json", "--quiet", **where)
-    assert hardened.code == 0, hardened.stderr
-    assert hardened.stderr == ""
+    assert (hardened.code, hardened.stderr) == (0, "")
     said = json.loads(hardened.stdout)
-    assert said["out"] == "hardened"
-    assert said["parameters_added"] == 4 * 32 * 32
-    assert len(said["manifest"]["factored"]) == 4
-    assert len(said["manifest"]["shards"]) > 2
+    assert (said["out"], said["parameters_added"], len(said["manifest"]["factored"])) == ("hardened", 4 * 32 * 32, 4)
     assert said["manifest"]["verification"]["relative"] < 0.05
-    assert json.loads((tmp_path / "hardened" / "specdef.json").read_text())["base"]["name"] == base.name
+    assert said["manifest"]["base"]["name"] == base.name
 
     back = run_cli("collapse", "hardened", "--out", "back", "--quiet", **where)
-    assert back.code == 0
-    assert back.stderr == ""
+    assert (back.code, back.stderr) == (0, "")
     assert "4 pairs of factors multiplied" in back.stdout
-    expected = load_file(base / "model.safetensors")
-    found = load_file(tmp_path / "back" / "model.safetensors")
+    expected, found = tensors(base), tensors(tmp_path / "back")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=2e-2, atol=2e-2)
     refused = run_cli("attack", "hardened", **where)
@@ -105,9 +98,7 @@ def test_from_a_directory_and_back_in_processes_of_their_own(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hardened"]
 
 
-def test_a_dry_run_writes_nothing_and_says_what_would_be(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_writes_nothing_and_tells_all(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = snapshot(llama)
     result = succeed("harden", llama, "--method", "factors", "--top-k", "4", "--alpha", "100", "--dry-run", "--json")
@@ -146,7 +137,7 @@ def test_help_is_short_and_whole_at_80_columns(command: str) -> None:
 
 
 @pytest.mark.usefixtures("no_fresh_process")
-def test_stdout_is_data_alone_and_quiet_is_quiet(
+def test_stdout_is_data_and_quiet_quiet(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of every command but push, which needs a server (tests/checkpoint/test_upload.py)."""
@@ -182,9 +173,7 @@ FAILING = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_tells_failure_from_wrong_usage(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_tell_failure_from_wrong_usage(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert_refused(call_cli(name, *FAILING[name]), "nowhere", empty=tmp_path)
     wrong = call_cli(name, *FAILING[name], "--no-such-option")
@@ -194,13 +183,6 @@ def test_every_command_tells_failure_from_wrong_usage(
     shown = call_cli(name, *FAILING[name])
     assert shown.code == 1
     assert "Traceback" in shown.stderr
-
-
-def test_nothing_moves_on_a_pipe(llama: Path, tmp_path: Path) -> None:
-    """No bar, no escape sequence: what is piped goes to logs."""
-    result = call_cli("harden", llama, "--out", tmp_path / "a", "--method", "factors", "--top-k", "4")
-    assert "\r" not in result.stderr
-    assert "\x1b" not in result.stdout + result.stderr
 
 
 def test_inspect_before_and_after(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -246,6 +228,7 @@ def test_what_looks_like_markup_is_printed_as_it_is(llama: Path, tmp_path: Path)
         ("collapse", out, "--out", tmp_path / "[dim]back"),
     ):
         result = succeed(*arguments)
+        assert not {"\r", "\x1b"} & {*result.stdout, *result.stderr}, "nothing moves on a pipe, which goes to logs"
         assert Path(str(arguments[-1] if len(arguments) in (2, 4) else out)).name in result.stdout
     assert_refused(call_cli("harden", llama, "--out", tmp_path / "o", "--layers", "[/x]*"), "[/x]*")
 
@@ -310,21 +293,16 @@ def test_inspect_recommends_scale_where_no_norm_can_be_folded(checkpoints: dict[
     assert "Recommended: scale, as no norm inside the blocks can be folded" in words
 
 
-def test_inspect_says_what_stands_in_the_way(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_inspect_says_what_stands_in_the_way(llama: Path, tmp_path: Path) -> None:
     """A quantized checkpoint: every method is refused, and so is the recommendation."""
-    shutil.copytree(tiny_model("llama"), tmp_path / "quantized")
-    config = json.loads((tmp_path / "quantized/config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
-    (tmp_path / "quantized/config.json").write_text(json.dumps(config))
-    words = " ".join(call_cli("inspect", tmp_path / "quantized").stdout.split())
+    quantized = spoiled(llama, tmp_path, config(quantization_config={"quant_method": "gptq"}))
+    words = " ".join(call_cli("inspect", quantized).stdout.split())
     assert words.count("is quantized (gptq)") == 4
     assert "Recommended: leave it as it is" in words
     assert "Harden the unquantized checkpoint" in words
 
 
-def test_an_attack_without_a_name_finds_what_was_hardened_here_and_its_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attack_without_a_name_finds_what_was_hardened_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(REPOSITORY / "examples/tiny_llama/model", tmp_path / "tiny-llama")
     monkeypatch.chdir(tmp_path)
     succeed("harden", "tiny-llama", "--out", "hardened", "--no-verify")

@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from tests.commands import assert_refused, call_cli, snapshot, succeed
 from tests.faults.small_attack import SMALL
+from tests.hardening.mutations import edit_tensors
+from tests.weights import assert_same_bytes, tensors
 
 
 @pytest.fixture
@@ -32,10 +33,7 @@ def test_every_command_takes_it(llama: Path, text: Path, hardened: tuple[Path, P
     refused = call_cli("collapse", out, "--out", tmp_path / "plain")
     assert_refused(refused, f"{out} has no specdef.json", "--manifest")
     succeed("collapse", out, "--manifest", manifest, "--out", tmp_path / "plain", "--quiet")
-    found, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "plain", llama))
-    assert {name: tensor.numpy().tobytes() for name, tensor in found.items()} == {
-        name: tensor.numpy().tobytes() for name, tensor in expected.items()
-    }
+    assert_same_bytes(tensors(tmp_path / "plain"), tensors(llama))
 
     without = json.loads(call_cli("inspect", out, "--json").stdout)
     told = json.loads(call_cli("inspect", out, "--manifest", manifest, "--json").stdout)
@@ -46,9 +44,8 @@ def test_every_command_takes_it(llama: Path, text: Path, hardened: tuple[Path, P
     succeed("attack", out, "--manifest", manifest, "--out", tmp_path / "attack", "--card", *SMALL)
     card = (out / "README.md").read_text()
     assert "### Attacks" in card
-    other = tmp_path / "other"
-    shutil.copytree(llama, other)
-    save_file({name: 1.5 * tensor for name, tensor in expected.items()}, other / "model.safetensors", {"format": "pt"})
+    other = shutil.copytree(llama, tmp_path / "other")
+    edit_tensors(other, lambda t: t.update({name: 1.5 * tensor for name, tensor in t.items()}))
     where = ("--manifest", manifest, "--out", tmp_path / "against another", "--control", other)
     compared = call_cli("attack", out, *where, "--card", *SMALL)
     assert compared.code == 1
@@ -75,9 +72,7 @@ def test_a_manifest_of_another_hardening_of_the_same_base_is_refused(llama: Path
     refused = call_cli("collapse", out, "--manifest", kept / "other.json", "--out", tmp_path / "plain")
     assert_refused(refused, "what that undoes leaves a fold", "specdef.json that belongs to these weights")
     assert snapshot(tmp_path) == before
-    weights = load_file(out / "model.safetensors")
-    weights["model.norm.weight"] *= 1.001  # as training does
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    edit_tensors(out, lambda t: t["model.norm.weight"].mul_(1.001))  # as training does
     told = succeed("collapse", out, "--manifest", kept / "own.json", "--out", tmp_path / "plain")
     assert "model.safetensors is not the file that specdef.json was written of" in told.stderr
 

@@ -16,6 +16,7 @@ import typer.main
 
 from specdef_cli.cli import app
 from tests.commands import REPOSITORY
+from tests.consumer_tables import generator
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
@@ -91,13 +92,8 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_the_generated_pages_cover_every_command() -> None:
-    spec = importlib.util.spec_from_file_location("commands_page", REPOSITORY / "docs/generators/commands.py")
-    assert spec is not None
-    assert spec.loader is not None
-    generator = importlib.util.module_from_spec(spec)
     pytest.importorskip("mkdocs", reason="`make docs` installs mkdocs: the reference of commands was not built")
-    spec.loader.exec_module(generator)
-    page = generator.commands_page()
+    page = generator("commands").commands_page()
     for name in typer.main.get_command(app.app).commands:  # type: ignore[attr-defined]
         assert f"## `specdef {name}`" in page
     assert "&#x27;" not in page

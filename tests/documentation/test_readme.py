@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import REPOSITORY, succeed
+from tests.documentation.test_prose import WRITTEN
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
@@ -34,13 +35,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^a-zA-Z0-9_\s-]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-LINKING = [
-    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
-    *sorted((REPOSITORY / "docs").glob("*.md")),
-]
-
-
-@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
     """Pages that are generated are mkdocs' to check."""
     text = page.read_text(encoding="utf-8")

@@ -57,15 +57,6 @@ def test_the_summary_counts_every_verdict_of_every_model() -> None:
     assert "scale has no column for two." in consumers.summary(tables)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "# A page\n", FIRST.replace("| tool |", "| what |"), FIRST.replace("kept: 3.4 | kept", "fine: 3.4 | fine")],
-)
-def test_what_is_no_table(text: str) -> None:
-    with pytest.raises((ValueError, IndexError, StopIteration)):
-        consumers.read_table(text)
-
-
 def test_the_summary_is_that_of_the_tables_beside_it() -> None:
     found = consumers.summary(consumers.read_table(path.read_text(encoding="utf-8")) for path in measured_tables())
     assert (TABLES / "consumers.md").read_text(encoding="utf-8") == f"{found}\n", "`make real-consumers` writes it"

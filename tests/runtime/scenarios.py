@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HEADS = {
     "llama": "AutoModelForCausalLM",
     "qwen2": "AutoModelForCausalLM",
@@ -37,8 +39,6 @@ def without_package(root: str, work: str) -> None:
 
 
 def output(model: Any) -> Any:
-    import torch
-
     with torch.no_grad():
         if model.config.model_type == "vit":
             return model(pixel_values=torch.linspace(-1, 1, 3 * 256, dtype=model.dtype).reshape(1, 3, 16, 16))[0]
@@ -76,9 +76,6 @@ def failure(action: Callable[[], Any]) -> str:
     return ""
 
 
-# --- scenarios -----------------------------------------------------------------------------------------------------
-
-
 def remote_code(root: str, work: str) -> None:
     """Every family by the directory's own code."""
     _families(root, work, TRUST, *HEADS)
@@ -93,10 +90,8 @@ def package_alone(root: str, work: str) -> None:
 
 def _families(root: str, work: str, load: dict[str, Any], *families: str) -> None:
     """Load every family, save it, load that; also without its head, save that, and load it with a head again."""
-    import torch
     import transformers
     from safetensors.torch import load_file
-    from torch import nn
 
     for family in families:
         auto = getattr(transformers, HEADS[family])
@@ -110,7 +105,7 @@ def _families(root: str, work: str, load: dict[str, Any], *families: str) -> Non
         assert len(names) >= 2, family
         assert sorted(names) == sorted(listed), family
         children = [child for name in names for child in model.get_submodule(name).children()]
-        assert all(type(child) is nn.Linear for child in children), family
+        assert all(type(child) is torch.nn.Linear for child in children), family
         traces = [key for key in ("hf_quantizer", "is_quantized", "quantization_method") if hasattr(model, key)]
         assert traces == [], family
         assert not hasattr(model.config, "_is_quantized"), family
@@ -145,7 +140,6 @@ def _families(root: str, work: str, load: dict[str, Any], *families: str) -> Non
 
 def usage(root: str, work: str) -> None:
     """What people do with a model: dtypes, devices, generation, pipelines, heads."""
-    import torch
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -208,7 +202,6 @@ def usage(root: str, work: str) -> None:
 
 def training(root: str, work: str) -> None:
     """PEFT, and a full fine-tuning run whose checkpoint is loaded again and resumed from."""
-    import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -351,15 +344,6 @@ def damaged(root: str, work: str) -> None:
         transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
 
     assert "model.layers.1.mlp.down_proj.compensation.weight was not loaded" in failure(from_state_dict)
-
-
-def lazy(root: str, work: str) -> None:
-    """``import specdef_cli`` is cheap."""
-    import specdef_cli
-
-    assert [name for name in ("torch", "transformers", "numpy", "safetensors") if name in sys.modules] == []
-    assert specdef_cli.__version__
-    assert specdef_cli.SpecDefError.__module__ == "specdef_cli.errors"
 
 
 def ending(name: str, given: dict[str, str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +20,14 @@ from specdef_cli.model import SpecDefLinear, load_model, load_tokenizer
 from specdef_cli.model.described import shim_config, unshim_config
 from specdef_cli.spectral.factors import symmetric_factors
 from tests.commands import refusal
-from tests.hardening.mutations import edit_config, edit_tensors
+from tests.hardening.mutations import config, spoiled, tensor
 from tests.runtime.scenarios import difference, swapped
+
+DOWN = "model.layers.0.mlp.down_proj"
 
 
 @pytest.mark.parametrize(("family", "cls"), [("llama", LlamaForCausalLM), ("bert", BertForMaskedLM)])
-def test_base_and_hardened_directories_load_as_their_architecture(
-    poisoned: Path, family: str, cls: type[PreTrainedModel]
-) -> None:
+def test_base_and_hardened_load_as_their_architecture(poisoned: Path, family: str, cls: type[PreTrainedModel]) -> None:
     base, model = load_model(poisoned / f"{family}-base"), load_model(poisoned / family)
     assert type(base) is type(model) is cls
     assert swapped(base) == []
@@ -49,43 +48,21 @@ def test_dtype_is_the_stored_one_by_default(directories: Path, tmp_path: Path) -
     assert load_model(tmp_path).dtype == torch.bfloat16
 
 
-def _only_pickles(directory: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[Callable[..., None], tuple[str, str]]:
-            return Path.write_text, (directory / "exploded", "")  # type: ignore[return-value]
-
-    (directory / "model.safetensors").unlink()
-    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-
-
-def _needs_its_own_code(directory: Path) -> None:
-    edit_config(directory, lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.MineConfig"}))
-    (directory / "mine.py").write_text("raise SystemExit('run')")
-
-
 @pytest.mark.parametrize(
     ("damage", "problem", "hint"),
     [
         (lambda at: (at / "config.json").unlink(), "has no config.json", "Give a model"),
-        (_only_pickles, "safetensors", "pickled weights"),
-        (_needs_its_own_code, "custom code", "--trust-remote-code"),
-        (lambda at: edit_config(at, lambda c: c.update(architectures=["NewForLM"])), "'NewForLM'", "Install"),
-        (
-            lambda at: edit_tensors(at, lambda t: t.pop("model.layers.0.mlp.down_proj.inflated.weight")),
-            "model.layers.0.mlp.down_proj.inflated.weight is missing",
-            "harden the base model again",
-        ),
+        (config(model_type="mine", auto_map={"AutoConfig": "mine.MineConfig"}), "custom code", "--trust-remote-code"),
+        (config(architectures=["NewForLM"]), "'NewForLM'", "Install"),
+        (tensor(f"{DOWN}.inflated.weight", None), f"{DOWN}.inflated.weight is missing", "harden the base model again"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_line_and_a_hint(
     directories: Path, tmp_path: Path, damage: Callable[[Path], object], problem: str, hint: str
 ) -> None:
-    at = tmp_path / "llama"
-    shutil.copytree(directories / "llama", at)
-    damage(at)
+    at = spoiled(directories / "llama", tmp_path, damage)
     with refusal(problem, str(at), hint):
         load_model(at)
-    assert not (at / "exploded").exists()
 
 
 def test_tokenizers_and_image_processors(directories: Path, tmp_path: Path) -> None:
@@ -94,11 +71,9 @@ def test_tokenizers_and_image_processors(directories: Path, tmp_path: Path) -> N
     shutil.copytree(directories / "vit", tmp_path / "vit")
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
     assert load_tokenizer(tmp_path / "vit").size["height"] == 8
-    (tmp_path / "broken").mkdir()
-    shutil.copy(directories / "llama" / "config.json", tmp_path / "broken")
-    (tmp_path / "broken" / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Nothing"}))
-    with pytest.raises(SpecDefError, match="broken"):
-        load_tokenizer(tmp_path / "broken")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Nothing"}))
+    with pytest.raises(SpecDefError, match="vit"):
+        load_tokenizer(tmp_path / "vit")
 
 
 @given(n=st.integers(2, 12), m=st.integers(2, 12), bias=st.booleans(), seed=st.integers(0, 2**16))

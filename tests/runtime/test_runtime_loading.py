@@ -99,7 +99,7 @@ def ended(
     return {
         **run_scenarios(package=False, work=work, without_package=work, strangers=poisoned, **trusted),
         **run_scenarios(package=True, registered_twice=directories, package_alone=poisoned),
-        **run_scenarios(package=True, lazy=poisoned, native_class=poisoned),
+        **run_scenarios(package=True, native_class=poisoned),
     }
 
 
@@ -107,7 +107,7 @@ def ended(
     "scenario",
     [
         *("strangers", "remote_code", "usage", "training", "damaged"),
-        *("registered_twice", "package_alone", "lazy", "native_class"),
+        *("registered_twice", "package_alone", "native_class"),
     ],
 )
 def test_hardened_directories_in_fresh_processes(scenario: str, ended: Results) -> None:

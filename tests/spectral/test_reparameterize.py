@@ -58,9 +58,7 @@ def assert_completes(basis: Tensor) -> None:
     seed=st.integers(0, 2**32),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_any_orthonormal_columns_are_completed_to_an_orthogonal_matrix(
-    rows: int, top_k: int, seed: int, dtype: torch.dtype
-) -> None:
+def test_orthonormal_columns_are_completed_to_a_basis(rows: int, top_k: int, seed: int, dtype: torch.dtype) -> None:
     assert_completes(random_basis(rows, min(top_k, rows), seed, dtype))
 
 
@@ -179,7 +177,7 @@ def test_the_symmetric_gauge_repairs_a_basis_that_is_orthonormal_in_float32_only
 
 @pytest.mark.parametrize("build", GAUGES)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
-def test_factors_are_rounded_once_and_a_weight_is_taken_as_it_is_stored(
+def test_factors_are_rounded_once_and_the_weight_is_as_stored(
     build: Callable[..., Factors], stored: torch.dtype
 ) -> None:
     weight, basis = random_weight(40, 56).to(stored), random_basis(40, 4, seed=2, dtype=torch.float32)

@@ -65,9 +65,7 @@ def test_whoever_freezes_the_first_layers_meets_the_next_steps(layers: int, kind
 
 
 @given(st.integers(0, 400), st.integers(1, 8), st.sampled_from([HIGHEST_EXPONENT, HIGHEST_UNCROSSED]))
-def test_one_layer_apart_leaves_every_vector_of_the_others_below_their_numbers(
-    layers: int, kinds: int, highest: int
-) -> None:
+def test_one_layer_apart_leaves_every_vector_of_the_others_below_them(layers: int, kinds: int, highest: int) -> None:
     """Two scales that cross add up, and what one of the others inflates by itself is a decade and more below that."""
     exponents = one_apart(layers, kinds, highest)
     assert len(exponents) == layers

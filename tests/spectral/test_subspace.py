@@ -56,7 +56,7 @@ def test_it_finds_a_separated_subspace_to_rounding() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("native", [True, False])
-def test_a_weight_of_half_precision_gives_float32_figures_of_itself(
+def test_half_precision_gives_float32_figures(
     dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks may be rounded on the way; what is reported of the basis may not."""
@@ -157,7 +157,7 @@ def test_blocks_cover_every_row_once(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("elements", [1, 100, 2**19])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_products_are_made_in_the_precision_of_the_vectors(
+def test_products_have_the_vectors_precision(
     elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subspace, "BLOCK_ELEMENTS", elements)  # one row at a time, some rows with a shorter rest, all
