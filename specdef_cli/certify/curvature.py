@@ -245,6 +245,8 @@ def measure_curvature(
         device: Without float64 there, everything is measured in float32.
     """
     model.to(device=torch.device(device), dtype=torch.float32)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # others take no float64
     count = sum(parameter.numel() for parameter in model.parameters())
     on_gpu = model.device.type == "cuda"
     available = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available

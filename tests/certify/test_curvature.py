@@ -13,19 +13,22 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralForCausalLM
 
 from specdef_cli.certify.curvature import (
+    CurvatureFigures,
     groups_by_layer,
     hessian_top,
     hessian_top_by_group,
     largest_stable_rate,
+    measure_curvature,
     model_loss,
     trainable,
 )
 from specdef_cli.errors import SpecDefError
 from specdef_cli.spectral.subspace import SUBSPACE, top_eigenpairs
 from tests.commands import refusal
+from tests.tiny_families import build_config
 from tests.tiny_models import random_llama
 
 
@@ -122,6 +125,14 @@ def test_llama_against_the_dense_hessian(attention: str, llama_hessian: Tensor) 
     assert found.parameters == len(llama_hessian)
     # transformers computes norms, and eager attention its softmax, in float32 whatever the model's dtype.
     assert found.value == pytest.approx(float(torch.linalg.eigvalsh(llama_hessian).abs().max()), rel=2e-6)
+
+
+def test_experts_are_measured() -> None:
+    """The usual way to run them on a CPU takes no float64, and certify died of it."""
+    torch.manual_seed(0)
+    figures = measure_curvature(MixtralForCausalLM(build_config("mixtral")), torch.randint(5, 96, (1, 6)))
+    assert isinstance(figures, CurvatureFigures)
+    assert math.isfinite(figures.top.value)
 
 
 def test_blocks_bound_the_whole_from_below() -> None:
