@@ -200,7 +200,8 @@ def _prepare(options: AttackOptions, cluster: Cluster | None) -> Prepared:
     plan = make_plan(options, target)
     if options.suite is None and task.endswith("-lm"):  # a suite leaves out what does not apply; classes get a head
         for training in dict.fromkeys(series.first.training for series in plan if not series.first.is_edit):
-            training.rehearse(target)
+            with quiet():
+                training.rehearse(target)
     if prompts is not None and any(series.first.prompts for series in plan):
         require_in_vocabulary(prompts.tokens, config, control.directory)
         prompts.require_within(getattr(config.get_text_config(), "max_position_embeddings", None))

@@ -268,6 +268,7 @@ def _by_forward_pass(trial: Trial, wanted: Format) -> float:
 
 def _outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The first output (logits, or the last hidden state) in float64 on the CPU."""
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.random.fork_rng(()):
+        torch.manual_seed(0)  # as model_outputs does
         outputs = model(**inputs)
     return compared_output(outputs).double().cpu()
