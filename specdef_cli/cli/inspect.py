@@ -152,7 +152,8 @@ def outlook_lines(outlook: Outlook) -> Iterator[RenderableType]:
     else:
         found = outlook.methods[0]
         assert isinstance(found, Obstacle)
-        yield f"Recommended: leave it as it is; {found.problem}. {found.hint}"
+        way = "harden it with --dtype bfloat16" if "--dtype bfloat16" in found.hint else "leave it as it is"
+        yield f"Recommended: {way}; {found.problem}. {found.hint}"
     yield (
         "Harden if a hurdle for ordinary recipes is worth something to you. Attackers who know about the change undo "
         "it in one pass over the weights; `specdef attack` shows which recipes get through without knowing."

@@ -300,6 +300,10 @@ def test_inspect_says_what_stands_in_the_way(llama: Path, tmp_path: Path) -> Non
     assert words.count("is quantized (gptq)") == 4
     assert "Recommended: leave it as it is" in words
     assert "Harden the unquantized checkpoint" in words
+    narrow = spoiled(llama, tmp_path / "narrow", config(dtype="float16"))
+    words = " ".join(call_cli("inspect", narrow).stdout.split())
+    assert "Recommended: harden it with --dtype bfloat16" in words
+    succeed("harden", narrow, "--dtype", "bfloat16", "--out", tmp_path / "out", "--quiet")
 
 
 def test_an_attack_without_a_name_finds_what_was_hardened_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
