@@ -148,9 +148,9 @@ class Attack:
         return max(0.0, progress - max(0.0, start - expected))
 
     def of_control(self, progress: float | None) -> float | None:
-        """Progress (nats) as a share of its control's at the best learning rate."""
-        reference = self.control.progress() if self.control else None
-        return None if progress is None or not reference or reference <= 0 else progress / reference
+        """Progress (nats) as a share of its control's at the best learning rate; ``None`` where that is noise."""
+        reference = self.control.progress() if self.control and self.control.best_run.learned else None
+        return None if progress is None or not reference else progress / reference
 
     @property
     def control_loss(self) -> float | None:

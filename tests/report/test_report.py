@@ -126,9 +126,11 @@ def test_stopped_needs_rates_that_bracket_the_best(report: AttackReport) -> None
     assert "Holds against 1 of 1" in summary(settled)[0]
 
 
-def test_unknown(report: AttackReport) -> None:
-    stuck = of(report, run("control", [3.0, 3.1]), run("model", [3.0, 2.0]))
-    assert findings(stuck)[1].verdict == "unknown"
+@pytest.mark.parametrize("control", [3.1, 2.999], ids=["worse", "noise"])
+def test_unknown(report: AttackReport, control: float) -> None:
+    """A thousandth of a nat is no progress to have a share of."""
+    stuck = replace(report, runs=(run("control", [3.0, control]), run("model", [3.0, 2.0])))
+    assert (findings(stuck)[1].verdict, findings(stuck)[1].share) == ("unknown", None)
     verdict, done, ordinary, through, *_ = summary(stuck)
     assert verdict == "The control learned nothing, so there is nothing to compare."
     assert "full fine-tuning learned nothing on the base" in ordinary
