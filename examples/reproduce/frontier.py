@@ -53,7 +53,7 @@ def main() -> None:
 
 def full_fine_tuning(report: Path) -> str:
     """How much of the base's progress full fine-tuning makes."""
-    (row,) = (row for row in compare([read_report(report)]).rows if row.attack.startswith("full,"))
+    (row,) = (row for row in compare([read_report(report)]).rows if row.attack == "full fine-tuning")
     (cell,) = row.cells
     return "not measured" if cell is None else cell.cell
 
