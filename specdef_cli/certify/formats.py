@@ -22,7 +22,7 @@ from torch import Tensor
 from specdef_cli.certify import tools
 from specdef_cli.certify.tools import NotApplicableError, Trial, mean_loss
 from specdef_cli.errors import SpecDefError, WrongUsage, first_line
-from specdef_cli.model.inputs import compared_output, fixed_inputs
+from specdef_cli.model.inputs import compared_output, fixed_inputs, run_alike
 from specdef_cli.model.loading import new_objects_only
 from specdef_cli.model.opened import OpenedModel
 from specdef_cli.model.skeleton import is_causal_lm
@@ -268,7 +268,4 @@ def _by_forward_pass(trial: Trial, wanted: Format) -> float:
 
 def _outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The first output (logits, or the last hidden state) in float64 on the CPU."""
-    with torch.inference_mode(), torch.random.fork_rng(()):
-        torch.manual_seed(0)  # as model_outputs does
-        outputs = model(**inputs)
-    return compared_output(outputs).double().cpu()
+    return compared_output(run_alike(model, inputs)).double().cpu()

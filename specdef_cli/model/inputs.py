@@ -142,12 +142,17 @@ def model_outputs(model: Any) -> Tensor:
     """Run the model on the fixed batch; return :func:`compared_output` on the CPU."""
     inputs = fixed_inputs(model)
     try:
-        with torch.inference_mode(), torch.random.fork_rng(()):
-            torch.manual_seed(0)  # some models draw numbers: which patches to mask, for example
-            outputs = model(**inputs)
+        outputs = run_alike(model, inputs)
     except (TypeError, ValueError, AttributeError) as error:
         raise no_batch(model, f"more than {' and '.join(inputs)}") from error
     return compared_output(outputs).cpu()
+
+
+def run_alike(model: Any, inputs: dict[str, Any]) -> Any:
+    """Run a model; what it draws (which patches to mask, for example) is the same each time."""
+    with torch.inference_mode(), torch.random.fork_rng(()):
+        torch.manual_seed(0)
+        return model(**inputs)
 
 
 def compared_output(outputs: Any) -> Tensor:

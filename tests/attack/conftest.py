@@ -45,6 +45,19 @@ def learned(run: RunResult) -> float:
     return run.start - run.best
 
 
+def training_curve(model: Any, tokens: torch.Tensor, steps: int) -> torch.Tensor:
+    """Losses of some steps of AdamW on a few tokens, each before its update."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    curve = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.detach())
+    return torch.stack(curve)
+
+
 def load(
     dataset: Path | str | None, reader: Any, task: Task = "causal-lm", head: Head | None = None, **changes: Any
 ) -> AttackData:

@@ -18,7 +18,7 @@ from specdef_cli.attack.variants import Variant
 from specdef_cli.attack.variants.factored import collapse, deepen, freeze_compensation, inject, widen
 from specdef_cli.attack.variants.grown import outermost_block_paths
 from specdef_cli.model import SpecDefLinear, load_model
-from tests.attack.conftest import TOKENS, logits, trained_names
+from tests.attack.conftest import TOKENS, logits, trained_names, training_curve
 from tests.commands import refusal
 from tests.tiny_families import CASES
 from tests.tiny_models import VOCABULARY, random_llama
@@ -189,14 +189,7 @@ def test_what_is_grown_is_drawn_by_the_seed_and_learns(variant: str) -> None:
     assert not torch.equal(first, other)
     model = models[0]
     model.model.embed_tokens.weight.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss = model(input_ids=TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = training_curve(model, TOKENS, 10)
     assert losses[-1] < losses[0] - 0.5
 
 

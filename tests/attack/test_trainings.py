@@ -19,7 +19,7 @@ from specdef_cli.attack.trainings.own import train_only
 from specdef_cli.errors import SpecDefError
 from specdef_cli.hardening.options import Construction, Fold, Scale
 from specdef_cli.model import load_model
-from tests.attack.conftest import logits, target_of, trained_names
+from tests.attack.conftest import logits, target_of, trained_names, training_curve
 from tests.byte_tokenizer import byte_tokenizer
 from tests.hardened import harden_to
 from tests.tiny_families import CASES
@@ -137,7 +137,7 @@ def test_single_groups_by_name(llama: LlamaForCausalLM) -> None:
 )  # fmt: skip
 def test_which_trainings_see_a_diagonal_scale(method: str, same: bool, base: Path, fold: Path) -> None:
     """Those that do not are trained as if nothing had happened: every loss is the control's, bit for bit."""
-    curves = [training_curve(directory, method) for directory in (base, fold)]
+    curves = [curve_of(directory, method) for directory in (base, fold)]
     assert curves[0][-1] < curves[0][0]
     assert torch.equal(*curves) == same
 
@@ -148,24 +148,14 @@ def test_a_scaled_head_is_left_out_of_every_linear_as_a_head_is(method: str, bas
     models = [Training.parse(method).apply(load_model(directory), "causal-lm") for directory in (base, scaled)]
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
     assert counts[0] == counts[1]
-    control, hardened = (training_curve(directory, method) for directory in (base, scaled))
+    control, hardened = (curve_of(directory, method) for directory in (base, scaled))
     assert torch.allclose(control, hardened, rtol=1e-4) == (method == "hira")
 
 
-def training_curve(directory: Path, method: str) -> torch.Tensor:
-    """Losses of five steps of AdamW on a few tokens."""
+def curve_of(directory: Path, method: str) -> torch.Tensor:
     tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)
-    model = Training.parse(method).apply(load_model(directory), "causal-lm")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    curve = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        curve.append(loss.detach())
-    return torch.stack(curve)
+    return training_curve(Training.parse(method).apply(load_model(directory), "causal-lm"), tokens, 5)
 
 
 # --- QLoRA, against transformers' own way of loading a model in 4 bits -----------------------------------------------
